@@ -1,0 +1,45 @@
+"""Variable-length attention behind one signature; one small adapter file per backend, each doing exactly what it is named.
+
+An attention function takes q, k, v [T, H, Dh] (last dimension contiguous), the `PackedBatch` whose segments bound
+it, and the softmax scale; it returns [T, H, Dh]. Rows past `cu_seqlens[-1]` of the result are undefined.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli.errors import UserError
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedBatch, float], torch.Tensor]
+
+BACKENDS = ("torch_varlen", "flash_attn", "efficient", "sdpa")
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
+    """The backend of that name, or with `auto` the first that suits; raises UserError saying why a named one cannot run.
+
+    Each adapter module has `refusal(device, dtype) -> str | None` and `attention(q, k, v, batch, scale)`.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise UserError(f"There is no attention backend {name!r}.", f"Choose auto or one of {', '.join(BACKENDS)}.")
+    candidates = [b for b in BACKENDS if b != "flash_attn"] if name == "auto" else [name]
+    refusal = None
+    for candidate in candidates:
+        adapter = import_module(f"virnucpro_cli.attention.{candidate}")
+        refusal = adapter.refusal(device, dtype)
+        if refusal is None:
+            return candidate, adapter.attention
+    raise UserError(
+        f"Attention backend {name} cannot run here: {refusal}.", "Leave --attention at auto, or name another."
+    )
+
+
+def is_nvidia(device: torch.device) -> bool:
+    """A CUDA device that is not ROCm in disguise."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def describe(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,238 @@
+"""The command line: parse -> config -> workflow -> exit code. Nothing heavy is imported until a command runs."""
+
+import signal
+import sys
+import tempfile
+import traceback
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from virnucpro_cli import __version__
+from virnucpro_cli.config import EmbedConfig, resolve
+from virnucpro_cli.errors import (
+    EXIT_INTERNAL,
+    EXIT_OK,
+    EXIT_SIGNAL_BASE,
+    EXIT_SOME_SKIPPED,
+    EXIT_USER_ERROR,
+    Stopped,
+    UserError,
+)
+
+app = typer.Typer(
+    name="virnucpro",
+    help="Protein FASTA to ESM-2 embeddings: packed, resumable, checked.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+EPILOG = (
+    "Exit codes: 0 all done; 2 something to put right (the message says what); 3 finished, but some records were skipped; "
+    "70 a bug; 128+signal after an orderly stop, which the same command resumes."
+)
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--layers is {text!r}.", "Give numbers such as -1 or 0,6,-1.") from None
+
+
+def _budget(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdigit() else text
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        print(f"virnucpro {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog=EPILOG)
+def embed(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="FASTA files, plain or gz, bz2, xz, zst; - for standard input."),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT.h5", help="The HDF5 file to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="8M, 35M, 150M, 650M, 3B, 15B, their long names, demo, or a path to a fair-esm .pt, a .safetensors file or a HuggingFace directory. [default: 650M]",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Layers to store: 0 is the embedding, -1 the last. [default: -1]")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(metavar="KIND,KIND", help="Any of mean, bos, residue. [default: mean]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="Compute in auto, fp32, fp16 or bf16. [default: auto: fp16 on CUDA, fp32 elsewhere]"
+        ),
+    ] = None,
+    store_dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="Store fp16 or fp32. [default: fp16]")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps. [default: auto]")
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="auto, torch_varlen, flash_attn, efficient or sdpa; a named one runs or is refused. [default: auto]",
+        ),
+    ] = None,
+    token_budget: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens per pack, or auto. [default: auto]")
+    ] = None,
+    max_residues: Annotated[
+        int | None, typer.Option(metavar="N", help="Longest protein embedded in one piece. [default: 1022]")
+    ] = None,
+    long: Annotated[
+        str | None,
+        typer.Option(
+            "--long",
+            metavar="HOW",
+            help="Longer proteins: truncate, full, window (overlapping windows, stitched), skip or error. [default: truncate]",
+        ),
+    ] = None,
+    overlap: Annotated[
+        int | None, typer.Option(metavar="N", help="Least overlap of two windows, in residues. [default: 256]")
+    ] = None,
+    invalid: Annotated[
+        str | None,
+        typer.Option(metavar="HOW", help="Residues outside the alphabet: x (embed as X), error or skip. [default: x]"),
+    ] = None,
+    id: Annotated[
+        str | None,
+        typer.Option(
+            "--id", metavar="HOW", help="Names: first (up to the first white space) or full header. [default: first]"
+        ),
+    ] = None,
+    no_dedup: Annotated[
+        bool, typer.Option("--no-dedup", help="Compute identical proteins again instead of copying.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output file.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard a partial output instead of resuming it.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan and print it.")] = False,
+    no_preallocate: Annotated[
+        bool,
+        typer.Option(
+            "--no-preallocate", help="Do not reserve the disk space first (network disks where that is slow)."
+        ),
+    ] = False,
+    force_protein: Annotated[
+        bool, typer.Option("--force-protein", help="Accept a file that looks like nucleotides.")
+    ] = False,
+    report: Annotated[str | None, typer.Option(metavar="FILE.json", help="Write the report as JSON.")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE.toml", help="Options from a TOML file, table [embed]; flags win.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Embed protein FASTA files into one HDF5 file, row i for record i.
+
+    Nothing else is needed: virnucpro embed proteins.fasta -o embeddings.h5. An interrupted run is resumed by the same command.
+    """
+    flags = {
+        "inputs": tuple(inputs), "output": output, "model": model, "layers": _numbers(layers),
+        "pool": None if pool is None else tuple(dict.fromkeys(part.strip() for part in pool.split(","))),
+        "dtype": dtype, "store_dtype": store_dtype, "device": device, "attention": attention,
+        "token_budget": _budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
+        "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
+        "restart": restart or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,
+        "force_protein": force_protein or None, "report": report, "quiet": quiet or None,
+    }  # fmt: skip
+    settings = resolve(EmbedConfig, config, flags)
+    from virnucpro_cli import embed as workflow
+
+    summary = workflow.run(settings)
+    if summary.counts.get("skipped") and not settings.dry_run:
+        raise typer.Exit(EXIT_SOME_SKIPPED)
+
+
+@app.command()
+def fetch(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Model names, e.g. 650M demo.")
+    ] = None,
+    list_models: Annotated[
+        bool, typer.Option("--list", help="Show which models are on this machine, and where.")
+    ] = False,
+) -> None:
+    """Put weights into the cache ahead of time, for compute nodes without internet access."""
+    from virnucpro_cli import fetch as workflow
+
+    if list_models:
+        workflow.show()
+    elif models:
+        for model in models:
+            workflow.run(model)
+    else:
+        raise UserError("fetch needs a model's name.", "virnucpro fetch 650M, or virnucpro fetch --list")
+
+
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)  # once is enough: the way out commits what is done
+    raise Stopped(signum)
+
+
+def _fail(error: UserError) -> None:
+    print(f"error: {error.what}", *([error.remedy] if error.remedy else []), sep="\n", file=sys.stderr)
+
+
+def _bug(error: BaseException) -> None:
+    with tempfile.NamedTemporaryFile("w", prefix="virnucpro-", suffix=".log", delete=False) as log:
+        log.write(f"virnucpro {__version__}: {sys.argv}\n")
+        traceback.print_exception(error, file=log)
+    print(
+        f"internal error, a bug in virnucpro: {type(error).__name__}: {error}\nThe traceback is in {log.name}; please report it.",
+        file=sys.stderr,
+    )
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line and exit with its code."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)
+    try:
+        app(args=arguments, standalone_mode=False)
+        code = EXIT_OK
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except UserError as error:
+        _fail(error)
+        code = EXIT_USER_ERROR
+    except typer.Abort:
+        code = EXIT_SIGNAL_BASE + signal.SIGINT
+    except Stopped as stop:
+        name = signal.Signals(stop.signum).name
+        print(f"stopped by {name}; what was computed is kept, and the same command resumes.", file=sys.stderr)
+        code = EXIT_SIGNAL_BASE + stop.signum
+    except Exception as error:  # the last resort: a bug, logged whole
+        code = _usage_or_bug(error)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _usage_or_bug(error: Exception) -> int:
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
+        error.show()
+        return EXIT_USER_ERROR
+    _bug(error)
+    return EXIT_INTERNAL

@@ -1,0 +1,121 @@
+"""Host side of a pack: the text of its segments to one `PackedBatch`, the only batch format there is."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from virnucpro_cli import alphabet
+from virnucpro_cli.fasta import RecordTable
+from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, Segments, window_weights
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """n segments, each `<cls> residues <eos>`, one behind the other in T rows; rows past `cu_seqlens[-1]` are filler.
+
+    Tensors: tokens int32 [T]; positions int32 [T], restarting at 0; cu_seqlens int32 [n + 1]; divisor float32 [n],
+    residues that the mean divides by; mask_ratio float32 [T] or None, `1 - masked share` of each row's segment, only
+    where a `<mask>` occurs; weights float32 [T] or None, blending weights, only where a window of a long record occurs.
+    Host: segments int64 [n], their numbers; lengths int64 [n], tokens of each; max_seqlen.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    divisor: torch.Tensor
+    mask_ratio: torch.Tensor | None
+    weights: torch.Tensor | None
+    segments: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    max_seqlen: int
+
+    @property
+    def used(self) -> int:
+        """Rows that belong to a segment; known on the host, so that reading it never waits for the device."""
+        return int(self.lengths.sum())
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The batch with its tensors on `device`; asynchronous from pinned memory."""
+
+        def move(tensor: torch.Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self, tokens=move(self.tokens), positions=move(self.positions), cu_seqlens=move(self.cu_seqlens),
+            divisor=move(self.divisor), mask_ratio=move(self.mask_ratio), weights=move(self.weights),
+        )  # fmt: skip
+
+
+class VarlenCollator:
+    """Makes the batch of any pack of a plan.
+
+    embedded: int [N], residues of each record that are embedded; a segment shorter than that is a window.
+    """
+
+    def __init__(
+        self, table: RecordTable, segments: Segments, embedded: NDArray[np.int32], plan: Plan, pin: bool = False
+    ):
+        self.table, self.segments, self.embedded, self.plan, self.pin = table, segments, embedded, plan, pin
+
+    def __call__(self, pack: int) -> PackedBatch:
+        self.table.check_unchanged()
+        numbers = self.plan.pack(pack)
+        record = self.segments.record[numbers]
+        length = self.segments.length[numbers].astype(np.int64)
+        start = self.segments.start[numbers]
+        pieces = [
+            ids[a : a + n]
+            for ids, a, n in zip(self.table.token_ids(record), start.tolist(), length.tolist(), strict=True)
+        ]
+        between = bytes([alphabet.EOS, alphabet.CLS])
+        text = bytes([alphabet.CLS]) + between.join(pieces) + bytes([alphabet.EOS])
+        return self._batch(text, numbers, length, int(self.plan.rung[pack]))
+
+    def _batch(self, text: bytes, numbers: NDArray[np.int64], length: NDArray[np.int64], rows: int) -> PackedBatch:
+        lengths = length + SPECIAL_TOKENS
+        cu_seqlens = np.append(0, np.cumsum(lengths))
+        used = int(cu_seqlens[-1])
+        total = self.embedded[self.segments.record[numbers]]
+
+        tokens = self._tensor(rows, torch.int32)
+        tokens.numpy()[:used] = np.frombuffer(text, np.uint8)
+        tokens.numpy()[used:] = alphabet.PAD
+        positions = self._tensor(rows, torch.int32)
+        positions.numpy()[:used] = np.arange(used) - np.repeat(cu_seqlens[:-1], lengths)
+        positions.numpy()[used:] = 0
+        bounds = self._tensor(len(cu_seqlens), torch.int32)
+        bounds.numpy()[:] = cu_seqlens
+        divisor = self._tensor(len(numbers), torch.float32)
+        divisor.numpy()[:] = total
+
+        mask_ratio = None
+        if alphabet.MASK in text:
+            masked = np.add.reduceat(np.frombuffer(text, np.uint8) == alphabet.MASK, cu_seqlens[:-1], dtype=np.int64)
+            mask_ratio = self._tensor(rows, torch.float32)
+            mask_ratio.numpy()[:used] = np.repeat(np.float32(1) - (masked / lengths).astype(np.float32), lengths)
+            mask_ratio.numpy()[used:] = 1
+
+        weights = None
+        windows = np.flatnonzero(length < total)
+        if len(windows):
+            weights = self._tensor(rows, torch.float32)
+            weights.numpy()[:] = 1
+            for i in windows.tolist():
+                weights.numpy()[cu_seqlens[i] + 1 : cu_seqlens[i + 1] - 1] = self.weights_of(int(numbers[i]))
+        return PackedBatch(
+            tokens, positions, bounds, divisor, mask_ratio, weights, numbers, lengths, int(lengths.max())
+        )
+
+    def weights_of(self, segment: int) -> NDArray[np.float32]:
+        """Blending weights, float32 [length], of a window."""
+        record = self.segments.record[segment]
+        first, last = np.searchsorted(self.segments.record, [record, record + 1])
+        starts = tuple(self.segments.start[first:last].tolist())
+        window = int(self.segments.length[segment])
+        return window_weights(int(self.embedded[record]), starts, window)[segment - int(first)]
+
+    def _tensor(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(rows, dtype=dtype, pin_memory=self.pin)

@@ -1,0 +1,108 @@
+"""What a run is asked to do: frozen dataclasses, made once from defaults < TOML file < flags. An unknown key is an error."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from virnucpro_cli.errors import UserError
+
+CHOICES = {
+    "dtype": ("auto", "fp32", "fp16", "bf16"),
+    "store_dtype": ("fp16", "fp32"),
+    "attention": ("auto", "torch_varlen", "flash_attn", "efficient", "sdpa"),
+    "long": ("truncate", "full", "window", "skip", "error"),
+    "invalid": ("x", "error", "skip"),
+    "id": ("first", "full"),
+}
+POOLS = ("mean", "bos", "residue")
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Everything that `embed` can be told. Field names are the long options with underscores."""
+
+    inputs: tuple[str, ...] = ()
+    output: str = ""
+    model: str = "esm2_t33_650M_UR50D"
+    layers: tuple[int, ...] = (-1,)
+    pool: tuple[str, ...] = ("mean",)
+    dtype: str = "auto"
+    store_dtype: str = "fp16"
+    device: str = "auto"
+    attention: str = "auto"
+    token_budget: int | str = "auto"
+    max_residues: int = 1022
+    long: str = "truncate"
+    overlap: int = 256
+    invalid: str = "x"
+    id: str = "first"
+    dedup: bool = True
+    overwrite: bool = False
+    restart: bool = False
+    dry_run: bool = False
+    preallocate: bool = True
+    force_protein: bool = False
+    report: str | None = None
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(f"--{name.replace('_', '-')} is {value!r}.", f"Choose one of {', '.join(allowed)}.")
+        if not self.layers or not all(isinstance(layer, int) for layer in self.layers):
+            raise UserError(f"--layers is {self.layers!r}.", "Give numbers such as -1 or 0,6,-1.")
+        unknown = [kind for kind in self.pool if kind not in POOLS]
+        if unknown or not self.pool:
+            raise UserError(f"--pool has {', '.join(unknown) or 'nothing'}.", f"Choose any of {', '.join(POOLS)}.")
+        if self.token_budget != "auto" and (not isinstance(self.token_budget, int) or self.token_budget < 1024):
+            raise UserError(f"--token-budget is {self.token_budget}.", "Give auto or a number of tokens, 1024 or more.")
+        if self.max_residues < 1:
+            raise UserError(f"--max-residues is {self.max_residues}.", "Give 1 or more.")
+        if self.long == "window" and not 0 <= self.overlap < self.max_residues:
+            raise UserError(
+                f"--overlap is {self.overlap}.", f"Give 0 or more, and less than --max-residues {self.max_residues}."
+            )
+
+
+def resolve(kind: type[Any], toml: str | None, flags: dict[str, Any]) -> Any:
+    """A config of `kind` from its defaults, the TOML file's table of its command, and the flags that are not None."""
+    values = _from_toml(kind, Path(toml)) if toml else {}
+    values.update({name: value for name, value in flags.items() if value is not None})
+    return kind(**values)
+
+
+def _from_toml(kind: type[Any], path: Path) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The config file {path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"The config file {path} is not TOML: {error}.") from None
+    command = kind.__name__.removesuffix("Config").lower()
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    tables = [key for key in content if key not in ("embed", "bench", "validate")]
+    if tables:
+        raise UserError(
+            f"The config file {path} has an unknown entry {tables[0]!r}.", f"Options stand in a table [{command}]."
+        )
+    values = content.get(command, {})
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(
+                f"The config file {path} has an unknown key {key!r} in [{command}].", f"Known: {', '.join(fields)}."
+            )
+        values[key] = _fitting(value, fields[key].default, path, key)
+    return values
+
+
+def _fitting(value: Any, default: Any, path: Path, key: str) -> Any:
+    if isinstance(default, tuple):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    wanted = {"token_budget": (int, str), "report": (str,)}.get(key, (type(default),))
+    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+        names = " or ".join(t.__name__ for t in wanted)
+        raise UserError(f"The config file {path}: {key} is {value!r}, and must be a {names}.")
+    return value

@@ -1,0 +1,503 @@
+"""The embed workflow: FASTA -> index -> segments -> plan -> packs through the model -> rows placed in the file.
+
+`run` reads top to bottom as the recipe; everything it decides is decided from integers before the model is loaded.
+"""
+
+import json
+import platform
+import resource
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+import virnucpro_cli
+from virnucpro_cli import attention as attention_backends
+from virnucpro_cli import fasta, report, runner, store
+from virnucpro_cli.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import locate
+from virnucpro_cli.model import weights as model_weights
+from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.spec import ModelSpec, by_name, resolve_layers
+from virnucpro_cli.packing import (
+    SPECIAL_TOKENS,
+    Plan,
+    first_fit_decreasing,
+    subset,
+)
+from virnucpro_cli.placer import Placer
+from virnucpro_cli.policies import Int64, Work, decide
+from virnucpro_cli.pooling import Embeddings, Pooler
+
+ONLY_PLACE = ("attention", "device")
+"""Fingerprint keys that must agree to go on with a partial file bit for bit, but not for a finished one to be the same."""
+
+MEASURED_FLOPS = {
+    ("H100", "fp16"): 2.8e14,
+    ("H100", "bf16"): 2.9e14,
+    ("H100", "fp32"): 3.5e13,
+    ("CPU thread", "fp32"): 4.5e10,
+}
+"""FLOP/s that whole runs reached, for the estimate of --dry-run; see docs of the benchmark for how they were taken."""
+
+
+def run(config: EmbedConfig, out: Console | None = None) -> report.RunReport:
+    """Do what `virnucpro embed` does and return its report. Raises UserError for what the user can put right."""
+    out = out or report.console(config.quiet)
+    clock = report.Clock()
+    output = Path(config.output)
+    if not config.inputs or not config.output:
+        raise UserError(
+            "An input FASTA and an output file are needed.", "virnucpro embed proteins.fasta -o embeddings.h5"
+        )
+    store.check_destination(output)
+    if output.exists() and not (config.overwrite or config.dry_run) and store.fingerprint_of(output) is None:
+        raise UserError(
+            f"{output} exists and was not written by virnucpro embed.", "Choose another -o, or --overwrite it."
+        )
+
+    device = runner.resolve_device(config.device)
+    dtype = runner.resolve_dtype(config.dtype, device)
+    backend, attend = attention_backends.resolve(config.attention, device, dtype)
+    found = _locate(config, out)
+    spec = _spec(config, found)
+    layers = _layers(config, spec)
+
+    with clock.stage("index"):
+        sources = fasta.open_sources(config.inputs, output.parent)
+        table = fasta.index(sources, on_invalid=config.invalid, dedup=config.dedup)
+    _check_protein(table, config)
+
+    with clock.stage("plan"):
+        work = decide(table, config)
+        budget = config.token_budget
+        if budget == "auto":
+            budget = runner.auto_token_budget(device, spec.hidden, spec.parameters * dtype.itemsize)
+        plan = first_fit_decreasing(work.segments.length, int(budget))
+        layout = _layout(config, table, work, spec, layers)
+    summary = report.RunReport("embed", notes=_warnings(table, work, config))
+    summary.counts = _counts(table, work)
+    summary.packing = _packing(plan, work)
+    summary.environment = _environment(config, spec, device, dtype, backend, plan)
+    summary.seconds = clock.seconds
+    for note in summary.notes:
+        out.print(note, style="yellow")
+
+    if config.dry_run:
+        _describe_plan(summary, table, work, plan, layout, spec, layers, device, dtype, found, out)
+        return _saved(summary, config)
+
+    assert found is not None
+    with clock.stage("load model"):
+        found = locate.verified(found)
+    fingerprint = _fingerprint(config, table, found, layers, dtype, backend, device)
+    if _already_complete(output, fingerprint, config):
+        out.print(f"{output} is already complete: same input, model and settings.")
+        return _saved(summary, config)
+    file = _open_store(output, layout, fingerprint, config, summary, table, found, out)
+
+    try:
+        todo = np.zeros(len(table), np.bool_)
+        todo[work.unit[file.status == store.PENDING]] = True
+        packs = subset(plan, todo[work.segments.record])
+        placer = Placer(file, table, work, plan, config, todo, clock, pin=device.type == "cuda")
+        if len(packs):
+            with clock.stage("load model"):
+                exact_arithmetic()
+                _, state, notes = model_weights.load(found)
+                model = ESM2(spec, state, dtype, device, attend)
+                del state
+            for note in notes:
+                out.print(note, style="yellow")
+            summary.notes += notes
+            compute = partial(_compute, model, layers, config)
+            with clock.stage("forward"), report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
+                placer.tracker = tracker
+                placer.started = time.perf_counter()
+                runner.run(packs, placer.collator, compute, placer, device)
+            del model, compute
+        if placer.broken:
+            _recompute(placer, found, layers, config, dtype, device, out)
+        with clock.stage("finish"):
+            file.commit()
+            table.check_unchanged()
+            _fill_rates(summary, plan, packs, work, clock, placer, device, file)
+            file.finish(summary.to_json(), config.overwrite)
+    except BaseException:
+        _keep_what_is_done(file)
+        raise
+    finally:
+        file.close()
+    if store.partial_path(output).exists():  # left by a kill between the two steps of the renaming
+        _drop_finished_partial(output)
+    out.print(report.packing_table(summary), report.throughput_table(summary))
+    out.print(f"{output}: {len(table):,} proteins, {report.size(output.stat().st_size)}")
+    return _saved(summary, config)
+
+
+def embed_fasta(inputs: str | list[str], output: str, **options: Any) -> report.RunReport:
+    """Embed FASTA files into an HDF5 file and return the report.
+
+    inputs: one path or several; options: the fields of `EmbedConfig`, e.g. `model="demo", pool=("mean", "bos")`.
+    """
+    names = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+    return run(EmbedConfig(inputs=names, output=output, quiet=options.pop("quiet", True), **options))
+
+
+# --- decisions ---------------------------------------------------------------------------------------------------
+
+
+def _locate(config: EmbedConfig, out: Console) -> locate.Weights | None:
+    if config.dry_run:
+        return locate.locate(config.model)
+    return locate.fetch(config.model, lambda text: out.print(text))
+
+
+def _spec(config: EmbedConfig, found: locate.Weights | None) -> ModelSpec:
+    if found is not None:
+        return model_weights.spec_of(found)
+    spec = by_name(config.model)
+    assert spec is not None
+    return spec
+
+
+def _layers(config: EmbedConfig, spec: ModelSpec) -> tuple[int, ...]:
+    try:
+        return resolve_layers(config.layers, spec.layers)
+    except ValueError as error:
+        raise UserError(f"--layers: {error} of {spec.name}.", "0 is the embedding, -1 the last layer.") from None
+
+
+def _check_protein(table: fasta.RecordTable, config: EmbedConfig) -> None:
+    if table.nucleotide_share >= fasta.NUCLEOTIDE_SHARE and not config.force_protein:
+        raise UserError(
+            f"{', '.join(config.inputs)} looks like nucleotides: {table.nucleotide_share:.1%} of all residues are A, C, G, T, U or N.",
+            "Translate it first (Prodigal, getorf, six frames), or say --force-protein if these are proteins.",
+        )
+
+
+def _layout(
+    config: EmbedConfig, table: fasta.RecordTable, work: Work, spec: ModelSpec, layers: tuple[int, ...]
+) -> store.Layout:
+    offsets = np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if "residue" in config.pool else None
+    dtype = np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32)
+    names = partial(table.names, full=config.id == "full")
+    return store.Layout(spec.hidden, layers, config.pool, dtype, table.length, table.replaced, work.flags, work.status,
+                        work.reason, offsets, names)  # fmt: skip
+
+
+def _fingerprint(
+    config: EmbedConfig, table: fasta.RecordTable, found: locate.Weights, layers: tuple[int, ...],
+    dtype: torch.dtype, backend: str, device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    policy = {name: getattr(config, name) for name in ("max_residues", "long", "invalid", "id", "dedup")}
+    if config.long == "window":
+        policy["overlap"] = config.overlap
+    return {
+        "input_sha256": table.sha256,
+        "weights_sha256": found.sha256,
+        "layers": list(layers),
+        "pool": list(config.pool),
+        "dtype": attention_backends.describe(dtype),
+        "store_dtype": config.store_dtype,
+        **policy,
+        "attention": backend,
+        "device": device.type,
+    }
+
+
+def _already_complete(output: Path, fingerprint: dict[str, Any], config: EmbedConfig) -> bool:
+    if config.overwrite or not output.exists():
+        return False
+    there = store.fingerprint_of(output)
+    assert there is not None
+    theirs, ours = ({k: v for k, v in f.items() if k not in ONLY_PLACE} for f in (there[0], fingerprint))
+    differing = store.differences(theirs, ours)
+    if differing:
+        raise UserError(
+            f"{output} exists and is of another run: {'; '.join(differing)}.", "Choose another -o, or --overwrite it."
+        )
+    if not there[1]:
+        raise UserError(f"{output} exists but is not complete.", "Choose another -o, or --overwrite it.")
+    _drop_finished_partial(output)
+    return True
+
+
+def _drop_finished_partial(output: Path) -> None:
+    """Remove OUT.partial if it is OUT itself under its old name."""
+    partial_file = store.partial_path(output)
+    if partial_file.exists() and partial_file.samefile(output):
+        partial_file.unlink()
+
+
+def _open_store(
+    output: Path, layout: store.Layout, fingerprint: dict[str, Any], config: EmbedConfig, summary: report.RunReport,
+    table: fasta.RecordTable, found: locate.Weights, out: Console,
+) -> store.Store:  # fmt: skip
+    partial_file = store.partial_path(output)
+    if partial_file.exists() and not config.restart:
+        there = store.fingerprint_of(partial_file)
+        if there is None:
+            raise UserError(
+                f"{partial_file} is not a partial output of virnucpro.", "Move it away, or discard it with --restart."
+            )
+        differing = store.differences(there[0], fingerprint)
+        if differing:
+            raise UserError(
+                f"{partial_file} belongs to another run: {'; '.join(differing)}.",
+                "Repeat that run's command to finish it, discard it with --restart, or choose another -o.",
+            )
+        file = store.Store.resume(output)
+        done = int((file.status != store.PENDING).sum())
+        out.print(f"resuming {partial_file}: {done:,} of {len(table):,} proteins are there already")
+        summary.counts["resumed proteins"] = done
+        return file
+    if partial_file.exists():
+        store.Store.resume(output).close()  # refuses if a living run holds it
+        partial_file.unlink()
+    store.check_free_space(output, layout.file_bytes)
+    layout.attributes.update(_attributes(config, summary, table, found, fingerprint))
+    return store.Store.create(output, layout, config.preallocate)
+
+
+def _attributes(
+    config: EmbedConfig, summary: report.RunReport, table: fasta.RecordTable, found: locate.Weights,
+    fingerprint: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    inputs = [
+        {"path": source.path, "bytes": source.size, "sha256": sha}
+        for source, sha in zip(table.sources, table.sha256, strict=True)
+    ]
+    return {
+        "tool": "virnucpro",
+        "tool_version": virnucpro_cli.__version__,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "argv": json.dumps(sys.argv),
+        "config": json.dumps(asdict(config)),
+        "environment": json.dumps(summary.environment),
+        "model": summary.environment["model"],
+        "weights": found.place,
+        "weights_sha256": found.sha256,
+        "dtype": fingerprint["dtype"],
+        "store_dtype": config.store_dtype,
+        "attention": fingerprint["attention"],
+        "device": summary.environment["device"],
+        "layers": json.dumps(fingerprint["layers"]),
+        "pool": json.dumps(config.pool),
+        "inputs": json.dumps(inputs),
+        "fingerprint": json.dumps(fingerprint),
+    }
+
+
+def _compute(model: ESM2, layers: tuple[int, ...], config: EmbedConfig, batch: PackedBatch) -> Embeddings:
+    found = Embeddings()
+    pooler = Pooler(config.pool, torch.float16 if config.store_dtype == "fp16" else torch.float32)
+    model.forward(batch, layers, lambda layer, hidden: pooler.add(found, layer, hidden, batch))
+    return found
+
+
+def _recompute(
+    placer: Placer, found: locate.Weights, layers: tuple[int, ...], config: EmbedConfig, dtype: torch.dtype,
+    device: torch.device, out: Console,
+) -> None:  # fmt: skip
+    """Records with a value that was not finite: once more in fp32; what is still not finite is NaN and skipped."""
+    work, broken = placer.work, np.unique(placer.broken)
+    out.print(
+        f"{len(broken):,} proteins had values that are not finite in {attention_backends.describe(dtype)}",
+        style="yellow",
+    )
+    placer.broken = []
+    if dtype != torch.float32:
+        placer.todo = np.zeros(len(work.unit), np.bool_)
+        placer.todo[broken] = True
+        placer.flag = store.RECOMPUTED
+        chosen = np.flatnonzero(placer.todo[work.segments.record])
+        part = first_fit_decreasing(work.segments.length[chosen], 1024)
+        plan = Plan(chosen[part.segments], part.offsets, part.rung, part.tokens, part.token_budget)
+        placer.collator = VarlenCollator(placer.table, work.segments, work.embedded, plan, placer.collator.pin)
+        placer.tracker = None
+        spec, state, _ = model_weights.load(found)
+        _, attend = attention_backends.resolve("auto", device, torch.float32)
+        model = ESM2(spec, state, torch.float32, device, attend)
+        runner.run(range(len(plan)), placer.collator, partial(_compute, model, layers, config), placer, device)
+        broken = np.unique(placer.broken)
+    if not len(broken):
+        return
+    rows, _ = placer.rows_of(broken.astype(np.int64))
+    for kind in config.pool:
+        for layer in layers:
+            for row in rows.tolist():
+                count = 1 if kind != "residue" else int(work.embedded[row])
+                nan = np.full(
+                    (count, placer.file.places[f"{kind}/{layer}"].row_bytes // placer.store_dtype.itemsize), np.nan
+                )
+                if kind == "residue":
+                    placer._place_residues(layer, row, nan)
+                else:
+                    placer.file.place(kind, layer, np.asarray([row]), nan.astype(placer.store_dtype))
+    placer.file.mark(rows, store.SKIPPED, reason=store.NOT_FINITE)
+
+
+def _keep_what_is_done(file: store.Store) -> None:
+    """On the way out of a failed or stopped run: commit what was placed, if the disk still lets us."""
+    with suppress(UserError):  # if the disk is what failed, the first error is the one to show
+        file.commit()
+
+
+# --- words and numbers -------------------------------------------------------------------------------------------
+
+
+def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list[str]:
+    n = len(table)
+    notes = []
+    truncated = (work.flags & store.TRUNCATED) > 0
+    if truncated.any():
+        unseen = int((table.length[truncated] - work.embedded[truncated]).sum(dtype=np.int64)) / max(table.residues, 1)
+        notes.append(
+            f"{int(truncated.sum()):,} of {n:,} proteins truncated, {unseen:.0%} of residues not seen; --long window embeds them whole"
+        )
+    replaced = int((table.replaced > 0).sum())
+    if replaced and config.invalid == "x":
+        odd = int(table.replaced.sum(dtype=np.int64))
+        notes.append(
+            f"{replaced:,} of {n:,} proteins hold {odd:,} residues outside the alphabet, embedded as X (column /replaced)"
+        )
+    for code in (store.EMPTY, store.INVALID, store.TOO_LONG):
+        count = int((work.reason == code).sum())
+        if count:
+            notes.append(f"{count:,} of {n:,} proteins skipped: {store.REASONS[code]}; their rows are NaN")
+    repeated = _repeated_names(table, config)
+    if repeated:
+        notes.append(
+            f"{repeated:,} proteins share their name with an earlier one; all are kept, one row each, in input order"
+        )
+    return notes
+
+
+def _repeated_names(table: fasta.RecordTable, config: EmbedConfig) -> int:
+    """How many records have the name of an earlier one."""
+    hashes = np.empty(len(table), np.int64)
+    for start in range(0, len(table), store.NAME_BLOCK):
+        stop = min(len(table), start + store.NAME_BLOCK)
+        hashes[start:stop] = [hash(name) for name in table.names(start, stop, config.id == "full")]
+    return len(table) - len(np.unique(hashes))
+
+
+def _counts(table: fasta.RecordTable, work: Work) -> dict[str, int]:
+    def flagged(bit: int) -> int:
+        return int(((work.flags & bit) > 0).sum())
+
+    return {
+        "proteins": len(table),
+        "distinct proteins": len(np.unique(work.segments.record)),
+        "residues": table.residues,
+        "tokens": int(work.segments.length.sum(dtype=np.int64)) + SPECIAL_TOKENS * len(work.segments),
+        "truncated": flagged(store.TRUNCATED),
+        "windowed": flagged(store.WINDOWED),
+        "with replaced residues": int((table.replaced > 0).sum()),
+        "copied from an identical one": flagged(store.COPIED),
+        "skipped": int((work.status == store.SKIPPED).sum()),
+    }
+
+
+def _packing(plan: Plan, work: Work) -> dict[str, float]:
+    return {
+        "packs": len(plan),
+        "token budget": plan.token_budget,
+        "density": plan.density,
+        "density without the last pack": plan.density_without_last,
+        "proteins per pack": len(work.segments) / len(plan),
+        "filler tokens": int(plan.rung.sum() - plan.tokens.sum()),
+    }
+
+
+def _environment(
+    config: EmbedConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, backend: str, plan: Plan
+) -> dict[str, Any]:
+    def chosen(value: str, asked: Any) -> str:
+        return f"{value} (auto)" if asked == "auto" else value
+
+    return {
+        "virnucpro": virnucpro_cli.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "model": f"{spec.name} ({spec.layers} layers of {spec.hidden})",
+        "device": chosen(runner.describe_device(device), config.device),
+        "dtype": chosen(attention_backends.describe(dtype), config.dtype),
+        "attention": chosen(backend, config.attention),
+        "token budget": chosen(f"{plan.token_budget:,}", config.token_budget),
+    }
+
+
+def _fill_rates(
+    summary: report.RunReport, plan: Plan, packs: Int64, work: Work, clock: report.Clock, placer: Placer,
+    device: torch.device, file: store.Store,
+) -> None:  # fmt: skip
+    seconds = dict(clock.seconds)
+    if placer.first_pack is not None:
+        seconds["first pack"] = placer.first_pack
+    order = ("index", "plan", "load model", "first pack", "forward", "write", "write (overlapped)")
+    summary.seconds = {name: seconds[name] for name in order if name in seconds}
+    forward = seconds.get("forward", 0.0)
+    if forward > 0:
+        tokens = int(plan.tokens[packs].sum())
+        segments = int(sum(plan.offsets[p + 1] - plan.offsets[p] for p in packs.tolist()))
+        summary.rates = {
+            "residues/s": (tokens - SPECIAL_TOKENS * segments) / forward,
+            "tokens/s": tokens / forward,
+            "proteins/s": segments / forward,
+        }
+    summary.memory = {"peak host memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        summary.memory["peak GPU memory"] = torch.cuda.max_memory_allocated(device)
+    summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
+    summary.counts["recomputed in fp32"] = int(((file.flags & store.RECOMPUTED) > 0).sum())
+
+
+def _describe_plan(
+    summary: report.RunReport, table: fasta.RecordTable, work: Work, plan: Plan, layout: store.Layout, spec: ModelSpec,
+    layers: tuple[int, ...], device: torch.device, dtype: torch.dtype, found: locate.Weights | None, out: Console,
+) -> None:  # fmt: skip
+    length = work.segments.length.astype(np.float64) + SPECIAL_TOKENS
+    flops = spec.flops(float(plan.rung.sum()), float((length**2).sum()), max(layers))
+    kind, count = ("H100", 1) if "H100" in runner.describe_device(device) else ("CPU thread", torch.get_num_threads())
+    name = next(short for short, value in runner.DTYPES.items() if value == dtype)
+    rate = MEASURED_FLOPS.get((kind, name)) if kind == "H100" or device.type == "cpu" else None
+    summary.counts["output bytes (estimate)"] = layout.file_bytes
+    summary.environment["weights"] = found.place if found else "not on this machine; the run will fetch them"
+    edges = [0, 50, 100, 200, 400, 800, 1022, 2000, 5000]
+    bins = np.append(edges, np.iinfo(np.int32).max)
+    histogram = np.histogram(table.length, bins)[0].tolist()
+    summary.environment["length histogram"] = dict(zip([f">={edge}" for edge in edges], histogram, strict=True))
+    out.print(report.packing_table(summary))
+    out.print(
+        "lengths:  " + "  ".join(f"{label} {n:,}" for label, n in summary.environment["length histogram"].items() if n)
+    )
+    for key in ("model", "weights", "device", "dtype", "attention", "token budget"):
+        out.print(f"{key}: {summary.environment[key]}")
+    out.print(f"output: about {report.size(layout.file_bytes)}")
+    if rate:
+        summary.seconds["forward (estimate)"] = flops / (rate * count)
+        out.print(
+            f"time: about {report.clock_time(flops / (rate * count))} of forward, an estimate from FLOPs and a measured rate"
+        )
+    else:
+        out.print(f"time: no measured rate for {runner.describe_device(device)} in {name}, so no estimate")
+
+
+def _saved(summary: report.RunReport, config: EmbedConfig) -> report.RunReport:
+    if config.report:
+        try:
+            Path(config.report).write_text(summary.to_json() + "\n")
+        except OSError as error:
+            raise UserError(f"The report {config.report} cannot be written: {error.strerror}.") from None
+    return summary

@@ -1,0 +1,25 @@
+"""What users are told when something is wrong, and the exit codes of the program."""
+
+EXIT_OK = 0
+EXIT_GATE_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_SOME_SKIPPED = 3
+EXIT_INTERNAL = 70
+EXIT_SIGNAL_BASE = 128
+
+
+class UserError(Exception):
+    """Something the user can put right: what happened (with the place), and the remedy."""
+
+    def __init__(self, what: str, remedy: str = ""):
+        super().__init__(what if not remedy else f"{what}\n{remedy}")
+        self.what = what
+        self.remedy = remedy
+
+
+class Stopped(BaseException):
+    """Raised in the main thread by a signal; everything computed so far is committed on the way out."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum

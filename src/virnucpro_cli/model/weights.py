@@ -1,0 +1,259 @@
+"""Checkpoints of every layout to one dict with the keys of fair-esm's `ESM2.state_dict()`, checked against the spec."""
+
+import argparse
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model.locate import Weights
+from virnucpro_cli.model.spec import SIZES, VOCABULARY, ModelSpec
+
+_HF_NAMES = (
+    (r"embeddings\.word_embeddings\.weight", "embed_tokens.weight"),
+    (r"encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)\.(weight|bias)", r"layers.\1.self_attn.\2_proj.\3"),
+    (r"encoder\.layer\.(\d+)\.attention\.self\.rotary_embeddings\.inv_freq", r"layers.\1.self_attn.rot_emb.inv_freq"),
+    (r"rotary_embeddings\.inv_freq", "layers.0.self_attn.rot_emb.inv_freq"),  # transformers 5 keeps one
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)", r"layers.\1.self_attn.out_proj.\2"),
+    (r"encoder\.layer\.(\d+)\.attention\.LayerNorm\.(weight|bias)", r"layers.\1.self_attn_layer_norm.\2"),
+    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(weight|bias)", r"layers.\1.fc1.\2"),
+    (r"encoder\.layer\.(\d+)\.output\.dense\.(weight|bias)", r"layers.\1.fc2.\2"),
+    (r"encoder\.layer\.(\d+)\.LayerNorm\.(weight|bias)", r"layers.\1.final_layer_norm.\2"),
+    (r"encoder\.emb_layer_norm_after\.(weight|bias)", r"emb_layer_norm_after.\1"),
+)
+_PROJECTIONS = {"query": "q", "key": "k", "value": "v"}
+_EXTRA = re.compile(
+    r"(esm\.)?(embeddings\.(position_ids|position_embeddings\.weight)|pooler\..*|contact_head\..*)"
+    r"|lm_head\..*|classifier\..*|score\..*|qa_outputs\..*|embed_out|encoder\.lm_head\..*"
+)
+_PREFIXES = ("encoder.sentence_encoder.", "encoder.", "esm.", "module.", "model.")
+
+
+def load(weights: Weights) -> tuple[ModelSpec, dict[str, Any], tuple[str, ...]]:
+    """Read the files: spec, state under fair-esm's names (checked, on the CPU), and notes for the report.
+
+    Raises UserError naming the first tensors that are missing, mis-shaped or unknown inside the encoder.
+    """
+    if weights.seed is not None:
+        assert weights.spec is not None
+        return weights.spec, random_state(weights.spec, weights.seed), ("random weights: the embeddings mean nothing",)
+    config = _read_config(weights.config) if weights.config else {}
+    raw: dict[str, Any] = {}
+    for file in weights.files:
+        tensors, file_config = _read_file(file)
+        raw.update(tensors)
+        config = {**file_config, **config}
+    state, unknown = _canonical(raw)
+    if unknown:
+        raise UserError(
+            f"{weights.place} holds tensors that ESM-2 does not have: {_some(unknown)}.",
+            "Adapters (LoRA and the like) must be merged into the weights first; other architectures are not supported.",
+        )
+    spec = _spec_of(state, config, weights)
+    notes = [*weights.notes, *_settle_inv_freq(state, spec)]
+    _check_shapes(state, spec, weights)
+    return spec, state, tuple(notes)
+
+
+def spec_of(weights: Weights) -> ModelSpec:
+    """The architecture, reading as little as possible: known by name, from config.json, or from the tensors."""
+    if weights.spec is not None:
+        return weights.spec
+    return load(weights)[0]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from None
+    expected = {"model_type": "esm", "position_embedding_type": "rotary", "token_dropout": True, "emb_layer_norm_before": False,
+                "hidden_act": "gelu", "layer_norm_eps": 1e-5, "vocab_size": VOCABULARY}  # fmt: skip
+    for key, value in expected.items():
+        found = config.get(key, value)
+        if found != value and not (key == "emb_layer_norm_before" and not found):
+            raise UserError(f"{path} is not an ESM-2: {key} is {found!r}, and ESM-2 has {value!r}.")
+    return {
+        "layers": config.get("num_hidden_layers"),
+        "hidden": config.get("hidden_size"),
+        "heads": config.get("num_attention_heads"),
+    }
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path), {}
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format before zip archives cannot be mapped
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path} cannot be loaded safely: {first}",
+            "Only tensors are read from pickles; convert the file to safetensors.",
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UserError(f"{path} is not a readable checkpoint: {str(error).strip().splitlines()[0]}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors.")
+    settings = content.get("cfg", {}).get("model") if isinstance(content.get("cfg"), dict) else content.get("args")
+    tensors = content.get("model", content)
+    config = {} if settings is None else {
+        "layers": getattr(settings, "encoder_layers", None),
+        "hidden": getattr(settings, "encoder_embed_dim", None),
+        "heads": getattr(settings, "encoder_attention_heads", None),
+    }  # fmt: skip
+    return {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}, config
+
+
+def _canonical(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    state, unknown = {}, []
+    for name, tensor in raw.items():
+        known = _canonical_name(name)
+        if known is not None:
+            state[known] = tensor
+        elif not _EXTRA.fullmatch(name):
+            unknown.append(name)
+    return state, unknown
+
+
+_FAIR_ESM_NAME = re.compile(
+    r"embed_tokens\.weight|emb_layer_norm_after\.(weight|bias)|layers\.\d+\.(self_attn\.rot_emb\.inv_freq"
+    r"|(self_attn\.[qkv]_proj|self_attn\.out_proj|self_attn_layer_norm|fc1|fc2|final_layer_norm)\.(weight|bias))"
+)
+
+
+def _canonical_name(name: str) -> str | None:
+    for prefix in ("", *_PREFIXES):
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            if _FAIR_ESM_NAME.fullmatch(rest):
+                return rest
+            for pattern, template in _HF_NAMES:
+                match = re.fullmatch(pattern, rest)
+                if match:
+                    return re.sub("query|key|value", lambda m: _PROJECTIONS[m.group()], match.expand(template))
+    return None
+
+
+def _spec_of(state: dict[str, Any], config: dict[str, Any], weights: Weights) -> ModelSpec:
+    if "embed_tokens.weight" not in state:
+        raise UserError(f"{weights.place} has no token embedding: it is not an ESM-2 checkpoint.")
+    numbers = [int(name.split(".")[1]) for name in state if name.startswith("layers.")]
+    layers = config.get("layers") or (max(numbers) + 1 if numbers else 0)
+    hidden = config.get("hidden") or state["embed_tokens.weight"].shape[-1]
+    known = next((spec for spec in SIZES.values() if (spec.layers, spec.hidden) == (layers, hidden)), None)
+    inv_freq = state.get("layers.0.self_attn.rot_emb.inv_freq")
+    heads = (
+        config.get("heads")
+        or (known.heads if known else None)
+        or (hidden // (2 * len(inv_freq)) if inv_freq is not None else None)
+    )
+    if not heads or hidden % heads or (hidden // heads) % 2:
+        raise UserError(
+            f"{weights.place} does not say how many attention heads it has.",
+            "Give a HuggingFace directory with its config.json.",
+        )
+    if weights.spec is not None and (weights.spec.layers, weights.spec.hidden, weights.spec.heads) != (
+        layers,
+        hidden,
+        heads,
+    ):
+        raise UserError(
+            f"{weights.place} is not {weights.spec.name}: it has {layers} layers of {hidden} with {heads} heads.",
+            "Remove it from the cache and fetch again.",
+        )
+    return weights.spec or ModelSpec(
+        known.name if known and known.heads == heads else weights.name, layers, hidden, heads
+    )
+
+
+def _settle_inv_freq(state: dict[str, Any], spec: ModelSpec) -> list[str]:
+    """Make layer 0's inv_freq stand for all, checking that they agree. Returns notes."""
+    import torch
+
+    names = [name for name in state if name.endswith("inv_freq")]
+    expected = half_rounded_inv_freq(spec)
+    if not names:
+        state["layers.0.self_attn.rot_emb.inv_freq"] = expected
+        return ["the checkpoint has no inv_freq; the fp16-rounded exact values are used, as ESM-2 was trained"]
+    found = [state.pop(name).float() for name in names]
+    if any(not torch.equal(found[0], other) for other in found[1:]):
+        raise UserError("The checkpoint's layers have different inv_freq; ESM-2 has one for all.")
+    state["layers.0.self_attn.rot_emb.inv_freq"] = found[0]
+    if found[0].shape == expected.shape and not torch.equal(found[0], expected):
+        return ["the checkpoint's inv_freq is not the fp16-rounded one of ESM-2; it is used as it stands"]
+    return []
+
+
+def half_rounded_inv_freq(spec: ModelSpec) -> Any:
+    """`1 / 10000^(2i / head_dim)` rounded to fp16, float32 [head_dim / 2]: the values that ESM-2's checkpoints hold."""
+    import torch
+
+    exact = 1.0 / 10000.0 ** (torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
+    return exact.half().float()
+
+
+def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the encoder under fair-esm's name, with its shape."""
+    d = spec.hidden
+    expected: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (VOCABULARY, d)}
+    for i in range(spec.layers):
+        linear = {f"self_attn.{p}_proj": (d, d) for p in ("q", "k", "v", "out")} | {
+            "fc1": (4 * d, d),
+            "fc2": (d, 4 * d),
+        }
+        for name, (rows, columns) in linear.items():
+            expected[f"layers.{i}.{name}.weight"] = (rows, columns)
+            expected[f"layers.{i}.{name}.bias"] = (rows,)
+        for name in ("self_attn_layer_norm", "final_layer_norm"):
+            expected[f"layers.{i}.{name}.weight"] = expected[f"layers.{i}.{name}.bias"] = (d,)
+    expected["emb_layer_norm_after.weight"] = expected["emb_layer_norm_after.bias"] = (d,)
+    return expected
+
+
+def _check_shapes(state: dict[str, Any], spec: ModelSpec, weights: Weights) -> None:
+    expected = {**shapes(spec), "layers.0.self_attn.rot_emb.inv_freq": (spec.head_dim // 2,)}
+    missing = [name for name in expected if name not in state]
+    if missing:
+        raise UserError(f"{weights.place} lacks {len(missing)} tensors of {spec.name}: {_some(missing)}.")
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise UserError(
+                f"{weights.place}: {name} has shape {tuple(state[name].shape)}, and {spec.name} needs {shape}."
+            )
+    surplus = [name for name in state if name not in expected]
+    if surplus:
+        raise UserError(f"{weights.place} has more layers than its configuration says: {_some(surplus)}.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def random_state(spec: ModelSpec, seed: int = 0) -> dict[str, Any]:
+    """Reproducible random weights of trained-like scale, for benchmarks and tests. fair-esm's names, float32, CPU."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in shapes(spec).items():
+        tensor = torch.empty(shape)
+        if name.endswith("layer_norm.weight") or name == "emb_layer_norm_after.weight":
+            tensor.normal_(1.0, 0.1, generator=generator)
+        elif len(shape) == 1:
+            tensor.normal_(0.0, 0.02, generator=generator)
+        else:
+            tensor.normal_(0.0, shape[-1] ** -0.5, generator=generator)
+        state[name] = tensor
+    state["layers.0.self_attn.rot_emb.inv_freq"] = half_rounded_inv_freq(spec)
+    return state

@@ -1,0 +1,176 @@
+"""From record lengths to segments to packs. Integers only: no text, no tensors, no files.
+
+Everything is decided here before anything is computed: a plan is a pure function of the segment lengths and the
+token budget, so a resumed run, a second device or another host each work through a subset of the same plan.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+
+SPECIAL_TOKENS = 2
+"""`<cls>` and `<eos>`, one of each around every segment."""
+
+SMALLEST_RUNG = 1024
+"""Fewest rows of a pack. GEMM rows are bitwise the same in any company from 777 rows up on a CPU (fp32, D=1280)
+and from 1024 on an H100; below, BLAS may pick another kernel for another shape."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Pieces of records to embed, in record order.
+
+    record: int64 [S], number of the record; start: int32 [S], first residue; length: int32 [S], residues.
+    """
+
+    record: Int64
+    start: NDArray[np.int32]
+    length: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.record)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Packs of segments. Pack p holds `segments[offsets[p]:offsets[p + 1]]`, longest first, in `rung[p]` rows.
+
+    segments: int64 [S]; offsets: int64 [P + 1]; rung: int64 [P]; tokens: int64 [P], used rows of each pack.
+    """
+
+    segments: Int64
+    offsets: Int64
+    rung: Int64
+    tokens: Int64
+    token_budget: int
+
+    def __len__(self) -> int:
+        return len(self.rung)
+
+    def pack(self, number: int) -> Int64:
+        return self.segments[self.offsets[number] : self.offsets[number + 1]]
+
+    @property
+    def density(self) -> float:
+        """Used rows over computed rows, all packs."""
+        return float(self.tokens.sum() / self.rung.sum()) if len(self) else 0.0
+
+    @property
+    def density_without_last(self) -> float:
+        """Density of all packs but the last opened, which holds what is left over."""
+        return float(self.tokens[:-1].sum() / self.rung[:-1].sum()) if len(self) > 1 else self.density
+
+
+def whole_segments(records: Int64, lengths: Int64, longest: int | None = None) -> Segments:
+    """One segment per record, cut after `longest` residues if given."""
+    length = lengths if longest is None else np.minimum(lengths, longest)
+    return Segments(records, np.zeros(len(records), np.int32), length.astype(np.int32))
+
+
+def windowed_segments(records: Int64, lengths: Int64, window: int, overlap: int) -> Segments:
+    """Records of up to `window` residues whole; longer ones as evenly spread windows of `window` residues.
+
+    Neighbouring windows share at least `overlap` residues.
+    """
+    counts = np.ones(len(lengths), np.int64)
+    long = lengths > window
+    counts[long] = -((overlap - lengths[long]) // (window - overlap))  # ceil((L - overlap) / (W - overlap))
+    record = np.repeat(records, counts)
+    total = np.repeat(lengths, counts)
+    count = np.repeat(counts, counts)
+    k = np.arange(len(record)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = np.where(count > 1, k * (total - window) // np.maximum(count - 1, 1), 0)
+    return Segments(record, start.astype(np.int32), np.minimum(total, window).astype(np.int32))
+
+
+@lru_cache(maxsize=16)
+def window_weights(total: int, starts: tuple[int, ...], window: int) -> list[NDArray[np.float32]]:
+    """Blending weights, float32 [window] for each window of one record of `total` residues.
+
+    Triangular, falling towards both edges of a window, and normalised so that they sum to one at every residue.
+    """
+    ramp = np.minimum(np.arange(1, window + 1), np.arange(window, 0, -1)).astype(np.float64)
+    norm = np.zeros(total)
+    for start in starts:
+        norm[start : start + window] += ramp
+    return [(ramp / norm[start : start + window]).astype(np.float32) for start in starts]
+
+
+def rungs(token_budget: int) -> list[int]:
+    """The ladder of pack sizes: 1024, 2048, 4096 ... and the budget itself."""
+    ladder = []
+    rung = SMALLEST_RUNG
+    while rung < token_budget:
+        ladder.append(rung)
+        rung *= 2
+    return [*ladder, max(token_budget, SMALLEST_RUNG)]
+
+
+def first_fit_decreasing(lengths: NDArray[np.int32] | Int64, token_budget: int) -> Plan:
+    """Pack segments of `lengths` residues (plus two special tokens each) into packs of at most `token_budget` tokens.
+
+    Exact first-fit decreasing, ties broken by segment number. A segment longer than the budget has a pack of its own.
+    Equal lengths are placed in one step: first-fit puts c equal items into the open packs in order, as many into
+    each as it has room for, which is a cumulative sum of those capacities cut at c.
+    """
+    cost = np.asarray(lengths, np.int64) + SPECIAL_TOKENS
+    order = np.argsort(-cost, kind="stable")
+    sorted_cost = cost[order]
+    pack_of = np.empty(len(cost), np.int64)  # of the sorted segments
+
+    changes = np.flatnonzero(np.diff(sorted_cost)) + 1
+    group_bounds = [0, *changes.tolist(), len(cost)] if len(cost) else []
+    least = int(sorted_cost[-1]) if len(cost) else 0
+
+    n_packs = 0
+    open_ids = np.empty(0, np.int64)  # packs that can still take the shortest segment, in order of opening
+    open_room = np.empty(0, np.int64)
+    for begin, end in pairwise(group_bounds):
+        size, count = int(sorted_cost[begin]), end - begin
+        capacity = open_room // size
+        filled = np.cumsum(capacity)
+        touched = int(np.searchsorted(filled, count, side="left")) + 1
+        take = capacity[:touched].copy()
+        placed = min(count, int(filled[-1])) if len(filled) else 0
+        if touched <= len(filled):
+            take[-1] -= int(filled[touched - 1]) - count
+        pack_of[begin : begin + placed] = np.repeat(open_ids[:touched], take)
+        open_room[:touched] -= take * size
+
+        left = count - placed
+        if left:
+            per_pack = max(token_budget // size, 1)
+            new = -(-left // per_pack)
+            ids = n_packs + np.arange(new)
+            pack_of[begin + placed : end] = np.repeat(ids, per_pack)[:left]
+            room = np.full(new, token_budget - per_pack * size)
+            room[-1] += (new * per_pack - left) * size
+            open_ids, open_room = np.append(open_ids, ids), np.append(open_room, room)
+            n_packs += new
+        usable = open_room >= least
+        if not usable.all():
+            open_ids, open_room = open_ids[usable], open_room[usable]
+
+    by_pack = np.argsort(pack_of, kind="stable")
+    offsets = np.searchsorted(pack_of[by_pack], np.arange(n_packs + 1))
+    tokens = np.bincount(pack_of, weights=sorted_cost, minlength=n_packs).astype(np.int64)
+    return Plan(order[by_pack], offsets, _rung_of(tokens, token_budget), tokens, token_budget)
+
+
+def _rung_of(tokens: Int64, token_budget: int) -> Int64:
+    ladder = np.asarray(rungs(token_budget), np.int64)
+    step = np.searchsorted(ladder, tokens)
+    beyond = -(-tokens // SMALLEST_RUNG) * SMALLEST_RUNG
+    return np.where(step < len(ladder), ladder[np.minimum(step, len(ladder) - 1)], beyond)
+
+
+def subset(plan: Plan, wanted: NDArray[np.bool_]) -> Int64:
+    """Numbers of the packs that hold at least one wanted segment (bool [S]), in plan order."""
+    if not len(plan):
+        return np.empty(0, np.int64)
+    return np.flatnonzero(np.logical_or.reduceat(wanted[plan.segments], plan.offsets[:-1]))

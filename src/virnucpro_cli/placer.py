@@ -1,0 +1,131 @@
+"""The sink of a run: takes each batch's embeddings to the rows of its records and of their copies, windows stitched."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli import report, store
+from virnucpro_cli.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.fasta import RecordTable
+from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
+from virnucpro_cli.policies import Int64, Work
+from virnucpro_cli.pooling import Embeddings
+
+COMMIT_SECONDS = 5.0
+
+
+class Placer:
+    """The sink of the runner: what a batch yields goes to the rows of its records and of their copies.
+
+    Windows of a long record wait here until the last has come, and are then added in window order.
+    """
+
+    def __init__(
+        self, file: store.Store, table: RecordTable, work: Work, plan: Plan, config: EmbedConfig,
+        todo: NDArray[np.bool_], clock: report.Clock, pin: bool,
+    ):  # fmt: skip
+        self.file, self.table, self.work, self.config, self.todo, self.clock = file, table, work, config, todo, clock
+        self.collator = VarlenCollator(table, work.segments, work.embedded, plan, pin)
+        self.store_dtype = np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32)
+        self.tracker: report.Tracker | None = None
+        self.broken: list[int] = []  # records with a value that is not finite
+        self.flag = 0
+        self.started = self.last_commit = time.perf_counter()
+        self.first_pack: float | None = None
+        self._members = np.argsort(work.unit, kind="stable")
+        self._sorted_units = work.unit[self._members]
+        self._offsets = np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if "residue" in config.pool else None
+        self._windows: dict[int, dict[int, _Window]] = {}
+
+    def __call__(self, batch: PackedBatch, found: Embeddings) -> None:
+        if self.first_pack is None:
+            self.first_pack = time.perf_counter() - self.started
+        with self.clock.stage("write (overlapped)" if self.collator.pin else "write"):
+            assert found.finite is not None
+            record = self.work.segments.record[batch.segments]
+            finite = found.finite.numpy()
+            wanted = self.todo[record]
+            whole = batch.lengths - SPECIAL_TOKENS == self.work.embedded[record]
+            self.broken += record[wanted & whole & ~finite].tolist()
+            self._place_whole(record, np.flatnonzero(wanted & whole & finite), batch, found)
+            for i in np.flatnonzero(wanted & ~whole).tolist():
+                self._keep_window(int(record[i]), i, batch, found)
+            if time.perf_counter() - self.last_commit > COMMIT_SECONDS:
+                self.file.commit()
+                self.last_commit = time.perf_counter()
+        if self.tracker:
+            self.tracker.advance(batch.used)
+
+    def rows_of(self, records: Int64) -> tuple[Int64, Int64]:
+        """Rows of the given units and their copies, and for each the position of its unit in `records`."""
+        first = np.searchsorted(self._sorted_units, records, side="left")
+        counts = np.searchsorted(self._sorted_units, records, side="right") - first
+        source = np.repeat(np.arange(len(records)), counts)
+        within = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self._members[np.repeat(first, counts) + within], source
+
+    def _place_whole(self, record: Int64, chosen: Int64, batch: PackedBatch, found: Embeddings) -> None:
+        rows, source = self.rows_of(record[chosen])
+        for (kind, layer), values in found.pooled.items():
+            self.file.place(kind, layer, rows, values.numpy()[chosen][source].astype(self.store_dtype))
+        if found.residue:
+            ends = np.cumsum(batch.lengths)
+            for row, i in zip(rows.tolist(), chosen[source].tolist(), strict=True):
+                inside = slice(int(ends[i] - batch.lengths[i]) + 1, int(ends[i]) - 1)
+                for layer, values in found.residue.items():
+                    self._place_residues(layer, row, values.numpy()[inside])
+        self.file.mark(rows, flag=self.flag)
+
+    def _place_residues(self, layer: int, row: int, values: NDArray[Any]) -> None:
+        assert self._offsets is not None
+        rows = np.arange(self._offsets[row], self._offsets[row + 1])
+        self.file.place("residue", layer, rows, values.astype(self.store_dtype, copy=False))
+
+    def _keep_window(self, record: int, i: int, batch: PackedBatch, found: Embeddings) -> None:
+        segment = int(batch.segments[i])
+        weights = self.collator.weights_of(segment)
+        share = np.float32(weights.sum(dtype=np.float64) / self.work.embedded[record])
+        end = int(batch.lengths[: i + 1].sum())
+        inside = slice(end - int(batch.lengths[i]) + 1, end - 1)
+        pooled = {
+            (kind, layer): values.numpy()[i] * (share if kind == "bos" else np.float32(1))
+            for (kind, layer), values in found.pooled.items()
+        }
+        residue = {layer: values.numpy()[inside].copy() for layer, values in found.residue.items()}
+        windows = self._windows.setdefault(record, {})
+        windows[segment] = _Window(int(self.work.segments.start[segment]), pooled, residue)
+        first, last = np.searchsorted(self.work.segments.record, [record, record + 1])
+        if len(windows) == last - first:
+            self._place_windows(record, [windows[s] for s in range(int(first), int(last))])
+            del self._windows[record]
+
+    def _place_windows(self, record: int, windows: "list[_Window]") -> None:
+        rows, _ = self.rows_of(np.asarray([record]))
+        pooled = {key: sum(w.pooled[key] for w in windows) for key in windows[0].pooled}
+        stored = {key: np.asarray(values).astype(self.store_dtype) for key, values in pooled.items()}
+        residue = {}
+        for layer in windows[0].residue:
+            whole = np.zeros((int(self.work.embedded[record]), windows[0].residue[layer].shape[1]), np.float32)
+            for w in windows:
+                whole[w.start : w.start + len(w.residue[layer])] += w.residue[layer]
+            residue[layer] = whole.astype(self.store_dtype)
+        if not all(np.isfinite(values).all() for values in (*stored.values(), *residue.values())):
+            self.broken.append(record)
+            return
+        for (kind, layer), values in stored.items():
+            self.file.place(kind, layer, rows, np.broadcast_to(values, (len(rows), len(values))))
+        for layer, values in residue.items():
+            for row in rows.tolist():
+                self._place_residues(layer, row, values)
+        self.file.mark(rows, flag=self.flag)
+
+
+@dataclass(frozen=True)
+class _Window:
+    start: int
+    pooled: dict[tuple[str, int], NDArray[np.float32]]
+    residue: dict[int, NDArray[np.float32]]

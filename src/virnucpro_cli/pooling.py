@@ -1,0 +1,73 @@
+"""Hidden rows of a packed batch to what is stored: mean, bos and residue rows, accumulated in fp32 on the device.
+
+Every sum runs over one segment's rows in order, so its bits do not depend on what else is in the pack.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from virnucpro_cli.collate import PackedBatch
+
+KINDS = ("mean", "bos", "residue")
+
+
+@dataclass
+class Embeddings:
+    """What one batch yields. pooled: (kind, layer) -> float32 [n, D]; residue: layer -> [T, D] in the store dtype, or
+    float32 already multiplied by the blending weights where the batch has windows; finite: bool [n], whether all
+    that is stored of a segment is finite after the cast to the store dtype.
+    """
+
+    pooled: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    residue: dict[int, torch.Tensor] = field(default_factory=dict)
+    finite: torch.Tensor | None = None
+
+
+def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Mean over the residues of each segment (no `<cls>`, no `<eos>`), float32 [n, D]; windows: their weighted share."""
+    rows = hidden.float()
+    if batch.weights is not None:
+        rows = rows * batch.weights[:, None]
+    return _residue_sum(rows, batch) / batch.divisor[:, None]
+
+
+def bos(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The `<cls>` row of each segment, float32 [n, D]."""
+    return hidden.index_select(0, batch.cu_seqlens[:-1]).float()
+
+
+def residues(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype) -> torch.Tensor:
+    """All T rows, in the store dtype; float32 and weighted if the batch has windows, which are added up on the host."""
+    if batch.weights is None:
+        return hidden.to(store_dtype)
+    return hidden.float() * batch.weights[:, None]
+
+
+def _residue_sum(rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    # Offsets alternate residues with the <eos><cls> between two segments; every second sum is kept.
+    bounds = torch.stack((batch.cu_seqlens[:-1] + 1, batch.cu_seqlens[1:] - 1), dim=1).flatten()
+    return torch.segment_reduce(rows, "sum", offsets=bounds, axis=0, unsafe=True)[::2]
+
+
+class Pooler:
+    """Collects what was asked of each layer as the forward passes it; nothing of a layer outlives the call."""
+
+    def __init__(self, kinds: tuple[str, ...], store_dtype: torch.dtype):
+        self.kinds, self.store_dtype = kinds, store_dtype
+
+    def add(self, into: Embeddings, layer: int, hidden: torch.Tensor, batch: PackedBatch) -> None:
+        for kind, pool in (("mean", mean), ("bos", bos)):
+            if kind in self.kinds:
+                rows = pool(hidden, batch)
+                into.pooled[kind, layer] = rows
+                self._note_finite(into, rows.to(self.store_dtype).isfinite().all(dim=1))
+        if "residue" in self.kinds:
+            rows = residues(hidden, batch, self.store_dtype)
+            into.residue[layer] = rows
+            broken = ~rows.to(self.store_dtype).isfinite().all(dim=1, keepdim=True)
+            self._note_finite(into, _residue_sum(broken.float(), batch)[:, 0] == 0)
+
+    @staticmethod
+    def _note_finite(into: Embeddings, finite: torch.Tensor) -> None:
+        into.finite = finite if into.finite is None else into.finite & finite

@@ -1,0 +1,141 @@
+"""Numbers of a run and how people see them: a report as rich tables and JSON, stage clocks, and progress."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+LOG_EVERY_SECONDS = 30.0
+
+
+@dataclass
+class RunReport:
+    """What a run did. Sections of plain numbers and words; `seconds` by stage, `rates` per second of the forward stage."""
+
+    command: str
+    counts: dict[str, int] = field(default_factory=dict)
+    packing: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+class Clock:
+    """Wall seconds by stage. Stages on different threads may overlap."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def console(quiet: bool = False) -> Console:
+    """stderr; stdout stays clean. Not a terminal: no colour, and wide enough that tables do not wrap."""
+    return Console(stderr=True, quiet=quiet, width=None if sys.stderr.isatty() else 110, highlight=False)
+
+
+class Tracker:
+    """Progress in tokens: a bar on a terminal, otherwise one line every 30 seconds."""
+
+    def __init__(self, out: Console, total: int):
+        self.out, self.total, self.done = out, total, 0
+        self.started = self.last_line = time.monotonic()
+        self.bar = Progress(
+            SpinnerColumn(), TextColumn("embedding"), BarColumn(), TextColumn("{task.percentage:>5.1f} %"),
+            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=out,
+        ) if out.is_terminal and not out.quiet else None  # fmt: skip
+        self.task = self.bar.add_task("embed", total=total, rate="") if self.bar else None
+
+    def __enter__(self) -> "Tracker":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, tokens: int) -> None:
+        self.done += tokens
+        now = time.monotonic()
+        rate = self.done / max(now - self.started, 1e-9)
+        if self.bar and self.task is not None:
+            self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f} tokens/s")
+        elif now - self.last_line >= LOG_EVERY_SECONDS:
+            self.last_line = now
+            left = (self.total - self.done) / rate
+            self.out.print(
+                f"{self.done / self.total:6.1%} of {self.total:,} tokens, {rate:,.0f} tokens/s, {clock_time(left)} left"
+            )
+
+
+def clock_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def amount(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def packing_table(report: RunReport) -> Table:
+    table = Table(title="Packing", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name, value in (report.counts | report.packing).items():
+        if value or name in ("proteins", "packs"):
+            table.add_row(
+                name, f"{value:.2%}" if name.startswith("density") or name.endswith("share") else amount(value)
+            )
+    return table
+
+
+def throughput_table(report: RunReport) -> Table:
+    table = Table(title="Throughput", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name, value in report.seconds.items():
+        table.add_row(name, f"{value:.2f} s")
+    table.add_section()
+    for name, value in report.rates.items():
+        table.add_row(name, amount(value))
+    table.add_section()
+    for name, count in report.memory.items():
+        table.add_row(name, size(count))
+    table.add_section()
+    for name, word in report.environment.items():
+        if isinstance(word, str) and name in ("model", "device", "dtype", "attention", "token budget"):
+            table.add_row(name, word)
+    return table

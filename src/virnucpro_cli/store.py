@@ -1,0 +1,460 @@
+"""The output file: laid out in full by HDF5, closed, and from then on filled by `pwrite` at the datasets' offsets.
+
+HDF5 never writes to the file again, so a kill at any moment leaves it readable. A row whose status is `done` is on
+disk: rows are synced before the status bytes that vouch for them. The file is `OUT.partial` until it is complete.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli.errors import UserError
+
+SCHEMA = 1
+PENDING, DONE, SKIPPED = 0, 1, 2
+STATUS_NAMES = ("pending", "done", "skipped")
+TRUNCATED, REPLACED, RECOMPUTED, COPIED, WINDOWED = 1, 2, 4, 8, 16
+FLAG_NAMES = {1: "truncated", 2: "replaced", 4: "recomputed in fp32", 8: "copied", 16: "windowed"}
+REASONS = ("", "empty", "invalid residues", "too long", "not finite")
+EMPTY, INVALID, TOO_LONG, NOT_FINITE = 1, 2, 3, 4
+REPORT_BYTES = 1 << 16
+NAME_BLOCK = 1 << 16
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything the file will ever hold except embeddings. N records, D hidden.
+
+    names(start, stop) gives the record names of a range; residue_offsets int64 [N + 1] only with per-residue output.
+    """
+
+    hidden: int
+    layers: tuple[int, ...]
+    kinds: tuple[str, ...]
+    store_dtype: np.dtype[Any]
+    lengths: NDArray[np.int32]
+    replaced: NDArray[np.int32]
+    flags: NDArray[np.uint16]
+    status: NDArray[np.uint8]
+    reason: NDArray[np.uint8]
+    residue_offsets: NDArray[np.int64] | None
+    names: Callable[[int, int], list[str]]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the embeddings themselves."""
+        pooled = len(self.lengths) * sum(kind != "residue" for kind in self.kinds)
+        residues = int(self.residue_offsets[-1]) if self.residue_offsets is not None else 0
+        return (pooled + residues) * len(self.layers) * self.hidden * self.store_dtype.itemsize
+
+    @property
+    def file_bytes(self) -> int:
+        """Estimate of the whole file: embeddings, a name of 40 bytes and its heap entry, and the small columns."""
+        return self.data_bytes + len(self.lengths) * 88 + REPORT_BYTES + 8192
+
+
+def partial_path(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def check_destination(output: Path) -> None:
+    """Raise UserError unless `output` could be created or replaced where it is."""
+    folder = output.parent
+    if output.is_dir():
+        raise UserError(f"The output {output} is a directory.", "Name a file, such as out.h5.")
+    if not folder.is_dir():
+        raise UserError(f"The output directory {folder} does not exist.", f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"The output directory {folder} cannot be written.", "Choose another place with -o.")
+
+
+def check_free_space(output: Path, needed: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise UserError(
+            f"{output} will need {needed / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free in {output.parent}.",
+            "Free some space, choose another disk with -o, or store less (--store-dtype fp16, fewer --layers, no residue pool).",
+        )
+
+
+def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
+    """(fingerprint, complete) of a file that this program wrote; None if it is something else."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            if file.attrs.get("schema") != SCHEMA or "fingerprint" not in file.attrs:
+                return None
+            return json.loads(file.attrs["fingerprint"]), bool(file["run/complete"][()])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints, in words."""
+    keys = sorted(theirs.keys() | ours.keys())
+    return [f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in keys if theirs.get(key) != ours.get(key)]
+
+
+def _create_contiguous(group: Any, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+    """A dataset whose bytes have their place in the file from the start, and are not touched by HDF5."""
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
+    h5py.h5d.create(group.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, creation)
+
+
+def _lay_out(path: Path, layout: Layout) -> None:
+    n = len(layout.lengths)
+    with h5py.File(path, "w", locking=False) as file:
+        for key, value in layout.attributes.items():
+            file.attrs[key] = value
+        file.attrs["schema"] = SCHEMA
+        file.attrs["status_names"] = json.dumps(dict(enumerate(STATUS_NAMES)))
+        file.attrs["flag_names"] = json.dumps(FLAG_NAMES)
+        file.attrs["reason_names"] = json.dumps(dict(enumerate(REASONS)))
+        names = file.create_dataset("sequence_ids", (n,), h5py.string_dtype("utf-8"))
+        for start in range(0, n, NAME_BLOCK):
+            stop = min(n, start + NAME_BLOCK)
+            names[start:stop] = layout.names(start, stop)
+        for name in ("lengths", "replaced", "flags", "status", "reason"):
+            column = getattr(layout, name)
+            _create_contiguous(file, name, (n,), column.dtype)
+            file[name][:] = column
+        if layout.residue_offsets is not None:
+            residue = file.create_group("residue")
+            residue["offsets"] = layout.residue_offsets
+            for layer in layout.layers:
+                _create_contiguous(
+                    residue, str(layer), (int(layout.residue_offsets[-1]), layout.hidden), layout.store_dtype
+                )
+        pooled = [kind for kind in ("mean", "bos") if kind in layout.kinds]
+        for kind in pooled:
+            group = file.create_group(kind)
+            for layer in layout.layers:
+                _create_contiguous(group, str(layer), (n, layout.hidden), layout.store_dtype)
+        if pooled:
+            file["embeddings"] = file[pooled[0]][str(layout.layers[-1])]
+        run = file.create_group("run")
+        _create_contiguous(run, "report", (), f"S{REPORT_BYTES}")
+        run["report"][()] = b"{}"
+        _create_contiguous(run, "complete", (), np.uint8)
+        run["complete"][()] = 0
+
+
+@dataclass(frozen=True)
+class _Place:
+    offset: int
+    row_bytes: int
+
+
+class Store:
+    """A laid-out file, locked by this process, filled row by row. Not safe for several threads at once."""
+
+    def __init__(self, output: Path, path: Path, fd: int):
+        self.output, self.path, self.fd = output, path, fd
+        self._uncommitted: list[tuple[NDArray[np.int64], int, int, int]] = []
+        self.places: dict[str, _Place] = {}
+        with h5py.File(path, "r", locking=False) as file:
+            self.status: NDArray[np.uint8] = file["status"][:]
+            self.flags: NDArray[np.uint16] = file["flags"][:]
+            self.reason: NDArray[np.uint8] = file["reason"][:]
+
+            def note(name: str, item: Any) -> None:
+                if isinstance(item, h5py.Dataset) and item.id.get_offset() is not None:
+                    row = int(np.prod(item.shape[1:], dtype=np.int64)) * item.dtype.itemsize
+                    self.places[name] = _Place(item.id.get_offset(), row)
+
+            file.visititems(note)
+            for kind in ("mean", "bos"):  # visititems reports a dataset once, perhaps as /embeddings
+                for name, item in file[kind].items() if kind in file else ():
+                    note(f"{kind}/{name}", item)
+
+    @classmethod
+    def create(cls, output: Path, layout: Layout, preallocate: bool = True) -> "Store":
+        """Lay the file out under a name that no run resumes, make it whole and durable, then call it `.partial`."""
+        partial = partial_path(output)
+        new = partial.with_name(partial.name + ".new")
+        fd = os.open(new, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(fd, new)
+            _lay_out(new, layout)
+            size = os.fstat(fd).st_size
+            if preallocate:
+                os.posix_fallocate(fd, 0, size)
+            else:
+                os.ftruncate(fd, size)
+            store = cls(output, new, fd)
+            store._fill_skipped(layout)
+            os.fsync(fd)
+            _rename_new(new, partial)
+            store.path = partial
+            return store
+        except OSError as error:
+            os.close(fd)
+            new.unlink(missing_ok=True)
+            raise _disk_error(error, output, resumable=False) from None
+        except BaseException:
+            os.close(fd)
+            new.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def resume(cls, output: Path) -> "Store":
+        """Open the `.partial` of an earlier run, locked; raises UserError if another process writes it now."""
+        partial = partial_path(output)
+        fd = os.open(partial, os.O_RDWR)
+        try:
+            _lock(fd, partial)
+            return cls(output, partial, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _fill_skipped(self, layout: Layout) -> None:
+        rows = np.flatnonzero(layout.status == SKIPPED)
+        for kind in layout.kinds:
+            for layer in layout.layers:
+                if kind != "residue":
+                    for block in np.array_split(rows, len(rows) // 4096 + 1):
+                        self.place(kind, layer, block, np.full((len(block), layout.hidden), np.nan, layout.store_dtype))
+
+    def place(self, kind: str, layer: int, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Write values [n, D], already in the store dtype, to the given rows; neighbours in one write."""
+        if not len(rows):
+            return
+        if (np.diff(rows) < 0).any():
+            order = np.argsort(rows, kind="stable")
+            rows, values = rows[order], values[order]
+        values = np.ascontiguousarray(values)
+        place = self.places[f"{kind}/{layer}"]
+        assert values[0].nbytes == place.row_bytes, "values in another dtype or width than the dataset; this is a bug"
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        for a, b in pairwise([0, *breaks.tolist(), len(rows)]):
+            self._write(values[a:b], place.offset + int(rows[a]) * place.row_bytes)
+
+    def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:
+        """Note that the rows placed so far are final; it becomes true on disk with the next commit."""
+        self._uncommitted.append((rows, status, flag, reason))
+
+    def commit(self) -> None:
+        """Make placed rows durable, then the status bytes that vouch for them."""
+        if not self._uncommitted:
+            return
+        self._sync()
+        for rows, status, flag, reason in self._uncommitted:
+            self.status[rows] = status
+            if flag:
+                self.flags[rows] |= np.uint16(flag)
+                self._write_column("flags", self.flags, rows)
+            if reason:
+                self.reason[rows] = reason
+                self._write_column("reason", self.reason, rows)
+        self._sync()
+        self._write_column("status", self.status, np.concatenate([rows for rows, *_ in self._uncommitted]))
+        self._sync()
+        self._uncommitted.clear()
+
+    def _write_column(self, name: str, column: NDArray[Any], rows: NDArray[np.int64]) -> None:
+        rows = np.unique(rows)
+        place = self.places[name]
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1  # never a byte of a row that another process may own
+        for a, b in pairwise([0, *breaks.tolist(), len(rows)]):
+            first, last = int(rows[a]), int(rows[b - 1])
+            self._write(column[first : last + 1], place.offset + first * place.row_bytes)
+
+    def finish(self, report: str, overwrite: bool) -> None:
+        """Store the report, declare the file complete, and give it its final name."""
+        self.commit()
+        data = report.encode()
+        assert len(data) <= REPORT_BYTES, "the report outgrew its place; this is a bug"
+        self._write(np.frombuffer(data.ljust(REPORT_BYTES, b"\0"), np.uint8), self.places["run/report"].offset)
+        self._sync()
+        self._write(np.ones(1, np.uint8), self.places["run/complete"].offset)
+        self._sync()
+        self.publish(overwrite)
+
+    def publish(self, overwrite: bool) -> None:
+        if overwrite:
+            os.replace(self.path, self.output)
+        else:
+            _rename_new(self.path, self.output)
+        self.path = self.output
+
+    def close(self) -> None:
+        """Release the lock. What was placed but not committed stays pending."""
+        os.close(self.fd)
+
+    def _write(self, data: NDArray[Any], offset: int) -> None:
+        view = memoryview(data.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
+        try:
+            while view:
+                written = os.pwrite(self.fd, view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            raise _disk_error(error, self.output, resumable=True) from None
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise _disk_error(error, self.output, resumable=True) from None
+
+
+def _disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
+    if error.errno in NO_SPACE:
+        what = (
+            f"No space is left for {output}"
+            if error.errno == errno.ENOSPC
+            else f"The disk quota is used up for {output}"
+        )
+    else:
+        what = f"{output} cannot be written: {error.strerror}"
+    if resumable:
+        return UserError(
+            f"{what}. Nothing that was computed and committed is lost.",
+            "Make room, then run the same command again to resume.",
+        )
+    return UserError(f"{what}.", "Make room or choose another disk with -o, and run again.")
+
+
+def _lock(fd: int, path: Path) -> None:
+    """Take the file's lock, which the kernel drops when its process dies."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"Another run is writing {path} now.", "Wait for it, or choose another output with -o."
+        ) from None
+    try:
+        same = os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise UserError(f"{path} was finished or replaced by another run just now.", "Run the command again.")
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Rename without ever replacing a file that appeared meanwhile."""
+    try:
+        os.link(source, target)
+        os.unlink(source)
+    except FileExistsError:
+        raise UserError(
+            f"{target} appeared while this run was working; it was not touched.",
+            f"The result is in {source}; rename it yourself.",
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        os.rename(source, target)  # a file system without hard links
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class EmbeddingFile:
+    """An embeddings file opened for reading. Rows are in FASTA order; a record's number is its identity.
+
+    `file[3]`, `file[10:20]`, `file["P12345"]` give rows of the default embedding (the `/embeddings` link).
+    """
+
+    def __init__(self, path: str | Path):
+        self._file = h5py.File(path, "r")
+        if self._file.attrs.get("schema") != SCHEMA:
+            self._file.close()
+            raise UserError(f"{path} is not an embeddings file of schema {SCHEMA}.")
+        self.attributes: dict[str, Any] = dict(self._file.attrs)
+        self.lengths: NDArray[np.int32] = self._file["lengths"][:]
+        self.status: NDArray[np.uint8] = self._file["status"][:]
+        self.flags: NDArray[np.uint16] = self._file["flags"][:]
+        self.reason: NDArray[np.uint8] = self._file["reason"][:]
+        self._rows: dict[str, list[int]] | None = None
+        self._names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __enter__(self) -> "EmbeddingFile":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._file["run/complete"][()])
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads(self._file["run/report"][()])
+
+    @property
+    def names(self) -> list[str]:
+        if self._names is None:
+            self._names = self._file["sequence_ids"].asstr()[:].tolist()
+        return self._names
+
+    @property
+    def layers(self) -> list[int]:
+        return [int(x) for x in json.loads(self.attributes["layers"])]
+
+    def rows(self, name: str) -> list[int]:
+        """Every row of that name, in order; names need not be unique. Raises KeyError."""
+        if self._rows is None:
+            self._rows = {}
+            for row, known in enumerate(self.names):
+                self._rows.setdefault(known, []).append(row)
+        return self._rows[name]
+
+    def dataset(self, kind: str | None = None, layer: int | None = None) -> h5py.Dataset:
+        """The h5py dataset of a pooling kind and layer (default: the last requested); negative layers are not resolved."""
+        if kind is None and layer is None:
+            if "embeddings" not in self._file:
+                raise KeyError("this file holds only per-residue embeddings: use residues(row)")
+            return self._file["embeddings"]
+        return self._file[kind or "mean"][str(self.layers[-1] if layer is None else layer)]
+
+    def __getitem__(self, key: int | slice | str | list[int] | NDArray[Any]) -> NDArray[Any]:
+        if isinstance(key, str):
+            key = self.rows(key)[0]
+        return self.dataset()[key]
+
+    def __iter__(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """(name, row) of every record, in order."""
+        for start in range(0, len(self), NAME_BLOCK):
+            yield from zip(
+                self.names[start : start + NAME_BLOCK], self.dataset()[start : start + NAME_BLOCK], strict=True
+            )
+
+    def residues(self, key: int | str, layer: int | None = None) -> NDArray[Any]:
+        """Per-residue array [L, D] of a record (empty if it was skipped); needs `--pool residue`."""
+        row = self.rows(key)[0] if isinstance(key, str) else range(len(self))[key]
+        first, last = self._file["residue/offsets"][row : row + 2]
+        return self.dataset("residue", layer)[first:last]
+
+
+def read_embeddings(path: str | Path) -> EmbeddingFile:
+    """Open an embeddings file. No torch needed."""
+    return EmbeddingFile(path)
