@@ -1,0 +1,203 @@
+"""What is promised on a GPU: run with `pytest -m gpu`. Bounds are those of fair-esm in fp32, one sequence at a time."""
+
+import random
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import packs
+from conftest import ROOT, VIRAL, read_fasta, relative_l2
+from virnucpro_cli import attention, embed, runner
+from virnucpro_cli.collate import VarlenCollator
+from virnucpro_cli.fasta import index, open_sources
+from virnucpro_cli.model import locate, weights
+from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.reference import Reference
+from virnucpro_cli.packing import first_fit_decreasing, rungs, whole_segments
+from virnucpro_cli.store import read_embeddings
+
+pytestmark = pytest.mark.gpu
+
+UNIPROT = ROOT / "tests" / "data" / "uniprot_5k.fasta.gz"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@lru_cache(maxsize=1)
+def state_of(name: str) -> tuple:
+    return weights.load(locate.fetch(name, print))[:2]
+
+
+@lru_cache(maxsize=1)
+def model_of(name: str, dtype: str, backend: str = "auto") -> ESM2:
+    exact_arithmetic()
+    device = torch.device("cuda", 0)
+    spec, state = state_of(name)
+    return ESM2(spec, state, DTYPES[dtype], device, attention.resolve(backend, device, DTYPES[dtype])[1])
+
+
+@lru_cache(maxsize=1)
+def reference_of(name: str) -> Reference:
+    exact_arithmetic()
+    spec, state = state_of(name)
+    return Reference(spec, state, "cpu" if name == "demo" else "cuda")
+
+
+def sample(name: str) -> list[tuple[str, str]]:
+    """The viral example and 300 UniProt proteins for the demo weights; 40 of them for the large model."""
+    every = read_fasta(VIRAL) + random.Random(0).sample(read_fasta(UNIPROT), 300)
+    return every if name == "demo" else every[:: len(every) // 40]
+
+
+def errors(name: str, dtype: str, tmp_path: Path, layers: tuple[int, ...], budget: int) -> dict[str, np.ndarray]:
+    """Relative L2 against the reference of every record, by kind, over all given layers."""
+    path = tmp_path / "in.fasta"
+    records = sample(name)
+    path.write_text("".join(f">{n}\n{s}\n" for n, s in records))
+    out = tmp_path / "out.h5"
+    embed.embed_fasta(
+        str(path), str(out), model=name, dtype=dtype, device="cuda", layers=layers, pool=("mean", "bos", "residue"),
+        store_dtype="fp32", token_budget=budget,
+    )  # fmt: skip
+    reference = reference_of(name)
+    found: dict[str, list[float]] = {"mean": [], "bos": [], "residue": []}
+    with read_embeddings(out) as file:
+        for row, (_, sequence) in enumerate(records):
+            expected = reference.embed(sequence[:1022], file.layers)
+            for layer in file.layers:
+                hidden = expected[layer]
+                found["mean"].append(relative_l2(file.dataset("mean", layer)[row], hidden[1:-1].mean(0)))
+                found["bos"].append(relative_l2(file.dataset("bos", layer)[row], hidden[0]))
+                found["residue"].append(relative_l2(file.residues(row, layer), hidden[1:-1]))
+    errors = {kind: np.array(values) for kind, values in found.items()}
+    for kind, values in errors.items():
+        print(
+            f"{name} {dtype} {kind}: median {np.median(values):.2e} p99 {np.quantile(values, 0.99):.2e} max {values.max():.2e}"
+        )
+    return errors
+
+
+@pytest.mark.parametrize(("name", "layers"), [("demo", (0, 3, 6, -1)), ("random:650M", (0, 16, 33))])
+def test_fp32_is_fair_esm_to_rounding(name: str, layers: tuple[int, ...], tmp_path: Path) -> None:
+    found = errors(name, "fp32", tmp_path, layers, 16384)
+    assert found["mean"].max() <= 1e-5
+    assert found["bos"].max() <= 1e-5
+    assert found["residue"].max() <= 2e-5
+
+
+@pytest.mark.parametrize(("name", "layers"), [("demo", (-1,)), ("random:650M", (33,))])
+def test_fp16_is_within_its_honest_error(name: str, layers: tuple[int, ...], tmp_path: Path) -> None:
+    found = errors(name, "fp16", tmp_path, layers, 16384)
+    assert max(found["mean"].max(), found["bos"].max()) <= 5e-3
+    assert np.quantile(found["residue"], 0.99) <= 6e-3
+    assert found["residue"].max() <= 1.5e-2
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("name", ["demo", "random:650M"])
+def test_a_protein_has_the_same_bits_in_any_pack_on_every_rung(name: str, dtype: str, tmp_path: Path) -> None:
+    model = model_of(name, dtype)
+    layers = (0, model.spec.layers // 2, model.spec.layers)
+    generator = random.Random(1)
+    probes = [packs.random_protein(n, generator) for n in (1, 33, 64, 130, 351)]
+    alone = {}
+    for i, probe in enumerate(probes):
+        batch = packs.one_pack(tmp_path, [probe], 1024)
+        alone[i] = packs.of_segment(packs.embeddings(model, batch, layers), batch, 0)
+    differing = []
+    for rows in rungs(32768):
+        sequences, at = packs.among_strangers(probes, rows, generator)
+        batch = packs.one_pack(tmp_path, sequences, rows)
+        found = packs.embeddings(model, batch, layers)
+        for i, place in enumerate(at):
+            for key, value in packs.of_segment(found, batch, place).items():
+                if not torch.equal(value, alone[i][key]):
+                    differing.append((rows, len(probes[i]), key, relative_l2(value, alone[i][key])))
+    assert not differing, differing
+
+
+def test_the_overlapped_runner_yields_what_the_serial_one_does(tmp_path: Path) -> None:
+    model = model_of("demo", "fp16")
+    table = index(open_sources([str(VIRAL)], tmp_path))
+    segments = whole_segments(np.arange(len(table)), table.length.astype(np.int64), 1022)
+    plan = first_fit_decreasing(segments.length, 2048)
+    config = embed.EmbedConfig(pool=("mean", "bos", "residue"))
+    compute = partial(embed._compute, model, (3, 6), config)
+    embedded = np.minimum(table.length, 1022)
+    yields = []
+    for run, pin in ((runner.serial, False), (runner.overlapped, True)):
+        got: list[tuple] = []
+        collator = VarlenCollator(table, segments, embedded, plan, pin)
+        run(
+            range(len(plan)),
+            collator,
+            compute,
+            lambda batch, found, got=got: got.append((batch.segments, found)),
+            model.device,
+        )
+        yields.append(got)
+    assert len(yields[0]) == len(yields[1]) == len(plan)
+    for (one, a), (two, b) in zip(*yields, strict=True):
+        assert (one == two).all()
+        used = int((segments.length[one] + 2).sum())
+        for key in a.pooled:
+            assert torch.equal(a.pooled[key], b.pooled[key])
+        for layer in a.residue:
+            assert torch.equal(a.residue[layer][:used], b.residue[layer][:used])
+
+
+def test_the_runner_waits_for_the_device_only_when_it_retires_a_pack(tmp_path: Path) -> None:
+    """Any synchronising call on the launching thread raises in this mode, except the event of the retired pack."""
+    model = model_of("demo", "fp16")
+    batch = packs.one_pack(tmp_path, [packs.random_protein(n, random.Random(n)) for n in (50, 50, 200)], 1024)
+    packs.embeddings(model, batch, (6,))
+    moved = batch.to(model.device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        embed._compute(model, (0, 6), embed.EmbedConfig(pool=("mean", "bos", "residue")), moved)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_windows_longer_than_the_protein_equal_full_to_the_bit(dtype: str, tmp_path: Path) -> None:
+    rows = []
+    for long in ("full", "window"):
+        out = tmp_path / f"{long}.h5"
+        embed.embed_fasta(
+            str(VIRAL), str(out), model="demo", device="cuda", dtype=dtype, long=long, max_residues=50_000
+        )
+        with read_embeddings(out) as file:
+            rows.append(file[:])
+    assert np.array_equal(rows[0], rows[1])
+
+
+def test_a_named_backend_runs_or_is_refused() -> None:
+    device = torch.device("cuda", 0)
+    with pytest.raises(Exception, match="fp16 or bf16"):
+        attention.resolve("torch_varlen", device, torch.float32)
+    assert attention.resolve("auto", device, torch.float32)[0] == "efficient"
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 2e-6), ("fp16", 2e-3), ("bf16", 1.6e-2)])
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 128])
+def test_every_backend_computes_the_same_attention(dtype: str, bound: float, head_dim: int, tmp_path: Path) -> None:
+    generator = random.Random(2)
+    sequences = [packs.random_protein(n, generator) for n in (1, 7, 64, 64, 129, 300)]
+    batch = packs.one_pack(tmp_path, sequences, 1024).to(torch.device("cuda", 0))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1024, 4, head_dim, device="cuda", dtype=DTYPES[dtype]) for _ in range(3))
+    scale = head_dim**-0.5
+    expected = attention.resolve("sdpa", batch.tokens.device, torch.float32)[1](
+        q.double(), k.double(), v.double(), batch, scale
+    )
+    for name in attention.BACKENDS:
+        try:
+            run = attention.resolve(name, batch.tokens.device, DTYPES[dtype])[1]
+        except Exception:
+            continue
+        found = run(q, k, v, batch, scale)
+        assert relative_l2(found[: batch.used], expected[: batch.used]) <= bound, name
