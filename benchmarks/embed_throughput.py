@@ -25,8 +25,8 @@ from virnucpro_cli.packing import first_fit_decreasing
 from virnucpro_cli.policies import decide
 
 
-def bare_forward(config: EmbedConfig, rounds: int) -> tuple[list[float], int, int]:
-    """Seconds of forward and pooling over all packs, batches already on the device; tokens; token budget."""
+def bare_forward(config: EmbedConfig, rounds: int) -> tuple[list[float], int, int, float]:
+    """Seconds of forward and pooling over all packs, batches already on the device; tokens; token budget; FLOP."""
     device = runner.resolve_device(config.device)
     dtype = runner.resolve_dtype(config.dtype, device)
     exact_arithmetic()
@@ -49,7 +49,9 @@ def bare_forward(config: EmbedConfig, rounds: int) -> tuple[list[float], int, in
             compute(batch)
         _synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return seconds, int(plan.tokens.sum()), budget
+    lengths = work.segments.length.astype(np.float64) + 2
+    flop = spec.flops(float(plan.rung.sum()), float((lengths**2).sum()), spec.layers)
+    return seconds, int(plan.tokens.sum()), budget, flop
 
 
 def _synchronize(device: torch.device) -> None:
@@ -81,22 +83,32 @@ def main() -> None:
     parser.add_argument("--fasta", default="tests/data/uniprot_5k.fasta.gz")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--lengths", default="natural,fragments")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for lengths, path in (("natural", arguments.fasta), ("fragments", fragments(arguments.fasta, folder))):
+        for lengths in arguments.lengths.split(","):
+            path = arguments.fasta if lengths == "natural" else fragments(arguments.fasta, folder)
             for model in arguments.models.split(","):
                 config = EmbedConfig(
-                    inputs=(path,), output=str(folder / "out.h5"), model=model, device=arguments.device, quiet=True
+                    inputs=(path,),
+                    output=str(folder / "out.h5"),
+                    model=model,
+                    device=arguments.device,
+                    dtype=arguments.dtype,
+                    quiet=True,
                 )
-                bare, tokens, budget = bare_forward(config, arguments.rounds)
+                bare, tokens, budget, flop = bare_forward(config, arguments.rounds)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 whole, report = [], None
                 for i in range(arguments.rounds):
                     output = folder / f"{lengths}-{model.replace(':', '-')}-{i}.h5"
-                    report = embed.embed_fasta(path, str(output), model=model, device=arguments.device)
+                    report = embed.embed_fasta(
+                        path, str(output), model=model, device=arguments.device, dtype=arguments.dtype
+                    )
                     # "finish" and "write" lie inside or behind these; indexing and planning count, reading weights does not
                     whole.append(sum(report.seconds[stage] for stage in ("index", "plan", "forward")))
                     output.unlink()
@@ -104,12 +116,12 @@ def main() -> None:
                 row = {
                     "lengths": lengths, "model": model, "budget": budget, "tokens": tokens, "density": report.packing["density"],
                     "forward_tokens_s": tokens / statistics.median(bare), "embed_tokens_s": tokens / statistics.median(whole),
-                    "ratio": statistics.median(bare) / statistics.median(whole), "spread": max(bare) / min(bare) - 1,
+                    "ratio": statistics.median(bare) / statistics.median(whole), "forward_flop_s": flop / statistics.median(bare), "spread": max(bare) / min(bare) - 1,
                     "seconds": report.seconds, "device": report.environment["device"],
                 }  # fmt: skip
                 rows.append(row)
                 print(f"{lengths:10} {model:14} budget {budget:6} density {row['density']:.4f} "
-                      f"forward {row['forward_tokens_s']:12,.0f} tok/s  embed {row['embed_tokens_s']:12,.0f} tok/s  ratio {row['ratio']:.3f}", flush=True)  # fmt: skip
+                      f"forward {row['forward_tokens_s']:12,.0f} tok/s  embed {row['embed_tokens_s']:12,.0f} tok/s  ratio {row['ratio']:.3f}  {row['forward_flop_s']:.2e} FLOP/s", flush=True)  # fmt: skip
     print(json.dumps(rows))
 
 

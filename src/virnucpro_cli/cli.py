@@ -161,7 +161,7 @@ def embed(
     from virnucpro_cli import embed as workflow
 
     summary = workflow.run(settings)
-    if summary.counts.get("skipped") and not settings.dry_run:
+    if summary.counts.get("skipped") and not (settings.dry_run or summary.already_complete):
         raise typer.Exit(EXIT_SOME_SKIPPED)
 
 

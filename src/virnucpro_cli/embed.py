@@ -41,13 +41,15 @@ from virnucpro_cli.pooling import Embeddings, Pooler
 ONLY_PLACE = ("attention", "device")
 """Fingerprint keys that must agree to go on with a partial file bit for bit, but not for a finished one to be the same."""
 
+SIXTEEN_BIT = {320: 0.8e14, 480: 1.2e14, 640: 1.8e14, 1280: 3.0e14, 2560: 4.1e14}
 MEASURED_FLOPS = {
-    ("H100", "fp16"): 2.8e14,
-    ("H100", "bf16"): 2.9e14,
-    ("H100", "fp32"): 3.5e13,
-    ("CPU thread", "fp32"): 4.5e10,
+    ("H100", "fp16"): SIXTEEN_BIT,
+    ("H100", "bf16"): SIXTEEN_BIT,
+    ("H100", "fp32"): {320: 2.0e13},
+    ("CPU thread", "fp32"): {320: 4.5e10},
 }
-"""FLOP/s that whole runs reached, for the estimate of --dry-run; see docs of the benchmark for how they were taken."""
+"""FLOP/s that forwards reached by hidden width, for the estimate of --dry-run: benchmarks/embed_throughput.py on one
+H100 80GB (torch 2.11, UniProt lengths) and on two threads of an AVX-512 server CPU (torch 2.13)."""
 
 
 def run(config: EmbedConfig, out: Console | None = None) -> report.RunReport:
@@ -102,6 +104,7 @@ def run(config: EmbedConfig, out: Console | None = None) -> report.RunReport:
     fingerprint = _fingerprint(config, table, found, layers, dtype, backend, device)
     if _already_complete(output, fingerprint, config):
         out.print(f"{output} is already complete: same input, model and settings.")
+        summary.already_complete = True
         return _saved(summary, config)
     file = _open_store(output, layout, fingerprint, config, summary, table, found, out)
 
@@ -262,8 +265,7 @@ def _open_store(
         summary.counts["resumed proteins"] = done
         return file
     if partial_file.exists():
-        store.Store.resume(output).close()  # refuses if a living run holds it
-        partial_file.unlink()
+        store.discard_partial(output)
     store.check_free_space(output, layout.file_bytes)
     layout.attributes.update(_attributes(config, summary, table, found, fingerprint))
     return store.Store.create(output, layout, config.preallocate)
@@ -471,7 +473,8 @@ def _describe_plan(
     flops = spec.flops(float(plan.rung.sum()), float((length**2).sum()), max(layers))
     kind, count = ("H100", 1) if "H100" in runner.describe_device(device) else ("CPU thread", torch.get_num_threads())
     name = next(short for short, value in runner.DTYPES.items() if value == dtype)
-    rate = MEASURED_FLOPS.get((kind, name)) if kind == "H100" or device.type == "cpu" else None
+    by_width = MEASURED_FLOPS.get((kind, name), {}) if kind == "H100" or device.type == "cpu" else {}
+    rate = max((rate for width, rate in by_width.items() if width <= spec.hidden), default=None)
     summary.counts["output bytes (estimate)"] = layout.file_bytes
     summary.environment["weights"] = found.place if found else "not on this machine; the run will fetch them"
     edges = [0, 50, 100, 200, 400, 800, 1022, 2000, 5000]

@@ -4,8 +4,10 @@ A record's number is its identity. Names, and the text of single records, are re
 """
 
 import hashlib
+import itertools
 import lzma
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from xopen import xopen
 from virnucpro_cli import alphabet
 from virnucpro_cli.errors import UserError
 
+HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 20  # the pass over one chunk stays within the L2 cache
 BOM = b"\xef\xbb\xbf"
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
@@ -135,6 +138,9 @@ class RecordTable:
             text = source.read(first, last + min(size, READ_BYTES) - first)
             for at in (self.offset[start:upto] - (source.base + first)).tolist():
                 newline = text.find(b"\n", at)
+                if newline < 0:  # the last header is longer than what was read of its record
+                    text = source.read(first, last + size - first)
+                    newline = text.find(b"\n", at)
                 header = text[at + 1 : newline] if newline >= 0 else text[at + 1 :]
                 word = header.strip() if full else b"".join(header.split(None, 1)[:1])
                 names.append(word.decode("utf-8", "backslashreplace"))
@@ -205,15 +211,19 @@ def _spool(stream: Any, name: str, spool_dir: Path) -> IO[bytes]:
 
 
 def _check_is_fasta(source: Source) -> None:
-    head = os.pread(source.file.fileno(), 1 << 16, 0)
+    head = os.pread(source.file.fileno(), HEAD_BYTES, 0)
     text = head.removeprefix(BOM).lstrip()
+    at = len(head)
+    while not text and at < source.size:
+        more = source.read(at, min(1 << 16, source.size - at))
+        at, text = at + len(more), more.lstrip()
     if text.startswith(b">") and b"\0" not in head:
         if b"\n" not in head and b"\r" in head:
             raise UserError(
                 f"{source.path} has old Macintosh line ends (CR only).", "Convert it: tr '\\r' '\\n' < in > out"
             )
         return
-    if source.size == 0 or (not text and len(head) == source.size):
+    if source.size == 0 or not text:
         raise UserError(f"{source.path} is empty: it holds no FASTA record.")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         kind, remedy = "UTF-16 text", "Save it as plain text or UTF-8."
@@ -273,7 +283,14 @@ def _joined(parts: list[Any], dtype: type) -> NDArray[Any]:
 
 def _chunks(source: Source, sha: Any) -> Iterator[tuple[bytes, int]]:
     """Whole records, about READ_BYTES at a time, each with its offset in the source. The first byte is a `>`."""
-    carried, at, position, want = b"", 0, 0, READ_BYTES
+    start, mark = 0, -1
+    while mark < 0:  # a BOM or blank lines; that a `>` follows was checked at the opening
+        head = source.read(start, min(HEAD_BYTES, source.size - start))
+        mark = head.find(b">")
+        skipped = head if mark < 0 else head[:mark]
+        sha.update(skipped)
+        start += len(skipped)
+    carried, at, position, want = b"", start, start, READ_BYTES
     while position < source.size:
         fresh = source.read(position, min(want, source.size - position))
         sha.update(fresh)
@@ -286,10 +303,6 @@ def _chunks(source: Source, sha: Any) -> Iterator[tuple[bytes, int]]:
             )
         search_from = max(len(carried) - 1, 0)
         buffer = carried + fresh
-        if at == 0 and not buffer.startswith(b">"):  # a BOM or blank lines, checked at the opening
-            at = buffer.find(b">")
-            buffer = buffer[at:] if at >= 0 else b""
-            at, search_from = max(at, 0), 0
         cut = len(buffer) if position == source.size else buffer.rfind(b"\n>", search_from) + 1
         if cut == 0:  # one record longer than all that was read: read on in ever larger pieces
             carried, want = buffer, want * 2
@@ -354,6 +367,10 @@ def _index_chunk(chunk: bytes, source: Source, at: int) -> _Part:
     nucleotides = int(np.count_nonzero(np.frombuffer(body.translate(_IS_NUCLEOTIDE), np.bool_)))
     view = memoryview(body)
     digest = xxhash.xxh3_128_digest
+    for number, (ids, _) in marked.items():  # the letters of `<mask>` are none
+        nucleotides += ids.translate(_IS_NUCLEOTIDE).count(1) - body[begin[number] : end[number]].translate(
+            _IS_NUCLEOTIDE
+        ).count(1)
     digests = [digest(view[a:b]) for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
     length = end - begin
     for number, (ids, count) in marked.items():
@@ -364,7 +381,8 @@ def _index_chunk(chunk: bytes, source: Source, at: int) -> _Part:
 def _ids_with_masks(text: bytes, source: Source, at: int) -> tuple[bytes, int]:
     """Token ids and count of replaced residues of a record (header included) whose sequence holds `<` or `>`."""
     raw = text[text.find(b"\n") + 1 :]
-    plain = raw.translate(None, alphabet.WHITE_SPACE).lower().replace(alphabet.MASK_TEXT, b"")
+    text_only = raw.translate(None, alphabet.WHITE_SPACE).lower().removesuffix(b"*")
+    plain = text_only.replace(alphabet.MASK_TEXT, b"")
     if b">" in plain:
         line = _line_number(source, at)
         name = text[1:].split(None, 1)[:1]
@@ -372,8 +390,7 @@ def _ids_with_masks(text: bytes, source: Source, at: int) -> tuple[bytes, int]:
             f"{source.path}: record {b''.join(name).decode('utf-8', 'replace')!r} (line {line}) has a '>' inside a sequence line.",
             "Two files were probably joined without a final newline; put a line break before that '>'.",
         )
-    plain = plain.removesuffix(b"*")
-    length = len(plain) + (raw.translate(None, alphabet.WHITE_SPACE).lower().count(alphabet.MASK_TEXT))
+    length = len(plain) + text_only.count(alphabet.MASK_TEXT)
     codes = np.frombuffer(plain.translate(alphabet.CODES), np.uint8)
     return alphabet.token_ids(raw, length), int(np.count_nonzero(codes >= alphabet.INVALID))
 
@@ -405,16 +422,19 @@ def _line_number(source: Source, offset: int) -> int:
     return line
 
 
+_MASK_IN_TEXT = re.compile(rb"\s*".join(re.escape(bytes([c])) for c in b"<mask>"), re.IGNORECASE)
+
+
 def _invalid_residue(source: Source, offset: int) -> UserError:
     line = _line_number(source, offset)
     source.file.seek(offset)
     header = source.file.readline()
     name = b"".join(header[1:].split(None, 1)[:1]).decode("utf-8", "backslashreplace")
     pending_star = None
-    for text in iter(source.file.readline, b""):
+    lines = itertools.takewhile(lambda text: not text.startswith(b">"), iter(source.file.readline, b""))
+    record = _MASK_IN_TEXT.sub(lambda mask: re.sub(rb"\S", b"X", mask[0]), b"".join(lines))
+    for text in record.split(b"\n"):
         line += 1
-        if text.startswith(b">"):
-            break
         for column, code in enumerate(text.translate(alphabet.CODES), start=1):
             if code == alphabet.SPACE:
                 continue

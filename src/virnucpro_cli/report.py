@@ -28,6 +28,7 @@ class RunReport:
     memory: dict[str, int] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    already_complete: bool = False
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -49,8 +50,15 @@ class Clock:
 
 
 def console(quiet: bool = False) -> Console:
-    """stderr; stdout stays clean. Not a terminal: no colour, and wide enough that tables do not wrap."""
-    return Console(stderr=True, quiet=quiet, width=None if sys.stderr.isatty() else 110, highlight=False)
+    """stderr; stdout stays clean. Not a terminal: no colour, and so wide that no message is broken."""
+    return Console(
+        stderr=True,
+        quiet=quiet,
+        width=None if sys.stderr.isatty() else 1000,
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 class Tracker:

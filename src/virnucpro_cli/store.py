@@ -188,28 +188,28 @@ class Store:
         """Lay the file out under a name that no run resumes, make it whole and durable, then call it `.partial`."""
         partial = partial_path(output)
         new = partial.with_name(partial.name + ".new")
-        fd = os.open(new, os.O_RDWR | os.O_CREAT, 0o666)
+        fd = -1
         try:
-            _lock(fd, new)
+            fd = _create_locked(new)
+            if partial.exists():
+                raise UserError(
+                    f"Another run began {partial} just now.", "Wait for it, or choose another output with -o."
+                )
             _lay_out(new, layout)
-            size = os.fstat(fd).st_size
-            if preallocate:
-                os.posix_fallocate(fd, 0, size)
-            else:
-                os.ftruncate(fd, size)
+            _reserve(fd, os.fstat(fd).st_size, preallocate)
             store = cls(output, new, fd)
             store._fill_skipped(layout)
             os.fsync(fd)
-            _rename_new(new, partial)
+            os.rename(new, partial)  # whoever holds .new is the only one who can make a .partial
+            _sync_folder(partial.parent)
             store.path = partial
             return store
-        except OSError as error:
-            os.close(fd)
-            new.unlink(missing_ok=True)
-            raise _disk_error(error, output, resumable=False) from None
-        except BaseException:
-            os.close(fd)
-            new.unlink(missing_ok=True)
+        except BaseException as error:
+            if fd >= 0:
+                os.close(fd)
+                new.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise _disk_error(error, output, resumable=False) from None
             raise
 
     @classmethod
@@ -347,6 +347,54 @@ def _lock(fd: int, path: Path) -> None:
         raise UserError(f"{path} was finished or replaced by another run just now.", "Run the command again.")
 
 
+def _create_locked(path: Path) -> int:
+    """Create a file that did not exist and lock it; what a killed layout left under its name is removed first."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            old = os.open(path, os.O_RDWR)
+            try:
+                _lock(old, path)
+                os.unlink(path)
+            finally:
+                os.close(old)
+        else:
+            _lock(fd, path)
+            return fd
+
+
+def _reserve(fd: int, size: int, preallocate: bool) -> None:
+    """Take the disk space now, so that a full disk shows now; without preallocation only the size is set."""
+    try:
+        if preallocate:
+            os.posix_fallocate(fd, 0, size)
+            return
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+    os.ftruncate(fd, size)
+
+
+def discard_partial(output: Path) -> None:
+    """Remove OUT.partial, whatever it holds; raises UserError if a living run writes it."""
+    path = partial_path(output)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        _lock(fd, path)
+        path.unlink()
+    finally:
+        os.close(fd)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def _rename_new(source: Path, target: Path) -> None:
     """Rename without ever replacing a file that appeared meanwhile."""
     try:
@@ -361,11 +409,7 @@ def _rename_new(source: Path, target: Path) -> None:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
         os.rename(source, target)  # a file system without hard links
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _sync_folder(target.parent)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
