@@ -15,7 +15,8 @@ _HF_NAMES = (
     (r"embeddings\.word_embeddings\.weight", "embed_tokens.weight"),
     (r"encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)\.(weight|bias)", r"layers.\1.self_attn.\2_proj.\3"),
     (r"encoder\.layer\.(\d+)\.attention\.self\.rotary_embeddings\.inv_freq", r"layers.\1.self_attn.rot_emb.inv_freq"),
-    (r"rotary_embeddings\.inv_freq", "layers.0.self_attn.rot_emb.inv_freq"),  # transformers 5 keeps one
+    # transformers 5 keeps one for all layers, and saves it with the layer's number as a literal star
+    (r"(encoder\.layer\.\*\.attention\.self\.)?rotary_embeddings\.inv_freq", "layers.0.self_attn.rot_emb.inv_freq"),
     (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)", r"layers.\1.self_attn.out_proj.\2"),
     (r"encoder\.layer\.(\d+)\.attention\.LayerNorm\.(weight|bias)", r"layers.\1.self_attn_layer_norm.\2"),
     (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(weight|bias)", r"layers.\1.fc1.\2"),
@@ -28,6 +29,7 @@ _EXTRA = re.compile(
     r"(esm\.)?(embeddings\.(position_ids|position_embeddings\.weight)|pooler\..*|contact_head\..*)"
     r"|lm_head\..*|classifier\..*|score\..*|qa_outputs\..*|embed_out|encoder\.lm_head\..*"
 )
+_OLD_NORM_NAME = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
 _PREFIXES = ("encoder.sentence_encoder.", "encoder.", "esm.", "module.", "model.")
 
 
@@ -51,6 +53,15 @@ def load(weights: Weights) -> tuple[ModelSpec, dict[str, Any], tuple[str, ...]]:
             f"{weights.place} holds tensors that ESM-2 does not have: {_some(unknown)}.",
             "Adapters (LoRA and the like) must be merged into the weights first; other architectures are not supported.",
         )
+    if (
+        not config
+        and any("position_embeddings" in name for name in raw)
+        and not any("inv_freq" in name for name in raw)
+    ):
+        raise UserError(
+            f"{weights.place} has learned positions and no inv_freq: it may be an ESM-1, which computes something else.",
+            "If it is an ESM-2, give its HuggingFace directory with config.json.",
+        )
     spec = _spec_of(state, config, weights)
     notes = [*weights.notes, *_settle_inv_freq(state, spec)]
     _check_shapes(state, spec, weights)
@@ -64,16 +75,26 @@ def spec_of(weights: Weights) -> ModelSpec:
     return load(weights)[0]
 
 
+_HF_CONFIG: dict[str, tuple[Any, Any]] = {
+    "model_type": ("esm", None),
+    "position_embedding_type": ("rotary", "absolute"),
+    "token_dropout": (True, False),
+    "emb_layer_norm_before": (False, None),
+    "layer_norm_eps": (1e-5, 1e-12),
+    "hidden_act": ("gelu", "gelu"),
+    "vocab_size": (VOCABULARY, VOCABULARY),
+}
+"""What config.json must say, and what HuggingFace means where it says nothing: it leaves its defaults out."""
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
-    expected = {"model_type": "esm", "position_embedding_type": "rotary", "token_dropout": True, "emb_layer_norm_before": False,
-                "hidden_act": "gelu", "layer_norm_eps": 1e-5, "vocab_size": VOCABULARY}  # fmt: skip
-    for key, value in expected.items():
-        found = config.get(key, value)
-        if found != value and not (key == "emb_layer_norm_before" and not found):
+    for key, (value, default) in _HF_CONFIG.items():
+        found = config.get(key, default)
+        if found != value and not (value is False and found is None):
             raise UserError(f"{path} is not an ESM-2: {key} is {found!r}, and ESM-2 has {value!r}.")
     return {
         "layers": config.get("num_hidden_layers"),
@@ -84,7 +105,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -95,30 +115,32 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # the format before zip archives cannot be mapped
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path} cannot be loaded safely: {first}",
-            "Only tensors are read from pickles; convert the file to safetensors.",
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a readable checkpoint: {str(error).strip().splitlines()[0]}.") from None
+    except Exception as error:  # damaged files raise KeyError, TypeError, AssertionError and more
+        first = (str(error).strip() or "it ends early").splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):
+            raise UserError(
+                f"{path} cannot be loaded safely: {first}",
+                "Only tensors are read from pickles; convert the file to safetensors.",
+            ) from None
+        raise UserError(f"{path} is not a readable checkpoint: {first}.", "Fetch or copy it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors.")
     settings = content.get("cfg", {}).get("model") if isinstance(content.get("cfg"), dict) else content.get("args")
     tensors = content.get("model", content)
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path} holds a {type(tensors).__name__} under 'model', not a dict of tensors.")
     config = {} if settings is None else {
         "layers": getattr(settings, "encoder_layers", None),
         "hidden": getattr(settings, "encoder_embed_dim", None),
         "heads": getattr(settings, "encoder_attention_heads", None),
     }  # fmt: skip
-    return {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}, config
+    return {k: v for k, v in tensors.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}, config
 
 
 def _canonical(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     state, unknown = {}, []
     for name, tensor in raw.items():
-        known = _canonical_name(name)
+        known = _canonical_name(_OLD_NORM_NAME.sub(lambda m: {"gamma": "weight", "beta": "bias"}[m.group()], name))
         if known is not None:
             state[known] = tensor
         elif not _EXTRA.fullmatch(name):

@@ -1,0 +1,107 @@
+"""The attention adapters against softmax written out, and the choice among them."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from virnucpro_cli import attention
+from virnucpro_cli.attention import sdpa
+from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli.errors import UserError
+
+CPU = torch.device("cpu")
+HEADS = 3
+
+
+def batch_of(lengths: list[int], rows: int) -> PackedBatch:
+    bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
+    return PackedBatch(
+        torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32), bounds,
+        torch.tensor(lengths).float() - 2, None, None, np.arange(len(lengths)), np.asarray(lengths, np.int64), max(lengths),
+    )  # fmt: skip
+
+
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
+    """Softmax attention in float64, one segment and one head at a time."""
+    out, at = [], 0
+    for length in lengths:
+        rows = slice(at, at + length)
+        heads = [
+            torch.softmax(q[rows, h].double() @ k[rows, h].double().T * scale, dim=-1) @ v[rows, h].double()
+            for h in range(q.shape[1])
+        ]
+        out.append(torch.stack(heads, dim=1))
+        at += length
+    return torch.cat(out)
+
+
+def qkv(rows: int, head_dim: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, 3, HEADS, head_dim, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 64])
+@pytest.mark.parametrize(
+    "lengths",
+    [[3], [40, 40, 40], [300, 97, 40, 40, 3], [3, 40, 3, 3, 40], [7, 7, 5, 5, 5, 9]],
+    ids=["one", "equal", "falling", "mixed", "runs"],
+)
+def test_sdpa_is_softmax_attention_within_each_segment(lengths: list[int], head_dim: int) -> None:
+    rows = sum(lengths) + 11
+    q, k, v = qkv(rows, head_dim).unbind(1)
+    found = sdpa.attention(q, k, v, batch_of(lengths, rows), head_dim**-0.5)
+    assert found.shape == q.shape and found.dtype == q.dtype
+    wanted = naive(q, k, v, lengths, head_dim**-0.5)
+    assert float((found[: sum(lengths)] - wanted).norm() / wanted.norm()) < 1e-6
+
+
+def test_the_scale_is_the_callers() -> None:
+    q, k, v = qkv(20, 16).unbind(1)
+    found = sdpa.attention(q, k, v, batch_of([20], 20), 2.0)
+    assert torch.allclose(found.double(), naive(q, k, v, [20], 2.0), atol=1e-5)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = qkv(20, 16).unbind(1)
+    found = sdpa.attention(q * 1e3, k * 1e3, v, batch_of([12, 8], 20), 1.0)
+    assert torch.allclose(found.double(), naive(q * 1e3, k * 1e3, v, [12, 8], 1.0), atol=1e-4)
+
+
+def test_what_is_not_a_number_stays_in_its_segment_and_filler_is_never_read() -> None:
+    lengths = [5, 5, 9]
+    q, k, v = qkv(30, 16).unbind(1)
+    clean = sdpa.attention(q, k, v, batch_of(lengths, 30), 0.25)
+    for x in (q, k, v):
+        x[5:10] = torch.nan
+        x[19:] = torch.nan
+    found = sdpa.attention(q, k, v, batch_of(lengths, 30), 0.25)
+    assert found[5:10].isnan().all()
+    assert torch.equal(found[:5], clean[:5]) and torch.equal(found[10:19], clean[10:19])
+
+
+def test_auto_on_a_cpu_is_sdpa() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        name, attend = attention.resolve("auto", CPU, dtype)
+        assert name == "sdpa" and attend is sdpa.attention
+
+
+def test_a_named_backend_is_that_backend() -> None:
+    assert attention.resolve("sdpa", CPU, torch.float32) == ("sdpa", sdpa.attention)
+
+
+@pytest.mark.parametrize("name", ["torch_varlen", "efficient", "flash_attn"])
+def test_a_named_backend_that_cannot_run_is_an_error_with_the_reason(name: str) -> None:
+    missing = name == "flash_attn" and find_spec("flash_attn") is None
+    with pytest.raises(UserError) as caught:
+        attention.resolve(name, CPU, torch.float16)
+    message = str(caught.value)
+    assert f"backend {name} cannot run here" in message and "auto" in message
+    assert ("not installed" if missing else "NVIDIA GPU, and this run is on cpu") in message
+
+
+def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(UserError) as caught:
+        attention.resolve("flash3", CPU, torch.float32)
+    assert "'flash3'" in str(caught.value)
+    assert all(name in str(caught.value) for name in ("auto", *attention.BACKENDS))
