@@ -211,10 +211,7 @@ def main(arguments: list[str] | None = None) -> Any:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     try:
-        app(args=arguments, standalone_mode=False)
-        code = EXIT_OK
-    except typer.Exit as stop:
-        code = stop.exit_code
+        code = app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
     except UserError as error:
         _fail(error)
         code = EXIT_USER_ERROR

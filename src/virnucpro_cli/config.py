@@ -89,6 +89,8 @@ def _from_toml(kind: type[Any], path: Path) -> dict[str, Any]:
             f"The config file {path} has an unknown entry {tables[0]!r}.", f"Options stand in a table [{command}]."
         )
     values = content.get(command, {})
+    if not isinstance(values, dict):
+        raise UserError(f"The config file {path} has {command} = {values!r}.", f"Options stand in a table [{command}].")
     for key, value in values.items():
         if key not in fields:
             raise UserError(
@@ -100,7 +102,11 @@ def _from_toml(kind: type[Any], path: Path) -> dict[str, Any]:
 
 def _fitting(value: Any, default: Any, path: Path, key: str) -> Any:
     if isinstance(default, tuple):
-        value = tuple(value) if isinstance(value, list) else (value,)
+        items = tuple(value) if isinstance(value, list) else (value,)
+        kind = int if key == "layers" else str
+        if not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
+            raise UserError(f"The config file {path}: {key} is {value!r}, and must be a list of {kind.__name__}.")
+        return items
     wanted = {"token_budget": (int, str), "report": (str,)}.get(key, (type(default),))
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         names = " or ".join(t.__name__ for t in wanted)
