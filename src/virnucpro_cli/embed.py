@@ -195,7 +195,7 @@ def _layout(
     dtype = np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32)
     names = partial(table.names, full=config.id == "full")
     return store.Layout(spec.hidden, layers, config.pool, dtype, table.length, table.replaced, work.flags, work.status,
-                        work.reason, offsets, names)  # fmt: skip
+                        work.reason, offsets, names, table.text_bytes - table.residues)  # fmt: skip
 
 
 def _fingerprint(

@@ -100,6 +100,10 @@ class RecordTable:
     def residues(self) -> int:
         return int(self.length.sum(dtype=np.int64))
 
+    @property
+    def text_bytes(self) -> int:
+        return sum(source.size for source in self.sources)
+
     def _spans(self, records: NDArray[np.int64]) -> list[tuple[Source, int, int]]:
         """Source, offset in it and size of the text (header included) of each record."""
         bases = np.asarray([source.base for source in self.sources], np.int64)

@@ -37,7 +37,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 class Layout:
     """Everything the file will ever hold except embeddings. N records, D hidden.
 
-    names(start, stop) gives the record names of a range; residue_offsets int64 [N + 1] only with per-residue output.
+    names(start, stop) gives the record names of a range, name_bytes bounds their total; residue_offsets int64 [N + 1] only with per-residue output.
     """
 
     hidden: int
@@ -51,6 +51,7 @@ class Layout:
     reason: NDArray[np.uint8]
     residue_offsets: NDArray[np.int64] | None
     names: Callable[[int, int], list[str]]
+    name_bytes: int  # of all names, at most
     attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,8 +63,9 @@ class Layout:
 
     @property
     def file_bytes(self) -> int:
-        """Estimate of the whole file: embeddings, a name of 40 bytes and its heap entry, and the small columns."""
-        return self.data_bytes + len(self.lengths) * 88 + REPORT_BYTES + 8192
+        """What the whole file takes at most: embeddings, names with their heap entries, small columns, HDF5's own."""
+        per_record = 16 + 40 + 4 + 4 + 2 + 1 + 1 + (8 if self.residue_offsets is not None else 0)
+        return self.data_bytes + len(self.lengths) * per_record + self.name_bytes + REPORT_BYTES + (1 << 17)
 
 
 def partial_path(output: Path) -> Path:
@@ -195,8 +197,11 @@ class Store:
                 raise UserError(
                     f"Another run began {partial} just now.", "Wait for it, or choose another output with -o."
                 )
+            # HDF5 does not survive a write that fails, so the room is proven before it opens the file (and empties it).
+            _reserve(fd, layout.file_bytes if preallocate else layout.file_bytes - layout.data_bytes)
             _lay_out(new, layout)
-            _reserve(fd, os.fstat(fd).st_size, preallocate)
+            if preallocate:
+                _reserve(fd, os.fstat(fd).st_size)
             store = cls(output, new, fd)
             store._fill_skipped(layout)
             os.fsync(fd)
@@ -248,7 +253,8 @@ class Store:
 
     def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:
         """Note that the rows placed so far are final; it becomes true on disk with the next commit."""
-        self._uncommitted.append((rows, status, flag, reason))
+        if len(rows):
+            self._uncommitted.append((rows, status, flag, reason))
 
     def commit(self) -> None:
         """Make placed rows durable, then the status bytes that vouch for them."""
@@ -364,16 +370,13 @@ def _create_locked(path: Path) -> int:
             return fd
 
 
-def _reserve(fd: int, size: int, preallocate: bool) -> None:
-    """Take the disk space now, so that a full disk shows now; without preallocation only the size is set."""
+def _reserve(fd: int, size: int) -> None:
+    """Take the disk space now, so that a full disk shows now; a file system that cannot is left to show it later."""
     try:
-        if preallocate:
-            os.posix_fallocate(fd, 0, size)
-            return
+        os.posix_fallocate(fd, 0, size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-    os.ftruncate(fd, size)
 
 
 def discard_partial(output: Path) -> None:

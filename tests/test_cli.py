@@ -1,0 +1,238 @@
+"""What people meet: exit codes, one clear message, help at once, and a clean stdout."""
+
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from virnucpro_cli import __version__, cli, embed
+from virnucpro_cli.store import read_embeddings
+
+Make = Callable[..., Path]
+COMMANDS = [info.name or info.callback.__name__ for info in cli.app.registered_commands if info.callback]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """`main` installs its own; give pytest's back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Ran:
+    def __init__(self, code: Any, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    def main(*arguments: Any) -> Ran:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in arguments])
+        return Ran(stopped.value.code, *capfd.readouterr())
+
+    return main
+
+
+@pytest.fixture
+def embed_tiny(run: Callable[..., Ran], tiny_model: Path, tmp_path: Path) -> Callable[..., Ran]:
+    """`virnucpro embed ... -o out.h5 --model tiny --device cpu`, where later options win."""
+
+    def main(*arguments: Any) -> Ran:
+        return run("embed", "-o", tmp_path / "out.h5", "--model", tiny_model, "--device", "cpu", *arguments)
+
+    return main
+
+
+def assert_user_error(ran: Ran, *words: str) -> None:
+    assert ran.code == 2 and ran.out == ""
+    assert "Traceback" not in ran.err and "internal error" not in ran.err
+    for word in words:
+        assert word in ran.err
+
+
+# --- the real program ----------------------------------------------------------------------------------------------
+
+
+def test_the_program_reads_standard_input_and_keeps_stdout_clean(
+    tmp_path: Path, make_fasta: Make, tiny_model: Path
+) -> None:
+    fasta = make_fasta([10, 20, 30])
+    command = [sys.executable, "-m", "virnucpro_cli", "embed", "-", "-o", "out.h5", "--model", str(tiny_model)]
+    done = subprocess.run(command, input=fasta.read_bytes(), capture_output=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"3 proteins" in done.stderr and b"\x1b" not in done.stderr
+    with read_embeddings(tmp_path / "out.h5") as file:
+        assert file.complete and file.lengths.tolist() == [10, 20, 30]
+
+
+def test_help_of_every_command_comes_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys\nfrom virnucpro_cli.cli import main\n"
+        f"for arguments in [['--help'], ['-h'], *([name, '--help'] for name in {COMMANDS!r})]:\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as stop: assert not stop.code, (arguments, stop.code)\n"
+        "print([name for name in ('torch', 'h5py', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("Usage:") == 2 + len(COMMANDS)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# --- in this process -----------------------------------------------------------------------------------------------
+
+
+def test_version(run: Callable[..., Ran]) -> None:
+    ran = run("--version")
+    assert (ran.code, ran.out) == (0, f"virnucpro {__version__}\n")
+
+
+def test_a_finished_run_exits_0_and_so_does_the_same_run_again(
+    embed_tiny: Callable[..., Ran], make_fasta: Make, tmp_path: Path
+) -> None:
+    fasta = make_fasta([10, 20])
+    first = embed_tiny(fasta)
+    assert (first.code, first.out) == (0, "") and "Throughput" in first.err
+    again = embed_tiny(fasta)
+    assert (again.code, again.out) == (0, "") and "already complete" in again.err
+
+
+def test_skipped_records_exit_3(embed_tiny: Callable[..., Ran], make_fasta: Make) -> None:
+    ran = embed_tiny(make_fasta([10, 0, 20]))
+    assert (ran.code, ran.out) == (3, "") and "1 of 3 proteins skipped" in ran.err
+
+
+def test_options_reach_the_file(embed_tiny: Callable[..., Ran], make_fasta: Make, tmp_path: Path) -> None:
+    ran = embed_tiny(make_fasta([10, 20]), "--layers", "0,-1", "--pool", "bos,mean", "--store-dtype", "fp32", "-q")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    with read_embeddings(tmp_path / "out.h5") as file:
+        assert file.layers == [0, 2] and file.dataset("bos", 0).dtype == "float32"
+
+
+def test_a_config_file_is_read_and_flags_win(embed_tiny: Callable[..., Ran], make_fasta: Make, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('[embed]\nlayers = [1]\npool = ["bos"]\n')
+    assert embed_tiny(make_fasta([10]), "--config", tmp_path / "run.toml", "--layers", "0").code == 0
+    with read_embeddings(tmp_path / "out.h5") as file:
+        assert file.layers == [0] and file.attributes["pool"] == '["bos"]'
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(
+    embed_tiny: Callable[..., Ran], make_fasta: Make, tmp_path: Path
+) -> None:
+    ran = embed_tiny(make_fasta([10, 0]), "--dry-run")
+    assert (ran.code, ran.out) == (0, "") and "Packing" in ran.err
+    assert [p.name for p in tmp_path.iterdir()] == ["in.fasta"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layers", "3"], ["--layers", "3"]),
+        (["--layers", "last"], ["--layers", "'last'"]),
+        (["--pool", "max"], ["--pool", "max", "residue"]),
+        (["--dtype", "fp8"], ["--dtype", "fp16"]),
+        (["--long", "cut"], ["--long", "window"]),
+        (["--token-budget", "12"], ["--token-budget", "1024"]),
+        (["--token-budget", "huge"], ["--token-budget", "huge"]),
+        (["--max-residues", "many"], ["--max-residues"]),
+        (["--attention", "torch_varlen"], ["torch_varlen", "NVIDIA GPU"]),
+        (["--attention", "flash_attn"], ["flash_attn"]),
+        (["--attention", "magic"], ["magic"]),
+        (["--device", "tpu"], ["tpu", "cpu"]),
+        (["--device", "cpu:x"], ["cpu:x"]),
+        (["--model", "esm2_t99"], ["esm2_t99", "650M"]),
+        (["--model", "/"], ["config.json"]),
+        (["--config", "absent.toml"], ["absent.toml"]),
+        (["--no-such-option"], ["--no-such-option"]),
+    ],
+    ids=lambda value: " ".join(value) if value and str(value[0]).startswith("--") else "",
+)
+def test_a_bad_option_is_refused_before_anything_is_written(
+    embed_tiny: Callable[..., Ran], make_fasta: Make, tmp_path: Path, options: list[str], words: list[str]
+) -> None:
+    assert_user_error(embed_tiny(make_fasta([10]), *options), *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.fasta"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_refused(embed_tiny: Callable[..., Ran], make_fasta: Make) -> None:
+    assert_user_error(embed_tiny(make_fasta([10]), "--device", "cuda"), "no usable CUDA GPU", "--device cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"@read\nACGT\n+\nIIII\n", ["FASTQ"]),
+        (b"", ["empty"]),
+        (b"MKVLA\n", ["not FASTA"]),
+        (b">a\nMKVLA>b\nMKV\n", ["'>' inside"]),
+        (b"\x1f\x8b\x08\x00garbage", ["damaged"]),
+        (b">a\nMK\0VL\n", ["binary"]),
+        (b">a\n" + b"ACGTACGTTGCA" * 20 + b"\n", ["nucleotides", "--force-protein"]),
+    ],
+    ids=["fastq", "empty", "text", "joined", "gzip", "nul", "dna"],
+)
+def test_an_input_that_is_no_protein_fasta_is_refused(
+    embed_tiny: Callable[..., Ran], tmp_path: Path, content: bytes, words: list[str]
+) -> None:
+    (tmp_path / "in.fasta").write_bytes(content)
+    assert_user_error(embed_tiny(tmp_path / "in.fasta"), "in.fasta", *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.fasta"]
+
+
+def test_what_looks_like_nucleotides_can_be_forced(embed_tiny: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">a\n" + "ACGTACGTTGCA" * 20 + "\n")
+    assert embed_tiny(tmp_path / "in.fasta", "--force-protein").code == 0
+
+
+def test_a_missing_input_is_named(embed_tiny: Callable[..., Ran], tmp_path: Path) -> None:
+    assert_user_error(embed_tiny(tmp_path / "absent.fasta"), "absent.fasta")
+    assert_user_error(embed_tiny(tmp_path), str(tmp_path), "directory")
+
+
+def test_an_output_that_cannot_be_is_refused(embed_tiny: Callable[..., Ran], make_fasta: Make, tmp_path: Path) -> None:
+    fasta = make_fasta([10])
+    assert_user_error(embed_tiny(fasta, "-o", tmp_path / "no" / "out.h5"), f"{tmp_path / 'no'}", "mkdir -p")
+    assert_user_error(embed_tiny(fasta, "-o", tmp_path), "directory")
+
+
+def test_an_output_of_other_settings_is_refused(embed_tiny: Callable[..., Ran], make_fasta: Make) -> None:
+    fasta = make_fasta([10])
+    assert embed_tiny(fasta).code == 0
+    assert_user_error(embed_tiny(fasta, "--layers", "0"), "layers: [2] there, [0] now", "--overwrite")
+    assert embed_tiny(fasta, "--layers", "0", "--overwrite").code == 0
+
+
+def test_a_report_that_cannot_be_written_is_named(
+    embed_tiny: Callable[..., Ran], make_fasta: Make, tmp_path: Path
+) -> None:
+    assert_user_error(embed_tiny(make_fasta([10]), "--report", tmp_path / "no" / "r.json"), "r.json")
+
+
+def test_missing_arguments_are_usage_errors(run: Callable[..., Ran]) -> None:
+    assert_user_error(run("embed"), "Usage")
+    assert_user_error(run("embd"), "embd")
+    assert_user_error(run("fetch"), "model's name")
+
+
+def test_a_bug_is_logged_whole_and_told_in_two_lines(
+    embed_tiny: Callable[..., Ran], make_fasta: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("this cannot happen")
+
+    monkeypatch.setattr(embed, "run", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ran = embed_tiny(make_fasta([10]))
+    assert (ran.code, ran.out) == (70, "") and "Traceback" not in ran.err
+    (log,) = tmp_path.glob("virnucpro-*.log")
+    assert str(log) in ran.err and "RuntimeError: this cannot happen" in ran.err
+    assert "Traceback" in log.read_text() and "this cannot happen" in log.read_text()

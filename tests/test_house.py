@@ -1,0 +1,98 @@
+"""The arrows of DESIGN section 2: imports point downward, and each heavy library has one home."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "src" / "virnucpro_cli"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+LAYERS = (
+    ("config", "report", "errors"),
+    ("collate", "packing", "fasta", "alphabet", "pooling"),
+    ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
+    ("embed", "fetch", "bench", "validate"),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Dotted names of every import, wherever it stands; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def mentioned(tree: ast.Module) -> set[str]:
+    return {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | set(imported(tree))
+
+
+TREES = {name_of(path): ast.parse(path.read_text()) for path in FILES}
+
+
+def users_of(*prefixes: str) -> set[str]:
+    return {
+        name
+        for name, tree in TREES.items()
+        if any(m == p or m.startswith(f"{p}.") for m in mentioned(tree) for p in prefixes)
+    }
+
+
+def importers_of(library: str) -> set[str]:
+    return {name for name, tree in TREES.items() if any(i.split(".")[0] == library for i in imported(tree))}
+
+
+def test_typer_is_imported_by_the_command_line_only() -> None:
+    assert importers_of("typer") == {"cli.py"}
+    assert importers_of("click") == set()
+
+
+def test_h5py_is_imported_by_the_store_only() -> None:
+    assert {name for name in importers_of("h5py") if not name.startswith("layouts/")} == {"store.py"}
+
+
+def test_flash_attn_is_imported_by_its_adapter_only() -> None:
+    assert importers_of("flash_attn") == {"attention/flash_attn.py"}
+
+
+def test_cuda_streams_and_events_are_the_runners() -> None:
+    streams = [f"torch.cuda.{name}" for name in ("Stream", "Event", "stream", "current_stream")]
+    assert users_of(*streams) == {"runner.py"}
+
+
+def test_the_environment_is_read_only_where_weights_are_looked_for() -> None:
+    assert users_of("os.environ", "os.getenv", "os.putenv") == {"model/locate.py"}
+
+
+def test_fair_esm_is_the_oracle_and_nothing_else() -> None:
+    assert importers_of("esm") == {"model/reference.py"}
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if name != "__init__.py"])
+def test_imports_point_downward(name: str) -> None:
+    part = name.removesuffix(".py").split("/")[0]
+    assert part in LEVEL, f"{name} has no place in the house: add it to LAYERS"
+    for target in imported(TREES[name]):
+        package, _, rest = target.partition(".")
+        first = rest.split(".")[0]
+        if package == "virnucpro_cli" and first in LEVEL:
+            assert LEVEL[first] <= LEVEL[part], f"{name} imports {target}, which stands above it"

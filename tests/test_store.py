@@ -1,0 +1,275 @@
+"""The output file: laid out whole, filled by `pwrite`, published only when complete, and read back."""
+
+import fcntl
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from virnucpro_cli import store
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.store import DONE, EMPTY, PENDING, RECOMPUTED, SKIPPED, EmbeddingFile, Layout, Store, read_embeddings
+
+NAMES = ["alpha", "β-lactamase", "alpha", "delta", "epsilon", "zeta"]
+LENGTHS = np.array([3, 2, 4, 0, 1, 5], np.int32)
+OFFSETS = np.append(0, np.cumsum(LENGTHS, dtype=np.int64))
+HIDDEN = 4
+
+
+def layout(
+    kinds: tuple[str, ...] = ("mean", "bos", "residue"), layers: tuple[int, ...] = (0, 2), **changes: Any
+) -> Layout:
+    """Six records, the fourth skipped because it is empty."""
+    n = len(LENGTHS)
+    fields: dict[str, Any] = {
+        "hidden": HIDDEN,
+        "layers": layers,
+        "kinds": kinds,
+        "store_dtype": np.dtype(np.float32),
+        "lengths": LENGTHS,
+        "replaced": np.arange(n, dtype=np.int32),
+        "flags": np.zeros(n, np.uint16),
+        "status": np.where(LENGTHS == 0, SKIPPED, PENDING).astype(np.uint8),
+        "reason": np.where(LENGTHS == 0, EMPTY, 0).astype(np.uint8),
+        "residue_offsets": OFFSETS if "residue" in kinds else None,
+        "names": lambda start, stop: NAMES[start:stop],
+        "name_bytes": sum(len(name.encode()) for name in NAMES),
+        "attributes": {"layers": json.dumps(layers), "fingerprint": json.dumps({"layers": layers})},
+    }
+    return Layout(**(fields | changes))
+
+
+def values(rows: list[int], kind: str = "mean", layer: int = 2) -> np.ndarray:
+    """Values that tell from which row, kind and layer they are."""
+    base = {"mean": 1000, "bos": 2000, "residue": 3000}[kind] + 100 * layer
+    return (base + np.asarray(rows)[:, None] * 10 + np.arange(HIDDEN)).astype(np.float32)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A complete file, every row placed."""
+    output = tmp_path / "out.h5"
+    file = Store.create(output, layout())
+    rows = np.array([0, 1, 2, 4, 5])
+    for layer in (0, 2):
+        for kind in ("mean", "bos"):
+            file.place(kind, layer, rows, values(rows.tolist(), kind, layer))
+        every = np.arange(OFFSETS[-1])
+        file.place("residue", layer, every, values(every.tolist(), "residue", layer))
+    file.mark(rows)
+    file.finish('{"command": "embed"}', overwrite=False)
+    file.close()
+    return output
+
+
+def test_the_file_has_the_datasets_of_schema_1(finished: Path) -> None:
+    with h5py.File(finished) as file:
+        found = {}
+        file.visit(lambda name: found.update({name: file[name]}))
+        shapes = {name: (item.shape, item.dtype.str) for name, item in found.items() if isinstance(item, h5py.Dataset)}
+        shapes.pop("embeddings", None)
+        shapes.pop("sequence_ids")
+        pooled = {f"{kind}/{layer}": ((6, HIDDEN), "<f4") for kind in ("mean", "bos") for layer in (0, 2)}
+        if "mean/2" not in shapes:  # h5py visits a dataset with two names once
+            shapes["mean/2"] = (file["mean/2"].shape, file["mean/2"].dtype.str)
+        assert shapes == pooled | {
+            "residue/0": ((15, HIDDEN), "<f4"), "residue/2": ((15, HIDDEN), "<f4"), "residue/offsets": ((7,), "<i8"),
+            "lengths": ((6,), "<i4"), "replaced": ((6,), "<i4"), "flags": ((6,), "<u2"), "status": ((6,), "|u1"),
+            "reason": ((6,), "|u1"), "run/report": ((), f"|S{store.REPORT_BYTES}"), "run/complete": ((), "|u1"),
+        }  # fmt: skip
+        assert file.attrs["schema"] == 1
+        assert file["sequence_ids"].asstr()[:].tolist() == NAMES
+        assert json.loads(file.attrs["reason_names"])["4"] == "not finite"
+        assert json.loads(file.attrs["status_names"]) == {"0": "pending", "1": "done", "2": "skipped"}
+
+
+def test_everything_is_in_place_before_the_first_row(tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    Store.create(output, layout()).close()
+    partial = store.partial_path(output)
+    assert [p.name for p in tmp_path.iterdir()] == [partial.name]
+    assert partial.stat().st_blocks * 512 >= partial.stat().st_size, "a full disk must show now, not later"
+    with h5py.File(partial) as file:
+        assert file["run/complete"][()] == 0
+        assert file["status"][:].tolist() == [PENDING] * 3 + [SKIPPED] + [PENDING] * 2
+        assert np.isnan(file["mean/2"][3]).all() and np.isnan(file["bos/0"][3]).all()
+
+
+@pytest.mark.parametrize(
+    "rows", [[4], [0, 1, 2], [5, 0, 2], [2, 1, 0, 5, 4], [0, 2, 4], []], ids=lambda rows: "-".join(map(str, rows))
+)
+def test_rows_land_where_they_belong_and_nowhere_else(tmp_path: Path, rows: list[int]) -> None:
+    output = tmp_path / "out.h5"
+    file = Store.create(output, layout())
+    file.place("mean", 0, np.arange(6), np.full((6, HIDDEN), -1, np.float32))
+    file.place("mean", 0, np.asarray(rows, np.int64), values(rows) if rows else np.empty((0, HIDDEN), np.float32))
+    file.close()
+    expected = np.full((6, HIDDEN), -1, np.float32)
+    for row in rows:
+        expected[row] = values([row])[0]
+    with h5py.File(store.partial_path(output)) as read:
+        np.testing.assert_array_equal(read["mean/0"][:], expected)
+
+
+def test_a_row_is_done_only_after_a_commit(tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+
+    def on_disk(name: str) -> list[int]:
+        with h5py.File(store.partial_path(output), locking=False) as read:
+            return read[name][:].tolist()
+
+    file = Store.create(output, layout())
+    before = on_disk("status")
+    file.place("mean", 2, np.array([0, 5]), values([0, 5]))
+    file.mark(np.array([5, 0]), flag=RECOMPUTED)
+    file.mark(np.array([1]), SKIPPED, reason=store.NOT_FINITE)
+    assert on_disk("status") == before
+    file.commit()
+    assert on_disk("status") == [DONE, SKIPPED, PENDING, SKIPPED, PENDING, DONE]
+    assert on_disk("flags") == [RECOMPUTED, 0, 0, 0, 0, RECOMPUTED]
+    assert on_disk("reason") == [0, store.NOT_FINITE, 0, EMPTY, 0, 0]
+    file.mark(np.array([2]))
+    file.close()
+    resumed = Store.resume(output)
+    assert resumed.status.tolist() == [DONE, SKIPPED, PENDING, SKIPPED, PENDING, DONE]
+    resumed.close()
+
+
+def test_a_commit_of_no_rows_changes_nothing(tmp_path: Path) -> None:
+    file = Store.create(tmp_path / "out.h5", layout())
+    before = store.partial_path(tmp_path / "out.h5").read_bytes()
+    file.mark(np.empty(0, np.int64))
+    file.commit()
+    file.close()
+    assert store.partial_path(tmp_path / "out.h5").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("kinds", "same_as"), [(("bos", "mean"), "mean/2"), (("bos", "residue"), "bos/2"), (("residue",), None)]
+)
+def test_embeddings_is_the_last_layers_mean_else_bos_else_absent(
+    tmp_path: Path, kinds: tuple[str, ...], same_as: str | None
+) -> None:
+    output = tmp_path / "out.h5"
+    file = Store.create(output, layout(kinds))
+    file.finish("{}", overwrite=False)
+    file.close()
+    with h5py.File(output) as read:
+        if same_as is None:
+            assert "embeddings" not in read
+        else:
+            assert read["embeddings"] == read[same_as]
+    if same_as is None:
+        with read_embeddings(output) as read, pytest.raises(KeyError, match="residues"):
+            read[0]
+
+
+def test_finish_gives_the_file_its_final_name(tmp_path: Path, finished: Path) -> None:
+    assert [p.name for p in tmp_path.iterdir()] == ["out.h5"]
+    assert store.fingerprint_of(finished) == ({"layers": [0, 2]}, True)
+
+
+def test_finish_never_replaces_a_file_that_appeared_meanwhile(tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    file = Store.create(output, layout())
+    output.write_text("somebody's thesis")
+    with pytest.raises(UserError, match="appeared"):
+        file.finish("{}", overwrite=False)
+    file.close()
+    assert output.read_text() == "somebody's thesis"
+    assert store.fingerprint_of(store.partial_path(output)) == ({"layers": [0, 2]}, True)
+
+
+def test_overwrite_replaces_a_finished_file_only_at_the_end(tmp_path: Path, finished: Path) -> None:
+    old = finished.read_bytes()
+    file = Store.create(finished, layout(("bos",)))
+    assert finished.read_bytes() == old
+    file.finish("{}", overwrite=True)
+    file.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["out.h5"]
+    with h5py.File(finished) as read:
+        assert "mean" not in read and "bos" in read
+
+
+def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    first = Store.create(output, layout())
+    with pytest.raises(UserError, match="Another run"):
+        Store.resume(output)
+    first.close()
+    Store.resume(output).close()
+
+
+def test_a_second_writer_leaves_the_first_ones_unfinished_layout_alone(tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    new = tmp_path / "out.h5.partial.new"
+    with open(new, "w") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="Another run"):
+            Store.create(output, layout())
+        assert new.exists()
+
+
+def test_an_abandoned_layout_is_no_obstacle(tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    (tmp_path / "out.h5.partial.new").write_bytes(b"\x89HDF half a layout" * 1000)
+    Store.create(output, layout()).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["out.h5.partial"]
+
+
+def test_reading_by_number_slice_name_and_iteration(finished: Path) -> None:
+    with read_embeddings(finished) as file:
+        assert len(file) == 6 and file.complete and file.layers == [0, 2] and file.names == NAMES
+        assert file.report == {"command": "embed"}
+        assert file.attributes["schema"] == 1
+        np.testing.assert_array_equal(file[1], values([1])[0])
+        np.testing.assert_array_equal(file[-1], values([5])[0])
+        np.testing.assert_array_equal(file[4:6], values([4, 5]))
+        np.testing.assert_array_equal(file["β-lactamase"], values([1])[0])
+        np.testing.assert_array_equal(file.dataset("bos", 0)[0], values([0], "bos", 0)[0])
+        assert file.lengths.tolist() == LENGTHS.tolist()
+        assert file.status.tolist() == [DONE] * 3 + [SKIPPED] + [DONE] * 2
+        assert file.reason.tolist() == [0, 0, 0, EMPTY, 0, 0]
+        pairs = list(file)
+    assert [name for name, _ in pairs] == NAMES
+    np.testing.assert_array_equal(pairs[2][1], values([2])[0])
+    assert np.isnan(pairs[3][1]).all()
+
+
+def test_a_name_that_occurs_twice_gives_the_first_row_and_lists_both(finished: Path) -> None:
+    with read_embeddings(finished) as file:
+        assert file.rows("alpha") == [0, 2]
+        np.testing.assert_array_equal(file["alpha"], values([0])[0])
+        with pytest.raises(KeyError):
+            file["no such protein"]
+
+
+def test_residues_of_a_record_by_number_or_name(finished: Path) -> None:
+    with read_embeddings(finished) as file:
+        np.testing.assert_array_equal(file.residues(2), values([5, 6, 7, 8], "residue"))
+        np.testing.assert_array_equal(file.residues("zeta", layer=0), values([10, 11, 12, 13, 14], "residue", 0))
+        np.testing.assert_array_equal(file.residues(-1), file.residues(5))
+        assert file.residues("delta").shape == (0, HIDDEN)
+
+
+def test_a_foreign_hdf5_file_is_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["x"] = 1
+    assert store.fingerprint_of(tmp_path / "other.h5") is None
+    with pytest.raises(UserError, match="schema"):
+        EmbeddingFile(tmp_path / "other.h5")
+
+
+def test_reading_needs_no_torch(finished: Path) -> None:
+    code = (
+        "import sys, virnucpro_cli\n"
+        f"with virnucpro_cli.read_embeddings({str(finished)!r}) as file: file[0], file['zeta'], file.residues(0)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
