@@ -21,7 +21,7 @@ TINY = ModelSpec("tiny", 2, 32, 4)
 def read_fasta(path: Path) -> list[tuple[str, str]]:
     """(name, sequence) pairs by the plainest reader there is; the tests' own, for well-formed files."""
     records: list[tuple[str, str]] = []
-    with (gzip.open(path, "rt") if path.suffix == ".gz" else open(path)) as lines:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as lines:
         for line in lines:
             if line.startswith(">"):
                 records.append((line[1:].split()[0], ""))

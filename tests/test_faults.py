@@ -1,0 +1,412 @@
+"""Kills, full disks and changing inputs: the same command, run again, always ends at the uninterrupted run's file."""
+
+import errno
+import gc
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from conftest import write_model
+from virnucpro_cli import placer, store
+from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.errors import UserError
+
+KINDS = ("mean", "bos", "residue")
+MOMENTS = 20
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["virnucpro_cli.embed", "pytest", "safetensors.torch"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in the children: on a busy machine two threads of a tiny model mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Case:
+    """An input and a model with the uninterrupted run's datasets, to compare other runs with."""
+
+    def __init__(self, folder: Path, proteins: int):
+        self.fasta, self.model, self.proteins = folder / "in.fasta", write_model(folder / "model"), proteins
+        generator = random.Random(0)
+        with open(self.fasta, "w") as file:
+            for i in range(proteins):
+                length = 0 if i % 97 == 3 else generator.choice((30, 90, 150, generator.randint(1, 200)))
+                file.write(f">protein_{i}\n{''.join(generator.choices('ACDEFGHIKLMNPQRSTVWY', k=length))}\n")
+            file.write(f">long\n{'MKVLAGW' * 60}\n>copy\n{'MKVLAGW' * 60}\n")
+        finish_in_child(self, folder / "whole.h5")
+        self.cpu_seconds = float(cpu_of(folder / "whole.h5").read_text())
+        self.datasets = datasets(folder / "whole.h5")
+        self.skipped = int((self.datasets["status"] == store.SKIPPED).sum())  # these are there from the start
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        return {
+            "inputs": str(self.fasta), "model": str(self.model), "device": "cpu", "token_budget": 1024, "pool": KINDS,
+            "long": "window", "max_residues": 200, "overlap": 50, **more,
+        }  # fmt: skip
+
+    def embed(self, output: Path, **more: Any) -> dict[str, int]:
+        return embed_fasta(output=str(output), **self.options(**more)).counts
+
+    def check(self, output: Path) -> None:
+        """`output` is complete, equals the uninterrupted run bit for bit, and nothing else of it is left."""
+        found = datasets(output)
+        assert found.keys() == self.datasets.keys()
+        for name, values in self.datasets.items():
+            assert found[name].tobytes() == values.tobytes(), name
+        assert store.fingerprint_of(output)[1]
+        assert sorted(output.parent.glob(f"{output.name}*")) == [output]
+
+
+def datasets(path: Path) -> dict[str, np.ndarray]:
+    """Every dataset outside /run."""
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and not name.startswith("run/") and name != "embeddings":
+            found[name] = item[()] if item.dtype != object else np.array(item.asstr()[:].tolist())
+
+    with h5py.File(path) as file:
+        file.visititems(keep)
+        found["mean/2"] = file["embeddings"][()]
+    return found
+
+
+def report_of(output: Path) -> Path:
+    return output.with_suffix(".json")
+
+
+def cpu_of(output: Path) -> Path:
+    return output.with_suffix(".cpu")
+
+
+def child(options: dict[str, Any], deadly: tuple[str, int] | None = None, cpu_seconds: float = 0) -> None:
+    """A run that commits often, and dies where it is told to.
+
+    deadly: a system call, and how many calls of it this process survives. cpu_seconds: the kernel ends the process
+    without a word, as SIGKILL does, when it has used so much; unlike a wall clock this means the same on a busy machine.
+    """
+    torch.set_num_threads(1)
+    placer.COMMIT_SECONDS = 0.05
+    if cpu_seconds:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    if deadly:
+        placer.COMMIT_SECONDS = 0.0
+        name, survived = deadly
+        real, calls = getattr(os, name), 0
+
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > survived:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **named)
+
+        setattr(os, name, wrapped)
+    embed_fasta(**options)
+    cpu_of(Path(options["output"])).write_text(str(time.process_time()))
+
+
+def run_child(case: Case, output: Path, *death: Any, **more: Any) -> int:
+    """Exit code of a run in a process of its own."""
+    options = case.options(output=str(output), report=str(report_of(output)), **more)
+    process = CHILDREN.Process(target=child, args=(options, *death))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return int(process.exitcode)
+
+
+def finish_in_child(case: Case, output: Path) -> int:
+    """Run to the end; how many proteins had been done by an earlier run."""
+    assert run_child(case, output) == 0
+    return int(json.loads(report_of(output).read_text())["counts"].get("resumed proteins", 0))
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """About a second of work."""
+    return Case(tmp_path_factory.mktemp("case"), 1000)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("small"), 60)
+
+
+# --- kills ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_kill_at_any_moment_is_made_good_by_the_same_command(case: Case, tmp_path: Path) -> None:
+    generator = random.Random(1)
+    killed = resumed = 0
+    for i in range(MOMENTS):
+        output = tmp_path / f"{i}.h5"
+        moment = case.cpu_seconds * (i + generator.random()) / MOMENTS
+        killed += run_child(case, output, None, moment) == -signal.SIGPROF
+        resumed += case.skipped < finish_in_child(case, output) < case.proteins
+        case.check(output)
+        output.unlink()
+    assert killed >= MOMENTS // 2, "most runs were over before their kill: this tests nothing"
+    assert resumed >= MOMENTS // 4, "hardly any run found work of an earlier one: this tests nothing"
+
+
+@pytest.mark.parametrize(
+    ("call", "survived"),
+    [
+        ("pwrite", 0), ("pwrite", 1), ("pwrite", 5), ("pwrite", 50), ("fdatasync", 0), ("fdatasync", 1),
+        ("fdatasync", 2), ("fdatasync", 7), ("posix_fallocate", 0), ("fsync", 0), ("fsync", 1), ("link", 0),
+        ("link", 1), ("unlink", 0), ("unlink", 1), ("rename", 0), ("replace", 0),
+    ],
+    ids=lambda value: str(value),
+)  # fmt: skip
+def test_a_kill_at_a_system_call_is_made_good_too(small: Case, tmp_path: Path, call: str, survived: int) -> None:
+    output = tmp_path / "out.h5"
+    assert run_child(small, output, (call, survived)) in (0, -signal.SIGKILL), (
+        "not every system call is made that often"
+    )
+    finish_in_child(small, output)
+    small.check(output)
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+def test_a_kill_near_the_end_is_made_good_too(small: Case, tmp_path: Path, call: str) -> None:
+    """Wherever the report, the mark of completion and their syncs are: the last calls of a run, one by one."""
+    calls = count_calls(small, tmp_path, call)
+    for survived in range(calls - 3, calls):
+        output = tmp_path / f"{survived}.h5"
+        assert run_child(small, output, (call, survived)) == -signal.SIGKILL
+        finish_in_child(small, output)
+        small.check(output)
+
+
+def count_calls(case: Case, folder: Path, call: str) -> int:
+    """How often a whole run makes a system call."""
+    calls = 0
+    with pytest.MonkeyPatch.context() as patch:
+        real = getattr(os, call)
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return real(*arguments)
+
+        patch.setattr(os, call, counted)
+        patch.setattr(placer, "COMMIT_SECONDS", 0.0)
+        case.embed(folder / "counted.h5")
+    return calls
+
+
+def test_a_run_that_is_killed_again_and_again_still_arrives(small: Case, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    for _ in range(3):
+        assert run_child(small, output, ("fdatasync", 4)) == -signal.SIGKILL
+    assert finish_in_child(small, output) > small.skipped
+    small.check(output)
+
+
+def test_an_overwriting_run_that_is_killed_leaves_the_old_file(small: Case, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    small.embed(output, layers=(0,))
+    old = output.read_bytes()
+    assert run_child(small, output, ("replace", 0), overwrite=True) == -signal.SIGKILL
+    assert output.read_bytes() == old
+    small.embed(output, overwrite=True)
+    small.check(output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_stopped_program_says_how_to_go_on(case: Case, tmp_path: Path, number: signal.Signals) -> None:
+    output = tmp_path / "out.h5"
+    command = [
+        sys.executable, "-m", "virnucpro_cli", "embed", str(case.fasta), "-o", str(output), "--model", str(case.model),
+        "--device", "cpu", "--token-budget", "1024", "--pool", ",".join(KINDS), "--long", "window",
+        "--max-residues", "200", "--overlap", "50",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for_rows(store.partial_path(output), process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert out == "" and "Traceback" not in err
+    assert number.name in err and "the same command resumes" in err
+    assert not output.exists()
+    assert case.embed(output)["resumed proteins"] > case.skipped
+    case.check(output)
+
+
+def wait_for_rows(partial: Path, process: "subprocess.Popen[str]") -> None:
+    """Until the running program has written something after the layout."""
+    times: set[int] = set()
+    deadline = time.monotonic() + 60
+    while len(times) < 3 and process.poll() is None and time.monotonic() < deadline:
+        if partial.exists():
+            times.add(partial.stat().st_mtime_ns)
+        time.sleep(0.002)
+
+
+# --- full disks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a file system of a given size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def mount(size: str) -> Path:
+        nonlocal mounted
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.decode().strip()}")
+        mounted = True
+        return folder
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Use up all space."""
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+    return filler
+
+
+def test_a_disk_that_is_too_small_is_told_before_any_work(case: Case, disk: Callable[[str], Path]) -> None:
+    folder = disk("1m")
+    with pytest.raises(UserError, match=r"GB are free") as refused:
+        case.embed(folder / "out.h5")
+    assert "-o" in refused.value.remedy and not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("size", ["16k", "64k", "96k", "128k", "160k", "1m"])
+def test_a_disk_that_fills_up_at_the_layout_is_left_clean(case: Case, disk: Callable[[str], Path], size: str) -> None:
+    """However far the layout gets: into HDF5's own writes, or to the reservation of the rows."""
+    folder = disk(size)
+    answer, question = CHILDREN.Pipe(duplex=False)
+    process = CHILDREN.Process(target=embed_without_room, args=(case.options(output=str(folder / "out.h5")), question))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0, "HDF5 after a failed write can take the process down"
+    assert answer.recv().startswith("No space is left for")
+    assert not list(folder.iterdir())
+
+
+def embed_without_room(options: dict[str, Any], question: Any) -> None:
+    store.check_free_space = lambda *_: None
+    try:
+        embed_fasta(**options)
+    except UserError as error:
+        question.send(error.what)
+    gc.collect()
+
+
+def test_a_disk_that_fills_up_during_the_run_costs_nothing_that_is_done(
+    case: Case, disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = disk("40m")
+    output = folder / "out.h5"
+    create = store.Store.create.__func__  # type: ignore[attr-defined]
+
+    def create_and_fill(*arguments: Any) -> store.Store:
+        file = create(store.Store, *arguments)
+        fill(folder)
+        os.truncate(folder / "filler", (folder / "filler").stat().st_size - (1 << 20))  # room for some rows
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "create", create_and_fill)
+        patch.setattr(placer, "COMMIT_SECONDS", 0.0)
+        with pytest.raises(UserError, match="No space is left") as stopped:
+            case.embed(output, preallocate=False)
+    assert "same command" in stopped.value.remedy
+    (folder / "filler").unlink()
+    assert case.skipped < case.embed(output, preallocate=False)["resumed proteins"] < case.proteins
+    case.check(output)
+
+
+@pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "No space"), (errno.EDQUOT, "quota"), (errno.EIO, "error")])
+@pytest.mark.parametrize("survived", [0, 3, 40])
+def test_a_write_that_fails_is_one_clear_message_and_can_be_resumed(
+    small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int, code: int, words: str
+) -> None:
+    output = tmp_path / "out.h5"
+    real, calls = os.pwrite, 0
+
+    def failing(*arguments: Any) -> int:
+        nonlocal calls
+        calls += store.partial_path(output).exists()  # after the layout
+        if calls > survived:
+            raise OSError(code, os.strerror(code))
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing)
+        patch.setattr(placer, "COMMIT_SECONDS", 0.0)
+        with pytest.raises(UserError, match=words):
+            small.embed(output)
+    assert not output.exists() and store.partial_path(output).exists()
+    small.embed(output)
+    small.check(output)
+
+
+def test_short_writes_are_carried_on(small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[: max(1, len(data) // 2)], offset))
+        small.embed(tmp_path / "out.h5")
+    small.check(tmp_path / "out.h5")
+
+
+# --- the input -----------------------------------------------------------------------------------------------------
+
+
+def test_an_input_that_changes_during_the_run_is_never_mixed_in(tmp_path: Path) -> None:
+    case = Case(tmp_path, 60)
+    output = tmp_path / "out.h5"
+    create = store.Store.create.__func__  # type: ignore[attr-defined]
+
+    def create_and_change(*arguments: Any) -> store.Store:
+        file = create(store.Store, *arguments)
+        with open(case.fasta, "a") as fasta:
+            fasta.write(">one_more\nMKVLA\n")
+        return file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.Store, "create", create_and_change)
+        with pytest.raises(UserError, match=r"in\.fasta was changed"):
+            case.embed(output)
+    assert not output.exists()
+    with pytest.raises(UserError, match="another run: input_sha256"):
+        case.embed(output)
+    case.embed(output, restart=True)
+    assert len(datasets(output)["lengths"]) == case.proteins + 3
