@@ -260,7 +260,7 @@ def _open_store(
                 "Repeat that run's command to finish it, discard it with --restart, or choose another -o.",
             )
         file = store.Store.resume(output)
-        done = int((file.status != store.PENDING).sum())
+        done = int((file.status == store.DONE).sum())
         out.print(f"resuming {partial_file}: {done:,} of {len(table):,} proteins are there already")
         summary.counts["resumed proteins"] = done
         return file
@@ -377,6 +377,10 @@ def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list
         count = int((work.reason == code).sum())
         if count:
             notes.append(f"{count:,} of {n:,} proteins skipped: {store.REASONS[code]}; their rows are NaN")
+    if config.pool == ("residue",):
+        notes.append(
+            "only per-residue rows are stored, so the file has no /embeddings; add mean or bos to --pool for one row a protein"
+        )
     repeated = _repeated_names(table, config)
     if repeated:
         notes.append(

@@ -104,6 +104,11 @@ class Placer:
             del self._windows[record]
 
     def _place_windows(self, record: int, windows: "list[_Window]") -> None:
+        with np.errstate(over="ignore"):  # what does not fit the store dtype is found below
+            self._place_blend(record, windows)
+
+    def _place_blend(self, record: int, windows: "list[_Window]") -> None:
+        """Add the windows up in their order, check the result in the store dtype, and place it."""
         rows, _ = self.rows_of(np.asarray([record]))
         pooled = {key: sum(w.pooled[key] for w in windows) for key in windows[0].pooled}
         stored = {key: np.asarray(values).astype(self.store_dtype) for key, values in pooled.items()}

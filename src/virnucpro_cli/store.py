@@ -486,6 +486,11 @@ class EmbeddingFile:
     def __getitem__(self, key: int | slice | str | list[int] | NDArray[Any]) -> NDArray[Any]:
         if isinstance(key, str):
             key = self.rows(key)[0]
+        if (
+            isinstance(key, list | np.ndarray) and np.asarray(key).dtype != np.bool_
+        ):  # h5py wants them increasing and distinct
+            distinct, back = np.unique(np.asarray(key), return_inverse=True)
+            return self.dataset()[distinct][back]
         return self.dataset()[key]
 
     def __iter__(self) -> Iterator[tuple[str, NDArray[Any]]]:
