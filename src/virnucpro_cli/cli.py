@@ -4,6 +4,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -47,7 +48,7 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _budget(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isdigit() else text
+    return int(text) if text is not None and text.isascii() and text.isdigit() else text
 
 
 @app.callback(invoke_without_command=True)
@@ -192,22 +193,39 @@ def _stop(signum: int, frame: FrameType | None) -> NoReturn:
     raise Stopped(signum)
 
 
+def _say(*lines: str) -> None:
+    with suppress(OSError):  # nobody may be listening any more
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
 def _fail(error: UserError) -> None:
-    print(f"error: {error.what}", *([error.remedy] if error.remedy else []), sep="\n", file=sys.stderr)
+    _say(f"error: {error.what}", *([error.remedy] if error.remedy else []))
 
 
 def _bug(error: BaseException) -> None:
     with tempfile.NamedTemporaryFile("w", prefix="virnucpro-", suffix=".log", delete=False) as log:
         log.write(f"virnucpro {__version__}: {sys.argv}\n")
         traceback.print_exception(error, file=log)
-    print(
-        f"internal error, a bug in virnucpro: {type(error).__name__}: {error}\nThe traceback is in {log.name}; please report it.",
-        file=sys.stderr,
+    _say(
+        f"internal error, a bug in virnucpro: {type(error).__name__}: {error}",
+        f"The traceback is in {log.name}; please report it.",
     )
+
+
+def _open_closed_streams() -> None:
+    """A closed standard stream would give its number to the next file opened, and libraries would write into that."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code."""
+    _open_closed_streams()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     try:
@@ -219,11 +237,12 @@ def main(arguments: list[str] | None = None) -> Any:
         code = EXIT_SIGNAL_BASE + signal.SIGINT
     except Stopped as stop:
         name = signal.Signals(stop.signum).name
-        print(f"stopped by {name}; what was computed is kept, and the same command resumes.", file=sys.stderr)
+        _say(f"stopped by {name}; what was computed is kept, and the same command resumes.")
         code = EXIT_SIGNAL_BASE + stop.signum
     except Exception as error:  # the last resort: a bug, logged whole
         code = _usage_or_bug(error)
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     sys.exit(code)
 
 

@@ -16,6 +16,7 @@ CHOICES = {
     "invalid": ("x", "error", "skip"),
     "id": ("first", "full"),
 }
+LARGEST = 1 << 24
 POOLS = ("mean", "bos", "residue")
 
 
@@ -48,6 +49,10 @@ class EmbedConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("token_budget", "max_residues"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value > LARGEST:
+                raise UserError(f"--{name.replace('_', '-')} is {value}.", f"Give {LARGEST:,} or less.")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:

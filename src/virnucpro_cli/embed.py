@@ -56,12 +56,14 @@ def run(config: EmbedConfig, out: Console | None = None) -> report.RunReport:
     """Do what `virnucpro embed` does and return its report. Raises UserError for what the user can put right."""
     out = out or report.console(config.quiet)
     clock = report.Clock()
-    output = Path(config.output)
     if not config.inputs or not config.output:
         raise UserError(
             "An input FASTA and an output file are needed.", "virnucpro embed proteins.fasta -o embeddings.h5"
         )
-    store.check_destination(output)
+    output = Path(config.output)
+    if output.is_symlink():
+        output = output.resolve()  # the file that it names, not the link
+    _check_paths(output, config)
     if output.exists() and not (config.overwrite or config.dry_run) and store.fingerprint_of(output) is None:
         raise UserError(
             f"{output} exists and was not written by virnucpro embed.", "Choose another -o, or --overwrite it."
@@ -181,11 +183,30 @@ def _layers(config: EmbedConfig, spec: ModelSpec) -> tuple[int, ...]:
 
 
 def _check_protein(table: fasta.RecordTable, config: EmbedConfig) -> None:
-    if table.nucleotide_share >= fasta.NUCLEOTIDE_SHARE and not config.force_protein:
-        raise UserError(
-            f"{', '.join(config.inputs)} looks like nucleotides: {table.nucleotide_share:.1%} of all residues are A, C, G, T, U or N.",
-            "Translate it first (Prodigal, getorf, six frames), or say --force-protein if these are proteins.",
-        )
+    for source, share in zip(table.sources, table.nucleotide_share, strict=True):
+        if share >= fasta.NUCLEOTIDE_SHARE and not config.force_protein:
+            raise UserError(
+                f"{source.path} looks like nucleotides: {share:.1%} of its residues are A, C, G, T, U or N.",
+                "Translate it first (Prodigal, getorf, six frames), or say --force-protein if these are proteins.",
+            )
+
+
+def _check_paths(output: Path, config: EmbedConfig) -> None:
+    """Nothing that is read may be written, and the report must have a place before anything is computed."""
+    store.check_destination(output)
+    written = {"output": output} | ({"report": Path(config.report)} if config.report else {})
+    read = [Path(name) for name in config.inputs if name != "-"]
+    for what, path in written.items():
+        if any(path.exists() and other.exists() and path.samefile(other) for other in read):
+            raise UserError(
+                f"The {what} {path} is one of the inputs.", "Choose another name; inputs are never overwritten."
+            )
+    if config.report:
+        place = Path(config.report)
+        if place.resolve() in (output.resolve(), store.partial_path(output).resolve()):
+            raise UserError(f"The report {place} would overwrite the output.", "Give it another name.")
+        if place.is_dir() or not place.parent.is_dir():
+            raise UserError(f"The report {place} cannot be written there.", "Name a file in a folder that exists.")
 
 
 def _layout(
@@ -365,7 +386,7 @@ def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list
     if truncated.any():
         unseen = int((table.length[truncated] - work.embedded[truncated]).sum(dtype=np.int64)) / max(table.residues, 1)
         notes.append(
-            f"{int(truncated.sum()):,} of {n:,} proteins truncated, {unseen:.0%} of residues not seen; --long window embeds them whole"
+            f"{int(truncated.sum()):,} of {n:,} proteins truncated, {_percent(unseen)} of residues not seen; --long window embeds them whole"
         )
     replaced = int((table.replaced > 0).sum())
     if replaced and config.invalid == "x":
@@ -387,6 +408,10 @@ def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list
             f"{repeated:,} proteins share their name with an earlier one; all are kept, one row each, in input order"
         )
     return notes
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "under 1%"
 
 
 def _repeated_names(table: fasta.RecordTable, config: EmbedConfig) -> int:
@@ -421,7 +446,7 @@ def _packing(plan: Plan, work: Work) -> dict[str, float]:
         "token budget": plan.token_budget,
         "density": plan.density,
         "density without the last pack": plan.density_without_last,
-        "proteins per pack": len(work.segments) / len(plan),
+        "segments per pack": len(work.segments) / len(plan),
         "filler tokens": int(plan.rung.sum() - plan.tokens.sum()),
     }
 
@@ -460,7 +485,7 @@ def _fill_rates(
         summary.rates = {
             "residues/s": (tokens - SPECIAL_TOKENS * segments) / forward,
             "tokens/s": tokens / forward,
-            "proteins/s": segments / forward,
+            "segments/s": segments / forward,
         }
     summary.memory = {"peak host memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if device.type == "cuda":

@@ -91,7 +91,7 @@ class RecordTable:
     length: NDArray[np.int32]
     replaced: NDArray[np.int32]
     unique_of: NDArray[np.int64]
-    nucleotide_share: float
+    nucleotide_share: list[float]  # of each source's residues, how many are A, C, G, T, U or N
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -175,6 +175,8 @@ def open_sources(inputs: Sequence[str], spool_dir: Path) -> list[Source]:
 
 def _open_plain(name: str, spool_dir: Path) -> IO[bytes]:
     try:
+        if name == "-" and sys.stdin is None:
+            raise UserError("Standard input is closed.", "Pipe a FASTA into it, or name a file.")
         file: IO[bytes] = sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: SIM115 (the table reads it later)
     except IsADirectoryError:
         raise UserError(
@@ -256,9 +258,10 @@ def index(sources: list[Source], *, on_invalid: str = "x", dedup: bool = True) -
     record, line and column of the first. Raises UserError on NUL bytes and on a `>` inside a sequence line.
     """
     offsets, lengths, replaced, digests, shas = [], [], [], [], []
-    nucleotides = 0
+    shares = []
     for source in sources:
         sha = hashlib.sha256()
+        nucleotides = residues = 0
         for chunk, at in _chunks(source, sha):
             part = _index_chunk(chunk, source, at)
             if on_invalid == "error" and part.replaced.any():
@@ -268,7 +271,9 @@ def index(sources: list[Source], *, on_invalid: str = "x", dedup: bool = True) -
             replaced.append(part.replaced)
             digests.append(part.digests)
             nucleotides += part.nucleotides
+            residues += int(part.length.sum())
         shas.append(sha.hexdigest())
+        shares.append(nucleotides / residues if residues else 0.0)
         source.check_unchanged()
 
     length = _joined(lengths, np.int32)
@@ -276,9 +281,7 @@ def index(sources: list[Source], *, on_invalid: str = "x", dedup: bool = True) -
     unique_of = np.arange(len(length), dtype=np.int64)
     if dedup and len(length):
         unique_of = _first_of_equal(np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2))
-    residues = int(length.sum(dtype=np.int64))
-    return RecordTable(sources, shas, _joined(offsets, np.int64), length, replaced_counts, unique_of,
-                       nucleotides / residues if residues else 0.0)  # fmt: skip
+    return RecordTable(sources, shas, _joined(offsets, np.int64), length, replaced_counts, unique_of, shares)
 
 
 def _joined(parts: list[Any], dtype: type) -> NDArray[Any]:

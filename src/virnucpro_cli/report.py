@@ -49,14 +49,29 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
+class _Stderr(Console):
+    """A console whose reader may go away: a lost terminal or a closed pipe must not end a run of hours."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            self.quiet = True
+
+
 def console(quiet: bool = False) -> Console:
     """stderr; stdout stays clean. Not a terminal: no colour, and so wide that no message is broken."""
-    return Console(
+    gone = sys.stderr is None
+    return _Stderr(
         stderr=True,
-        quiet=quiet,
-        width=None if sys.stderr.isatty() else 1000,
+        quiet=quiet or gone,
+        width=None if not gone and sys.stderr.isatty() else 1000,
         highlight=False,
         markup=False,
+        emoji=False,
         soft_wrap=True,
     )
 

@@ -77,6 +77,13 @@ def check_destination(output: Path) -> None:
     folder = output.parent
     if output.is_dir():
         raise UserError(f"The output {output} is a directory.", "Name a file, such as out.h5.")
+    if len(os.fsencode(output.name)) + len(".partial.new") > 255:
+        raise UserError(
+            f"The output name {output.name[:40]}... is too long for its .partial.", "Choose a shorter name."
+        )
+    for path in (output, partial_path(output)):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file.", "Choose another output with -o.")
     if not folder.is_dir():
         raise UserError(f"The output directory {folder} does not exist.", f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -87,7 +94,7 @@ def check_free_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise UserError(
-            f"{output} will need {needed / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free in {output.parent}.",
+            f"{output} will need {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free in {output.parent}.",
             "Free some space, choose another disk with -o, or store less (--store-dtype fp16, fewer --layers, no residue pool).",
         )
 

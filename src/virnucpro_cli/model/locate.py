@@ -117,7 +117,12 @@ def _at_path_if_any(path: Path, name: str) -> Weights | None:
                 continue
             if not choice.endswith(".index.json"):
                 return Weights(name, (file,), config=path / "config.json")
-            shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+            try:
+                shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(
+                    f"{file} is not an index of weights.", "Fetch or copy the model directory again."
+                ) from None
             if all((path / shard).is_file() for shard in shards):
                 return Weights(name, tuple(path / shard for shard in shards), config=path / "config.json")
     return None
@@ -146,7 +151,12 @@ def fetch(model: str, say: Say) -> Weights:
         return found
     spec = by_name(model)
     assert spec is not None
-    cache_dir().mkdir(parents=True, exist_ok=True)
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The cache {cache_dir()} cannot be written: {error.strerror}.", "Set XDG_CACHE_HOME, or give --model PATH."
+        ) from None
     with FileLock(cache_dir() / f"{spec.name}.lock"):
         found = locate(model)  # another process may have fetched it while we waited
         if found is None:

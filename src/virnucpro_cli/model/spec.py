@@ -61,11 +61,11 @@ def by_name(name: str) -> ModelSpec | None:
 
 
 def resolve_layers(requested: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """Layer numbers 0..L: negatives count from the end (-1 is L), duplicates dropped, order kept.
+    """Layer numbers 0..L: negatives count from the end (-1 is L), of duplicates the last is kept, order kept.
 
     Raises ValueError naming the first number outside -(L + 1)..L.
     """
     for layer in requested:
         if not -(layers + 1) <= layer <= layers:
             raise ValueError(f"layer {layer} is outside {-(layers + 1)}..{layers}")
-    return tuple(dict.fromkeys(layer % (layers + 1) for layer in requested))
+    return tuple(dict.fromkeys(layer % (layers + 1) for layer in reversed(requested)))[::-1]

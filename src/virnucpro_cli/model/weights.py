@@ -92,6 +92,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
+    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    if not isinstance(config, dict) or not all(isinstance(config.get(key, 1), int) for key in sizes):
+        raise UserError(f"{path} is not a model's configuration.", "Fetch or copy the model directory again.")
     for key, (value, default) in _HF_CONFIG.items():
         found = config.get(key, default)
         if found != value and not (value is False and found is None):
