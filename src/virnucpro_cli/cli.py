@@ -1,5 +1,6 @@
 """The command line: parse -> config -> workflow -> exit code. Nothing heavy is imported until a command runs."""
 
+import os
 import signal
 import sys
 import tempfile
