@@ -76,7 +76,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         {"dtype": "fp8"}, {"store_dtype": "bf16"}, {"attention": "fast"}, {"long": "cut"}, {"invalid": "ignore"},
         {"id": "last"}, {"pool": ("max",)}, {"pool": ()}, {"layers": ()}, {"token_budget": 1000},
         {"token_budget": "much"}, {"max_residues": 0}, {"long": "window", "overlap": 1022},
-        {"long": "window", "overlap": -1},
+        {"long": "window", "overlap": -1}, {"output": "-"}, {"model": ""}, {"report": ""},
     ],
     ids=str,
 )  # fmt: skip
@@ -90,3 +90,14 @@ def test_the_configurations_that_come_with_the_program_resolve() -> None:
     for path in sorted((ROOT / "configs").glob("*.toml")):
         for table in tomllib.loads(path.read_text()):
             resolve(getattr(config, f"{table.title()}Config"), str(path), {})
+
+
+def test_options_from_python_may_be_paths_and_single_values() -> None:
+    found = resolve(
+        EmbedConfig, None, {"inputs": Path("a.fa"), "output": Path("o.h5"), "model": Path("m"), "layers": 3}
+    )
+    assert found == EmbedConfig(inputs=("a.fa",), output="o.h5", model="m", layers=(3,))
+    with pytest.raises(UserError, match="no option 'modle'"):
+        resolve(EmbedConfig, None, {"modle": "8M"})
+    with pytest.raises(UserError, match="layers"):
+        resolve(EmbedConfig, None, {"layers": "last"})

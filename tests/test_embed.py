@@ -457,9 +457,9 @@ def test_other_input_or_weights_on_a_complete_file_are_refused_by_name(
 ) -> None:
     fasta, output = make_fasta([10, 20]), tmp_path / "out.h5"
     embed(fasta, output)
-    with pytest.raises(UserError, match="input_sha256"):
+    with pytest.raises(UserError, match="the content of the input differs"):
         embed(make_fasta([10, 20], "other.fasta", seed=1), output)
-    with pytest.raises(UserError, match="weights_sha256"):
+    with pytest.raises(UserError, match="the model.s weights differ"):
         embed(fasta, output, model=str(write_model(tmp_path / "model", seed=1)))
 
 

@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from contextlib import suppress
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -188,10 +188,16 @@ def fetch(
         raise UserError("fetch needs a model's name.", "virnucpro fetch 650M, or virnucpro fetch --list")
 
 
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, signal.SIG_IGN)  # once is enough: the way out commits what is done
-    raise Stopped(signum)
+class _StopOnce:
+    """Turns the first signal into Stopped; later ones must not disturb the way out, which commits what is done."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if not self.stopped:
+            self.stopped = True
+            raise Stopped(signum)
 
 
 def _say(*lines: str) -> None:
@@ -227,8 +233,9 @@ def _open_closed_streams() -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code."""
     _open_closed_streams()
+    stop_once = _StopOnce()
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
+        signal.signal(signum, stop_once)
     try:
         code = app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
     except UserError as error:
@@ -238,7 +245,10 @@ def main(arguments: list[str] | None = None) -> Any:
         code = EXIT_SIGNAL_BASE + signal.SIGINT
     except Stopped as stop:
         name = signal.Signals(stop.signum).name
-        _say(f"stopped by {name}; what was computed is kept, and the same command resumes.")
+        _say(
+            f"stopped by {name}; "
+            + ("what was computed is kept, and the same command resumes." if stop.resumable else "nothing was written.")
+        )
         code = EXIT_SIGNAL_BASE + stop.signum
     except Exception as error:  # the last resort: a bug, logged whole
         code = _usage_or_bug(error)

@@ -1,6 +1,7 @@
 """What a run is asked to do: frozen dataclasses, made once from defaults < TOML file < flags. An unknown key is an error."""
 
 import dataclasses
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,11 @@ class EmbedConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise UserError(f"--{name.replace('_', '-')} is {value!r}.", f"Choose one of {', '.join(allowed)}.")
+        if self.output == "-":
+            raise UserError("--output is -, and HDF5 cannot be written to a pipe.", "Name a file, such as out.h5.")
+        for name in ("model", "report"):
+            if getattr(self, name) == "":
+                raise UserError(f"--{name} is empty.", "Give it a value, or leave it out.")
         if not self.layers or not all(isinstance(layer, int) for layer in self.layers):
             raise UserError(f"--layers is {self.layers!r}.", "Give numbers such as -1 or 0,6,-1.")
         unknown = [kind for kind in self.pool if kind not in POOLS]
@@ -73,9 +79,12 @@ class EmbedConfig:
 
 
 def resolve(kind: type[Any], toml: str | None, flags: dict[str, Any]) -> Any:
-    """A config of `kind` from its defaults, the TOML file's table of its command, and the flags that are not None."""
-    values = _from_toml(kind, Path(toml)) if toml else {}
-    values.update({name: value for name, value in flags.items() if value is not None})
+    """A config of `kind` from its defaults, the TOML file's table of its command, and the flags that are not None.
+
+    Paths may be path objects, and a single value may stand for a list of one.
+    """
+    values = _fitting(kind, _from_toml(kind, Path(toml)), f"The config file {toml}: ") if toml is not None else {}
+    values |= _fitting(kind, {name: value for name, value in flags.items() if value is not None}, "")
     return kind(**values)
 
 
@@ -87,7 +96,6 @@ def _from_toml(kind: type[Any], path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"The config file {path} is not TOML: {error}.") from None
     command = kind.__name__.removesuffix("Config").lower()
-    fields = {f.name: f for f in dataclasses.fields(kind)}
     tables = [key for key in content if key not in ("embed", "bench", "validate")]
     if tables:
         raise UserError(
@@ -96,24 +104,26 @@ def _from_toml(kind: type[Any], path: Path) -> dict[str, Any]:
     values = content.get(command, {})
     if not isinstance(values, dict):
         raise UserError(f"The config file {path} has {command} = {values!r}.", f"Options stand in a table [{command}].")
-    for key, value in values.items():
-        if key not in fields:
-            raise UserError(
-                f"The config file {path} has an unknown key {key!r} in [{command}].", f"Known: {', '.join(fields)}."
-            )
-        values[key] = _fitting(value, fields[key].default, path, key)
     return values
 
 
-def _fitting(value: Any, default: Any, path: Path, key: str) -> Any:
-    if isinstance(default, tuple):
-        items = tuple(value) if isinstance(value, list) else (value,)
-        kind = int if key == "layers" else str
-        if not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
-            raise UserError(f"The config file {path}: {key} is {value!r}, and must be a list of {kind.__name__}.")
-        return items
-    wanted = {"token_budget": (int, str), "report": (str,)}.get(key, (type(default),))
-    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        names = " or ".join(t.__name__ for t in wanted)
-        raise UserError(f"The config file {path}: {key} is {value!r}, and must be a {names}.")
-    return value
+SPECIAL_TYPES: dict[str, tuple[type, ...]] = {"token_budget": (int, str), "report": (str,)}
+
+
+def _fitting(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values in the types of the fields. Raises UserError for an unknown name or a value of another type."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fitting = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"{where}there is no option {key!r}.", f"Known: {', '.join(fields)}.")
+        default: Any = fields[key].default
+        several = isinstance(default, tuple)
+        wanted = (type(default[0]) if default else str,) if several else SPECIAL_TYPES.get(key, (type(default),))
+        items = value if several and isinstance(value, list | tuple) else (value,)
+        items = tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in items)
+        if any(not isinstance(item, wanted) or (isinstance(item, bool) and bool not in wanted) for item in items):
+            names = " or ".join(t.__name__ for t in wanted)
+            raise UserError(f"{where}{key} is {value!r}, and must be {'a list of' if several else 'a'} {names}.")
+        fitting[key] = items if several else items[0]
+    return fitting

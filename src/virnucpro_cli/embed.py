@@ -4,13 +4,16 @@
 """
 
 import json
+import os
 import platform
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,8 @@ import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import fasta, report, runner, store
 from virnucpro_cli.collate import PackedBatch, VarlenCollator
-from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.config import EmbedConfig, resolve
+from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
@@ -97,7 +100,7 @@ def run(config: EmbedConfig, out: Console | None = None) -> report.RunReport:
         out.print(note, style="yellow")
 
     if config.dry_run:
-        _describe_plan(summary, table, work, plan, layout, spec, layers, device, dtype, found, out)
+        _describe_plan(summary, table, work, plan, layout, spec, layers, device, dtype, found, config, out)
         return _saved(summary, config)
 
     assert found is not None
@@ -137,8 +140,10 @@ def run(config: EmbedConfig, out: Console | None = None) -> report.RunReport:
             table.check_unchanged()
             _fill_rates(summary, plan, packs, work, clock, placer, device, file)
             file.finish(summary.to_json(), config.overwrite)
-    except BaseException:
+    except BaseException as error:
         _keep_what_is_done(file)
+        if isinstance(error, Stopped):
+            error.resumable = True
         raise
     finally:
         file.close()
@@ -149,13 +154,15 @@ def run(config: EmbedConfig, out: Console | None = None) -> report.RunReport:
     return _saved(summary, config)
 
 
-def embed_fasta(inputs: str | list[str], output: str, **options: Any) -> report.RunReport:
+def embed_fasta(
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], **options: Any
+) -> report.RunReport:
     """Embed FASTA files into an HDF5 file and return the report.
 
     inputs: one path or several; options: the fields of `EmbedConfig`, e.g. `model="demo", pool=("mean", "bos")`.
+    Raises UserError for what the caller can put right.
     """
-    names = (inputs,) if isinstance(inputs, str) else tuple(inputs)
-    return run(EmbedConfig(inputs=names, output=output, quiet=options.pop("quiet", True), **options))
+    return run(resolve(EmbedConfig, None, {"quiet": True, **options, "inputs": inputs, "output": output}))
 
 
 # --- decisions ---------------------------------------------------------------------------------------------------
@@ -496,7 +503,8 @@ def _fill_rates(
 
 def _describe_plan(
     summary: report.RunReport, table: fasta.RecordTable, work: Work, plan: Plan, layout: store.Layout, spec: ModelSpec,
-    layers: tuple[int, ...], device: torch.device, dtype: torch.dtype, found: locate.Weights | None, out: Console,
+    layers: tuple[int, ...], device: torch.device, dtype: torch.dtype, found: locate.Weights | None, config: EmbedConfig,
+    out: Console,
 ) -> None:  # fmt: skip
     length = work.segments.length.astype(np.float64) + SPECIAL_TOKENS
     flops = spec.flops(float(plan.rung.sum()), float((length**2).sum()), max(layers))
@@ -506,17 +514,21 @@ def _describe_plan(
     rate = max((rate for width, rate in by_width.items() if width <= spec.hidden), default=None)
     summary.counts["output bytes (estimate)"] = layout.file_bytes
     summary.environment["weights"] = found.place if found else "not on this machine; the run will fetch them"
-    edges = [0, 50, 100, 200, 400, 800, 1022, 2000, 5000]
+    edges = [0, 50, 100, 200, 400, 800, 1023, 2000, 5000]
     bins = np.append(edges, np.iinfo(np.int32).max)
+    labels = [f"{a}-{b - 1}" for a, b in pairwise(edges)] + [f"{edges[-1]} and more"]
     histogram = np.histogram(table.length, bins)[0].tolist()
-    summary.environment["length histogram"] = dict(zip([f">={edge}" for edge in edges], histogram, strict=True))
+    summary.environment["length histogram"] = dict(zip(labels, histogram, strict=True))
     out.print(report.packing_table(summary))
     out.print(
-        "lengths:  " + "  ".join(f"{label} {n:,}" for label, n in summary.environment["length histogram"].items() if n)
+        "lengths:  "
+        + ";  ".join(f"{label}: {n:,}" for label, n in summary.environment["length histogram"].items() if n)
     )
     for key in ("model", "weights", "device", "dtype", "attention", "token budget"):
         out.print(f"{key}: {summary.environment[key]}")
-    out.print(f"output: about {report.size(layout.file_bytes)}")
+    free = store.free_space(Path(config.output))
+    enough = "" if free >= layout.file_bytes else ", WHICH IS NOT ENOUGH"
+    out.print(f"output: at most {report.size(layout.file_bytes)}; {report.size(free)} are free there{enough}")
     if rate:
         summary.seconds["forward (estimate)"] = flops / (rate * count)
         out.print(

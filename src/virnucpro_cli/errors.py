@@ -23,3 +23,4 @@ class Stopped(BaseException):
     def __init__(self, signum: int):
         super().__init__(f"stopped by signal {signum}")
         self.signum = signum
+        self.resumable = False  # whether something was kept that the same command goes on from

@@ -49,7 +49,8 @@ def decide(table: RecordTable, config: EmbedConfig) -> Work:
     kept = np.flatnonzero(reason == 0)
     if not len(kept):
         what = "holds no residues" if not lengths.any() else "leaves nothing to embed: every record is skipped"
-        raise UserError(f"The input {what} ({n:,} records).", "Check the input, --long and --invalid.")
+        files = ", ".join(source.path for source in table.sources)
+        raise UserError(f"The input {files} {what} ({n:,} records).", "Check the input, --long and --invalid.")
 
     unit = np.arange(n)
     _, first, group = np.unique(table.unique_of[kept], return_index=True, return_inverse=True)

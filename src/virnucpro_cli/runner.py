@@ -54,7 +54,7 @@ def resolve_device(name: str) -> torch.device:
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("--device mps: there is no Apple GPU here.", "Use --device cpu.")
-    elif device.type != "cpu":
+    elif device.type != "cpu" or device.index is not None:
         raise UserError(f"--device is {name!r}.", "Choose auto, cpu, cuda, cuda:N or mps.")
     return device
 

@@ -90,8 +90,13 @@ def check_destination(output: Path) -> None:
         raise UserError(f"The output directory {folder} cannot be written.", "Choose another place with -o.")
 
 
+def free_space(output: Path) -> int:
+    """Bytes free where `output` will be."""
+    return shutil.disk_usage(output.parent).free
+
+
 def check_free_space(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(output.parent).free
+    free = free_space(output)
     if free < needed:
         raise UserError(
             f"{output} will need {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free in {output.parent}.",
@@ -112,8 +117,9 @@ def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """What differs between two fingerprints, in words."""
-    keys = sorted(theirs.keys() | ours.keys())
-    return [f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in keys if theirs.get(key) != ours.get(key)]
+    keys = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+    words = {"input_sha256": "the content of the input differs", "weights_sha256": "the model's weights differ"}
+    return [words.get(key, f"{key}: {theirs.get(key)} there, {ours.get(key)} now") for key in keys]
 
 
 def _create_contiguous(group: Any, name: str, shape: tuple[int, ...], dtype: Any) -> None:
@@ -228,7 +234,7 @@ class Store:
     def resume(cls, output: Path) -> "Store":
         """Open the `.partial` of an earlier run, locked; raises UserError if another process writes it now."""
         partial = partial_path(output)
-        fd = os.open(partial, os.O_RDWR)
+        fd = _open_existing(partial)
         try:
             _lock(fd, partial)
             return cls(output, partial, fd)
@@ -360,13 +366,23 @@ def _lock(fd: int, path: Path) -> None:
         raise UserError(f"{path} was finished or replaced by another run just now.", "Run the command again.")
 
 
+def _open_existing(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR)
+    except OSError as error:
+        raise UserError(
+            f"{path} is there and cannot be opened for writing: {error.strerror}.",
+            "Ask its owner, or choose another output with -o.",
+        ) from None
+
+
 def _create_locked(path: Path) -> int:
     """Create a file that did not exist and lock it; what a killed layout left under its name is removed first."""
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
-            old = os.open(path, os.O_RDWR)
+            old = _open_existing(path)
             try:
                 _lock(old, path)
                 os.unlink(path)
@@ -389,7 +405,7 @@ def _reserve(fd: int, size: int) -> None:
 def discard_partial(output: Path) -> None:
     """Remove OUT.partial, whatever it holds; raises UserError if a living run writes it."""
     path = partial_path(output)
-    fd = os.open(path, os.O_RDWR)
+    fd = _open_existing(path)
     try:
         _lock(fd, path)
         path.unlink()

@@ -54,10 +54,11 @@ DEMO = ModelSpec("demo", 6, 320, 20)
 
 
 def by_name(name: str) -> ModelSpec | None:
-    """The spec of `esm2_t33_650M_UR50D`, of `650M` (any case) or of `demo`; None for anything else."""
-    if name == "demo":
+    """The spec of `esm2_t33_650M_UR50D`, of `650M` or of `demo`, in any case; None for anything else."""
+    if name.lower() == DEMO.name:
         return DEMO
-    return SIZES.get(SHORT_NAMES.get(name.upper(), name))
+    names = {known.upper(): spec for known, spec in SIZES.items()}
+    return SIZES.get(SHORT_NAMES.get(name.upper(), "")) or names.get(name.upper())
 
 
 def resolve_layers(requested: tuple[int, ...], layers: int) -> tuple[int, ...]:

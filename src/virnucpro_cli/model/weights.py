@@ -122,7 +122,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         first = (str(error).strip() or "it ends early").splitlines()[0]
         if isinstance(error, pickle.UnpicklingError):
             raise UserError(
-                f"{path} cannot be loaded safely: {first}",
+                f"{path} cannot be loaded safely: it holds more than tensors, or is damaged.",
                 "Only tensors are read from pickles; convert the file to safetensors.",
             ) from None
         raise UserError(f"{path} is not a readable checkpoint: {first}.", "Fetch or copy it again.") from None
