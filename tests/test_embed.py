@@ -459,7 +459,7 @@ def test_other_input_or_weights_on_a_complete_file_are_refused_by_name(
     embed(fasta, output)
     with pytest.raises(UserError, match="the content of the input differs"):
         embed(make_fasta([10, 20], "other.fasta", seed=1), output)
-    with pytest.raises(UserError, match="the model.s weights differ"):
+    with pytest.raises(UserError, match="the model's weights differ"):
         embed(fasta, output, model=str(write_model(tmp_path / "model", seed=1)))
 
 

@@ -302,7 +302,7 @@ def fill(folder: Path) -> Path:
 
 def test_a_disk_that_is_too_small_is_told_before_any_work(case: Case, disk: Callable[[str], Path]) -> None:
     folder = disk("1m")
-    with pytest.raises(UserError, match=r"only 1.0 MB are free") as refused:
+    with pytest.raises(UserError, match=r"only 1\.0 MB are free") as refused:
         case.embed(folder / "out.h5")
     assert "-o" in refused.value.remedy and not list(folder.iterdir())
 
