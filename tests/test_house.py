@@ -15,6 +15,7 @@ LAYERS = (
     ("config", "report", "errors"),
     ("collate", "packing", "fasta", "alphabet", "pooling"),
     ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
+    ("validation",),
     ("embed", "fetch", "bench", "validate"),
     ("cli",),
     ("__main__",),

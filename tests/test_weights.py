@@ -488,12 +488,19 @@ def test_a_cache_that_cannot_be_written_costs_only_the_note(
     assert locate.verified(found).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_demo_weights_that_are_not_the_demo_are_refused(home: Path) -> None:
-    write_model(home / "xdg" / "virnucpro" / "demo")
-    found = locate.locate("demo")
+@pytest.mark.parametrize("name", ["demo", "650M"])
+def test_weights_that_are_not_the_published_ones_are_refused(home: Path, name: str) -> None:
+    spec = specs.by_name(name)
+    assert spec is not None
+    place = locate.places(spec)[0]
+    folder = write_model(place if name == "demo" else place / "abc")
+    if name == "demo":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    found = locate.locate(name)
     assert found is not None
-    with pytest.raises(UserError, match="not the demo checkpoint"):
+    with pytest.raises(UserError, match=f"not the published {spec.name}") as refused:
         locate.verified(found)
+    assert "--model" in refused.value.remedy
 
 
 # --- fetching ----------------------------------------------------------------------------------------------------

@@ -50,32 +50,73 @@ class EmbedConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "max_residues"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value > LARGEST:
-                raise UserError(f"--{name.replace('_', '-')} is {value}.", f"Give {LARGEST:,} or less.")
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise UserError(f"--{name.replace('_', '-')} is {value!r}.", f"Choose one of {', '.join(allowed)}.")
+        _check(self)
         if self.output == "-":
             raise UserError("--output is -, and HDF5 cannot be written to a pipe.", "Name a file, such as out.h5.")
-        for name in ("model", "report"):
-            if getattr(self, name) == "":
-                raise UserError(f"--{name} is empty.", "Give it a value, or leave it out.")
-        if not self.layers or not all(isinstance(layer, int) for layer in self.layers):
-            raise UserError(f"--layers is {self.layers!r}.", "Give numbers such as -1 or 0,6,-1.")
         unknown = [kind for kind in self.pool if kind not in POOLS]
         if unknown or not self.pool:
             raise UserError(f"--pool has {', '.join(unknown) or 'nothing'}.", f"Choose any of {', '.join(POOLS)}.")
-        if self.token_budget != "auto" and (not isinstance(self.token_budget, int) or self.token_budget < 1024):
-            raise UserError(f"--token-budget is {self.token_budget}.", "Give auto or a number of tokens, 1024 or more.")
-        if self.max_residues < 1:
-            raise UserError(f"--max-residues is {self.max_residues}.", "Give 1 or more.")
+        if not self.layers:
+            raise UserError("--layers has nothing.", "Give numbers such as -1 or 0,6,-1.")
         if self.long == "window" and not 0 <= self.overlap < self.max_residues:
             raise UserError(
                 f"--overlap is {self.overlap}.", f"Give 0 or more, and less than --max-residues {self.max_residues}."
             )
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    """Everything that `validate` can be told. Field names are the long options with underscores."""
+
+    fasta: tuple[str, ...] = ()
+    against: str | None = None
+    model: str | None = None
+    sample: int = 60
+    seed: int = 0
+    layers: tuple[int, ...] = ()
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "auto"
+    token_budget: int | str = "auto"
+    max_residues: int = 1022
+    reference_device: str = "cpu"
+    min_cosine: float = 0.999
+    max_rel_l2: float | None = None
+    golden: str | None = None
+    write_golden: str | None = None
+    report: str | None = None
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.sample < 2:
+            raise UserError(f"--sample is {self.sample}.", "Give 2 or more.")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}.", "Give 0 or more.")
+        if not -1 <= self.min_cosine <= 1:
+            raise UserError(f"--min-cosine is {self.min_cosine}.", "Give a cosine, such as 0.999.")
+        if self.max_rel_l2 is not None and not self.max_rel_l2 > 0:
+            raise UserError(f"--max-rel-l2 is {self.max_rel_l2}.", "Give a relative error above 0, such as 1e-2.")
+
+
+def _check(config: Any) -> None:
+    """What the commands' configurations have in common."""
+    for name in ("token_budget", "max_residues"):
+        value = getattr(config, name)
+        if isinstance(value, int) and value > LARGEST:
+            raise UserError(f"--{name.replace('_', '-')} is {value}.", f"Give {LARGEST:,} or less.")
+    for name, allowed in CHOICES.items():
+        if getattr(config, name, allowed[0]) not in allowed:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(config, name)!r}.", f"Choose one of {', '.join(allowed)}."
+            )
+    for name, value in vars(config).items():
+        if value == "" and name != "output":
+            raise UserError(f"--{name.replace('_', '-')} is empty.", "Give it a value, or leave it out.")
+    if config.token_budget != "auto" and (not isinstance(config.token_budget, int) or config.token_budget < 1024):
+        raise UserError(f"--token-budget is {config.token_budget}.", "Give auto or a number of tokens, 1024 or more.")
+    if config.max_residues < 1:
+        raise UserError(f"--max-residues is {config.max_residues}.", "Give 1 or more.")
 
 
 def resolve(kind: type[Any], toml: str | None, flags: dict[str, Any]) -> Any:
@@ -107,7 +148,9 @@ def _from_toml(kind: type[Any], path: Path) -> dict[str, Any]:
     return values
 
 
-SPECIAL_TYPES: dict[str, tuple[type, ...]] = {"token_budget": (int, str), "report": (str,)}
+SPECIAL_TYPES: dict[str, tuple[type, ...]] = {
+    "token_budget": (int, str), "layers": (int,), "min_cosine": (float, int), "max_rel_l2": (float, int),
+}  # fmt: skip
 
 
 def _fitting(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -119,7 +162,7 @@ def _fitting(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, A
             raise UserError(f"{where}there is no option {key!r}.", f"Known: {', '.join(fields)}.")
         default: Any = fields[key].default
         several = isinstance(default, tuple)
-        wanted = (type(default[0]) if default else str,) if several else SPECIAL_TYPES.get(key, (type(default),))
+        wanted = SPECIAL_TYPES.get(key) or (str if several or default is None else type(default),)
         items = value if several and isinstance(value, list | tuple) else (value,)
         items = tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in items)
         if any(not isinstance(item, wanted) or (isinstance(item, bool) and bool not in wanted) for item in items):

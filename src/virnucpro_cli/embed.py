@@ -540,8 +540,5 @@ def _describe_plan(
 
 def _saved(summary: report.RunReport, config: EmbedConfig) -> report.RunReport:
     if config.report:
-        try:
-            Path(config.report).write_text(summary.to_json() + "\n")
-        except OSError as error:
-            raise UserError(f"The report {config.report} cannot be written: {error.strerror}.") from None
+        report.save(config.report, summary.to_json())
     return summary

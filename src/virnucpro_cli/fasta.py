@@ -467,3 +467,11 @@ def by_name(path: str | Path) -> Any:
     import pyfaidx
 
     return pyfaidx.Fasta(str(path), as_raw=True, sequence_always_upper=True, duplicate_action="first")
+
+
+def write_texts(path: Path, texts: list[bytes]) -> Path:
+    """A FASTA of sequence texts as they stand, named by their numbers."""
+    with open(path, "wb") as file:
+        for number, text in enumerate(texts):
+            file.write(b">%d\n%s\n" % (number, text.rstrip(b"\r\n")))
+    return path

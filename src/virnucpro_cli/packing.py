@@ -162,6 +162,14 @@ def first_fit_decreasing(lengths: NDArray[np.int32] | Int64, token_budget: int) 
     return Plan(order[by_pack], offsets, _rung_of(tokens, token_budget), tokens, token_budget)
 
 
+def arranged(packs: list[list[int]], lengths: NDArray[np.int32] | Int64, token_budget: int) -> Plan:
+    """The plan of packs made by hand: each a list of segments in the order in which they are to stand."""
+    segments = np.asarray([number for pack in packs for number in pack], np.int64)
+    offsets = np.append(0, np.cumsum([len(pack) for pack in packs], dtype=np.int64))
+    tokens = np.add.reduceat(np.asarray(lengths, np.int64)[segments] + SPECIAL_TOKENS, offsets[:-1])
+    return Plan(segments, offsets, _rung_of(tokens, token_budget), tokens, token_budget)
+
+
 def _rung_of(tokens: Int64, token_budget: int) -> Int64:
     ladder = np.asarray(rungs(token_budget), np.int64)
     step = np.searchsorted(ladder, tokens)

@@ -1,4 +1,4 @@
-"""Hidden rows of a packed batch to what is stored: mean, bos and residue rows, accumulated in fp32 on the device.
+"""Hidden rows of a packed batch to what is stored: mean, bos and residue rows, accumulated in float64 on the device.
 
 Every sum runs over one segment's rows in order, so its bits do not depend on what else is in the pack.
 """
@@ -29,7 +29,7 @@ def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     rows = hidden.float()
     if batch.weights is not None:
         rows = rows * batch.weights[:, None]
-    return _residue_sum(rows, batch) / batch.divisor[:, None]
+    return (_residue_sum(rows, batch) / batch.divisor[:, None]).float()
 
 
 def bos(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
@@ -47,7 +47,9 @@ def residues(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype)
 def _residue_sum(rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     # Offsets alternate residues with the <eos><cls> between two segments; every second sum is kept.
     bounds = torch.stack((batch.cu_seqlens[:-1] + 1, batch.cu_seqlens[1:] - 1), dim=1).flatten()
-    return torch.segment_reduce(rows, "sum", offsets=bounds, axis=0, unsafe=True)[::2]
+    # In float64 (which Apple GPUs lack): it adds row after row, and in float32 that error would exceed the forward's.
+    wide = rows if rows.device.type == "mps" else rows.double()
+    return torch.segment_reduce(wide, "sum", offsets=bounds, axis=0, unsafe=True)[::2]
 
 
 class Pooler:

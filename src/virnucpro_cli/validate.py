@@ -1,0 +1,207 @@
+"""The validate workflow: a sample of proteins through `embed` itself and through the reference, and a verdict.
+
+Three parts. Semantics: the fast path in fp32 is fair-esm. Precision: the run's own dtype is as near to that as the
+reference is in the same dtype. Packing: a protein's bits do not depend on its neighbours.
+"""
+
+import os
+import platform
+import tempfile
+from collections.abc import Iterable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+import virnucpro_cli
+from virnucpro_cli import attention as attention_backends
+from virnucpro_cli import embed, fasta, report, runner
+from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import locate, reference
+from virnucpro_cli.model import weights as model_weights
+from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.reference import Reference
+from virnucpro_cli.model.spec import ModelSpec, resolve_layers
+from virnucpro_cli.pooling import KINDS
+from virnucpro_cli.store import RECOMPUTED, read_embeddings
+from virnucpro_cli.validation import audit, gates, golden, invariance, oracle
+from virnucpro_cli.validation.oracle import Rows, Sample
+from virnucpro_cli.validation.verdict import Verdict
+
+SHIPPED = ("viral_proteins.fasta", "edge_cases.fasta")
+
+
+def run(config: ValidateConfig, out: Console | None = None) -> Verdict:
+    """Do what `virnucpro validate` does and return the verdict. Raises UserError for what the user can put right."""
+    out = out or report.console(config.quiet)
+    if config.report and not Path(config.report).absolute().parent.is_dir():
+        raise UserError(f"The report {config.report} cannot be written there.", "Name a file in a folder that exists.")
+    clock = report.Clock()
+    exact_arithmetic()
+    verdict = audit.run(config, out, clock) if config.against else _validate(config, out, clock)
+    verdict.seconds = clock.seconds
+    for key, value in verdict.environment.items():
+        out.print(f"{key}: {value}")
+    out.print(verdict.table())
+    for note in verdict.notes:
+        out.print(note, style="yellow")
+    if config.report:
+        report.save(config.report, verdict.to_json())
+    return verdict
+
+
+def validate_model(**options: Any) -> Verdict:
+    """Validate from Python; options: the fields of `ValidateConfig`, e.g. `model="650M", fasta="my.fasta"`."""
+    return run(resolve(ValidateConfig, None, {"quiet": True, **options}))
+
+
+def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
+    device = runner.resolve_device(config.device)
+    dtype = runner.resolve_dtype(config.dtype, device)
+    backend, attend = attention_backends.resolve(config.attention, device, dtype)
+    reference_device = runner.resolve_device(config.reference_device)
+    found = locate.verified(locate.fetch(config.model or "demo", lambda text: out.print(text)))
+    with clock.stage("load model"):
+        spec, state, notes = model_weights.load(found)
+    layers = _layers(config, spec)
+    with clock.stage("sample"):
+        paths = config.fasta or shipped()
+        sample, left_out = choose(paths, config)
+    verdict = Verdict("validate", notes=[*notes, *left_out])
+    short = attention_backends.describe(dtype)
+    verdict.environment = {
+        "virnucpro": virnucpro_cli.__version__,
+        "torch": torch.__version__,
+        "fair-esm": version("fair-esm"),
+        "python": platform.python_version(),
+        "model": f"{found.name} ({spec.layers} layers of {spec.hidden})",
+        "weights": found.place,
+        "weights_sha256": found.sha256,
+        "device": runner.describe_device(device),
+        "dtype": short,
+        "attention": backend,
+        "reference": f"fair-esm in float32 on {runner.describe_device(reference_device)}, eager, one at a time",
+        "sample": f"{len(sample)} proteins, {int(sample.lengths.sum()):,} residues, seed {config.seed}",
+        "inputs": list(config.fasta) or "the proteins that ship with virnucpro",
+        "layers": list(layers),
+    }
+
+    def reference_rows(on: torch.device, kind: torch.dtype) -> Rows:
+        name = attention_backends.describe(kind)
+        out.print(f"reference: {len(sample)} proteins in {name} on {on.type}", style="dim")
+        with clock.stage(f"reference, {name} on {on.type}"):
+            return oracle.rows_of(Reference(spec, state, on, kind), sample, layers)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = fasta.write_texts(Path(folder) / "sample.fasta", sample.texts)
+        fast = partial(fast_rows, config, path, layers, verdict.notes, clock)
+        out.print(f"embed: {len(sample)} proteins in float32 and {short} on {device.type}", style="dim")
+        fast32 = fast("fp32")
+        own = fast32 if dtype == torch.float32 else fast(config.dtype)
+        truth = reference_rows(reference_device, torch.float32)
+        verdict.checks += gates.semantics(fast32, truth, sample, layers)
+        if config.golden or config.write_golden:
+            verdict.checks += golden.check(config, found, fast32, truth, sample)
+        if dtype == torch.float32:
+            exact = reference_rows(reference_device, torch.float64)
+            plain = [truth] if device == reference_device else [truth, reference_rows(device, dtype)]
+        else:
+            exact, plain = truth, [reference_rows(device, dtype)]
+        verdict.checks += gates.precision(own, exact, plain, sample, layers, config, dtype)
+        verdict.records = gates.of_each_protein(own, exact, plain, sample, layers)
+        del exact, plain
+        with clock.stage("packing"):
+            out.print("packing: the same proteins alone, in one pack, among strangers", style="dim")
+            model = ESM2(spec, state, dtype, device, attend)
+            verdict.checks += invariance.packing(model, path, own, sample, layers, config)
+            verdict.checks += invariance.padded(Reference(spec, state, reference_device), own, truth, sample, layers)
+    return verdict
+
+
+# --- what is compared ----------------------------------------------------------------------------------------------
+
+
+def _layers(config: ValidateConfig, spec: ModelSpec) -> tuple[int, ...]:
+    try:
+        return resolve_layers(config.layers or (0, spec.layers // 2, spec.layers), spec.layers)
+    except ValueError as error:
+        raise UserError(f"--layers: {error} of {spec.name}.", "0 is the embedding, -1 the last layer.") from None
+
+
+def shipped() -> tuple[str, ...]:
+    folder = Path(virnucpro_cli.__file__).parent / "data"
+    return tuple(str(folder / name) for name in SHIPPED)
+
+
+def choose(paths: Iterable[str], config: ValidateConfig) -> tuple[Sample, list[str]]:
+    """A length-stratified sample of the records of FASTA files by the plain reader, and notes on what is left out."""
+    lengths, odd, in_golden = [], [], []
+    for header, text in _every(paths):
+        _, length, replaced = reference.clean(text)
+        lengths.append(length)
+        upper = text.upper()
+        odd.append(sum(1 << bit for bit, code in enumerate(oracle.ODD_LETTERS) if code in upper) | bool(replaced) << 15)
+        in_golden.append(header.split(None, 1)[:1] in [[name] for name in golden.RECORDS])
+    embedded = np.minimum(np.asarray(lengths, np.int64), config.max_residues)
+    fit = np.flatnonzero((embedded > 0) & (embedded <= oracle.LONGEST))
+    if len(fit) < 2:
+        raise UserError("There are not two proteins to validate with.", "Give a FASTA file with more proteins.")
+    notes = []
+    if (embedded > oracle.LONGEST).any():
+        count = int((embedded > oracle.LONGEST).sum())
+        notes.append(
+            f"{count:,} proteins of more than {oracle.LONGEST:,} residues left out: eager attention does not fit"
+        )
+    chosen = set(
+        fit[oracle.stratified(embedded[fit], np.asarray(odd, np.uint16)[fit], config.sample, config.seed)].tolist()
+    )
+    if config.golden or config.write_golden:
+        chosen |= set(np.flatnonzero(in_golden).tolist())
+    names, texts, tokens = [], [], []
+    for number, (header, text) in enumerate(_every(paths)):
+        if number in chosen:
+            names.append(header.split(None, 1)[0] if header.strip() else f"record {number + 1}")
+            texts.append(text)
+            tokens.append(reference.encode(reference.clean(text)[0], config.max_residues))
+    return Sample(names, texts, tokens), notes
+
+
+def _every(paths: Iterable[str]) -> Iterable[tuple[str, bytes]]:
+    for path in paths:
+        try:
+            yield from reference.records(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def fast_rows(
+    config: ValidateConfig, path: Path, layers: tuple[int, ...], notes: list[str], clock: report.Clock, dtype: str
+) -> Rows:
+    """What `embed` stores of the sample in a dtype, in fp32."""
+    attention = config.attention
+    if dtype == "fp32":  # a backend named for the run's own dtype may not know fp32
+        try:
+            attention_backends.resolve(attention, runner.resolve_device(config.device), torch.float32)
+        except UserError:
+            attention = "auto"
+    output = path.with_name(f"{dtype}.h5")
+    settings = EmbedConfig(
+        inputs=(str(path),), output=str(output), model=config.model or "demo", layers=layers, pool=KINDS, dtype=dtype,
+        store_dtype="fp32", device=config.device, attention=attention, token_budget=config.token_budget,
+        max_residues=config.max_residues, force_protein=True, quiet=True,
+    )  # fmt: skip
+    with clock.stage(f"embed, {dtype}"):
+        embed.run(settings)
+    with read_embeddings(output) as file:
+        if (file.flags & RECOMPUTED).any():
+            notes.append(
+                f"{int(((file.flags & RECOMPUTED) > 0).sum())} proteins overflowed in {dtype} and were recomputed in fp32"
+            )
+        rows: Rows = {(kind, layer): file.dataset(kind, layer)[:] for kind in KINDS for layer in layers}
+    os.unlink(output)
+    return rows

@@ -1,0 +1,55 @@
+"""How well two sets of vectors agree. Plain NumPy in float64; rows are compared with the row of the same number."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.floating]
+Float64 = NDArray[np.float64]
+
+
+def relative_l2(found: Rows, expected: Rows) -> Float64:
+    """`|found - expected| / |expected|` of each row, [n]. Where zeros are expected: 0 for zeros, else infinity."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    error, norm = np.linalg.norm(found - expected, axis=-1), np.linalg.norm(expected, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error == 0, 0.0, error / norm)
+
+
+def cosine(found: Rows, expected: Rows, centre: Rows | float = 0.0) -> Float64:
+    """Cosine of each pair of rows, [n], after `centre` is taken from both; 1 where both are zero."""
+    a, b = np.asarray(found, np.float64) - centre, np.asarray(expected, np.float64) - centre
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(norms == 0, (a == b).all(axis=-1).astype(np.float64), (a * b).sum(axis=-1) / norms)
+
+
+def max_over_rms(found: Rows, expected: Rows) -> Float64:
+    """Largest absolute error of each row over the root mean square of the expected row, [n]."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    error, rms = np.abs(found - expected).max(axis=-1), np.sqrt((expected**2).mean(axis=-1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error == 0, 0.0, error / rms)
+
+
+def bias(found: Rows, expected: Rows) -> float:
+    """Norm of the mean error vector over the root mean square norm of the expected rows.
+
+    Rounding errors cancel in the mean over many rows; a wrong formula leaves its mark.
+    """
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    error = (found - expected).mean(axis=0)
+    return float(np.linalg.norm(error) / np.sqrt((expected**2).sum(axis=-1).mean()))
+
+
+def neighbours_kept(found: Rows, expected: Rows, k: int) -> float:
+    """Share of each row's k nearest neighbours (cosine, among the expected rows) that are its k nearest in `found` too."""
+
+    def nearest(rows: Rows) -> NDArray[np.int64]:
+        unit = np.asarray(rows, np.float64)
+        unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+        similarity = unit @ unit.T
+        np.fill_diagonal(similarity, -np.inf)
+        return np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+
+    pairs = zip(nearest(found), nearest(expected), strict=True)
+    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in pairs]))

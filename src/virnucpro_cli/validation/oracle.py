@@ -1,0 +1,113 @@
+"""What the reference says of a sample of proteins, and how far other rows are from that."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from virnucpro_cli.model.reference import Reference
+from virnucpro_cli.pooling import KINDS
+from virnucpro_cli.validation import agreement
+
+Float64 = NDArray[np.float64]
+Rows = dict[tuple[str, int], NDArray[np.floating]]
+"""(kind, layer) -> [n, D] for mean and bos, [sum of lengths, D] for residue."""
+
+ODD_LETTERS = b"XUBZO.-<"
+LONGEST = 4096
+"""Residues of the longest protein that the reference is asked for: eager attention takes 4 heads x L^2 bytes a map."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """n proteins: their names, raw FASTA text, token ids with `<cls>` and `<eos>`, and residues (int64 [n])."""
+
+    names: list[str]
+    texts: list[bytes]
+    tokens: list[list[int]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.asarray([len(ids) - 2 for ids in self.tokens], np.int64)
+
+    @property
+    def owner(self) -> NDArray[np.int64]:
+        """The protein of each residue, [sum of lengths]."""
+        return np.repeat(np.arange(len(self.tokens)), self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def stratified(lengths: NDArray[np.int64], odd: NDArray[np.uint16], size: int, seed: int) -> NDArray[np.int64]:
+    """Numbers of `size` records, in order: the longest, the shortest, two of each oddity (a bit of `odd`), the others at
+    random, one from each stratum of lengths.
+    """
+    if size >= len(lengths):
+        return np.arange(len(lengths))
+    random = np.random.default_rng(seed)
+    chosen = {int(lengths.argmin()), int(lengths.argmax())}
+    for bit in range(16):
+        having = np.flatnonzero(odd & (1 << bit))
+        chosen |= set(random.permutation(having)[:2].tolist())
+    others = np.setdiff1d(np.argsort(lengths, kind="stable"), list(chosen), assume_unique=True)
+    strata = np.array_split(others, max(size - len(chosen), 1))
+    return np.sort([*chosen, *(int(random.choice(stratum)) for stratum in strata if len(stratum))])
+
+
+def rows_of(reference: Reference, sample: Sample, layers: tuple[int, ...]) -> Rows:
+    """The reference's mean (in float64), bos and residue rows of every protein, one at a time."""
+    found: dict[tuple[str, int], list[NDArray[np.floating]]] = {(kind, layer): [] for kind in KINDS for layer in layers}
+    for ids in sample.tokens:
+        for layer, hidden in reference.embed(ids, layers).items():
+            append(found, layer, hidden)
+    return {key: np.concatenate(rows) for key, rows in found.items()}
+
+
+def append(into: dict[tuple[str, int], list[NDArray[np.floating]]], layer: int, hidden: torch.Tensor) -> None:
+    """Add one protein's hidden rows [length + 2, D]: its mean, its `<cls>` row and its residues."""
+    wide = hidden.double() if hidden.dtype == torch.float64 else hidden.float()
+    rows = wide.cpu().numpy()
+    into["mean", layer].append(rows[1:-1].mean(axis=0, dtype=np.float64)[None])
+    into["bos", layer].append(rows[:1])
+    into["residue", layer].append(rows[1:-1])
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative L2 errors of some vectors and the protein that each belongs to."""
+
+    error: Float64
+    owner: NDArray[np.int64]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.error))
+
+    @property
+    def p99(self) -> float:
+        return float(np.quantile(self.error, 0.99))
+
+    @property
+    def worst(self) -> float:
+        return float(self.error.max())
+
+    @property
+    def worst_owner(self) -> int:
+        return int(self.owner[self.error.argmax()])
+
+
+def errors(found: Rows, expected: Rows, sample: Sample, kind: str, layer: int) -> Errors:
+    """Relative L2 of each vector: of each protein's for mean and bos, of each residue's for residue."""
+    owner = sample.owner if kind == "residue" else np.arange(len(sample))
+    return Errors(agreement.relative_l2(found[kind, layer], expected[kind, layer]), owner)
+
+
+def record_errors(found: Rows, expected: Rows, sample: Sample, layer: int) -> Errors:
+    """Relative L2 of each protein's residues taken as one matrix [length, D]."""
+    a, b = (np.asarray(rows["residue", layer], np.float64) for rows in (found, expected))
+    starts = np.append(0, np.cumsum(sample.lengths))[:-1]
+    error, norm = (np.add.reduceat((m**2).sum(axis=1), starts) for m in (a - b, b))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Errors(np.where(error == 0, 0.0, np.sqrt(error / norm)), np.arange(len(sample)))
