@@ -1,5 +1,6 @@
 """What people meet: exit codes, one clear message, help at once, and a clean stdout."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -236,3 +237,13 @@ def test_a_bug_is_logged_whole_and_told_in_two_lines(
     (log,) = tmp_path.glob("virnucpro-*.log")
     assert str(log) in ran.err and "RuntimeError: this cannot happen" in ran.err
     assert "Traceback" in log.read_text() and "this cannot happen" in log.read_text()
+
+
+def test_every_option_is_named_in_lower_case_whatever_its_metavar(capsys: pytest.CaptureFixture[str]) -> None:
+    """Some versions of Typer take an option's name from its metavar unless it is spelt out."""
+    names = set()
+    for command in ("embed", "validate", "fetch"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        names |= set(re.findall(r"(?<![\w-])--[\w-]+", capsys.readouterr().out))
+    assert {"--model", "--device", "--min-cosine", "--list"} <= names and all(name == name.lower() for name in names)

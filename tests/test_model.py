@@ -1,21 +1,19 @@
 """The packed forward against fair-esm's own class, bit for bit against itself, and proof that the gates bite."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from conftest import TINY, VIRAL, read_fasta, relative_l2
 from packs import among_strangers, embeddings, of_segment, one_pack, random_protein
-from virnucpro_cli import alphabet, pooling
+from sabotage import MISTAKES
+from virnucpro_cli import alphabet
 from virnucpro_cli.attention import sdpa
-from virnucpro_cli.collate import PackedBatch
-from virnucpro_cli.model import esm2, weights
+from virnucpro_cli.model import weights
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.model.spec import ModelSpec
@@ -301,98 +299,14 @@ def test_nothing_in_the_filler_reaches_a_protein(tmp_path: Path) -> None:
 # --- the gates bite ----------------------------------------------------------------------------------------------
 
 
-def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
-    exact = F.gelu
-    patch.setattr(F, "gelu", lambda x: exact(x, approximate="tanh"))
-
-
-def rotary_tables_in(dtype: torch.dtype) -> Callable[[pytest.MonkeyPatch], None]:
-    def sabotage(patch: pytest.MonkeyPatch) -> None:
-        reserve = ESM2.reserve_positions
-
-        def rounded(model: ESM2, longest: int) -> None:
-            reserve(model, longest)
-            model.cos, model.sin = model.cos.to(dtype).float(), model.sin.to(dtype).float()
-
-        patch.setattr(ESM2, "reserve_positions", rounded)
-
-    return sabotage
-
-
-def recomputed_inv_freq(patch: pytest.MonkeyPatch) -> None:
-    reserve = ESM2.reserve_positions
-
-    def exact(model: ESM2, longest: int) -> None:
-        width = model.spec.head_dim
-        model.inv_freq = 1.0 / 10000.0 ** (torch.arange(0, width, 2) / width)
-        reserve(model, longest)
-
-    patch.setattr(ESM2, "reserve_positions", exact)
-
-
-def interleaved_rotary(patch: pytest.MonkeyPatch) -> None:
-    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        even, odd = x[..., ::2], x[..., 1::2]
-        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
-
-    patch.setattr(esm2, "rotate", rotate)
-
-
-def every_norm_final(patch: pytest.MonkeyPatch) -> None:
-    forward = ESM2.forward
-
-    def normed(model: ESM2, batch: PackedBatch, wanted: tuple[int, ...], on_layer: esm2.OnLayer) -> None:
-        def call(layer: int, hidden: torch.Tensor) -> None:
-            last = layer == model.spec.layers
-            on_layer(layer, hidden if last else model._layer_norm(hidden, model.norm))
-
-        forward(model, batch, wanted, call)
-
-    patch.setattr(ESM2, "forward", normed)
-
-
-def mean_with_cls_and_eos(patch: pytest.MonkeyPatch) -> None:
-    def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        bounds = batch.cu_seqlens.tolist()
-        return torch.stack([hidden[a:b].mean(0) for a, b in pairwise(bounds)])
-
-    patch.setattr(pooling, "mean", mean)
-
-
-def attention_into_the_neighbour(patch: pytest.MonkeyPatch) -> None:
-    attend = sdpa.attention
-
-    def shifted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
-        lengths = batch.lengths.copy()
-        lengths[0] += 1
-        lengths[1] -= 1
-        return attend(q, k, v, replace(batch, lengths=lengths), scale)
-
-    patch.setattr(sdpa, "attention", shifted)
-
-
-SABOTAGE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "no-0.88-scale": lambda patch: patch.setattr(esm2, "EMBED_SCALE", 1.0),
-    "tanh-gelu": tanh_gelu,
-    "layer-norm-eps-1e-12": lambda patch: patch.setattr(esm2, "LAYER_NORM_EPS", 1e-12),
-    "inv-freq-recomputed": recomputed_inv_freq,
-    "rotary-tables-in-bf16": rotary_tables_in(torch.bfloat16),
-    "rotary-tables-in-fp16": rotary_tables_in(torch.float16),
-    "rotary-interleaved": interleaved_rotary,
-    "final-norm-on-every-layer": every_norm_final,
-    "mean-with-cls-and-eos": mean_with_cls_and_eos,
-    "attention-one-row-into-the-neighbour": attention_into_the_neighbour,
-}
-
-
 @pytest.fixture
 def sabotaged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    SABOTAGE[request.param](monkeypatch)
+    MISTAKES[request.param](monkeypatch)
     yield request.param
 
 
 @pytest.mark.demo
-@pytest.mark.parametrize("sabotaged", SABOTAGE, indirect=True)
+@pytest.mark.parametrize("sabotaged", MISTAKES, indirect=True)
 def test_the_gates_catch_each_mistake_that_others_made(
     sabotaged: str, demo: Demo, proteins: list[str], truth: list[Rows], tmp_path: Path
 ) -> None:

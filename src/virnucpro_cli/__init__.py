@@ -8,15 +8,22 @@ if TYPE_CHECKING:
     from virnucpro_cli.config import EmbedConfig
     from virnucpro_cli.embed import embed_fasta
     from virnucpro_cli.store import EmbeddingFile, read_embeddings
+    from virnucpro_cli.validate import validate_model
 
 try:
     __version__ = version("virnucpro")
 except PackageNotFoundError:  # run from a source tree
     __version__ = "0+source"
 
-__all__ = ["EmbedConfig", "EmbeddingFile", "embed_fasta", "read_embeddings"]
+__all__ = ["EmbedConfig", "EmbeddingFile", "embed_fasta", "read_embeddings", "validate_model"]
 
-_HOME = {"EmbedConfig": "config", "EmbeddingFile": "store", "embed_fasta": "embed", "read_embeddings": "store"}
+_HOME = {
+    "EmbedConfig": "config",
+    "EmbeddingFile": "store",
+    "embed_fasta": "embed",
+    "read_embeddings": "store",
+    "validate_model": "validate",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -70,38 +70,46 @@ def embed(
     model: Annotated[
         str | None,
         typer.Option(
+            "--model",
             metavar="MODEL",
             help="8M, 35M, 150M, 650M, 3B, 15B, their long names, demo, or a path to a fair-esm .pt, a .safetensors file or a HuggingFace directory. [default: 650M]",
         ),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Layers to store: 0 is the embedding, -1 the last. [default: -1]")
+        str | None,
+        typer.Option("--layers", metavar="N,N", help="Layers to store: 0 is the embedding, -1 the last. [default: -1]"),
     ] = None,
     pool: Annotated[
-        str | None, typer.Option(metavar="KIND,KIND", help="Any of mean, bos, residue. [default: mean]")
+        str | None, typer.Option("--pool", metavar="KIND,KIND", help="Any of mean, bos, residue. [default: mean]")
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="TYPE", help="Compute in auto, fp32, fp16 or bf16. [default: auto: fp16 on CUDA, fp32 elsewhere]"
+            "--dtype",
+            metavar="TYPE",
+            help="Compute in auto, fp32, fp16 or bf16. [default: auto: fp16 on CUDA, fp32 elsewhere]",
         ),
     ] = None,
-    store_dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="Store fp16 or fp32. [default: fp16]")] = None,
+    store_dtype: Annotated[
+        str | None, typer.Option("--store-dtype", metavar="TYPE", help="Store fp16 or fp32. [default: fp16]")
+    ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps. [default: auto]")
+        str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps. [default: auto]")
     ] = None,
     attention: Annotated[
         str | None,
         typer.Option(
+            "--attention",
             metavar="NAME",
             help="auto, torch_varlen, flash_attn, efficient or sdpa; a named one runs or is refused. [default: auto]",
         ),
     ] = None,
     token_budget: Annotated[
-        str | None, typer.Option(metavar="N", help="Tokens per pack, or auto. [default: auto]")
+        str | None, typer.Option("--token-budget", metavar="N", help="Tokens per pack, or auto. [default: auto]")
     ] = None,
     max_residues: Annotated[
-        int | None, typer.Option(metavar="N", help="Longest protein embedded in one piece. [default: 1022]")
+        int | None,
+        typer.Option("--max-residues", metavar="N", help="Longest protein embedded in one piece. [default: 1022]"),
     ] = None,
     long: Annotated[
         str | None,
@@ -112,11 +120,16 @@ def embed(
         ),
     ] = None,
     overlap: Annotated[
-        int | None, typer.Option(metavar="N", help="Least overlap of two windows, in residues. [default: 256]")
+        int | None,
+        typer.Option("--overlap", metavar="N", help="Least overlap of two windows, in residues. [default: 256]"),
     ] = None,
     invalid: Annotated[
         str | None,
-        typer.Option(metavar="HOW", help="Residues outside the alphabet: x (embed as X), error or skip. [default: x]"),
+        typer.Option(
+            "--invalid",
+            metavar="HOW",
+            help="Residues outside the alphabet: x (embed as X), error or skip. [default: x]",
+        ),
     ] = None,
     id: Annotated[
         str | None,
@@ -141,9 +154,12 @@ def embed(
     force_protein: Annotated[
         bool, typer.Option("--force-protein", help="Accept a file that looks like nucleotides.")
     ] = False,
-    report: Annotated[str | None, typer.Option(metavar="FILE.json", help="Write the report as JSON.")] = None,
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="FILE.json", help="Write the report as JSON.")
+    ] = None,
     config: Annotated[
-        str | None, typer.Option(metavar="FILE.toml", help="Options from a TOML file, table [embed]; flags win.")
+        str | None,
+        typer.Option("--config", metavar="FILE.toml", help="Options from a TOML file, table [embed]; flags win."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
@@ -178,52 +194,69 @@ def validate(
     fasta: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE", help="Your own proteins; may be repeated. [default: 128 that ship with virnucpro]"
+            "--fasta",
+            metavar="FILE",
+            help="Your own proteins; may be repeated. [default: 128 that ship with virnucpro]",
         ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="OUT.h5", help="Audit a file that embed wrote, with the model and settings it names."),
+        typer.Option(
+            "--against", metavar="OUT.h5", help="Audit a file that embed wrote, with the model and settings it names."
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="As in embed. [default: demo]")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="As in embed. [default: demo]")] = None,
     sample: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Proteins to compare, spread over the lengths; odd ones included. [default: 60]"
+            "--sample",
+            metavar="N",
+            help="Proteins to compare, spread over the lengths; odd ones included. [default: 60]",
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the sample. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Of the sample. [default: 0]")] = None,
     min_cosine: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Least cosine of a pooled row with fair-esm's. [default: 0.999]"),
+        typer.Option(
+            "--min-cosine", metavar="X", help="Least cosine of a pooled row with fair-esm's. [default: 0.999]"
+        ),
     ] = None,
     max_rel_l2: Annotated[
         float | None,
         typer.Option(
-            metavar="X", help="Largest relative L2 error of a pooled row. [default: fp32 1e-5, fp16 1e-2, bf16 6e-2]"
+            "--max-rel-l2",
+            metavar="X",
+            help="Largest relative L2 error of a pooled row. [default: fp32 1e-5, fp16 1e-2, bf16 6e-2]",
         ),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Layers to compare. [default: 0, the middle and the last]")
+        str | None,
+        typer.Option("--layers", metavar="N,N", help="Layers to compare. [default: 0, the middle and the last]"),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="As in embed.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="DEVICE", help="As in embed.")] = None,
-    attention: Annotated[str | None, typer.Option(metavar="NAME", help="As in embed.")] = None,
-    token_budget: Annotated[str | None, typer.Option(metavar="N", help="As in embed.")] = None,
-    max_residues: Annotated[int | None, typer.Option(metavar="N", help="As in embed.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", metavar="TYPE", help="As in embed.")] = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="As in embed.")] = None,
+    attention: Annotated[str | None, typer.Option("--attention", metavar="NAME", help="As in embed.")] = None,
+    token_budget: Annotated[str | None, typer.Option("--token-budget", metavar="N", help="As in embed.")] = None,
+    max_residues: Annotated[int | None, typer.Option("--max-residues", metavar="N", help="As in embed.")] = None,
     reference_device: Annotated[
         str | None,
-        typer.Option(metavar="DEVICE", help="Where fair-esm runs; cuda for large models. [default: cpu]"),
+        typer.Option(
+            "--reference-device", metavar="DEVICE", help="Where fair-esm runs; cuda for large models. [default: cpu]"
+        ),
     ] = None,
     golden: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Compare with rows that --write-golden stored.")
+        str | None, typer.Option("--golden", metavar="FILE", help="Compare with rows that --write-golden stored.")
     ] = None,
     write_golden: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Store fair-esm's rows of three shipped proteins.")
+        str | None,
+        typer.Option("--write-golden", metavar="FILE", help="Store fair-esm's rows of three shipped proteins."),
     ] = None,
-    report: Annotated[str | None, typer.Option(metavar="FILE.json", help="Write every number as JSON.")] = None,
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="FILE.json", help="Write every number as JSON.")
+    ] = None,
     config: Annotated[
-        str | None, typer.Option(metavar="FILE.toml", help="Options from a TOML file, table [validate]; flags win.")
+        str | None,
+        typer.Option("--config", metavar="FILE.toml", help="Options from a TOML file, table [validate]; flags win."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict only.")] = False,
 ) -> None:

@@ -82,6 +82,8 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
 def _open(path: str) -> store.EmbeddingFile:
     try:
         file = store.read_embeddings(path)
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}.", "Name a file that virnucpro embed wrote.") from None
     except OSError:
         raise UserError(f"{path} is not a readable HDF5 file.", "Name a file that virnucpro embed wrote.") from None
     if "fingerprint" not in file.attributes:

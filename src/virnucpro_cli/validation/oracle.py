@@ -56,22 +56,26 @@ def stratified(lengths: NDArray[np.int64], odd: NDArray[np.uint16], size: int, s
     return np.sort([*chosen, *(int(random.choice(stratum)) for stratum in strata if len(stratum))])
 
 
-def rows_of(reference: Reference, sample: Sample, layers: tuple[int, ...]) -> Rows:
-    """The reference's mean (in float64), bos and residue rows of every protein, one at a time."""
-    found: dict[tuple[str, int], list[NDArray[np.floating]]] = {(kind, layer): [] for kind in KINDS for layer in layers}
-    for ids in sample.tokens:
-        for layer, hidden in reference.embed(ids, layers).items():
-            append(found, layer, hidden)
-    return {key: np.concatenate(rows) for key, rows in found.items()}
-
-
-def append(into: dict[tuple[str, int], list[NDArray[np.floating]]], layer: int, hidden: torch.Tensor) -> None:
-    """Add one protein's hidden rows [length + 2, D]: its mean, its `<cls>` row and its residues."""
-    wide = hidden.double() if hidden.dtype == torch.float64 else hidden.float()
-    rows = wide.cpu().numpy()
-    into["mean", layer].append(rows[1:-1].mean(axis=0, dtype=np.float64)[None])
-    into["bos", layer].append(rows[:1])
-    into["residue", layer].append(rows[1:-1])
+def rows_of(reference: Reference, sample: Sample, layers: tuple[int, ...], together: int = 1) -> Rows:
+    """The reference's mean (in float64), bos and residue rows of every protein: one at a time, or `together` of similar
+    length as a padded batch.
+    """
+    found: dict[tuple[str, int], list[NDArray[np.floating]]]
+    found = {(kind, layer): [np.empty(0)] * len(sample) for kind in KINDS for layer in layers}
+    order = np.argsort(sample.lengths, kind="stable").tolist()
+    for start in range(0, len(order), together):
+        batch = order[start : start + together]
+        if together == 1:
+            rows = [reference.embed(sample.tokens[batch[0]], layers)]
+        else:
+            rows = reference.embed_padded([sample.tokens[i] for i in batch], layers)
+        for i, hidden_of in zip(batch, rows, strict=True):
+            for layer, hidden in hidden_of.items():
+                host = (hidden if hidden.dtype == torch.float64 else hidden.float()).cpu().numpy()
+                found["mean", layer][i] = host[1:-1].mean(axis=0, dtype=np.float64)[None]
+                found["bos", layer][i] = host[:1]
+                found["residue", layer][i] = host[1:-1]
+    return {key: np.concatenate(each) for key, each in found.items()}
 
 
 @dataclass(frozen=True)

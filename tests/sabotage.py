@@ -1,0 +1,194 @@
+"""Mistakes that ESM-2 implementations have made, to be made here on purpose: a gate that no mistake trips proves nothing."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from virnucpro_cli import placer, pooling
+from virnucpro_cli.attention import sdpa
+from virnucpro_cli.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.model import esm2
+from virnucpro_cli.model.esm2 import ESM2
+
+Mistake = Callable[[pytest.MonkeyPatch], None]
+
+
+def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(esm2, "gelu", lambda x: F.gelu(x, approximate="tanh"))
+
+
+def rotary_tables_in(dtype: torch.dtype) -> Mistake:
+    def sabotage(patch: pytest.MonkeyPatch) -> None:
+        reserve = ESM2.reserve_positions
+
+        def rounded(model: ESM2, longest: int) -> None:
+            reserve(model, longest)
+            model.cos, model.sin = model.cos.to(dtype).float(), model.sin.to(dtype).float()
+
+        patch.setattr(ESM2, "reserve_positions", rounded)
+
+    return sabotage
+
+
+def recomputed_inv_freq(patch: pytest.MonkeyPatch) -> None:
+    reserve = ESM2.reserve_positions
+
+    def exact(model: ESM2, longest: int) -> None:
+        width = model.spec.head_dim
+        model.inv_freq = 1.0 / 10000.0 ** (torch.arange(0, width, 2) / width)
+        reserve(model, longest)
+
+    patch.setattr(ESM2, "reserve_positions", exact)
+
+
+def interleaved_rotary(patch: pytest.MonkeyPatch) -> None:
+    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+
+    patch.setattr(esm2, "rotate", rotate)
+
+
+def every_norm_final(patch: pytest.MonkeyPatch) -> None:
+    forward = ESM2.forward
+
+    def normed(model: ESM2, batch: PackedBatch, wanted: tuple[int, ...], on_layer: esm2.OnLayer) -> None:
+        def call(layer: int, hidden: torch.Tensor) -> None:
+            last = layer == model.spec.layers
+            on_layer(layer, hidden if last else model._layer_norm(hidden, model.norm))
+
+        forward(model, batch, wanted, call)
+
+    patch.setattr(ESM2, "forward", normed)
+
+
+def no_final_norm(patch: pytest.MonkeyPatch) -> None:
+    norm = ESM2._layer_norm
+    patch.setattr(ESM2, "_layer_norm", lambda model, x, of: x if of is model.norm else norm(model, x, of))
+
+
+def layer_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    forward = ESM2.forward
+
+    def earlier(model: ESM2, batch: PackedBatch, wanted: tuple[int, ...], on_layer: esm2.OnLayer) -> None:
+        forward(model, batch, tuple(max(n - 1, 0) for n in wanted), lambda n, x: [on_layer(w, x) for w in wanted if max(w - 1, 0) == n])  # fmt: skip
+
+    patch.setattr(ESM2, "forward", earlier)
+
+
+def mean_with_cls_and_eos(patch: pytest.MonkeyPatch) -> None:
+    def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        bounds = batch.cu_seqlens.tolist()
+        return torch.stack([hidden[a:b].mean(0) for a, b in pairwise(bounds)])
+
+    patch.setattr(pooling, "mean", mean)
+
+
+def mean_with_eos(patch: pytest.MonkeyPatch) -> None:
+    def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        bounds = batch.cu_seqlens.tolist()
+        return torch.stack([hidden[a + 1 : b].mean(0) for a, b in pairwise(bounds)])
+
+    patch.setattr(pooling, "mean", mean)
+
+
+def in_attention(change: Callable[[PackedBatch, int], PackedBatch], power: int = 1) -> Mistake:
+    def sabotage(patch: pytest.MonkeyPatch) -> None:
+        attend = sdpa.attention
+
+        def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
+            return attend(q, k, v, change(batch, len(q)), scale**power)
+
+        patch.setattr(sdpa, "attention", wrong)
+
+    return sabotage
+
+
+def one_row_into_the_neighbour(batch: PackedBatch, rows: int) -> PackedBatch:
+    lengths = batch.lengths.copy()
+    if len(lengths) > 1:
+        lengths[0] += 1
+        lengths[1] -= 1
+    return replace(batch, lengths=lengths)
+
+
+def filler_attended(batch: PackedBatch, rows: int) -> PackedBatch:
+    lengths = batch.lengths.copy()
+    lengths[-1] += rows - batch.used
+    return replace(batch, lengths=lengths)
+
+
+def in_collation(change: Callable[[PackedBatch], PackedBatch]) -> Mistake:
+    def sabotage(patch: pytest.MonkeyPatch) -> None:
+        collate = VarlenCollator.__call__
+        patch.setattr(VarlenCollator, "__call__", lambda collator, pack: change(collate(collator, pack)))
+
+    return sabotage
+
+
+def positions_run_on(batch: PackedBatch) -> PackedBatch:
+    return replace(
+        batch, positions=torch.arange(len(batch.positions), dtype=torch.int32), max_seqlen=len(batch.positions)
+    )
+
+
+def bounds_off_by_one(batch: PackedBatch) -> PackedBatch:
+    bounds = batch.cu_seqlens.clone()
+    bounds[1:-1] += 1
+    return replace(batch, cu_seqlens=bounds)
+
+
+def rows_shifted_by_one(patch: pytest.MonkeyPatch) -> None:
+    rows_of = placer.Placer.rows_of
+
+    def shifted(sink: placer.Placer, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows, source = rows_of(sink, records)
+        return (rows + 1) % len(sink.work.unit), source
+
+    patch.setattr(placer.Placer, "rows_of", shifted)
+
+
+def wrong_constant_in_16_bit(patch: pytest.MonkeyPatch) -> None:
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        return (
+            exact(x) if x.dtype == torch.float32 else (x.float() * 0.5 * (1 + torch.erf(x.float() * 0.70))).to(x.dtype)
+        )
+
+    exact = esm2.gelu
+    patch.setattr(esm2, "gelu", gelu)
+
+
+def tanh_gelu_in_16_bit(patch: pytest.MonkeyPatch) -> None:
+    exact = esm2.gelu
+    patch.setattr(esm2, "gelu", lambda x: exact(x) if x.dtype == torch.float32 else F.gelu(x, approximate="tanh"))
+
+
+MISTAKES: dict[str, Mistake] = {
+    "no-0.88-scale": lambda patch: patch.setattr(esm2, "EMBED_SCALE", 1.0),
+    "tanh-gelu": tanh_gelu,
+    "layer-norm-eps-1e-12": lambda patch: patch.setattr(esm2, "LAYER_NORM_EPS", 1e-12),
+    "inv-freq-recomputed": recomputed_inv_freq,
+    "rotary-tables-in-bf16": rotary_tables_in(torch.bfloat16),
+    "rotary-tables-in-fp16": rotary_tables_in(torch.float16),
+    "rotary-interleaved": interleaved_rotary,
+    "final-norm-on-every-layer": every_norm_final,
+    "mean-with-cls-and-eos": mean_with_cls_and_eos,
+    "attention-one-row-into-the-neighbour": in_attention(one_row_into_the_neighbour),
+}
+"""Seen by comparing single packs with fair-esm."""
+
+MORE_MISTAKES: dict[str, Mistake] = {
+    "no-final-norm": no_final_norm,
+    "layer-off-by-one": layer_off_by_one,
+    "mean-with-eos": mean_with_eos,
+    "softmax-scale-twice": in_attention(lambda batch, rows: batch, power=2),
+    "filler-attended": in_attention(filler_attended),
+    "cu-seqlens-off-by-one": in_collation(bounds_off_by_one),
+    "rows-shifted-by-one": rows_shifted_by_one,
+}
+"""Seen by comparing what is stored with fair-esm."""

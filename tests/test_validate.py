@@ -1,0 +1,255 @@
+"""`virnucpro validate`: honest runs pass, every mistake fails and is caught by the part that should see it."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import VIRAL, read_fasta
+from sabotage import (  # fmt: skip
+    MISTAKES,
+    MORE_MISTAKES,
+    Mistake,
+    in_collation,
+    positions_run_on,
+    tanh_gelu_in_16_bit,
+    wrong_constant_in_16_bit,
+)
+from virnucpro_cli import embed, validate
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import reference
+from virnucpro_cli.store import DONE, read_embeddings
+from virnucpro_cli.validate import validate_model
+from virnucpro_cli.validation import agreement, oracle
+from virnucpro_cli.validation.verdict import Verdict
+
+pytestmark = pytest.mark.demo
+
+EDGES = Path(validate.__file__).parent / "data" / "edge_cases.fasta"
+
+
+@pytest.fixture(scope="module")
+def proteins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine proteins of 1 to 157 residues, odd ones among them."""
+    path = tmp_path_factory.mktemp("validate") / "nine.fasta"
+    short = [record for record in read_fasta(VIRAL) if len(record[1]) < 160][:33:8]
+    edges = [(header.split()[0], text.decode()) for header, text in reference.records(str(EDGES))][1:8:2]
+    path.write_text("".join(f">{name}\n{text.strip()}\n" for name, text in [*short, *edges]))
+    return path
+
+
+REMEMBERED: dict[Any, oracle.Rows] = {}
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch, proteins: Path) -> Iterator[Callable[..., Verdict]]:
+    """Validate on the CPU; the reference's rows are computed once for all tests."""
+    rows_of = oracle.rows_of
+
+    def remembered(
+        judge: reference.Reference, sample: oracle.Sample, layers: tuple[int, ...], *rest: int
+    ) -> oracle.Rows:
+        key = (next(judge.model.parameters()).dtype, tuple(map(tuple, sample.tokens)), layers, rest)
+        if key not in REMEMBERED:
+            REMEMBERED[key] = rows_of(judge, sample, layers, *rest)
+        return REMEMBERED[key]
+
+    monkeypatch.setattr(oracle, "rows_of", remembered)
+
+    def run(**options: Any) -> Verdict:
+        return validate_model(**{"fasta": proteins, "device": "cpu", "model": "demo", **options})
+
+    yield run
+
+
+def parts(verdict: Verdict) -> set[str]:
+    """First words of the parts that failed."""
+    return {part.split(":")[0] for part in verdict.failed_parts}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_an_honest_run_passes(judged: Callable[..., Verdict], dtype: str) -> None:
+    verdict = judged(dtype=dtype)
+    assert verdict.passed, verdict.failed_parts
+    packing = [check for check in verdict.checks if check.part.startswith("Packing") and check.limit]
+    assert len(packing) == 6 and all(check.limit == "bitwise" and check.worst == 0 for check in packing)
+    assert len(verdict.records) == 9
+
+
+@pytest.mark.parametrize("mistake", [*MISTAKES, *MORE_MISTAKES])
+def test_every_mistake_fails_the_semantics(
+    judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    (MISTAKES | MORE_MISTAKES)[mistake](monkeypatch)
+    verdict = judged()
+    assert "Semantics" in parts(verdict)
+
+
+def test_positions_that_run_on_fail_the_packing(
+    judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RoPE sees differences of positions only, so nothing but the bits tells."""
+    in_collation(positions_run_on)(monkeypatch)
+    assert "Packing" in parts(judged())
+
+
+@pytest.mark.parametrize(
+    ("mistake", "dtype"),
+    [(wrong_constant_in_16_bit, "bf16"), (wrong_constant_in_16_bit, "fp16"), (tanh_gelu_in_16_bit, "fp16")],
+)
+def test_a_mistake_of_16_bit_kernels_fails_the_precision(
+    judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, mistake: Mistake, dtype: str
+) -> None:
+    """A tanh GELU is below the noise of bf16; fp16 sees it."""
+    mistake(monkeypatch)
+    assert parts(judged(dtype=dtype)) == {"Precision"}
+
+
+def test_the_users_own_gates_are_obeyed(judged: Callable[..., Verdict]) -> None:
+    strict = judged(dtype="bf16", min_cosine=0.99999, max_rel_l2=1e-3)
+    failed = {check.what for check in strict.checks if check.passed is False}
+    assert failed == {f"{kind}, layer 6: {what}" for kind in ("mean", "bos") for what in ("cosine", "relative L2")}
+
+
+def test_goldens_are_written_compared_and_bite(tmp_path: Path, judged: Callable[..., Verdict]) -> None:
+    golden = str(tmp_path / "demo.safetensors")
+    assert judged(fasta=(), sample=2, max_residues=60, write_golden=golden).passed
+    verdict = judged(fasta=(), sample=2, max_residues=60, golden=golden)
+    assert verdict.passed and sum(check.part.startswith("Golden") for check in verdict.checks) == 13
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    with safe_open(golden, "np") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["mean/6"] *= np.float32(1.0001)
+    save_file(tensors, golden, about)
+    assert parts(judged(fasta=(), sample=2, max_residues=60, golden=golden)) == {"Golden"}
+
+
+def test_the_sample_is_spread_over_lengths_and_holds_the_odd_ones() -> None:
+    lengths = np.arange(1, 1001)
+    odd = np.zeros(1000, np.uint16)
+    odd[[17, 500, 700]] = [1, 2, 1 << 15]
+    chosen = oracle.stratified(lengths, odd, 50, seed=1)
+    assert len(chosen) == 50 and {0, 999, 17, 500, 700} <= set(chosen.tolist())
+    assert np.diff(np.sort(lengths[chosen])).max() < 100
+    assert (chosen == oracle.stratified(lengths, odd, 50, seed=1)).all()
+    assert not np.array_equal(chosen, oracle.stratified(lengths, odd, 50, seed=2))
+
+
+def test_one_of_the_users_own_proteins_is_enough_to_know_its_name(
+    judged: Callable[..., Verdict], proteins: Path
+) -> None:
+    names = {record["name"] for record in judged(sample=3).records}
+    assert names <= {name for name, _ in read_fasta(proteins)}
+
+
+def test_too_few_proteins_are_a_user_error(tmp_path: Path, judged: Callable[..., Verdict]) -> None:
+    path = tmp_path / "one.fasta"
+    path.write_text(">a\nMKV\n")
+    with pytest.raises(UserError, match="two proteins"):
+        judged(fasta=path)
+
+
+def test_errors_are_zero_only_for_equal_rows() -> None:
+    a = np.asarray([[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]])
+    b = np.asarray([[1.0, 2.0], [0.0, 0.0], [1.0, 0.0]])
+    assert agreement.relative_l2(b, a).tolist() == [0, 0, np.inf]
+    assert agreement.cosine(a, b).tolist() == pytest.approx([1, 1, 0])
+    assert agreement.neighbours_kept(np.eye(6), np.eye(6), 2) == 1
+
+
+# --- the audit of a file -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path: Path, proteins: Path) -> Callable[..., Path]:
+    def write(**options: Any) -> Path:
+        output = tmp_path / "out.h5"
+        embed.embed_fasta(proteins, output, **{"model": "demo", "device": "cpu", **options})
+        return output
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pool": ("mean", "bos", "residue"), "layers": (0, 3, -1), "store_dtype": "fp32"},
+        {"long": "window", "max_residues": 60, "overlap": 20, "pool": ("mean", "bos", "residue")},
+        {"long": "full", "max_residues": 60},
+        {"max_residues": 60, "invalid": "skip", "pool": ("residue",)},
+        {"long": "skip", "max_residues": 100, "id": "full", "dtype": "bf16"},
+    ],
+)
+def test_an_honest_file_passes_its_audit(written: Callable[..., Path], options: dict[str, Any], tmp_path: Path) -> None:
+    report = tmp_path / "audit.json"
+    verdict = validate_model(against=written(**options), report=report)
+    assert verdict.passed, [check for check in verdict.checks if check.passed is False]
+    assert json.loads(report.read_text())["passed"] is True
+
+
+def poke(path: Path, dataset: str, at: Any, value: Any) -> None:
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        file[dataset][at] = value
+
+
+@pytest.mark.parametrize(
+    ("dataset", "at", "value", "named"),
+    [
+        ("lengths", 3, 7, "lengths"),
+        ("sequence_ids", 0, "other", "ids"),
+        ("flags", 2, 1, "truncated"),
+        ("status", 4, 2, "skipped, and why"),
+        ("run/complete", (), 0, "complete"),
+        ("mean/6", (2, 5), np.nan, "done rows finite, skipped rows NaN"),
+        ("mean/6", (5, slice(0, 320, 2)), 0.5, "mean, layer 6: relative L2"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(
+    written: Callable[..., Path], dataset: str, at: Any, value: Any, named: str
+) -> None:
+    path = written()
+    poke(path, dataset, at, value)
+    verdict = validate_model(against=path)
+    assert named in {check.what for check in verdict.checks if check.passed is False}
+
+
+def test_rows_of_neighbours_exchanged_are_noticed(written: Callable[..., Path]) -> None:
+    path = written()
+    with read_embeddings(path) as file:
+        assert (file.status == DONE).all()
+        rows = file[:]
+    poke(path, "mean/6", slice(None), np.roll(rows, 1, axis=0))
+    verdict = validate_model(against=path)
+    assert {check.what for check in verdict.checks if check.passed is False} >= {"mean, layer 6: relative L2"}
+
+
+def test_other_weights_and_another_fasta_are_noticed(
+    written: Callable[..., Path], tiny_model: Path, proteins: Path, tmp_path: Path
+) -> None:
+    path = written(model=str(tiny_model))
+    other = tmp_path / "other.fasta"
+    other.write_text(proteins.read_text().replace("MKV", "MKI"))
+    verdict = validate_model(against=path, fasta=other)
+    assert "input" in {check.what for check in verdict.checks if check.passed is False}
+    from conftest import write_model
+
+    verdict = validate_model(against=path, model=str(write_model(tmp_path / "model", seed=1)))
+    failed = {check.what for check in verdict.checks if check.passed is False}
+    assert {"weights", "mean, layer 2: relative L2"} <= failed
+
+
+def test_a_file_that_is_not_ours_is_a_user_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    path.write_text("no")
+    with pytest.raises(UserError, match="not a readable HDF5"):
+        validate_model(against=path)
+    with pytest.raises(UserError, match="There is no"):
+        validate_model(against=tmp_path / "absent.h5")
