@@ -15,7 +15,7 @@ LAYERS = (
     ("config", "report", "errors"),
     ("collate", "packing", "fasta", "alphabet", "pooling"),
     ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
-    ("validation",),
+    ("validation", "timing"),
     ("embed", "fetch", "bench", "validate"),
     ("cli",),
     ("__main__",),
@@ -84,8 +84,8 @@ def test_the_environment_is_read_only_where_weights_are_looked_for() -> None:
     assert users_of("os.environ", "os.getenv", "os.putenv") == {"model/locate.py"}
 
 
-def test_fair_esm_is_the_oracle_and_nothing_else() -> None:
-    assert importers_of("esm") == {"model/reference.py"}
+def test_fair_esm_is_the_oracle_and_a_peer_to_time_and_nothing_else() -> None:
+    assert importers_of("esm") == {"model/reference.py", "timing/peers.py"}
 
 
 @pytest.mark.parametrize("name", [name for name in TREES if name != "__init__.py"])

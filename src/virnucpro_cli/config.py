@@ -19,6 +19,7 @@ CHOICES = {
 }
 LARGEST = 1 << 24
 POOLS = ("mean", "bos", "residue")
+PEERS = ("fair-esm", "transformers", "esm-efficient", "faesm")
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,46 @@ class ValidateConfig:
             raise UserError(f"--max-rel-l2 is {self.max_rel_l2}.", "Give a relative error above 0, such as 1e-2.")
 
 
+@dataclass(frozen=True)
+class BenchConfig:
+    """Everything that `bench` can be told. Field names are the long options with underscores."""
+
+    packed: bool = False
+    unpacked: bool = False
+    fasta: tuple[str, ...] = ()
+    model: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "auto"
+    token_budget: tuple[int | str, ...] = ("auto",)
+    max_residues: int = 1022
+    seconds: float = 45.0
+    peers: tuple[str, ...] = ()
+    min_speedup: float | None = None
+    min_density: float | None = None
+    report: str | None = None
+    plot: str | None = None
+    save_config: str | None = None
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if not 0 < self.seconds <= 86400:
+            raise UserError(f"--seconds is {self.seconds}.", "Give a number of seconds above 0.")
+        unknown = [name for name in self.peers if name not in PEERS]
+        if unknown:
+            raise UserError(f"--peers has {', '.join(unknown)}.", f"Choose any of {', '.join(PEERS)}.")
+        if self.min_speedup is not None and not self.unpacked and self.packed:
+            raise UserError("--min-speedup compares with --unpacked.", "Give both --packed and --unpacked, or neither.")
+
+
 def _check(config: Any) -> None:
     """What the commands' configurations have in common."""
-    for name in ("token_budget", "max_residues"):
-        value = getattr(config, name)
-        if isinstance(value, int) and value > LARGEST:
-            raise UserError(f"--{name.replace('_', '-')} is {value}.", f"Give {LARGEST:,} or less.")
+    budgets = config.token_budget if isinstance(config.token_budget, tuple) else (config.token_budget,)
+    for name, values in (("token-budget", budgets), ("max-residues", (config.max_residues,))):
+        for value in values:
+            if isinstance(value, int) and value > LARGEST:
+                raise UserError(f"--{name} is {value}.", f"Give {LARGEST:,} or less.")
     for name, allowed in CHOICES.items():
         if getattr(config, name, allowed[0]) not in allowed:
             raise UserError(
@@ -113,8 +148,9 @@ def _check(config: Any) -> None:
     for name, value in vars(config).items():
         if value == "" and name != "output":
             raise UserError(f"--{name.replace('_', '-')} is empty.", "Give it a value, or leave it out.")
-    if config.token_budget != "auto" and (not isinstance(config.token_budget, int) or config.token_budget < 1024):
-        raise UserError(f"--token-budget is {config.token_budget}.", "Give auto or a number of tokens, 1024 or more.")
+    for budget in budgets:
+        if budget != "auto" and (not isinstance(budget, int) or budget < 1024):
+            raise UserError(f"--token-budget is {budget}.", "Give auto or a number of tokens, 1024 or more.")
     if config.max_residues < 1:
         raise UserError(f"--max-residues is {config.max_residues}.", "Give 1 or more.")
 
@@ -150,6 +186,7 @@ def _from_toml(kind: type[Any], path: Path) -> dict[str, Any]:
 
 SPECIAL_TYPES: dict[str, tuple[type, ...]] = {
     "token_budget": (int, str), "layers": (int,), "min_cosine": (float, int), "max_rel_l2": (float, int),
+    "seconds": (float, int), "min_speedup": (float, int), "min_density": (float, int),
 }  # fmt: skip
 
 

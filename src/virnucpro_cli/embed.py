@@ -55,8 +55,14 @@ MEASURED_FLOPS = {
 H100 80GB (torch 2.11, UniProt lengths) and on two threads of an AVX-512 server CPU (torch 2.13)."""
 
 
-def run(config: EmbedConfig, out: Console | None = None) -> report.RunReport:
-    """Do what `virnucpro embed` does and return its report. Raises UserError for what the user can put right."""
+Loaded = tuple[ModelSpec, dict[str, Any], tuple[str, ...]]
+
+
+def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None = None) -> report.RunReport:
+    """Do what `virnucpro embed` does and return its report. Raises UserError for what the user can put right.
+
+    loaded: what reading the model's weights yielded, for a caller that has read them already.
+    """
     out = out or report.console(config.quiet)
     clock = report.Clock()
     if not config.inputs or not config.output:
@@ -121,7 +127,7 @@ def run(config: EmbedConfig, out: Console | None = None) -> report.RunReport:
         if len(packs):
             with clock.stage("load model"):
                 exact_arithmetic()
-                _, state, notes = model_weights.load(found)
+                _, state, notes = loaded or model_weights.load(found)
                 model = ESM2(spec, state, dtype, device, attend)
                 del state
             for note in notes:

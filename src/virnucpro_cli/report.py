@@ -21,7 +21,9 @@ LOG_EVERY_SECONDS = 30.0
 
 @dataclass
 class RunReport:
-    """What a run did. Sections of plain numbers and words; `seconds` by stage, `rates` per second of the forward stage."""
+    """What a run did. Sections of plain numbers and words; `seconds` by stage, `rates` per second of the forward stage;
+    tables: what `bench` compared, title -> rows of columns.
+    """
 
     command: str
     counts: dict[str, int] = field(default_factory=dict)
@@ -32,9 +34,10 @@ class RunReport:
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     already_complete: bool = False
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+    def to_json(self, indent: int | None = 1) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=indent)
 
 
 def save(path: str, text: str) -> None:
@@ -154,6 +157,27 @@ def packing_table(report: RunReport) -> Table:
                 name, f"{value:.2%}" if name.startswith("density") or name.endswith("share") else amount(value)
             )
     return table
+
+
+def rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """One of `RunReport.tables`: words to the left, numbers to the right, shares as percentages."""
+    table = Table(title=title, title_justify="left")
+    for name, value in rows[0].items():
+        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(name, value) for name, value in row.items()))
+    return table
+
+
+SHARES = ("density", "padding waste", "spread", "hidden by overlap", "of the floor", "of the bare forward", "MFU")
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if name.startswith(SHARES):
+        return f"{value:.1%}"
+    return f"{value:.2f} x" if name == "packed is faster by" else amount(value)
 
 
 def throughput_table(report: RunReport) -> Table:

@@ -113,11 +113,11 @@ class ESM2:
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU by the error function, never the tanh form."""
+    """GELU by the error function, never the tanh form. May overwrite x."""
     if (
         x.device.type == "cpu" and x.dtype == torch.float32
     ):  # F.gelu's own erf is off by 1e-6 there, a bias that adds up
-        return torch.erf(x * 2**-0.5).add_(1).mul_(x).mul_(0.5)
+        return x.mul_((x * 2**-0.5).erf_().add_(1).mul_(0.5))
     return F.gelu(x)
 
 

@@ -265,14 +265,17 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def random_state(spec: ModelSpec, seed: int = 0) -> dict[str, Any]:
-    """Reproducible random weights of trained-like scale, for benchmarks and tests. fair-esm's names, float32, CPU."""
+def random_state(spec: ModelSpec, seed: int = 0, device: Any = "cpu") -> dict[str, Any]:
+    """Random weights of trained-like scale, for benchmarks and tests, the same each time on the same kind of device.
+
+    fair-esm's names, float32.
+    """
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, shape in shapes(spec).items():
-        tensor = torch.empty(shape)
+        tensor = torch.empty(shape, device=device)
         if name.endswith("layer_norm.weight") or name == "emb_layer_norm_after.weight":
             tensor.normal_(1.0, 0.1, generator=generator)
         elif len(shape) == 1:

@@ -1,0 +1,1 @@
+"""What `bench` is made of: workloads, the ways to batch them, the limits of the device, other tools, and the plot."""
