@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from virnucpro_cli.bench import bench_model
     from virnucpro_cli.config import EmbedConfig
     from virnucpro_cli.embed import embed_fasta
     from virnucpro_cli.store import EmbeddingFile, read_embeddings
@@ -15,7 +16,7 @@ try:
 except PackageNotFoundError:  # run from a source tree
     __version__ = "0+source"
 
-__all__ = ["EmbedConfig", "EmbeddingFile", "embed_fasta", "read_embeddings", "validate_model"]
+__all__ = ["EmbedConfig", "EmbeddingFile", "bench_model", "embed_fasta", "read_embeddings", "validate_model"]
 
 _HOME = {
     "EmbedConfig": "config",
@@ -23,6 +24,7 @@ _HOME = {
     "embed_fasta": "embed",
     "read_embeddings": "store",
     "validate_model": "validate",
+    "bench_model": "bench",
 }
 
 

@@ -229,7 +229,7 @@ class _Bench:
     def time_peers(self) -> None:
         if not self.config.peers or self.main is None:
             return
-        found, absent = peers.available(self.config.peers, self.spec, self.device, self.dtype)
+        found, absent = peers.available(self.config.peers, self.spec, self.device, self.dtype, self.best_budget)
         self.report.notes += absent
         ids = [[0, *text, 2] for text in self.main.token_ids()]
         ours = max(row["tokens/s"] for row in self.report.tables["Throughput"] if row["workload"] == self.main.name)

@@ -51,7 +51,7 @@ MEASURED_FLOPS = {
     ("H100", "fp32"): {320: 2.0e13},
     ("CPU thread", "fp32"): {320: 4.5e10},
 }
-"""FLOP/s that forwards reached by hidden width, for the estimate of --dry-run: benchmarks/embed_throughput.py on one
+"""FLOP/s that forwards reached by hidden width, for the estimate of --dry-run: virnucpro bench on one
 H100 80GB (torch 2.11, UniProt lengths) and on two threads of an AVX-512 server CPU (torch 2.13)."""
 
 

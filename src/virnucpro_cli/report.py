@@ -165,14 +165,15 @@ def rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
     for name, value in rows[0].items():
         table.add_column(name, justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        table.add_row(*(_cell(name, value) for name, value in row.items()))
+        table.add_row(*(cell(name, value) for name, value in row.items()))
     return table
 
 
 SHARES = ("density", "padding waste", "spread", "hidden by overlap", "of the floor", "of the bare forward", "MFU")
 
 
-def _cell(name: str, value: Any) -> str:
+def cell(name: str, value: Any) -> str:
+    """A value as people read it, by the name of its column."""
     if isinstance(value, str):
         return value
     if name.startswith(SHARES):

@@ -23,11 +23,11 @@ class Peer:
     run: Callable[[list[list[int]]], None]
 
 
-Make = Callable[[ModelSpec, torch.device, torch.dtype], Any]
+Make = Callable[[ModelSpec, torch.device, torch.dtype, int], Any]
 
 
 def available(
-    names: tuple[str, ...], spec: ModelSpec, device: torch.device, dtype: torch.dtype
+    names: tuple[str, ...], spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int
 ) -> tuple[list[Peer], list[str]]:
     """The peers that can run here, and why the others cannot."""
     peers, absent = [], []
@@ -39,7 +39,9 @@ def available(
         for label, needs, make in makers:
             if needs == "fp32" or dtype != torch.float32:
                 try:
-                    peers.append(Peer(label, make(spec, device, torch.float32 if needs == "fp32" else dtype)))
+                    peers.append(
+                        Peer(label, make(spec, device, torch.float32 if needs == "fp32" else dtype, token_budget))
+                    )
                 except Exception as error:  # of another project's code
                     absent.append(
                         f"{label}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -64,7 +66,7 @@ def _tensor(batch: list[list[int]]) -> torch.Tensor:
     return tokens
 
 
-def fair_esm(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
+def fair_esm(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Any:
     """As scripts/extract.py does: batches of 4,096 padded tokens, the layer to the host, the mean there, one by one."""
     from esm.data import Alphabet
     from esm.model.esm2 import ESM2
@@ -84,12 +86,12 @@ def fair_esm(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
     return run
 
 
-def _huggingface(model: Any, device: torch.device) -> Any:
-    """Sorted padded batches of 16,384 tokens, the masked mean on the device."""
+def _huggingface(model: Any, device: torch.device, token_budget: int) -> Any:
+    """Sorted padded batches within our own token budget, the masked mean on the device."""
 
     @torch.inference_mode()
     def run(ids: list[list[int]]) -> None:
-        for batch in reversed(_ascending(ids, 4 * TOKS_PER_BATCH)):
+        for batch in reversed(_ascending(ids, token_budget)):
             tokens = _tensor(batch).to(device)
             mask = tokens != alphabet.PAD
             out = model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
@@ -110,24 +112,24 @@ def _config(spec: ModelSpec) -> Any:
     return config
 
 
-def transformers_sdpa(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
+def transformers_sdpa(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Any:
     from transformers import EsmModel
 
     with device:
-        return _huggingface(EsmModel(_config(spec), add_pooling_layer=False).eval().to(dtype), device)
+        return _huggingface(EsmModel(_config(spec), add_pooling_layer=False).eval().to(dtype), device, token_budget)
 
 
-def faesm(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
+def faesm(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Any:
     from faesm.esm import FAEsmModel
 
     config = _config(spec)
     config.use_fa = True
     with device:
-        return _huggingface(FAEsmModel(config, add_pooling_layer=False).eval().to(dtype), device)
+        return _huggingface(FAEsmModel(config, add_pooling_layer=False).eval().to(dtype), device, token_budget)
 
 
-def esm_efficient(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
-    """Packed batches of 16,384 tokens in its own format, sorted."""
+def esm_efficient(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Any:
+    """Packed batches within our own token budget, in its own format."""
     from esme.esm import ESM2
 
     with device:
@@ -135,7 +137,7 @@ def esm_efficient(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
 
     @torch.inference_mode()
     def run(ids: list[list[int]]) -> None:
-        for batch in _ascending(ids, 4 * TOKS_PER_BATCH):
+        for batch in _ascending(ids, token_budget):
             lengths = [len(one) for one in batch]
             bounds = torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)).to(device)
             tokens = torch.tensor([i for one in batch for i in one], device=device)
