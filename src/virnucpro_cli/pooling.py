@@ -40,7 +40,7 @@ def bos(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 def residues(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype) -> torch.Tensor:
     """All T rows, in the store dtype; float32 and weighted if the batch has windows, which are added up on the host."""
     if batch.weights is None:
-        return hidden.to(store_dtype)
+        return hidden.to(store_dtype, copy=True)  # the next layer overwrites hidden
     return hidden.float() * batch.weights[:, None]
 
 

@@ -80,7 +80,8 @@ class ESM2:
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch, wanted: tuple[int, ...], on_layer: OnLayer) -> None:
-        """Run the batch up to the last wanted layer; `on_layer(i, hidden [T, D])` is called for each wanted one.
+        """Run the batch up to the last wanted layer; `on_layer(i, hidden [T, D])` is called for each wanted one, and must
+        not keep `hidden`, which the next layer overwrites.
 
         0 is the scaled embedding, i the residual stream after layer i, and only the last layer has the final LayerNorm.
         """
@@ -93,9 +94,8 @@ class ESM2:
         cos = self.cos.index_select(0, batch.positions)[:, None, None, :]  # [T, 1, 1, Dh/2]
         sin = self.sin.index_select(0, batch.positions)[:, None, None, :]
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
-            x = x + self._attend(self._layer_norm(x, layer.norm1), layer, cos, sin, batch)
-            h = F.linear(self._layer_norm(x, layer.norm2), *layer.fc1)
-            x = x + F.linear(gelu(h), *layer.fc2)
+            x += self._attend(self._layer_norm(x, layer.norm1), layer, cos, sin, batch)
+            x += F.linear(gelu(F.linear(self._layer_norm(x, layer.norm2), *layer.fc1)), *layer.fc2)
             if number in wanted:
                 on_layer(number, self._layer_norm(x, self.norm) if number == self.spec.layers else x)
 
@@ -124,7 +124,11 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding by halves, in fp32. x [T, ..., Dh]; cos, sin float32, broadcastable to [T, ..., Dh/2]."""
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    out = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+    left, right = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return out.to(x.dtype)
 
 
 def exact_arithmetic() -> None:
