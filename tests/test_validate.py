@@ -36,7 +36,7 @@ def proteins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nine proteins of 1 to 157 residues, odd ones among them."""
     path = tmp_path_factory.mktemp("validate") / "nine.fasta"
     short = [record for record in read_fasta(VIRAL) if len(record[1]) < 160][:33:8]
-    edges = [(header.split()[0], text.decode()) for header, text in reference.records(str(EDGES))][1:8:2]
+    edges = [(reference.name_of(header), text.decode()) for header, text in reference.records(str(EDGES))][1:8:2]
     path.write_text("".join(f">{name}\n{text.strip()}\n" for name, text in [*short, *edges]))
     return path
 
@@ -118,7 +118,7 @@ def test_goldens_are_written_compared_and_bite(tmp_path: Path, judged: Callable[
     golden = str(tmp_path / "demo.safetensors")
     assert judged(fasta=(), sample=2, max_residues=60, write_golden=golden).passed
     verdict = judged(fasta=(), sample=2, max_residues=60, golden=golden)
-    assert verdict.passed and sum(check.part.startswith("Golden") for check in verdict.checks) == 13
+    assert verdict.passed and sum(check.part.startswith("Golden") for check in verdict.checks) == 14
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
@@ -206,7 +206,12 @@ def poke(path: Path, dataset: str, at: Any, value: Any) -> None:
         ("lengths", 3, 7, "lengths"),
         ("sequence_ids", 0, "other", "ids"),
         ("flags", 2, 1, "truncated"),
-        ("status", 4, 2, "skipped, and why"),
+        ("status", 4, 2, "statuses and reasons"),
+        ("status", 4, 7, "statuses and reasons"),
+        ("reason", 4, 2, "statuses and reasons"),
+        ("replaced", 1, 3, "replaced"),
+        ("flags", 1, 8, "copied"),
+        ("flags", 1, 512, "flags"),
         ("run/complete", (), 0, "complete"),
         ("mean/6", (2, 5), np.nan, "done rows finite, skipped rows NaN"),
         ("mean/6", (5, slice(0, 320, 2)), 0.5, "mean, layer 6: relative L2"),
@@ -219,6 +224,101 @@ def test_what_is_wrong_in_a_file_is_named(
     poke(path, dataset, at, value)
     verdict = validate_model(against=path)
     assert named in {check.what for check in verdict.checks if check.passed is False}
+
+
+def give_up(path: Path) -> None:
+    poke(path, "status", 3, 2)
+    poke(path, "reason", 3, 4)
+    poke(path, "mean/6", 3, np.nan)
+
+
+def embeddings_elsewhere(path: Path) -> None:
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        del file["embeddings"]
+        file["embeddings"] = file["mean/0"]
+
+
+def attribute(name: str, value: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        import h5py
+
+        with h5py.File(path, "r+") as file:
+            file.attrs[name] = value
+
+    return change
+
+
+def offsets_shifted(path: Path) -> None:
+    poke(path, "residue/offsets", slice(1, 3), [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("tamper", "named"),
+    [
+        (give_up, "mean, layer 6: relative L2"),
+        (embeddings_elsewhere, "/embeddings"),
+        (attribute("dtype", "bfloat16"), "attributes agree with the fingerprint"),
+        (attribute("layers", "[6]"), "attributes agree with the fingerprint"),
+        (offsets_shifted, "residue/offsets"),
+    ],
+)
+def test_tampering_is_named(written: Callable[..., Path], tamper: Callable[[Path], None], named: str) -> None:
+    path = written(layers=(0, 6), pool=("mean", "residue"))
+    tamper(path)
+    verdict = validate_model(against=path)
+    assert named in {check.what for check in verdict.checks if check.passed is False}
+
+
+def test_a_copy_that_is_not_like_its_original_is_noticed(tmp_path: Path, proteins: Path) -> None:
+    twice, output = tmp_path / "twice.fasta", tmp_path / "twice.h5"
+    twice.write_text(proteins.read_text() * 2)
+    embed.embed_fasta(twice, output, model="demo", device="cpu")
+    assert validate_model(against=output, sample=2).passed
+    poke(output, "mean/6", (12, 5), 3.0)
+    failed = {check.what for check in validate_model(against=output, sample=2).checks if check.passed is False}
+    assert "copies equal their originals" in failed
+
+
+@pytest.mark.parametrize(
+    "damage", [attribute("fingerprint", "{"), attribute("config", "{}"), attribute("inputs", "[]")]
+)
+def test_a_damaged_file_is_a_user_error(written: Callable[..., Path], damage: Callable[[Path], None]) -> None:
+    path = written()
+    damage(path)
+    with pytest.raises(UserError, match="is damaged"):
+        validate_model(against=path)
+
+
+def test_names_and_first_headers_are_read_as_embed_reads_them(tmp_path: Path) -> None:
+    odd, output = tmp_path / "odd.fasta.gz", tmp_path / "odd.h5"  # a name that lies: it is not compressed
+    odd.write_bytes("\ufeff  \n  >a\u00a0b c\nMKVLAT\n>d\u3000e\r\nMKV*\r\n>\nmkvt\n>\u00e9\x1c x\nMKVTT\n".encode())
+    for policy in ("first", "full"):
+        embed.embed_fasta(odd, output, model="demo", device="cpu", id=policy, overwrite=True)
+        verdict = validate_model(against=output)
+        assert verdict.passed, [check for check in verdict.checks if check.passed is False]
+
+
+def test_nothing_that_is_read_is_overwritten(written: Callable[..., Path], proteins: Path, tmp_path: Path) -> None:
+    path = written()
+    for options in ({"against": path, "report": path}, {"fasta": proteins, "report": proteins}):
+        with pytest.raises(UserError, match="would overwrite"):
+            validate_model(**options)
+    with pytest.raises(UserError, match="would overwrite"):
+        validate_model(golden=tmp_path / "g", write_golden=tmp_path / "g")
+    with pytest.raises(UserError, match="no meaning with --against"):
+        validate_model(against=path, write_golden=tmp_path / "g")
+
+
+def test_inputs_that_are_damaged_or_pipes_are_user_errors(tmp_path: Path) -> None:
+    import gzip
+
+    cut = tmp_path / "cut.fasta.gz"
+    cut.write_bytes(gzip.compress(b">a\nMKV\n>b\nMKL\n" * 500)[:60])
+    for fasta, named in ((cut, "damaged"), ("-", "read only once"), (tmp_path / "absent", "no file")):
+        with pytest.raises(UserError, match=named):
+            validate_model(fasta=fasta)
 
 
 def test_rows_of_neighbours_exchanged_are_noticed(written: Callable[..., Path]) -> None:

@@ -318,12 +318,8 @@ def failed_gates(found: report.RunReport, config: BenchConfig) -> list[str]:
 
 
 def _check_places(config: BenchConfig) -> None:
-    for name in ("report", "plot", "save_config"):
-        place = getattr(config, name)
-        if place and not Path(place).absolute().parent.is_dir():
-            raise UserError(
-                f"{place} cannot be written: there is no such folder.", "Name a file in a folder that exists."
-            )
+    written = {"report": config.report, "plot": config.plot, "config": config.save_config}
+    report.check_places(written, config.fasta)
     if config.plot:
         from importlib.util import find_spec
 

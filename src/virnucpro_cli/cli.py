@@ -292,14 +292,16 @@ def validate(
         typer.Option(
             "--sample",
             metavar="N",
-            help="Proteins to compare, spread over the lengths; odd ones included. [default: 60]",
+            help="Proteins to compare at least, spread over the lengths; odd ones included. [default: 60]",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Of the sample. [default: 0]")] = None,
     min_cosine: Annotated[
         float | None,
         typer.Option(
-            "--min-cosine", metavar="X", help="Least cosine of a pooled row with fair-esm's. [default: 0.999]"
+            "--min-cosine",
+            metavar="X",
+            help="Least cosine of a pooled row with fair-esm's. [default: 0.999, bf16 0.998]",
         ),
     ] = None,
     max_rel_l2: Annotated[
@@ -436,8 +438,9 @@ def main(arguments: list[str] | None = None) -> Any:
     except UserError as error:
         _fail(error)
         code = EXIT_USER_ERROR
-    except typer.Abort:
-        code = EXIT_SIGNAL_BASE + signal.SIGINT
+    except typer.Abort as error:  # click's word for an EOFError
+        _bug(error.__cause__ or error)
+        code = EXIT_INTERNAL
     except Stopped as stop:
         name = signal.Signals(stop.signum).name
         _say(

@@ -81,7 +81,7 @@ class ValidateConfig:
     token_budget: int | str = "auto"
     max_residues: int = 1022
     reference_device: str = "cpu"
-    min_cosine: float = 0.999
+    min_cosine: float | None = None
     max_rel_l2: float | None = None
     golden: str | None = None
     write_golden: str | None = None
@@ -94,8 +94,16 @@ class ValidateConfig:
             raise UserError(f"--sample is {self.sample}.", "Give 2 or more.")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}.", "Give 0 or more.")
-        if not -1 <= self.min_cosine <= 1:
+        if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:
             raise UserError(f"--min-cosine is {self.min_cosine}.", "Give a cosine, such as 0.999.")
+        of_the_file = ("layers", "dtype", "max_residues", "attention", "token_budget", "golden", "write_golden")
+        given = [name for name in of_the_file if getattr(self, name) != getattr(ValidateConfig, name)]
+        if self.against and given:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} has no meaning with --against.", "The file says how it was made."
+            )
+        if (self.golden or self.write_golden) and self.fasta:
+            raise UserError("Goldens are of proteins that ship with virnucpro.", "Leave --fasta out.")
         if self.max_rel_l2 is not None and not self.max_rel_l2 > 0:
             raise UserError(f"--max-rel-l2 is {self.max_rel_l2}.", "Give a relative error above 0, such as 1e-2.")
 

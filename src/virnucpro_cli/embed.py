@@ -207,19 +207,12 @@ def _check_protein(table: fasta.RecordTable, config: EmbedConfig) -> None:
 def _check_paths(output: Path, config: EmbedConfig) -> None:
     """Nothing that is read may be written, and the report must have a place before anything is computed."""
     store.check_destination(output)
-    written = {"output": output} | ({"report": Path(config.report)} if config.report else {})
     read = [Path(name) for name in config.inputs if name != "-"]
-    for what, path in written.items():
-        if any(path.exists() and other.exists() and path.samefile(other) for other in read):
-            raise UserError(
-                f"The {what} {path} is one of the inputs.", "Choose another name; inputs are never overwritten."
-            )
-    if config.report:
-        place = Path(config.report)
-        if place.resolve() in (output.resolve(), store.partial_path(output).resolve()):
-            raise UserError(f"The report {place} would overwrite the output.", "Give it another name.")
-        if place.is_dir() or not place.parent.is_dir():
-            raise UserError(f"The report {place} cannot be written there.", "Name a file in a folder that exists.")
+    if any(output.exists() and other.exists() and output.samefile(other) for other in read):
+        raise UserError(
+            f"The output {output} is one of the inputs.", "Choose another name; inputs are never overwritten."
+        )
+    report.check_places({"report": config.report}, [*read, output, store.partial_path(output)])
 
 
 def _layout(

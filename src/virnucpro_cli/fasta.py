@@ -173,6 +173,15 @@ def open_sources(inputs: Sequence[str], spool_dir: Path) -> list[Source]:
     return sources
 
 
+def refuse_unreadable(paths: Sequence[str]) -> None:
+    """Read FASTA files once by the rules of the index, for its error messages. Raises UserError; pipes are refused."""
+    for path in paths:
+        if path == "-" or (os.path.exists(path) and not os.path.isfile(path)):
+            raise UserError(f"{path} can be read only once, and here it is read again.", "Save it to a file first.")
+    with tempfile.TemporaryDirectory() as folder:
+        index(open_sources(paths, Path(folder)), dedup=False)
+
+
 def _open_plain(name: str, spool_dir: Path) -> IO[bytes]:
     try:
         if name == "-" and sys.stdin is None:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,26 @@ class RunReport:
 
     def to_json(self, indent: int | None = 1) -> str:
         return json.dumps(dataclasses.asdict(self), indent=indent)
+
+
+def check_places(written: dict[str, str | None], read: Iterable[str | Path]) -> None:
+    """Raise UserError unless every file to be written has a place, and none is one that is read or written otherwise.
+
+    written: option's name -> path or None.
+    """
+    wanted = {option: Path(path) for option, path in written.items() if path}
+    others = [Path(path) for path in read]
+    for option, path in wanted.items():
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise UserError(f"The {option} {path} cannot be written there.", "Name a file in a folder that exists.")
+        if path.exists() and (not path.is_file() or not os.access(path, os.W_OK)):
+            raise UserError(f"The {option} {path} is not a file that can be written.", "Choose another name.")
+        for other in [*others, *(p for name, p in wanted.items() if name != option)]:
+            if path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other)):
+                raise UserError(
+                    f"The {option} {path} would overwrite {other}, which this run reads or writes.",
+                    "Choose another name.",
+                )
 
 
 def save(path: str, text: str) -> None:

@@ -23,14 +23,14 @@ WRITES_BEHIND = 4
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, option: str = "--device") -> torch.device:
     """`auto` (CUDA if there, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`. Raises UserError if it is absent or too old."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device is {name!r}.", "Choose auto, cpu, cuda, cuda:N or mps.") from None
+        raise UserError(f"{option} is {name!r}.", "Choose auto, cpu, cuda, cuda:N or mps.") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             build = (
@@ -39,13 +39,13 @@ def resolve_device(name: str) -> torch.device:
                 else "none is visible"
             )
             raise UserError(
-                f"--device {name}: there is no usable CUDA GPU ({build}).",
-                "Use --device cpu, or install a CUDA build of PyTorch.",
+                f"{option} {name}: there is no usable CUDA GPU ({build}).",
+                f"Use {option} cpu, or install a CUDA build of PyTorch.",
             )
         device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         if device.index >= torch.cuda.device_count():
             raise UserError(
-                f"--device {name}: this host has {torch.cuda.device_count()} visible GPUs, numbered from 0."
+                f"{option} {name}: this host has {torch.cuda.device_count()} visible GPUs, numbered from 0."
             )
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (5, 0):
             raise UserError(
@@ -53,9 +53,9 @@ def resolve_device(name: str) -> torch.device:
             )
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise UserError("--device mps: there is no Apple GPU here.", "Use --device cpu.")
+            raise UserError(f"{option} mps: there is no Apple GPU here.", f"Use {option} cpu.")
     elif device.type != "cpu" or device.index is not None:
-        raise UserError(f"--device is {name!r}.", "Choose auto, cpu, cuda, cuda:N or mps.")
+        raise UserError(f"{option} is {name!r}.", "Choose auto, cpu, cuda, cuda:N or mps.")
     return device
 
 

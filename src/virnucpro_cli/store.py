@@ -448,7 +448,7 @@ class EmbeddingFile:
     """
 
     def __init__(self, path: str | Path):
-        self._file = h5py.File(path, "r")
+        self._file = h5py.File(path, "r", locking=False)  # its structure never changes, even while a run fills it
         if self._file.attrs.get("schema") != SCHEMA:
             self._file.close()
             raise UserError(f"{path} is not an embeddings file of schema {SCHEMA}.")
@@ -457,6 +457,7 @@ class EmbeddingFile:
         self.status: NDArray[np.uint8] = self._file["status"][:]
         self.flags: NDArray[np.uint16] = self._file["flags"][:]
         self.reason: NDArray[np.uint8] = self._file["reason"][:]
+        self.replaced: NDArray[np.int32] = self._file["replaced"][:]
         self._rows: dict[str, list[int]] | None = None
         self._names: list[str] | None = None
 
@@ -489,6 +490,18 @@ class EmbeddingFile:
     @property
     def layers(self) -> list[int]:
         return [int(x) for x in json.loads(self.attributes["layers"])]
+
+    @property
+    def default(self) -> str | None:
+        """What `/embeddings` is, such as mean/33; None if it is absent or nothing of the run's."""
+        there = self._file.get("embeddings")
+        names = [f"{kind}/{layer}" for kind in ("mean", "bos") for layer in self.layers]
+        return next((name for name in names if name in self._file and self._file[name] == there), None)
+
+    @property
+    def residue_offsets(self) -> NDArray[np.int64]:
+        """int64 [N + 1]; needs `--pool residue`."""
+        return self._file["residue/offsets"][:]
 
     def rows(self, name: str) -> list[int]:
         """Every row of that name, in order; names need not be unique. Raises KeyError."""

@@ -7,7 +7,7 @@ reference is in the same dtype. Packing: a protein's bits do not depend on its n
 import os
 import platform
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import embed, fasta, report, runner
 from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
@@ -39,8 +39,8 @@ SHIPPED = ("viral_proteins.fasta", "edge_cases.fasta")
 def run(config: ValidateConfig, out: Console | None = None) -> Verdict:
     """Do what `virnucpro validate` does and return the verdict. Raises UserError for what the user can put right."""
     out = out or report.console(config.quiet)
-    if config.report and not Path(config.report).absolute().parent.is_dir():
-        raise UserError(f"The report {config.report} cannot be written there.", "Name a file in a folder that exists.")
+    read = [*config.fasta, *(path for path in (config.against, config.golden, config.model) if path)]
+    report.check_places({"report": config.report, "golden file": config.write_golden}, read)
     clock = report.Clock()
     exact_arithmetic()
     verdict = audit.run(config, out, clock) if config.against else _validate(config, out, clock)
@@ -64,13 +64,14 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
     device = runner.resolve_device(config.device)
     dtype = runner.resolve_dtype(config.dtype, device)
     backend, attend = attention_backends.resolve(config.attention, device, dtype)
-    reference_device = runner.resolve_device(config.reference_device)
+    reference_device = runner.resolve_device(config.reference_device, "--reference-device")
     found = locate.verified(locate.fetch(config.model or "demo", lambda text: out.print(text)))
     with clock.stage("load model"):
         spec, state, notes = model_weights.load(found)
     layers = _layers(config, spec)
     with clock.stage("sample"):
         paths = config.fasta or shipped()
+        fasta.refuse_unreadable(paths)
         sample, left_out = choose(paths, config)
     verdict = Verdict("validate", notes=[*notes, *left_out])
     short = attention_backends.describe(dtype)
@@ -100,7 +101,8 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
     with tempfile.TemporaryDirectory() as folder:
         path = fasta.write_texts(Path(folder) / "sample.fasta", sample.texts)
         fast = partial(fast_rows, config, path, layers, verdict.notes, clock)
-        out.print(f"embed: {len(sample)} proteins in float32 and {short} on {device.type}", style="dim")
+        kinds = "float32" if dtype == torch.float32 else f"float32 and {short}"
+        out.print(f"embed: {len(sample)} proteins in {kinds} on {device.type}", style="dim")
         fast32 = fast("fp32")
         own = fast32 if dtype == torch.float32 else fast(config.dtype)
         truth = reference_rows(reference_device, torch.float32)
@@ -140,15 +142,14 @@ def shipped() -> tuple[str, ...]:
     return tuple(str(folder / name) for name in SHIPPED)
 
 
-def choose(paths: Iterable[str], config: ValidateConfig) -> tuple[Sample, list[str]]:
+def choose(paths: Sequence[str], config: ValidateConfig) -> tuple[Sample, list[str]]:
     """A length-stratified sample of the records of FASTA files by the plain reader, and notes on what is left out."""
     lengths, odd, in_golden = [], [], []
     for header, text in _every(paths):
         _, length, replaced = reference.clean(text)
         lengths.append(length)
-        upper = text.upper()
-        odd.append(sum(1 << bit for bit, code in enumerate(oracle.ODD_LETTERS) if code in upper) | bool(replaced) << 15)
-        in_golden.append(header.split(None, 1)[:1] in [[name] for name in golden.RECORDS])
+        odd.append(oracle.oddities(text, replaced))
+        in_golden.append(reference.name_of(header) in golden.RECORDS)
     embedded = np.minimum(np.asarray(lengths, np.int64), config.max_residues)
     fit = np.flatnonzero((embedded > 0) & (embedded <= oracle.LONGEST))
     if len(fit) < 2:
@@ -167,18 +168,15 @@ def choose(paths: Iterable[str], config: ValidateConfig) -> tuple[Sample, list[s
     names, texts, tokens = [], [], []
     for number, (header, text) in enumerate(_every(paths)):
         if number in chosen:
-            names.append(header.split(None, 1)[0] if header.strip() else f"record {number + 1}")
+            names.append(reference.name_of(header) or f"record {number + 1}")
             texts.append(text)
             tokens.append(reference.encode(reference.clean(text)[0], config.max_residues))
     return Sample(names, texts, tokens), notes
 
 
-def _every(paths: Iterable[str]) -> Iterable[tuple[str, bytes]]:
+def _every(paths: Iterable[str]) -> Iterable[tuple[bytes, bytes]]:
     for path in paths:
-        try:
-            yield from reference.records(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+        yield from reference.records(path)
 
 
 def fast_rows(
@@ -197,8 +195,12 @@ def fast_rows(
         store_dtype="fp32", device=config.device, attention=attention, token_budget=config.token_budget,
         max_residues=config.max_residues, force_protein=True, quiet=True,
     )  # fmt: skip
-    with clock.stage(f"embed, {dtype}"):
-        embed.run(settings)
+    try:
+        with clock.stage(f"embed, {dtype}"):
+            embed.run(settings)
+    except Stopped as stop:
+        stop.resumable = False  # what it kept is in a temporary folder
+        raise
     with read_embeddings(output) as file:
         if (file.flags & RECOMPUTED).any():
             notes.append(

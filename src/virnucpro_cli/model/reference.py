@@ -6,6 +6,7 @@ Shares no code with the fast path, so that it can judge it.
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import IO, Any
 
 import torch
 from esm.data import Alphabet
@@ -89,23 +90,37 @@ class _WideRotary(RotaryEmbedding):
         return wide[0].to(q.dtype), wide[1].to(k.dtype)
 
 
-def records(path: str, sha: "hashlib._Hash | None" = None) -> Iterator[tuple[str, bytes]]:
+def records(path: str, sha: "hashlib._Hash | None" = None) -> Iterator[tuple[bytes, bytes]]:
     """(header without `>`, raw text of the lines joined) of every record, plain or compressed; feeds `sha` every byte."""
-    header: str | None = None
+    header: bytes | None = None
     lines: list[bytes] = []
-    with xopen(path, "rb", threads=0) as file:
+    with open(path, "rb") as raw, _plain(raw) as file:
         for line in file:
             if sha is not None:
                 sha.update(line)
-            if line.removeprefix(b"\xef\xbb\xbf").startswith(b">"):
+            if line.startswith(b">") or (header is None and line.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b">"):
                 if header is not None:
                     yield header, b"".join(lines)
-                header = line.partition(b">")[2].decode("utf-8", "backslashreplace").strip()
+                header = line.partition(b">")[2].strip()
                 lines = []
             else:
                 lines.append(line)
     if header is not None:
         yield header, b"".join(lines)
+
+
+def _plain(file: IO[bytes]) -> Any:
+    """The file's text; its first bytes say whether it is compressed, not its name."""
+    magic = file.read(6)
+    file.seek(0)
+    packed = magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"))
+    return xopen(file, "rb", threads=0) if packed else file
+
+
+def name_of(header: bytes, full: bool = False) -> str:
+    """A record's name: its header up to the first white space, or all of it."""
+    word = header if full else b"".join(header.split(None, 1)[:1])
+    return word.decode("utf-8", "backslashreplace")
 
 
 def clean(text: bytes) -> tuple[str, int, int]:

@@ -1,18 +1,20 @@
 """The audit of a file that `embed` wrote: its ids, lengths and statuses against the FASTA, a sample of rows against the
-reference. Model and settings come from the file itself.
+reference. Settings come from the file's fingerprint.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from virnucpro_cli import report, runner, store
+import virnucpro_cli
+from virnucpro_cli import fasta, report, runner, store
 from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import locate, reference
@@ -26,54 +28,68 @@ STORED_FP16 = 5e-4
 """What rounding to fp16 on the way into the file may add."""
 
 FILE, VALUES = "File: what it says of itself and of the FASTA", "Values: stored rows against fair-esm in fp32"
+KNOWN_FLAGS = sum(store.FLAG_NAMES)
+NOT_FINITE_CHECKED = 3
 
 
 @dataclass(frozen=True)
 class _Table:
-    """What a plain reading of the FASTA says of every record."""
+    """What a plain reading of the FASTA says of every record. digest: void [N], of the cleaned sequence."""
 
     sha256: list[str]
     names: list[str]
     lengths: NDArray[np.int64]
     replaced: NDArray[np.int64]
     odd: NDArray[np.uint16]
+    digest: NDArray[Any]
 
 
 def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     """Audit `config.against`. Raises UserError if it is not a file of ours or its input or weights cannot be found."""
     assert config.against is not None
     with _open(config.against) as file:
-        settings = json.loads(file.attributes["config"])
-        fingerprint = json.loads(file.attributes["fingerprint"])
+        settings = _settings(file, config.against)
         paths = config.fasta or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
-        if missing := [path for path in paths if not Path(path).is_file()]:
+        try:
+            fasta.refuse_unreadable(paths)
+        except UserError as error:
             raise UserError(
-                f"The input {missing[0]} of {config.against} is not there.", "Say where it is: --fasta FILE."
-            )
+                f"{error.what}", f"{error.remedy} Say where the input of {config.against} is: --fasta FILE."
+            ) from None
         out.print(f"reading {', '.join(paths)}", style="dim")
         with clock.stage("read FASTA"):
             table = _read(paths, settings["id"])
-        found = locate.verified(locate.fetch(config.model or settings["model"], lambda text: out.print(text)))
+        found = _weights(file, config, out)
+        device = runner.resolve_device(config.reference_device, "--reference-device")
         verdict = Verdict("validate --against")
         verdict.environment = {
             "file": config.against,
             "inputs": list(paths),
             "model": file.attributes["model"],
             "weights": found.place,
+            "weights_sha256": found.sha256,
             "written by": f"virnucpro {file.attributes['tool_version']}",
             "device": file.attributes["device"],
-            "dtype": f"{file.attributes['dtype']}, stored as {file.attributes['store_dtype']}",
+            "dtype": f"{settings['dtype']}, stored as {settings['store_dtype']}",
             "attention": file.attributes["attention"],
+            "virnucpro": virnucpro_cli.__version__,
+            "torch": torch.__version__,
+            "fair-esm": version("fair-esm"),
+            "reference": f"fair-esm in float32 on {runner.describe_device(device)}, eager, one at a time",
         }
-        verdict.checks += _of_the_file(file, table, settings, fingerprint, found)
+        verdict.checks += _of_the_file(file, table, settings, found)
         if len(table.names) != len(file):
             return verdict  # rows cannot be matched with records
-        verdict.checks += _finite(file, settings)
-        rows = _sampled(file, table, settings, config)
+        verdict.checks += _of_the_rows(file, table, settings)
+        rows = _sampled(file, table, settings, config, verdict)
+        if not len(rows):
+            verdict.checks.append(Check(VALUES, "rows that can be compared", False, note="there are none"))
+            return verdict
         spec, state, notes = model_weights.load(found)
         verdict.notes += notes
-        judge = Reference(spec, state, runner.resolve_device(config.reference_device))
-        out.print(f"reference: {len(rows)} of {len(file):,} proteins in fp32 on {judge.device.type}", style="dim")
+        judge = Reference(spec, state, device)
+        verdict.environment["sample"] = f"{len(rows):,} of {len(file):,} rows, seed {config.seed}"
+        out.print(f"reference: {len(rows):,} of {len(file):,} proteins in fp32 on {device.type}", style="dim")
         with clock.stage("reference"):
             verdict.checks += _of_the_values(file, table, paths, rows, settings, judge, config, verdict.records)
     return verdict
@@ -86,136 +102,249 @@ def _open(path: str) -> store.EmbeddingFile:
         raise UserError(f"There is no file {path}.", "Name a file that virnucpro embed wrote.") from None
     except OSError:
         raise UserError(f"{path} is not a readable HDF5 file.", "Name a file that virnucpro embed wrote.") from None
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
     if "fingerprint" not in file.attributes:
         raise UserError(f"{path} was not written by virnucpro embed.")
     return file
 
 
+def _damaged(path: str, error: object) -> UserError:
+    return UserError(f"{path} is damaged: {error}.", "Embed again.")
+
+
+def _settings(file: store.EmbeddingFile, path: str) -> dict[str, Any]:
+    """The fingerprint, after a look at whether everything that it promises is there in its shape."""
+    try:
+        settings = json.loads(file.attributes["fingerprint"])
+        json.loads(file.attributes["config"])["model"]
+        json.loads(file.attributes["inputs"])[0]["path"]
+        n, width = len(file), None
+        bool(file.complete)
+        assert settings["dtype"] in [str(d).removeprefix("torch.") for d in runner.DTYPES.values()], "unknown dtype"
+        assert settings["pool"] and settings["layers"], "its fingerprint names no pool or no layer"
+        for name in ("status", "flags", "reason", "replaced", "names"):
+            assert len(getattr(file, name)) == n, f"{name} has {len(getattr(file, name))} entries for {n} records"
+        assert all(isinstance(name, str) for name in file.names[:1]), "sequence_ids are not text"
+        for kind in settings["pool"]:
+            rows = int(file.residue_offsets[-1]) if kind == "residue" else n
+            assert kind != "residue" or len(file.residue_offsets) == n + 1, "residue/offsets has the wrong length"
+            for layer in settings["layers"]:
+                shape = file.dataset(kind, layer).shape
+                width = width or shape[-1]
+                assert shape == (rows, width), f"{kind}/{layer} has shape {shape}, and {(rows, width)} is right"
+        for name in ("id", "long", "invalid", "max_residues", "dedup", "store_dtype", "input_sha256", "weights_sha256"):
+            settings[name]
+        for name in ("model", "device", "attention", "tool_version"):
+            file.attributes[name]
+    except (KeyError, ValueError, TypeError, AttributeError, AssertionError, IndexError, OSError) as error:
+        raise _damaged(path, error) from None
+    return settings
+
+
+def _weights(file: store.EmbeddingFile, config: ValidateConfig, out: Console) -> locate.Weights:
+    model = config.model or json.loads(file.attributes["config"])["model"]
+    try:
+        return locate.verified(locate.fetch(model, lambda text: out.print(text)))
+    except UserError as error:
+        if config.model:
+            raise
+        raise UserError(
+            f"{config.against} was made with --model {model}, which is not here. {error.what}",
+            "Say where those weights are: --model PATH.",
+        ) from None
+
+
 def _read(paths: tuple[str, ...], id_policy: str) -> _Table:
-    shas, names, lengths, replaced, odd = [], [], [], [], []
+    shas, names, lengths, replaced, odd, digests = [], [], [], [], [], []
     for path in paths:
         sha = hashlib.sha256()
         for header, text in reference.records(path, sha):
-            _, length, wrong = reference.clean(text)
-            upper = text.upper()
-            names.append(header if id_policy == "full" else "".join(header.split(None, 1)[:1]))
+            cleaned, length, wrong = reference.clean(text)
+            names.append(reference.name_of(header, id_policy == "full"))
             lengths.append(length)
             replaced.append(wrong)
-            odd.append(
-                sum(1 << bit for bit, code in enumerate(oracle.ODD_LETTERS) if code in upper) | bool(wrong) << 15
-            )
+            odd.append(oracle.oddities(text, wrong))
+            digests.append(hashlib.blake2b(cleaned.encode(), digest_size=16).digest())
         shas.append(sha.hexdigest())
+    digest = np.frombuffer(b"".join(digests), "V16")
     return _Table(
-        shas, names, np.asarray(lengths, np.int64), np.asarray(replaced, np.int64), np.asarray(odd, np.uint16)
+        shas, names, np.asarray(lengths, np.int64), np.asarray(replaced, np.int64), np.asarray(odd, np.uint16), digest
     )
 
 
-def _of_the_file(
-    file: store.EmbeddingFile, table: _Table, settings: dict[str, Any], fingerprint: dict[str, Any],
-    found: locate.Weights,
-) -> list[Check]:  # fmt: skip
-    def check(what: str, wrong: int | bool, note: str) -> Check:
-        return Check(FILE, what, not wrong, note=note if wrong else "")
+def _check(what: str, wrong: int | bool, note: str) -> Check:
+    return Check(FILE, what, not wrong, note=note if wrong else "")
 
+
+def _of_the_file(
+    file: store.EmbeddingFile, table: _Table, settings: dict[str, Any], found: locate.Weights
+) -> list[Check]:
+    """Completeness, input, weights, and whether the file's attributes say what its fingerprint says."""
     pending = int((file.status == store.PENDING).sum())
-    checks = [
-        check("complete", not file.complete or pending > 0, f"{pending:,} rows pending"),
-        check("input", fingerprint["input_sha256"] != table.sha256, "the FASTA is not the one that was embedded"),
-        check("weights", fingerprint["weights_sha256"] != found.sha256, f"{found.place} are not those of the run"),
-        check("records", len(table.names) != len(file), f"{len(table.names):,} in the FASTA, {len(file):,} rows"),
+    pooled = [kind for kind in ("mean", "bos") if kind in settings["pool"]]
+    default = f"{pooled[0]}/{settings['layers'][-1]}" if pooled else None
+    return [
+        _check(
+            "complete",
+            not file.complete or pending > 0,
+            f"run/complete is {int(file.complete)}, {pending:,} rows pending",
+        ),
+        _check("input", settings["input_sha256"] != table.sha256, "the FASTA is not the one that was embedded"),
+        _check("weights", settings["weights_sha256"] != found.sha256, f"{found.place} are not those of the run"),
+        _check("records", len(table.names) != len(file), f"{len(table.names):,} in the FASTA, {len(file):,} rows"),
+        _check("/embeddings", file.default != default, f"it is {file.default}, and should be {default}"),
+        *_attributes(file, settings),
     ]
-    if len(table.names) != len(file):
-        return checks
+
+
+def _attributes(file: store.EmbeddingFile, settings: dict[str, Any]) -> list[Check]:
+    said = json.loads(file.attributes["config"])
+    there = {name: said.get(name) for name in ("max_residues", "long", "invalid", "id", "dedup", "store_dtype")}
+    there |= {name: file.attributes.get(name) for name in ("dtype", "weights_sha256", "attention")}
+    there |= {name: json.loads(file.attributes[name]) for name in ("layers", "pool")}
+    there["input_sha256"] = [entry.get("sha256") for entry in json.loads(file.attributes["inputs"])]
+    differing = [name for name, value in there.items() if value != settings[name]]
+    return [_check("attributes agree with the fingerprint", bool(differing), f"{', '.join(differing)} differ")]
+
+
+def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, Any]) -> list[Check]:
+    """Every row's name, length, status, flags and finiteness."""
+    n = len(file)
     long = table.lengths > settings["max_residues"]
-    reason = np.zeros(len(file), np.uint8)
+    reason = np.zeros(n, np.uint8)
     reason[long & (settings["long"] == "skip")] = store.TOO_LONG
     reason[(table.replaced > 0) & (settings["invalid"] == "skip")] = store.INVALID
     reason[table.lengths == 0] = store.EMPTY
     kept = reason == 0
-    skipped = (file.status == store.SKIPPED) & (file.reason != store.NOT_FINITE)
+    unit = np.arange(n)
+    if settings["dedup"] and kept.any():
+        _, first, group = np.unique(table.digest[kept], return_index=True, return_inverse=True)
+        unit[kept] = np.flatnonzero(kept)[first][group]
+    overflowed = (file.status == store.SKIPPED) & (file.reason == store.NOT_FINITE) & kept
+    skipped = file.status == store.SKIPPED
+    right = np.where(
+        overflowed | kept & (file.status == store.PENDING), True, (skipped == ~kept) & (file.reason == reason)
+    )
+    embedded = np.where(
+        kept,
+        np.minimum(table.lengths, settings["max_residues"]) if settings["long"] == "truncate" else table.lengths,
+        0,
+    )
 
     def flag(bit: int) -> NDArray[np.bool_]:
         return (file.flags & bit) > 0
 
     def rows(what: str, wrong: NDArray[np.bool_]) -> Check:
         first = f"{int(wrong.sum()):,} rows, the first {int(wrong.argmax())} ({table.names[int(wrong.argmax())]})"
-        return check(what, bool(wrong.any()), first)
+        return _check(what, bool(wrong.any()), first)
 
     names = np.asarray([a != b for a, b in zip(table.names, file.names, strict=True)], np.bool_)
-    return [
-        *checks,
+    checks = [
         rows("ids", names),
         rows("lengths", table.lengths != file.lengths),
-        rows("skipped, and why", (skipped != ~kept) | (skipped & (file.reason != reason))),
+        rows("statuses and reasons", ~right | (file.status > store.SKIPPED)),
         rows("truncated", flag(store.TRUNCATED) != (kept & long & (settings["long"] == "truncate"))),
         rows("windowed", flag(store.WINDOWED) != (kept & long & (settings["long"] == "window"))),
-        rows("replaced", flag(store.REPLACED) != (table.replaced > 0)),
+        rows("replaced", (flag(store.REPLACED) != (table.replaced > 0)) | (file.replaced != table.replaced)),
+        rows("copied", flag(store.COPIED) != (unit != np.arange(n))),
+        rows("flags", (file.flags & ~np.uint16(KNOWN_FLAGS)) > 0),
+        *_stored(file, settings, unit),
+    ]
+    if "residue" in settings["pool"]:
+        checks.append(rows("residue/offsets", np.diff(file.residue_offsets) != embedded))
+    return checks
+
+
+def _stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np.int64]) -> list[Check]:
+    """All stored numbers once: finite where a row is done, NaN where it is skipped, and copies like their originals."""
+    wrong = unlike = 0
+    copies = np.flatnonzero((unit != np.arange(len(file))) & (file.status == store.DONE))
+    for kind in settings["pool"]:
+        offsets = file.residue_offsets if kind == "residue" else np.arange(len(file) + 1)
+        for layer in settings["layers"]:
+            data = file.dataset(kind, layer)
+            for start in range(0, data.shape[0], store.NAME_BLOCK):
+                rows = data[start : start + store.NAME_BLOCK]
+                owner = np.searchsorted(offsets, np.arange(start, start + len(rows)), side="right") - 1
+                status = file.status[owner]
+                wrong += int((~np.isfinite(rows).all(axis=1) & (status == store.DONE)).sum())
+                wrong += int((~np.isnan(rows).all(axis=1) & (status == store.SKIPPED)).sum())
+            if kind != "residue":
+                for start in range(0, len(copies), store.NAME_BLOCK):
+                    block = copies[start : start + store.NAME_BLOCK]
+                    originals, back = np.unique(unit[block], return_inverse=True)
+                    unlike += int((data[block] != data[originals][back]).any(axis=1).sum())
+    return [
+        _check("done rows finite, skipped rows NaN", wrong, f"{wrong:,} are not"),
+        _check("copies equal their originals", unlike, f"{unlike:,} do not"),
     ]
 
 
-def _finite(file: store.EmbeddingFile, settings: dict[str, Any]) -> list[Check]:
-    """Every pooled row: finite where it is done, NaN where it is skipped."""
-    wrong = 0
-    for kind in [kind for kind in settings["pool"] if kind != "residue"]:
-        for layer in file.layers:
-            for start in range(0, len(file), store.NAME_BLOCK):
-                rows = file.dataset(kind, layer)[start : start + store.NAME_BLOCK]
-                status = file.status[start : start + len(rows)]
-                wrong += int((~np.isfinite(rows).all(axis=1) & (status == store.DONE)).sum())
-                wrong += int((~np.isnan(rows).all(axis=1) & (status == store.SKIPPED)).sum())
-    return [Check(FILE, "done rows finite, skipped rows NaN", wrong == 0, note=f"{wrong:,} are not" if wrong else "")]
-
-
 def _sampled(
-    file: store.EmbeddingFile, table: _Table, settings: dict[str, Any], config: ValidateConfig
+    file: store.EmbeddingFile, table: _Table, settings: dict[str, Any], config: ValidateConfig, verdict: Verdict
 ) -> NDArray[np.int64]:
+    """Rows to compare: a stratified sample of what is done, and the first few that were given up as not finite."""
     piece = table.lengths if settings["long"] == "full" else np.minimum(table.lengths, settings["max_residues"])
-    able = np.flatnonzero((file.status == store.DONE) & (piece <= oracle.LONGEST) & (table.lengths > 0))
+    fits = (piece <= oracle.LONGEST) & (table.lengths > 0)
+    done = (file.status == store.DONE) & (table.lengths > 0)
+    if left_out := int((done & ~fits).sum()):
+        verdict.notes.append(
+            f"{left_out:,} proteins of more than {oracle.LONGEST:,} residues not compared: eager attention does not fit"
+        )
+    overflowed = np.flatnonzero(fits & (file.status == store.SKIPPED) & (file.reason == store.NOT_FINITE))
+    if len(overflowed):
+        verdict.notes.append(
+            f"{len(overflowed):,} rows are NaN because the run found them not finite; the first are checked"
+        )
+    able = np.flatnonzero(done & fits)
     if not len(able):
-        raise UserError(f"{config.against} has no row that could be checked.")
-    return able[oracle.stratified(table.lengths[able], table.odd[able], config.sample, config.seed)]
+        return able
+    chosen = able[oracle.stratified(table.lengths[able], table.odd[able], config.sample, config.seed)]
+    return np.sort(np.append(chosen, overflowed[:NOT_FINITE_CHECKED]))
 
 
 def _of_the_values(
     file: store.EmbeddingFile, table: _Table, paths: tuple[str, ...], rows: NDArray[np.int64],
     settings: dict[str, Any], judge: Reference, config: ValidateConfig, records: list[dict[str, Any]],
 ) -> list[Check]:  # fmt: skip
-    compute = next(short for short, dtype in runner.DTYPES.items() if str(dtype).endswith(file.attributes["dtype"]))
+    compute = next(short for short, dtype in runner.DTYPES.items() if str(dtype) == f"torch.{settings['dtype']}")
+    min_cosine = gates.MIN_COSINE[compute] if config.min_cosine is None else config.min_cosine
     limit = config.max_rel_l2 or gates.MAX_REL_L2[compute] + (STORED_FP16 if settings["store_dtype"] == "fp16" else 0)
-    errors: dict[tuple[str, int], list[float]] = {}
-    cosines: dict[tuple[str, int], list[float]] = {}
+    compared: dict[tuple[str, int], list[tuple[float, float, str]]] = {}
     wanted = set(rows.tolist())
     every = (record for path in paths for record in reference.records(path))
     for row, (_, text) in enumerate(every):
         if row not in wanted:
             continue
         mine: dict[str, Any] = {"row": row, "name": table.names[row], "residues": int(table.lengths[row])}
-        for layer, expected in _expected(reference.clean(text)[0], file.layers, settings, judge).items():
+        for layer, expected in _expected(reference.clean(text)[0], settings["layers"], settings, judge).items():
             for kind in settings["pool"]:
                 found = file.residues(row, layer) if kind == "residue" else file.dataset(kind, layer)[row]
                 a, b = np.asarray(found, np.float64), expected[kind]
-                if a.shape != b.shape:
-                    error, cosine = float("inf"), -1.0
-                else:
+                if file.status[row] == store.SKIPPED and not np.isfinite(b).all():
+                    continue  # rightly given up
+                error, cosine = float("inf"), -1.0
+                if a.shape == b.shape and np.isfinite(a).all():
                     error = float(agreement.relative_l2(a.ravel(), b.ravel()))
                     cosine = float(agreement.cosine(a.ravel(), b.ravel()))
-                errors.setdefault((kind, layer), []).append(error)
-                cosines.setdefault((kind, layer), []).append(cosine)
+                compared.setdefault((kind, layer), []).append((error, cosine, table.names[row]))
                 mine |= {f"{kind}/{layer} relative L2": error, f"{kind}/{layer} cosine": cosine}
         records.append(mine)
     checks = []
-    for kind, layer in errors:
-        each, cosine_of = np.asarray(errors[kind, layer]), np.asarray(cosines[kind, layer])
+    for (kind, layer), each in compared.items():
         gate = limit * (2 if kind == "residue" else 1)
-        worst, low = int(each.argmax()), int(cosine_of.argmin())
+        error, _, name = max(each)
+        errors, cosines = [one[0] for one in each], [one[1] for one in each]
         checks.append(Check(
-            VALUES, f"{kind}, layer {layer}: relative L2", bool(each[worst] <= gate), float(np.median(each)), float(np.quantile(each, 0.99)), float(each[worst]), records[worst]["name"], limit=f"{gate:.1e}",
+            VALUES, f"{kind}, layer {layer}: relative L2", error <= gate, float(np.median(errors)), worst=error,
+            record=name, limit=f"{gate:.1e}",
         ))  # fmt: skip
         if kind != "residue":
+            _, cosine, name = min(each, key=lambda one: one[1])
             checks.append(Check(
-                VALUES, f"{kind}, layer {layer}: cosine", bool(cosine_of[low] >= config.min_cosine),
-                float(np.median(cosine_of)), worst=float(cosine_of[low]), record=records[low]["name"],
-                limit=f">= {config.min_cosine}",
+                VALUES, f"{kind}, layer {layer}: cosine", cosine >= min_cosine, float(np.median(cosines)), worst=cosine,
+                record=name, limit=f">= {min_cosine}",
             ))  # fmt: skip
     return checks
 

@@ -22,9 +22,7 @@ def check(config: ValidateConfig, found: locate.Weights, fast: Rows, truth: Rows
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
-    rows = [sample.names.index(name) for name in RECORDS if name in sample.names]
-    if len(rows) != len(RECORDS):
-        raise UserError("Goldens are of proteins that ship with virnucpro.", "Leave --fasta out.")
+    rows = [sample.names.index(name) for name in RECORDS]
     mine = {f"{kind}/{layer}": values[rows].astype(np.float32)
             for (kind, layer), values in truth.items() if kind != "residue"}  # fmt: skip
     if config.write_golden:
@@ -43,8 +41,20 @@ def check(config: ValidateConfig, found: locate.Weights, fast: Rows, truth: Rows
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as cause:  # of safetensors: damaged or absent
         raise UserError(f"The golden file {config.golden} cannot be read: {cause}.") from None
-    checks = [Check(part, "SHA-256 of the weights", about.get("weights_sha256") == found.sha256,
-                    note="" if about.get("weights_sha256") == found.sha256 else "other weights")]  # fmt: skip
+    said = {"records": json.dumps(RECORDS)}
+    wrong = [name for name, value in said.items() if about.get(name) != value]
+    shapes = [name for name, values in stored.items() if name in mine and values.shape != mine[name].shape]
+    if wrong or shapes or not stored:
+        raise UserError(
+            f"{config.golden} is not a golden of this version: {', '.join(wrong + shapes) or 'it is empty'}.",
+            "Write it again with --write-golden.",
+        )
+    missing = sorted(mine.keys() - stored.keys())
+    same = about.get("weights_sha256") == found.sha256
+    checks = [
+        Check(part, "SHA-256 of the weights", same, note="" if same else "other weights"),
+        Check(part, "kinds and layers", not missing, note=f"{', '.join(missing)} not in it" if missing else ""),
+    ]
     for name in sorted(stored.keys() & mine.keys()):
         kind, _, layer = name.partition("/")
         for what, values in (("reference", mine[name]), ("embed in fp32", fast[kind, int(layer)][rows])):
@@ -54,6 +64,4 @@ def check(config: ValidateConfig, found: locate.Weights, fast: Rows, truth: Rows
                 median=float(np.median(error)), worst=float(error.max()), limit=f"{SEMANTICS_GATES[kind]:.0e}",
                 record=RECORDS[int(error.argmax())],
             ))  # fmt: skip
-    if len(checks) == 1:
-        raise UserError(f"{config.golden} holds none of the layers that were computed.", "Leave --layers out.")
     return checks

@@ -35,6 +35,7 @@ def packing(
     dice = random.Random(config.seed)
     probes = np.unique(np.argsort(sizes)[np.linspace(0, len(sample) - 1, 24 if thorough else 6).astype(int)]).tolist()
     largest = int(config.token_budget) if config.token_budget != "auto" else 32768 if thorough else 4096
+    largest = max(largest, int(sizes.max()))
 
     def strangers(room: int, without: int) -> list[int]:
         chosen = []
@@ -108,13 +109,14 @@ def _difference(rows: Found, base: Rows, sample: Sample, record: int) -> float:
         there = base[kind, layer]
         theirs = there[record] if kind != "residue" else there[first : first + int(sample.lengths[record])]
         if not np.array_equal(mine, theirs, equal_nan=True):
-            worst = max(worst, float(agreement.relative_l2(mine.ravel(), theirs.ravel())), 1e-45)
+            difference = float(agreement.relative_l2(mine.ravel(), theirs.ravel()))
+            worst = max(worst, difference if np.isfinite(difference) else np.inf, 1e-45)
     return worst
 
 
 def _bitwise(name: str, differing: int, compared: int, worst: float, model: ESM2) -> Check:
     bound = bound_of(model)
-    passed = worst <= bound
+    passed = compared > 0 and (worst <= bound if bound else differing == 0)
     note = f"{compared} compared, all bitwise equal" if not differing else f"{differing} of {compared} differ"
     limit = "bitwise" if bound == 0 else f"{bound:.0e}"
     return Check(PACKING, name, passed, worst=worst, limit=limit, note=note)
@@ -131,7 +133,7 @@ def _contamination(
     dice: random.Random, largest: int,
 ) -> Check:  # fmt: skip
     """One neighbour's residues are changed; no row of any other may change by one bit."""
-    pack, room = [], largest
+    pack, room = [], max(largest, int(np.sort(sample.lengths)[-2:].sum()) + 2 * SPECIAL_TOKENS)
     for i in dice.sample(range(len(sample)), len(sample)):
         if sample.lengths[i] + SPECIAL_TOKENS <= room:
             pack.append(i)
@@ -148,7 +150,8 @@ def _contamination(
         if record != changed:
             same = all(np.array_equal(before[key], after[key], equal_nan=True) for key in before)
             differing += not same
-            worst = max([worst, *(float(agreement.relative_l2(after[k].ravel(), before[k].ravel())) for k in before)])
+            differences = [agreement.relative_l2(after[k].ravel(), before[k].ravel()) for k in before]
+            worst = max([worst, *(float(d) if np.isfinite(d) else np.inf for d in differences)])
     return _bitwise("one neighbour's residues changed", int(differing), len(pack) - 1, worst, model)
 
 

@@ -40,6 +40,12 @@ class Sample:
         return len(self.tokens)
 
 
+def oddities(text: bytes, replaced: int) -> int:
+    """Bits of what is unusual in a record's text: letters that are no amino acid of their own, replaced residues."""
+    upper = text.upper()
+    return sum(1 << bit for bit, code in enumerate(ODD_LETTERS) if code in upper) | (replaced > 0) << 15
+
+
 def stratified(lengths: NDArray[np.int64], odd: NDArray[np.uint16], size: int, seed: int) -> NDArray[np.int64]:
     """Numbers of `size` records, in order: the longest, the shortest, two of each oddity (a bit of `odd`), the others at
     random, one from each stratum of lengths.

@@ -76,6 +76,8 @@ class Verdict:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
+    if not math.isfinite(value):
+        return str(value)
     return f"{value:.7f}" if 0.5 < abs(value) <= 1 else f"{value:.2g}" if abs(value) > 1 else f"{value:.1e}"
 
 
