@@ -21,7 +21,7 @@ def test_an_input_is_never_overwritten(make_fasta: Make, tiny_model: Path) -> No
     text = path.read_bytes()
     with pytest.raises(UserError, match="one of the inputs"):
         embed_fasta(str(path), str(path), model=str(tiny_model), overwrite=True)
-    with pytest.raises(UserError, match="one of the inputs"):
+    with pytest.raises(UserError, match="would overwrite"):
         embed_fasta(str(path), str(path.with_suffix(".h5")), model=str(tiny_model), report=str(path))
     assert path.read_bytes() == text
 
