@@ -164,7 +164,8 @@ def test_peers_are_timed_and_absent_ones_named(run: Bench) -> None:
     ("options", "named"),
     [
         ({"peers": ("bionemo",)}, "bionemo"), ({"seconds": 0}, "seconds"), ({"token_budget": 100}, "token-budget"),
-        ({"packed": True, "min_speedup": 2.0}, "unpacked"), ({"plot": "/nowhere/a.png"}, "/nowhere"),
+        ({"packed": True, "min_speedup": 2.0}, "unpacked"), ({"unpacked": True, "min_density": 0.9}, "packed"),
+        ({"plot": "a.xyz"}, "a.xyz"), ({"plot": "/nowhere/a.png"}, "/nowhere"),
         ({"model": "7B"}, "7B"), ({"fasta": "absent.fasta"}, "absent.fasta"),
     ],
 )  # fmt: skip

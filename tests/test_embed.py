@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from conftest import read_fasta, relative_l2, write_model
-from virnucpro_cli import placer, store
+from virnucpro_cli import placer, runner, store
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
@@ -461,6 +461,12 @@ def test_other_input_or_weights_on_a_complete_file_are_refused_by_name(
         embed(make_fasta([10, 20], "other.fasta", seed=1), output)
     with pytest.raises(UserError, match="the model's weights differ"):
         embed(fasta, output, model=str(write_model(tmp_path / "model", seed=1)))
+
+
+def test_weights_that_do_not_fit_the_memory_are_refused() -> None:
+    runner.check_room(torch.device("cpu"), 1, "The weights")
+    with pytest.raises(UserError, match="GB are free on CPU"):
+        runner.check_room(torch.device("cpu"), 1 << 60, "The weights")
 
 
 def test_overwrite_replaces_a_complete_file(tmp_path: Path, make_fasta: Make, embed: Embed) -> None:

@@ -66,6 +66,8 @@ class _Bench:
         out.print(f"loading {name} on {runner.describe_device(self.device)}", style="dim")
         if found.seed is not None:
             assert found.spec is not None
+            weights = found.spec.parameters * (4 + self.dtype.itemsize)
+            runner.check_room(self.device, weights, f"Random weights of {found.spec.name}")
             state = model_weights.random_state(found.spec, found.seed, self.device)
             note = "random weights: speed does not depend on their values"
             self.loaded: embed.Loaded = (found.spec, state, (note,))
@@ -109,7 +111,9 @@ class _Bench:
         work = self.packed_wanted * len(self.budgets) + self.unpacked_wanted * 3.5 + 1.5
         kinds = 1 if self.config.fasta else 2
         tokens = mode.used / seconds * 0.7 * self.config.seconds / (work * kinds * (ROUNDS + 1))
-        tokens = int(np.clip(tokens, 2 * max(self.budgets), 100 * max(self.budgets)))
+        tokens = int(
+            np.clip(tokens, (4 if self.device.type == "cpu" else 2) * max(self.budgets), 100 * max(self.budgets))
+        )
         if self.config.fasta:
             return [workload.sampled(self.config.fasta, tokens, folder, self.config.max_residues)]
         return [
@@ -280,7 +284,8 @@ class _Bench:
             self.out.print(report.rows_table(name, rows))
         for note in self.report.notes:
             self.out.print(note, style="yellow")
-        self.out.print(f"recommended here: --token-budget {self.best_budget} --attention {best}")
+        if packed:
+            self.out.print(f"recommended here: --token-budget {self.best_budget} --attention {best}")
         if self.config.save_config:
             name = self.config.model or self.spec.name
             report.save(

@@ -19,6 +19,7 @@ CHOICES = {
 }
 LARGEST = 1 << 24
 POOLS = ("mean", "bos", "residue")
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 PEERS = ("fair-esm", "transformers", "esm-efficient", "faesm")
 
 
@@ -139,6 +140,10 @@ class BenchConfig:
             raise UserError(f"--peers has {', '.join(unknown)}.", f"Choose any of {', '.join(PEERS)}.")
         if self.min_speedup is not None and not self.unpacked and self.packed:
             raise UserError("--min-speedup compares with --unpacked.", "Give both --packed and --unpacked, or neither.")
+        if self.unpacked and not self.packed and (self.min_density, self.min_speedup) != (None, None):
+            raise UserError("The gates are on packed batches.", "Give both --packed and --unpacked, or neither.")
+        if self.plot and Path(self.plot).suffix.lower() not in PICTURES:
+            raise UserError(f"--plot is {self.plot}.", f"Its name must end in one of {', '.join(PICTURES)}.")
 
 
 def _check(config: Any) -> None:

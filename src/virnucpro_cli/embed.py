@@ -110,6 +110,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         return _saved(summary, config)
 
     assert found is not None
+    runner.check_room(device, spec.parameters * dtype.itemsize, f"The weights of {spec.name}")
     with clock.stage("load model"):
         found = locate.verified(found)
     fingerprint = _fingerprint(config, table, found, layers, dtype, backend, device)

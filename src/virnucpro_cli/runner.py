@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,24 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cpu":
         return f"CPU, {torch.get_num_threads()} threads"
     return device.type
+
+
+def check_room(device: torch.device, needed: int, what: str) -> None:
+    """Raise UserError if `needed` bytes surely do not fit the device's free memory (on a CPU: the host's)."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free for this process
+        free = torch.cuda.mem_get_info(device)[0] + kept
+    else:
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        except (OSError, StopIteration):
+            return
+    if needed > free:
+        raise UserError(
+            f"{what} need {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free on {describe_device(device)}.",
+            "Choose a smaller --model, a 16-bit --dtype, or another device.",
+        )
 
 
 def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int) -> int:
