@@ -39,6 +39,8 @@ def run(config: BenchConfig, out: Console | None = None) -> report.RunReport:
     _check_places(config)
     exact_arithmetic()
     bench = _Bench(config, out)
+    if bench.device.type == "cpu":
+        runner.keep_freed_memory()  # as every run of embed does
     with tempfile.TemporaryDirectory() as folder:
         for load in bench.workloads(Path(folder)):
             bench.time(load)

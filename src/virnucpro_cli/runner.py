@@ -1,5 +1,6 @@
 """Runs packs through collation, forward and sink: serially, or overlapped on CUDA. The only place with streams and events."""
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -106,10 +107,21 @@ def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int) -> i
     return budget
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what a pack frees for the next pack, instead of giving it back page by page (a tenth of CPU time)."""
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
+
+
 def serial(
     packs: NDArray[np.int64] | Sequence[int], collate: Collate, compute: Compute, sink: Sink, device: torch.device
 ) -> None:
     """One pack after the other on the calling thread. The reference for `overlapped`, and the path of the CPU."""
+    if device.type == "cpu":
+        keep_freed_memory()
     for pack in packs:
         batch = collate(int(pack))
         found = compute(batch.to(device))
