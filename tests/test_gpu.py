@@ -11,6 +11,7 @@ import torch
 import packs
 from conftest import ROOT, VIRAL, read_fasta, relative_l2
 from virnucpro_cli import attention, embed, runner
+from virnucpro_cli.bench import bench_model
 from virnucpro_cli.collate import VarlenCollator
 from virnucpro_cli.fasta import index, open_sources
 from virnucpro_cli.model import locate, weights
@@ -18,6 +19,7 @@ from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.packing import first_fit_decreasing, rungs, whole_segments
 from virnucpro_cli.store import read_embeddings
+from virnucpro_cli.validate import validate_model
 
 pytestmark = pytest.mark.gpu
 
@@ -201,3 +203,23 @@ def test_every_backend_computes_the_same_attention(dtype: str, bound: float, hea
             continue
         found = run(q, k, v, batch, scale)
         assert relative_l2(found[: batch.used], expected[: batch.used]) <= bound, name
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_validate_passes_on_real_weights(dtype: str) -> None:
+    verdict = validate_model(model="demo", device="cuda", dtype=dtype, min_cosine=0.999)
+    assert verdict.passed, [check for check in verdict.checks if check.passed is False]
+    bits = [check for check in verdict.checks if check.limit == "bitwise"]
+    assert len(bits) == 6
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_validate_passes_on_a_large_random_model(dtype: str) -> None:
+    verdict = validate_model(model="random:650M", device="cuda", dtype=dtype, sample=24, reference_device="cuda")
+    assert verdict.passed, [check for check in verdict.checks if check.passed is False]
+
+
+def test_bench_runs_every_way_of_batching_and_they_agree() -> None:
+    """No timing: only that every way of batching runs here and computes the same."""
+    found = bench_model(model="random:150M", device="cuda", seconds=2, token_budget=(8192, 16384))
+    assert [row["mode"].split(",")[0] for row in found.tables["Throughput"][:4]] == ["packed"] * 2 + ["padded"] * 2
