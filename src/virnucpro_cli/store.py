@@ -132,9 +132,66 @@ def _create_contiguous(group: Any, name: str, shape: tuple[int, ...], dtype: Any
     h5py.h5d.create(group.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, creation)
 
 
-def _lay_out(path: Path, layout: Layout) -> None:
+class _Reserved:
+    """A file as HDF5 writes its layout into it: never made smaller, so that room once reserved stays reserved.
+
+    `error` is the first OSError of a write, which HDF5 itself reports as something else.
+    """
+
+    def __init__(self, fd: int):
+        self.fd, self.at, self.size = fd, 0, 0
+        self.error: OSError | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + (self.size if whence == os.SEEK_END else self.at if whence == os.SEEK_CUR else 0)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, count: int = -1) -> bytes:
+        raise NotImplementedError("h5py asks for this method and calls readinto")
+
+    def readinto(self, buffer: Any) -> int:
+        count = os.preadv(self.fd, [buffer], self.at)
+        self.at += count
+        return count
+
+    def write(self, data: Any) -> int:
+        view, start = memoryview(data), self.at
+        try:
+            while view:
+                written = os.pwrite(self.fd, view, self.at)
+                view, self.at = view[written:], self.at + written
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.size = max(self.size, self.at)
+        return self.at - start
+
+    def truncate(self, size: int | None = None) -> int:
+        self.size = self.at if size is None else size
+        return self.size
+
+    def flush(self) -> None:
+        pass
+
+
+def _lay_out(fd: int, layout: Layout) -> None:
+    """Write everything but embeddings, and make the file exactly as long as HDF5 says. Raises OSError."""
+    file = _Reserved(fd)
+    try:
+        _write_layout(file, layout)
+    except Exception:
+        if file.error is not None:
+            raise file.error from None
+        raise
+    os.ftruncate(fd, file.size)
+
+
+def _write_layout(room: _Reserved, layout: Layout) -> None:
     n = len(layout.lengths)
-    with h5py.File(path, "w", locking=False) as file:
+    with h5py.File(room, "w") as file:
         for key, value in layout.attributes.items():
             file.attrs[key] = value
         file.attrs["schema"] = SCHEMA
@@ -210,9 +267,9 @@ class Store:
                 raise UserError(
                     f"Another run began {partial} just now.", "Wait for it, or choose another output with -o."
                 )
-            # HDF5 does not survive a write that fails, so the room is proven before it opens the file (and empties it).
-            _reserve(fd, layout.file_bytes if preallocate else layout.file_bytes - layout.data_bytes)
-            _lay_out(new, layout)
+            if preallocate:
+                _reserve(fd, layout.file_bytes)
+            _lay_out(fd, layout)
             if preallocate:
                 _reserve(fd, os.fstat(fd).st_size)
             store = cls(output, new, fd)
