@@ -24,7 +24,7 @@ from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.model.spec import LAYER_NORM_EPS
 from virnucpro_cli.packing import first_fit_decreasing, whole_segments
-from virnucpro_cli.pooling import Embeddings, Pooler
+from virnucpro_cli.pooling import Pooler
 from virnucpro_cli.validation import agreement, invariance, oracle
 
 
@@ -84,11 +84,7 @@ def cost(name, device, dtypes, rounds, lengths):
 
     def forward(model):
         for batch in batches:
-            into = Embeddings()
-            pooler = Pooler(("mean",), torch.float16)
-            model.forward(
-                batch, (model.spec.layers,), lambda layer, hidden, i=into, b=batch, p=pooler: p.add(i, layer, hidden, b)
-            )
+            model.embed(batch, (model.spec.layers,), Pooler(("mean",), torch.float16))
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -83,7 +83,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     backend, attend = attention_backends.resolve(config.attention, device, dtype)
     found = _locate(config, out)
     spec = _spec(config, found)
-    layers = _layers(config, spec)
+    layers = resolved_layers(config.layers, spec)
 
     with clock.stage("index"):
         sources = fasta.open_sources(config.inputs, output.parent)
@@ -189,9 +189,10 @@ def _spec(config: EmbedConfig, found: locate.Weights | None) -> ModelSpec:
     return spec
 
 
-def _layers(config: EmbedConfig, spec: ModelSpec) -> tuple[int, ...]:
+def resolved_layers(requested: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
+    """Layer numbers 0..L of what --layers asks for. Raises UserError for one that the model does not have."""
     try:
-        return resolve_layers(config.layers, spec.layers)
+        return resolve_layers(requested, spec.layers)
     except ValueError as error:
         raise UserError(f"--layers: {error} of {spec.name}.", "0 is the embedding, -1 the last layer.") from None
 
@@ -329,10 +330,8 @@ def _attributes(
 
 
 def _compute(model: ESM2, layers: tuple[int, ...], config: EmbedConfig, batch: PackedBatch) -> Embeddings:
-    found = Embeddings()
     pooler = Pooler(config.pool, torch.float16 if config.store_dtype == "fp16" else torch.float32)
-    model.forward(batch, layers, lambda layer, hidden: pooler.add(found, layer, hidden, batch))
-    return found
+    return model.embed(batch, layers, pooler)
 
 
 def _recompute(
@@ -509,7 +508,7 @@ def _describe_plan(
     length = work.segments.length.astype(np.float64) + SPECIAL_TOKENS
     flops = spec.flops(float(plan.rung.sum()), float((length**2).sum()), max(layers))
     kind, count = ("H100", 1) if "H100" in runner.describe_device(device) else ("CPU thread", torch.get_num_threads())
-    name = next(short for short, value in runner.DTYPES.items() if value == dtype)
+    name = runner.short_name(dtype)
     by_width = MEASURED_FLOPS.get((kind, name), {}) if kind == "H100" or device.type == "cpu" else {}
     rate = max((rate for width, rate in by_width.items() if width <= spec.hidden), default=None)
     summary.counts["output bytes (estimate)"] = layout.file_bytes

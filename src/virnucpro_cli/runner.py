@@ -68,6 +68,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def short_name(dtype: torch.dtype) -> str:
+    """fp32, fp16 or bf16."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
 def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -26,7 +26,6 @@ from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.reference import Reference
-from virnucpro_cli.model.spec import ModelSpec, resolve_layers
 from virnucpro_cli.pooling import KINDS
 from virnucpro_cli.store import RECOMPUTED, read_embeddings
 from virnucpro_cli.validation import audit, gates, golden, invariance, oracle
@@ -68,7 +67,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
     found = locate.verified(locate.fetch(config.model or "demo", lambda text: out.print(text)))
     with clock.stage("load model"):
         spec, state, notes = model_weights.load(found)
-    layers = _layers(config, spec)
+    layers = embed.resolved_layers(config.layers or (0, spec.layers // 2, spec.layers), spec)
     with clock.stage("sample"):
         paths = config.fasta or shipped()
         fasta.refuse_unreadable(paths)
@@ -100,7 +99,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
 
     with tempfile.TemporaryDirectory() as folder:
         path = fasta.write_texts(Path(folder) / "sample.fasta", sample.texts)
-        fast = partial(fast_rows, config, path, layers, verdict.notes, clock)
+        fast = partial(fast_rows, config, path, layers, (spec, state, notes), verdict.notes, clock)
         kinds = "float32" if dtype == torch.float32 else f"float32 and {short}"
         out.print(f"embed: {len(sample)} proteins in {kinds} on {device.type}", style="dim")
         fast32 = fast("fp32")
@@ -128,13 +127,6 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
 
 
 # --- what is compared ----------------------------------------------------------------------------------------------
-
-
-def _layers(config: ValidateConfig, spec: ModelSpec) -> tuple[int, ...]:
-    try:
-        return resolve_layers(config.layers or (0, spec.layers // 2, spec.layers), spec.layers)
-    except ValueError as error:
-        raise UserError(f"--layers: {error} of {spec.name}.", "0 is the embedding, -1 the last layer.") from None
 
 
 def shipped() -> tuple[str, ...]:
@@ -180,8 +172,9 @@ def _every(paths: Iterable[str]) -> Iterable[tuple[bytes, bytes]]:
 
 
 def fast_rows(
-    config: ValidateConfig, path: Path, layers: tuple[int, ...], notes: list[str], clock: report.Clock, dtype: str
-) -> Rows:
+    config: ValidateConfig, path: Path, layers: tuple[int, ...], loaded: embed.Loaded, notes: list[str],
+    clock: report.Clock, dtype: str,
+) -> Rows:  # fmt: skip
     """What `embed` stores of the sample in a dtype, in fp32."""
     attention = config.attention
     if dtype == "fp32":  # a backend named for the run's own dtype may not know fp32
@@ -197,7 +190,7 @@ def fast_rows(
     )  # fmt: skip
     try:
         with clock.stage(f"embed, {dtype}"):
-            embed.run(settings)
+            embed.run(settings, loaded=loaded)
     except Stopped as stop:
         stop.resumable = False  # what it kept is in a temporary folder
         raise

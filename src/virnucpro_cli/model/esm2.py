@@ -3,6 +3,7 @@
 Shapes: T rows of a pack, H heads of Dh, D = H * Dh, L layers.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from virnucpro_cli import alphabet
 from virnucpro_cli.attention import Attention
 from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.model.spec import LAYER_NORM_EPS, ModelSpec
+from virnucpro_cli.pooling import Embeddings, Pooler
 
 OnLayer = Callable[[int, torch.Tensor], None]
 
@@ -98,6 +100,18 @@ class ESM2:
             x += F.linear(gelu(F.linear(self._layer_norm(x, layer.norm2), *layer.fc1)), *layer.fc2)
             if number in wanted:
                 on_layer(number, self._layer_norm(x, self.norm) if number == self.spec.layers else x)
+
+    def embed(self, batch: PackedBatch, wanted: tuple[int, ...], pooler: Pooler) -> Embeddings:
+        """What the pooler makes of each wanted layer of the batch."""
+        found = Embeddings()
+        self.forward(batch, wanted, lambda layer, hidden: pooler.add(found, layer, hidden, batch))
+        return found
+
+    def with_attention(self, attention: Attention) -> "ESM2":
+        """The same weights with another attention function."""
+        other = copy.copy(self)
+        other.attention = attention
+        return other
 
     def _layer_norm(self, x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, (self.spec.hidden,), *norm, eps=LAYER_NORM_EPS)  # statistics in fp32

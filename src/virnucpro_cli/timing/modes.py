@@ -1,6 +1,5 @@
 """Ways to batch a workload, through the same model code: packed, and padded as scripts do it, in file order or sorted."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +13,11 @@ from virnucpro_cli import alphabet
 from virnucpro_cli.collate import PackedBatch, VarlenCollator
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, first_fit_decreasing
-from virnucpro_cli.pooling import Embeddings, Pooler
+from virnucpro_cli.pooling import Pooler
 from virnucpro_cli.timing.workload import Workload
 
 Int64 = NDArray[np.int64]
+FILE_ORDER, SORTED = "padded, file order", "padded, sorted by length"
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,8 @@ def packed(model: ESM2, workload: Workload, token_budget: int) -> tuple[Mode, Pl
 
 
 def mean_of_last(model: ESM2, batch: PackedBatch) -> torch.Tensor:
-    into = Embeddings()
-    pooler = Pooler(("mean",), torch.float16)
     last = model.spec.layers
-    model.forward(batch, (last,), lambda layer, hidden: pooler.add(into, layer, hidden, batch))
-    return into.pooled["mean", last]
+    return model.embed(batch, (last,), Pooler(("mean",), torch.float16)).pooled["mean", last]
 
 
 def padded(model: ESM2, workload: Workload, token_budget: int, by_length: bool) -> Mode:
@@ -77,20 +74,19 @@ def padded(model: ESM2, workload: Workload, token_budget: int, by_length: bool) 
     texts = workload.token_ids()
     batches = [_PaddedBatch.of(group, sizes, texts, model.device) for group in groups]
     order = torch.from_numpy(np.argsort(np.concatenate(groups))).to(model.device)
-    plain = copy.copy(model)
 
     def run() -> torch.Tensor:
         means: list[torch.Tensor] = []
         for batch in batches:
-            plain.attention = batch.attention
-            plain.forward(batch.flat, (model.spec.layers,), partial(_keep, means, batch))
+            model.with_attention(batch.attention).forward(
+                batch.flat, (model.spec.layers,), partial(_keep, means, batch)
+            )
         rows = torch.cat(means)[order]
         synchronize(model.device)
         return rows
 
     rows = sum(len(group) * int(sizes[group].max()) for group in groups)
-    name = "padded, sorted by length" if by_length else "padded, file order"
-    return Mode(name, len(groups), rows, int(sizes.sum()), run)
+    return Mode(SORTED if by_length else FILE_ORDER, len(groups), rows, int(sizes.sum()), run)
 
 
 def _keep(means: list[torch.Tensor], batch: "_PaddedBatch", layer: int, hidden: torch.Tensor) -> None:

@@ -54,7 +54,7 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
             fasta.refuse_unreadable(paths)
         except UserError as error:
             raise UserError(
-                f"{error.what}", f"{error.remedy} Say where the input of {config.against} is: --fasta FILE."
+                error.what, f"{error.remedy} Say where the input of {config.against} is: --fasta FILE."
             ) from None
         out.print(f"reading {', '.join(paths)}", style="dim")
         with clock.stage("read FASTA"):

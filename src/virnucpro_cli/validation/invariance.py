@@ -84,10 +84,7 @@ def in_packs(
     found: list[tuple[int, Found]] = []
 
     def compute(batch: PackedBatch) -> Embeddings:
-        into = Embeddings()
-        pooler = Pooler(KINDS, torch.float32)
-        model.forward(batch, layers, lambda layer, hidden: pooler.add(into, layer, hidden, batch))
-        return into
+        return model.embed(batch, layers, Pooler(KINDS, torch.float32))
 
     def sink(batch: PackedBatch, rows: Embeddings) -> None:
         ends = np.cumsum(batch.lengths)
@@ -125,7 +122,7 @@ def _bitwise(name: str, differing: int, compared: int, worst: float, model: ESM2
 def bound_of(model: ESM2) -> float:
     """The largest relative difference that packing may make: none on CUDA and CPU, roundoff where that is not promised."""
     promised = model.device.type in ("cuda", "cpu") and model.spec.head_dim >= 16
-    return 0.0 if promised else gates.MAX_REL_L2[next(name for name, d in runner.DTYPES.items() if d == model.dtype)]
+    return 0.0 if promised else gates.MAX_REL_L2[runner.short_name(model.dtype)]
 
 
 def _contamination(
