@@ -11,18 +11,18 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from virnucpro_cli import attention, fasta, runner, validate
 from virnucpro_cli.collate import VarlenCollator
 from virnucpro_cli.config import ValidateConfig
+from virnucpro_cli.kernels import plain
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.reference import Reference
-from virnucpro_cli.model.spec import LAYER_NORM_EPS
 from virnucpro_cli.packing import first_fit_decreasing, whole_segments
 from virnucpro_cli.pooling import Pooler
 from virnucpro_cli.validation import agreement, invariance, oracle
@@ -31,24 +31,24 @@ from virnucpro_cli.validation import agreement, invariance, oracle
 class WideResidual(ESM2):
     """The same forward with the residual stream in fp32: sums are promoted, and each norm casts on its way out."""
 
-    def __init__(self, spec, state, dtype, device, attend):
-        super().__init__(spec, state, dtype, device, attend)
-        self.embedding = ESM2(spec, state, torch.float32, device, attend).embedding
+    def __init__(self, spec, state, dtype, device, backend):
+        super().__init__(spec, state, dtype, device, backend._replace(steps=SimpleNamespace(**vars(plain))))
+        self.embedding = ESM2(spec, state, torch.float32, device, backend).embedding
+        self.backend.steps.layer_norm = self._layer_norm
+        self.backend.steps.add_norm = lambda x, delta, *norm: self._layer_norm(x.add_(delta), *norm)
 
-    def _layer_norm(self, x, norm):
-        return F.layer_norm(x.float(), (self.spec.hidden,), *(w.float() for w in norm), eps=LAYER_NORM_EPS).to(
-            self.dtype
-        )
+    def _layer_norm(self, x, weight, bias):
+        return plain.layer_norm(x, weight.float(), bias.float()).to(self.dtype)
 
 
 def models(name, device, dtypes):
     spec, state, _ = weights.load(locate.verified(locate.fetch(name, print)))
     for short in dtypes:
         dtype = runner.DTYPES[short]
-        _, attend = attention.resolve("auto", device, dtype)
-        yield short, "same", ESM2(spec, state, dtype, device, attend)
+        backend = attention.resolve("torch_varlen" if device.type == "cuda" else "auto", device, dtype)
+        yield short, "same", ESM2(spec, state, dtype, device, backend)
         if dtype != torch.float32:
-            yield short, "fp32", WideResidual(spec, state, dtype, device, attend)
+            yield short, "fp32", WideResidual(spec, state, dtype, device, backend)
 
 
 def errors(device, dtypes, size):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ from safetensors.torch import save_file
 
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is imported
 
 ROOT = Path(__file__).parent.parent
 VIRAL = ROOT / "examples" / "viral_proteins.fasta"

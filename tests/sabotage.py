@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from virnucpro_cli import placer, pooling
 from virnucpro_cli.attention import sdpa
 from virnucpro_cli.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.kernels import plain
 from virnucpro_cli.model import esm2
 from virnucpro_cli.model.esm2 import ESM2
 
@@ -19,7 +20,7 @@ Mistake = Callable[[pytest.MonkeyPatch], None]
 
 
 def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(esm2, "gelu", lambda x: F.gelu(x, approximate="tanh"))
+    patch.setattr(plain, "gelu", lambda x: F.gelu(x, approximate="tanh"))
 
 
 def rotary_tables_in(dtype: torch.dtype) -> Mistake:
@@ -51,7 +52,7 @@ def interleaved_rotary(patch: pytest.MonkeyPatch) -> None:
         even, odd = x[..., ::2], x[..., 1::2]
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
-    patch.setattr(esm2, "rotate", rotate)
+    patch.setattr(plain, "rotate", rotate)
 
 
 def every_norm_final(patch: pytest.MonkeyPatch) -> None:
@@ -60,7 +61,7 @@ def every_norm_final(patch: pytest.MonkeyPatch) -> None:
     def normed(model: ESM2, batch: PackedBatch, wanted: tuple[int, ...], on_layer: esm2.OnLayer) -> None:
         def call(layer: int, hidden: torch.Tensor) -> None:
             last = layer == model.spec.layers
-            on_layer(layer, hidden if last else model._layer_norm(hidden, model.norm))
+            on_layer(layer, hidden if last else plain.layer_norm(hidden, *model.norm))
 
         forward(model, batch, wanted, call)
 
@@ -68,8 +69,17 @@ def every_norm_final(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_final_norm(patch: pytest.MonkeyPatch) -> None:
-    norm = ESM2._layer_norm
-    patch.setattr(ESM2, "_layer_norm", lambda model, x, of: x if of is model.norm else norm(model, x, of))
+    forward, add_norm = ESM2.forward, plain.add_norm
+
+    def skipping(model: ESM2, *args: object) -> None:
+        def add(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            normed = add_norm(x, delta, weight, bias)
+            return x if weight is model.norm[0] else normed
+
+        patch.setattr(plain, "add_norm", add)
+        forward(model, *args)
+
+    patch.setattr(ESM2, "forward", skipping)
 
 
 def layer_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -159,19 +169,19 @@ def wrong_constant_in_16_bit(patch: pytest.MonkeyPatch) -> None:
             exact(x) if x.dtype == torch.float32 else (x.float() * 0.5 * (1 + torch.erf(x.float() * 0.70))).to(x.dtype)
         )
 
-    exact = esm2.gelu
-    patch.setattr(esm2, "gelu", gelu)
+    exact = plain.gelu
+    patch.setattr(plain, "gelu", gelu)
 
 
 def tanh_gelu_in_16_bit(patch: pytest.MonkeyPatch) -> None:
-    exact = esm2.gelu
-    patch.setattr(esm2, "gelu", lambda x: exact(x) if x.dtype == torch.float32 else F.gelu(x, approximate="tanh"))
+    exact = plain.gelu
+    patch.setattr(plain, "gelu", lambda x: exact(x) if x.dtype == torch.float32 else F.gelu(x, approximate="tanh"))
 
 
 MISTAKES: dict[str, Mistake] = {
     "no-0.88-scale": lambda patch: patch.setattr(esm2, "EMBED_SCALE", 1.0),
     "tanh-gelu": tanh_gelu,
-    "layer-norm-eps-1e-12": lambda patch: patch.setattr(esm2, "LAYER_NORM_EPS", 1e-12),
+    "layer-norm-eps-1e-12": lambda patch: patch.setattr(plain, "LAYER_NORM_EPS", 1e-12),
     "inv-freq-recomputed": recomputed_inv_freq,
     "rotary-tables-in-bf16": rotary_tables_in(torch.bfloat16),
     "rotary-tables-in-fp16": rotary_tables_in(torch.float16),

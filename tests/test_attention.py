@@ -8,8 +8,9 @@ import torch
 
 from virnucpro_cli import attention
 from virnucpro_cli.attention import sdpa
-from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli.collate import PackedBatch, query_tiles
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.kernels import plain
 
 CPU = torch.device("cpu")
 HEADS = 3
@@ -19,7 +20,7 @@ def batch_of(lengths: list[int], rows: int) -> PackedBatch:
     bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
     return PackedBatch(
         torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32), bounds,
-        torch.tensor(lengths).float() - 2, None, None, np.arange(len(lengths)), np.asarray(lengths, np.int64), max(lengths),
+        torch.tensor(lengths).float() - 2, torch.from_numpy(query_tiles(bounds.long().numpy())).int(), None, None, np.arange(len(lengths)), np.asarray(lengths, np.int64), max(lengths),
     )  # fmt: skip
 
 
@@ -82,15 +83,14 @@ def test_what_is_not_a_number_stays_in_its_segment_and_filler_is_never_read() ->
 
 def test_auto_on_a_cpu_is_sdpa() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        name, attend = attention.resolve("auto", CPU, dtype)
-        assert name == "sdpa" and attend is sdpa.attention
+        assert attention.resolve("auto", CPU, dtype) == ("sdpa", sdpa.attention, plain)
 
 
 def test_a_named_backend_is_that_backend() -> None:
-    assert attention.resolve("sdpa", CPU, torch.float32) == ("sdpa", sdpa.attention)
+    assert attention.resolve("sdpa", CPU, torch.float32) == ("sdpa", sdpa.attention, plain)
 
 
-@pytest.mark.parametrize("name", ["torch_varlen", "efficient", "flash_attn"])
+@pytest.mark.parametrize("name", ["triton", "torch_varlen", "efficient", "flash_attn"])
 def test_a_named_backend_that_cannot_run_is_an_error_with_the_reason(name: str) -> None:
     missing = name == "flash_attn" and find_spec("flash_attn") is None
     with pytest.raises(UserError) as caught:

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import TINY
-from virnucpro_cli import bench, cli
-from virnucpro_cli.attention import sdpa
+from virnucpro_cli import attention, bench, cli
 from virnucpro_cli.bench import bench_model
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import UserError
@@ -72,7 +71,13 @@ def test_the_users_own_file_is_timed_and_skipped_records_are_left_out(
 
 
 def model_of(folder: Path) -> tuple[ESM2, workload.Workload]:
-    model = ESM2(TINY, weights.random_state(TINY), torch.float32, torch.device("cpu"), sdpa.attention)
+    model = ESM2(
+        TINY,
+        weights.random_state(TINY),
+        torch.float32,
+        torch.device("cpu"),
+        attention.resolve("sdpa", torch.device("cpu"), torch.float32),
+    )
     return model, workload.made_up("x", np.asarray([5, 300, 41, 41, 90, 7, 1022, 64]), folder, 1022)
 
 

@@ -1,6 +1,7 @@
 """Batches of packs against the same batches built token by token."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,7 @@ def naive(collate: VarlenCollator, pack: int) -> PackedBatch:
             starts = tuple(int(segments.start[sibling]) for sibling in siblings)
             own = window_weights(int(embedded[record]), starts, n)[siblings.index(number)].tolist()
         weights += [1.0, *own, 1.0]
+    tiles = [[row, a, b] for a, b in pairwise(bounds) for row in range(a, b, 64)]
     filler = int(collate.plan.rung[pack]) - len(tokens)
     assert filler >= 0
     any_mask = ESM.mask_idx in tokens
@@ -70,6 +72,7 @@ def naive(collate: VarlenCollator, pack: int) -> PackedBatch:
         torch.tensor(positions + [0] * filler, dtype=torch.int32),
         torch.tensor(bounds, dtype=torch.int32),
         torch.tensor(divisor, dtype=torch.float32),
+        torch.tensor(tiles, dtype=torch.int32),
         torch.tensor(ratio + [1.0] * filler, dtype=torch.float32) if any_mask else None,
         torch.tensor(weights + [1.0] * filler, dtype=torch.float32) if any_window else None,
         numbers, np.array(lengths), max(lengths),
@@ -80,7 +83,7 @@ def assert_as_built_by_hand(collate: VarlenCollator) -> None:
     assert len(collate.plan)
     for pack, found in enumerate(batches(collate)):
         expected = naive(collate, pack)
-        for field in ("tokens", "positions", "cu_seqlens", "divisor", "mask_ratio", "weights"):
+        for field in ("tokens", "positions", "cu_seqlens", "divisor", "query_tiles", "mask_ratio", "weights"):
             torch.testing.assert_close(
                 getattr(found, field), getattr(expected, field), rtol=0, atol=1e-7, msg=lambda m, f=field: f"{f}: {m}"
             )

@@ -37,7 +37,7 @@ def model_of(name: str, dtype: str, backend: str = "auto") -> ESM2:
     exact_arithmetic()
     device = torch.device("cuda", 0)
     spec, state = state_of(name)
-    return ESM2(spec, state, DTYPES[dtype], device, attention.resolve(backend, device, DTYPES[dtype])[1])
+    return ESM2(spec, state, DTYPES[dtype], device, attention.resolve(backend, device, DTYPES[dtype]))
 
 
 @lru_cache(maxsize=1)

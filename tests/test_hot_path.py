@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import ROOT
 from packs import one_pack
 from virnucpro_cli import fasta
+from virnucpro_cli.attention import Backend
 from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli.kernels import plain
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import ModelSpec
@@ -51,7 +53,9 @@ def forward(model: ESM2, batch: PackedBatch, kinds: tuple[str, ...] = ("mean",))
 
 def model_of(layers: int) -> ESM2:
     spec = ModelSpec("tiny", layers, 32, 4)
-    return ESM2(spec, weights.random_state(spec), torch.float32, torch.device("cpu"), no_attention)
+    return ESM2(
+        spec, weights.random_state(spec), torch.float32, torch.device("cpu"), Backend("none", no_attention, plain)
+    )
 
 
 def counted(layers: int, sequences: list[str], folder: Path) -> Counter[str]:

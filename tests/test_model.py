@@ -11,8 +11,7 @@ import torch
 from conftest import TINY, VIRAL, read_fasta, relative_l2
 from packs import among_strangers, embeddings, of_segment, one_pack, random_protein
 from sabotage import MISTAKES
-from virnucpro_cli import alphabet
-from virnucpro_cli.attention import sdpa
+from virnucpro_cli import alphabet, attention
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.reference import Reference
@@ -28,7 +27,7 @@ Demo = tuple[ModelSpec, dict[str, torch.Tensor]]
 
 
 def packed_model(spec: ModelSpec, state: dict[str, torch.Tensor]) -> ESM2:
-    return ESM2(spec, state, torch.float32, CPU, sdpa.attention)
+    return ESM2(spec, state, torch.float32, CPU, attention.resolve("sdpa", CPU, torch.float32))
 
 
 def rows_of(sequences: list[str]) -> int:

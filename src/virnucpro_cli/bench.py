@@ -61,7 +61,7 @@ class _Bench:
         self.config, self.out = config, out
         self.device = runner.resolve_device(config.device)
         self.dtype = runner.resolve_dtype(config.dtype, self.device)
-        self.backend, attend = attention_backends.resolve(config.attention, self.device, self.dtype)
+        self.backend = attention_backends.resolve(config.attention, self.device, self.dtype)
         name = config.model or ("esm2_t6_8M_UR50D" if self.device.type == "cpu" else "esm2_t33_650M_UR50D")
         found = locate.locate(name) or locate.locate(f"{locate.RANDOM_PREFIX}{name}")
         assert found is not None
@@ -76,7 +76,7 @@ class _Bench:
         else:
             self.loaded = model_weights.load(found)
         self.found, self.spec = found, self.loaded[0]
-        self.model = ESM2(self.spec, self.loaded[1], self.dtype, self.device, attend)
+        self.model = ESM2(self.spec, self.loaded[1], self.dtype, self.device, self.backend)
         auto = runner.auto_token_budget(self.device, self.spec.hidden, 0)
         self.budgets = [auto if budget == "auto" else int(budget) for budget in config.token_budget]
         self.report = report.RunReport("bench", notes=list(self.loaded[2]))
@@ -87,7 +87,7 @@ class _Bench:
             "weights": found.place,
             "device": runner.describe_device(self.device),
             "dtype": attention_backends.describe(self.dtype),
-            "attention": self.backend,
+            "attention": self.backend.name,
             "date": time.strftime("%Y-%m-%d"),
             "config": asdict(config),
         }
@@ -218,12 +218,13 @@ class _Bench:
             return
         for name in attention_backends.BACKENDS:
             try:
-                _, attend = attention_backends.resolve(name, self.device, self.dtype)
+                backend = attention_backends.resolve(name, self.device, self.dtype)
             except UserError:
                 continue
             if self.device.type == "cuda" and name == "sdpa":
                 continue  # a call per protein: for devices that have nothing else
-            mode = modes.packed(self.model.with_attention(attend), self.main, self.best_budget)[0]
+            model = ESM2(self.spec, self.loaded[1], self.dtype, self.device, backend)
+            mode = modes.packed(model, self.main, self.best_budget)[0]
             mode.run()
             each = [self._timed(mode.run) for _ in range(ROUNDS)]
             self.report.tables.setdefault("Attention backends", []).append(
@@ -278,7 +279,7 @@ class _Bench:
         if "Attention backends" in tables:
             best = max(tables["Attention backends"], key=lambda row: row["tokens/s"])["backend"]
         else:
-            best = self.backend
+            best = self.backend.name
         self.report.environment["recommended"] = {"token_budget": self.best_budget, "attention": best}
         for name, rows in tables.items():
             self.out.print(report.rows_table(name, rows))

@@ -101,7 +101,7 @@ def embed(
         typer.Option(
             "--attention",
             metavar="NAME",
-            help="auto, torch_varlen, flash_attn, efficient or sdpa; a named one runs or is refused. [default: auto]",
+            help="auto, triton, torch_varlen, flash_attn, efficient or sdpa; a named one runs or is refused. [default: auto]",
         ),
     ] = None,
     token_budget: Annotated[

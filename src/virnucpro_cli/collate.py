@@ -11,13 +11,25 @@ from virnucpro_cli import alphabet
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, Segments, window_weights
 
+QUERY_TILE = 64
+
+
+def query_tiles(cu_seqlens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tiles of at most QUERY_TILE rows of one segment: [m, 3] of first row, the segment's first row, the row past its end."""
+    lengths = np.diff(cu_seqlens)
+    counts = -(-lengths // QUERY_TILE)
+    segment = np.repeat(np.arange(len(lengths)), counts)
+    within = np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = cu_seqlens[segment]
+    return np.stack((start + within * QUERY_TILE, start, cu_seqlens[segment + 1]), axis=1)
+
 
 @dataclass(frozen=True)
 class PackedBatch:
     """n segments, each `<cls> residues <eos>`, one behind the other in T rows; rows past `cu_seqlens[-1]` are filler.
 
     Tensors: tokens int32 [T]; positions int32 [T], restarting at 0; cu_seqlens int32 [n + 1]; divisor float32 [n],
-    residues that the mean divides by; mask_ratio float32 [T] or None, `1 - masked share` of each row's segment, only
+    residues that the mean divides by; query_tiles int32 [m, 3], see `query_tiles`; mask_ratio float32 [T] or None, `1 - masked share` of each row's segment, only
     where a `<mask>` occurs; weights float32 [T] or None, blending weights, only where a window of a long record occurs.
     Host: segments int64 [n], their numbers; lengths int64 [n], tokens of each; max_seqlen.
     """
@@ -26,6 +38,7 @@ class PackedBatch:
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
     divisor: torch.Tensor
+    query_tiles: torch.Tensor
     mask_ratio: torch.Tensor | None
     weights: torch.Tensor | None
     segments: NDArray[np.int64]
@@ -45,7 +58,7 @@ class PackedBatch:
 
         return replace(
             self, tokens=move(self.tokens), positions=move(self.positions), cu_seqlens=move(self.cu_seqlens),
-            divisor=move(self.divisor), mask_ratio=move(self.mask_ratio), weights=move(self.weights),
+            divisor=move(self.divisor), query_tiles=move(self.query_tiles), mask_ratio=move(self.mask_ratio), weights=move(self.weights),
         )  # fmt: skip
 
 
@@ -91,6 +104,10 @@ class VarlenCollator:
         divisor = self._tensor(len(numbers), torch.float32)
         divisor.numpy()[:] = total
 
+        parts = query_tiles(cu_seqlens)
+        tiles = self._tensor(3 * len(parts), torch.int32).view(-1, 3)
+        tiles.numpy()[:] = parts
+
         mask_ratio = None
         if alphabet.MASK in text:
             masked = np.add.reduceat(np.frombuffer(text, np.uint8) == alphabet.MASK, cu_seqlens[:-1], dtype=np.int64)
@@ -106,7 +123,7 @@ class VarlenCollator:
             for i in windows.tolist():
                 weights.numpy()[cu_seqlens[i] + 1 : cu_seqlens[i + 1] - 1] = self.weights_of(int(numbers[i]))
         return PackedBatch(
-            tokens, positions, bounds, divisor, mask_ratio, weights, numbers, lengths, int(lengths.max())
+            tokens, positions, bounds, divisor, tiles, mask_ratio, weights, numbers, lengths, int(lengths.max())
         )
 
     def weights_of(self, segment: int) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from virnucpro_cli.errors import UserError
 CHOICES = {
     "dtype": ("auto", "fp32", "fp16", "bf16"),
     "store_dtype": ("fp16", "fp32"),
-    "attention": ("auto", "torch_varlen", "flash_attn", "efficient", "sdpa"),
+    "attention": ("auto", "triton", "torch_varlen", "flash_attn", "efficient", "sdpa"),
     "long": ("truncate", "full", "window", "skip", "error"),
     "invalid": ("x", "error", "skip"),
     "id": ("first", "full"),

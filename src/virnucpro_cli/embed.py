@@ -80,7 +80,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
 
     device = runner.resolve_device(config.device)
     dtype = runner.resolve_dtype(config.dtype, device)
-    backend, attend = attention_backends.resolve(config.attention, device, dtype)
+    backend = attention_backends.resolve(config.attention, device, dtype)
     found = _locate(config, out)
     spec = _spec(config, found)
     layers = resolved_layers(config.layers, spec)
@@ -100,7 +100,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     summary = report.RunReport("embed", notes=_warnings(table, work, config))
     summary.counts = _counts(table, work)
     summary.packing = _packing(plan, work)
-    summary.environment = _environment(config, spec, device, dtype, backend, plan)
+    summary.environment = _environment(config, spec, device, dtype, backend.name, plan)
     summary.seconds = clock.seconds
     for note in summary.notes:
         out.print(note, style="yellow")
@@ -113,7 +113,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     runner.check_room(device, spec.parameters * dtype.itemsize, f"The weights of {spec.name}")
     with clock.stage("load model"):
         found = locate.verified(found)
-    fingerprint = _fingerprint(config, table, found, layers, dtype, backend, device)
+    fingerprint = _fingerprint(config, table, found, layers, dtype, backend.name, device)
     if _already_complete(output, fingerprint, config):
         out.print(f"{output} is already complete: same input, model and settings.")
         summary.already_complete = True
@@ -129,7 +129,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             with clock.stage("load model"):
                 exact_arithmetic()
                 _, state, notes = loaded or model_weights.load(found)
-                model = ESM2(spec, state, dtype, device, attend)
+                model = ESM2(spec, state, dtype, device, backend)
                 del state
             for note in notes:
                 out.print(note, style="yellow")
@@ -355,8 +355,8 @@ def _recompute(
         placer.collator = VarlenCollator(placer.table, work.segments, work.embedded, plan, placer.collator.pin)
         placer.tracker = None
         spec, state, _ = model_weights.load(found)
-        _, attend = attention_backends.resolve("auto", device, torch.float32)
-        model = ESM2(spec, state, torch.float32, device, attend)
+        backend = attention_backends.resolve("auto", device, torch.float32)
+        model = ESM2(spec, state, torch.float32, device, backend)
         runner.run(range(len(plan)), placer.collator, partial(_compute, model, layers, config), placer, device)
         broken = np.unique(placer.broken)
     if not len(broken):

@@ -62,7 +62,7 @@ def validate_model(**options: Any) -> Verdict:
 def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     device = runner.resolve_device(config.device)
     dtype = runner.resolve_dtype(config.dtype, device)
-    backend, attend = attention_backends.resolve(config.attention, device, dtype)
+    backend = attention_backends.resolve(config.attention, device, dtype)
     reference_device = runner.resolve_device(config.reference_device, "--reference-device")
     found = locate.verified(locate.fetch(config.model or "demo", lambda text: out.print(text)))
     with clock.stage("load model"):
@@ -84,7 +84,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         "weights_sha256": found.sha256,
         "device": runner.describe_device(device),
         "dtype": short,
-        "attention": backend,
+        "attention": backend.name,
         "reference": f"fair-esm in float32 on {runner.describe_device(reference_device)}, eager, one at a time",
         "sample": f"{len(sample)} proteins, {int(sample.lengths.sum()):,} residues, seed {config.seed}",
         "inputs": list(config.fasta) or "the proteins that ship with virnucpro",
@@ -120,7 +120,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         del exact, plain
         with clock.stage("packing"):
             out.print("packing: the same proteins alone, in one pack, among strangers", style="dim")
-            model = ESM2(spec, state, dtype, device, attend)
+            model = ESM2(spec, state, dtype, device, backend)
             verdict.checks += invariance.packing(model, path, own, sample, layers, config)
             verdict.checks += invariance.padded(Reference(spec, state, reference_device), own, truth, sample, layers)
     return verdict

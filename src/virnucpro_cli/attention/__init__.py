@@ -6,6 +6,7 @@ it, and the softmax scale; it returns [T, H, Dh]. Rows past `cu_seqlens[-1]` of 
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,10 +15,18 @@ from virnucpro_cli.errors import UserError
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedBatch, float], torch.Tensor]
 
-BACKENDS = ("torch_varlen", "flash_attn", "efficient", "sdpa")
+BACKENDS = ("triton", "torch_varlen", "flash_attn", "efficient", "sdpa")
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
+class Backend(NamedTuple):
+    """How a forward computes: attention, and `kernels.plain` or `kernels.fused` for the steps around it."""
+
+    name: str
+    attention: Attention
+    steps: Any
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend of that name, or with `auto` the first that suits; raises UserError saying why a named one cannot run.
 
     Each adapter module has `refusal(device, dtype) -> str | None` and `attention(q, k, v, batch, scale)`.
@@ -30,7 +39,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, A
         adapter = import_module(f"virnucpro_cli.attention.{candidate}")
         refusal = adapter.refusal(device, dtype)
         if refusal is None:
-            return candidate, adapter.attention
+            steps = import_module(f"virnucpro_cli.kernels.{'fused' if candidate == 'triton' else 'plain'}")
+            return Backend(candidate, adapter.attention, steps)
     raise UserError(
         f"Attention backend {name} cannot run here: {refusal}.", "Leave --attention at auto, or name another."
     )

@@ -1,4 +1,4 @@
-"""The packed ESM-2 forward in plain PyTorch. fair-esm is the definition; comments name what others got wrong.
+"""The packed ESM-2 forward. fair-esm is the definition; comments name what others got wrong.
 
 Shapes: T rows of a pack, H heads of Dh, D = H * Dh, L layers.
 """
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from virnucpro_cli import alphabet
-from virnucpro_cli.attention import Attention
+from virnucpro_cli.attention import Attention, Backend
 from virnucpro_cli.collate import PackedBatch
-from virnucpro_cli.model.spec import LAYER_NORM_EPS, ModelSpec
+from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.pooling import Embeddings, Pooler
 
 OnLayer = Callable[[int, torch.Tensor], None]
@@ -44,15 +44,19 @@ class ESM2:
         state: dict[str, torch.Tensor],
         dtype: torch.dtype,
         device: torch.device,
-        attention: Attention,
+        backend: Backend,
     ):
-        self.spec, self.dtype, self.device, self.attention = spec, dtype, device, attention
+        self.spec, self.dtype, self.device, self.backend = spec, dtype, device, backend
 
         def load(*names: str) -> torch.Tensor:
             return torch.cat([state[name].to(device, torch.float32) for name in names]).to(dtype)
 
         def pair(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
             return load(*(f"{name}.weight" for name in names)), load(*(f"{name}.bias" for name in names))
+
+        def joint(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            weight, bias = pair(*(f"layers.{index}.self_attn.{x}_proj" for x in "qkv"))
+            return backend.steps.arrange(weight, spec.head_dim), backend.steps.arrange(bias, spec.head_dim)
 
         # Rows of <mask> and <pad> are zero, as fair-esm zeroes them after the look-up.
         table = state["embed_tokens.weight"].to(device, torch.float32) * EMBED_SCALE
@@ -61,7 +65,7 @@ class ESM2:
         self.layers = [
             Layer(
                 norm1=pair(f"layers.{i}.self_attn_layer_norm"),
-                qkv=pair(*(f"layers.{i}.self_attn.{x}_proj" for x in "qkv")),
+                qkv=joint(i),
                 out=pair(f"layers.{i}.self_attn.out_proj"),
                 norm2=pair(f"layers.{i}.final_layer_norm"),
                 fc1=pair(f"layers.{i}.fc1"),
@@ -93,13 +97,19 @@ class ESM2:
             x = (x.float() / batch.mask_ratio[:, None]).to(self.dtype)
         if 0 in wanted:
             on_layer(0, x)
-        cos = self.cos.index_select(0, batch.positions)[:, None, None, :]  # [T, 1, 1, Dh/2]
-        sin = self.sin.index_select(0, batch.positions)[:, None, None, :]
+        steps, scale = self.backend.steps, self.spec.head_dim**-0.5
+        rotary = steps.rotary(self.cos, self.sin, batch.positions)
+        normed = steps.layer_norm(x, *self.layers[0].norm1)
+        norms_after = [*(layer.norm1 for layer in self.layers[1:]), self.norm]
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
-            x += self._attend(self._layer_norm(x, layer.norm1), layer, cos, sin, batch)
-            x += F.linear(gelu(F.linear(self._layer_norm(x, layer.norm2), *layer.fc1)), *layer.fc2)
+            q, k, v = steps.rotary_linear(normed, *layer.qkv, rotary).unbind(1)  # [T, H, Dh] each
+            mixed = self.backend.attention(q, k, v, batch, scale)
+            mixed[batch.used :] = 0  # filler: whatever the kernel left there
+            normed = steps.add_norm(x, F.linear(mixed.reshape(x.shape), *layer.out), *layer.norm2)
+            inner = steps.gelu_linear(normed, *layer.fc1)
+            normed = steps.add_norm(x, F.linear(inner, *layer.fc2), *norms_after[number - 1])
             if number in wanted:
-                on_layer(number, self._layer_norm(x, self.norm) if number == self.spec.layers else x)
+                on_layer(number, normed if number == self.spec.layers else x)
 
     def embed(self, batch: PackedBatch, wanted: tuple[int, ...], pooler: Pooler) -> Embeddings:
         """What the pooler makes of each wanted layer of the batch."""
@@ -108,41 +118,10 @@ class ESM2:
         return found
 
     def with_attention(self, attention: Attention) -> "ESM2":
-        """The same weights with another attention function."""
+        """The same weights and steps with another attention function."""
         other = copy.copy(self)
-        other.attention = attention
+        other.backend = self.backend._replace(attention=attention)
         return other
-
-    def _layer_norm(self, x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return F.layer_norm(x, (self.spec.hidden,), *norm, eps=LAYER_NORM_EPS)  # statistics in fp32
-
-    def _attend(
-        self, x: torch.Tensor, layer: Layer, cos: torch.Tensor, sin: torch.Tensor, batch: PackedBatch
-    ) -> torch.Tensor:
-        qkv = F.linear(x, *layer.qkv).view(-1, 3, self.spec.heads, self.spec.head_dim)  # [T, 3, H, Dh]
-        qk = rotate(qkv[:, :2], cos, sin)
-        mixed = self.attention(qk[:, 0], qk[:, 1], qkv[:, 2], batch, self.spec.head_dim**-0.5)  # [T, H, Dh]
-        mixed[batch.used :] = 0  # filler: whatever the kernel left there
-        return F.linear(mixed.reshape(-1, self.spec.hidden), *layer.out)
-
-
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU by the error function, never the tanh form. May overwrite x."""
-    if (
-        x.device.type == "cpu" and x.dtype == torch.float32
-    ):  # F.gelu's own erf is off by 1e-6 there, a bias that adds up
-        return x.mul_((x * 2**-0.5).erf_().add_(1).mul_(0.5))
-    return F.gelu(x)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding by halves, in fp32. x [T, ..., Dh]; cos, sin float32, broadcastable to [T, ..., Dh/2]."""
-    first, second = x.float().chunk(2, dim=-1)
-    out = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
-    left, right = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
-    return out.to(x.dtype)
 
 
 def exact_arithmetic() -> None:

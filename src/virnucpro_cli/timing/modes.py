@@ -144,7 +144,7 @@ class _PaddedBatch:
             torch.from_numpy(tokens.ravel()).to(device),
             torch.from_numpy(np.tile(np.arange(width, dtype=np.int32), len(group))).to(device),
             torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)).to(device),
-            torch.ones(len(group), device=device), None, None, group, lengths, width,
+            torch.ones(len(group), device=device), torch.empty(0, 3, dtype=torch.int32, device=device), None, None, group, lengths, width,
         )  # fmt: skip
         real = torch.from_numpy(tokens != alphabet.PAD).to(device)
         mask = None if bool(real.all()) else real[:, None, None, :]

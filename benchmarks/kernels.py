@@ -1,0 +1,204 @@
+"""Every fused kernel against its limit and its plain twin, then whole forwards against the GEMM floor, on this GPU.
+
+    python benchmarks/kernels.py [--models 8M,150M,650M,3B] [--dtype fp16] [--rows 32768] [--seconds 2]
+
+The limit of a kernel is the larger of its bytes over the measured copy rate and, for linear layers, the time of cuBLAS for the
+product alone. Forwards: packs of one budget, mean pooling, random weights, interleaved rounds, median.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from virnucpro_cli import attention, report, runner
+from virnucpro_cli.collate import query_tiles
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.kernels import fused, plain
+from virnucpro_cli.kernels.attention import attention as short_attention
+from virnucpro_cli.model import spec as specs
+from virnucpro_cli.model import weights
+from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.timing import limits, modes, workload
+
+DEVICE = torch.device("cuda")
+
+
+def microseconds(call):
+    return limits.best_of(call, DEVICE, least=0.004, repeats=3) * 1e6
+
+
+def random(*shape, dtype, scale=1.0):
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+
+def kernels(spec, dtype, rows, copy_rate):
+    d, heads, head_dim = spec.hidden, spec.heads, spec.head_dim
+    x, wide = random(rows, d, dtype=dtype), random(rows, 4 * d, dtype=dtype)
+    delta = random(rows, d, dtype=dtype, scale=1e-3)
+    norm = random(d, dtype=dtype), random(d, dtype=dtype)
+    positions = (torch.arange(rows, device=DEVICE) % 400).int()
+    angles = torch.outer(
+        torch.arange(400, device=DEVICE), 10000 ** (-torch.arange(0, head_dim, 2, device=DEVICE) / head_dim)
+    )
+    tables = angles.cos(), angles.sin()
+    found = []
+
+    def row(name, ours, twin, limit):
+        found.append(
+            {
+                "width": d,
+                "kernel": name,
+                "us": ours,
+                "plain PyTorch us": twin,
+                "limit us": limit,
+                "of the limit": limit / ours,
+            }
+        )
+
+    row(
+        "add_norm",
+        microseconds(lambda: fused.add_norm(x, delta, *norm)),
+        microseconds(lambda: plain.add_norm(x, delta, *norm)),
+        8 * rows * d / copy_rate * 1e6,
+    )
+    for name, out in (("rotary_linear", 3 * d), ("gelu_linear", 4 * d)):
+        w, b = random(out, d, dtype=dtype, scale=d**-0.5), random(out, dtype=dtype)
+        alone = microseconds(lambda w=w, b=b: F.linear(x, w, b))
+        for steps in (fused, plain):
+            extra = (steps.rotary(*tables, positions),) if out == 3 * d else ()
+            took = microseconds(lambda s=steps, w=w, b=b, e=extra, n=name: getattr(s, n)(x, w, b, *e))
+            if steps is fused:
+                ours = took
+        row(name, ours, took, alone)
+    del wide
+    for load in ("fragments", "natural"):
+        lengths = getattr(workload, load)(rows, np.random.default_rng(0))
+        lengths = np.minimum(np.asarray(lengths), 1022) + 2
+        lengths = np.sort(lengths[np.cumsum(lengths) <= rows])[::-1]
+        bounds = np.append(0, np.cumsum(lengths))
+        tiles = torch.from_numpy(query_tiles(bounds)).int().to(DEVICE)
+        cu = torch.from_numpy(bounds).int().to(DEVICE)
+        q, k, v = random(rows, 3, heads, head_dim, dtype=dtype).unbind(1)
+        ours = microseconds(lambda a=(q, k, v, tiles): short_attention(*a, head_dim**-0.5))
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = int(lengths.max())
+        flash = microseconds(lambda a=(q, k, v, cu, cu, longest, longest): varlen_attn(*a, scale=head_dim**-0.5))
+        row(f"attention, {load}", ours, flash, 8 * rows * d / copy_rate * 1e6)
+    return found
+
+
+def forwards(spec, dtype, rows, seconds):
+    state = weights.random_state(spec, 0, DEVICE)
+    models = {}
+    for name in ("triton", "torch_varlen"):
+        models[name] = ESM2(spec, state, dtype, DEVICE, attention.resolve(name, DEVICE, dtype))
+    del state
+    dice, found = np.random.default_rng(0), []
+    for load in ("fragments", "natural"):
+        with tempfile.TemporaryDirectory() as folder:
+            work = workload.made_up(load, getattr(workload, load)(4 * rows, dice), Path(folder), 1022)
+            ways = {}
+            for name, model in models.items():
+                mode, _, _, host = modes.packed(model, work, rows)
+                batches = [batch.to(DEVICE) for batch in host]
+                ways[name, 1] = mode.run
+                ways[name, 2] = lambda m=model, b=batches: on_streams(m, b, 2)
+            for call in ways.values():
+                call()
+            floor = limits.measure(spec, dtype, DEVICE, rows).gemm_floor
+            times = {key: [] for key in ways}
+            for _ in range(max(3, int(seconds / 4 / best(ways["triton", 1])))):
+                for key, call in ways.items():
+                    times[key].append(best(call))
+            for (name, streams), each in times.items():
+                rate = mode.used / float(np.median(each))
+                found.append(
+                    {
+                        "model": spec.name,
+                        "load": load,
+                        "backend": name,
+                        "streams": streams,
+                        "tokens/s": rate,
+                        "GEMM floor": floor,
+                        "of the floor": rate / floor,
+                    }
+                )
+            split = limits.breakdown(ways["triton", 1], DEVICE)
+            print(
+                spec.name,
+                load,
+                {kind: f"{spent * 1e3:.2f} ms" for kind, spent in split.items()},
+                "launching one pack:",
+                f"{launch_time(models['triton'], batches[0]) * 1e3:.2f} ms",
+                flush=True,
+            )
+    return found
+
+
+def on_streams(model, batches, count):
+    streams = [torch.cuda.Stream() for _ in range(count)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for batch, stream in zip(batches, itertools.cycle(streams)):
+        with torch.cuda.stream(stream):
+            modes.mean_of_last(model, batch)
+    torch.cuda.synchronize()
+
+
+def launch_time(model, batch):
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    modes.mean_of_last(model, batch)
+    took = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return took
+
+
+def best(call):
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", default="8M,150M,650M,3B")
+    parser.add_argument("--dtype", default="fp16")
+    parser.add_argument("--rows", type=int, default=32768)
+    parser.add_argument("--seconds", type=float, default=2)
+    options = parser.parse_args()
+    exact_arithmetic()
+    dtype, out = runner.DTYPES[options.dtype], report.console(False)
+    source = torch.empty(1 << 29, device=DEVICE, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy_rate = 2 * source.numel() / limits.best_of(lambda: target.copy_(source), DEVICE)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, {options.rows} rows, copy {copy_rate / 1e12:.2f} TB/s"
+    )
+    rows = [
+        row
+        for name in options.models.split(",")
+        for row in kernels(specs.by_name(name), dtype, options.rows, copy_rate)
+    ]
+    out.print(report.rows_table("Kernels", rows))
+    torch.cuda.empty_cache()
+    rows = []
+    for name in options.models.split(","):
+        try:
+            rows += forwards(specs.by_name(name), dtype, options.rows, options.seconds)
+        except UserError as error:
+            print(error)
+        torch.cuda.empty_cache()
+    out.print(report.rows_table("Forwards", rows))
+
+
+if __name__ == "__main__":
+    main()

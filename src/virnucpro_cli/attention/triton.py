@@ -1,0 +1,24 @@
+"""Our own fused kernels on NVIDIA Hopper: attention with short tiles, and the steps around it."""
+
+from importlib.util import find_spec
+
+import torch
+
+from virnucpro_cli.attention import describe, is_nvidia
+from virnucpro_cli.collate import PackedBatch
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not is_nvidia(device):
+        return f"it needs an NVIDIA GPU, and this run is on {device.type}"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return f"it is written for Hopper (compute capability 9.0), not for {torch.cuda.get_device_name(device)}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 or bf16, not {describe(dtype)}"
+    return None if find_spec("triton") else "the triton package, which comes with PyTorch for CUDA, is not there"
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
+    from virnucpro_cli.kernels.attention import attention
+
+    return attention(q, k, v, batch.query_tiles, scale)

@@ -1,0 +1,158 @@
+"""Every fused kernel against its plain PyTorch twin and against float64. Interpreted on the CPU; compiled on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import relative_l2
+from test_attention import batch_of
+from virnucpro_cli.attention import sdpa
+from virnucpro_cli.kernels import plain
+from virnucpro_cli.packing import SPECIAL_TOKENS
+
+pytest.importorskip("triton")
+from virnucpro_cli.kernels import attention, fused, linear
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
+ROUNDING = {torch.float16: 4e-4, torch.bfloat16: 3e-3}
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+
+def data(*shape: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return (values * scale).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(5, 32), (130, 320), (33, 1280), (9, 480), (3, 5120)])
+def test_add_norm_adds_in_place_and_returns_the_norm_of_what_is_stored(
+    rows: int, width: int, dtype: torch.dtype
+) -> None:
+    x, delta = data(rows, width, dtype=dtype), data(rows, width, dtype=dtype, seed=1)
+    weight, bias = data(width, dtype=dtype, seed=2), data(width, dtype=dtype, seed=3)
+    twin = x.clone()
+    expected = plain.add_norm(twin, delta, weight, bias)
+    found = fused.add_norm(x, delta, weight, bias)
+    assert torch.equal(x, twin)
+    assert relative_l2(found, expected) <= ROUNDING[dtype]
+    exact = torch.nn.functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
+    assert relative_l2(found, exact) <= ROUNDING[dtype]
+
+
+def test_add_norm_keeps_its_precision_when_one_channel_holds_the_energy() -> None:
+    x, delta = data(8, 320, dtype=torch.float16), data(8, 320, dtype=torch.float16, seed=1)
+    x[:, 62] += 300
+    ones, zeros = torch.ones_like(x[0]), torch.zeros_like(x[0])
+    found = fused.add_norm(x, delta, ones, zeros)
+    exact = torch.nn.functional.layer_norm(x.double(), (320,), eps=1e-5)
+    others = torch.arange(320, device=DEVICE) != 62
+    assert relative_l2(found[:, others], exact[:, others]) <= 4e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(128, 64, 256), (130, 80, 320), (1, 320, 1280), (200, 96, 24)])
+def test_gelu_linear_is_gelu_of_linear(rows: int, depth: int, columns: int, dtype: torch.dtype) -> None:
+    x, weight = data(rows, depth, dtype=dtype), data(columns, depth, dtype=dtype, scale=2 * depth**-0.5, seed=1)
+    bias = data(columns, dtype=dtype, seed=2)
+    found = fused.gelu_linear(x, weight, bias)
+    before = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    exact = torch.nn.functional.gelu(before)
+    assert relative_l2(found, exact) <= ROUNDING[dtype]
+    assert relative_l2(found, plain.gelu_linear(x.float(), weight.float(), bias.float())) <= ROUNDING[dtype]
+
+
+def test_the_fused_gelu_is_the_erf_form_everywhere() -> None:
+    """Through an identity weight: every fp16 value, whose GELU must be the exact one rounded to fp16, give or take a bit."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    every = every[every.isfinite() & (every.abs() <= 60000)]
+    if not ON_GPU:
+        every = every[::61]  # interpreted
+    x = torch.zeros(-(-len(every) // 16) * 16, dtype=torch.float16)
+    x[: len(every)] = every
+    x = x.view(-1, 16).to(DEVICE)
+    eye, zero = torch.eye(16, dtype=torch.float16, device=DEVICE), torch.zeros(16, dtype=torch.float16, device=DEVICE)
+    found = fused.gelu_linear(x, eye, zero).double()
+    wide = x.double()
+    exact = wide * 0.5 * torch.special.erfc(-wide * 2**-0.5)
+    tanh = torch.nn.functional.gelu(wide, approximate="tanh")
+    assert found.isfinite().all()
+    error, size = (found - exact).abs(), exact.abs()
+    assert float((error / (size + 2e-3)).max()) <= 7e-4
+    assert float(((tanh - exact).abs() / (size + 2e-3)).max()) > 7e-4, "the bound would let the tanh form through"
+    assert float((found[size > 1e-3] - exact[size > 1e-3]).mean().abs()) <= 1e-4 * float(size.mean())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 8), (20, 16), (20, 24), (4, 64), (1, 128)])
+def test_rotary_linear_gives_the_scores_and_values_of_its_twin(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    rows, width = 70, heads * head_dim
+    x, weight = data(rows, width, dtype=dtype), data(3 * width, width, dtype=dtype, scale=width**-0.5, seed=1)
+    bias = data(3 * width, dtype=dtype, seed=2)
+    positions = torch.cat((torch.arange(40), torch.arange(30))).int().to(DEVICE)
+    angles = torch.outer(torch.arange(40.0), 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)).to(DEVICE)
+    cos, sin = angles.cos(), angles.sin()
+
+    def run(steps, w, b, x):
+        w, b = steps.arrange(w, head_dim), steps.arrange(b, head_dim)
+        return steps.rotary_linear(x, w, b, steps.rotary(cos, sin, positions))
+
+    found = run(fused, weight, bias, x).double()
+    exact = run(plain, weight.double().float(), bias.float(), x.float()).double()
+    assert found.shape == (rows, 3, heads, head_dim)
+    assert relative_l2(found[:, 2], exact[:, 2]) <= ROUNDING[dtype]
+    restored = found[:, :2].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    assert relative_l2(restored, exact[:, :2]) <= ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 24, 64])
+@pytest.mark.parametrize("lengths", [[3], [32, 33, 31], [65, 64, 63, 5], [200, 97, 40, 3]])
+def test_attention_is_softmax_within_each_segment(lengths: list[int], head_dim: int, dtype: torch.dtype) -> None:
+    rows, heads = sum(lengths) + 13, 2
+    q, k, v = data(rows, 3, heads, head_dim, dtype=dtype).unbind(1)
+    batch = batch_of(lengths, rows)
+    found = attention.attention(q, k, v, batch.query_tiles.to(DEVICE), head_dim**-0.5)
+    exact = sdpa.attention(q.double().cpu(), k.double().cpu(), v.double().cpu(), batch, head_dim**-0.5)
+    assert found.shape == q.shape and found.dtype == dtype
+    assert relative_l2(found[: batch.used].cpu(), exact[: batch.used]) <= 2 * ROUNDING[dtype]
+
+
+def test_attention_reads_nothing_of_its_neighbours_not_even_nan() -> None:
+    lengths, rows = [40, 33, 20], 100
+    qkv = data(rows, 3, 2, 16, dtype=torch.float16)
+    tiles = batch_of(lengths, rows).query_tiles.to(DEVICE)
+    clean = attention.attention(*qkv.unbind(1), tiles, 0.25)
+    qkv[:40], qkv[73:] = torch.nan, torch.inf
+    found = attention.attention(*qkv.unbind(1), tiles, 0.25)
+    assert torch.equal(found[40:73], clean[40:73])
+
+
+def test_a_segment_has_the_same_bits_wherever_it_stands() -> None:
+    x = data(200, 64, dtype=torch.float16)
+    weight, bias = data(256, 64, dtype=torch.float16, seed=1), data(256, dtype=torch.float16, seed=2)
+    qkv = data(200, 3, 2, 16, dtype=torch.float16, seed=3)
+    here, there = slice(90, 160), slice(7, 77)
+    moved_x, moved = data(128, 64, dtype=torch.float16, seed=4), data(128, 3, 2, 16, dtype=torch.float16, seed=5)
+    moved_x[there], moved[there] = x[here], qkv[here]
+    assert torch.equal(fused.gelu_linear(x, weight, bias)[here], fused.gelu_linear(moved_x, weight, bias)[there])
+    lengths = [[90, 70, 40], [7, 70, 51]]
+    found = [
+        attention.attention(*each.unbind(1), batch_of(own, sum(own)).query_tiles.to(DEVICE), 0.25)
+        for each, own in zip((qkv, moved), lengths, strict=True)
+    ]
+    assert torch.equal(found[0][here], found[1][there])
+
+
+def test_query_tiles_cover_every_row_of_every_segment_once() -> None:
+    lengths = [200, 64, 65, 1 + SPECIAL_TOKENS]
+    tiles = batch_of(lengths, sum(lengths)).query_tiles.tolist()
+    rows = [row for first, _, stop in tiles for row in range(first, min(first + 64, stop))]
+    assert rows == list(range(sum(lengths)))
+    ends = np.cumsum(lengths).tolist()
+    assert {(start, stop) for _, start, stop in tiles} == set(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def test_the_tile_is_one_that_the_tests_exercise() -> None:
+    assert (linear.ROWS, linear.COLUMNS, linear.DEPTH) == (128, 256, 64)
