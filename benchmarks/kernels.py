@@ -1,13 +1,12 @@
 """Every fused kernel against its limit and its plain twin, then whole forwards against the GEMM floor, on this GPU.
 
-    python benchmarks/kernels.py [--models 8M,150M,650M,3B] [--dtype fp16] [--rows 32768] [--seconds 2]
+    python benchmarks/kernels.py [--models 8M,150M,650M,3B] [--dtype fp16] [--seconds 2]
 
 The limit of a kernel is the larger of its bytes over the measured copy rate and, for linear layers, the time of cuBLAS for the
 product alone. Forwards: packs of one budget, mean pooling, random weights, interleaved rounds, median.
 """
 
 import argparse
-import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +26,11 @@ from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.timing import limits, modes, workload
 
 DEVICE = torch.device("cuda")
+
+
+def rows_of(name):
+    """The token budget that a run would choose."""
+    return runner.auto_token_budget(DEVICE, specs.by_name(name).hidden, 0)
 
 
 def microseconds(call):
@@ -107,49 +111,37 @@ def forwards(spec, dtype, rows, seconds):
             ways = {}
             for name, model in models.items():
                 mode, _, _, host = modes.packed(model, work, rows)
-                batches = [batch.to(DEVICE) for batch in host]
-                ways[name, 1] = mode.run
-                ways[name, 2] = lambda m=model, b=batches: on_streams(m, b, 2)
+                batch = host[0].to(DEVICE)
+                ways[name] = mode.run
             for call in ways.values():
                 call()
             floor = limits.measure(spec, dtype, DEVICE, rows).gemm_floor
             times = {key: [] for key in ways}
-            for _ in range(max(3, int(seconds / 4 / best(ways["triton", 1])))):
+            for _ in range(max(3, int(seconds / 4 / best(ways["triton"])))):
                 for key, call in ways.items():
                     times[key].append(best(call))
-            for (name, streams), each in times.items():
+            for name, each in times.items():
                 rate = mode.used / float(np.median(each))
                 found.append(
                     {
                         "model": spec.name,
                         "load": load,
                         "backend": name,
-                        "streams": streams,
                         "tokens/s": rate,
                         "GEMM floor": floor,
                         "of the floor": rate / floor,
                     }
                 )
-            split = limits.breakdown(ways["triton", 1], DEVICE)
+            split = limits.breakdown(ways["triton"], DEVICE)
             print(
                 spec.name,
                 load,
                 {kind: f"{spent * 1e3:.2f} ms" for kind, spent in split.items()},
                 "launching one pack:",
-                f"{launch_time(models['triton'], batches[0]) * 1e3:.2f} ms",
+                f"{launch_time(models['triton'], batch) * 1e3:.2f} ms",
                 flush=True,
             )
     return found
-
-
-def on_streams(model, batches, count):
-    streams = [torch.cuda.Stream() for _ in range(count)]
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
-    for batch, stream in zip(batches, itertools.cycle(streams)):
-        with torch.cuda.stream(stream):
-            modes.mean_of_last(model, batch)
-    torch.cuda.synchronize()
 
 
 def launch_time(model, batch):
@@ -172,7 +164,6 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", default="8M,150M,650M,3B")
     parser.add_argument("--dtype", default="fp16")
-    parser.add_argument("--rows", type=int, default=32768)
     parser.add_argument("--seconds", type=float, default=2)
     options = parser.parse_args()
     exact_arithmetic()
@@ -181,19 +172,19 @@ def main():
     target = torch.empty_like(source)
     copy_rate = 2 * source.numel() / limits.best_of(lambda: target.copy_(source), DEVICE)
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, {options.rows} rows, copy {copy_rate / 1e12:.2f} TB/s"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, copy {copy_rate / 1e12:.2f} TB/s"
     )
     rows = [
         row
         for name in options.models.split(",")
-        for row in kernels(specs.by_name(name), dtype, options.rows, copy_rate)
+        for row in kernels(specs.by_name(name), dtype, rows_of(name), copy_rate)
     ]
     out.print(report.rows_table("Kernels", rows))
     torch.cuda.empty_cache()
     rows = []
     for name in options.models.split(","):
         try:
-            rows += forwards(specs.by_name(name), dtype, options.rows, options.seconds)
+            rows += forwards(specs.by_name(name), dtype, rows_of(name), options.seconds)
         except UserError as error:
             print(error)
         torch.cuda.empty_cache()

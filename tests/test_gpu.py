@@ -20,6 +20,7 @@ from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.packing import first_fit_decreasing, rungs, whole_segments
 from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.validate import validate_model
+from virnucpro_cli.validation import gates
 
 pytestmark = pytest.mark.gpu
 
@@ -91,8 +92,11 @@ def test_fp32_is_fair_esm_to_rounding(name: str, layers: tuple[int, ...], tmp_pa
 
 @pytest.mark.parametrize(("name", "layers"), [("demo", (-1,)), ("random:650M", (33,))])
 def test_fp16_is_within_its_honest_error(name: str, layers: tuple[int, ...], tmp_path: Path) -> None:
+    """The worst is one record's (A9JLU7), whose error is 1e-3 to 8e-3 by which roundings to fp16 happen to be made."""
     found = errors(name, "fp16", tmp_path, layers, 16384)
-    assert max(found["mean"].max(), found["bos"].max()) <= 5e-3
+    assert max(np.median(found["mean"]), np.median(found["bos"]) / 1.5) <= 1e-3
+    assert max(np.quantile(found["mean"], 0.99), np.quantile(found["bos"], 0.99)) <= 4e-3
+    assert max(found["mean"].max(), found["bos"].max()) <= gates.MAX_REL_L2["fp16"]
     assert np.quantile(found["residue"], 0.99) <= 6e-3
     assert found["residue"].max() <= 1.5e-2
 
@@ -109,7 +113,7 @@ def test_a_protein_has_the_same_bits_in_any_pack_on_every_rung(name: str, dtype:
         batch = packs.one_pack(tmp_path, [probe], 1024)
         alone[i] = packs.of_segment(packs.embeddings(model, batch, layers), batch, 0)
     differing = []
-    for rows in rungs(32768):
+    for rows in rungs(131072 if name == "demo" else 32768):
         sequences, at = packs.among_strangers(probes, rows, generator)
         batch = packs.one_pack(tmp_path, sequences, rows)
         found = packs.embeddings(model, batch, layers)
@@ -181,7 +185,9 @@ def test_a_named_backend_runs_or_is_refused() -> None:
     device = torch.device("cuda", 0)
     with pytest.raises(Exception, match="fp16 or bf16"):
         attention.resolve("torch_varlen", device, torch.float32)
-    assert attention.resolve("auto", device, torch.float32)[0] == "efficient"
+    assert attention.resolve("auto", device, torch.float32).name == "efficient"
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    assert attention.resolve("auto", device, torch.float16).name == ("triton" if hopper else "torch_varlen")
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 2e-6), ("fp16", 2e-3), ("bf16", 1.6e-2)])

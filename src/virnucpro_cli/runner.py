@@ -100,11 +100,14 @@ def check_room(device: torch.device, needed: int, what: str) -> None:
 
 
 def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int) -> int:
-    """A power of two of tokens that surely fits: 32768 on a large GPU, 2048 on a CPU, where larger packs gain nothing."""
+    """A power of two of tokens that surely fits: on a large GPU 32768, and for small models up to 131072, so that a pack
+    takes the device longer than launching it takes the host; 2048 on a CPU, where larger packs gain nothing."""
     if device.type == "cpu":
         return 2048
     budget = 32768
     if device.type == "cuda":
+        while budget < 131072 and budget * hidden < 32768 * 1280:
+            budget *= 2
         free = torch.cuda.mem_get_info(device)[0] - weight_bytes
         per_token = 64 * hidden + 512  # fp32 copies for rotary and pooling, fc1 and its GELU, the residual stream
         while budget > 1024 and budget * per_token > free // 2:

@@ -15,7 +15,15 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it is written for Hopper (compute capability 9.0), not for {torch.cuda.get_device_name(device)}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in fp16 or bf16, not {describe(dtype)}"
-    return None if find_spec("triton") else "the triton package, which comes with PyTorch for CUDA, is not there"
+    if find_spec("triton") is None:
+        return "the triton package, which comes with PyTorch for CUDA, is not there"
+    from virnucpro_cli.kernels import fused
+
+    try:
+        fused.try_out(device, dtype)
+    except Exception as error:  # no C compiler, no room for the cache, another Triton ...
+        return f"its kernels do not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+    return None
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:

@@ -38,7 +38,7 @@ def _attention(
     score = tl.where((key < stop - tail)[None, :], tl.dot(q_tile, k_tile.T), float("-inf"))
     top = tl.max(score, 1) * scale
     weight = tl.exp2(score * scale - top[:, None])
-    total = tl.sum(weight, 1)
+    sums = weight  # added up over the keys at the end
     acc = tl.dot(weight.to(v_tile.dtype), v_tile)
     for row in range(start, tail, KEYS):
         k_tile = keys.load([row, column])
@@ -47,12 +47,12 @@ def _attention(
         new = tl.maximum(top, tl.max(score, 1) * scale)
         weight = tl.exp2(score * scale - new[:, None])
         shrink = tl.exp2(top - new)
-        total = total * shrink + tl.sum(weight, 1)
+        sums = sums * shrink[:, None] + weight
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * shrink[:, None])
         top = new
     width = tl.num_programs(0) * HEAD_DIM
     to = out + first.to(tl.int64) * width + column + query[:, None] * width + d[None, :]
-    tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=valid)
+    tl.store(to, (acc / tl.sum(sums, 1)[:, None]).to(out.dtype.element_ty), mask=valid)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor, scale: float) -> torch.Tensor:

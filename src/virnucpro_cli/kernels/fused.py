@@ -2,11 +2,12 @@
 
 import torch
 
-from virnucpro_cli.kernels.linear import gelu_linear, rotary_linear
+from virnucpro_cli.kernels import plain
+from virnucpro_cli.kernels.linear import gelu_linear, rotary, rotary_linear
 from virnucpro_cli.kernels.norm import add_norm
 from virnucpro_cli.kernels.plain import layer_norm
 
-__all__ = ["add_norm", "arrange", "gelu_linear", "layer_norm", "rotary", "rotary_linear"]
+__all__ = ["add_norm", "arrange", "gelu_linear", "layer_norm", "rotary", "rotary_linear", "try_out"]
 
 
 def arrange(qkv: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -19,6 +20,15 @@ def arrange(qkv: torch.Tensor, head_dim: int) -> torch.Tensor:
     return torch.cat((halves.transpose(1, 2).flatten(0, 2), kept))
 
 
-def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The table [L, Dh] (float32) of interleaved cosines and sines, and the position of each row."""
-    return torch.stack((cos, sin), dim=-1).flatten(1), positions
+def try_out(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile two kernels on this device and compare them with their twins; raises whatever goes wrong."""
+    with torch.cuda.device(device), torch.inference_mode():
+        x = torch.linspace(-4, 4, 16 * 64, device=device).reshape(16, 64).to(dtype)
+        weight = torch.linspace(-0.3, 0.3, 64 * 64, device=device).reshape(64, 64).to(dtype)
+        pairs = {
+            "add_norm": (add_norm(x.clone(), x, x[0], x[1]), plain.add_norm(x.clone(), x, x[0], x[1])),
+            "gelu_linear": (gelu_linear(x, weight, x[0]), plain.gelu_linear(x, weight, x[0])),
+        }
+        for name, (found, twin) in pairs.items():
+            if not (found - twin).float().norm() <= 1e-2 * twin.float().norm():
+                raise RuntimeError(f"{name} differs from its plain twin")

@@ -1,7 +1,7 @@
 """Linear layers on Hopper whose result is finished before it leaves the chip: GELU, or the rotary embedding of q and k.
 
 One persistent kernel: tiles of x and W come through the tensor memory accelerator, three deep; a tile of the result is
-finished in fp32, a column block after the other. Every row is computed in the same order wherever it stands.
+finished in fp32 and stored a column block after the other. Every row is computed in the same order wherever it stands.
 """
 
 from functools import lru_cache
@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-GELU, ROTARY = 1, 2
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 """Tile of the result, and how much of the inner dimension is loaded at a time."""
+GELU, TURN_BY_TILE, TURN_BY_ROW = 1, 2, 3
+TURN_COLUMNS = 64
 
 
 @triton.jit
@@ -38,21 +39,19 @@ def gelu(x):
 @triton.jit
 def _finish(
     acc, y, bias, table, positions, row, column, rows, columns, rotated,
-    EPILOGUE: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EPILOGUE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     c = column + tl.arange(0, COLUMNS)
-    acc += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+    if EPILOGUE != 2:
+        acc += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == 1:
         acc = gelu(acc)
-    elif column < rotated:
+    if EPILOGUE == 3 and column < rotated:
         r = row + tl.arange(0, ROWS)
         position = tl.load(positions + r, mask=r < rows, other=0)
-        at = table + position[:, None] * HEAD_DIM + (c % HEAD_DIM)[None, :]
-        if ALIGNED:
-            turn = tl.load(at)
-        else:  # v begins inside the block: turn it by nothing
-            turn = tl.load(at, mask=(c < rotated)[None, :], other=0.0)
-            turn = tl.where((c < rotated)[None, :], turn, tl.where((c % 2 == 0)[None, :], 1.0, 0.0))
+        turned = (c < rotated)[None, :]
+        turn = tl.load(table + position[:, None] * HEAD_DIM + (c % HEAD_DIM)[None, :], mask=turned, other=0.0)
+        turn = tl.where(turned, turn, tl.where((c % 2 == 0)[None, :], 1.0, 0.0))
         cos, sin = tl.split(tl.reshape(turn, (ROWS, COLUMNS // 2, 2)))
         first, second = tl.split(tl.reshape(acc, (ROWS, COLUMNS // 2, 2)))
         acc = tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), (ROWS, COLUMNS))
@@ -67,7 +66,7 @@ def _halves(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _linear(
     x, w, y, bias, table, positions, rows, columns, depth, rotated, programs,
-    EPILOGUE: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr,
+    EPILOGUE: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr, TURN_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tiles_down, tiles_across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
@@ -77,17 +76,26 @@ def _linear(
         size = min(tiles_down - group, 8)
         row = (group + tile % in_group % size) * ROWS
         column = tile % in_group // size * COLUMNS
+        if EPILOGUE == 2:  # asked for here, so that it has come when the product is there
+            cos, sin = tl.split(tl.reshape(table.load([row, 0]), (ROWS, 1, TURN_COLUMNS // 2, 2)))
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, depth, DEPTH):
             acc = tl.dot(x.load([row, k]), w.load([column, k]).T, acc)
+        if EPILOGUE == 2:
+            c = column + tl.arange(0, COLUMNS)
+            acc += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+            if column < rotated:
+                first, second = tl.split(tl.reshape(acc, (ROWS, COLUMNS // TURN_COLUMNS, TURN_COLUMNS // 2, 2)))
+                turned = tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), (ROWS, COLUMNS))
+                acc = turned if ALIGNED else tl.where((c < rotated)[None, :], turned, acc)  # v may begin in this tile
         quarter: tl.constexpr = COLUMNS // 4
         left, right = _halves(acc, ROWS, COLUMNS)
         a, b = _halves(left, ROWS, COLUMNS // 2)
         c, d = _halves(right, ROWS, COLUMNS // 2)
-        _finish(a, y, bias, table, positions, row, column, rows, columns, rotated, EPILOGUE, HEAD_DIM, ALIGNED, ROWS, quarter)  # fmt: skip
-        _finish(b, y, bias, table, positions, row, column + quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ALIGNED, ROWS, quarter)  # fmt: skip
-        _finish(c, y, bias, table, positions, row, column + 2 * quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ALIGNED, ROWS, quarter)  # fmt: skip
-        _finish(d, y, bias, table, positions, row, column + 3 * quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ALIGNED, ROWS, quarter)  # fmt: skip
+        _finish(a, y, bias, table, positions, row, column, rows, columns, rotated, EPILOGUE, HEAD_DIM, ROWS, quarter)
+        _finish(b, y, bias, table, positions, row, column + quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ROWS, quarter)  # fmt: skip
+        _finish(c, y, bias, table, positions, row, column + 2 * quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ROWS, quarter)  # fmt: skip
+        _finish(d, y, bias, table, positions, row, column + 3 * quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ROWS, quarter)  # fmt: skip
 
 
 def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -95,19 +103,35 @@ def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     return _launch(x, weight, bias, GELU, bias, bias, 16, 0)
 
 
-def rotary_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """As `plain.rotary_linear`, with weight and bias from `fused.arrange`: q and k rotated in fp32, interleaved."""
-    table, positions = rotary
+def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Interleaved cosines and sines, float32, the positions, and the head dimension.
+
+    Where heads fill blocks of 64 columns, the table is of rows, as a tile wants it: [T, 64]. Else of positions: [L, Dh].
+    """
+    table = torch.stack((cos, sin), dim=-1).flatten(1)
     head_dim = table.shape[1]
-    out = _launch(x, weight, bias, ROTARY, table, positions, head_dim, 2 * (len(weight) // 3))
-    return out.view(len(x), 3, -1, head_dim)
+    if TURN_COLUMNS % head_dim == 0:
+        table = table.index_select(0, positions).repeat(1, TURN_COLUMNS // head_dim)
+    return table, positions, head_dim
+
+
+def rotary_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor, int]
+) -> tuple[torch.Tensor, ...]:
+    """As `plain.rotary_linear`, with weight and bias from `fused.arrange`: q and k rotated in fp32, interleaved."""
+    table, positions, head_dim = rotary
+    rotated = 2 * (len(weight) // 3)
+    if TURN_COLUMNS % head_dim == 0:
+        blocks = TensorDescriptor.from_tensor(table, [ROWS, TURN_COLUMNS])
+        out = _launch(x, weight, bias, TURN_BY_TILE, blocks, positions, head_dim, rotated)
+    else:
+        out = _launch(x, weight, bias, TURN_BY_ROW, table, positions, head_dim, rotated)
+    return out.view(len(x), 3, -1, head_dim).unbind(1)
 
 
 def _launch(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epilogue: int,
-    table: torch.Tensor, positions: torch.Tensor, head_dim: int, rotated: int,
+    table: torch.Tensor | TensorDescriptor, positions: torch.Tensor, head_dim: int, rotated: int,
 ) -> torch.Tensor:  # fmt: skip
     (rows, depth), columns = x.shape, len(weight)
     y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
@@ -116,7 +140,7 @@ def _launch(
     _linear[(programs,)](
         TensorDescriptor.from_tensor(x, [ROWS, DEPTH]), TensorDescriptor.from_tensor(weight, [COLUMNS, DEPTH]),
         TensorDescriptor.from_tensor(y, [ROWS, COLUMNS // 4]), bias, table, positions, rows, columns, depth, rotated, programs,
-        epilogue, head_dim, rotated % (COLUMNS // 4) == 0, ROWS, COLUMNS, DEPTH, num_warps=8, num_stages=3,
+        epilogue, head_dim, rotated % COLUMNS == 0, TURN_COLUMNS, ROWS, COLUMNS, DEPTH, num_warps=8, num_stages=3,
     )  # fmt: skip
     return y
 

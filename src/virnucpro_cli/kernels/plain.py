@@ -21,11 +21,13 @@ def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rot
     return cos.index_select(0, positions)[:, None, None, :], sin.index_select(0, positions)[:, None, None, :]
 
 
-def rotary_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """x [T, D] to q, k, v [T, 3, H, Dh], with q and k rotated."""
+def rotary_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rotary: Rotary
+) -> tuple[torch.Tensor, ...]:
+    """x [T, D] to q, k, v [T, H, Dh] each, with q and k rotated."""
     qkv = F.linear(x, weight, bias).view(len(x), 3, -1, 2 * rotary[0].shape[-1])
-    qkv[:, :2] = rotate(qkv[:, :2], *rotary)
-    return qkv
+    qk = rotate(qkv[:, :2], *rotary)
+    return qk[:, 0], qk[:, 1], qkv[:, 2]
 
 
 def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Shapes: T rows of a pack, H heads of Dh, D = H * Dh, L layers.
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -84,13 +85,17 @@ class ESM2:
             angles = torch.outer(torch.arange(longest, device=self.device, dtype=torch.float32), self.inv_freq)
             self.cos, self.sin = angles.cos(), angles.sin()
 
-    @torch.inference_mode()
     def forward(self, batch: PackedBatch, wanted: tuple[int, ...], on_layer: OnLayer) -> None:
         """Run the batch up to the last wanted layer; `on_layer(i, hidden [T, D])` is called for each wanted one, and must
         not keep `hidden`, which the next layer overwrites.
 
         0 is the scaled embedding, i the residual stream after layer i, and only the last layer has the final LayerNorm.
         """
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on_device, torch.inference_mode():
+            self._forward(batch, wanted, on_layer)
+
+    def _forward(self, batch: PackedBatch, wanted: tuple[int, ...], on_layer: OnLayer) -> None:
         self.reserve_positions(batch.max_seqlen)
         x = F.embedding(batch.tokens, self.embedding)  # [T, D]
         if batch.mask_ratio is not None:
@@ -102,7 +107,7 @@ class ESM2:
         normed = steps.layer_norm(x, *self.layers[0].norm1)
         norms_after = [*(layer.norm1 for layer in self.layers[1:]), self.norm]
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
-            q, k, v = steps.rotary_linear(normed, *layer.qkv, rotary).unbind(1)  # [T, H, Dh] each
+            q, k, v = steps.rotary_linear(normed, *layer.qkv, rotary)  # [T, H, Dh] each
             mixed = self.backend.attention(q, k, v, batch, scale)
             mixed[batch.used :] = 0  # filler: whatever the kernel left there
             normed = steps.add_norm(x, F.linear(mixed.reshape(x.shape), *layer.out), *layer.norm2)

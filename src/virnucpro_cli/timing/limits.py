@@ -13,6 +13,7 @@ from virnucpro_cli.timing.modes import synchronize
 
 GEMM_NAMES = (
     "gemm",
+    "_linear",
     "nvjet",
     "xmma",
     "cutlass_80",
