@@ -319,9 +319,12 @@ class Store:
         values = np.ascontiguousarray(values)
         place = self.places[f"{kind}/{layer}"]
         assert values[0].nbytes == place.row_bytes, "values in another dtype or width than the dataset; this is a bug"
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        for a, b in pairwise([0, *breaks.tolist(), len(rows)]):
-            self._write(values[a:b], place.offset + int(rows[a]) * place.row_bytes)
+        breaks = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)  # where a run of adjacent rows begins
+        bounds = [*(breaks * place.row_bytes).tolist(), values.nbytes]
+        offsets = (place.offset + rows[breaks] * place.row_bytes).tolist()
+        data = _bytes(values)
+        for (a, b), offset in zip(pairwise(bounds), offsets, strict=True):
+            self._write(data[a:b], offset)
 
     def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:
         """Note that the rows placed so far are final; it becomes true on disk with the next commit."""
@@ -352,16 +355,16 @@ class Store:
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1  # never a byte of a row that another process may own
         for a, b in pairwise([0, *breaks.tolist(), len(rows)]):
             first, last = int(rows[a]), int(rows[b - 1])
-            self._write(column[first : last + 1], place.offset + first * place.row_bytes)
+            self._write(_bytes(column[first : last + 1]), place.offset + first * place.row_bytes)
 
     def finish(self, report: str, overwrite: bool) -> None:
         """Store the report, declare the file complete, and give it its final name."""
         self.commit()
         data = report.encode()
         assert len(data) <= REPORT_BYTES, "the report outgrew its place; this is a bug"
-        self._write(np.frombuffer(data.ljust(REPORT_BYTES, b"\0"), np.uint8), self.places["run/report"].offset)
+        self._write(memoryview(data.ljust(REPORT_BYTES, b"\0")), self.places["run/report"].offset)
         self._sync()
-        self._write(np.ones(1, np.uint8), self.places["run/complete"].offset)
+        self._write(memoryview(b"\1"), self.places["run/complete"].offset)
         self._sync()
         self.publish(overwrite)
 
@@ -376,12 +379,11 @@ class Store:
         """Release the lock. What was placed but not committed stays pending."""
         os.close(self.fd)
 
-    def _write(self, data: NDArray[Any], offset: int) -> None:
-        view = memoryview(data.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
+    def _write(self, data: memoryview, offset: int) -> None:
         try:
-            while view:
-                written = os.pwrite(self.fd, view, offset)
-                view, offset = view[written:], offset + written
+            while data:
+                written = os.pwrite(self.fd, data, offset)
+                data, offset = data[written:], offset + written
         except OSError as error:
             raise _disk_error(error, self.output, resumable=True) from None
 
@@ -390,6 +392,10 @@ class Store:
             os.fdatasync(self.fd)
         except OSError as error:
             raise _disk_error(error, self.output, resumable=True) from None
+
+
+def _bytes(values: NDArray[Any]) -> memoryview:
+    return memoryview(values.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
 
 
 def _disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
