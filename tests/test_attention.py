@@ -1,5 +1,6 @@
 """The attention adapters against softmax written out, and the choice among them."""
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from virnucpro_cli import attention
-from virnucpro_cli.attention import sdpa
+from virnucpro_cli.attention import sdpa, triton
 from virnucpro_cli.collate import PackedBatch, query_tiles
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kernels import plain
@@ -83,11 +84,11 @@ def test_what_is_not_a_number_stays_in_its_segment_and_filler_is_never_read() ->
 
 def test_auto_on_a_cpu_is_sdpa() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        assert attention.resolve("auto", CPU, dtype) == ("sdpa", sdpa.attention, plain)
+        assert attention.resolve("auto", CPU, dtype) == ("sdpa", sdpa.attention, plain, ())
 
 
 def test_a_named_backend_is_that_backend() -> None:
-    assert attention.resolve("sdpa", CPU, torch.float32) == ("sdpa", sdpa.attention, plain)
+    assert attention.resolve("sdpa", CPU, torch.float32) == ("sdpa", sdpa.attention, plain, ())
 
 
 @pytest.mark.parametrize("name", ["triton", "torch_varlen", "efficient", "flash_attn"])
@@ -105,3 +106,29 @@ def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:
         attention.resolve("flash3", CPU, torch.float32)
     assert "'flash3'" in str(caught.value)
     assert all(name in str(caught.value) for name in ("auto", *attention.BACKENDS))
+
+
+def test_kernels_that_do_not_work_here_are_passed_over_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper node without a C compiler, which Triton needs."""
+    fused = pytest.importorskip("virnucpro_cli.kernels.fused")
+    monkeypatch.setattr(triton, "is_nvidia", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+    def no_compiler(device: torch.device, dtype: torch.dtype) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.setattr(fused, "try_out", no_compiler)
+    found = attention.resolve("auto", CPU, torch.float16)
+    assert found.name == "sdpa" and len(found.notes) == 1
+    assert "triton would be faster" in found.notes[0] and "Failed to find C compiler." in found.notes[0]
+    with pytest.raises(UserError, match=r"triton cannot run here.*RuntimeError: Failed to find C compiler"):
+        attention.resolve("triton", CPU, torch.float16)
+
+
+def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = pytest.importorskip("virnucpro_cli.kernels.fused")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    fused.try_out(CPU, torch.float16)
+    monkeypatch.setattr(fused, "gelu_linear", lambda x, w, b: plain.gelu_linear(x, w, b) * 1.1)
+    with pytest.raises(RuntimeError, match="gelu_linear differs"):
+        fused.try_out(CPU, torch.float16)

@@ -1,13 +1,20 @@
 """Every fused kernel against its plain PyTorch twin and against float64. Interpreted on the CPU; compiled on a GPU."""
 
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from conftest import relative_l2
+from conftest import TINY, relative_l2
+from packs import embeddings, one_pack, random_protein
 from test_attention import batch_of
-from virnucpro_cli.attention import sdpa
+from virnucpro_cli.attention import Backend, sdpa, triton
 from virnucpro_cli.kernels import plain
+from virnucpro_cli.model import weights
+from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.packing import SPECIAL_TOKENS
 
 pytest.importorskip("triton")
@@ -39,6 +46,13 @@ def test_add_norm_adds_in_place_and_returns_the_norm_of_what_is_stored(
     assert relative_l2(found, expected) <= ROUNDING[dtype]
     exact = torch.nn.functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
     assert relative_l2(found, exact) <= ROUNDING[dtype]
+
+
+def test_add_norm_norms_the_rounded_sum_as_the_next_layer_will_see_it() -> None:
+    x = torch.full((2, 64), 2048.0, dtype=torch.float16, device=DEVICE)
+    delta = torch.tensor([0.5, -0.5], device=DEVICE).repeat(2, 32).half()  # below the rounding of 2048
+    bias = data(64, dtype=torch.float16)
+    assert torch.equal(fused.add_norm(x, delta, torch.ones_like(bias), bias), bias.expand(2, 64))
 
 
 def test_add_norm_keeps_its_precision_when_one_channel_holds_the_energy() -> None:
@@ -143,6 +157,27 @@ def test_a_segment_has_the_same_bits_wherever_it_stands() -> None:
         for each, own in zip((qkv, moved), lengths, strict=True)
     ]
     assert torch.equal(found[0][here], found[1][there])
+
+
+@pytest.mark.parametrize(
+    "spec", [TINY, ModelSpec("small", 2, 128, 2), ModelSpec("odd", 1, 96, 4)], ids=lambda s: s.name
+)
+def test_the_fused_forward_is_the_plain_one(spec: ModelSpec, tmp_path: Path) -> None:
+    """The whole chain, with filler rows and proteins of one to several tiles, against fp32."""
+    state, dice = weights.random_state(spec), random.Random(0)
+    sequences = [random_protein(n, dice) for n in (1, 30, 62, 63, 130)]
+    batch = one_pack(tmp_path, sequences, 320)
+    layers = tuple(range(spec.layers + 1))
+    rows = {}
+    for name, dtype, backend in (
+        ("exact", torch.float32, Backend("sdpa", sdpa.attention, plain)),
+        ("plain", torch.float16, Backend("sdpa", sdpa.attention, plain)),
+        ("fused", torch.float16, Backend("triton", triton.attention, fused)),
+    ):
+        rows[name] = embeddings(ESM2(spec, state, dtype, DEVICE, backend), batch, layers)
+    for kind, layer in rows["exact"].pooled:
+        exact, floor, found = (rows[name].pooled[kind, layer] for name in ("exact", "plain", "fused"))
+        assert relative_l2(found, exact) <= max(1.5 * relative_l2(floor, exact), 2e-4), (kind, layer)
 
 
 def test_query_tiles_cover_every_row_of_every_segment_once() -> None:

@@ -79,7 +79,7 @@ class _Bench:
         self.model = ESM2(self.spec, self.loaded[1], self.dtype, self.device, self.backend)
         auto = runner.auto_token_budget(self.device, self.spec.hidden, 0)
         self.budgets = [auto if budget == "auto" else int(budget) for budget in config.token_budget]
-        self.report = report.RunReport("bench", notes=list(self.loaded[2]))
+        self.report = report.RunReport("bench", notes=[*self.loaded[2], *self.backend.notes])
         self.report.environment = {
             "virnucpro": virnucpro_cli.__version__,
             "torch": torch.__version__,

@@ -97,7 +97,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             budget = runner.auto_token_budget(device, spec.hidden, spec.parameters * dtype.itemsize)
         plan = first_fit_decreasing(work.segments.length, int(budget))
         layout = _layout(config, table, work, spec, layers)
-    summary = report.RunReport("embed", notes=_warnings(table, work, config))
+    summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *backend.notes])
     summary.counts = _counts(table, work)
     summary.packing = _packing(plan, work)
     summary.environment = _environment(config, spec, device, dtype, backend.name, plan)

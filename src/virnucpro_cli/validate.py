@@ -72,7 +72,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         paths = config.fasta or shipped()
         fasta.refuse_unreadable(paths)
         sample, left_out = choose(paths, config)
-    verdict = Verdict("validate", notes=[*notes, *left_out])
+    verdict = Verdict("validate", notes=[*notes, *backend.notes, *left_out])
     short = attention_backends.describe(dtype)
     verdict.environment = {
         "virnucpro": virnucpro_cli.__version__,

@@ -13,6 +13,7 @@ import torch
 from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.errors import UserError
 
+BROKEN = "its kernels do not work here"
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedBatch, float], torch.Tensor]
 
 BACKENDS = ("triton", "torch_varlen", "flash_attn", "efficient", "sdpa")
@@ -24,6 +25,7 @@ class Backend(NamedTuple):
     name: str
     attention: Attention
     steps: Any
+    notes: tuple[str, ...] = ()
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -34,13 +36,15 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if name != "auto" and name not in BACKENDS:
         raise UserError(f"There is no attention backend {name!r}.", f"Choose auto or one of {', '.join(BACKENDS)}.")
     candidates = [b for b in BACKENDS if b != "flash_attn"] if name == "auto" else [name]
-    refusal = None
+    refusal, notes = None, tuple[str, ...]()
     for candidate in candidates:
         adapter = import_module(f"virnucpro_cli.attention.{candidate}")
         refusal = adapter.refusal(device, dtype)
         if refusal is None:
             steps = import_module(f"virnucpro_cli.kernels.{'fused' if candidate == 'triton' else 'plain'}")
-            return Backend(candidate, adapter.attention, steps)
+            return Backend(candidate, adapter.attention, steps, notes)
+        if BROKEN in refusal:
+            notes = (f"attention backend {candidate} would be faster on this device, but {refusal}",)
     raise UserError(
         f"Attention backend {name} cannot run here: {refusal}.", "Leave --attention at auto, or name another."
     )

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
-from virnucpro_cli.attention import describe, is_nvidia
+from virnucpro_cli.attention import BROKEN, describe, is_nvidia
 from virnucpro_cli.collate import PackedBatch
 
 
@@ -22,7 +22,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         fused.try_out(device, dtype)
     except Exception as error:  # no C compiler, no room for the cache, another Triton ...
-        return f"its kernels do not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+        return f"{BROKEN} ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
     return None
 
 
