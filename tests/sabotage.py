@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli import placer, pooling
+from virnucpro_cli import pooling
 from virnucpro_cli.attention import sdpa
 from virnucpro_cli.collate import PackedBatch, VarlenCollator
 from virnucpro_cli.kernels import plain
 from virnucpro_cli.model import esm2
 from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.store import Store
 
 Mistake = Callable[[pytest.MonkeyPatch], None]
 
@@ -154,13 +155,12 @@ def bounds_off_by_one(batch: PackedBatch) -> PackedBatch:
 
 
 def rows_shifted_by_one(patch: pytest.MonkeyPatch) -> None:
-    rows_of = placer.Placer.rows_of
+    place = Store.place
 
-    def shifted(sink: placer.Placer, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows, source = rows_of(sink, records)
-        return (rows + 1) % len(sink.work.unit), source
+    def shifted(file: Store, kind: str, layer: int, rows: np.ndarray, values: np.ndarray) -> None:
+        place(file, kind, layer, rows if kind == "residue" else (rows + 1) % len(file.status), values)
 
-    patch.setattr(placer.Placer, "rows_of", shifted)
+    patch.setattr(Store, "place", shifted)
 
 
 def wrong_constant_in_16_bit(patch: pytest.MonkeyPatch) -> None:

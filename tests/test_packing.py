@@ -12,6 +12,7 @@ from virnucpro_cli.packing import (
     SPECIAL_TOKENS,
     Segments,
     first_fit_decreasing,
+    in_blocks,
     rungs,
     subset,
     whole_segments,
@@ -49,6 +50,29 @@ def naive_first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int
 def test_packs_are_those_of_the_textbook_algorithm(lengths: list[int], budget: int) -> None:
     plan = first_fit_decreasing(np.array(lengths, np.int64), budget)
     assert [plan.pack(i).tolist() for i in range(len(plan))] == naive_first_fit_decreasing(lengths, budget)
+
+
+@given(lengths_lists, budgets, st.integers(1, 12))
+def test_blocks_hold_every_segment_once_in_packs_that_fit(lengths: list[int], budget: int, block: int) -> None:
+    plan = in_blocks(np.array(lengths, np.int32), budget, block)
+    assert sorted(plan.segments.tolist()) == list(range(len(lengths)))
+    tokens = [int(sum(lengths[s] + 2 for s in plan.pack(i).tolist())) for i in range(len(plan))]
+    assert plan.tokens.tolist() == tokens
+    assert all(used <= max(budget, lengths[plan.pack(i)[0]] + 2) for i, used in enumerate(tokens))
+    assert (plan.rung >= plan.tokens).all() and (np.diff(plan.offsets) > 0).all()
+    if len(lengths) < 2 * block:
+        whole = first_fit_decreasing(np.array(lengths, np.int32), budget)
+        assert (whole.segments == plan.segments).all() and (whole.offsets == plan.offsets).all()
+
+
+@pytest.mark.parametrize(("low", "high", "budget"), [(60, 166, 131072), (60, 166, 16384), (30, 1023, 32768)])
+def test_blocks_cost_no_density_and_keep_neighbours_together(low: int, high: int, budget: int) -> None:
+    lengths = np.random.default_rng(0).integers(low, high, 200_000)
+    block = 1 << 14
+    plan, whole = in_blocks(lengths, budget, block), first_fit_decreasing(lengths, budget)
+    assert len(plan) <= len(whole) * 1.001 + 1
+    spread = [int(np.ptp(plan.pack(i))) for i in range(len(plan))]
+    assert np.quantile(spread, 0.9) <= 2 * block, "all but those of the left-overs"
 
 
 @given(lengths_lists, budgets)

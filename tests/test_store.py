@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,12 +109,62 @@ def test_rows_land_where_they_belong_and_nowhere_else(tmp_path: Path, rows: list
     file = Store.create(output, layout())
     file.place("mean", 0, np.arange(6), np.full((6, HIDDEN), -1, np.float32))
     file.place("mean", 0, np.asarray(rows, np.int64), values(rows) if rows else np.empty((0, HIDDEN), np.float32))
+    file.commit()
     file.close()
     expected = np.full((6, HIDDEN), -1, np.float32)
     for row in rows:
         expected[row] = values([row])[0]
     with h5py.File(store.partial_path(output)) as read:
         np.testing.assert_array_equal(read["mean/0"][:], expected)
+
+
+@pytest.mark.parametrize(("large", "most"), [(1 << 15, 1 << 26), (1, 1 << 26), (1 << 15, 1), (64, 200)])
+def test_gathered_rows_are_written_in_the_order_in_which_they_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int, most: int
+) -> None:
+    """Whatever is written at once, gathered, or gathered in several rounds."""
+    monkeypatch.setattr(store, "LARGE_WRITE", large)
+    monkeypatch.setattr(store, "MOST_STAGED", most)
+    output = tmp_path / "out.h5"
+    file = Store.create(output, layout())
+    expected = {kind: np.zeros((6, HIDDEN), np.float32) for kind in ("mean", "bos")}
+    dice = np.random.default_rng(0)
+    for _ in range(20):
+        rows = dice.permutation(6)[: dice.integers(1, 6)]
+        for kind in expected:
+            new = dice.normal(size=(len(rows), HIDDEN)).astype(np.float32)
+            scratch = new[:]  # a view, of memory that is used again
+            file.place(kind, 0, rows, scratch)
+            expected[kind][rows] = new
+            new[:] = np.nan
+        file.commit()
+    file.close()
+    with h5py.File(store.partial_path(output)) as read:
+        for kind, wanted in expected.items():
+            np.testing.assert_array_equal(read[f"{kind}/0"][:], wanted)
+
+
+def test_values_that_do_not_fit_their_rows_are_a_bug_and_touch_nothing(tmp_path: Path) -> None:
+    file = Store.create(tmp_path / "out.h5", layout())
+    for rows, new in ((np.array([0]), values([0, 1])), (np.array([0]), values([0]).astype(np.float16))):
+        with pytest.raises(AssertionError, match="this is a bug"):
+            file.place("mean", 0, rows, new)
+    file.commit()
+    file.close()
+    with h5py.File(store.partial_path(tmp_path / "out.h5")) as read:
+        assert not read["mean/0"][:3].any()
+
+
+def test_neighbours_that_came_apart_go_out_in_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Store.create(tmp_path / "out.h5", layout())
+    for row in (5, 1, 0, 4, 2):
+        file.place("mean", 0, np.array([row]), values([row]))
+    sizes: list[int] = []
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: sizes.append(len(data)) or pwrite(fd, data, offset))
+    file.commit()
+    file.close()
+    assert sizes == [3 * HIDDEN * 4, 2 * HIDDEN * 4]
 
 
 def test_a_row_is_done_only_after_a_commit(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from virnucpro_cli.packing import (
     SPECIAL_TOKENS,
     Plan,
     first_fit_decreasing,
+    in_blocks,
     subset,
 )
 from virnucpro_cli.placer import Placer
@@ -95,7 +96,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         budget = config.token_budget
         if budget == "auto":
             budget = runner.auto_token_budget(device, spec.hidden, spec.parameters * dtype.itemsize)
-        plan = first_fit_decreasing(work.segments.length, int(budget))
+        plan = in_blocks(work.segments.length, int(budget))
         layout = _layout(config, table, work, spec, layers)
     summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *backend.notes])
     summary.counts = _counts(table, work)

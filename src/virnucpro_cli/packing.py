@@ -162,6 +162,41 @@ def first_fit_decreasing(lengths: NDArray[np.int32] | Int64, token_budget: int) 
     return Plan(order[by_pack], offsets, _rung_of(tokens, token_budget), tokens, token_budget)
 
 
+BLOCK = 1 << 17
+FULL = 0.97
+
+
+def in_blocks(lengths: NDArray[np.int32] | Int64, token_budget: int, block: int = BLOCK) -> Plan:
+    """The plan of a run: first-fit decreasing within blocks of segments, so that neighbours in the file are computed, read and
+    written together. Packs that a block leaves less than 97 % full are taken up by the next, so density does not suffer.
+    """
+    if len(lengths) < 2 * block:
+        return first_fit_decreasing(lengths, token_budget)
+    plans: list[Plan] = []
+    left_over = np.empty(0, np.int64)
+    starts = range(0, len(lengths) - block, block)
+    for start in starts:
+        last = start == starts[-1]
+        numbers = np.append(left_over, np.arange(start, len(lengths) if last else start + block))
+        plan = first_fit_decreasing(lengths[numbers], token_budget)
+        kept = (plan.tokens >= FULL * plan.rung) & (plan.rung >= token_budget) | last
+        segments = numbers[plan.segments]
+        in_kept = np.repeat(kept, np.diff(plan.offsets))
+        left_over = np.sort(segments[~in_kept])
+        offsets = np.append(0, np.cumsum(np.diff(plan.offsets)[kept]))
+        plans.append(Plan(segments[in_kept], offsets, plan.rung[kept], plan.tokens[kept], token_budget))
+    ends = np.cumsum([0, *(len(plan.segments) for plan in plans)])
+    return Plan(
+        np.concatenate([plan.segments for plan in plans]),
+        np.concatenate([[0], *(plan.offsets[1:] + end for plan, end in zip(plans, ends, strict=False))]).astype(
+            np.int64
+        ),
+        np.concatenate([plan.rung for plan in plans]),
+        np.concatenate([plan.tokens for plan in plans]),
+        token_budget,
+    )
+
+
 def arranged(packs: list[list[int]], lengths: NDArray[np.int32] | Int64, token_budget: int) -> Plan:
     """The plan of packs made by hand: each a list of segments in the order in which they are to stand."""
     segments = np.asarray([number for pack in packs for number in pack], np.int64)

@@ -30,6 +30,8 @@ REASONS = ("", "empty", "invalid residues", "too long", "not finite")
 EMPTY, INVALID, TOO_LONG, NOT_FINITE = 1, 2, 3, 4
 REPORT_BYTES = 1 << 16
 NAME_BLOCK = 1 << 16
+LARGE_WRITE = 1 << 15
+MOST_STAGED = 1 << 26
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -241,6 +243,8 @@ class Store:
     def __init__(self, output: Path, path: Path, fd: int):
         self.output, self.path, self.fd = output, path, fd
         self._uncommitted: list[tuple[NDArray[np.int64], int, int, int]] = []
+        self._staged: dict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = {}
+        self._staged_bytes = 0
         self.places: dict[str, _Place] = {}
         with h5py.File(path, "r", locking=False) as file:
             self.status: NDArray[np.uint8] = file["status"][:]
@@ -308,23 +312,42 @@ class Store:
                 if kind != "residue":
                     for block in np.array_split(rows, len(rows) // 4096 + 1):
                         self.place(kind, layer, block, np.full((len(block), layout.hidden), np.nan, layout.store_dtype))
+        self._write_staged()
 
     def place(self, kind: str, layer: int, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """Write values [n, D], already in the store dtype, to the given rows; neighbours in one write."""
+        """Take values [n, D], already in the store dtype, for the given rows.
+
+        A large run of neighbours is written at once; scattered rows are gathered until a commit, or until they are many, and
+        neighbours among them then go out in one write.
+        """
         if not len(rows):
             return
-        if (np.diff(rows) < 0).any():
-            order = np.argsort(rows, kind="stable")
-            rows, values = rows[order], values[order]
-        values = np.ascontiguousarray(values)
-        place = self.places[f"{kind}/{layer}"]
+        name = f"{kind}/{layer}"
+        place = self.places[name]
+        assert len(rows) == len(values), "rows and values of different number; this is a bug"
         assert values[0].nbytes == place.row_bytes, "values in another dtype or width than the dataset; this is a bug"
-        breaks = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)  # where a run of adjacent rows begins
-        bounds = [*(breaks * place.row_bytes).tolist(), values.nbytes]
-        offsets = (place.offset + rows[breaks] * place.row_bytes).tolist()
-        data = _bytes(values)
-        for (a, b), offset in zip(pairwise(bounds), offsets, strict=True):
-            self._write(data[a:b], offset)
+        if values.nbytes >= LARGE_WRITE and (np.diff(rows) == 1).all():
+            self._write(_bytes(np.ascontiguousarray(values)), place.offset + int(rows[0]) * place.row_bytes)
+            return
+        self._staged.setdefault(name, []).append((rows, values if values.base is None else values.copy()))
+        self._staged_bytes += values.nbytes
+        if self._staged_bytes > MOST_STAGED:
+            self._write_staged()
+
+    def _write_staged(self) -> None:
+        for name, parts in self._staged.items():
+            place = self.places[name]
+            rows = np.concatenate([rows for rows, _ in parts])
+            order = np.argsort(rows, kind="stable")
+            rows, values = rows[order], np.concatenate([values for _, values in parts])[order]
+            breaks = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)  # where a run of neighbours begins
+            bounds = [*(breaks * place.row_bytes).tolist(), values.nbytes]
+            offsets = (place.offset + rows[breaks] * place.row_bytes).tolist()
+            data = _bytes(values)
+            for (a, b), offset in zip(pairwise(bounds), offsets, strict=True):
+                self._write(data[a:b], offset)
+        self._staged.clear()
+        self._staged_bytes = 0
 
     def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:
         """Note that the rows placed so far are final; it becomes true on disk with the next commit."""
@@ -333,6 +356,7 @@ class Store:
 
     def commit(self) -> None:
         """Make placed rows durable, then the status bytes that vouch for them."""
+        self._write_staged()
         if not self._uncommitted:
             return
         self._sync()
