@@ -124,6 +124,12 @@ def test_kernels_that_do_not_work_here_are_passed_over_with_a_note(monkeypatch: 
     with pytest.raises(UserError, match=r"triton cannot run here.*RuntimeError: Failed to find C compiler"):
         attention.resolve("triton", CPU, torch.float16)
 
+    def wordless(device: torch.device, dtype: torch.dtype) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(fused, "try_out", wordless)
+    assert "NotImplementedError" in attention.resolve("auto", CPU, torch.float16).notes[0]
+
 
 def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = pytest.importorskip("virnucpro_cli.kernels.fused")
@@ -131,4 +137,9 @@ def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.Monk
     fused.try_out(CPU, torch.float16)
     monkeypatch.setattr(fused, "gelu_linear", lambda x, w, b: plain.gelu_linear(x, w, b) * 1.1)
     with pytest.raises(RuntimeError, match="gelu_linear differs"):
+        fused.try_out(CPU, torch.float16)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(fused, "arrange", plain.arrange)
+    with pytest.raises(RuntimeError, match="rotary_linear and attention differs"):
         fused.try_out(CPU, torch.float16)

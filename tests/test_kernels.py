@@ -98,6 +98,18 @@ def test_the_fused_gelu_is_the_erf_form_everywhere() -> None:
     assert float((found[size > 1e-3] - exact[size > 1e-3]).mean().abs()) <= 1e-4 * float(size.mean())
 
 
+def test_what_is_not_a_number_stays_so() -> None:
+    """Or a broken weight would end as finite, wrong embeddings."""
+    x, weight = data(3, 32, dtype=torch.float16), data(64, 32, dtype=torch.float16, seed=1)
+    bias = data(64, dtype=torch.float16, seed=2)
+    x[1, 5], bias[7] = torch.nan, torch.nan
+    found = fused.gelu_linear(x, weight, bias).isnan()
+    assert found[1].all() and found[:, 7].all() and int(found.sum()) == 64 + 2
+    x, delta = data(3, 32, dtype=torch.float16), data(3, 32, dtype=torch.float16, seed=1)
+    delta[1, 5] = torch.nan
+    assert fused.add_norm(x, delta, weight[0, :32], bias[8:40]).isnan().any(1).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(4, 8), (20, 16), (20, 24), (4, 64), (1, 128)])
 def test_rotary_linear_gives_the_scores_and_values_of_its_twin(heads: int, head_dim: int, dtype: torch.dtype) -> None:

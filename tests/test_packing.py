@@ -65,6 +65,19 @@ def test_blocks_hold_every_segment_once_in_packs_that_fit(lengths: list[int], bu
         assert (whole.segments == plan.segments).all() and (whole.offsets == plan.offsets).all()
 
 
+def test_what_is_longer_than_the_budget_comes_first_of_all_blocks() -> None:
+    lengths = np.random.default_rng(0).integers(60, 166, 2000)
+    lengths[[1500, 900]] = 35_000, 9_000
+    plan = in_blocks(lengths, 4096, 100)
+    assert plan.pack(0).tolist() == [1500] and plan.pack(1).tolist() == [900]
+
+
+def test_packs_that_nothing_fits_into_any_more_are_not_carried_on() -> None:
+    """150 residues at a budget of 2048: 13 in a pack, .965 of it, and no better pack to be had."""
+    plan = in_blocks(np.full(5000, 150), 2048, 130)
+    assert all(np.ptp(plan.pack(i)) < 200 for i in range(len(plan)))
+
+
 @pytest.mark.parametrize(("low", "high", "budget"), [(60, 166, 131072), (60, 166, 16384), (30, 1023, 32768)])
 def test_blocks_cost_no_density_and_keep_neighbours_together(low: int, high: int, budget: int) -> None:
     lengths = np.random.default_rng(0).integers(low, high, 200_000)

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,66 @@ def test_values_that_do_not_fit_their_rows_are_a_bug_and_touch_nothing(tmp_path:
     file.close()
     with h5py.File(store.partial_path(tmp_path / "out.h5")) as read:
         assert not read["mean/0"][:3].any()
+
+
+def test_a_later_value_of_a_row_wins_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "LARGE_WRITE", 6 * HIDDEN * 4)
+    file = Store.create(tmp_path / "out.h5", layout())
+    file.place("mean", 0, np.array([0, 2]), values([4, 5]))
+    file.place("mean", 0, np.arange(6), values(list(range(6))))
+    file.commit()
+    file.close()
+    with h5py.File(store.partial_path(tmp_path / "out.h5")) as read:
+        np.testing.assert_array_equal(read["mean/0"][:], values(list(range(6))))
+
+
+def test_a_row_placed_while_another_thread_commits_is_not_vouched_for_unwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Store.create(tmp_path / "out.h5", layout())
+    file.place("mean", 0, np.array([0]), values([0]))
+    file.mark(np.array([0]))
+    begun, pwrite = threading.Event(), os.pwrite
+
+    def slow(fd: int, data: memoryview, offset: int) -> int:
+        begun.set()
+        time.sleep(0.05)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    committing = threading.Thread(target=file.commit)
+    committing.start()
+    begun.wait()
+    file.place("mean", 0, np.array([4]), values([4]))
+    file.mark(np.array([4]))
+    committing.join()
+    file.commit()
+    file.close()
+    with h5py.File(store.partial_path(tmp_path / "out.h5")) as read:
+        assert read["status"][:].tolist() == [DONE, PENDING, PENDING, SKIPPED, DONE, PENDING]
+        np.testing.assert_array_equal(read["mean/0"][4], values([4])[0])
+
+
+def test_after_a_failed_sync_nothing_vouches_for_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux tells of a lost write once; the next fdatasync succeeds, and the row is not there."""
+    file = Store.create(tmp_path / "out.h5", layout())
+    file.place("mean", 0, np.array([1]), values([1]))
+    file.mark(np.array([1]))
+    fdatasync = os.fdatasync
+    answers = iter([OSError(5, "Input/output error")])
+
+    def once(fd: int) -> None:
+        for error in answers:
+            raise error
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", once)
+    with pytest.raises(UserError, match="Input/output error"):
+        file.commit()
+    file.commit()
+    file.close()
+    with h5py.File(store.partial_path(tmp_path / "out.h5")) as read:
+        assert read["status"][1] == PENDING
 
 
 def test_neighbours_that_came_apart_go_out_in_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,8 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         work = decide(table, config)
         budget = config.token_budget
         if budget == "auto":
-            budget = runner.auto_token_budget(device, spec.hidden, spec.parameters * dtype.itemsize)
+            stored = 4 * spec.hidden * len(layers) if "residue" in config.pool else 0
+            budget = runner.auto_token_budget(device, spec.hidden, spec.parameters * dtype.itemsize, stored)
         plan = in_blocks(work.segments.length, int(budget))
         layout = _layout(config, table, work, spec, layers)
     summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *backend.notes])

@@ -168,18 +168,22 @@ FULL = 0.97
 
 def in_blocks(lengths: NDArray[np.int32] | Int64, token_budget: int, block: int = BLOCK) -> Plan:
     """The plan of a run: first-fit decreasing within blocks of segments, so that neighbours in the file are computed, read and
-    written together. Packs that a block leaves less than 97 % full are taken up by the next, so density does not suffer.
+    written together. Segments longer than the budget come first, so that what does not fit the device shows at once. Packs that
+    a block leaves less than 97 % full are taken up by the next, so density does not suffer.
     """
     if len(lengths) < 2 * block:
         return first_fit_decreasing(lengths, token_budget)
-    plans: list[Plan] = []
+    cost = np.asarray(lengths, np.int64) + SPECIAL_TOKENS
+    alone, rest = np.flatnonzero(cost > token_budget), np.flatnonzero(cost <= token_budget)
+    shortest = int(cost.min())
     left_over = np.empty(0, np.int64)
-    starts = range(0, len(lengths) - block, block)
-    for start in starts:
-        last = start == starts[-1]
-        numbers = np.append(left_over, np.arange(start, len(lengths) if last else start + block))
+    parts = [rest[start : start + block] for start in range(0, len(rest), block)]
+    plans: list[Plan] = []
+    for at, part in enumerate([alone, *parts]):
+        numbers = np.append(left_over, part)
         plan = first_fit_decreasing(lengths[numbers], token_budget)
-        kept = (plan.tokens >= FULL * plan.rung) & (plan.rung >= token_budget) | last
+        room = token_budget - plan.tokens
+        kept = (room <= (1 - FULL) * token_budget) | (room < shortest) | (at == len(parts))
         segments = numbers[plan.segments]
         in_kept = np.repeat(kept, np.diff(plan.offsets))
         left_over = np.sort(segments[~in_kept])

@@ -99,17 +99,22 @@ def check_room(device: torch.device, needed: int, what: str) -> None:
         )
 
 
-def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int) -> int:
+def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int, stored: int = 0) -> int:
     """A power of two of tokens that surely fits: on a large GPU 32768, and for small models up to 131072, so that a pack
-    takes the device longer than launching it takes the host; 2048 on a CPU, where larger packs gain nothing."""
+    takes the device longer than launching it takes the host; 2048 on a CPU, where larger packs gain nothing.
+
+    stored: bytes that each token leaves to be copied out (per-residue rows), which three packs hold at a time.
+    """
     if device.type == "cpu":
         return 2048
     budget = 32768
     if device.type == "cuda":
-        while budget < 131072 and budget * hidden < 32768 * 1280:
+        while not stored and budget < 131072 and budget * hidden < 32768 * 1280:
             budget *= 2
         free = torch.cuda.mem_get_info(device)[0] - weight_bytes
-        per_token = 64 * hidden + 512  # fp32 copies for rotary and pooling, fc1 and its GELU, the residual stream
+        per_token = (
+            64 * hidden + 512 + 3 * stored
+        )  # fp32 copies for rotary and pooling, fc1 and its GELU, the residual stream
         while budget > 1024 and budget * per_token > free // 2:
             budget //= 2
     return budget

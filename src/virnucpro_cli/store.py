@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -238,13 +239,14 @@ class _Place:
 
 
 class Store:
-    """A laid-out file, locked by this process, filled row by row. Not safe for several threads at once."""
+    """A laid-out file, locked by this process, filled row by row."""
 
     def __init__(self, output: Path, path: Path, fd: int):
         self.output, self.path, self.fd = output, path, fd
         self._uncommitted: list[tuple[NDArray[np.int64], int, int, int]] = []
         self._staged: dict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = {}
         self._staged_bytes = 0
+        self._lock = threading.RLock()  # an error elsewhere may commit while a writing thread still places
         self.places: dict[str, _Place] = {}
         with h5py.File(path, "r", locking=False) as file:
             self.status: NDArray[np.uint8] = file["status"][:]
@@ -326,13 +328,16 @@ class Store:
         place = self.places[name]
         assert len(rows) == len(values), "rows and values of different number; this is a bug"
         assert values[0].nbytes == place.row_bytes, "values in another dtype or width than the dataset; this is a bug"
-        if values.nbytes >= LARGE_WRITE and (np.diff(rows) == 1).all():
-            self._write(_bytes(np.ascontiguousarray(values)), place.offset + int(rows[0]) * place.row_bytes)
-            return
-        self._staged.setdefault(name, []).append((rows, values if values.base is None else values.copy()))
-        self._staged_bytes += values.nbytes
-        if self._staged_bytes > MOST_STAGED:
-            self._write_staged()
+        with self._lock:
+            if values.nbytes >= LARGE_WRITE and (np.diff(rows) == 1).all():
+                if kind != "residue":
+                    self._write_staged()  # which may hold an older value of these rows
+                self._write(_bytes(np.ascontiguousarray(values)), place.offset + int(rows[0]) * place.row_bytes)
+                return
+            self._staged.setdefault(name, []).append((rows, values if values.base is None else values.copy()))
+            self._staged_bytes += values.nbytes
+            if self._staged_bytes > MOST_STAGED:
+                self._write_staged()
 
     def _write_staged(self) -> None:
         for name, parts in self._staged.items():
@@ -352,10 +357,15 @@ class Store:
     def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:
         """Note that the rows placed so far are final; it becomes true on disk with the next commit."""
         if len(rows):
-            self._uncommitted.append((rows, status, flag, reason))
+            with self._lock:
+                self._uncommitted.append((rows, status, flag, reason))
 
     def commit(self) -> None:
         """Make placed rows durable, then the status bytes that vouch for them."""
+        with self._lock:
+            self._commit()
+
+    def _commit(self) -> None:
         self._write_staged()
         if not self._uncommitted:
             return
@@ -415,6 +425,7 @@ class Store:
         try:
             os.fdatasync(self.fd)
         except OSError as error:
+            self._uncommitted.clear()  # the kernel tells of a lost write once: nothing may vouch for these rows any more
             raise _disk_error(error, self.output, resumable=True) from None
 
 

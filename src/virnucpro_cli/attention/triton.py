@@ -17,12 +17,12 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it computes in fp16 or bf16, not {describe(dtype)}"
     if find_spec("triton") is None:
         return "the triton package, which comes with PyTorch for CUDA, is not there"
-    from virnucpro_cli.kernels import fused
-
     try:
+        from virnucpro_cli.kernels import fused
+
         fused.try_out(device, dtype)
     except Exception as error:  # no C compiler, no room for the cache, another Triton ...
-        return f"{BROKEN} ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+        return f"{BROKEN} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
     return None
 
 

@@ -18,11 +18,11 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _attention(
-    q, k, v, keys, values, out, tiles, scale, stride,
+    q, k, v, keys, values, out, tiles, scale, stride, heads,
     HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    tile = tiles + 3 * tl.program_id(1)
+    head = tl.program_id(0) % heads
+    tile = tiles + 3 * (tl.program_id(0) // heads)
     first, start, stop = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     d, query, key = tl.arange(0, WIDE), tl.arange(0, QUERIES), tl.arange(0, KEYS)
     tail = start + (stop - start - 1) // KEYS * KEYS
@@ -50,7 +50,7 @@ def _attention(
         sums = sums * shrink[:, None] + weight
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * shrink[:, None])
         top = new
-    width = tl.num_programs(0) * HEAD_DIM
+    width = heads * HEAD_DIM
     to = out + first.to(tl.int64) * width + column + query[:, None] * width + d[None, :]
     tl.store(to, (acc / tl.sum(sums, 1)[:, None]).to(out.dtype.element_ty), mask=valid)
 
@@ -65,8 +65,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Te
     def blocks(x: torch.Tensor) -> TensorDescriptor:
         return TensorDescriptor(x, [rows, heads * head_dim], [x.stride(0), 1], block)
 
-    _attention[(heads, len(tiles))](
-        q, k, v, blocks(k), blocks(v), out, tiles, scale * LOG2_E, q.stride(0),
+    _attention[(heads * len(tiles),)](
+        q, k, v, blocks(k), blocks(v), out, tiles, scale * LOG2_E, q.stride(0), heads,
         head_dim, wide, QUERY_TILE, KEYS, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

@@ -3,6 +3,7 @@
 import torch
 
 from virnucpro_cli.kernels import plain
+from virnucpro_cli.kernels.attention import attention
 from virnucpro_cli.kernels.linear import gelu_linear, rotary, rotary_linear
 from virnucpro_cli.kernels.norm import add_norm
 from virnucpro_cli.kernels.plain import layer_norm
@@ -21,14 +22,25 @@ def arrange(qkv: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def try_out(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile two kernels on this device and compare them with their twins; raises whatever goes wrong."""
+    """Compile every kernel on this device and compare it with its plain twin; raises whatever goes wrong."""
     with torch.cuda.device(device), torch.inference_mode():
-        x = torch.linspace(-4, 4, 16 * 64, device=device).reshape(16, 64).to(dtype)
-        weight = torch.linspace(-0.3, 0.3, 64 * 64, device=device).reshape(64, 64).to(dtype)
+        x = torch.linspace(-4, 4, 16 * 64, device=device).reshape(16, 64).sin().to(dtype)
+        weight = torch.linspace(-9, 9, 192 * 64, device=device).reshape(192, 64).sin().mul(0.2).to(dtype)
+        bias, angles = weight[:, 0].contiguous(), torch.linspace(0, 6, 16 * 16, device=device).reshape(16, 16)
+        tables = angles.cos(), angles.sin(), torch.arange(16, device=device, dtype=torch.int32)
+        turned, kept = arrange(weight, 32), arrange(bias, 32)
+        q, k, v = rotary_linear(x, turned, kept, rotary(*tables))
+        tiles = torch.tensor([[0, 0, 16]], device=device, dtype=torch.int32)
+        q2, k2, v2 = plain.rotary_linear(x, weight, bias, plain.rotary(*tables))
+        one, two = (t.float().transpose(0, 1) for t in (q2, k2))
         pairs = {
             "add_norm": (add_norm(x.clone(), x, x[0], x[1]), plain.add_norm(x.clone(), x, x[0], x[1])),
-            "gelu_linear": (gelu_linear(x, weight, x[0]), plain.gelu_linear(x, weight, x[0])),
+            "gelu_linear": (gelu_linear(x, weight, bias), plain.gelu_linear(x, weight, bias)),
+            "rotary_linear and attention": (
+                attention(q, k, v, tiles, 0.2),
+                ((one @ two.transpose(1, 2) * 0.2).softmax(-1) @ v2.float().transpose(0, 1)).transpose(0, 1),
+            ),
         }
         for name, (found, twin) in pairs.items():
-            if not (found - twin).float().norm() <= 1e-2 * twin.float().norm():
+            if not (found - twin).float().norm() <= 2e-2 * twin.float().norm():
                 raise RuntimeError(f"{name} differs from its plain twin")

@@ -23,7 +23,7 @@ def gelu(x):
 
     Coefficients: least maximum error of u Phi(-u), absolute above .02 and relative below, on [0, 5.5].
     """
-    u = tl.minimum(tl.abs(x), 5.5)
+    u = tl.minimum(tl.abs(x), 5.5, propagate_nan=tl.PropagateNan.ALL)  # what is not a number must stay so
     tail = -3.6391029425431043e-06 * u + 8.116065873764455e-05
     tail = tail * u - 0.0008034128113649786
     tail = tail * u + 0.004725824575871229
