@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from virnucpro_cli import attention, report, runner
 from virnucpro_cli.collate import query_tiles
-from virnucpro_cli.errors import UserError
 from virnucpro_cli.kernels import fused, plain
 from virnucpro_cli.kernels.attention import attention as short_attention
 from virnucpro_cli.model import spec as specs
@@ -43,7 +42,7 @@ def random(*shape, dtype, scale=1.0):
 
 def kernels(spec, dtype, rows, copy_rate):
     d, heads, head_dim = spec.hidden, spec.heads, spec.head_dim
-    x, wide = random(rows, d, dtype=dtype), random(rows, 4 * d, dtype=dtype)
+    x = random(rows, d, dtype=dtype)
     delta = random(rows, d, dtype=dtype, scale=1e-3)
     norm = random(d, dtype=dtype), random(d, dtype=dtype)
     positions = (torch.arange(rows, device=DEVICE) % 400).int()
@@ -80,7 +79,6 @@ def kernels(spec, dtype, rows, copy_rate):
             if steps is fused:
                 ours = took
         row(name, ours, took, alone)
-    del wide
     for load in ("fragments", "natural"):
         lengths = getattr(workload, load)(rows, np.random.default_rng(0))
         lengths = np.minimum(np.asarray(lengths), 1022) + 2
@@ -117,9 +115,9 @@ def forwards(spec, dtype, rows, seconds):
                 call()
             floor = limits.measure(spec, dtype, DEVICE, rows).gemm_floor
             times = {key: [] for key in ways}
-            for _ in range(max(3, int(seconds / 4 / best(ways["triton"])))):
+            for _ in range(max(3, int(seconds / 4 / seconds_of(ways["triton"])))):
                 for key, call in ways.items():
-                    times[key].append(best(call))
+                    times[key].append(seconds_of(call))
             for name, each in times.items():
                 rate = mode.used / float(np.median(each))
                 found.append(
@@ -153,7 +151,7 @@ def launch_time(model, batch):
     return took
 
 
-def best(call):
+def seconds_of(call):
     started = time.perf_counter()
     call()
     torch.cuda.synchronize()
@@ -168,9 +166,7 @@ def main():
     options = parser.parse_args()
     exact_arithmetic()
     dtype, out = runner.DTYPES[options.dtype], report.console(False)
-    source = torch.empty(1 << 29, device=DEVICE, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    copy_rate = 2 * source.numel() / limits.best_of(lambda: target.copy_(source), DEVICE)
+    copy_rate = limits.copy_rate(DEVICE)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, copy {copy_rate / 1e12:.2f} TB/s"
     )
@@ -183,10 +179,7 @@ def main():
     torch.cuda.empty_cache()
     rows = []
     for name in options.models.split(","):
-        try:
-            rows += forwards(specs.by_name(name), dtype, rows_of(name), options.seconds)
-        except UserError as error:
-            print(error)
+        rows += forwards(specs.by_name(name), dtype, rows_of(name), options.seconds)
         torch.cuda.empty_cache()
     out.print(report.rows_table("Forwards", rows))
 

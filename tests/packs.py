@@ -34,11 +34,7 @@ def one_pack(folder: Path, sequences: list[str], rows: int) -> PackedBatch:
 
 def embeddings(model: ESM2, batch: PackedBatch, layers: tuple[int, ...]) -> Embeddings:
     """All three pools of every layer, stored in fp32."""
-    found = Embeddings()
-    pooler = Pooler(("mean", "bos", "residue"), torch.float32)
-    batch = batch.to(model.device)
-    model.forward(batch, layers, lambda layer, hidden: pooler.add(found, layer, hidden, batch))
-    return found
+    return model.embed(batch.to(model.device), layers, Pooler(("mean", "bos", "residue"), torch.float32))
 
 
 def of_segment(found: Embeddings, batch: PackedBatch, i: int) -> dict[tuple[str, int], torch.Tensor]:

@@ -45,10 +45,7 @@ def no_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Packe
 
 
 def forward(model: ESM2, batch: PackedBatch, kinds: tuple[str, ...] = ("mean",)) -> Embeddings:
-    into = Embeddings()
-    pooler = Pooler(kinds, torch.float16)
-    model.forward(batch, (model.spec.layers,), lambda layer, hidden: pooler.add(into, layer, hidden, batch))
-    return into
+    return model.embed(batch, (model.spec.layers,), Pooler(kinds, torch.float16))
 
 
 def model_of(layers: int) -> ESM2:
@@ -99,7 +96,7 @@ def test_python_does_nothing_per_protein_in_the_forward(tmp_path: Path) -> None:
 
 def test_what_goes_to_the_device_is_a_few_bytes_a_token(tmp_path: Path) -> None:
     batch = one_pack(tmp_path, ["MKV" * 30] * 40, 4096)
-    tensors = [batch.tokens, batch.positions, batch.cu_seqlens, batch.divisor]
+    tensors = [batch.tokens, batch.positions, batch.cu_seqlens, batch.divisor, batch.query_tiles]
     assert batch.mask_ratio is None and batch.weights is None
     assert sum(t.numel() * t.element_size() for t in tensors) <= 8.5 * 4096
 

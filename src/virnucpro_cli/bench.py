@@ -19,7 +19,7 @@ import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import embed, report, runner
 from virnucpro_cli.config import BenchConfig, EmbedConfig, resolve
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
@@ -247,9 +247,7 @@ class _Bench:
             try:
                 records, rate = self._peer_rate(peer, ids)
             except Exception as error:  # of another project's code
-                self.report.notes.append(
-                    f"{peer.name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                )
+                self.report.notes.append(f"{peer.name}: {in_a_line(error)}")
                 continue
             self.report.tables.setdefault("Peers", []).append({
                 "peer": peer.name, "workload": self.main.name, "records": records, "tokens/s": rate,

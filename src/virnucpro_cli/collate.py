@@ -29,8 +29,9 @@ class PackedBatch:
     """n segments, each `<cls> residues <eos>`, one behind the other in T rows; rows past `cu_seqlens[-1]` are filler.
 
     Tensors: tokens int32 [T]; positions int32 [T], restarting at 0; cu_seqlens int32 [n + 1]; divisor float32 [n],
-    residues that the mean divides by; query_tiles int32 [m, 3], see `query_tiles`; mask_ratio float32 [T] or None, `1 - masked share` of each row's segment, only
-    where a `<mask>` occurs; weights float32 [T] or None, blending weights, only where a window of a long record occurs.
+    residues that the mean divides by; query_tiles int32 [m, 3], see the function; mask_ratio float32 [T] or None,
+    `1 - masked share` of each row's segment, only where a `<mask>` occurs; weights float32 [T] or None, blending weights,
+    only where a window of a long record occurs.
     Host: segments int64 [n], their numbers; lengths int64 [n], tokens of each; max_seqlen.
     """
 

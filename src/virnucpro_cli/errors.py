@@ -8,6 +8,11 @@ EXIT_INTERNAL = 70
 EXIT_SIGNAL_BASE = 128
 
 
+def in_a_line(error: BaseException) -> str:
+    """The kind of an error of another project's code, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 class UserError(Exception):
     """Something the user can put right: what happened (with the place), and the remedy."""
 

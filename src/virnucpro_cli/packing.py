@@ -176,29 +176,23 @@ def in_blocks(lengths: NDArray[np.int32] | Int64, token_budget: int, block: int 
     cost = np.asarray(lengths, np.int64) + SPECIAL_TOKENS
     alone, rest = np.flatnonzero(cost > token_budget), np.flatnonzero(cost <= token_budget)
     shortest = int(cost.min())
+    parts = [alone, *(rest[start : start + block] for start in range(0, len(rest), block))]
     left_over = np.empty(0, np.int64)
-    parts = [rest[start : start + block] for start in range(0, len(rest), block)]
-    plans: list[Plan] = []
-    for at, part in enumerate([alone, *parts]):
+    segments, sizes, tokens = [], [], []  # of the packs that are kept
+    for part in parts:
         numbers = np.append(left_over, part)
         plan = first_fit_decreasing(lengths[numbers], token_budget)
         room = token_budget - plan.tokens
-        kept = (room <= (1 - FULL) * token_budget) | (room < shortest) | (at == len(parts))
-        segments = numbers[plan.segments]
-        in_kept = np.repeat(kept, np.diff(plan.offsets))
-        left_over = np.sort(segments[~in_kept])
-        offsets = np.append(0, np.cumsum(np.diff(plan.offsets)[kept]))
-        plans.append(Plan(segments[in_kept], offsets, plan.rung[kept], plan.tokens[kept], token_budget))
-    ends = np.cumsum([0, *(len(plan.segments) for plan in plans)])
-    return Plan(
-        np.concatenate([plan.segments for plan in plans]),
-        np.concatenate([[0], *(plan.offsets[1:] + end for plan, end in zip(plans, ends, strict=False))]).astype(
-            np.int64
-        ),
-        np.concatenate([plan.rung for plan in plans]),
-        np.concatenate([plan.tokens for plan in plans]),
-        token_budget,
-    )
+        kept = (room <= (1 - FULL) * token_budget) | (room < shortest) | (part is parts[-1])
+        size = np.diff(plan.offsets)
+        in_kept = np.repeat(kept, size)
+        segments.append(numbers[plan.segments[in_kept]])
+        sizes.append(size[kept])
+        tokens.append(plan.tokens[kept])
+        left_over = np.sort(numbers[plan.segments[~in_kept]])
+    used = np.concatenate(tokens)
+    offsets = np.append(0, np.cumsum(np.concatenate(sizes)))
+    return Plan(np.concatenate(segments), offsets, _rung_of(used, token_budget), used, token_budget)
 
 
 def arranged(packs: list[list[int]], lengths: NDArray[np.int32] | Int64, token_budget: int) -> Plan:

@@ -112,9 +112,8 @@ def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int, stor
         while not stored and budget < 131072 and budget * hidden < 32768 * 1280:
             budget *= 2
         free = torch.cuda.mem_get_info(device)[0] - weight_bytes
-        per_token = (
-            64 * hidden + 512 + 3 * stored
-        )  # fp32 copies for rotary and pooling, fc1 and its GELU, the residual stream
+        # fp32 copies for rotary and pooling, fc1 and its GELU, the residual stream
+        per_token = 64 * hidden + 512 + 3 * stored
         while budget > 1024 and budget * per_token > free // 2:
             budget //= 2
     return budget

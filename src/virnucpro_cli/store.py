@@ -163,16 +163,15 @@ class _Reserved:
         return count
 
     def write(self, data: Any) -> int:
-        view, start = memoryview(data), self.at
+        view = memoryview(data)
         try:
-            while view:
-                written = os.pwrite(self.fd, view, self.at)
-                view, self.at = view[written:], self.at + written
+            _pwrite_all(self.fd, view, self.at)
         except OSError as error:
             self.error = self.error or error
             raise
+        self.at += view.nbytes
         self.size = max(self.size, self.at)
-        return self.at - start
+        return view.nbytes
 
     def truncate(self, size: int | None = None) -> int:
         self.size = self.at if size is None else size
@@ -330,9 +329,9 @@ class Store:
         assert values[0].nbytes == place.row_bytes, "values in another dtype or width than the dataset; this is a bug"
         with self._lock:
             if values.nbytes >= LARGE_WRITE and (np.diff(rows) == 1).all():
-                if kind != "residue":
+                if name in self._staged:
                     self._write_staged()  # which may hold an older value of these rows
-                self._write(_bytes(np.ascontiguousarray(values)), place.offset + int(rows[0]) * place.row_bytes)
+                self._write_rows(name, rows, np.ascontiguousarray(values))
                 return
             self._staged.setdefault(name, []).append((rows, values if values.base is None else values.copy()))
             self._staged_bytes += values.nbytes
@@ -341,18 +340,21 @@ class Store:
 
     def _write_staged(self) -> None:
         for name, parts in self._staged.items():
-            place = self.places[name]
             rows = np.concatenate([rows for rows, _ in parts])
             order = np.argsort(rows, kind="stable")
-            rows, values = rows[order], np.concatenate([values for _, values in parts])[order]
-            breaks = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)  # where a run of neighbours begins
-            bounds = [*(breaks * place.row_bytes).tolist(), values.nbytes]
-            offsets = (place.offset + rows[breaks] * place.row_bytes).tolist()
-            data = _bytes(values)
-            for (a, b), offset in zip(pairwise(bounds), offsets, strict=True):
-                self._write(data[a:b], offset)
+            self._write_rows(name, rows[order], np.concatenate([values for _, values in parts])[order])
         self._staged.clear()
         self._staged_bytes = 0
+
+    def _write_rows(self, name: str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Values of rows in rising order; neighbours in one write, and never a byte of a row that is not among them."""
+        place = self.places[name]
+        starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)  # where a run of neighbours begins
+        bounds = [*(starts * place.row_bytes).tolist(), values.nbytes]
+        offsets = (place.offset + rows[starts] * place.row_bytes).tolist()
+        data = memoryview(values.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
+        for (a, b), offset in zip(pairwise(bounds), offsets, strict=True):
+            self._write(data[a:b], offset)
 
     def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:
         """Note that the rows placed so far are final; it becomes true on disk with the next commit."""
@@ -363,33 +365,26 @@ class Store:
     def commit(self) -> None:
         """Make placed rows durable, then the status bytes that vouch for them."""
         with self._lock:
-            self._commit()
-
-    def _commit(self) -> None:
-        self._write_staged()
-        if not self._uncommitted:
-            return
-        self._sync()
-        for rows, status, flag, reason in self._uncommitted:
-            self.status[rows] = status
-            if flag:
-                self.flags[rows] |= np.uint16(flag)
-                self._write_column("flags", self.flags, rows)
-            if reason:
-                self.reason[rows] = reason
-                self._write_column("reason", self.reason, rows)
-        self._sync()
-        self._write_column("status", self.status, np.concatenate([rows for rows, *_ in self._uncommitted]))
-        self._sync()
-        self._uncommitted.clear()
+            self._write_staged()
+            if not self._uncommitted:
+                return
+            self._sync()
+            for rows, status, flag, reason in self._uncommitted:
+                self.status[rows] = status
+                if flag:
+                    self.flags[rows] |= np.uint16(flag)
+                    self._write_column("flags", self.flags, rows)
+                if reason:
+                    self.reason[rows] = reason
+                    self._write_column("reason", self.reason, rows)
+            self._sync()
+            self._write_column("status", self.status, np.concatenate([rows for rows, *_ in self._uncommitted]))
+            self._sync()
+            self._uncommitted.clear()
 
     def _write_column(self, name: str, column: NDArray[Any], rows: NDArray[np.int64]) -> None:
         rows = np.unique(rows)
-        place = self.places[name]
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1  # never a byte of a row that another process may own
-        for a, b in pairwise([0, *breaks.tolist(), len(rows)]):
-            first, last = int(rows[a]), int(rows[b - 1])
-            self._write(_bytes(column[first : last + 1]), place.offset + first * place.row_bytes)
+        self._write_rows(name, rows, column[rows])
 
     def finish(self, report: str, overwrite: bool) -> None:
         """Store the report, declare the file complete, and give it its final name."""
@@ -415,9 +410,7 @@ class Store:
 
     def _write(self, data: memoryview, offset: int) -> None:
         try:
-            while data:
-                written = os.pwrite(self.fd, data, offset)
-                data, offset = data[written:], offset + written
+            _pwrite_all(self.fd, data, offset)
         except OSError as error:
             raise _disk_error(error, self.output, resumable=True) from None
 
@@ -429,8 +422,10 @@ class Store:
             raise _disk_error(error, self.output, resumable=True) from None
 
 
-def _bytes(values: NDArray[Any]) -> memoryview:
-    return memoryview(values.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
+def _pwrite_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _disk_error(error: OSError, output: Path, resumable: bool) -> UserError:

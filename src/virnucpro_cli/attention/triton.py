@@ -6,6 +6,7 @@ import torch
 
 from virnucpro_cli.attention import BROKEN, describe, is_nvidia
 from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli.errors import in_a_line
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -22,7 +23,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
         fused.try_out(device, dtype)
     except Exception as error:  # no C compiler, no room for the cache, another Triton ...
-        return f"{BROKEN} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
+        return f"{BROKEN} ({in_a_line(error)[:200]})"
     return None
 
 

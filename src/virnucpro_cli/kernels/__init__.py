@@ -1,5 +1,5 @@
 """The steps of the forward around attention: `plain` in PyTorch for every device, `fused` in Triton, one file per kernel.
 
-Both have the same five functions, so that either is the other's twin: `arrange`, `rotary`, `rotary_linear`,
-`gelu_linear` and `add_norm`.
+Both have the same functions, so that either is the other's twin: `arrange`, `rotary`, `rotary_linear`, `gelu_linear`,
+`add_norm` and `layer_norm` (PyTorch's in both).
 """

@@ -1,6 +1,7 @@
 """The forward's steps as fused Triton kernels, for fp16 and bf16. Same functions as `plain`."""
 
 import torch
+import torch.nn.functional as F
 
 from virnucpro_cli.kernels import plain
 from virnucpro_cli.kernels.attention import attention
@@ -31,14 +32,14 @@ def try_out(device: torch.device, dtype: torch.dtype) -> None:
         turned, kept = arrange(weight, 32), arrange(bias, 32)
         q, k, v = rotary_linear(x, turned, kept, rotary(*tables))
         tiles = torch.tensor([[0, 0, 16]], device=device, dtype=torch.int32)
-        q2, k2, v2 = plain.rotary_linear(x, weight, bias, plain.rotary(*tables))
-        one, two = (t.float().transpose(0, 1) for t in (q2, k2))
+        twins = plain.rotary_linear(x, weight, bias, plain.rotary(*tables))
+        q2, k2, v2 = (twin.transpose(0, 1) for twin in twins)  # [H, T, Dh]
         pairs = {
             "add_norm": (add_norm(x.clone(), x, x[0], x[1]), plain.add_norm(x.clone(), x, x[0], x[1])),
             "gelu_linear": (gelu_linear(x, weight, bias), plain.gelu_linear(x, weight, bias)),
             "rotary_linear and attention": (
                 attention(q, k, v, tiles, 0.2),
-                ((one @ two.transpose(1, 2) * 0.2).softmax(-1) @ v2.float().transpose(0, 1)).transpose(0, 1),
+                F.scaled_dot_product_attention(q2, k2, v2, scale=0.2).transpose(0, 1),
             ),
         }
         for name, (found, twin) in pairs.items():

@@ -51,10 +51,14 @@ def measure(spec: ModelSpec, dtype: torch.dtype, device: torch.device, rows: int
     side = 8192 if device.type == "cuda" else 1536
     a = torch.randn(side, side, device=device, dtype=dtype)
     peak = 2.0 * side**3 / best_of(lambda: a @ a, device)
+    return Limits(rows, rows / (seconds * spec.layers), flops / seconds, peak, copy_rate(device))
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second of a large copy on the device, read and written."""
     source = torch.empty(1 << (29 if device.type == "cuda" else 26), device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    copied = 2.0 * source.numel() / best_of(lambda: target.copy_(source), device)
-    return Limits(rows, rows / (seconds * spec.layers), flops / seconds, peak, copied)
+    return 2.0 * source.numel() / best_of(lambda: target.copy_(source), device)
 
 
 def best_of(call: Callable[[], object], device: torch.device, least: float = 0.02, repeats: int = 5) -> float:

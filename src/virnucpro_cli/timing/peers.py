@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from virnucpro_cli import alphabet
+from virnucpro_cli.errors import in_a_line
 from virnucpro_cli.model.spec import ModelSpec
 
 TOKS_PER_BATCH = 4096
@@ -43,9 +44,7 @@ def available(
                         Peer(label, make(spec, device, torch.float32 if needs == "fp32" else dtype, token_budget))
                     )
                 except Exception as error:  # of another project's code
-                    absent.append(
-                        f"{label}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                    )
+                    absent.append(f"{label}: {in_a_line(error)}")
     return peers, absent
 
 
