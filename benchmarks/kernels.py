@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--models 8M,150M,650M,3B] [--dtype fp16] [--seconds 2]
 
 The limit of a kernel is the larger of its bytes over the measured copy rate and, for linear layers, the time of cuBLAS for the
-product alone. Forwards: packs of one budget, mean pooling, random weights, interleaved rounds, median.
+product alone ("out, residual" adds in place: over and over here, which changes no time). Forwards: packs of one budget, mean pooling, random weights, interleaved rounds, median.
 """
 
 import argparse
@@ -19,12 +19,14 @@ from virnucpro_cli import attention, report, runner
 from virnucpro_cli.collate import query_tiles
 from virnucpro_cli.kernels import fused, plain
 from virnucpro_cli.kernels.attention import attention as short_attention
+from virnucpro_cli.kernels.norm import row_scale
 from virnucpro_cli.model import spec as specs
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.timing import limits, modes, workload
 
 DEVICE = torch.device("cuda")
+F32 = torch.float32
 
 
 def rows_of(name):
@@ -43,14 +45,16 @@ def random(*shape, dtype, scale=1.0):
 def kernels(spec, dtype, rows, copy_rate):
     d, heads, head_dim = spec.hidden, spec.heads, spec.head_dim
     x = random(rows, d, dtype=dtype)
-    delta = random(rows, d, dtype=dtype, scale=1e-3)
-    norm = random(d, dtype=dtype), random(d, dtype=dtype)
+    stream, inner = x.clone(), random(rows, 4 * d, dtype=dtype, scale=1e-3)
     positions = (torch.arange(rows, device=DEVICE) % 400).int()
     angles = torch.outer(
         torch.arange(400, device=DEVICE), 10000 ** (-torch.arange(0, head_dim, 2, device=DEVICE) / head_dim)
     )
     tables = angles.cos(), angles.sin()
     found = []
+
+    def pair(out, depth):
+        return random(out, depth, dtype=F32, scale=depth**-0.5), random(out, dtype=F32)
 
     def row(name, ours, twin, limit):
         found.append(
@@ -64,21 +68,27 @@ def kernels(spec, dtype, rows, copy_rate):
             }
         )
 
-    row(
-        "add_norm",
-        microseconds(lambda: fused.add_norm(x, delta, *norm)),
-        microseconds(lambda: plain.add_norm(x, delta, *norm)),
-        8 * rows * d / copy_rate * 1e6,
-    )
-    for name, out in (("rotary_linear", 3 * d), ("gelu_linear", 4 * d)):
-        w, b = random(out, d, dtype=dtype, scale=d**-0.5), random(out, dtype=dtype)
-        alone = microseconds(lambda w=w, b=b: F.linear(x, w, b))
-        for steps in (fused, plain):
-            extra = (steps.rotary(*tables, positions),) if out == 3 * d else ()
-            took = microseconds(lambda s=steps, w=w, b=b, e=extra, n=name: getattr(s, n)(x, w, b, *e))
-            if steps is fused:
-                ours = took
-        row(name, ours, took, alone)
+    norms, products, prepared, extra = {}, {}, {}, {}
+    norm = random(d, dtype=F32), random(d, dtype=F32)
+    parts = plain.Layer(norm, pair(3 * d, d), pair(d, d), norm, pair(4 * d, d), pair(d, 4 * d))
+    for steps in (fused, plain):
+        (prepared[steps],), norms[steps] = steps.prepare([parts], norm, head_dim, dtype)
+        extra[steps] = steps.rotary(*tables, positions)
+    for name in ("qkv", "out", "fc1", "fc2"):
+        a, w = inner if name == "fc2" else x, getattr(parts, name)[0].to(dtype)
+        products[name] = microseconds(lambda a=a, w=w: F.linear(a, w))
+
+    def both(call):
+        return [microseconds(lambda s=steps: call(s, prepared[s])) for steps in (fused, plain)]
+
+    offset = prepared[fused].offset
+    row("row_scale", microseconds(lambda: row_scale(x, offset)), "-", 2 * rows * d / copy_rate * 1e6)
+    row("last norm", *both(lambda s, layer: s.last_norm(x, norms[s])), 4 * rows * d / copy_rate * 1e6)
+    row("norm, qkv, rotary", *both(lambda s, layer: s.query_key_value(x, layer, extra[s])), products["qkv"])
+    mixed = x.view(rows, heads, head_dim)
+    row("out, residual", *both(lambda s, layer: s.add_attention(stream, mixed, layer)), products["out"])
+    row("norm, fc1, GELU", *both(lambda s, layer: s.gelu_inner(x, layer)), products["fc1"])
+    row("fc2, residual", *both(lambda s, layer: s.add_inner(stream, inner, layer)), products["fc2"])
     for load in ("fragments", "natural"):
         lengths = getattr(workload, load)(rows, np.random.default_rng(0))
         lengths = np.minimum(np.asarray(lengths), 1022) + 2

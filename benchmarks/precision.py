@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from virnucpro_cli import attention, fasta, runner, validate
 from virnucpro_cli.collate import VarlenCollator
@@ -34,8 +35,12 @@ class WideResidual(ESM2):
     def __init__(self, spec, state, dtype, device, backend):
         super().__init__(spec, state, dtype, device, backend._replace(steps=SimpleNamespace(**vars(plain))))
         self.embedding = ESM2(spec, state, torch.float32, device, backend).embedding
-        self.backend.steps.layer_norm = self._layer_norm
-        self.backend.steps.add_norm = lambda x, delta, *norm: self._layer_norm(x.add_(delta), *norm)
+        steps, norm = self.backend.steps, self._layer_norm
+        steps.query_key_value = lambda x, layer, rotary: plain.rotated(
+            F.linear(norm(x, *layer.norm1), *layer.qkv), rotary
+        )
+        steps.gelu_inner = lambda x, layer: plain.gelu(F.linear(norm(x, *layer.norm2), *layer.fc1))
+        steps.last_norm = lambda x, pair: norm(x, *pair)
 
     def _layer_norm(self, x, weight, bias):
         return plain.layer_norm(x, weight.float(), bias.float()).to(self.dtype)

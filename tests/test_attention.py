@@ -135,11 +135,12 @@ def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.Monk
     fused = pytest.importorskip("virnucpro_cli.kernels.fused")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     fused.try_out(CPU, torch.float16)
-    monkeypatch.setattr(fused, "gelu_linear", lambda x, w, b: plain.gelu_linear(x, w, b) * 1.1)
+    gelu_linear = fused.gelu_linear
+    monkeypatch.setattr(fused, "gelu_linear", lambda x, layer: gelu_linear(x, layer) * 1.1)
     with pytest.raises(RuntimeError, match="gelu_linear differs"):
         fused.try_out(CPU, torch.float16)
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(fused, "arrange", plain.arrange)
-    with pytest.raises(RuntimeError, match="rotary_linear and attention differs"):
+    monkeypatch.setattr(fused, "_interleaved", lambda each, head_dim: each)
+    with pytest.raises(RuntimeError, match="rotary_linear or attention differs"):
         fused.try_out(CPU, torch.float16)

@@ -1,20 +1,26 @@
-"""Linear layers on Hopper whose result is finished before it leaves the chip: GELU, or the rotary embedding of q and k.
+"""Linear layers on Hopper with the LayerNorm before them folded in, whose result is finished before it leaves the chip:
+GELU, or the rotary embedding of q and k.
 
 One persistent kernel: tiles of x and W come through the tensor memory accelerator, three deep; a tile of the result is
 finished in fp32 and stored a column block after the other. Every row is computed in the same order wherever it stands.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from virnucpro_cli.kernels.norm import row_scale
+from virnucpro_cli.kernels.plain import Pair
+
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 """Tile of the result, and how much of the inner dimension is loaded at a time."""
 GELU, TURN_BY_TILE, TURN_BY_ROW = 1, 2, 3
-TURN_COLUMNS = 64
+TURN_COLUMNS = COLUMNS // 4
+Rotary = tuple[torch.Tensor, torch.Tensor, int]
 
 
 @triton.jit
@@ -37,24 +43,33 @@ def gelu(x):
 
 
 @triton.jit
+def _turn(acc, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    first, second = tl.split(tl.reshape(acc, (ROWS, COLUMNS // 2, 2)))
+    return tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), (ROWS, COLUMNS))
+
+
+@triton.jit
 def _finish(
-    acc, y, bias, table, positions, row, column, rows, columns, rotated,
-    EPILOGUE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    acc, y, scale, shift, bias, cos, sin, table, positions, row, column, rows, columns, rotated,
+    EPILOGUE: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     c = column + tl.arange(0, COLUMNS)
-    if EPILOGUE != 2:
-        acc += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+    inside = c < columns
+    acc += tl.load(shift + c, mask=inside, other=0.0)[None, :]
+    acc = acc * scale[:, None] + tl.load(bias + c, mask=inside, other=0.0)[None, :]
     if EPILOGUE == 1:
         acc = gelu(acc)
-    if EPILOGUE == 3 and column < rotated:
-        r = row + tl.arange(0, ROWS)
-        position = tl.load(positions + r, mask=r < rows, other=0)
-        turned = (c < rotated)[None, :]
-        turn = tl.load(table + position[:, None] * HEAD_DIM + (c % HEAD_DIM)[None, :], mask=turned, other=0.0)
-        turn = tl.where(turned, turn, tl.where((c % 2 == 0)[None, :], 1.0, 0.0))
-        cos, sin = tl.split(tl.reshape(turn, (ROWS, COLUMNS // 2, 2)))
-        first, second = tl.split(tl.reshape(acc, (ROWS, COLUMNS // 2, 2)))
-        acc = tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), (ROWS, COLUMNS))
+    elif column < rotated:
+        turned = (c < rotated)[None, :]  # v may begin among these columns
+        if EPILOGUE == 2:
+            found = _turn(acc, cos, sin, ROWS, COLUMNS)
+            acc = found if ALIGNED else tl.where(turned, found, acc)
+        else:
+            r = row + tl.arange(0, ROWS)
+            position = tl.load(positions + r, mask=r < rows, other=0)
+            turn = tl.load(table + position[:, None] * HEAD_DIM + (c % HEAD_DIM)[None, :], mask=turned, other=0.0)
+            own_cos, own_sin = tl.split(tl.reshape(turn, (ROWS, COLUMNS // 2, 2)))
+            acc = tl.where(turned, _turn(acc, own_cos, own_sin, ROWS, COLUMNS), acc)
     y.store([row, column], acc.to(y.dtype))
 
 
@@ -65,45 +80,64 @@ def _halves(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _linear(
-    x, w, y, bias, table, positions, rows, columns, depth, rotated, programs,
-    EPILOGUE: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr, TURN_COLUMNS: tl.constexpr,
+    x, w, y, scales, shift, bias, table, positions, rows, columns, depth, rotated, programs,
+    EPILOGUE: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tiles_down, tiles_across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     in_group = 8 * tiles_across  # eight tiles of rows share the weights that are in the cache
+    quarter: tl.constexpr = COLUMNS // 4
     for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, programs, flatten=True):
         group = tile // in_group * 8
         size = min(tiles_down - group, 8)
         row = (group + tile % in_group % size) * ROWS
         column = tile % in_group // size * COLUMNS
-        if EPILOGUE == 2:  # asked for here, so that it has come when the product is there
-            cos, sin = tl.split(tl.reshape(table.load([row, 0]), (ROWS, 1, TURN_COLUMNS // 2, 2)))
+        r = row + tl.arange(0, ROWS)
+        scale = tl.load(scales + r, mask=r < rows, other=0.0)  # asked for here, to have come when the product is there
+        cos, sin = scale, scale
+        if EPILOGUE == 2:
+            cos, sin = tl.split(tl.reshape(table.load([row, 0]), (ROWS, quarter // 2, 2)))
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, depth, DEPTH):
             acc = tl.dot(x.load([row, k]), w.load([column, k]).T, acc)
-        if EPILOGUE == 2:
-            c = column + tl.arange(0, COLUMNS)
-            acc += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
-            if column < rotated:
-                first, second = tl.split(tl.reshape(acc, (ROWS, COLUMNS // TURN_COLUMNS, TURN_COLUMNS // 2, 2)))
-                turned = tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), (ROWS, COLUMNS))
-                acc = turned if ALIGNED else tl.where((c < rotated)[None, :], turned, acc)  # v may begin in this tile
-        quarter: tl.constexpr = COLUMNS // 4
         left, right = _halves(acc, ROWS, COLUMNS)
         a, b = _halves(left, ROWS, COLUMNS // 2)
         c, d = _halves(right, ROWS, COLUMNS // 2)
-        _finish(a, y, bias, table, positions, row, column, rows, columns, rotated, EPILOGUE, HEAD_DIM, ROWS, quarter)
-        _finish(b, y, bias, table, positions, row, column + quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ROWS, quarter)  # fmt: skip
-        _finish(c, y, bias, table, positions, row, column + 2 * quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ROWS, quarter)  # fmt: skip
-        _finish(d, y, bias, table, positions, row, column + 3 * quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ROWS, quarter)  # fmt: skip
+        _finish(a, y, scale, shift, bias, cos, sin, table, positions, row, column, rows, columns, rotated, EPILOGUE, HEAD_DIM, ALIGNED, ROWS, quarter)  # fmt: skip
+        _finish(b, y, scale, shift, bias, cos, sin, table, positions, row, column + quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ALIGNED, ROWS, quarter)  # fmt: skip
+        _finish(c, y, scale, shift, bias, cos, sin, table, positions, row, column + 2 * quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ALIGNED, ROWS, quarter)  # fmt: skip
+        _finish(d, y, scale, shift, bias, cos, sin, table, positions, row, column + 3 * quarter, rows, columns, rotated, EPILOGUE, HEAD_DIM, ALIGNED, ROWS, quarter)  # fmt: skip
 
 
-def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """As `plain.gelu_linear`, with the GELU on the fp32 accumulators."""
-    return _launch(x, weight, bias, GELU, bias, bias, 16, 0)
+class Folded(NamedTuple):
+    """LayerNorm of x + offset and the linear layer after it as one product: (x weight^T + shift) row_scale + bias.
+
+    weight [M, K] in 16 bit: W diag(gamma), each row less its mean, which takes the mean out of x; shift = weight offset and
+    bias = b + W beta, float32 [M]; offset float32 [K].
+    """
+
+    offset: torch.Tensor
+    weight: torch.Tensor
+    shift: torch.Tensor
+    bias: torch.Tensor
 
 
-def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+def fold(norm: Pair, linear: Pair, offset: torch.Tensor, dtype: torch.dtype) -> Folded:
+    """All float32; folded in float64, then rounded. A mean of the offset, which LayerNorm would remove, goes here."""
+    (gamma, beta), (weight, bias) = norm, linear
+    offset, wide = offset.double() - offset.double().mean(), weight.double()
+    scaled = wide * gamma
+    rounded = (scaled - scaled.mean(1, keepdim=True)).to(dtype)
+    shift, bias = rounded.double() @ offset, bias + wide @ beta.double()
+    return Folded(offset.float(), rounded, shift.float(), bias.float())
+
+
+def gelu_linear(x: torch.Tensor, layer: Folded) -> torch.Tensor:
+    """x [T, K] to gelu of the folded layer [T, M]."""
+    return _launch(x, layer, GELU, layer.bias, layer.bias, 16, 0)
+
+
+def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rotary:
     """Interleaved cosines and sines, float32, the positions, and the head dimension.
 
     Where heads fill blocks of 64 columns, the table is of rows, as a tile wants it: [T, 64]. Else of positions: [L, Dh].
@@ -115,32 +149,31 @@ def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> tup
     return table, positions, head_dim
 
 
-def rotary_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor, int]
-) -> tuple[torch.Tensor, ...]:
-    """As `plain.rotary_linear`, with weight and bias from `fused.arrange`: q and k rotated in fp32, interleaved."""
+def rotary_linear(x: torch.Tensor, layer: Folded, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+    """x [T, K] to q, k, v [T, H, Dh]; q and k, the first two thirds of the layer, rotated in fp32 and interleaved."""
     table, positions, head_dim = rotary
-    rotated = 2 * (len(weight) // 3)
+    rotated = 2 * (len(layer.weight) // 3)
     if TURN_COLUMNS % head_dim == 0:
         blocks = TensorDescriptor.from_tensor(table, [ROWS, TURN_COLUMNS])
-        out = _launch(x, weight, bias, TURN_BY_TILE, blocks, positions, head_dim, rotated)
+        out = _launch(x, layer, TURN_BY_TILE, blocks, positions, head_dim, rotated)
     else:
-        out = _launch(x, weight, bias, TURN_BY_ROW, table, positions, head_dim, rotated)
+        out = _launch(x, layer, TURN_BY_ROW, table, positions, head_dim, rotated)
     return out.view(len(x), 3, -1, head_dim).unbind(1)
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epilogue: int,
+    x: torch.Tensor, layer: Folded, epilogue: int,
     table: torch.Tensor | TensorDescriptor, positions: torch.Tensor, head_dim: int, rotated: int,
 ) -> torch.Tensor:  # fmt: skip
-    (rows, depth), columns = x.shape, len(weight)
+    (rows, depth), columns = x.shape, len(layer.weight)
     y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS)
     programs = min(_processors(x.device), tiles)
     _linear[(programs,)](
-        TensorDescriptor.from_tensor(x, [ROWS, DEPTH]), TensorDescriptor.from_tensor(weight, [COLUMNS, DEPTH]),
-        TensorDescriptor.from_tensor(y, [ROWS, COLUMNS // 4]), bias, table, positions, rows, columns, depth, rotated, programs,
-        epilogue, head_dim, rotated % COLUMNS == 0, TURN_COLUMNS, ROWS, COLUMNS, DEPTH, num_warps=8, num_stages=3,
+        TensorDescriptor.from_tensor(x, [ROWS, DEPTH]), TensorDescriptor.from_tensor(layer.weight, [COLUMNS, DEPTH]),
+        TensorDescriptor.from_tensor(y, [ROWS, COLUMNS // 4]), row_scale(x, layer.offset), layer.shift, layer.bias,
+        table, positions, rows, columns, depth, rotated, programs,
+        epilogue, head_dim, rotated % (COLUMNS // 4) == 0, ROWS, COLUMNS, DEPTH, num_warps=8, num_stages=3,
     )  # fmt: skip
     return y
 

@@ -1,4 +1,7 @@
-"""Residual add and LayerNorm in one pass: 8 D bytes a row in 16 bit, where the two steps apart take 14 D."""
+"""LayerNorm of the residual stream, and the one number a row that is left of it where it is folded into a linear layer.
+
+The stream is kept without the biases that were added to it: what a row stands for is x + offset.
+"""
 
 import torch
 import triton
@@ -8,31 +11,50 @@ from virnucpro_cli.model.spec import LAYER_NORM_EPS
 
 
 @triton.jit
-def _add_norm(x, delta, out, weight, bias, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+def _load(x, offset, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDE)
     inside = (row < rows)[:, None] & (column < D)[None, :]
     at = row[:, None].to(tl.int64) * D + column[None, :]
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
-    stored = total.to(x.dtype.element_ty)
-    tl.store(x + at, stored, mask=inside)
-    total = stored.to(tl.float32)
+    total += tl.load(offset + column, mask=column < D, other=0.0)[None, :]
     centred = tl.where(inside, total - (tl.sum(total, 1) / D)[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
-    w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
-    normed = centred * scale[:, None] * w[None, :] + b[None, :]
-    tl.store(out + at, normed.to(x.dtype.element_ty), mask=inside)
+    return centred, scale, row, column, inside, at
 
 
-def add_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """As `plain.add_norm`: x [T, D] += delta, in place; returns the LayerNorm of what x then holds."""
-    rows, d = x.shape
+@triton.jit
+def _row_scale(x, offset, out, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+    _, scale, row, _, _, _ = _load(x, offset, rows, eps, D, WIDE, ROWS)
+    tl.store(out + row, scale, mask=row < rows)
+
+
+@triton.jit
+def _norm(x, offset, weight, bias, out, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+    centred, scale, _, column, inside, at = _load(x, offset, rows, eps, D, WIDE, ROWS)
+    w = tl.load(weight + column, mask=column < D, other=0.0)
+    b = tl.load(bias + column, mask=column < D, other=0.0)
+    tl.store(out + at, (centred * scale[:, None] * w[None, :] + b[None, :]).to(out.dtype.element_ty), mask=inside)
+
+
+def row_scale(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """1 / the standard deviation (float32 [T]) of every row of x [T, D] + offset (float32 [D]), as LayerNorm takes it."""
+    out = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    _launch(_row_scale, x, offset, out)
+    return out
+
+
+def norm(x: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """LayerNorm of x [T, D] + offset; offset, weight and bias float32 [D]."""
     out = torch.empty_like(x)
+    _launch(_norm, x, offset, weight, bias, out)
+    return out
+
+
+def _launch(kernel, x: torch.Tensor, *others: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
+    rows, d = x.shape
     wide = triton.next_power_of_2(d)
     block = max(1, 4096 // wide)
-    _add_norm[(triton.cdiv(rows, block),)](
-        x, delta, out, weight, bias, rows, LAYER_NORM_EPS, d, wide, block, num_warps=4 if wide <= 4096 else 8
+    kernel[(triton.cdiv(rows, block),)](
+        x, *others, rows, LAYER_NORM_EPS, d, wide, block, num_warps=4 if wide <= 4096 else 8
     )
-    return out

@@ -3,17 +3,36 @@
 Shapes: T rows of a pack, H heads of Dh, D = H * Dh.
 """
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from virnucpro_cli.model.spec import LAYER_NORM_EPS
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def arrange(qkv: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The weight [3D, D] or bias [3D] of the joint projection in the order that `rotary_linear` wants: as it stands."""
-    return qkv
+class Layer(NamedTuple):
+    """Weight and bias of every part; qkv is the joint projection [3D, D]."""
+
+    norm1: Pair
+    qkv: Pair
+    out: Pair
+    norm2: Pair
+    fc1: Pair
+    fc2: Pair
+
+
+def prepare(layers: Iterable[Layer], norm: Pair, head_dim: int, dtype: torch.dtype) -> tuple[list[Layer], Pair]:
+    """Layers and the last norm, float32, in the form that the other functions take."""
+
+    def cast(pair: Pair) -> Pair:
+        return pair[0].to(dtype), pair[1].to(dtype)
+
+    return [Layer(*map(cast, layer)) for layer in layers], cast(norm)
 
 
 def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rotary:
@@ -21,24 +40,41 @@ def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rot
     return cos.index_select(0, positions)[:, None, None, :], sin.index_select(0, positions)[:, None, None, :]
 
 
-def rotary_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rotary: Rotary
-) -> tuple[torch.Tensor, ...]:
-    """x [T, D] to q, k, v [T, H, Dh] each, with q and k rotated."""
-    qkv = F.linear(x, weight, bias).view(len(x), 3, -1, 2 * rotary[0].shape[-1])
+def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+    """The residual stream x [T, D] to q, k, v [T, H, Dh] each, of its LayerNorm, with q and k rotated."""
+    return rotated(F.linear(layer_norm(x, *layer.norm1), *layer.qkv), rotary)
+
+
+def rotated(qkv: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+    """The joint projection [T, 3D] as q, k, v, with q and k rotated."""
+    qkv = qkv.view(len(qkv), 3, -1, 2 * rotary[0].shape[-1])
     qk = rotate(qkv[:, :2], *rotary)
     return qk[:, 0], qk[:, 1], qkv[:, 2]
 
 
-def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """gelu(x W^T + b)."""
-    return gelu(F.linear(x, weight, bias))
+def add_attention(x: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> None:
+    """x += the output projection of what attention returned [T, H, Dh]."""
+    x += F.linear(mixed.reshape(x.shape), *layer.out)
 
 
-def add_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Add delta to the residual stream x [T, D], in place, and return the LayerNorm of the sum (statistics in fp32)."""
-    x += delta
-    return layer_norm(x, weight, bias)
+def gelu_inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """x [T, D] to gelu(fc1(LayerNorm(x))) [T, 4D]."""
+    return gelu(F.linear(layer_norm(x, *layer.norm2), *layer.fc1))
+
+
+def add_inner(x: torch.Tensor, inner: torch.Tensor, layer: Layer) -> None:
+    """x += fc2(inner)."""
+    x += F.linear(inner, *layer.fc2)
+
+
+def residual(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """The residual stream after the layer, of its x: the same."""
+    return x
+
+
+def last_norm(x: torch.Tensor, norm: Pair) -> torch.Tensor:
+    """The final LayerNorm of the residual stream of the last layer."""
+    return layer_norm(x, *norm)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ Shapes: T rows of a pack, H heads of Dh, D = H * Dh, L layers.
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from virnucpro_cli import alphabet
 from virnucpro_cli.attention import Attention, Backend
 from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli.kernels.plain import Layer
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.pooling import Embeddings, Pooler
 
@@ -21,16 +21,6 @@ OnLayer = Callable[[int, torch.Tensor], None]
 
 EMBED_SCALE = 0.88
 """`1 - 0.15 * 0.8`, the share of tokens not masked in training; applied at inference too (fair-esm esm2.py:86-92)."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    norm1: tuple[torch.Tensor, torch.Tensor]
-    qkv: tuple[torch.Tensor, torch.Tensor]
-    out: tuple[torch.Tensor, torch.Tensor]
-    norm2: tuple[torch.Tensor, torch.Tensor]
-    fc1: tuple[torch.Tensor, torch.Tensor]
-    fc2: tuple[torch.Tensor, torch.Tensor]
 
 
 class ESM2:
@@ -49,32 +39,29 @@ class ESM2:
     ):
         self.spec, self.dtype, self.device, self.backend = spec, dtype, device, backend
 
-        def load(*names: str) -> torch.Tensor:
-            return torch.cat([state[name].to(device, torch.float32) for name in names]).to(dtype)
-
         def pair(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
-            return load(*(f"{name}.weight" for name in names)), load(*(f"{name}.bias" for name in names))
-
-        def joint(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            weight, bias = pair(*(f"layers.{index}.self_attn.{x}_proj" for x in "qkv"))
-            return backend.steps.arrange(weight, spec.head_dim), backend.steps.arrange(bias, spec.head_dim)
+            weight, bias = (
+                torch.cat([state[f"{name}.{part}"].to(device, torch.float32) for name in names])
+                for part in ("weight", "bias")
+            )
+            return weight, bias
 
         # Rows of <mask> and <pad> are zero, as fair-esm zeroes them after the look-up.
         table = state["embed_tokens.weight"].to(device, torch.float32) * EMBED_SCALE
         table[[alphabet.PAD, alphabet.MASK]] = 0
         self.embedding = table.to(dtype)
-        self.layers = [
+        layers = (
             Layer(
                 norm1=pair(f"layers.{i}.self_attn_layer_norm"),
-                qkv=joint(i),
+                qkv=pair(*(f"layers.{i}.self_attn.{x}_proj" for x in "qkv")),
                 out=pair(f"layers.{i}.self_attn.out_proj"),
                 norm2=pair(f"layers.{i}.final_layer_norm"),
                 fc1=pair(f"layers.{i}.fc1"),
                 fc2=pair(f"layers.{i}.fc2"),
             )
             for i in range(spec.layers)
-        ]
-        self.norm = pair("emb_layer_norm_after")
+        )
+        self.layers, self.norm = backend.steps.prepare(layers, pair("emb_layer_norm_after"), spec.head_dim, dtype)
         # The checkpoint's own inv_freq: it is rounded to fp16, as in training, and must not be recomputed.
         self.inv_freq = state["layers.0.self_attn.rot_emb.inv_freq"].to(device, torch.float32)
         self.cos = self.sin = torch.empty(0, spec.head_dim // 2, device=device)
@@ -104,17 +91,15 @@ class ESM2:
             on_layer(0, x)
         steps, scale = self.backend.steps, self.spec.head_dim**-0.5
         rotary = steps.rotary(self.cos, self.sin, batch.positions)
-        normed = steps.layer_norm(x, *self.layers[0].norm1)
-        norms_after = [*(layer.norm1 for layer in self.layers[1:]), self.norm]
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
-            q, k, v = steps.rotary_linear(normed, *layer.qkv, rotary)  # [T, H, Dh] each
+            q, k, v = steps.query_key_value(x, layer, rotary)  # [T, H, Dh] each
             mixed = self.backend.attention(q, k, v, batch, scale)
             mixed[batch.used :] = 0  # filler: whatever the kernel left there
-            normed = steps.add_norm(x, F.linear(mixed.reshape(x.shape), *layer.out), *layer.norm2)
-            inner = steps.gelu_linear(normed, *layer.fc1)
-            normed = steps.add_norm(x, F.linear(inner, *layer.fc2), *norms_after[number - 1])
+            steps.add_attention(x, mixed, layer)
+            steps.add_inner(x, steps.gelu_inner(x, layer), layer)
             if number in wanted:
-                on_layer(number, normed if number == self.spec.layers else x)
+                last = number == self.spec.layers
+                on_layer(number, steps.last_norm(x, self.norm) if last else steps.residual(x, layer))
 
     def embed(self, batch: PackedBatch, wanted: tuple[int, ...], pooler: Pooler) -> Embeddings:
         """What the pooler makes of each wanted layer of the batch."""
