@@ -19,10 +19,11 @@ from virnucpro_cli import attention, report, runner
 from virnucpro_cli.collate import query_tiles
 from virnucpro_cli.kernels import fused, plain
 from virnucpro_cli.kernels.attention import attention as short_attention
-from virnucpro_cli.kernels.norm import row_scale
+from virnucpro_cli.kernels.norm import quantised_norm, row_scale
 from virnucpro_cli.model import spec as specs
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.timing import limits, modes, workload
 
 DEVICE = torch.device("cuda")
@@ -43,9 +44,13 @@ def random(*shape, dtype, scale=1.0):
 
 
 def kernels(spec, dtype, rows, copy_rate):
+    """dtype fp8: against the plain steps in fp16, limits are of products in e4m3 ("out" aside)."""
     d, heads, head_dim = spec.hidden, spec.heads, spec.head_dim
+    compute, dtype = dtype, stream_dtype(dtype)
+    linear = limits.linear_e4m3 if compute != dtype else F.linear
     x = random(rows, d, dtype=dtype)
     stream, inner = x.clone(), random(rows, 4 * d, dtype=dtype, scale=1e-3)
+    inners = {fused: inner.to(compute), plain: inner}
     positions = (torch.arange(rows, device=DEVICE) % 400).int()
     angles = torch.outer(
         torch.arange(400, device=DEVICE), 10000 ** (-torch.arange(0, head_dim, 2, device=DEVICE) / head_dim)
@@ -72,23 +77,28 @@ def kernels(spec, dtype, rows, copy_rate):
     norm = random(d, dtype=F32), random(d, dtype=F32)
     parts = plain.Layer(norm, pair(3 * d, d), pair(d, d), norm, pair(4 * d, d), pair(d, 4 * d))
     for steps in (fused, plain):
-        (prepared[steps],), norms[steps] = steps.prepare([parts], norm, head_dim, dtype)
+        (prepared[steps],), norms[steps] = steps.prepare([parts], norm, head_dim, compute if steps is fused else dtype)
         extra[steps] = steps.rotary(*tables, positions)
     for name in ("qkv", "out", "fc1", "fc2"):
         a, w = inner if name == "fc2" else x, getattr(parts, name)[0].to(dtype)
-        products[name] = microseconds(lambda a=a, w=w: F.linear(a, w))
+        if name != "out":
+            a, w = a.to(compute), w.to(compute)
+        products[name] = microseconds(lambda a=a, w=w, call=F.linear if name == "out" else linear: call(a, w))
 
     def both(call):
         return [microseconds(lambda s=steps: call(s, prepared[s])) for steps in (fused, plain)]
 
     offset = prepared[fused].offset
-    row("row_scale", microseconds(lambda: row_scale(x, offset)), "-", 2 * rows * d / copy_rate * 1e6)
+    if compute == dtype:
+        row("row_scale", microseconds(lambda: row_scale(x, offset)), "-", 2 * rows * d / copy_rate * 1e6)
+    else:
+        row("quantised_norm", microseconds(lambda: quantised_norm(x, offset, 4)), "-", 3 * rows * d / copy_rate * 1e6)
     row("last norm", *both(lambda s, layer: s.last_norm(x, norms[s])), 4 * rows * d / copy_rate * 1e6)
     row("norm, qkv, rotary", *both(lambda s, layer: s.query_key_value(x, layer, extra[s])), products["qkv"])
     mixed = x.view(rows, heads, head_dim)
     row("out, residual", *both(lambda s, layer: s.add_attention(stream, mixed, layer)), products["out"])
     row("norm, fc1, GELU", *both(lambda s, layer: s.gelu_inner(x, layer)), products["fc1"])
-    row("fc2, residual", *both(lambda s, layer: s.add_inner(stream, inner, layer)), products["fc2"])
+    row("fc2, residual", *both(lambda s, layer: s.add_inner(stream, inners[s], layer)), products["fc2"])
     for load in ("fragments", "natural"):
         lengths = getattr(workload, load)(rows, np.random.default_rng(0))
         lengths = np.minimum(np.asarray(lengths), 1022) + 2
@@ -110,7 +120,8 @@ def forwards(spec, dtype, rows, seconds):
     state = weights.random_state(spec, 0, DEVICE)
     models = {}
     for name in ("triton", "torch_varlen"):
-        models[name] = ESM2(spec, state, dtype, DEVICE, attention.resolve(name, DEVICE, dtype))
+        own = dtype if name == "triton" else stream_dtype(dtype)
+        models[name] = ESM2(spec, state, own, DEVICE, attention.resolve(name, DEVICE, own))
     del state
     dice, found = np.random.default_rng(0), []
     for load in ("fragments", "natural"):

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import interpreter
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is imported
+    interpreter.prepare()
 
 ROOT = Path(__file__).parent.parent
 VIRAL = ROOT / "examples" / "viral_proteins.fasta"

@@ -110,14 +110,14 @@ def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:
 
 def test_kernels_that_do_not_work_here_are_passed_over_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Hopper node without a C compiler, which Triton needs."""
-    fused = pytest.importorskip("virnucpro_cli.kernels.fused")
+    trial = pytest.importorskip("virnucpro_cli.kernels.trial")
     monkeypatch.setattr(triton, "is_nvidia", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
     def no_compiler(device: torch.device, dtype: torch.dtype) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
-    monkeypatch.setattr(fused, "try_out", no_compiler)
+    monkeypatch.setattr(trial, "try_out", no_compiler)
     found = attention.resolve("auto", CPU, torch.float16)
     assert found.name == "sdpa" and len(found.notes) == 1
     assert "triton would be faster" in found.notes[0] and "Failed to find C compiler." in found.notes[0]
@@ -127,20 +127,20 @@ def test_kernels_that_do_not_work_here_are_passed_over_with_a_note(monkeypatch: 
     def wordless(device: torch.device, dtype: torch.dtype) -> None:
         raise NotImplementedError
 
-    monkeypatch.setattr(fused, "try_out", wordless)
+    monkeypatch.setattr(trial, "try_out", wordless)
     assert "NotImplementedError" in attention.resolve("auto", CPU, torch.float16).notes[0]
 
 
 def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    fused = pytest.importorskip("virnucpro_cli.kernels.fused")
+    trial = pytest.importorskip("virnucpro_cli.kernels.trial")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    fused.try_out(CPU, torch.float16)
+    trial.try_out(CPU, torch.float16)
     gelu_linear = fused.gelu_linear
     monkeypatch.setattr(fused, "gelu_linear", lambda x, layer: gelu_linear(x, layer) * 1.1)
     with pytest.raises(RuntimeError, match="gelu_linear differs"):
-        fused.try_out(CPU, torch.float16)
+        trial.try_out(CPU, torch.float16)
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(fused, "_interleaved", lambda each, head_dim: each)
     with pytest.raises(RuntimeError, match="rotary_linear or attention differs"):
-        fused.try_out(CPU, torch.float16)
+        trial.try_out(CPU, torch.float16)

@@ -18,7 +18,7 @@ from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.packing import SPECIAL_TOKENS
 
 pytest.importorskip("triton")
-from virnucpro_cli.kernels import attention, fused, linear, norm
+from virnucpro_cli.kernels import attention, e4m3, fused, linear, norm
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -52,7 +52,8 @@ def exact_linear(x: torch.Tensor, offset: torch.Tensor, norm: plain.Pair, linear
 
 def untouched(weight: torch.Tensor, bias: torch.Tensor) -> linear.Folded:
     """A linear layer whose rows are scaled by their LayerNorm and nothing else."""
-    return linear.Folded(torch.zeros_like(weight[0]).float(), weight, torch.zeros_like(bias), bias)
+    shift, bias = linear.whole_tiles(torch.zeros_like(bias)), linear.whole_tiles(bias)
+    return linear.Folded(torch.zeros_like(weight[0]).float(), weight, shift, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,6 +234,114 @@ def test_the_fused_forward_is_the_plain_one(spec: ModelSpec, tmp_path: Path) -> 
         assert relative_l2(found, exact) <= max(1.5 * relative_l2(floor, exact), 2e-4), (kind, layer)
 
 
+# --- fp8 ------------------------------------------------------------------------------------------------------------
+
+ACCUMULATOR = 3e-3
+"""What a Hopper tensor core loses in e4m3: it adds up in some 14 bits."""
+
+
+def as_stored(layer: linear.Quantised, x: torch.Tensor) -> torch.Tensor:
+    """The layer on what is in memory, in float64: no rounding but that of the stored numbers."""
+    normed = norm.quantised_norm(x, layer.offset, layer.step).double()
+    return normed @ layer.weight.double().T * layer.unit + layer.bias[: len(layer.weight)].double()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(5, 32), (130, 320), (9, 1280)])
+def test_the_quantised_norm_is_the_norm_to_four_bits_and_never_above_its_range(rows: int, width: int) -> None:
+    x, offset = data(rows, width, dtype=torch.float16), data(width, dtype=torch.float32, seed=1)
+    x[1] = offset.neg().half()
+    x[1, 3] += 1000  # all of a row's energy in one channel: the largest value that a LayerNorm can have
+    step = e4m3.quantise(around(width), dense(256, width), offset).step
+    exact = torch.nn.functional.layer_norm(x.double() + offset, (width,), eps=1e-5)
+    found = norm.quantised_norm(x, offset, step)
+    assert found.dtype == torch.float8_e4m3fn and found.float().isfinite().all()
+    assert 224 / 2 <= step * width**0.5 <= 448
+    assert ((found.double() / step - exact).abs() <= exact.abs() * 2**-4 * 1.001 + 2**-9 / step).all()
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(128, 64, 256), (130, 80, 320), (3, 320, 1280)])
+def test_the_fp8_gelu_layer_is_what_its_stored_numbers_say(rows: int, depth: int, columns: int) -> None:
+    x, offset = data(rows, depth, dtype=torch.float16), data(depth, dtype=torch.float32, scale=0.5, seed=1)
+    parts = around(depth), dense(columns, depth)
+    layer = e4m3.quantise(*parts, offset)
+    found = linear.gelu_linear(x, layer)
+    assert found.shape == (rows, columns) and found.dtype == torch.float8_e4m3fn
+    values = found.double() / layer.grain[:columns]
+    stored = torch.nn.functional.gelu(as_stored(layer, x))
+    coarse = stored.abs() * (2**-4 * 1.01) + 2**-9 / layer.grain[:columns] + ACCUMULATOR * stored.norm(dim=1, keepdim=True) / columns**0.5  # fmt: skip
+    assert ((values - stored).abs() <= coarse).all()
+    assert relative_l2(values, torch.nn.functional.gelu(exact_linear(x, offset, *parts))) <= 6e-2
+
+
+def test_an_fp8_layer_never_overflows_however_its_rows_point() -> None:
+    """Every row of x lies along a row of the weights: the largest products that a LayerNorm allows."""
+    weight, bias = dense(64, 64)
+    weight[5] *= 300
+    ones, zeros = torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE)
+    layer = e4m3.quantise((ones, zeros), (weight, bias), zeros)
+    x = (weight - weight.mean(1, keepdim=True)).half()
+    found = linear.gelu_linear(x, layer).float()
+    assert found.isfinite().all() and 100 <= float(found.max()) <= 448
+    values, exact = found / layer.grain[:64], exact_linear(x, zeros, (ones, zeros), (weight, bias))
+    assert relative_l2(values, torch.nn.functional.gelu(exact)) <= 6e-2
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 8), (20, 16), (20, 24), (2, 64)])
+def test_fp8_query_key_value_is_what_its_stored_numbers_say(heads: int, head_dim: int) -> None:
+    rows, width = 70, heads * head_dim
+    x, positions = data(rows, width, dtype=torch.float16), (torch.arange(rows, device=DEVICE) % 40).int()
+    angles = torch.outer(torch.arange(40.0), 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)).to(DEVICE)
+    layer = e4m3.quantise(around(width), dense(3 * width, width), data(width, dtype=torch.float32, seed=3))
+    found = linear.rotary_linear(x, layer, linear.rotary(angles.cos(), angles.sin(), positions))
+    stored = as_stored(layer, x).view(rows, 3, heads, head_dim)
+    even, odd = stored[:, :2, :, ::2], stored[:, :2, :, 1::2]
+    cos, sin = (each.double()[positions][:, None, None] for each in (angles.cos(), angles.sin()))
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+    for got, expected in zip(found, (turned[:, 0], turned[:, 1], stored[:, 2]), strict=True):
+        assert got.dtype == torch.float16
+        assert relative_l2(got, expected) <= ROUNDING[torch.float16] + (ACCUMULATOR if ON_GPU else 0)
+
+
+@pytest.mark.parametrize(("rows", "depth", "width"), [(128, 256, 64), (131, 320, 80), (5, 1280, 320)])
+def test_the_fp8_sum_is_added_to_the_stream(rows: int, depth: int, width: int) -> None:
+    inner = data(rows, depth, dtype=torch.float32).to(torch.float8_e4m3fn)
+    weight, grain = dense(width, depth)[0], torch.exp2(torch.arange(depth, device=DEVICE) % 5)
+    layer = e4m3.quantise_sum(weight, grain)
+    x = data(rows, width, dtype=torch.float16, seed=1)
+    sum_ = inner.double() @ layer.weight.double().T * layer.unit
+    expected = x.double() + sum_
+    linear.add_linear(x, inner, layer)
+    assert relative_l2(x, expected) <= 2 * ROUNDING[torch.float16] + (ACCUMULATOR if ON_GPU else 0)
+    assert relative_l2(sum_, (inner.double() / grain) @ weight.double().T) <= 5e-2
+
+
+def test_what_is_not_a_number_stays_so_in_fp8() -> None:
+    x, (weight, bias) = data(3, 32, dtype=torch.float16), dense(64, 32)
+    zeros = torch.zeros(32, device=DEVICE)
+    for bad in (torch.nan, torch.inf):
+        x[1, 5] = bad
+        inner = linear.gelu_linear(x, e4m3.quantise(around(32), (weight, bias), zeros))
+        assert inner.float().isnan().all(1).tolist() == [False, True, False]
+        stream = torch.zeros(3, 32, dtype=torch.float16, device=DEVICE)
+        linear.add_linear(stream, inner, e4m3.quantise_sum(dense(32, 64)[0], torch.ones(64, device=DEVICE)))
+        assert stream.isnan().all(1).tolist() == [False, True, False]
+    weight[7, 3] = torch.nan
+    x[1, 5] = 0
+    assert linear.gelu_linear(x, e4m3.quantise(around(32), (weight, bias), zeros)).float().isnan().any()
+
+
+@pytest.mark.parametrize("spec", [TINY, ModelSpec("small", 2, 128, 2)], ids=lambda s: s.name)
+def test_the_fp8_forward_is_the_plain_one_roughly(spec: ModelSpec, tmp_path: Path) -> None:
+    state, dice = weights.random_state(spec), random.Random(0)
+    batch = one_pack(tmp_path, [random_protein(n, dice) for n in (1, 30, 62, 130)], 256)
+    layers = tuple(range(spec.layers + 1))
+    exact = embeddings(ESM2(spec, state, torch.float32, DEVICE, Backend("sdpa", sdpa.attention, plain)), batch, layers)
+    rough = Backend("triton", triton.attention, fused)
+    found = embeddings(ESM2(spec, state, torch.float8_e4m3fn, DEVICE, rough), batch, layers)
+    for key, rows in exact.pooled.items():
+        assert relative_l2(found.pooled[key], rows) <= (1.2e-1 if key[1] else 1e-3), key
+
+
 def test_query_tiles_cover_every_row_of_every_segment_once() -> None:
     lengths = [200, 64, 65, 1 + SPECIAL_TOKENS]
     tiles = batch_of(lengths, sum(lengths)).query_tiles.tolist()
@@ -243,4 +352,4 @@ def test_query_tiles_cover_every_row_of_every_segment_once() -> None:
 
 
 def test_the_tile_is_one_that_the_tests_exercise() -> None:
-    assert (linear.ROWS, linear.COLUMNS, linear.DEPTH) == (128, 256, 64)
+    assert (linear.ROWS, linear.COLUMNS, linear.DEPTH_BYTES) == (128, 256, 128)

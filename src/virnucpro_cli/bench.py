@@ -23,13 +23,14 @@ from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.timing import limits, modes, peers, workload
 from virnucpro_cli.timing.modes import Mode
 from virnucpro_cli.timing.workload import Workload
 from virnucpro_cli.validation.agreement import relative_l2
 
 ROUNDS = 3
-SAME = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+SAME = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float8_e4m3fn: 1e-1}
 """How far the means of two ways of batching may be apart (relative L2, worst record) before the comparison is refused."""
 
 
@@ -86,7 +87,7 @@ class _Bench:
             "model": f"{self.spec.name} ({self.spec.layers} layers of {self.spec.hidden})",
             "weights": found.place,
             "device": runner.describe_device(self.device),
-            "dtype": attention_backends.describe(self.dtype),
+            "dtype": runner.describe_dtype(self.dtype),
             "attention": self.backend.name,
             "date": time.strftime("%Y-%m-%d"),
             "config": asdict(config),
@@ -238,7 +239,9 @@ class _Bench:
     def time_peers(self) -> None:
         if not self.config.peers or self.main is None:
             return
-        found, absent = peers.available(self.config.peers, self.spec, self.device, self.dtype, self.best_budget)
+        found, absent = peers.available(
+            self.config.peers, self.spec, self.device, stream_dtype(self.dtype), self.best_budget
+        )
         self.report.notes += absent
         ids = [[0, *text, 2] for text in self.main.token_ids()]
         ours = max(row["tokens/s"] for row in self.report.tables["Throughput"] if row["workload"] == self.main.name)

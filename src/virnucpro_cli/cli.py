@@ -87,7 +87,8 @@ def embed(
         typer.Option(
             "--dtype",
             metavar="TYPE",
-            help="Compute in auto, fp32, fp16 or bf16. [default: auto: fp16 on CUDA, fp32 elsewhere]",
+            help="Compute in auto, fp32, fp16, bf16 or fp8 (Hopper; approximate: errors of several %). "
+            "[default: auto: fp16 on CUDA, fp32 elsewhere]",
         ),
     ] = None,
     store_dtype: Annotated[

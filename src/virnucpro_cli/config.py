@@ -10,7 +10,7 @@ from typing import Any
 from virnucpro_cli.errors import UserError
 
 CHOICES = {
-    "dtype": ("auto", "fp32", "fp16", "bf16"),
+    "dtype": ("auto", "fp32", "fp16", "bf16", "fp8"),
     "store_dtype": ("fp16", "fp32"),
     "attention": ("auto", "triton", "torch_varlen", "flash_attn", "efficient", "sdpa"),
     "long": ("truncate", "full", "window", "skip", "error"),

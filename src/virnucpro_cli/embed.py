@@ -55,6 +55,11 @@ MEASURED_FLOPS = {
 """FLOP/s that forwards reached by hidden width, for the estimate of --dry-run: virnucpro bench on one
 H100 80GB (torch 2.11, UniProt lengths) and on two threads of an AVX-512 server CPU (torch 2.13)."""
 
+APPROXIMATE = (
+    "fp8 is approximate: on the real 8M weights a protein's mean is off by 4 % (median; the worst of 420 by 25 %), a hundred "
+    "times what fp16 is. Check what your own downstream task makes of it."
+)
+
 
 Loaded = tuple[ModelSpec, dict[str, Any], tuple[str, ...]]
 
@@ -100,6 +105,8 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         plan = in_blocks(work.segments.length, int(budget))
         layout = _layout(config, table, work, spec, layers)
     summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *backend.notes])
+    if dtype == torch.float8_e4m3fn:
+        summary.notes.append(APPROXIMATE)
     summary.counts = _counts(table, work)
     summary.packing = _packing(plan, work)
     summary.environment = _environment(config, spec, device, dtype, backend.name, plan)
@@ -321,6 +328,7 @@ def _attributes(
         "weights": found.place,
         "weights_sha256": found.sha256,
         "dtype": fingerprint["dtype"],
+        "approximate": fingerprint["dtype"] == attention_backends.describe(torch.float8_e4m3fn),
         "store_dtype": config.store_dtype,
         "attention": fingerprint["attention"],
         "device": summary.environment["device"],
@@ -471,7 +479,7 @@ def _environment(
         "python": platform.python_version(),
         "model": f"{spec.name} ({spec.layers} layers of {spec.hidden})",
         "device": chosen(runner.describe_device(device), config.device),
-        "dtype": chosen(attention_backends.describe(dtype), config.dtype),
+        "dtype": chosen(runner.describe_dtype(dtype), config.dtype),
         "attention": chosen(backend, config.attention),
         "token budget": chosen(f"{plan.token_budget:,}", config.token_budget),
     }

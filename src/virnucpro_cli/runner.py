@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from virnucpro_cli import attention
 from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.pooling import Embeddings
@@ -22,7 +23,7 @@ Sink = Callable[[PackedBatch, Embeddings], None]
 COLLATE_AHEAD = 3
 IN_FLIGHT = 2
 WRITES_BEHIND = 4
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def resolve_device(name: str, option: str = "--device") -> torch.device:
@@ -69,8 +70,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def short_name(dtype: torch.dtype) -> str:
-    """fp32, fp16 or bf16."""
+    """fp32, fp16, bf16 or fp8."""
     return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def describe_dtype(dtype: torch.dtype) -> str:
+    """For reports; whoever reads that a result is in fp8 is told what that means."""
+    return attention.describe(dtype) + (" (approximate)" if dtype == torch.float8_e4m3fn else "")
 
 
 def describe_device(device: torch.device) -> str:

@@ -26,6 +26,7 @@ from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.reference import Reference
+from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.pooling import KINDS
 from virnucpro_cli.store import RECOMPUTED, read_embeddings
 from virnucpro_cli.validation import audit, gates, golden, invariance, oracle
@@ -73,7 +74,6 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         fasta.refuse_unreadable(paths)
         sample, left_out = choose(paths, config)
     verdict = Verdict("validate", notes=[*notes, *backend.notes, *left_out])
-    short = attention_backends.describe(dtype)
     verdict.environment = {
         "virnucpro": virnucpro_cli.__version__,
         "torch": torch.__version__,
@@ -83,7 +83,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         "weights": found.place,
         "weights_sha256": found.sha256,
         "device": runner.describe_device(device),
-        "dtype": short,
+        "dtype": runner.describe_dtype(dtype),
         "attention": backend.name,
         "reference": f"fair-esm in float32 on {runner.describe_device(reference_device)}, eager, one at a time",
         "sample": f"{len(sample)} proteins, {int(sample.lengths.sum()):,} residues, seed {config.seed}",
@@ -100,7 +100,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
     with tempfile.TemporaryDirectory() as folder:
         path = fasta.write_texts(Path(folder) / "sample.fasta", sample.texts)
         fast = partial(fast_rows, config, path, layers, (spec, state, notes), verdict.notes, clock)
-        kinds = "float32" if dtype == torch.float32 else f"float32 and {short}"
+        kinds = "float32" if dtype == torch.float32 else f"float32 and {attention_backends.describe(dtype)}"
         out.print(f"embed: {len(sample)} proteins in {kinds} on {device.type}", style="dim")
         fast32 = fast("fp32")
         own = fast32 if dtype == torch.float32 else fast(config.dtype)
@@ -114,7 +114,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
             if device.type == "cuda":  # fp32 GEMMs of few rows run on other, more exact kernels there
                 plain.append(reference_rows(device, dtype, together=8))
         else:
-            exact, plain = truth, [reference_rows(device, dtype)]
+            exact, plain = truth, [reference_rows(device, stream_dtype(dtype))]
         verdict.checks += gates.precision(own, exact, plain, sample, layers, config, dtype)
         verdict.records = gates.of_each_protein(own, exact, plain, sample, layers)
         del exact, plain

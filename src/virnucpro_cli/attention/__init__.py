@@ -36,6 +36,12 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if name != "auto" and name not in BACKENDS:
         raise UserError(f"There is no attention backend {name!r}.", f"Choose auto or one of {', '.join(BACKENDS)}.")
     candidates = [b for b in BACKENDS if b != "flash_attn"] if name == "auto" else [name]
+    remedy = "Leave --attention at auto, or name another."
+    if dtype == torch.float8_e4m3fn:
+        remedy = "Use --dtype fp16: fp8 is computed by the fused kernels for Hopper GPUs alone (--attention triton)."
+        if name not in ("auto", "triton"):
+            raise UserError(f"Attention backend {name} does not know fp8.", remedy)
+        candidates = ["triton"]
     refusal, notes = None, tuple[str, ...]()
     for candidate in candidates:
         adapter = import_module(f"virnucpro_cli.attention.{candidate}")
@@ -46,7 +52,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         if BROKEN in refusal:
             notes = (f"attention backend {candidate} would be faster on this device, but {refusal}",)
     raise UserError(
-        f"Attention backend {name} cannot run here: {refusal}.", "Leave --attention at auto, or name another."
+        f"Attention backend {candidates[-1] if name == 'auto' else name} cannot run here: {refusal}.", remedy
     )
 
 

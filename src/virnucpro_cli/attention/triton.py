@@ -14,14 +14,14 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it needs an NVIDIA GPU, and this run is on {device.type}"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return f"it is written for Hopper (compute capability 9.0), not for {torch.cuda.get_device_name(device)}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it computes in fp16 or bf16, not {describe(dtype)}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        return f"it computes in fp16, bf16 or fp8, not {describe(dtype)}"
     if find_spec("triton") is None:
         return "the triton package, which comes with PyTorch for CUDA, is not there"
     try:
-        from virnucpro_cli.kernels import fused
+        from virnucpro_cli.kernels.trial import try_out
 
-        fused.try_out(device, dtype)
+        try_out(device, dtype)
     except Exception as error:  # no C compiler, no room for the cache, another Triton ...
         return f"{BROKEN} ({in_a_line(error)[:200]})"
     return None

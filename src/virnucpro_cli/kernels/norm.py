@@ -37,9 +37,18 @@ def _norm(x, offset, weight, bias, out, rows, eps, D: tl.constexpr, WIDE: tl.con
     tl.store(out + at, (centred * scale[:, None] * w[None, :] + b[None, :]).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _quantised_norm(x, offset, step, out, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+    centred, scale, _, _, inside, at = _load(x, offset, rows, eps, D, WIDE, ROWS)
+    tl.store(out + at, (centred * (scale * step)[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
 def row_scale(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """1 / the standard deviation (float32 [T]) of every row of x [T, D] + offset (float32 [D]), as LayerNorm takes it."""
-    out = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    """1 / the standard deviation (float32 [T]) of every row of x [T, D] + offset (float32 [D]), as LayerNorm takes it.
+
+    In memory 128 numbers longer than T, so that a tile may be read whole.
+    """
+    out = torch.empty(len(x) + 128, dtype=torch.float32, device=x.device)[: len(x)]
     _launch(_row_scale, x, offset, out)
     return out
 
@@ -51,7 +60,14 @@ def norm(x: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor, bias: torc
     return out
 
 
-def _launch(kernel, x: torch.Tensor, *others: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
+def quantised_norm(x: torch.Tensor, offset: torch.Tensor, step: float) -> torch.Tensor:
+    """LayerNorm of x [T, D] + offset without weight and bias, times `step`, in e4m3. It is below step * sqrt(D)."""
+    out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    _launch(_quantised_norm, x, offset, step, out)
+    return out
+
+
+def _launch(kernel, x: torch.Tensor, *others: torch.Tensor | float) -> None:  # type: ignore[no-untyped-def]
     rows, d = x.shape
     wide = triton.next_power_of_2(d)
     block = max(1, 4096 // wide)

@@ -14,7 +14,7 @@ from virnucpro_cli import alphabet
 from virnucpro_cli.attention import Attention, Backend
 from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.kernels.plain import Layer
-from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.model.spec import ModelSpec, stream_dtype
 from virnucpro_cli.pooling import Embeddings, Pooler
 
 OnLayer = Callable[[int, torch.Tensor], None]
@@ -27,6 +27,7 @@ class ESM2:
     """Weights on one device in one dtype, and the forward over packed batches.
 
     state: tensors under the names of fair-esm's `ESM2.state_dict()`, on any device, in any floating dtype.
+    dtype: float32, 16 bit, or float8_e4m3fn: then most products are in e4m3 and the rest is in fp16.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class ESM2:
         # Rows of <mask> and <pad> are zero, as fair-esm zeroes them after the look-up.
         table = state["embed_tokens.weight"].to(device, torch.float32) * EMBED_SCALE
         table[[alphabet.PAD, alphabet.MASK]] = 0
-        self.embedding = table.to(dtype)
+        self.embedding = table.to(stream_dtype(dtype))
         layers = (
             Layer(
                 norm1=pair(f"layers.{i}.self_attn_layer_norm"),
@@ -86,7 +87,7 @@ class ESM2:
         self.reserve_positions(batch.max_seqlen)
         x = F.embedding(batch.tokens, self.embedding)  # [T, D]
         if batch.mask_ratio is not None:
-            x = (x.float() / batch.mask_ratio[:, None]).to(self.dtype)
+            x = (x.float() / batch.mask_ratio[:, None]).to(x.dtype)
         if 0 in wanted:
             on_layer(0, x)
         steps, scale = self.backend.steps, self.spec.head_dim**-0.5

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 VOCABULARY = 33
 LAYER_NORM_EPS = 1e-5
 """fair-esm's ESM1bLayerNorm. HuggingFace's EsmConfig defaults to 1e-12, which only its config.json corrects."""
@@ -64,6 +66,11 @@ a695f60, 08e4846 and 476b639). No source was found for the 15B and for the .pt f
 
 SHORT_NAMES = {name.split("_")[2]: name for name in SIZES}
 DEMO = ModelSpec("demo", 6, 320, 20)
+
+
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the residual stream and attention are kept in, of the dtype of a forward: fp16 for fp8, else the same."""
+    return torch.float16 if dtype == torch.float8_e4m3fn else dtype
 
 
 def by_name(name: str) -> ModelSpec | None:

@@ -42,16 +42,23 @@ def measure(spec: ModelSpec, dtype: torch.dtype, device: torch.device, rows: int
     """Time the four GEMMs of a layer at `rows` rows, a large square one, and a copy."""
     d = spec.hidden
     seconds = flops = 0.0
+    linear = linear_e4m3 if dtype == torch.float8_e4m3fn else F.linear
     for columns, out in ((d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)):
-        x = torch.randn(rows, columns, device=device, dtype=dtype)
-        w = torch.randn(out, columns, device=device, dtype=dtype) * columns**-0.5
-        b = torch.randn(out, device=device, dtype=dtype)
-        seconds += best_of(lambda x=x, w=w, b=b: F.linear(x, w, b), device)  # type: ignore[misc]
+        x = torch.randn(rows, columns, device=device).to(dtype)
+        w = (torch.randn(out, columns, device=device) * columns**-0.5).to(dtype)
+        b = torch.randn(out, device=device).to(dtype)
+        seconds += best_of(lambda x=x, w=w, b=b: linear(x, w, b), device)  # type: ignore[misc]
         flops += 2.0 * rows * columns * out
     side = 8192 if device.type == "cuda" else 1536
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    peak = 2.0 * side**3 / best_of(lambda: a @ a, device)
+    a = torch.randn(side, side, device=device).to(dtype)
+    peak = 2.0 * side**3 / best_of(lambda: linear(a, a), device)
     return Limits(rows, rows / (seconds * spec.layers), flops / seconds, peak, copy_rate(device))
+
+
+def linear_e4m3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The product as cuBLAS does it in e4m3, without a bias."""
+    one = torch.ones((), device=x.device)
+    return torch._scaled_mm(x, weight.T, one, one, out_dtype=torch.float16, use_fast_accum=True)
 
 
 def copy_rate(device: torch.device) -> float:
