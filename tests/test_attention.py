@@ -133,6 +133,7 @@ def test_kernels_that_do_not_work_here_are_passed_over_with_a_note(monkeypatch: 
 
 def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     trial = pytest.importorskip("virnucpro_cli.kernels.trial")
+    fused = trial.fused
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     trial.try_out(CPU, torch.float16)
     gelu_linear = fused.gelu_linear

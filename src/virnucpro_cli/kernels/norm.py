@@ -11,36 +11,57 @@ from virnucpro_cli.model.spec import LAYER_NORM_EPS
 
 
 @triton.jit
-def _load(x, offset, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDE)
-    inside = (row < rows)[:, None] & (column < D)[None, :]
-    at = row[:, None].to(tl.int64) * D + column[None, :]
-    total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(offset + column, mask=column < D, other=0.0)[None, :]
-    centred = tl.where(inside, total - (tl.sum(total, 1) / D)[:, None], 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
-    return centred, scale, row, column, inside, at
+def _place(part, row, rows, D: tl.constexpr, WIDE: tl.constexpr):
+    column = part * WIDE + tl.arange(0, WIDE)[None, :]
+    return column, (row < rows) & (column < D), row.to(tl.int64) * D + column
 
 
 @triton.jit
-def _row_scale(x, offset, out, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
-    _, scale, row, _, _, _ = _load(x, offset, rows, eps, D, WIDE, ROWS)
+def _centred(x, offset, row, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr):
+    """The rows in parts of WIDE columns, less their means, and 1 / their standard deviations."""
+    parts, centred, total, square = (), (), tl.zeros((row.shape[0], WIDE), tl.float32), 0.0
+    for part in tl.static_range(PARTS):
+        column, inside, at = _place(part, row, rows, D, WIDE)
+        each = tl.load(x + at, mask=inside, other=0.0) + tl.load(offset + column, mask=column < D, other=0.0)
+        parts, total = parts + (each,), total + each  # type: ignore[assignment]  # noqa: RUF005
+    mean = tl.sum(total, 1, keep_dims=True) / D
+    for part in tl.static_range(PARTS):
+        _, inside, _ = _place(part, row, rows, D, WIDE)
+        each = tl.where(inside, parts[part] - mean, 0.0)
+        centred, square = centred + (each,), square + each * each  # type: ignore[assignment]  # noqa: RUF005
+    return centred, 1.0 / tl.sqrt(tl.sum(square, 1, keep_dims=True) / D + eps)
+
+
+@triton.jit
+def _row_scale(x, offset, out, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    _, scale = _centred(x, offset, row, rows, eps, D, WIDE, PARTS)
     tl.store(out + row, scale, mask=row < rows)
 
 
 @triton.jit
-def _norm(x, offset, weight, bias, out, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
-    centred, scale, _, column, inside, at = _load(x, offset, rows, eps, D, WIDE, ROWS)
-    w = tl.load(weight + column, mask=column < D, other=0.0)
-    b = tl.load(bias + column, mask=column < D, other=0.0)
-    tl.store(out + at, (centred * scale[:, None] * w[None, :] + b[None, :]).to(out.dtype.element_ty), mask=inside)
+def _norm(
+    x, offset, weight, bias, out, rows, eps,
+    D: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    centred, scale = _centred(x, offset, row, rows, eps, D, WIDE, PARTS)
+    for part in tl.static_range(PARTS):
+        column, inside, at = _place(part, row, rows, D, WIDE)
+        w = tl.load(weight + column, mask=column < D, other=0.0)
+        b = tl.load(bias + column, mask=column < D, other=0.0)
+        tl.store(out + at, (centred[part] * scale * w + b).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _quantised_norm(x, offset, step, out, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
-    centred, scale, _, _, inside, at = _load(x, offset, rows, eps, D, WIDE, ROWS)
-    tl.store(out + at, (centred * (scale * step)[:, None]).to(out.dtype.element_ty), mask=inside)
+def _quantised_norm(
+    x, offset, step, out, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    centred, scale = _centred(x, offset, row, rows, eps, D, WIDE, PARTS)
+    for part in tl.static_range(PARTS):
+        _, inside, at = _place(part, row, rows, D, WIDE)
+        tl.store(out + at, (centred[part] * (scale * step)).to(out.dtype.element_ty), mask=inside)
 
 
 def row_scale(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -69,8 +90,10 @@ def quantised_norm(x: torch.Tensor, offset: torch.Tensor, step: float) -> torch.
 
 def _launch(kernel, x: torch.Tensor, *others: torch.Tensor | float) -> None:  # type: ignore[no-untyped-def]
     rows, d = x.shape
-    wide = triton.next_power_of_2(d)
-    block = max(1, 4096 // wide)
+    wide = d & -d  # the largest power of two that divides it: 5 parts for all sizes of ESM-2 but one
+    if d // wide > 8:
+        wide = triton.next_power_of_2(d)
+    block = max(1, 256 // wide)  # a warp holds 16 bytes a thread; rows spread over several would change their layout
     kernel[(triton.cdiv(rows, block),)](
-        x, *others, rows, LAYER_NORM_EPS, d, wide, block, num_warps=4 if wide <= 4096 else 8
+        x, *others, rows, LAYER_NORM_EPS, d, wide, triton.cdiv(d, wide), block, num_warps=max(1, wide // 256)
     )
