@@ -76,30 +76,27 @@ class VarlenCollator:
 
     def __call__(self, pack: int) -> PackedBatch:
         self.table.check_unchanged()
-        numbers = self.plan.pack(pack)
+        numbers, rows = self.plan.pack(pack), int(self.plan.rung[pack])
         record = self.segments.record[numbers]
         length = self.segments.length[numbers].astype(np.int64)
-        start = self.segments.start[numbers]
-        pieces = [
-            ids[a : a + n]
-            for ids, a, n in zip(self.table.token_ids(record), start.tolist(), length.tolist(), strict=True)
-        ]
-        between = bytes([alphabet.EOS, alphabet.CLS])
-        text = bytes([alphabet.CLS]) + between.join(pieces) + bytes([alphabet.EOS])
-        return self._batch(text, numbers, length, int(self.plan.rung[pack]))
-
-    def _batch(self, text: bytes, numbers: NDArray[np.int64], length: NDArray[np.int64], rows: int) -> PackedBatch:
         lengths = length + SPECIAL_TOKENS
         cu_seqlens = np.append(0, np.cumsum(lengths))
         used = int(cu_seqlens[-1])
-        total = self.embedded[self.segments.record[numbers]]
+        total = self.embedded[record]
 
-        tokens = self._tensor(rows, torch.int32)
-        tokens.numpy()[:used] = np.frombuffer(text, np.uint8)
-        tokens.numpy()[used:] = alphabet.PAD
+        position = np.arange(used) - np.repeat(cu_seqlens[:-1], lengths)
         positions = self._tensor(rows, torch.int32)
-        positions.numpy()[:used] = np.arange(used) - np.repeat(cu_seqlens[:-1], lengths)
+        positions.numpy()[:used] = position
         positions.numpy()[used:] = 0
+
+        sizes = self.table.length[record].astype(np.int64)
+        first = np.cumsum(sizes) - sizes + self.segments.start[numbers]  # residue of each segment, in the text of all
+        text = self.table.tokens(record).take(position + np.repeat(first - 1, lengths), mode="clip")
+        text[cu_seqlens[:-1]] = alphabet.CLS
+        text[cu_seqlens[1:] - 1] = alphabet.EOS
+        tokens = self._tensor(rows, torch.int32)
+        tokens.numpy()[:used] = text
+        tokens.numpy()[used:] = alphabet.PAD
         bounds = self._tensor(len(cu_seqlens), torch.int32)
         bounds.numpy()[:] = cu_seqlens
         divisor = self._tensor(len(numbers), torch.float32)
@@ -110,8 +107,8 @@ class VarlenCollator:
         tiles.numpy()[:] = parts
 
         mask_ratio = None
-        if alphabet.MASK in text:
-            masked = np.add.reduceat(np.frombuffer(text, np.uint8) == alphabet.MASK, cu_seqlens[:-1], dtype=np.int64)
+        if (text == alphabet.MASK).any():
+            masked = np.add.reduceat(text == alphabet.MASK, cu_seqlens[:-1], dtype=np.int64)
             mask_ratio = self._tensor(rows, torch.float32)
             mask_ratio.numpy()[:used] = np.repeat(np.float32(1) - (masked / lengths).astype(np.float32), lengths)
             mask_ratio.numpy()[used:] = 1

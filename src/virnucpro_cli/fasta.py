@@ -13,9 +13,9 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -27,9 +27,18 @@ from virnucpro_cli.errors import UserError
 
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 20  # the pass over one chunk stays within the L2 cache
+AHEAD, MOST_AHEAD, FEWEST_AHEAD = 1 << 23, 1 << 27, 32  # bytes, bytes, records
 BOM = b"\xef\xbb\xbf"
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 NUCLEOTIDE_SHARE = 0.95
+NEWLINE = ord("\n")
+TOKENS_OR_SPACE = np.frombuffer(
+    bytes(
+        code if code in (alphabet.SPACE, alphabet.LESS) else token
+        for code, token in zip(alphabet.CODES, alphabet.TOKEN_IDS, strict=True)
+    ),
+    np.uint8,
+)
 
 
 def _decoder_errors() -> tuple[type[Exception], ...]:
@@ -76,6 +85,18 @@ class Source:
         )
 
 
+class _Stretch(NamedTuple):
+    """Bytes [start, stop) of a source, in memory."""
+
+    source: Source | None
+    start: int
+    stop: int
+    text: bytes
+
+
+NOTHING = _Stretch(None, 0, 0, b"")
+
+
 @dataclass
 class RecordTable:
     """What is known of N records, in input order.
@@ -92,6 +113,7 @@ class RecordTable:
     replaced: NDArray[np.int32]
     unique_of: NDArray[np.int64]
     nucleotide_share: list[float]  # of each source's residues, how many are A, C, G, T, U or N
+    _near: _Stretch = field(default=NOTHING, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -117,8 +139,29 @@ class RecordTable:
             for w, at, n in zip(which.tolist(), (start - bases[which]).tolist(), size.tolist(), strict=True)
         ]
 
+    def tokens(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Token ids of all residues, one record behind the other, without `<cls>` and `<eos>`: `length` of each."""
+        text, start = self._text(records)
+        newline = np.append(np.flatnonzero(text == NEWLINE), len(text))
+        step = np.zeros(len(text) + 1, np.int8)
+        step[start] = 1
+        step[newline[np.searchsorted(newline, start)]] = -1  # where the header ends
+        codes = TOKENS_OR_SPACE[text]
+        codes[np.cumsum(step[:-1], dtype=np.int8) > 0] = alphabet.SPACE
+        if (codes == alphabet.LESS).any():  # a `<mask>`, perhaps: many bytes for one token
+            return np.frombuffer(b"".join(self.token_ids(records)), np.uint8)
+        kept = codes != alphabet.SPACE
+        count = np.cumsum(kept)
+        before, after = count[start] - kept[start], count[np.append(start[1:], len(text)) - 1]
+        length = self.length[records]
+        if (after - before < length).any():
+            raise self._spans(records[after - before < length][:1])[0][0].changed()
+        if (after - before > length).any():  # a trailing `*`
+            kept &= count <= np.repeat(before + length, np.diff(start, append=len(text)))
+        return codes[kept]
+
     def token_ids(self, records: NDArray[np.int64]) -> list[bytes]:
-        """Token ids of all residues of each record, without `<cls>` and `<eos>`."""
+        """The same, of each record."""
         found = []
         for (source, at, size), length in zip(self._spans(records), self.length[records].tolist(), strict=True):
             text = source.read(at, size)
@@ -127,6 +170,31 @@ class RecordTable:
                 raise source.changed()
             found.append(ids)
         return found
+
+    def _text(self, records: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The text of the records, headers included, one behind the other, and where each begins."""
+        spans, near = self._spans(records), self._around(records)
+        if near.source is not None:
+            pieces = [near.text[at - near.start : at - near.start + size] for _, at, size in spans]
+        else:
+            pieces = [source.read(at, size) for source, at, size in spans]
+        sizes = [size for _, _, size in spans]
+        return np.frombuffer(b"".join(pieces), np.uint8), np.append(0, np.cumsum(sizes[:-1], dtype=np.int64))
+
+    def _around(self, records: NDArray[np.int64]) -> _Stretch:
+        """The text from the first to the last of these records, if that is not too much: between them lie those of the packs
+        to come, and one read for all of them is cheaper than one for each."""
+        if len(records) < FEWEST_AHEAD:
+            return NOTHING
+        (source, start, _), (other, last, size) = self._spans(np.asarray([records.min(), records.max()]))
+        stop = last + size
+        if source is not other or stop - start > MOST_AHEAD:
+            return NOTHING
+        if source is not self._near.source or start < self._near.start or stop > self._near.stop:
+            start, stop = start // AHEAD * AHEAD, min(-(-stop // AHEAD) * AHEAD, source.size)
+            self._near = NOTHING  # let go of the old before the new is read
+            self._near = _Stretch(source, start, stop, source.read(start, stop - start))
+        return self._near
 
     def names(self, start: int, stop: int, full: bool = False) -> list[str]:
         """Names of the records [start, stop): the header up to the first white space, or all of it.
