@@ -22,9 +22,13 @@ def main(paths: list[str]) -> None:
         found = json.loads(Path(path).read_text())
         about, config = found["environment"], found["environment"]["config"]
         print(f"## {about['model']}, {about['dtype']}\n")
+        command = f"virnucpro bench --packed --unpacked --model {config['model']} --seconds {config['seconds']:g}"
+        if config["dtype"] != "auto":
+            command += f" --dtype {config['dtype']}"
+        if config["peers"]:
+            command += f" --peers {','.join(config['peers'])}"
         print(
-            f"{about['device']}, torch {about['torch']}, attention `{about['attention']}`, {about['date']}. "
-            f"`virnucpro bench --packed --unpacked --model {config['model']} --peers {','.join(config['peers'])} --seconds {config['seconds']:g}`\n"
+            f"{about['device']}, torch {about['torch']}, attention `{about['attention']}`, {about['date']}. `{command}`\n"
         )
         for title, rows in found["tables"].items():
             print(f"{title}:\n", *table(rows), sep="\n")

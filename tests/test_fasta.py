@@ -66,6 +66,9 @@ class Facts:
 def facts(table: RecordTable) -> Facts:
     n = len(table)
     ids = [list(i) for i in table.token_ids(np.arange(n))]
+    for order in (np.arange(n), np.arange(n)[::-1], np.tile(np.arange(n), 40)):  # few: one read each; many: one for all
+        if n:
+            assert table.tokens(order).tolist() == [token for record in order.tolist() for token in ids[record]]
     return Facts(
         table.offset.tolist(), table.names(0, n), table.names(0, n, full=True), ids,
         table.length.tolist(), table.replaced.tolist(), table.unique_of.tolist(),
@@ -246,6 +249,20 @@ def test_any_range_of_names_is_that_slice_of_all_names(
     expected = [f"p{i}" for i in range(30)] * 2
     for start, stop in itertools.combinations_with_replacement(range(0, 61, 5), 2):
         assert table.names(start, stop) == expected[start:stop]
+
+
+def test_records_that_lie_far_apart_or_in_several_files_are_read_as_well(
+    make_fasta: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = [read(make_fasta([7] * 50)), read(make_fasta([5] * 50, "a.fasta"), make_fasta([6, 0, 9] * 20, "b.fasta"))]
+    for most in (100, 200, 1 << 20):
+        monkeypatch.setattr(fasta, "MOST_AHEAD", most)
+        monkeypatch.setattr(fasta, "AHEAD", 64)
+        for table in tables:
+            every = np.random.default_rng(0).permutation(len(table))
+            for order in (every, every[every < 40], every[every > 60], np.repeat(every[:3], 20)):
+                if len(order):
+                    assert table.tokens(order).tobytes() == b"".join(table.token_ids(order))
 
 
 def test_token_ids_come_in_the_order_asked_for(make_fasta: Callable[..., Path]) -> None:
@@ -486,6 +503,8 @@ def test_a_file_that_is_truncated_is_an_error_when_its_records_are_read(make_fas
     with pytest.raises(UserError, match=r"in\.fasta was changed"):
         table.token_ids(np.array([1]))
     with pytest.raises(UserError, match=r"in\.fasta was changed"):
+        table.tokens(np.array([0, 1] * 20))
+    with pytest.raises(UserError, match=r"in\.fasta was changed"):
         table.names(0, 2)
     with pytest.raises(UserError, match=r"in\.fasta was changed"):
         table.check_unchanged()
@@ -498,6 +517,16 @@ def test_a_file_edited_in_place_to_the_same_size_is_an_error(make_fasta: Callabl
     os.utime(path, ns=(0, 0))
     with pytest.raises(UserError, match=r"in\.fasta was changed"):
         table.check_unchanged()
+
+
+def test_a_record_that_has_lost_residues_is_an_error_and_not_its_neighbours(make_fasta: Callable[..., Path]) -> None:
+    path = make_fasta([50, 50])
+    table = read(path)
+    path.write_bytes(path.read_bytes()[:-20] + b"\n" * 20)
+    assert len(table.tokens(np.array([0]))) == 50
+    for records in ([1], [0, 1] * 20):
+        with pytest.raises(UserError, match=r"in\.fasta was changed"):
+            table.tokens(np.array(records))
 
 
 def test_a_file_replaced_or_deleted_after_the_index_is_still_read_as_it_was(make_fasta: Callable[..., Path]) -> None:

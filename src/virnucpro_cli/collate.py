@@ -89,9 +89,10 @@ class VarlenCollator:
         positions.numpy()[:used] = position
         positions.numpy()[used:] = 0
 
-        sizes = self.table.length[record].astype(np.int64)
-        first = np.cumsum(sizes) - sizes + self.segments.start[numbers]  # residue of each segment, in the text of all
-        text = self.table.tokens(record).take(position + np.repeat(first - 1, lengths), mode="clip")
+        whole, which = np.unique(record, return_inverse=True)  # windows share their record
+        sizes = self.table.length[whole].astype(np.int64)
+        first = (np.cumsum(sizes) - sizes)[which] + self.segments.start[numbers]  # of each segment, in the text of all
+        text = self.table.tokens(whole).take(position + np.repeat(first - 1, lengths), mode="clip")
         text[cu_seqlens[:-1]] = alphabet.CLS
         text[cu_seqlens[1:] - 1] = alphabet.EOS
         tokens = self._tensor(rows, torch.int32)

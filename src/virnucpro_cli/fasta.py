@@ -142,22 +142,23 @@ class RecordTable:
     def tokens(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Token ids of all residues, one record behind the other, without `<cls>` and `<eos>`: `length` of each."""
         text, start = self._text(records)
+        end = np.append(start[1:], len(text))
         newline = np.append(np.flatnonzero(text == NEWLINE), len(text))
         step = np.zeros(len(text) + 1, np.int8)
-        step[start] = 1
-        step[newline[np.searchsorted(newline, start)]] = -1  # where the header ends
+        step[start] += 1
+        step[np.minimum(newline[np.searchsorted(newline, start)], end)] -= 1  # where the header ends
         codes = TOKENS_OR_SPACE[text]
         codes[np.cumsum(step[:-1], dtype=np.int8) > 0] = alphabet.SPACE
         if (codes == alphabet.LESS).any():  # a `<mask>`, perhaps: many bytes for one token
             return np.frombuffer(b"".join(self.token_ids(records)), np.uint8)
         kept = codes != alphabet.SPACE
-        count = np.cumsum(kept)
-        before, after = count[start] - kept[start], count[np.append(start[1:], len(text)) - 1]
+        count = np.cumsum(kept, dtype=np.int32)
+        before, after = count[start] - kept[start], count[end - 1]
         length = self.length[records]
         if (after - before < length).any():
             raise self._spans(records[after - before < length][:1])[0][0].changed()
         if (after - before > length).any():  # a trailing `*`
-            kept &= count <= np.repeat(before + length, np.diff(start, append=len(text)))
+            kept &= count <= np.repeat(before + length, end - start)
         return codes[kept]
 
     def token_ids(self, records: NDArray[np.int64]) -> list[bytes]:
