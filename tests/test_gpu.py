@@ -1,7 +1,7 @@
 """What is promised on a GPU: run with `pytest -m gpu`. Bounds are those of fair-esm in fp32, one sequence at a time."""
 
 import random
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +140,7 @@ def test_the_overlapped_runner_yields_what_the_serial_one_does(tmp_path: Path) -
     segments = whole_segments(np.arange(len(table)), table.length.astype(np.int64), 1022)
     plan = first_fit_decreasing(segments.length, 2048)
     config = embed.EmbedConfig(pool=("mean", "bos", "residue"))
-    compute = partial(embed._compute, model, (3, 6), config)
+    compute = embed._compute_with(model, (3, 6), config)
     embedded = np.minimum(table.length, 1022)
     yields = []
     for run, pin in ((runner.serial, False), (runner.overlapped, True)):
@@ -173,7 +173,7 @@ def test_the_runner_waits_for_the_device_only_when_it_retires_a_pack(tmp_path: P
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        embed._compute(model, (0, 6), embed.EmbedConfig(pool=("mean", "bos", "residue")), moved)
+        embed._compute_with(model, (0, 6), embed.EmbedConfig(pool=("mean", "bos", "residue")))(moved)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

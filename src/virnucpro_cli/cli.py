@@ -95,7 +95,20 @@ def embed(
         str | None, typer.Option("--store-dtype", metavar="TYPE", help="Store fp16 or fp32. [default: fp16]")
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps. [default: auto]")
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="auto, cpu, cuda (all GPUs), cuda:N, cuda:N,N or mps. [default: auto]",
+        ),
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            help="Processes on this host, that share the devices; auto is one for each GPU, and one on a CPU. [default: auto]",
+        ),
     ] = None,
     attention: Annotated[
         str | None,
@@ -171,7 +184,7 @@ def embed(
     flags = {
         "inputs": tuple(inputs), "output": output, "model": model, "layers": _numbers(layers),
         "pool": None if pool is None else tuple(dict.fromkeys(part.strip() for part in pool.split(","))),
-        "dtype": dtype, "store_dtype": store_dtype, "device": device, "attention": attention,
+        "dtype": dtype, "store_dtype": store_dtype, "device": device, "workers": _budget(workers), "attention": attention,
         "token_budget": _budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
         "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
         "restart": restart or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,

@@ -18,6 +18,7 @@ CHOICES = {
     "id": ("first", "full"),
 }
 LARGEST = 1 << 24
+MOST_WORKERS = 256
 POOLS = ("mean", "bos", "residue")
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 PEERS = ("fair-esm", "transformers", "esm-efficient", "faesm")
@@ -35,6 +36,7 @@ class EmbedConfig:
     dtype: str = "auto"
     store_dtype: str = "fp16"
     device: str = "auto"
+    workers: int | str = "auto"
     attention: str = "auto"
     token_budget: int | str = "auto"
     max_residues: int = 1022
@@ -58,6 +60,8 @@ class EmbedConfig:
         unknown = [kind for kind in self.pool if kind not in POOLS]
         if unknown or not self.pool:
             raise UserError(f"--pool has {', '.join(unknown) or 'nothing'}.", f"Choose any of {', '.join(POOLS)}.")
+        if self.workers != "auto" and not (isinstance(self.workers, int) and 1 <= self.workers <= MOST_WORKERS):
+            raise UserError(f"--workers is {self.workers}.", f"Give auto, or 1 to {MOST_WORKERS}.")
         if not self.layers:
             raise UserError("--layers has nothing.", "Give numbers such as -1 or 0,6,-1.")
         if self.long == "window" and not 0 <= self.overlap < self.max_residues:
@@ -198,7 +202,8 @@ def _from_toml(kind: type[Any], path: Path) -> dict[str, Any]:
 
 
 SPECIAL_TYPES: dict[str, tuple[type, ...]] = {
-    "token_budget": (int, str), "layers": (int,), "min_cosine": (float, int), "max_rel_l2": (float, int),
+    "token_budget": (int, str),
+    "workers": (int, str), "layers": (int,), "min_cosine": (float, int), "max_rel_l2": (float, int),
     "seconds": (float, int), "min_speedup": (float, int), "min_density": (float, int),
 }  # fmt: skip
 

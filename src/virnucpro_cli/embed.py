@@ -23,8 +23,8 @@ from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import fasta, report, runner, store
-from virnucpro_cli.collate import PackedBatch, VarlenCollator
+from virnucpro_cli import fasta, report, runner, store, workers
+from virnucpro_cli.collate import VarlenCollator
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.model import locate
@@ -40,7 +40,7 @@ from virnucpro_cli.packing import (
 )
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.policies import Int64, Work, decide
-from virnucpro_cli.pooling import Embeddings, Pooler
+from virnucpro_cli.pooling import Pooler
 
 ONLY_PLACE = ("attention", "device")
 """Fingerprint keys that must agree to go on with a partial file bit for bit, but not for a finished one to be the same."""
@@ -85,7 +85,8 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             f"{output} exists and was not written by virnucpro embed.", "Choose another -o, or --overwrite it."
         )
 
-    device = runner.resolve_device(config.device)
+    devices, device_notes = runner.resolve_devices(config.device, config.workers)
+    device = devices[0]
     dtype = runner.resolve_dtype(config.dtype, device)
     backend = attention_backends.resolve(config.attention, device, dtype)
     found = _locate(config, out)
@@ -105,7 +106,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             budget = runner.auto_token_budget(device, spec.hidden, spec.parameters * dtype.itemsize, stored)
         plan = in_blocks(work.segments.length, int(budget))
         layout = _layout(config, table, work, spec, layers)
-    summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *backend.notes])
+    summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *device_notes, *backend.notes])
     if dtype == torch.float8_e4m3fn:
         summary.notes.append(APPROXIMATE)
     summary.counts = _counts(table, work)
@@ -135,7 +136,17 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         todo[work.unit[file.status == store.PENDING]] = True
         packs = subset(plan, todo[work.segments.record])
         placer = Placer(file, table, work, plan, config, todo, clock, pin=device.type == "cuda")
-        if len(packs):
+        if len(packs) > 1 and len(devices) > 1 and loaded is None:
+            threads = max(1, torch.get_num_threads() // len(devices))
+            job = workers.Job(config, found, layers, dtype, backend.name, table, work, plan, todo, output,
+                              store.partial_path(output), file.fd, threads)  # fmt: skip
+            with clock.stage("forward"), report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
+                placer.tracker = tracker
+                placer.started = time.perf_counter()
+                for note in workers.run(job, packs, devices[: len(packs)], placer):
+                    out.print(note, style="yellow")
+                    summary.notes.append(note)
+        elif len(packs):
             with clock.stage("load model"):
                 exact_arithmetic()
                 _, state, notes = loaded or model_weights.load(found)
@@ -144,7 +155,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             for note in notes:
                 out.print(note, style="yellow")
             summary.notes += notes
-            compute = partial(_compute, model, layers, config)
+            compute = _compute_with(model, layers, config)
             with clock.stage("forward"), report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
                 placer.tracker = tracker
                 placer.started = time.perf_counter()
@@ -340,9 +351,8 @@ def _attributes(
     }
 
 
-def _compute(model: ESM2, layers: tuple[int, ...], config: EmbedConfig, batch: PackedBatch) -> Embeddings:
-    pooler = Pooler(config.pool, torch.float16 if config.store_dtype == "fp16" else torch.float32)
-    return model.embed(batch, layers, pooler)
+def _compute_with(model: ESM2, layers: tuple[int, ...], config: EmbedConfig) -> runner.Compute:
+    return partial(model.embed, wanted=layers, pooler=Pooler(config.pool, runner.store_dtype(config.store_dtype)))
 
 
 def _recompute(
@@ -368,7 +378,7 @@ def _recompute(
         spec, state, _ = model_weights.load(found)
         backend = attention_backends.resolve("auto", device, torch.float32)
         model = ESM2(spec, state, torch.float32, device, backend)
-        runner.run(range(len(plan)), placer.collator, partial(_compute, model, layers, config), placer, device)
+        runner.run(range(len(plan)), placer.collator, _compute_with(model, layers, config), placer, device)
         broken = np.unique(placer.broken)
     if not len(broken):
         return

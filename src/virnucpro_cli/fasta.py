@@ -63,6 +63,10 @@ class Source:
     mtime_ns: int
     base: int  # offset of this text in the concatenation of all sources
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a process that inherits the descriptor, under its number."""
+        return _inherited, (self.path, self.file.fileno(), self.size, self.mtime_ns, self.base)
+
     def read(self, start: int, size: int) -> bytes:
         """Bytes [start, start + size) of this text. Raises UserError if the file has shrunk meanwhile."""
         data = os.pread(self.file.fileno(), size, start)
@@ -83,6 +87,10 @@ class Source:
             f"{self.path} was changed while it was being read.",
             "Run again on a file that nothing else writes to; results of the old content are not mixed with the new.",
         )
+
+
+def _inherited(path: str, fd: int, size: int, mtime_ns: int, base: int) -> Source:
+    return Source(path, os.fdopen(fd, "rb"), size, mtime_ns, base)
 
 
 class _Stretch(NamedTuple):

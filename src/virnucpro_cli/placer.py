@@ -39,11 +39,9 @@ class Placer:
         self._members = np.argsort(work.unit, kind="stable")
         self._sorted_units = work.unit[self._members]
         self._offsets = np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if "residue" in config.pool else None
-        self._windows: dict[int, dict[int, _Window]] = {}
+        self._windows: dict[int, dict[int, Window]] = {}
 
     def __call__(self, batch: PackedBatch, found: Embeddings) -> None:
-        if self.first_pack is None:
-            self.first_pack = time.perf_counter() - self.started
         with self.clock.stage("write (overlapped)" if self.collator.pin else "write"):
             assert found.finite is not None
             record = self.work.segments.record[batch.segments]
@@ -54,11 +52,19 @@ class Placer:
             self._place_whole(record, np.flatnonzero(wanted & whole & finite), batch, found)
             for i in np.flatnonzero(wanted & ~whole).tolist():
                 self._keep_window(int(record[i]), i, batch, found)
-            if time.perf_counter() - self.last_commit > COMMIT_SECONDS:
-                self.file.commit()
-                self.last_commit = time.perf_counter()
+            self.commit_now_and_then()
+        self.advance(batch.used)
+
+    def commit_now_and_then(self) -> None:
+        if time.perf_counter() - self.last_commit > COMMIT_SECONDS:
+            self.file.commit()
+            self.last_commit = time.perf_counter()
+
+    def advance(self, tokens: int) -> None:
+        if self.first_pack is None:
+            self.first_pack = time.perf_counter() - self.started
         if self.tracker:
-            self.tracker.advance(batch.used)
+            self.tracker.advance(tokens)
 
     def rows_of(self, records: Int64) -> tuple[Int64, Int64]:
         """Rows of the given units and their copies, and for each the position of its unit in `records`."""
@@ -96,18 +102,22 @@ class Placer:
             for (kind, layer), values in found.pooled.items()
         }
         residue = {layer: values.numpy()[inside].copy() for layer, values in found.residue.items()}
+        self.keep(record, Window(segment, int(self.work.segments.start[segment]), pooled, residue))
+
+    def keep(self, record: int, window: "Window") -> None:
+        """Take one window of a record; with the last of them the record is placed."""
         windows = self._windows.setdefault(record, {})
-        windows[segment] = _Window(int(self.work.segments.start[segment]), pooled, residue)
+        windows[window.segment] = window
         first, last = np.searchsorted(self.work.segments.record, [record, record + 1])
         if len(windows) == last - first:
             self._place_windows(record, [windows[s] for s in range(int(first), int(last))])
             del self._windows[record]
 
-    def _place_windows(self, record: int, windows: "list[_Window]") -> None:
+    def _place_windows(self, record: int, windows: "list[Window]") -> None:
         with np.errstate(over="ignore"):  # what does not fit the store dtype is found below
             self._place_blend(record, windows)
 
-    def _place_blend(self, record: int, windows: "list[_Window]") -> None:
+    def _place_blend(self, record: int, windows: "list[Window]") -> None:
         """Add the windows up in their order, check the result in the store dtype, and place it."""
         rows, _ = self.rows_of(np.asarray([record]))
         pooled = {key: sum(w.pooled[key] for w in windows) for key in windows[0].pooled}
@@ -130,7 +140,10 @@ class Placer:
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
+    """What a window adds to its record: weighted already. segment: its number; start: its first residue in the record."""
+
+    segment: int
     start: int
     pooled: dict[tuple[str, int], NDArray[np.float32]]
     residue: dict[int, NDArray[np.float32]]

@@ -22,6 +22,11 @@ Collate = Callable[[int], PackedBatch]
 Compute = Callable[[PackedBatch], Embeddings]
 Sink = Callable[[PackedBatch, Embeddings], None]
 
+
+class OutOfMemory(UserError):
+    """The device has too little memory for a pack."""
+
+
 COLLATE_AHEAD = 3
 IN_FLIGHT = 2
 WRITES_BEHIND = 4
@@ -64,6 +69,28 @@ def resolve_device(name: str, option: str = "--device") -> torch.device:
     return device
 
 
+def resolve_devices(name: str, workers: int | str) -> tuple[list[torch.device], list[str]]:
+    """The device of every process of a run, and notes: `auto` and `cuda` are all visible GPUs like the first, `cuda:0,2` those
+    two, anything else one device. workers, unless `auto`, is how many processes share them in turn."""
+    kind, _, numbers = name.partition(":")
+    notes = []
+    if kind == "cuda" and "," in numbers:
+        devices = [resolve_device(f"cuda:{number.strip()}") for number in numbers.split(",")]
+        if len(set(devices)) < len(devices):
+            raise UserError(f"--device {name} names a GPU twice.", "Name each once; --workers sets the processes.")
+    else:
+        devices = [resolve_device(name)]
+        if devices[0].type == "cuda" and not numbers:
+            devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    like = [d for d in devices if describe_device(d) == describe_device(devices[0])]
+    if len(like) < len(devices):
+        notes.append(
+            f"only the {len(like)} of {len(devices)} GPUs that are {describe_device(devices[0])} are used: others round otherwise"
+        )
+    count = len(like) if workers == "auto" else int(workers)
+    return [like[i % len(like)] for i in range(count)], notes
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is fp16 on CUDA, fp32 elsewhere: fp16 is seven times closer to fp32 than bf16 on the real 8M weights."""
     if name == "auto":
@@ -74,6 +101,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def short_name(dtype: torch.dtype) -> str:
     """fp32, fp16, bf16 or fp8."""
     return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def store_dtype(name: str) -> torch.dtype:
+    return torch.float16 if name == "fp16" else torch.float32
 
 
 def describe_dtype(dtype: torch.dtype) -> str:
@@ -231,7 +262,7 @@ def run(
     try:
         chosen(packs, collate, compute, sink, device)
     except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
+        raise OutOfMemory(
             f"Out of memory on {describe_device(device)}: {str(error).splitlines()[0]}",
             "Run the same command with a smaller --token-budget, or --long window if very long proteins are embedded whole; "
             "what is done is kept.",

@@ -1,0 +1,315 @@
+"""Several processes on one host. Packs are handed out from the plan; each worker places its rows in the file by itself.
+
+The parent alone says what is done: it owns the statuses, stitches windows, and gives the packs of a worker that dies to the
+others. A worker is a fresh Python that runs `main` here and inherits the descriptors that it needs.
+"""
+
+import ctypes
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from socket import socketpair
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from virnucpro_cli import attention as attention_backends
+from virnucpro_cli import report, runner
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.errors import Stopped, UserError, in_a_line
+from virnucpro_cli.fasta import RecordTable
+from virnucpro_cli.model import locate
+from virnucpro_cli.model import weights as model_weights
+from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.packing import Plan
+from virnucpro_cli.placer import Placer, Window
+from virnucpro_cli.policies import Work
+from virnucpro_cli.pooling import Pooler
+from virnucpro_cli.store import Store
+
+LARGEST_SHARE = 256
+"""Packs handed out at once, at most: what is left is dealt so that all end together, a pack each at last."""
+STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know; arrays are shared, not copied."""
+
+    config: EmbedConfig
+    weights: locate.Weights
+    layers: tuple[int, ...]
+    dtype: torch.dtype
+    attention: str
+    table: RecordTable
+    work: Work
+    plan: Plan
+    todo: NDArray[np.bool_]
+    output: Path
+    partial: Path
+    fd: int  # of the partial file, inherited: with it a worker holds the file's lock as well
+    threads: int
+
+
+class Lost(NamedTuple):
+    """Why a worker is gone. fatal: the others would fare no better."""
+
+    error: UserError
+    fatal: bool
+
+
+@dataclass
+class _Worker:
+    number: int
+    device: torch.device
+    process: "subprocess.Popen[bytes]"
+    channel: Connection
+    share: set[int] = field(default_factory=set)  # packs handed out whose rows are not in the file yet
+    idle: bool = False
+
+    def __str__(self) -> str:
+        return f"worker {self.number} on {self.device}"
+
+
+def run(job: Job, packs: NDArray[np.int64], devices: Sequence[torch.device], placer: Placer) -> list[str]:
+    """Have all packs done by one process for each of `devices`, and return notes on those that were lost.
+
+    Raises UserError when no worker is left, or when one meets what would stop every other.
+    """
+    waiting, notes = deque(packs.tolist()), list[str]()
+    with tempfile.TemporaryFile() as shared:
+        sizes = _dump(job, shared)
+        workers = [_start(i, device, job, shared, sizes) for i, device in enumerate(devices, start=1)]
+    by_channel = {worker.channel: worker for worker in workers}
+    try:
+        while by_channel:
+            for channel in wait(list(by_channel)):
+                assert isinstance(channel, Connection)
+                worker = by_channel[channel]
+                try:
+                    message = channel.recv()
+                except (EOFError, OSError):
+                    message = ("lost", _death_of(worker))
+                lost = _heed(message, worker, placer)
+                if lost is not None:
+                    if lost.fatal:
+                        raise lost.error
+                    del by_channel[channel]
+                    waiting.extend(sorted(worker.share))  # last: if it was a pack's fault, the others come first
+                    notes.append(f"{worker} was lost, and its packs went to the others: {lost.error.what}")
+                    if not by_channel:
+                        raise UserError(f"No worker is left. The last, {worker}: {lost.error.what}", lost.error.remedy)
+                elif message[0] in ("ready", "done"):
+                    worker.idle = True
+            for worker in by_channel.values():
+                if worker.idle and waiting:
+                    _hand_out(worker, waiting, len(by_channel))
+            if not waiting and not any(worker.share for worker in by_channel.values()):
+                break
+    finally:
+        _end(workers, placer)
+    return notes
+
+
+def _hand_out(worker: _Worker, waiting: "deque[int]", workers: int) -> None:
+    count = min(-(-len(waiting) // (3 * workers)), LARGEST_SHARE)
+    share = [waiting.popleft() for _ in range(count)]
+    worker.share, worker.idle = set(share), False
+    with suppress(OSError):  # it has died; its channel will say so
+        worker.channel.send(share)
+
+
+def _heed(message: tuple[Any, ...], worker: _Worker, placer: Placer) -> Lost | None:
+    kind, *rest = message
+    if kind == "lost":
+        return rest[0]
+    if kind == "used":
+        placer.advance(rest[0])
+    elif kind == "window":
+        placer.keep(*rest)
+    elif kind == "placed":
+        marks, packs, broken = rest
+        for mark in marks:
+            placer.file.mark(*mark)
+        placer.broken += broken
+        placer.commit_now_and_then()
+        worker.share -= set(packs)
+    return None
+
+
+def _death_of(worker: _Worker) -> Lost:
+    """What became of a worker whose channel has closed without a word."""
+    code = worker.process.wait()
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    hint = " (the kernel does that when memory runs out)" if code == -signal.SIGKILL else ""
+    remedy = "Run the same command again: what is done is kept. If memory ran out, choose fewer --workers."
+    return Lost(UserError(f"{how}{hint}.", remedy), fatal=False)
+
+
+def _end(workers: list[_Worker], placer: Placer) -> None:
+    """Stop every worker, and take note of what they place until they are gone."""
+    for worker in workers:
+        if worker.process.poll() is None:
+            worker.process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for worker in workers:
+        with suppress(EOFError, OSError, pickle.UnpicklingError):
+            while worker.channel.poll(max(0.0, deadline - time.monotonic())):
+                _heed(worker.channel.recv(), worker, placer)
+        worker.channel.close()
+        try:
+            worker.process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
+
+
+# --- starting one ----------------------------------------------------------------------------------------------------
+
+
+def _dump(job: Job, shared: IO[bytes]) -> list[int]:
+    """Write the job with its arrays behind one another, and return their sizes, that of the rest first."""
+    buffers: list[pickle.PickleBuffer] = []
+    parts = [memoryview(pickle.dumps(job, protocol=5, buffer_callback=buffers.append))]
+    parts += [buffer.raw() for buffer in buffers]
+    for part in parts:
+        shared.write(part)
+        shared.write(bytes(-part.nbytes % 64))
+    shared.flush()
+    return [part.nbytes for part in parts]
+
+
+def _load(fd: int, sizes: list[int]) -> Job:
+    whole = np.memmap(os.fdopen(fd, "rb"), np.uint8, "c")
+    at, parts = 0, []
+    for size in sizes:
+        parts.append(whole[at : at + size])
+        at += size + -size % 64
+    job = pickle.loads(parts[0].tobytes(), buffers=parts[1:])
+    assert isinstance(job, Job)
+    return job
+
+
+def _start(number: int, device: torch.device, job: Job, shared: IO[bytes], sizes: list[int]) -> _Worker:
+    ours, theirs = socketpair()
+    copy = os.open(f"/proc/self/fd/{shared.fileno()}", os.O_RDONLY)
+    inherited = [theirs.fileno(), copy, job.fd, *(source.file.fileno() for source in job.table.sources)]
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", f"from {__name__} import main; main({theirs.fileno()}, {copy}, {os.getpid()})"],
+        pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(copy)
+    theirs.close()
+    worker = _Worker(number, device, process, Connection(ours.detach()))
+    with suppress(OSError):  # it has died; its channel will say so
+        worker.channel.send((sizes, str(device)))
+    return worker
+
+
+# --- the worker ------------------------------------------------------------------------------------------------------
+
+
+class _SharedStore(Store):
+    """A store whose rows another process vouches for: commit means that they are written, and that it is told."""
+
+    def __init__(self, job: Job, channel: Connection):
+        super().__init__(job.output, job.partial, job.fd)
+        self.channel = channel
+        self.finished: list[int] = []  # packs
+        self.broken: list[int] = []
+
+    def commit(self) -> None:
+        with self._lock:
+            self._write_staged()
+            self.channel.send(("placed", self._uncommitted, self.finished, self.broken))
+            self._uncommitted, self.finished = [], []
+            self.broken.clear()
+
+
+class _WorkerPlacer(Placer):
+    """Sends windows, which may be of a record that another worker has windows of, to the parent."""
+
+    file: _SharedStore
+
+    def keep(self, record: int, window: Window) -> None:
+        self.file.channel.send(("window", record, window))
+
+    def advance(self, tokens: int) -> None:
+        self.file.channel.send(("used", tokens))
+
+
+def main(channel_fd: int, job_fd: int, parent: int) -> None:
+    """Do the packs that come through the channel until it closes."""
+    _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the parent decides
+    signal.signal(signal.SIGTERM, _stop)
+    channel = Connection(channel_fd)
+    with suppress(Stopped, EOFError, BrokenPipeError, ConnectionResetError):  # the parent has had enough, or is gone
+        try:
+            sizes, device = channel.recv()
+            _work(_load(job_fd, sizes), torch.device(device), channel)
+        except UserError as error:
+            channel.send(("lost", Lost(error, fatal=not isinstance(error, runner.OutOfMemory))))
+        except Exception as error:
+            channel.send(("lost", Lost(UserError(in_a_line(error), "Run the same command again."), fatal=False)))
+            raise
+
+
+def _work(job: Job, device: torch.device, channel: Connection) -> None:
+    torch.set_num_threads(job.threads)
+    exact_arithmetic()
+    backend = attention_backends.resolve(job.attention, device, job.dtype)
+    spec, state, _ = model_weights.load(job.weights)
+    model = ESM2(spec, state, job.dtype, device, backend)
+    del state
+    file = _SharedStore(job, channel)
+    placer = _WorkerPlacer(
+        file, job.table, job.work, job.plan, job.config, job.todo, report.Clock(), pin=device.type == "cuda"
+    )
+    placer.broken = file.broken
+    pooler = Pooler(job.config.pool, runner.store_dtype(job.config.store_dtype))
+    compute = partial(model.embed, wanted=job.layers, pooler=pooler)
+
+    def sink(pack: int, *found: Any) -> None:
+        placer(*found)
+        file.finished.append(pack)
+
+    channel.send(("ready",))
+    try:
+        while True:
+            share = channel.recv()
+            order = iter(share)
+            runner.run(share, placer.collator, compute, lambda *found, order=order: sink(next(order), *found), device)
+            file.commit()
+            channel.send(("done",))
+    except BaseException:
+        file.commit()
+        raise
+
+
+def _stop(signum: int, frame: Any) -> None:
+    signal.signal(signum, signal.SIG_IGN)
+    raise Stopped(signum)
+
+
+def _die_with(parent: int) -> None:
+    """A worker must not outlive a parent that was killed: another run may soon hold the file."""
+    pr_set_pdeathsig = 1
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+    if os.getppid() != parent:  # it went before that
+        os.kill(os.getpid(), signal.SIGKILL)

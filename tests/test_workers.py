@@ -1,0 +1,253 @@
+"""Several processes, one file: the same bits for any number of them, whoever is killed, and whenever."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from test_faults import KINDS, Case
+from virnucpro_cli import runner, store
+from virnucpro_cli.errors import UserError
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
+
+INTO_EVERY_WORKER = """
+import os, sys, time
+if any("virnucpro_cli.workers" in argument for argument in sys.orig_argv):
+    from virnucpro_cli import placer, runner
+    placer.COMMIT_SECONDS = 0.1
+    serial = runner.serial
+    def changed(packs, collate, compute, sink, device):
+        def slow(batch):
+            {change}
+            return compute(batch)
+        serial(packs, collate, slow, sink, device)
+    runner.serial = changed
+"""
+SLOW = "time.sleep(0.02)"
+OUT_OF_MEMORY_ONCE = """
+            import torch
+            try:
+                os.close(os.open(os.environ["ONCE"], os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("case"), 600)
+
+
+class Program:
+    """`virnucpro embed` in a process of its own, with workers of its own."""
+
+    def __init__(self, case: Case, output: Path, workers: int, change: str = SLOW, *more: str):
+        self.output = output
+        site = output.parent / "site"
+        site.mkdir(exist_ok=True)
+        (site / "sitecustomize.py").write_text(INTO_EVERY_WORKER.format(change=change))
+        command = [
+            sys.executable, "-m", "virnucpro_cli", "embed", str(case.fasta), "-o", str(output), "--model", str(case.model),
+            "--device", "cpu", "--token-budget", "1024", "--pool", ",".join(KINDS), "--long", "window",
+            "--max-residues", "200", "--overlap", "50", "--workers", str(workers), "--report", str(output.with_suffix(".json")),
+            *more,
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(site), "ONCE": str(site / "once")}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+    @property
+    def workers(self) -> list[int]:
+        try:
+            listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        except OSError:
+            return []
+        return [int(pid) for pid in listed.split()]
+
+    def wait_for_work(self, rows: int = 20) -> None:
+        """Until some rows are done, which the parent says every five seconds: or are written, which shows at once."""
+        deadline, seen, partial = time.monotonic() + 60, set[int](), store.partial_path(self.output)
+        while len(seen) < rows and self.process.poll() is None and time.monotonic() < deadline:
+            if partial.exists():
+                seen.add(partial.stat().st_mtime_ns)
+            time.sleep(0.002)
+        assert self.process.poll() is None, self.process.communicate()
+
+    def end(self, code: int = 3) -> str:  # 3: some records are empty
+        _, err = self.process.communicate(timeout=120)
+        assert self.process.returncode == code, err
+        assert "Traceback" not in err
+        return err
+
+    def notes(self) -> str:
+        return "\n".join(json.loads(self.output.with_suffix(".json").read_text())["notes"])
+
+
+def gone(pids: list[int], within: float) -> bool:
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        alive = [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in status_of(pid)]
+        if not alive:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def status_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "Z"
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_any_number_of_workers_makes_the_same_file(case: Case, tmp_path: Path, workers: int) -> None:
+    output = tmp_path / "out.h5"
+    counts = case.embed(output, workers=workers)
+    assert counts["skipped"] == sum(i % 97 == 3 for i in range(600))
+    case.check(output)
+
+
+def test_the_packs_of_a_killed_worker_are_done_by_the_others(case: Case, tmp_path: Path) -> None:
+    program = Program(case, tmp_path / "out.h5", 3)
+    program.wait_for_work()
+    os.kill(program.workers[0], signal.SIGKILL)
+    program.end()
+    assert "was lost" in program.notes() and "SIGKILL" in program.notes()
+    case.check_rows(program.output)
+
+
+def test_a_worker_out_of_memory_leaves_its_packs_to_the_others(case: Case, tmp_path: Path) -> None:
+    program = Program(case, tmp_path / "out.h5", 2, OUT_OF_MEMORY_ONCE)
+    program.end()
+    assert "was lost" in program.notes() and "Out of memory" in program.notes()
+    case.check_rows(program.output)
+
+
+def test_without_any_worker_left_the_run_ends_and_another_goes_on(case: Case, tmp_path: Path) -> None:
+    program = Program(case, tmp_path / "out.h5", 2)
+    program.wait_for_work()
+    for pid in program.workers:
+        os.kill(pid, signal.SIGKILL)
+    err = program.end(2)
+    assert "No worker is left" in err and "SIGKILL" in err and "same command again" in err
+    assert case.embed(program.output)["resumed proteins"] > 0
+    case.check_rows(program.output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_stopped_run_takes_its_workers_along_and_keeps_what_they_did(
+    case: Case, tmp_path: Path, number: signal.Signals
+) -> None:
+    program = Program(case, tmp_path / "out.h5", 2)
+    program.wait_for_work()
+    workers = program.workers
+    asked = time.monotonic()
+    for pid in [program.process.pid, *(workers if number == signal.SIGINT else [])]:  # as a terminal does
+        os.kill(pid, number)
+    err = program.end(128 + number)
+    assert time.monotonic() - asked < 8 and number.name in err and "the same command resumes" in err
+    assert gone(workers, 0.1)
+    assert case.embed(program.output, workers=1)["resumed proteins"] > 0
+    case.check_rows(program.output)
+
+
+def test_a_killed_parent_leaves_no_worker_behind_and_no_lock(case: Case, tmp_path: Path) -> None:
+    program = Program(case, tmp_path / "out.h5", 2)
+    program.wait_for_work()
+    workers = program.workers
+    program.process.kill()
+    program.process.communicate()
+    assert workers and gone(workers, 3)
+    case.embed(program.output, workers=2)
+    case.check_rows(program.output)
+
+
+@pytest.mark.parametrize("moments", [4, pytest.param(200, marks=pytest.mark.soak)])
+def test_a_kill_of_anybody_at_any_moment_is_made_good_by_the_same_command(
+    case: Case, tmp_path: Path, moments: int
+) -> None:
+    dice = random.Random(moments)
+    killed = 0
+    for i in range(moments):
+        program = Program(case, tmp_path / f"{i}.h5", dice.choice((1, 2, 4)))
+        for _ in range(dice.randint(1, 3)):
+            time.sleep(dice.uniform(0, 4))
+            victims = [program.process.pid, *program.workers]
+            if program.process.poll() is None:
+                os.kill(dice.choice(victims), signal.SIGKILL)
+                killed += 1
+        program.process.communicate(timeout=120)
+        if program.process.returncode != 0:
+            case.embed(program.output, workers=dice.choice((1, 2)))
+        case.check_rows(program.output)
+        program.output.unlink()
+    assert killed >= moments / 2
+
+
+def test_a_full_disk_in_a_worker_ends_the_run_with_its_own_words(case: Case, tmp_path: Path) -> None:
+    full = (
+        'import errno; os.pwrite = lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))'
+    )
+    program = Program(case, tmp_path / "out.h5", 2, full)
+    err = program.end(2)
+    assert "No space is left for" in err and "resume" in err
+    case.embed(program.output)
+    case.check_rows(program.output)
+
+
+def test_an_input_that_changes_meanwhile_is_refused(case: Case, tmp_path: Path) -> None:
+    fasta = tmp_path / "in.fasta"
+    fasta.write_bytes(case.fasta.read_bytes())
+    other = Case.__new__(Case)
+    other.fasta, other.model = fasta, case.model
+    program = Program(other, tmp_path / "out.h5", 2)
+    program.wait_for_work()
+    with open(fasta, "a") as file:
+        file.write(">late\nMKV\n")
+    assert "in.fasta was changed" in program.end(2)
+
+
+def test_devices_are_one_a_process_and_shared_in_turn() -> None:
+    cpu = torch.device("cpu")
+    assert runner.resolve_devices("cpu", "auto") == ([cpu], [])
+    assert runner.resolve_devices("cpu", 3) == ([cpu] * 3, [])
+    with pytest.raises(UserError, match="--device"):
+        runner.resolve_devices("cuda:0,", "auto")
+
+
+def test_gpus_of_one_kind_are_used_and_others_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(name: str, option: str = "") -> Any:
+        return torch.device("cuda", 0 if name in ("auto", "cuda") else int(name.partition(":")[2]))
+
+    monkeypatch.setattr(runner, "resolve_device", device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4" if device.index == 3 else "H100")
+    gpus = [torch.device("cuda", i) for i in range(4)]
+    for name in ("auto", "cuda"):
+        found, notes = runner.resolve_devices(name, "auto")
+        assert found == gpus[:3] and "only the 3 of 4 GPUs that are H100" in notes[0]
+    assert runner.resolve_devices("cuda:0,2", "auto") == ([gpus[0], gpus[2]], [])
+    assert runner.resolve_devices("cuda:1", "auto") == ([gpus[1]], [])
+    assert runner.resolve_devices("cuda:1,2", 4)[0] == [gpus[1], gpus[2]] * 2
+    with pytest.raises(UserError, match="names a GPU twice"):
+        runner.resolve_devices("cuda:1,1", "auto")
