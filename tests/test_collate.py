@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from esm.data import Alphabet
+from hypothesis import given
+from hypothesis import strategies as st
 
 from virnucpro_cli import fasta
 from virnucpro_cli.collate import PackedBatch, VarlenCollator
@@ -226,3 +228,18 @@ def test_a_file_that_changes_between_two_packs_is_an_error(make_fasta: Callable[
         file.write(">late\nMKV\n")
     with pytest.raises(UserError, match=r"in\.fasta was changed"):
         collate(1)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 2000))
+def test_parts_of_a_pack_keep_its_segments_and_their_order(lengths: list[int], tokens: int) -> None:
+    segments = whole_segments(np.arange(len(lengths)), np.asarray(lengths, np.int64))
+    plan = first_fit_decreasing(segments.length, 4096)
+    collate = VarlenCollator(None, segments, segments.length, plan)  # type: ignore[arg-type]
+    for pack in range(len(plan)):
+        parts = collate.parts(pack, tokens)
+        numbers = [plan.pack(part) if isinstance(part, int) else part for part in parts]
+        assert np.concatenate(numbers).tolist() == plan.pack(pack).tolist()
+        sizes = [int((segments.length[each] + 2).sum()) for each in numbers]
+        assert all(size <= tokens or len(each) == 1 for size, each in zip(sizes, numbers, strict=True))
+        assert (len(parts) == 1) == (sum(sizes) <= tokens or len(plan.pack(pack)) == 1)
+        assert [p for part in parts for p in collate.parts(part, tokens)][-1] is parts[-1]

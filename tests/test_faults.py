@@ -21,8 +21,11 @@ import torch
 
 from conftest import write_model
 from virnucpro_cli import placer, store
+from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.pooling import Embeddings
 
 KINDS = ("mean", "bos", "residue")
 MOMENTS = 20
@@ -263,6 +266,47 @@ def wait_for_rows(partial: Path, process: "subprocess.Popen[str]") -> None:
         if partial.exists():
             times.add(partial.stat().st_mtime_ns)
         time.sleep(0.002)
+
+
+# --- out of memory -------------------------------------------------------------------------------------------------
+
+
+def out_of_memory_beyond(patch: pytest.MonkeyPatch, tokens: int, longest: int) -> list[int]:
+    """A device with room for so many tokens, and segments up to so long; the sizes that were tried."""
+    tried, embed = [], ESM2.embed
+
+    def limited(model: ESM2, batch: PackedBatch, **how: Any) -> Embeddings:
+        tried.append(batch.used)
+        if batch.used > tokens or batch.max_seqlen > longest:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore words.")
+        return embed(model, batch, **how)
+
+    patch.setattr(ESM2, "embed", limited)
+    return tried
+
+
+def test_packs_that_do_not_fit_are_halved_until_they_do(
+    small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, report = tmp_path / "out.h5", tmp_path / "report.json"
+    tried = out_of_memory_beyond(monkeypatch, 300, 1000)
+    small.embed(output, report=str(report))
+    small.check(output)
+    notes = [note for note in json.loads(report.read_text())["notes"] if "out of memory" in note]
+    assert notes and "packs of at most" in notes[0] and "20.00 GiB" in notes[0] and "More words" not in notes[0]
+    assert sum(size > 300 for size in tried) == len(notes) <= 3, "no size is tried again that was too large"
+
+
+def test_a_piece_that_does_not_fit_alone_is_an_error_that_says_what_to_do(
+    small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_of_memory_beyond(monkeypatch, 10_000, 300)
+    with pytest.raises(UserError, match=r"Out of memory on CPU.* with a single piece of 422 tokens") as told:
+        small.embed(tmp_path / "full.h5", long="full")
+    assert "--long window" in told.value.remedy
+    output = tmp_path / "out.h5"
+    small.embed(output)
+    small.check(output)
 
 
 # --- full disks ----------------------------------------------------------------------------------------------------

@@ -136,10 +136,10 @@ def test_the_packs_of_a_killed_worker_are_done_by_the_others(case: Case, tmp_pat
     case.check_rows(program.output)
 
 
-def test_a_worker_out_of_memory_leaves_its_packs_to_the_others(case: Case, tmp_path: Path) -> None:
+def test_a_worker_out_of_memory_halves_its_packs_and_says_so(case: Case, tmp_path: Path) -> None:
     program = Program(case, tmp_path / "out.h5", 2, OUT_OF_MEMORY_ONCE)
-    program.end()
-    assert "was lost" in program.notes() and "Out of memory" in program.notes()
+    assert "Tried to allocate 20.00 GiB" in program.end()
+    assert "was lost" not in program.notes() and "worker" in program.notes() and "packs of at most" in program.notes()
     case.check_rows(program.output)
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import alphabet
 from virnucpro_cli.fasta import RecordTable
-from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, Segments, window_weights
+from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, Segments, rung_of, window_weights
 
 QUERY_TILE = 64
 
@@ -74,14 +74,16 @@ class VarlenCollator:
     ):
         self.table, self.segments, self.embedded, self.plan, self.pin = table, segments, embedded, plan, pin
 
-    def __call__(self, pack: int) -> PackedBatch:
+    def __call__(self, item: int | np.int64 | NDArray[np.int64]) -> PackedBatch:
+        """The batch of a pack, or of any segments."""
         self.table.check_unchanged()
-        numbers, rows = self.plan.pack(pack), int(self.plan.rung[pack])
+        numbers = self._segments(item)
         record = self.segments.record[numbers]
         length = self.segments.length[numbers].astype(np.int64)
         lengths = length + SPECIAL_TOKENS
         cu_seqlens = np.append(0, np.cumsum(lengths))
         used = int(cu_seqlens[-1])
+        rows = int(rung_of(cu_seqlens[-1:], self.plan.token_budget)[0])
         total = self.embedded[record]
 
         position = np.arange(used) - np.repeat(cu_seqlens[:-1], lengths)
@@ -124,6 +126,21 @@ class VarlenCollator:
         return PackedBatch(
             tokens, positions, bounds, divisor, tiles, mask_ratio, weights, numbers, lengths, int(lengths.max())
         )
+
+    def parts(self, item: int | np.int64 | NDArray[np.int64], tokens: int) -> list[Any]:
+        """The segments of a pack in parts of at most so many tokens, or of one segment; the item itself if it is one part."""
+        numbers = self._segments(item)
+        ends = np.cumsum(self.segments.length[numbers].astype(np.int64) + SPECIAL_TOKENS)
+        parts, first = [], 0
+        while first < len(numbers):
+            before = int(ends[first - 1]) if first else 0
+            upto = max(first + 1, int(np.searchsorted(ends, before + tokens, side="right")))
+            parts.append(numbers[first:upto])
+            first = upto
+        return parts if len(parts) > 1 else [item]
+
+    def _segments(self, item: int | np.int64 | NDArray[np.int64]) -> NDArray[np.int64]:
+        return item if isinstance(item, np.ndarray) else self.plan.pack(int(item))
 
     def weights_of(self, segment: int) -> NDArray[np.float32]:
         """Blending weights, float32 [length], of a window."""

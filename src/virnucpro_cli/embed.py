@@ -111,13 +111,13 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         summary.notes.append(APPROXIMATE)
     summary.counts = _counts(table, work)
     summary.packing = _packing(plan, work)
-    summary.environment = _environment(config, spec, device, dtype, backend.name, plan)
+    summary.environment = _environment(config, spec, devices, dtype, backend.name, plan)
     summary.seconds = clock.seconds
     for note in summary.notes:
         out.print(note, style="yellow")
 
     if config.dry_run:
-        _describe_plan(summary, table, work, plan, layout, spec, layers, device, dtype, found, config, out)
+        _describe_plan(summary, table, work, plan, layout, spec, layers, devices, dtype, found, config, out)
         return _saved(summary, config)
 
     assert found is not None
@@ -136,6 +136,11 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         todo[work.unit[file.status == store.PENDING]] = True
         packs = subset(plan, todo[work.segments.record])
         placer = Placer(file, table, work, plan, config, todo, clock, pin=device.type == "cuda")
+
+        def tell(text: str) -> None:
+            out.print(text, style="yellow")
+            summary.notes.append(text)
+
         if len(packs) > 1 and len(devices) > 1 and loaded is None:
             threads = max(1, torch.get_num_threads() // len(devices))
             job = workers.Job(config, found, layers, dtype, backend.name, table, work, plan, todo, output,
@@ -143,9 +148,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             with clock.stage("forward"), report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
                 placer.tracker = tracker
                 placer.started = time.perf_counter()
-                for note in workers.run(job, packs, devices[: len(packs)], placer):
-                    out.print(note, style="yellow")
-                    summary.notes.append(note)
+                workers.run(job, packs, devices[: len(packs)], placer, tell)
         elif len(packs):
             with clock.stage("load model"):
                 exact_arithmetic()
@@ -159,7 +162,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             with clock.stage("forward"), report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
                 placer.tracker = tracker
                 placer.started = time.perf_counter()
-                runner.run(packs, placer.collator, compute, placer, device)
+                runner.run(packs, placer.collator, compute, placer, device, tell)
             del model, compute
         if placer.broken:
             _recompute(placer, found, layers, config, dtype, device, out)
@@ -479,17 +482,19 @@ def _packing(plan: Plan, work: Work) -> dict[str, float]:
 
 
 def _environment(
-    config: EmbedConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, backend: str, plan: Plan
+    config: EmbedConfig, spec: ModelSpec, devices: list[torch.device], dtype: torch.dtype, backend: str, plan: Plan
 ) -> dict[str, Any]:
     def chosen(value: str, asked: Any) -> str:
         return f"{value} (auto)" if asked == "auto" else value
 
+    shared = f"{len(devices)} processes on {', '.join(map(str, dict.fromkeys(devices)))}"
     return {
         "virnucpro": virnucpro_cli.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "model": f"{spec.name} ({spec.layers} layers of {spec.hidden})",
-        "device": chosen(runner.describe_device(device), config.device),
+        "device": chosen(runner.describe_device(devices[0]), config.device),
+        **({"workers": chosen(shared, config.workers)} if len(devices) > 1 else {}),
         "dtype": chosen(runner.describe_dtype(dtype), config.dtype),
         "attention": chosen(backend, config.attention),
         "token budget": chosen(f"{plan.token_budget:,}", config.token_budget),
@@ -523,12 +528,15 @@ def _fill_rates(
 
 def _describe_plan(
     summary: report.RunReport, table: fasta.RecordTable, work: Work, plan: Plan, layout: store.Layout, spec: ModelSpec,
-    layers: tuple[int, ...], device: torch.device, dtype: torch.dtype, found: locate.Weights | None, config: EmbedConfig,
+    layers: tuple[int, ...], devices: list[torch.device], dtype: torch.dtype, found: locate.Weights | None, config: EmbedConfig,
     out: Console,
 ) -> None:  # fmt: skip
     length = work.segments.length.astype(np.float64) + SPECIAL_TOKENS
     flops = spec.flops(float(plan.rung.sum()), float((length**2).sum()), max(layers))
-    kind, count = ("H100", 1) if "H100" in runner.describe_device(device) else ("CPU thread", torch.get_num_threads())
+    device, gpus = devices[0], len(set(devices))
+    kind, count = ("CPU thread", torch.get_num_threads())
+    if "H100" in runner.describe_device(device):
+        kind, count = "H100", gpus
     name = runner.short_name(dtype)
     by_width = MEASURED_FLOPS.get((kind, name), {}) if kind == "H100" or device.type == "cpu" else {}
     rate = max((rate for width, rate in by_width.items() if width <= spec.hidden), default=None)
@@ -544,8 +552,9 @@ def _describe_plan(
         "lengths:  "
         + ";  ".join(f"{label}: {n:,}" for label, n in summary.environment["length histogram"].items() if n)
     )
-    for key in ("model", "weights", "device", "dtype", "attention", "token budget"):
-        out.print(f"{key}: {summary.environment[key]}")
+    for key in ("model", "weights", "device", "workers", "dtype", "attention", "token budget"):
+        if key in summary.environment:
+            out.print(f"{key}: {summary.environment[key]}")
     free = store.free_space(Path(config.output))
     enough = "" if free >= layout.file_bytes else ", WHICH IS NOT ENOUGH"
     out.print(f"output: at most {report.size(layout.file_bytes)}; {report.size(free)} are free there{enough}")

@@ -159,7 +159,7 @@ def first_fit_decreasing(lengths: NDArray[np.int32] | Int64, token_budget: int) 
     by_pack = np.argsort(pack_of, kind="stable")
     offsets = np.searchsorted(pack_of[by_pack], np.arange(n_packs + 1))
     tokens = np.bincount(pack_of, weights=sorted_cost, minlength=n_packs).astype(np.int64)
-    return Plan(order[by_pack], offsets, _rung_of(tokens, token_budget), tokens, token_budget)
+    return Plan(order[by_pack], offsets, rung_of(tokens, token_budget), tokens, token_budget)
 
 
 BLOCK = 1 << 17
@@ -192,7 +192,7 @@ def in_blocks(lengths: NDArray[np.int32] | Int64, token_budget: int, block: int 
         left_over = np.sort(numbers[plan.segments[~in_kept]])
     used = np.concatenate(tokens)
     offsets = np.append(0, np.cumsum(np.concatenate(sizes)))
-    return Plan(np.concatenate(segments), offsets, _rung_of(used, token_budget), used, token_budget)
+    return Plan(np.concatenate(segments), offsets, rung_of(used, token_budget), used, token_budget)
 
 
 def arranged(packs: list[list[int]], lengths: NDArray[np.int32] | Int64, token_budget: int) -> Plan:
@@ -200,10 +200,11 @@ def arranged(packs: list[list[int]], lengths: NDArray[np.int32] | Int64, token_b
     segments = np.asarray([number for pack in packs for number in pack], np.int64)
     offsets = np.append(0, np.cumsum([len(pack) for pack in packs], dtype=np.int64))
     tokens = np.add.reduceat(np.asarray(lengths, np.int64)[segments] + SPECIAL_TOKENS, offsets[:-1])
-    return Plan(segments, offsets, _rung_of(tokens, token_budget), tokens, token_budget)
+    return Plan(segments, offsets, rung_of(tokens, token_budget), tokens, token_budget)
 
 
-def _rung_of(tokens: Int64, token_budget: int) -> Int64:
+def rung_of(tokens: Int64, token_budget: int) -> Int64:
+    """Rows that packs of so many tokens are filled up to: the next rung of the ladder, or beyond it a multiple of the first."""
     ladder = np.asarray(rungs(token_budget), np.int64)
     step = np.searchsorted(ladder, tokens)
     beyond = -(-tokens // SMALLEST_RUNG) * SMALLEST_RUNG

@@ -216,6 +216,6 @@ def throughput_table(report: RunReport) -> Table:
         table.add_row(name, size(count))
     table.add_section()
     for name, word in report.environment.items():
-        if isinstance(word, str) and name in ("model", "device", "dtype", "attention", "token budget"):
+        if isinstance(word, str) and name in ("model", "device", "workers", "dtype", "attention", "token budget"):
             table.add_row(name, word)
     return table

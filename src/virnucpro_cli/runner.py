@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,16 +15,32 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import attention
 from virnucpro_cli.collate import PackedBatch
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.pooling import Embeddings
 
-Collate = Callable[[int], PackedBatch]
+Item = int | np.int64 | NDArray[np.int64]
+"""A pack by its number in the plan, or segments that make up one."""
+
+
+class Collate(Protocol):
+    def __call__(self, item: Item, /) -> PackedBatch: ...
+    def parts(self, item: Item, tokens: int, /) -> list[Item]: ...
+
+
 Compute = Callable[[PackedBatch], Embeddings]
 Sink = Callable[[PackedBatch, Embeddings], None]
 
 
 class OutOfMemory(UserError):
-    """The device has too little memory for a pack."""
+    """The device has too little memory for a single segment."""
+
+
+class _TooLarge(Exception):
+    """The device has too little memory for an item; the rest were not begun."""
+
+    def __init__(self, item: Item, rest: Sequence[Item], tokens: int, error: Exception):
+        super().__init__(str(error))
+        self.item, self.rest, self.tokens, self.told = item, rest, tokens, in_a_line(error)
 
 
 COLLATE_AHEAD = 3
@@ -167,31 +183,31 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def serial(
-    packs: NDArray[np.int64] | Sequence[int], collate: Collate, compute: Compute, sink: Sink, device: torch.device
-) -> None:
+def serial(items: Sequence[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device) -> None:
     """One pack after the other on the calling thread. The reference for `overlapped`, and the path of the CPU."""
     if device.type == "cpu":
         keep_freed_memory()
-    for pack in packs:
-        batch = collate(int(pack))
-        found = compute(batch.to(device))
+    for at, item in enumerate(items):
+        batch = collate(item)
+        try:
+            found = compute(batch.to(device))
+        except torch.cuda.OutOfMemoryError as error:
+            raise _TooLarge(item, items[at + 1 :], batch.used, error) from None
         sink(batch, _to_host(found, non_blocking=False))
 
 
-def overlapped(
-    packs: NDArray[np.int64] | Sequence[int], collate: Collate, compute: Compute, sink: Sink, device: torch.device
-) -> None:
+def overlapped(items: Sequence[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device) -> None:
     """CUDA: collation on a thread, copies in and out on streams of their own, the sink on another thread.
 
     The calling thread only launches; it waits for nothing but the pack that it retires. Packs reach the sink in order.
     """
     copy_in, copy_out = torch.cuda.Stream(device), torch.cuda.Stream(device)
     main = torch.cuda.current_stream(device)
-    waiting = deque(int(pack) for pack in packs)
+    asked = done = 0  # of the items
     collated: deque[Future[PackedBatch]] = deque()
     in_flight: deque[tuple[PackedBatch, Embeddings, torch.cuda.Event, Any]] = deque()
     written: deque[Future[None]] = deque()
+    too_large: _TooLarge | None = None
 
     def retire() -> None:
         batch, host, copied, _ = in_flight.popleft()
@@ -206,14 +222,20 @@ def overlapped(
         ThreadPoolExecutor(1, "write") as writer,
         torch.cuda.device(device),
     ):
-        while waiting or collated:
-            while waiting and len(collated) < COLLATE_AHEAD:
-                collated.append(reader.submit(collate, waiting.popleft()))
+        while done < len(items):
+            while asked < len(items) and len(collated) < COLLATE_AHEAD:
+                collated.append(reader.submit(collate, items[asked]))
+                asked += 1
             batch = collated.popleft().result()
-            with torch.cuda.stream(copy_in):
-                moved = batch.to(device)
-            main.wait_stream(copy_in)
-            found = compute(moved)
+            try:
+                with torch.cuda.stream(copy_in):
+                    moved = batch.to(device)
+                main.wait_stream(copy_in)
+                found = compute(moved)
+            except torch.cuda.OutOfMemoryError as error:
+                too_large = _TooLarge(items[done], items[done + 1 :], batch.used, error)
+                break
+            done += 1
             copy_out.wait_stream(main)
             with torch.cuda.stream(copy_out):
                 host = _to_host(found, non_blocking=True)
@@ -226,6 +248,8 @@ def overlapped(
             retire()
         while written:
             written.popleft().result()
+    if too_large is not None:
+        raise too_large
 
 
 @contextmanager
@@ -255,15 +279,28 @@ def _to_host(found: Embeddings, non_blocking: bool) -> Embeddings:
 
 
 def run(
-    packs: NDArray[np.int64] | Sequence[int], collate: Collate, compute: Compute, sink: Sink, device: torch.device
-) -> None:
-    """The runner that suits the device. CUDA out of memory becomes a UserError; packs already sunk are safe."""
+    packs: NDArray[np.int64] | Sequence[int], collate: Collate, compute: Compute, sink: Sink, device: torch.device,
+    note: Callable[[str], None] = lambda text: None,
+) -> None:  # fmt: skip
+    """The runner that suits the device. A pack that the device has no memory for is halved, as are all of its size that follow,
+    and `note` is told; raises OutOfMemory if it is a single segment. Packs already sunk are safe.
+    """
     chosen = overlapped if device.type == "cuda" else serial
-    try:
-        chosen(packs, collate, compute, sink, device)
-    except torch.cuda.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"Out of memory on {describe_device(device)}: {str(error).splitlines()[0]}",
-            "Run the same command with a smaller --token-budget, or --long window if very long proteins are embedded whole; "
-            "what is done is kept.",
-        ) from None
+    items: Sequence[Item] = list(packs)
+    while len(items):
+        try:
+            return chosen(items, collate, compute, sink, device)
+        except _TooLarge as problem:
+            largest = problem.tokens // 2
+            parts = collate.parts(problem.item, largest)
+            if len(parts) == 1:
+                raise OutOfMemory(
+                    f"Out of memory on {describe_device(device)} with a single piece of {problem.tokens:,} tokens: {problem.told}",
+                    "Run the same command with --long window or truncate, or on a device with more memory; what is done is kept.",
+                ) from None
+            note(
+                f"out of memory with {problem.tokens:,} tokens; packs of at most {largest:,} from here on ({problem.told})"
+            )
+            items = [*parts, *(part for item in problem.rest for part in collate.parts(item, largest))]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -13,13 +13,13 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from socket import socketpair
+from socket import SHUT_WR, socket, socketpair
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import report, runner
+from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import Stopped, UserError, in_a_line
+from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
@@ -37,8 +38,8 @@ from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.packing import Plan
 from virnucpro_cli.placer import Placer, Window
 from virnucpro_cli.policies import Work
-from virnucpro_cli.pooling import Pooler
-from virnucpro_cli.store import Store
+from virnucpro_cli.pooling import Embeddings, Pooler
+from virnucpro_cli.store import PENDING, Store
 
 LARGEST_SHARE = 256
 """Packs handed out at once, at most: what is left is dealt so that all end together, a pack each at last."""
@@ -77,19 +78,21 @@ class _Worker:
     device: torch.device
     process: "subprocess.Popen[bytes]"
     channel: Connection
-    share: set[int] = field(default_factory=set)  # packs handed out whose rows are not in the file yet
+    share: list[int] = field(default_factory=list)  # packs handed out that it has not said to be done
     idle: bool = False
 
     def __str__(self) -> str:
         return f"worker {self.number} on {self.device}"
 
 
-def run(job: Job, packs: NDArray[np.int64], devices: Sequence[torch.device], placer: Placer) -> list[str]:
-    """Have all packs done by one process for each of `devices`, and return notes on those that were lost.
+def run(
+    job: Job, packs: NDArray[np.int64], devices: Sequence[torch.device], placer: Placer, note: Callable[[str], None]
+) -> None:
+    """Have all packs done by one process for each of `devices`; `note` is told of those that were lost.
 
     Raises UserError when no worker is left, or when one meets what would stop every other.
     """
-    waiting, notes = deque(packs.tolist()), list[str]()
+    waiting = deque(packs.tolist())
     with tempfile.TemporaryFile() as shared:
         sizes = _dump(job, shared)
         workers = [_start(i, device, job, shared, sizes) for i, device in enumerate(devices, start=1)]
@@ -108,12 +111,15 @@ def run(job: Job, packs: NDArray[np.int64], devices: Sequence[torch.device], pla
                     if lost.fatal:
                         raise lost.error
                     del by_channel[channel]
-                    waiting.extend(sorted(worker.share))  # last: if it was a pack's fault, the others come first
-                    notes.append(f"{worker} was lost, and its packs went to the others: {lost.error.what}")
+                    # Last: if it was a pack's fault, the others come first.
+                    waiting.extend(_undone(worker.share, job, placer))
                     if not by_channel:
                         raise UserError(f"No worker is left. The last, {worker}: {lost.error.what}", lost.error.remedy)
+                    note(f"{worker} was lost, and its packs go to the others: {lost.error.what}")
+                elif message[0] == "note":
+                    note(f"{worker}: {message[1]}")
                 elif message[0] in ("ready", "done"):
-                    worker.idle = True
+                    worker.share, worker.idle = [], True
             for worker in by_channel.values():
                 if worker.idle and waiting:
                     _hand_out(worker, waiting, len(by_channel))
@@ -121,15 +127,22 @@ def run(job: Job, packs: NDArray[np.int64], devices: Sequence[torch.device], pla
                 break
     finally:
         _end(workers, placer)
-    return notes
 
 
 def _hand_out(worker: _Worker, waiting: "deque[int]", workers: int) -> None:
     count = min(-(-len(waiting) // (3 * workers)), LARGEST_SHARE)
-    share = [waiting.popleft() for _ in range(count)]
-    worker.share, worker.idle = set(share), False
+    worker.share, worker.idle = [waiting.popleft() for _ in range(count)], False
     with suppress(OSError):  # it has died; its channel will say so
-        worker.channel.send(share)
+        worker.channel.send(worker.share)
+
+
+def _undone(share: list[int], job: Job, placer: Placer) -> list[int]:
+    """Those packs of a share that hold what nobody has placed."""
+    placer.file.commit()
+    pending = np.zeros(len(job.table), np.bool_)
+    pending[job.work.unit[placer.file.status == PENDING]] = True
+    wanted = pending[job.work.segments.record]
+    return [pack for pack in share if wanted[job.plan.pack(pack)].any()]
 
 
 def _heed(message: tuple[Any, ...], worker: _Worker, placer: Placer) -> Lost | None:
@@ -141,12 +154,11 @@ def _heed(message: tuple[Any, ...], worker: _Worker, placer: Placer) -> Lost | N
     elif kind == "window":
         placer.keep(*rest)
     elif kind == "placed":
-        marks, packs, broken = rest
+        marks, broken = rest
         for mark in marks:
             placer.file.mark(*mark)
         placer.broken += broken
         placer.commit_now_and_then()
-        worker.share -= set(packs)
     return None
 
 
@@ -162,8 +174,8 @@ def _death_of(worker: _Worker) -> Lost:
 def _end(workers: list[_Worker], placer: Placer) -> None:
     """Stop every worker, and take note of what they place until they are gone."""
     for worker in workers:
-        if worker.process.poll() is None:
-            worker.process.terminate()
+        with suppress(OSError), socket(fileno=os.dup(worker.channel.fileno())) as end:
+            end.shutdown(SHUT_WR)
     deadline = time.monotonic() + STOP_SECONDS
     for worker in workers:
         with suppress(EOFError, OSError, pickle.UnpicklingError):
@@ -209,7 +221,7 @@ def _start(number: int, device: torch.device, job: Job, shared: IO[bytes], sizes
     inherited = [theirs.fileno(), copy, job.fd, *(source.file.fileno() for source in job.table.sources)]
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", f"from {__name__} import main; main({theirs.fileno()}, {copy}, {os.getpid()})"],
-        pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0,
     )  # fmt: skip
     os.close(copy)
     theirs.close()
@@ -228,21 +240,29 @@ class _SharedStore(Store):
     def __init__(self, job: Job, channel: Connection):
         super().__init__(job.output, job.partial, job.fd)
         self.channel = channel
-        self.finished: list[int] = []  # packs
         self.broken: list[int] = []
 
     def commit(self) -> None:
         with self._lock:
             self._write_staged()
-            self.channel.send(("placed", self._uncommitted, self.finished, self.broken))
-            self._uncommitted, self.finished = [], []
+            self.channel.send(("placed", self._uncommitted, self.broken))
+            self._uncommitted.clear()
             self.broken.clear()
+
+
+class _Enough(Exception):
+    """The parent has ended the channel."""
 
 
 class _WorkerPlacer(Placer):
     """Sends windows, which may be of a record that another worker has windows of, to the parent."""
 
     file: _SharedStore
+
+    def __call__(self, batch: PackedBatch, found: Embeddings) -> None:
+        super().__call__(batch, found)
+        if self.file.channel.poll():  # nothing is sent to a worker that is busy
+            raise _Enough
 
     def keep(self, record: int, window: Window) -> None:
         self.file.channel.send(("window", record, window))
@@ -254,17 +274,18 @@ class _WorkerPlacer(Placer):
 def main(channel_fd: int, job_fd: int, parent: int) -> None:
     """Do the packs that come through the channel until it closes."""
     _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the parent decides
-    signal.signal(signal.SIGTERM, _stop)
+    for signum in (signal.SIGINT, signal.SIGTERM):  # whoever sends them to all means the parent, which ends the channel
+        signal.signal(signum, signal.SIG_IGN)
     channel = Connection(channel_fd)
-    with suppress(Stopped, EOFError, BrokenPipeError, ConnectionResetError):  # the parent has had enough, or is gone
+    with suppress(_Enough, EOFError, BrokenPipeError, ConnectionResetError):  # the parent has had enough, or is gone
         try:
             sizes, device = channel.recv()
             _work(_load(job_fd, sizes), torch.device(device), channel)
         except UserError as error:
             channel.send(("lost", Lost(error, fatal=not isinstance(error, runner.OutOfMemory))))
         except Exception as error:
-            channel.send(("lost", Lost(UserError(in_a_line(error), "Run the same command again."), fatal=False)))
+            if not isinstance(error, _Enough | EOFError | BrokenPipeError | ConnectionResetError):
+                channel.send(("lost", Lost(UserError(in_a_line(error), "Run the same command again."), fatal=False)))
             raise
 
 
@@ -283,26 +304,18 @@ def _work(job: Job, device: torch.device, channel: Connection) -> None:
     pooler = Pooler(job.config.pool, runner.store_dtype(job.config.store_dtype))
     compute = partial(model.embed, wanted=job.layers, pooler=pooler)
 
-    def sink(pack: int, *found: Any) -> None:
-        placer(*found)
-        file.finished.append(pack)
+    def note(text: str) -> None:
+        channel.send(("note", text))
 
     channel.send(("ready",))
     try:
         while True:
-            share = channel.recv()
-            order = iter(share)
-            runner.run(share, placer.collator, compute, lambda *found, order=order: sink(next(order), *found), device)
+            runner.run(channel.recv(), placer.collator, compute, placer, device, note)
             file.commit()
             channel.send(("done",))
     except BaseException:
         file.commit()
         raise
-
-
-def _stop(signum: int, frame: Any) -> None:
-    signal.signal(signum, signal.SIG_IGN)
-    raise Stopped(signum)
 
 
 def _die_with(parent: int) -> None:
