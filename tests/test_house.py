@@ -15,7 +15,7 @@ LAYERS = (
     ("config", "report", "errors"),
     ("collate", "packing", "fasta", "alphabet", "pooling"),
     ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
-    ("validation", "timing"),
+    ("validation", "timing", "workers"),
     ("embed", "fetch", "bench", "validate"),
     ("cli",),
     ("__main__",),

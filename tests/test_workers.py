@@ -34,14 +34,14 @@ if any("virnucpro_cli.workers" in argument for argument in sys.orig_argv):
     runner.serial = changed
 """
 SLOW = "time.sleep(0.02)"
-OUT_OF_MEMORY_ONCE = """
+FAILS_ONCE = """
             import torch
             try:
                 os.close(os.open(os.environ["ONCE"], os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 pass
             else:
-                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+                raise {error}
 """
 
 
@@ -137,9 +137,19 @@ def test_the_packs_of_a_killed_worker_are_done_by_the_others(case: Case, tmp_pat
 
 
 def test_a_worker_out_of_memory_halves_its_packs_and_says_so(case: Case, tmp_path: Path) -> None:
-    program = Program(case, tmp_path / "out.h5", 2, OUT_OF_MEMORY_ONCE)
+    error = 'torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")'
+    program = Program(case, tmp_path / "out.h5", 2, FAILS_ONCE.format(error=error))
     assert "Tried to allocate 20.00 GiB" in program.end()
     assert "was lost" not in program.notes() and "worker" in program.notes() and "packs of at most" in program.notes()
+    case.check_rows(program.output)
+
+
+def test_a_worker_that_crashes_leaves_its_packs_to_the_others(case: Case, tmp_path: Path) -> None:
+    crash = FAILS_ONCE.format(error='RuntimeError("an illegal memory access")')
+    program = Program(case, tmp_path / "out.h5", 2, crash)
+    _, err = program.process.communicate(timeout=120)
+    assert program.process.returncode == 3 and "was lost" in err
+    assert "was lost" in program.notes() and "an illegal memory access" in program.notes()
     case.check_rows(program.output)
 
 

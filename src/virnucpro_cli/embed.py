@@ -68,7 +68,7 @@ Loaded = tuple[ModelSpec, dict[str, Any], tuple[str, ...]]
 def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None = None) -> report.RunReport:
     """Do what `virnucpro embed` does and return its report. Raises UserError for what the user can put right.
 
-    loaded: what reading the model's weights yielded, for a caller that has read them already.
+    loaded: what reading the model's weights yielded, for a caller that has read them already; one process then does it all.
     """
     out = out or report.console(config.quiet)
     clock = report.Clock()
@@ -86,6 +86,8 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         )
 
     devices, device_notes = runner.resolve_devices(config.device, config.workers)
+    if loaded is not None:
+        devices = devices[:1]
     device = devices[0]
     dtype = runner.resolve_dtype(config.dtype, device)
     backend = attention_backends.resolve(config.attention, device, dtype)
@@ -141,7 +143,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             out.print(text, style="yellow")
             summary.notes.append(text)
 
-        if len(packs) > 1 and len(devices) > 1 and loaded is None:
+        if len(packs) > 1 and len(devices) > 1:
             threads = max(1, torch.get_num_threads() // len(devices))
             job = workers.Job(config, found, layers, dtype, backend.name, table, work, plan, todo, output,
                               store.partial_path(output), file.fd, threads)  # fmt: skip

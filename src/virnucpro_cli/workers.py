@@ -291,6 +291,8 @@ def main(channel_fd: int, job_fd: int, parent: int) -> None:
 
 def _work(job: Job, device: torch.device, channel: Connection) -> None:
     torch.set_num_threads(job.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or pinned memory makes a context on the first GPU in every worker
     exact_arithmetic()
     backend = attention_backends.resolve(job.attention, device, job.dtype)
     spec, state, _ = model_weights.load(job.weights)
