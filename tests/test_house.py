@@ -15,8 +15,8 @@ LAYERS = (
     ("config", "report", "errors"),
     ("collate", "packing", "fasta", "alphabet", "pooling"),
     ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
-    ("validation", "timing", "workers"),
-    ("embed", "fetch", "bench", "validate"),
+    ("validation", "timing", "workers", "qc"),
+    ("embed", "fetch", "bench", "validate", "inspect", "verify"),
     ("cli",),
     ("__main__",),
 )

@@ -168,6 +168,9 @@ def embed(
     force_protein: Annotated[
         bool, typer.Option("--force-protein", help="Accept a file that looks like nucleotides.")
     ] = False,
+    qc: Annotated[
+        str | None, typer.Option("--qc", metavar="FILE.tsv", help="Write a line for each protein: what became of it.")
+    ] = None,
     report: Annotated[
         str | None, typer.Option("--report", metavar="FILE.json", help="Write the report as JSON.")
     ] = None,
@@ -188,7 +191,7 @@ def embed(
         "token_budget": _budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
         "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
         "restart": restart or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,
-        "force_protein": force_protein or None, "report": report, "quiet": quiet or None,
+        "force_protein": force_protein or None, "qc": qc, "report": report, "quiet": quiet or None,
     }  # fmt: skip
     settings = resolve(EmbedConfig, config, flags)
     from virnucpro_cli import embed as workflow
@@ -374,6 +377,48 @@ def validate(
 
     verdict = workflow.run(settings)
     print("PASS" if verdict.passed else f"FAIL: {'; '.join(verdict.failed_parts)}")
+    if not verdict.passed:
+        raise typer.Exit(EXIT_GATE_FAILED)
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="OUT.h5", help="What embed wrote, or is writing (OUT.h5.partial).")],
+    qc: Annotated[
+        str | None, typer.Option("--qc", metavar="FILE.tsv", help="Write a line for each protein: what became of it.")
+    ] = None,
+) -> None:
+    """Show what is in an embeddings file and how complete it is, with a sentence for your Methods."""
+    from virnucpro_cli import inspect as workflow
+
+    workflow.run(file, qc)
+
+
+@app.command(
+    epilog="Exit codes: 0 the verdict is PASS; 1 it is FAIL; 2 something to put right (the message says what)."
+)
+def verify(
+    file: Annotated[str, typer.Argument(metavar="OUT.h5", help="A finished file that embed wrote.")],
+    fasta: Annotated[
+        list[str] | None,
+        typer.Option("--fasta", metavar="FILE", help="Its input; may be repeated. [default: where embed read it]"),
+    ] = None,
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="FILE.json", help="Write the checks as JSON.")
+    ] = None,
+) -> None:
+    """Check that a file is whole, unaltered since embed wrote it, and of this FASTA: every byte, every record.
+
+    It needs no model; whether the values are ESM-2's is told by: virnucpro validate --against OUT.h5.
+    """
+    from virnucpro_cli import verify as workflow
+
+    verdict = workflow.run(file, tuple(fasta or ()), report)
+    print(
+        "PASS"
+        if verdict.passed
+        else f"FAIL: {'; '.join(check.what for check in verdict.checks if check.passed is False)}"
+    )
     if not verdict.passed:
         raise typer.Exit(EXIT_GATE_FAILED)
 

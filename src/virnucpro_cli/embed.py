@@ -23,7 +23,7 @@ from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import fasta, report, runner, store, workers
+from virnucpro_cli import fasta, qc, report, runner, store, workers
 from virnucpro_cli.collate import VarlenCollator
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
@@ -130,6 +130,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     if _already_complete(output, fingerprint, config):
         out.print(f"{output} is already complete: same input, model and settings.")
         summary.already_complete = True
+        _write_qc(output, config)
         return _saved(summary, config)
     file = _open_store(output, layout, fingerprint, config, summary, table, found, out)
 
@@ -172,6 +173,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             file.commit()
             table.check_unchanged()
             _fill_rates(summary, plan, packs, work, clock, placer, device, file)
+            summary.checksum = file.checksum()
             file.finish(summary.to_json(), config.overwrite)
     except BaseException as error:
         _keep_what_is_done(file)
@@ -182,6 +184,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         file.close()
     if store.partial_path(output).exists():  # left by a kill between the two steps of the renaming
         _drop_finished_partial(output)
+    _write_qc(output, config)
     out.print(report.packing_table(summary), report.throughput_table(summary))
     out.print(f"{output}: {len(table):,} proteins, {report.size(output.stat().st_size)}")
     return _saved(summary, config)
@@ -240,7 +243,7 @@ def _check_paths(output: Path, config: EmbedConfig) -> None:
         raise UserError(
             f"The output {output} is one of the inputs.", "Choose another name; inputs are never overwritten."
         )
-    report.check_places({"report": config.report}, [*read, output, store.partial_path(output)])
+    report.check_places({"report": config.report, "qc": config.qc}, [*read, output, store.partial_path(output)])
 
 
 def _layout(
@@ -567,6 +570,12 @@ def _describe_plan(
         )
     else:
         out.print(f"time: no measured rate for {runner.describe_device(device)} in {name}, so no estimate")
+
+
+def _write_qc(output: Path, config: EmbedConfig) -> None:
+    if config.qc:
+        with store.read_embeddings(output) as file:
+            qc.write(config.qc, file)
 
 
 def _saved(summary: report.RunReport, config: EmbedConfig) -> report.RunReport:

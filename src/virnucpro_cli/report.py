@@ -35,6 +35,7 @@ class RunReport:
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     already_complete: bool = False
+    checksum: str = ""  # of the file, see store.checksum
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def to_json(self, indent: int | None = 1) -> str:

@@ -6,11 +6,13 @@ disk: rows are synced before the status bytes that vouch for them. The file is `
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +35,7 @@ REPORT_BYTES = 1 << 16
 NAME_BLOCK = 1 << 16
 LARGE_WRITE = 1 << 15
 MOST_STAGED = 1 << 26
+CHECKSUM_BLOCK = 1 << 24
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -386,6 +389,11 @@ class Store:
         rows = np.unique(rows)
         self._write_rows(name, rows, column[rows])
 
+    def checksum(self) -> str:
+        """See the function of that name; of what is placed so far."""
+        self.commit()
+        return checksum(self.fd, self.places["run/report"].offset, self.places["run/complete"].offset)
+
     def finish(self, report: str, overwrite: bool) -> None:
         """Store the report, declare the file complete, and give it its final name."""
         self.commit()
@@ -420,6 +428,31 @@ class Store:
         except OSError as error:
             self._uncommitted.clear()  # the kernel tells of a lost write once: nothing may vouch for these rows any more
             raise _disk_error(error, self.output, resumable=True) from None
+
+
+def checksum(fd: int, report: int, complete: int) -> str:
+    """SHA-256, in hex, of the SHA-256 of every 16 MiB of a file whose /run, at those offsets, counts as zeros.
+
+    /run is written last, and holds this. Everything else counts: embeddings, names, columns, attributes.
+    """
+
+    def of_block(start: int) -> bytes:
+        block = bytearray(CHECKSUM_BLOCK)
+        view, filled = memoryview(block), 0
+        while count := os.preadv(fd, [view[filled:]], start + filled):
+            filled += count
+        for offset, size in ((report, REPORT_BYTES), (complete, 1)):
+            first, last = max(offset - start, 0), min(offset + size - start, filled)
+            if first < last:
+                view[first:last] = bytes(last - first)
+        return hashlib.sha256(view[:filled]).digest()
+
+    pool = ThreadPoolExecutor(4)  # hashing lets go of Python
+    try:
+        starts = range(0, os.fstat(fd).st_size, CHECKSUM_BLOCK)
+        return hashlib.sha256(b"".join(pool.map(of_block, starts))).hexdigest()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _pwrite_all(fd: int, data: memoryview, offset: int) -> None:
@@ -575,6 +608,17 @@ class EmbeddingFile:
     @property
     def report(self) -> dict[str, Any]:
         return json.loads(self._file["run/report"][()])
+
+    def checksum(self) -> str:
+        """The checksum of the file as it is now; `report["checksum"]` is that of the run."""
+        offsets = [self._file[f"run/{name}"].id.get_offset() for name in ("report", "complete")]
+        with open(self._file.filename, "rb") as file:
+            return checksum(file.fileno(), *offsets)
+
+    def names_of(self, start: int, stop: int) -> list[str]:
+        """The names of a range of records, read from the file."""
+        names: list[str] = self._file["sequence_ids"].asstr()[start:stop].tolist()
+        return names
 
     @property
     def names(self) -> list[str]:

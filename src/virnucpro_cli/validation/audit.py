@@ -47,8 +47,8 @@ class _Table:
 def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     """Audit `config.against`. Raises UserError if it is not a file of ours or its input or weights cannot be found."""
     assert config.against is not None
-    with _open(config.against) as file:
-        settings = _settings(file, config.against)
+    with opened(config.against) as file:
+        settings = settings_of(file, config.against)
         paths = config.fasta or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
         try:
             fasta.refuse_unreadable(paths)
@@ -95,7 +95,7 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     return verdict
 
 
-def _open(path: str) -> store.EmbeddingFile:
+def opened(path: str) -> store.EmbeddingFile:
     try:
         file = store.read_embeddings(path)
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def _damaged(path: str, error: object) -> UserError:
     return UserError(f"{path} is damaged: {error}.", "Embed again.")
 
 
-def _settings(file: store.EmbeddingFile, path: str) -> dict[str, Any]:
+def settings_of(file: store.EmbeddingFile, path: str) -> dict[str, Any]:
     """The fingerprint, after a look at whether everything that it promises is there in its shape."""
     try:
         settings = json.loads(file.attributes["fingerprint"])
@@ -249,14 +249,14 @@ def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, A
         rows("replaced", (flag(store.REPLACED) != (table.replaced > 0)) | (file.replaced != table.replaced)),
         rows("copied", flag(store.COPIED) != (unit != np.arange(n))),
         rows("flags", (file.flags & ~np.uint16(KNOWN_FLAGS)) > 0),
-        *_stored(file, settings, unit),
+        *stored(file, settings, unit),
     ]
     if "residue" in settings["pool"]:
         checks.append(rows("residue/offsets", np.diff(file.residue_offsets) != embedded))
     return checks
 
 
-def _stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np.int64]) -> list[Check]:
+def stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np.int64]) -> list[Check]:
     """All stored numbers once: finite where a row is done, NaN where it is skipped, and copies like their originals."""
     wrong = unlike = 0
     copies = np.flatnonzero((unit != np.arange(len(file))) & (file.status == store.DONE))

@@ -1,0 +1,151 @@
+"""The inspect workflow: what is in an embeddings file, finished or partial, in words. It needs the file alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from virnucpro_cli import qc, report, store
+from virnucpro_cli.errors import UserError
+
+EXAMPLES = 3
+SAMPLED = 1 << 14
+
+
+def run(path: str, qc_path: str | None = None) -> None:
+    """Print the summary of the file at `path` to standard output. Raises UserError if it is not one that embed wrote."""
+    report.check_places({"qc": qc_path}, [path])
+    try:
+        file = store.read_embeddings(path)
+    except OSError:
+        raise UserError(f"{path} is not a readable HDF5 file.", "Name a file that virnucpro embed wrote.") from None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}.", "Embed again.") from None
+    out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    with file:
+        if "fingerprint" not in file.attributes:
+            raise UserError(f"{path} was not written by virnucpro embed.")
+        settings = json.loads(file.attributes["fingerprint"])
+        out.print(_contents(path, file, settings))
+        out.print(_statuses(file))
+        out.print(_numbers(file, settings))
+        if file.complete:
+            out.print(f"For your Methods:\n{methods(file)}")
+        else:
+            pending = int((file.status == store.PENDING).sum())
+            out.print(
+                f"Not complete: {pending:,} of {len(file):,} proteins pending. The command of its run, again, goes on."
+            )
+        if qc_path:
+            qc.write(qc_path, file)
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
+    table = _table(path)
+    done = int((file.status != store.PENDING).sum())
+    table.add_row("complete", "yes" if file.complete else f"no: {done / max(len(file), 1):.1%} of the proteins")
+    table.add_row("size", report.size(Path(path).stat().st_size))
+    table.add_row("proteins", f"{len(file):,}")
+    for kind in settings["pool"]:
+        for layer in settings["layers"]:
+            data = file.dataset(kind, layer)
+            shape = " x ".join(f"{n:,}" for n in data.shape)
+            is_default = "  (/embeddings)" if file.default == f"{kind}/{layer}" else ""
+            table.add_row(f"/{kind}/{layer}", f"{shape} {data.dtype}{is_default}")
+    table.add_section()
+    for name in ("model", "dtype", "attention", "device", "weights", "weights_sha256", "created", "tool_version"):
+        table.add_row(name, str(file.attributes[name]))
+    for entry in json.loads(file.attributes["inputs"]):
+        table.add_row("input", f"{entry['path']} ({report.size(entry['bytes'])}, SHA-256 {entry['sha256'][:16]}...)")
+    if bool(file.attributes.get("approximate", False)):
+        table.add_row("approximate", "yes: computed in fp8")
+    table.add_row("command", " ".join(json.loads(file.attributes["argv"])))
+    return table
+
+
+def _statuses(file: store.EmbeddingFile) -> Table:
+    table = _table("Proteins")
+
+    def row(what: str, chosen: Any) -> None:
+        rows = np.flatnonzero(chosen)
+        if len(rows):
+            first = [file.names_of(i, i + 1)[0] or f"record {i + 1}" for i in rows[:EXAMPLES].tolist()]
+            table.add_row(what, f"{len(rows):,}  ({', '.join(first)}{', ...' if len(rows) > EXAMPLES else ''})")
+
+    row("done", file.status == store.DONE)
+    row("pending", file.status == store.PENDING)
+    for code, reason in enumerate(store.REASONS[1:], start=1):
+        row(f"skipped: {reason}", (file.status == store.SKIPPED) & (file.reason == code))
+    table.add_section()
+    for bit, name in store.FLAG_NAMES.items():
+        row(name, (file.flags & bit) > 0)
+    return table
+
+
+def _numbers(file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
+    table = Table(title="Numbers", title_justify="left")
+    for name in ("", "least", "5 %", "median", "95 %", "most"):
+        table.add_column(name, justify="right" if name else "left")
+
+    def row(what: str, values: Any) -> None:
+        if len(values):
+            table.add_row(what, *(f"{q:,.5g}" for q in np.quantile(values, (0, 0.05, 0.5, 0.95, 1))))
+
+    row("length", file.lengths)
+    row("residues embedded", qc.embedded_of(file, settings)[file.status != store.SKIPPED])
+    blocks = range(0, len(file), max(1, -(-len(file) // (SAMPLED // 256))))  # spread over the file, neighbours together
+    found = [qc.norms(file, slice(start, min(start + 256, len(file)))) for start in blocks]
+    norms = np.concatenate(found) if found else np.empty(0)
+    row(f"norm of {file.default}", norms[np.isfinite(norms)])
+    return table
+
+
+def methods(file: store.EmbeddingFile) -> str:
+    """A paragraph that says how the embeddings were made, for a Methods section."""
+    settings = json.loads(file.attributes["fingerprint"])
+    environment = json.loads(file.attributes["environment"])
+    n = len(file)
+    kinds = {"mean": "the mean over residues", "bos": "the <cls> token's", "residue": "per-residue rows"}
+    what = " and ".join(kinds[kind] for kind in settings["pool"])
+    layers = ", ".join(map(str, settings["layers"]))
+    words = [
+        f"Protein embeddings ({what}, layer {layers}) were computed with ESM-2 {file.attributes['model']} (Lin et al. 2023; weights "
+        f"SHA-256 {file.attributes['weights_sha256'][:16]}) by virnucpro {file.attributes['tool_version']} on "
+        f"{file.attributes['device'].removesuffix(' (auto)')} in {settings['dtype']}"
+        f"{' (approximate)' if file.attributes.get('approximate', False) else ''} with PyTorch {environment['torch']}, "
+        f"and stored as {'float16' if settings['store_dtype'] == 'fp16' else 'float32'}, for {n:,} proteins of "
+        f"{int(file.lengths.sum(dtype=np.int64)):,} residues."
+    ]
+
+    def count(chosen: Any) -> int:
+        return int(np.count_nonzero(chosen))
+
+    longest = settings["max_residues"]
+    if cut := count(file.flags & store.TRUNCATED):
+        words.append(f"{cut:,} proteins were truncated to their first {longest:,} residues.")
+    if windowed := count(file.flags & store.WINDOWED):
+        words.append(
+            f"{windowed:,} proteins of more than {longest:,} residues were embedded in windows that overlap by at least "
+            f"{settings['overlap']:,} residues, and blended."
+        )
+    if replaced := count((file.replaced > 0) & (file.status == store.DONE)):
+        words.append(f"In {replaced:,} proteins, residues outside the alphabet were embedded as X.")
+    if again := count(file.flags & store.RECOMPUTED):
+        words.append(f"{again:,} proteins whose values overflowed were computed again in float32.")
+    if skipped := count(file.status == store.SKIPPED):
+        reasons = [
+            f"{store.REASONS[code]}: {count((file.status == store.SKIPPED) & (file.reason == code)):,}"
+            for code in np.unique(file.reason[file.status == store.SKIPPED]).tolist()
+        ]
+        words.append(f"{skipped:,} proteins were not embedded ({'; '.join(reasons)}).")
+    return " ".join(words)
