@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from virnucpro_cli import __version__, cli, embed
+from virnucpro_cli.errors import STOP_SIGNALS
 from virnucpro_cli.store import read_embeddings
 
 Make = Callable[..., Path]
@@ -22,7 +23,7 @@ COMMANDS = [info.name or info.callback.__name__ for info in cli.app.registered_c
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
     """`main` installs its own; give pytest's back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -23,7 +23,7 @@ from conftest import write_model
 from virnucpro_cli import placer, store
 from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.embed import embed_fasta
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import STOP_SIGNALS, UserError
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.pooling import Embeddings
 
@@ -237,7 +237,7 @@ def test_an_overwriting_run_that_is_killed_leaves_the_old_file(small: Case, tmp_
     small.check(output)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_stopped_program_says_how_to_go_on(case: Case, tmp_path: Path, number: signal.Signals) -> None:
     output = tmp_path / "out.h5"
     command = [

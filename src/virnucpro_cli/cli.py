@@ -20,6 +20,7 @@ from virnucpro_cli.errors import (
     EXIT_SIGNAL_BASE,
     EXIT_SOME_SKIPPED,
     EXIT_USER_ERROR,
+    STOP_SIGNALS,
     Stopped,
     UserError,
 )
@@ -490,8 +491,9 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code."""
     _open_closed_streams()
     stop_once = _StopOnce()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop_once)
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(signum, stop_once)
     try:
         code = app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
     except UserError as error:

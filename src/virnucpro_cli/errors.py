@@ -1,11 +1,17 @@
 """What users are told when something is wrong, and the exit codes of the program."""
 
+import signal
+
 EXIT_OK = 0
 EXIT_GATE_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_SOME_SKIPPED = 3
 EXIT_INTERNAL = 70
 EXIT_SIGNAL_BASE = 128
+STOP_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+)  # fmt: skip
+"""What asks for an orderly stop: a user, a lost terminal, and batch systems before they kill (SIGUSR1 and 2: as they are told to)."""
 
 
 def in_a_line(error: BaseException) -> str:

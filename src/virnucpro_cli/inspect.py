@@ -124,28 +124,33 @@ def methods(file: store.EmbeddingFile) -> str:
         f"{file.attributes['device'].removesuffix(' (auto)')} in {settings['dtype']}"
         f"{' (approximate)' if file.attributes.get('approximate', False) else ''} with PyTorch {environment['torch']}, "
         f"and stored as {'float16' if settings['store_dtype'] == 'fp16' else 'float32'}, for {n:,} proteins of "
-        f"{int(file.lengths.sum(dtype=np.int64)):,} residues."
+        f"{int(file.lengths.sum(dtype=np.int64)):,} residues in all."
     ]
 
-    def count(chosen: Any) -> int:
-        return int(np.count_nonzero(chosen))
+    def number(chosen: Any) -> str:
+        count = int(np.count_nonzero(chosen))
+        return f"{count:,} protein{'s' if count > 1 else ''}" if count else ""
 
-    longest = settings["max_residues"]
-    if cut := count(file.flags & store.TRUNCATED):
-        words.append(f"{cut:,} proteins were truncated to their first {longest:,} residues.")
-    if windowed := count(file.flags & store.WINDOWED):
+    def were(counted: str) -> str:
+        return f"{counted} {'were' if counted.endswith('s') else 'was'}"
+
+    longest, skipped = settings["max_residues"], file.status == store.SKIPPED
+    if cut := number(file.flags & store.TRUNCATED):
+        words.append(f"{were(cut)} truncated to the first {longest:,} residues.")
+    if windowed := number(file.flags & store.WINDOWED):
+        few = windowed.endswith("protein")
         words.append(
-            f"{windowed:,} proteins of more than {longest:,} residues were embedded in windows that overlap by at least "
-            f"{settings['overlap']:,} residues, and blended."
+            f"{windowed} of more than {longest:,} residues {'was' if few else 'were'} embedded in windows that overlap by at "
+            f"least {settings['overlap']:,} residues, and blended."
         )
-    if replaced := count((file.replaced > 0) & (file.status == store.DONE)):
-        words.append(f"In {replaced:,} proteins, residues outside the alphabet were embedded as X.")
-    if again := count(file.flags & store.RECOMPUTED):
-        words.append(f"{again:,} proteins whose values overflowed were computed again in float32.")
-    if skipped := count(file.status == store.SKIPPED):
+    if replaced := number((file.replaced > 0) & (file.status == store.DONE)):
+        words.append(f"In {replaced}, residues outside the alphabet were embedded as X.")
+    if again := number(file.flags & store.RECOMPUTED):
+        words.append(f"{were(again)} computed again in float32, after overflow.")
+    if given_up := number(skipped):
         reasons = [
-            f"{store.REASONS[code]}: {count((file.status == store.SKIPPED) & (file.reason == code)):,}"
-            for code in np.unique(file.reason[file.status == store.SKIPPED]).tolist()
+            f"{store.REASONS[code]}: {np.count_nonzero(skipped & (file.reason == code)):,}"
+            for code in np.unique(file.reason[skipped]).tolist()
         ]
-        words.append(f"{skipped:,} proteins were not embedded ({'; '.join(reasons)}).")
+        words.append(f"{were(given_up)} not embedded ({'; '.join(reasons)}).")
     return " ".join(words)

@@ -1,6 +1,8 @@
 """The verify workflow: a finished file against its checksum and, record by record, against its FASTA. No model."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import numpy as np
 
 from virnucpro_cli import fasta, report, store
 from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.policies import decide
 from virnucpro_cli.validation import audit
 from virnucpro_cli.validation.verdict import Check, Verdict
@@ -21,7 +24,7 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
     report.check_places({"report": report_path}, [path, *inputs])
     out = report.console()
     verdict = Verdict("verify")
-    with audit.opened(path) as file:
+    with audit.opened(path) as file, _damage_named(path):
         settings = audit.settings_of(file, path)
         verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
         verdict.checks += _of_the_file(file)
@@ -41,6 +44,15 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
     if report_path:
         report.save(report_path, verdict.to_json())
     return verdict
+
+
+@contextmanager
+def _damage_named(path: str) -> Iterator[None]:
+    """HDF5 finds some damage by itself, when it reads what the damage hit."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged: {in_a_line(error)}.", "Copy it again, or embed again.") from None
 
 
 def _check(part: str, what: str, wrong: bool | np.bool_, note: str) -> Check:

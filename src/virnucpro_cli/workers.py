@@ -30,7 +30,7 @@ from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import report, runner
 from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.errors import STOP_SIGNALS, UserError, in_a_line
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
@@ -274,7 +274,7 @@ class _WorkerPlacer(Placer):
 def main(channel_fd: int, job_fd: int, parent: int) -> None:
     """Do the packs that come through the channel until it closes."""
     _die_with(parent)
-    for signum in (signal.SIGINT, signal.SIGTERM):  # whoever sends them to all means the parent, which ends the channel
+    for signum in STOP_SIGNALS:  # whoever sends them to all means the parent, which ends the channel
         signal.signal(signum, signal.SIG_IGN)
     channel = Connection(channel_fd)
     with suppress(_Enough, EOFError, BrokenPipeError, ConnectionResetError):  # the parent has had enough, or is gone
