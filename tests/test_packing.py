@@ -18,6 +18,7 @@ from virnucpro_cli.packing import (
     whole_segments,
     window_weights,
     windowed_segments,
+    worst_first,
 )
 
 UNIPROT = Path(__file__).parent / "data" / "uniprot_5k.fasta.gz"
@@ -217,3 +218,8 @@ def test_a_subset_is_the_packs_that_hold_a_wanted_segment(lengths: list[int], bu
     plan = first_fit_decreasing(np.array(lengths, np.int64), budget)
     wanted = np.array(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))), np.bool_)
     assert subset(plan, wanted).tolist() == [i for i in range(len(plan)) if any(wanted[s] for s in plan.pack(i))]
+    chosen = subset(plan, wanted)
+    tried = worst_first(plan, chosen, np.asarray(lengths, np.int64)).tolist()
+    assert sorted(tried) == chosen.tolist() and tried[1:] == sorted(tried[1:])
+    needs = [(plan.rung[i], max(lengths[s] for s in plan.pack(i))) for i in tried]
+    assert all(needs[0] >= other for other in needs)

@@ -37,6 +37,7 @@ from virnucpro_cli.packing import (
     first_fit_decreasing,
     in_blocks,
     subset,
+    worst_first,
 )
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.policies import Int64, Work, decide
@@ -105,7 +106,9 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         budget = config.token_budget
         if budget == "auto":
             stored = 4 * spec.hidden * len(layers) if "residue" in config.pool else 0
-            budget = runner.auto_token_budget(device, spec.hidden, spec.parameters * dtype.itemsize, stored)
+            budget = runner.auto_token_budget(
+                device, spec.hidden, spec.parameters * dtype.itemsize, stored, devices.count(device)
+            )
         plan = in_blocks(work.segments.length, int(budget))
         layout = _layout(config, table, work, spec, layers)
     summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *device_notes, *backend.notes])
@@ -137,7 +140,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     try:
         todo = np.zeros(len(table), np.bool_)
         todo[work.unit[file.status == store.PENDING]] = True
-        packs = subset(plan, todo[work.segments.record])
+        packs = worst_first(plan, subset(plan, todo[work.segments.record]), work.segments.length)
         placer = Placer(file, table, work, plan, config, todo, clock, pin=device.type == "cuda")
 
         def tell(text: str) -> None:

@@ -216,3 +216,12 @@ def subset(plan: Plan, wanted: NDArray[np.bool_]) -> Int64:
     if not len(plan):
         return np.empty(0, np.int64)
     return np.flatnonzero(np.logical_or.reduceat(wanted[plan.segments], plan.offsets[:-1]))
+
+
+def worst_first(plan: Plan, packs: Int64, lengths: NDArray[np.int32] | Int64) -> Int64:
+    """The same packs, the one that needs the most memory first: the most rows, and of those the longest segment."""
+    if not len(packs):
+        return packs
+    longest = np.maximum.reduceat(lengths[plan.segments], plan.offsets[:-1])[packs]
+    worst = np.lexsort((longest, plan.rung[packs]))[-1:]
+    return np.concatenate((packs[worst], np.delete(packs, worst)))

@@ -154,11 +154,12 @@ def check_room(device: torch.device, needed: int, what: str) -> None:
         )
 
 
-def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int, stored: int = 0) -> int:
+def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int, stored: int = 0, sharing: int = 1) -> int:
     """A power of two of tokens that surely fits: on a large GPU 32768, and for small models up to 131072, so that a pack
     takes the device longer than launching it takes the host; 2048 on a CPU, where larger packs gain nothing.
 
-    stored: bytes that each token leaves to be copied out (per-residue rows), which three packs hold at a time.
+    stored: bytes that each token leaves to be copied out (per-residue rows), which three packs hold at a time;
+    sharing: processes of this run on the device.
     """
     if device.type == "cpu":
         return 2048
@@ -166,7 +167,7 @@ def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int, stor
     if device.type == "cuda":
         while not stored and budget < 131072 and budget * hidden < 32768 * 1280:
             budget *= 2
-        free = torch.cuda.mem_get_info(device)[0] - weight_bytes
+        free = torch.cuda.mem_get_info(device)[0] // sharing - weight_bytes
         # fp32 copies for rotary and pooling, fc1 and its GELU, the residual stream
         per_token = 64 * hidden + 512 + 3 * stored
         while budget > 1024 and budget * per_token > free // 2:
