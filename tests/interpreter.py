@@ -1,4 +1,5 @@
-"""Triton's interpreter, with what it lacks (adding through a descriptor) or does wrong (e4m3 without carry and NaN)."""
+"""Triton's interpreter, with what it lacks (adding through a descriptor) or does wrong (e4m3 without carry and NaN; products
+whose bits depend on where a row stands, by the BLAS behind NumPy)."""
 
 import os
 from typing import Any
@@ -29,5 +30,14 @@ def prepare() -> None:
         there = builder.create_descriptor_load(target, at, None)
         builder.create_descriptor_store(target, type(value)(there.data + value.data, value.dtype), at)
 
+    def dot(builder: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+        def wide(x: Any) -> np.ndarray:
+            narrow = x.dtype.primitive_bitwidth == 8 and x.dtype.is_floating()
+            data = convert_float(x.data, x.dtype, tl.float16, None).view(np.float16) if narrow else x.data
+            return data.astype(np.float64)
+
+        return type(d)((wide(a) @ wide(b) + d.data).astype(d.data.dtype), d.dtype.scalar)
+
     interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_dot = dot
     interpreter.InterpreterBuilder.create_descriptor_reduce = descriptor_reduce
