@@ -71,6 +71,12 @@ class Case:
         self.check_rows(output)
         assert sorted(output.parent.glob(f"{output.name}*")) == [output]
 
+    def check_values(self, output: Path) -> None:
+        """As check_rows, wherever the rows were computed."""
+        found = datasets(output)
+        del found["computed_by"]
+        assert all(found[name].tobytes() == self.datasets[name].tobytes() for name in found)
+
     def check_rows(self, output: Path) -> None:
         found = datasets(output)
         assert found.keys() == self.datasets.keys()
@@ -271,13 +277,16 @@ def wait_for_rows(partial: Path, process: "subprocess.Popen[str]") -> None:
 # --- out of memory -------------------------------------------------------------------------------------------------
 
 
-def out_of_memory_beyond(patch: pytest.MonkeyPatch, tokens: int, longest: int) -> list[int]:
-    """A device with room for so many tokens, and segments up to so long; the sizes that were tried."""
+def out_of_memory_beyond(
+    patch: pytest.MonkeyPatch, tokens: int, longest: int, spared: Callable[[ESM2], bool] = lambda model: False
+) -> list[int]:
+    """A device with room for so many tokens, and segments up to so long, but for a model that is `spared`; the sizes that
+    were tried."""
     tried, embed = [], ESM2.embed
 
     def limited(model: ESM2, batch: PackedBatch, **how: Any) -> Embeddings:
         tried.append(batch.used)
-        if batch.used > tokens or batch.max_seqlen > longest:
+        if not spared(model) and (batch.used > tokens or batch.max_seqlen > longest):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore words.")
         return embed(model, batch, **how)
 
@@ -297,16 +306,92 @@ def test_packs_that_do_not_fit_are_halved_until_they_do(
     assert sum(size > 300 for size in tried) == len(notes) <= 3, "no size is tried again that was too large"
 
 
-def test_a_piece_that_does_not_fit_alone_is_an_error_that_says_what_to_do(
+@pytest.mark.parametrize("long", ["full", "window"])
+def test_a_piece_that_does_not_fit_alone_is_computed_in_parts(
+    small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: str
+) -> None:
+    small.embed(tmp_path / "whole.h5", long=long)
+    output, report = tmp_path / "out.h5", tmp_path / "report.json"
+    out_of_memory_beyond(monkeypatch, 300, 201, spared=lambda model: model.rows_of_a_part is not None)
+    assert small.embed(output, long=long, report=str(report))["skipped"] == 1
+    notes = "\n".join(json.loads(report.read_text())["notes"])
+    assert "left for later" in notes and "in parts of" in notes
+    whole, found = datasets(tmp_path / "whole.h5"), datasets(output)
+    assert all(found[name].tobytes() == values.tobytes() for name, values in whole.items())
+
+
+def test_a_protein_that_never_fits_is_skipped_and_tried_again_by_the_same_command(small: Case, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            out_of_memory_beyond(patch, 10_000, 201)
+            assert small.embed(output)["skipped"] == 3, "the empty one, the long one and its copy"
+        with store.read_embeddings(output) as file:
+            given_up = np.flatnonzero(file.reason == store.NO_MEMORY)
+            assert file.complete and [file.names[row] for row in given_up.tolist()] == ["long", "copy"]
+            assert np.isnan(file[given_up]).all() and np.isnan(file.residues("long")).all()
+    assert small.embed(output)["skipped"] == 1
+    small.check(output)
+    assert embed_fasta(output=str(output), **small.options()).already_complete
+
+
+def test_a_protein_too_large_for_the_device_is_computed_on_the_cpu_in_fp32(
     small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out_of_memory_beyond(monkeypatch, 10_000, 300)
-    with pytest.raises(UserError, match=r"Out of memory on CPU.* with a single piece of 422 tokens") as told:
-        small.embed(tmp_path / "full.h5", long="full")
-    assert "--long window" in told.value.remedy
     output = tmp_path / "out.h5"
-    small.embed(output)
+    out_of_memory_beyond(monkeypatch, 10_000, 201, spared=lambda model: model.dtype == torch.float32)
+    assert small.embed(output, dtype="fp16", long="full")["skipped"] == 1
+    monkeypatch.undo()
+    small.embed(tmp_path / "exact.h5", dtype="fp32", long="full")
+    with store.read_embeddings(output) as file, store.read_embeddings(tmp_path / "exact.h5") as exact:
+        there = np.asarray(file.rows("long") + file.rows("copy"))
+        np.testing.assert_array_equal(file[there], exact[there])
+        assert (file.flags[there] & store.RECOMPUTED > 0).all() and (file.computed_by[there] == 1).all()
+        assert [each["dtype"] for each in file.environments] == ["float16", "float32"]
+        assert (np.delete(file.computed_by, there) == 0).all()
+        table = file.report["tables"]["Computed by"]
+    assert [(row["proteins"], row["rows"]) for row in table] == [(59, "0-2, 4-59"), (2, "60-61")]
+
+
+def test_a_failed_device_is_one_message_and_the_same_command_resumes(small: Case, tmp_path: Path) -> None:
+    output, embed = tmp_path / "out.h5", ESM2.embed
+    with pytest.MonkeyPatch.context() as patch:
+        left = [3]
+
+        def fails(model: ESM2, batch: PackedBatch, **how: Any) -> Embeddings:
+            left[0] -= 1
+            if not left[0]:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")
+            return embed(model, batch, **how)
+
+        patch.setattr(ESM2, "embed", fails)
+        with pytest.raises(UserError, match="failed: RuntimeError: CUDA error: an illegal memory access") as stopped:
+            small.embed(output)
+    assert "same command again" in stopped.value.remedy
+    assert small.embed(output)["resumed proteins"] > 0
     small.check(output)
+
+
+# --- another place -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_may_go_on_elsewhere_and_the_file_says_which_rows_did(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.h5"
+    assert run_child(case, output, None, 0.8 * case.cpu_seconds) == -signal.SIGPROF
+    with h5py.File(store.partial_path(output)) as file:
+        done = file["status"][:] == store.DONE
+    assert done.any()
+    monkeypatch.setattr("virnucpro_cli.__version__", "9.9")
+    counts = case.embed(output, token_budget=2048, workers=2, report=str(report_of(output)))
+    assert counts["resumed proteins"] == done.sum()
+    with store.read_embeddings(output) as file:
+        assert (file.computed_by == np.where(done | (file.status == store.SKIPPED), 0, 1)).all()
+        assert [each["virnucpro"] == "9.9" for each in file.environments] == [False, True]
+    rows = json.loads(report_of(output).read_text())["tables"]["Computed by"]
+    assert [row["proteins"] for row in rows] == [done.sum(), (~done).sum() - case.proteins // 97 - 1]
+    case.check_values(output)
 
 
 # --- full disks ----------------------------------------------------------------------------------------------------
@@ -408,7 +493,10 @@ def test_a_disk_that_fills_up_during_the_run_costs_nothing_that_is_done(
     case.check(output)
 
 
-@pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "No space"), (errno.EDQUOT, "quota"), (errno.EIO, "error")])
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(errno.ENOSPC, "No space"), (errno.EDQUOT, "quota"), (errno.EIO, "error"), (errno.EROFS, "Read-only")],
+)
 @pytest.mark.parametrize("survived", [0, 3, 40])
 def test_a_write_that_fails_is_one_clear_message_and_can_be_resumed(
     small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int, code: int, words: str

@@ -15,7 +15,7 @@ LAYERS = (
     ("config", "report", "errors"),
     ("collate", "packing", "fasta", "alphabet", "pooling"),
     ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
-    ("validation", "timing", "workers", "qc"),
+    ("validation", "timing", "workers", "rescue", "qc"),
     ("embed", "fetch", "bench", "validate", "inspect", "verify"),
     ("cli",),
     ("__main__",),

@@ -83,7 +83,8 @@ def test_the_file_has_the_datasets_of_schema_1(finished: Path) -> None:
         assert shapes == pooled | {
             "residue/0": ((15, HIDDEN), "<f4"), "residue/2": ((15, HIDDEN), "<f4"), "residue/offsets": ((7,), "<i8"),
             "lengths": ((6,), "<i4"), "replaced": ((6,), "<i4"), "flags": ((6,), "<u2"), "status": ((6,), "|u1"),
-            "reason": ((6,), "|u1"), "run/report": ((), f"|S{store.REPORT_BYTES}"), "run/complete": ((), "|u1"),
+            "reason": ((6,), "|u1"), "computed_by": ((6,), "|u1"), "run/environments": ((), f"|S{store.ENVIRONMENT_BYTES}"),
+                "run/report": ((), f"|S{store.REPORT_BYTES}"), "run/complete": ((), "|u1"),
         }  # fmt: skip
         assert file.attrs["schema"] == 1
         assert file["sequence_ids"].asstr()[:].tolist() == NAMES
@@ -251,6 +252,51 @@ def test_a_row_is_done_only_after_a_commit(tmp_path: Path) -> None:
     resumed = Store.resume(output)
     assert resumed.status.tolist() == [DONE, SKIPPED, PENDING, SKIPPED, PENDING, DONE]
     resumed.close()
+
+
+def test_what_there_was_no_memory_for_is_pending_again_and_what_a_policy_skips_is_not(tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    file = Store.create(output, layout())
+    file.mark(np.array([0]), SKIPPED, reason=store.NO_MEMORY)
+    file.mark(np.array([1]), SKIPPED, reason=store.NOT_FINITE)
+    file.commit()
+    file.close()
+    resumed = Store.resume(output)
+    assert resumed.status.tolist() == [PENDING, SKIPPED, PENDING, SKIPPED, PENDING, PENDING]
+    resumed.place("mean", 2, np.array([0]), values([0]))
+    resumed.mark(np.array([0]))
+    resumed.commit()
+    resumed.close()
+    with h5py.File(store.partial_path(output)) as read:
+        assert read["status"][:2].tolist() == [DONE, SKIPPED]
+        assert read["reason"][:4].tolist() == [0, store.NOT_FINITE, 0, EMPTY]
+
+
+def test_rows_remember_the_environment_that_computed_them(tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    file = Store.create(output, layout())
+    for rows, where in (([0], '{"device": "one"}'), ([1, 4], '{"device": "two"}'), ([2], '{"device": "one"}')):
+        file.compute_in(where)
+        file.place("mean", 2, np.array(rows), values(rows))
+        file.mark(np.array(rows))
+        file.commit()
+        file.close()
+        file = Store.resume(output)
+    file.close()
+    with h5py.File(store.partial_path(output)) as read:
+        assert read["computed_by"][:].tolist() == [1, 2, 1, 0, 2, 0]
+        lines = read["run/environments"][()].decode().splitlines()
+    assert lines == ["{}", '{"device": "one"}', '{"device": "two"}']
+
+
+def test_more_environments_than_there_is_room_for_are_no_obstacle(tmp_path: Path) -> None:
+    file = Store.create(tmp_path / "out.h5", layout())
+    for i in range(store.ENVIRONMENT_BYTES // 100):
+        file.compute_in(f'{{"device": "{i:0200d}"}}')
+    file.mark(np.array([1]))
+    file.commit()
+    assert file.computed_by[1] == store.MOST_ENVIRONMENTS and file.status[1] == DONE
+    file.close()
 
 
 def test_a_commit_of_no_rows_changes_nothing(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ if any("virnucpro_cli.workers" in argument for argument in sys.orig_argv):
     runner.serial = changed
 """
 SLOW = "time.sleep(0.02)"
+SLOWER = "time.sleep(0.1)"
 FAILS_ONCE = """
             import torch
             try:
@@ -83,7 +84,7 @@ class Program:
             return []
         return [int(pid) for pid in listed.split()]
 
-    def wait_for_work(self, rows: int = 20) -> None:
+    def wait_for_work(self, rows: int = 10) -> None:
         """Until some rows are done, which the parent says every five seconds: or are written, which shows at once."""
         deadline, seen, partial = time.monotonic() + 60, set[int](), store.partial_path(self.output)
         while len(seen) < rows and self.process.poll() is None and time.monotonic() < deadline:
@@ -128,7 +129,7 @@ def test_any_number_of_workers_makes_the_same_file(case: Case, tmp_path: Path, w
 
 
 def test_the_packs_of_a_killed_worker_are_done_by_the_others(case: Case, tmp_path: Path) -> None:
-    program = Program(case, tmp_path / "out.h5", 3)
+    program = Program(case, tmp_path / "out.h5", 3, SLOWER)
     program.wait_for_work()
     os.kill(program.workers[0], signal.SIGKILL)
     program.end()
@@ -153,8 +154,20 @@ def test_a_worker_that_crashes_leaves_its_packs_to_the_others(case: Case, tmp_pa
     case.check_rows(program.output)
 
 
+def test_a_protein_that_fits_no_workers_device_is_left_for_the_second_pass(case: Case, tmp_path: Path) -> None:
+    too_large = """
+            import torch
+            if batch.max_seqlen > 201:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+"""
+    program = Program(case, tmp_path / "out.h5", 2, too_large)
+    program.end()
+    assert "left for later" in program.notes() and "was lost" not in program.notes()
+    case.check_rows(program.output)
+
+
 def test_without_any_worker_left_the_run_ends_and_another_goes_on(case: Case, tmp_path: Path) -> None:
-    program = Program(case, tmp_path / "out.h5", 2)
+    program = Program(case, tmp_path / "out.h5", 2, SLOWER)
     program.wait_for_work()
     for pid in program.workers:
         os.kill(pid, signal.SIGKILL)
@@ -168,7 +181,7 @@ def test_without_any_worker_left_the_run_ends_and_another_goes_on(case: Case, tm
 def test_a_stopped_run_takes_its_workers_along_and_keeps_what_they_did(
     case: Case, tmp_path: Path, number: signal.Signals
 ) -> None:
-    program = Program(case, tmp_path / "out.h5", 2)
+    program = Program(case, tmp_path / "out.h5", 2, SLOWER)
     program.wait_for_work()
     workers = program.workers
     asked = time.monotonic()
@@ -182,7 +195,7 @@ def test_a_stopped_run_takes_its_workers_along_and_keeps_what_they_did(
 
 
 def test_a_killed_parent_leaves_no_worker_behind_and_no_lock(case: Case, tmp_path: Path) -> None:
-    program = Program(case, tmp_path / "out.h5", 2)
+    program = Program(case, tmp_path / "out.h5", 2, SLOWER)
     program.wait_for_work()
     workers = program.workers
     program.process.kill()
@@ -230,7 +243,7 @@ def test_an_input_that_changes_meanwhile_is_refused(case: Case, tmp_path: Path) 
     fasta.write_bytes(case.fasta.read_bytes())
     other = Case.__new__(Case)
     other.fasta, other.model = fasta, case.model
-    program = Program(other, tmp_path / "out.h5", 2)
+    program = Program(other, tmp_path / "out.h5", 2, SLOWER)
     program.wait_for_work()
     with open(fasta, "a") as file:
         file.write(">late\nMKV\n")

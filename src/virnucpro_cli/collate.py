@@ -13,6 +13,9 @@ from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, Segments, rung_of, windo
 
 QUERY_TILE = 64
 
+Item = int | np.int64 | NDArray[np.int64]
+"""A pack by its number in the plan, or segments that make up one."""
+
 
 def query_tiles(cu_seqlens: NDArray[np.int64]) -> NDArray[np.int64]:
     """Tiles of at most QUERY_TILE rows of one segment: [m, 3] of first row, the segment's first row, the row past its end."""
@@ -74,10 +77,10 @@ class VarlenCollator:
     ):
         self.table, self.segments, self.embedded, self.plan, self.pin = table, segments, embedded, plan, pin
 
-    def __call__(self, item: int | np.int64 | NDArray[np.int64]) -> PackedBatch:
+    def __call__(self, item: Item) -> PackedBatch:
         """The batch of a pack, or of any segments."""
         self.table.check_unchanged()
-        numbers = self._segments(item)
+        numbers = self.segments_of(item)
         record = self.segments.record[numbers]
         length = self.segments.length[numbers].astype(np.int64)
         lengths = length + SPECIAL_TOKENS
@@ -127,9 +130,9 @@ class VarlenCollator:
             tokens, positions, bounds, divisor, tiles, mask_ratio, weights, numbers, lengths, int(lengths.max())
         )
 
-    def parts(self, item: int | np.int64 | NDArray[np.int64], tokens: int) -> list[Any]:
+    def parts(self, item: Item, tokens: int) -> list[Any]:
         """The segments of a pack in parts of at most so many tokens, or of one segment; the item itself if it is one part."""
-        numbers = self._segments(item)
+        numbers = self.segments_of(item)
         ends = np.cumsum(self.segments.length[numbers].astype(np.int64) + SPECIAL_TOKENS)
         parts, first = [], 0
         while first < len(numbers):
@@ -139,7 +142,8 @@ class VarlenCollator:
             first = upto
         return parts if len(parts) > 1 else [item]
 
-    def _segments(self, item: int | np.int64 | NDArray[np.int64]) -> NDArray[np.int64]:
+    def segments_of(self, item: Item) -> NDArray[np.int64]:
+        """Numbers of the segments of an item."""
         return item if isinstance(item, np.ndarray) else self.plan.pack(int(item))
 
     def weights_of(self, segment: int) -> NDArray[np.float32]:

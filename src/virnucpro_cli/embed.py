@@ -9,7 +9,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -23,28 +23,20 @@ from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import fasta, qc, report, runner, store, workers
-from virnucpro_cli.collate import VarlenCollator
+from virnucpro_cli import fasta, qc, report, rescue, runner, store, workers
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec, by_name, resolve_layers
-from virnucpro_cli.packing import (
-    SPECIAL_TOKENS,
-    Plan,
-    first_fit_decreasing,
-    in_blocks,
-    subset,
-    worst_first,
-)
+from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, in_blocks, subset, worst_first
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.policies import Int64, Work, decide
 from virnucpro_cli.pooling import Pooler
 
 ONLY_PLACE = ("attention", "device")
-"""Fingerprint keys that must agree to go on with a partial file bit for bit, but not for a finished one to be the same."""
+"""Fingerprint keys that change how values round and nothing else: a run may go on elsewhere, and the file says which rows did."""
 
 SIXTEEN_BIT = {320: 2.2e14, 480: 2.8e14, 640: 3.6e14, 1280: 4.9e14, 2560: 5.6e14}
 MEASURED_FLOPS = {
@@ -62,6 +54,9 @@ APPROXIMATE = (
     "rounding in fp16 does. Check what your own downstream task makes of it."
 )
 
+
+RANGES = 8
+"""Ranges of rows that a report names, at most."""
 
 Loaded = tuple[ModelSpec, dict[str, Any], tuple[str, ...]]
 
@@ -110,7 +105,8 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
                 device, spec.hidden, spec.parameters * dtype.itemsize, stored, devices.count(device)
             )
         plan = in_blocks(work.segments.length, int(budget))
-        layout = _layout(config, table, work, spec, layers)
+        environment = _computed_by(device, dtype, backend.name, len(devices))
+        layout = _layout(config, table, work, spec, layers, environment)
     summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *device_notes, *backend.notes])
     if dtype == torch.float8_e4m3fn:
         summary.notes.append(APPROXIMATE)
@@ -130,7 +126,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     with clock.stage("load model"):
         found = locate.verified(found)
     fingerprint = _fingerprint(config, table, found, layers, dtype, backend.name, device)
-    if _already_complete(output, fingerprint, config):
+    if _already_complete(output, fingerprint, config, out):
         out.print(f"{output} is already complete: same input, model and settings.")
         summary.already_complete = True
         _write_qc(output, config)
@@ -138,6 +134,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     file = _open_store(output, layout, fingerprint, config, summary, table, found, out)
 
     try:
+        file.compute_in(environment)
         todo = np.zeros(len(table), np.bool_)
         todo[work.unit[file.status == store.PENDING]] = True
         packs = worst_first(plan, subset(plan, todo[work.segments.record]), work.segments.length)
@@ -148,9 +145,8 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             summary.notes.append(text)
 
         if len(packs) > 1 and len(devices) > 1:
-            threads = max(1, torch.get_num_threads() // len(devices))
             job = workers.Job(config, found, layers, dtype, backend.name, table, work, plan, todo, output,
-                              store.partial_path(output), file.fd, threads)  # fmt: skip
+                              store.partial_path(output), file.fd, runner.threads_of(len(devices)))  # fmt: skip
             with clock.stage("forward"), report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
                 placer.tracker = tracker
                 placer.started = time.perf_counter()
@@ -164,14 +160,15 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             for note in notes:
                 out.print(note, style="yellow")
             summary.notes += notes
-            compute = _compute_with(model, layers, config)
+            pooler = Pooler(config.pool, runner.store_dtype(config.store_dtype))
+            compute = partial(model.embed, wanted=layers, pooler=pooler)
             with clock.stage("forward"), report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
                 placer.tracker = tracker
                 placer.started = time.perf_counter()
-                runner.run(packs, placer.collator, compute, placer, device, tell)
+                runner.run(packs, placer.collator, compute, placer, device, tell, placer.note_unfit)
             del model, compute
-        if placer.broken:
-            _recompute(placer, found, layers, config, dtype, device, out)
+        if placer.broken or placer.unfit:
+            rescue.second_pass(placer, found, layers, config, dtype, device, backend, _computed_by, tell)
         with clock.stage("finish"):
             file.commit()
             table.check_unchanged()
@@ -189,6 +186,8 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         _drop_finished_partial(output)
     _write_qc(output, config)
     out.print(report.packing_table(summary), report.throughput_table(summary))
+    for title, rows in summary.tables.items():
+        out.print(report.rows_table(title, rows))
     out.print(f"{output}: {len(table):,} proteins, {report.size(output.stat().st_size)}")
     return _saved(summary, config)
 
@@ -250,13 +249,29 @@ def _check_paths(output: Path, config: EmbedConfig) -> None:
 
 
 def _layout(
-    config: EmbedConfig, table: fasta.RecordTable, work: Work, spec: ModelSpec, layers: tuple[int, ...]
+    config: EmbedConfig,
+    table: fasta.RecordTable,
+    work: Work,
+    spec: ModelSpec,
+    layers: tuple[int, ...],
+    environment: str,
 ) -> store.Layout:
     offsets = np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if "residue" in config.pool else None
     dtype = np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32)
     names = partial(table.names, full=config.id == "full")
     return store.Layout(spec.hidden, layers, config.pool, dtype, table.length, table.replaced, work.flags, work.status,
-                        work.reason, offsets, names, table.text_bytes - table.residues)  # fmt: skip
+                        work.reason, offsets, names, table.text_bytes - table.residues, environment)  # fmt: skip
+
+
+def _computed_by(device: torch.device, dtype: torch.dtype, backend: str, processes: int = 1) -> str:
+    """What the bits of a row depend on besides its input, in a line of JSON."""
+    return json.dumps({
+        "device": runner.describe_device(device, processes),
+        "dtype": attention_backends.describe(dtype),
+        "attention": backend,
+        "torch": torch.__version__,
+        "virnucpro": virnucpro_cli.__version__,
+    })  # fmt: skip
 
 
 def _fingerprint(
@@ -279,13 +294,12 @@ def _fingerprint(
     }
 
 
-def _already_complete(output: Path, fingerprint: dict[str, Any], config: EmbedConfig) -> bool:
+def _already_complete(output: Path, fingerprint: dict[str, Any], config: EmbedConfig, out: Console) -> bool:
     if config.overwrite or not output.exists():
         return False
     there = store.fingerprint_of(output)
     assert there is not None
-    theirs, ours = ({k: v for k, v in f.items() if k not in ONLY_PLACE} for f in (there[0], fingerprint))
-    differing = store.differences(theirs, ours)
+    differing = store.differences(*_but_place(there[0], fingerprint))
     if differing:
         raise UserError(
             f"{output} exists and is of another run: {'; '.join(differing)}.", "Choose another -o, or --overwrite it."
@@ -293,7 +307,20 @@ def _already_complete(output: Path, fingerprint: dict[str, Any], config: EmbedCo
     if not there[1]:
         raise UserError(f"{output} exists but is not complete.", "Choose another -o, or --overwrite it.")
     _drop_finished_partial(output)
+    with store.read_embeddings(output) as file:
+        missed = int(((file.status == store.SKIPPED) & (file.reason == store.NO_MEMORY)).sum())
+    if missed and not store.partial_path(output).exists():
+        out.print(
+            f"{output}: {missed:,} proteins had been skipped for want of memory, and are tried again", style="yellow"
+        )
+        with suppress(FileNotFoundError):  # another run has just done the same, and holds the lock
+            os.rename(output, store.partial_path(output))
+        return False
     return True
+
+
+def _but_place(*fingerprints: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return ({k: v for k, v in each.items() if k not in ONLY_PLACE} for each in fingerprints)
 
 
 def _drop_finished_partial(output: Path) -> None:
@@ -314,7 +341,7 @@ def _open_store(
             raise UserError(
                 f"{partial_file} is not a partial output of virnucpro.", "Move it away, or discard it with --restart."
             )
-        differing = store.differences(there[0], fingerprint)
+        differing = store.differences(*_but_place(there[0], fingerprint))
         if differing:
             raise UserError(
                 f"{partial_file} belongs to another run: {'; '.join(differing)}.",
@@ -360,52 +387,6 @@ def _attributes(
         "inputs": json.dumps(inputs),
         "fingerprint": json.dumps(fingerprint),
     }
-
-
-def _compute_with(model: ESM2, layers: tuple[int, ...], config: EmbedConfig) -> runner.Compute:
-    return partial(model.embed, wanted=layers, pooler=Pooler(config.pool, runner.store_dtype(config.store_dtype)))
-
-
-def _recompute(
-    placer: Placer, found: locate.Weights, layers: tuple[int, ...], config: EmbedConfig, dtype: torch.dtype,
-    device: torch.device, out: Console,
-) -> None:  # fmt: skip
-    """Records with a value that was not finite: once more in fp32; what is still not finite is NaN and skipped."""
-    work, broken = placer.work, np.unique(placer.broken)
-    out.print(
-        f"{len(broken):,} proteins had values that are not finite in {attention_backends.describe(dtype)}",
-        style="yellow",
-    )
-    placer.broken = []
-    if dtype != torch.float32:
-        placer.todo = np.zeros(len(work.unit), np.bool_)
-        placer.todo[broken] = True
-        placer.flag = store.RECOMPUTED
-        chosen = np.flatnonzero(placer.todo[work.segments.record])
-        part = first_fit_decreasing(work.segments.length[chosen], 1024)
-        plan = Plan(chosen[part.segments], part.offsets, part.rung, part.tokens, part.token_budget)
-        placer.collator = VarlenCollator(placer.table, work.segments, work.embedded, plan, placer.collator.pin)
-        placer.tracker = None
-        spec, state, _ = model_weights.load(found)
-        backend = attention_backends.resolve("auto", device, torch.float32)
-        model = ESM2(spec, state, torch.float32, device, backend)
-        runner.run(range(len(plan)), placer.collator, _compute_with(model, layers, config), placer, device)
-        broken = np.unique(placer.broken)
-    if not len(broken):
-        return
-    rows, _ = placer.rows_of(broken.astype(np.int64))
-    for kind in config.pool:
-        for layer in layers:
-            for row in rows.tolist():
-                count = 1 if kind != "residue" else int(work.embedded[row])
-                nan = np.full(
-                    (count, placer.file.places[f"{kind}/{layer}"].row_bytes // placer.store_dtype.itemsize), np.nan
-                )
-                if kind == "residue":
-                    placer._place_residues(layer, row, nan)
-                else:
-                    placer.file.place(kind, layer, np.asarray([row]), nan.astype(placer.store_dtype))
-    placer.file.mark(rows, store.SKIPPED, reason=store.NOT_FINITE)
 
 
 def _keep_what_is_done(file: store.Store) -> None:
@@ -474,6 +455,9 @@ def _counts(table: fasta.RecordTable, work: Work) -> dict[str, int]:
         "windowed": flagged(store.WINDOWED),
         "with replaced residues": int((table.replaced > 0).sum()),
         "copied from an identical one": flagged(store.COPIED),
+        "tokens saved by copying": int(
+            (work.embedded.astype(np.int64) + SPECIAL_TOKENS)[(work.flags & store.COPIED) > 0].sum()
+        ),
         "skipped": int((work.status == store.SKIPPED).sum()),
     }
 
@@ -530,8 +514,23 @@ def _fill_rates(
     summary.memory = {"peak host memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if device.type == "cuda":
         summary.memory["peak GPU memory"] = torch.cuda.max_memory_allocated(device)
+    if len(file.environments) > 1:
+        summary.tables["Computed by"] = _where_computed(file)
     summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
     summary.counts["recomputed in fp32"] = int(((file.flags & store.RECOMPUTED) > 0).sum())
+
+
+def _where_computed(file: store.Store) -> list[dict[str, Any]]:
+    """A row for each environment that the file was computed in, with its ranges of records."""
+    rows = []
+    for number, environment in enumerate(file.environments):
+        records = np.flatnonzero((file.computed_by == number) & (file.status == store.DONE))
+        breaks = np.flatnonzero(np.diff(records) != 1)
+        first, last = records[np.append(0, breaks + 1)[: len(records)]], records[np.append(breaks, -1)[: len(records)]]
+        ranges = [f"{a:,}-{b:,}" for a, b in zip(first[:RANGES].tolist(), last[:RANGES].tolist(), strict=True)]
+        more = [f"and {len(first) - RANGES:,} more"] if len(first) > RANGES else []
+        rows.append(json.loads(environment) | {"proteins": len(records), "rows": ", ".join(ranges + more)})
+    return rows
 
 
 def _describe_plan(

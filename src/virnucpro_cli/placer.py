@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import report, store
-from virnucpro_cli.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.collate import Item, PackedBatch, VarlenCollator
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
@@ -33,6 +33,7 @@ class Placer:
         self.store_dtype = np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32)
         self.tracker: report.Tracker | None = None
         self.broken: list[int] = []  # records with a value that is not finite
+        self.unfit: list[int] = []  # records that the device has no memory for
         self.flag = 0
         self.started = self.last_commit = time.perf_counter()
         self.first_pack: float | None = None
@@ -65,6 +66,26 @@ class Placer:
             self.first_pack = time.perf_counter() - self.started
         if self.tracker:
             self.tracker.advance(tokens)
+
+    def record_of(self, item: Item) -> int:
+        """The record of an item that is one segment."""
+        return int(self.work.segments.record[self.collator.segments_of(item)[0]])
+
+    def note_unfit(self, item: Item) -> None:
+        self.unfit.append(self.record_of(item))
+
+    def give_up(self, records: Int64, reason: int) -> None:
+        """Units that cannot be embedded: their rows and those of their copies become NaN, and are skipped."""
+        rows, _ = self.rows_of(records)
+        for name, place in self.file.places.items():
+            kind, _, layer = name.partition("/")
+            width = place.row_bytes // self.store_dtype.itemsize
+            if kind == "residue" and layer != "offsets":
+                for row in rows.tolist():
+                    self._place_residues(int(layer), row, np.full((int(self.work.embedded[row]), width), np.nan))
+            elif kind in ("mean", "bos"):
+                self.file.place(kind, int(layer), rows, np.full((len(rows), width), np.nan, self.store_dtype))
+        self.file.mark(rows, store.SKIPPED, reason=reason)
 
     def rows_of(self, records: Int64) -> tuple[Int64, Int64]:
         """Rows of the given units and their copies, and for each the position of its unit in `records`."""
@@ -112,6 +133,10 @@ class Placer:
         if len(windows) == last - first:
             self._place_windows(record, [windows[s] for s in range(int(first), int(last))])
             del self._windows[record]
+
+    def forget_windows(self) -> None:
+        """Drop windows of records whose other windows have not come."""
+        self._windows.clear()
 
     def _place_windows(self, record: int, windows: "list[Window]") -> None:
         with np.errstate(over="ignore"):  # what does not fit the store dtype is found below

@@ -3,23 +3,19 @@
 import ctypes
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from virnucpro_cli import attention
-from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli.collate import Item, PackedBatch
 from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.pooling import Embeddings
-
-Item = int | np.int64 | NDArray[np.int64]
-"""A pack by its number in the plan, or segments that make up one."""
 
 
 class Collate(Protocol):
@@ -31,16 +27,16 @@ Compute = Callable[[PackedBatch], Embeddings]
 Sink = Callable[[PackedBatch, Embeddings], None]
 
 
-class OutOfMemory(UserError):
-    """The device has too little memory for a single segment."""
+class DeviceFailed(UserError):
+    """The device reported an error after which nothing that it computes can be relied on."""
 
 
 class _TooLarge(Exception):
-    """The device has too little memory for an item; the rest were not begun."""
+    """The device has too little memory for an item; of those after it, `asked` were taken and not begun."""
 
-    def __init__(self, item: Item, rest: Sequence[Item], tokens: int, error: Exception):
+    def __init__(self, item: Item, asked: Sequence[Item], tokens: int, error: Exception):
         super().__init__(str(error))
-        self.item, self.rest, self.tokens, self.told = item, rest, tokens, in_a_line(error)
+        self.item, self.asked, self.tokens, self.told = item, asked, tokens, in_a_line(error)
 
 
 COLLATE_AHEAD = 3
@@ -128,25 +124,35 @@ def describe_dtype(dtype: torch.dtype) -> str:
     return attention.describe(dtype) + (" (approximate)" if dtype == torch.float8_e4m3fn else "")
 
 
-def describe_device(device: torch.device) -> str:
+def describe_device(device: torch.device, processes: int = 1) -> str:
+    """Its kind, as far as bits depend on it; processes: that share the CPU's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads"
+        return f"CPU, {threads_of(processes)} threads"
     return device.type
 
 
-def check_room(device: torch.device, needed: int, what: str) -> None:
-    """Raise UserError if `needed` bytes surely do not fit the device's free memory (on a CPU: the host's)."""
+def threads_of(processes: int) -> int:
+    """CPU threads of each of so many processes."""
+    return max(1, torch.get_num_threads() // processes)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process may still take on the device (on a CPU: of the host); infinite if nobody says."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free for this process
-        free = torch.cuda.mem_get_info(device)[0] + kept
-    else:
-        try:
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        except (OSError, StopIteration):
-            return
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def check_room(device: torch.device, needed: int, what: str) -> None:
+    """Raise UserError if `needed` bytes surely do not fit the device's free memory."""
+    free = free_memory(device)
     if needed > free:
         raise UserError(
             f"{what} need {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free on {describe_device(device)}.",
@@ -184,28 +190,28 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def serial(items: Sequence[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device) -> None:
+def serial(items: Iterator[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device) -> None:
     """One pack after the other on the calling thread. The reference for `overlapped`, and the path of the CPU."""
     if device.type == "cpu":
         keep_freed_memory()
-    for at, item in enumerate(items):
+    for item in items:
         batch = collate(item)
         try:
             found = compute(batch.to(device))
         except torch.cuda.OutOfMemoryError as error:
-            raise _TooLarge(item, items[at + 1 :], batch.used, error) from None
+            raise _TooLarge(item, (), batch.used, error) from None
         sink(batch, _to_host(found, non_blocking=False))
 
 
-def overlapped(items: Sequence[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device) -> None:
+def overlapped(items: Iterator[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device) -> None:
     """CUDA: collation on a thread, copies in and out on streams of their own, the sink on another thread.
 
-    The calling thread only launches; it waits for nothing but the pack that it retires. Packs reach the sink in order.
+    The calling thread only launches; it waits for nothing but the pack that it retires. Packs reach the sink in order. Items
+    are asked for a few packs ahead.
     """
     copy_in, copy_out = torch.cuda.Stream(device), torch.cuda.Stream(device)
     main = torch.cuda.current_stream(device)
-    asked = done = 0  # of the items
-    collated: deque[Future[PackedBatch]] = deque()
+    asked: deque[tuple[Item, Future[PackedBatch]]] = deque()
     in_flight: deque[tuple[PackedBatch, Embeddings, torch.cuda.Event, Any]] = deque()
     written: deque[Future[None]] = deque()
     too_large: _TooLarge | None = None
@@ -223,20 +229,21 @@ def overlapped(items: Sequence[Item], collate: Collate, compute: Compute, sink: 
         ThreadPoolExecutor(1, "write") as writer,
         torch.cuda.device(device),
     ):
-        while done < len(items):
-            while asked < len(items) and len(collated) < COLLATE_AHEAD:
-                collated.append(reader.submit(collate, items[asked]))
-                asked += 1
-            batch = collated.popleft().result()
+        while True:
+            while len(asked) < COLLATE_AHEAD and (item := next(items, None)) is not None:
+                asked.append((item, reader.submit(collate, item)))
+            if not asked:
+                break
+            item, collated = asked.popleft()
+            batch = collated.result()
             try:
                 with torch.cuda.stream(copy_in):
                     moved = batch.to(device)
                 main.wait_stream(copy_in)
                 found = compute(moved)
             except torch.cuda.OutOfMemoryError as error:
-                too_large = _TooLarge(items[done], items[done + 1 :], batch.used, error)
+                too_large = _TooLarge(item, [item for item, _ in asked], batch.used, error)
                 break
-            done += 1
             copy_out.wait_stream(main)
             with torch.cuda.stream(copy_out):
                 host = _to_host(found, non_blocking=True)
@@ -280,28 +287,51 @@ def _to_host(found: Embeddings, non_blocking: bool) -> Embeddings:
 
 
 def run(
-    packs: NDArray[np.int64] | Sequence[int], collate: Collate, compute: Compute, sink: Sink, device: torch.device,
-    note: Callable[[str], None] = lambda text: None,
+    packs: Iterable[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device,
+    note: Callable[[str], None] = lambda text: None, unfit: Callable[[Item], None] | None = None,
 ) -> None:  # fmt: skip
     """The runner that suits the device. A pack that the device has no memory for is halved, as are all of its size that follow,
-    and `note` is told; raises OutOfMemory if it is a single segment. Packs already sunk are safe.
+    and `note` is told; a single segment goes to `unfit`, or is an error without one. Packs already sunk are safe.
+
+    Raises DeviceFailed when the device is of no use any more.
     """
     chosen = overlapped if device.type == "cuda" else serial
-    items: Sequence[Item] = list(packs)
-    while len(items):
+    items = iter(packs)
+    while True:
         try:
             return chosen(items, collate, compute, sink, device)
         except _TooLarge as problem:
             largest = problem.tokens // 2
             parts = collate.parts(problem.item, largest)
             if len(parts) == 1:
-                raise OutOfMemory(
-                    f"Out of memory on {describe_device(device)} with a single piece of {problem.tokens:,} tokens: {problem.told}",
-                    "Run the same command with --long window or truncate, or on a device with more memory; what is done is kept.",
-                ) from None
-            note(
-                f"out of memory with {problem.tokens:,} tokens; packs of at most {largest:,} from here on ({problem.told})"
-            )
-            items = [*parts, *(part for item in problem.rest for part in collate.parts(item, largest))]
+                what = f"out of memory on {describe_device(device)} with a single piece of {problem.tokens:,} tokens"
+                if unfit is None:
+                    remedy = "Run the same command on a device with more memory; what is done is kept."
+                    raise UserError(f"{what}: {problem.told}", remedy) from None
+                note(f"{what}; it is left for later ({problem.told})")
+                unfit(problem.item)
+                items = chain(problem.asked, items)
+            else:
+                note(
+                    f"out of memory with {problem.tokens:,} tokens; packs of at most {largest:,} from here on ({problem.told})"
+                )
+                items = chain(parts, _in_parts(chain(problem.asked, items), collate, largest))
+        except RuntimeError as error:
+            if not _is_of_the_device(error):
+                raise
+            raise DeviceFailed(
+                f"{describe_device(device)} ({device}) failed: {in_a_line(error)}",
+                "What was computed before is kept: run the same command again. If it fails again, look at nvidia-smi and dmesg.",
+            ) from None
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _is_of_the_device(error: RuntimeError) -> bool:
+    """PyTorch gives errors of the CUDA runtime a type of their own, but not those of cuBLAS and Triton."""
+    return isinstance(error, torch.AcceleratorError) or any(w in str(error) for w in ("CUDA error", "Triton Error"))
+
+
+def _in_parts(items: Iterator[Item], collate: Collate, tokens: int) -> Iterator[Item]:
+    for item in items:
+        yield from collate.parts(item, tokens)

@@ -29,9 +29,13 @@ PENDING, DONE, SKIPPED = 0, 1, 2
 STATUS_NAMES = ("pending", "done", "skipped")
 TRUNCATED, REPLACED, RECOMPUTED, COPIED, WINDOWED = 1, 2, 4, 8, 16
 FLAG_NAMES = {1: "truncated", 2: "replaced", 4: "recomputed in fp32", 8: "copied", 16: "windowed"}
-REASONS = ("", "empty", "invalid residues", "too long", "not finite")
-EMPTY, INVALID, TOO_LONG, NOT_FINITE = 1, 2, 3, 4
+REASONS = ("", "empty", "invalid residues", "too long", "not finite", "out of memory")
+EMPTY, INVALID, TOO_LONG, NOT_FINITE, NO_MEMORY = 1, 2, 3, 4, 5
+AFTER_TRYING = (NOT_FINITE, NO_MEMORY)
+"""Reasons that no policy gives: what came of an attempt."""
 REPORT_BYTES = 1 << 16
+ENVIRONMENT_BYTES = 1 << 14
+MOST_ENVIRONMENTS = 255
 NAME_BLOCK = 1 << 16
 LARGE_WRITE = 1 << 15
 MOST_STAGED = 1 << 26
@@ -58,6 +62,7 @@ class Layout:
     residue_offsets: NDArray[np.int64] | None
     names: Callable[[int, int], list[str]]
     name_bytes: int  # of all names, at most
+    environment: str = "{}"  # of this run, in a line: see Store.compute_in
     attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,8 +75,15 @@ class Layout:
     @property
     def file_bytes(self) -> int:
         """What the whole file takes at most: embeddings, names with their heap entries, small columns, HDF5's own."""
-        per_record = 16 + 40 + 4 + 4 + 2 + 1 + 1 + (8 if self.residue_offsets is not None else 0)
-        return self.data_bytes + len(self.lengths) * per_record + self.name_bytes + REPORT_BYTES + (1 << 17)
+        per_record = 16 + 40 + 4 + 4 + 2 + 1 + 1 + 1 + (8 if self.residue_offsets is not None else 0)
+        return (
+            self.data_bytes
+            + len(self.lengths) * per_record
+            + self.name_bytes
+            + REPORT_BYTES
+            + ENVIRONMENT_BYTES
+            + (1 << 17)
+        )
 
 
 def partial_path(output: Path) -> Path:
@@ -213,6 +225,9 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
             column = getattr(layout, name)
             _create_contiguous(file, name, (n,), column.dtype)
             file[name][:] = column
+        _create_contiguous(file, "computed_by", (n,), np.uint8)
+        for start in range(0, n, 16 * NAME_BLOCK):
+            file["computed_by"][start : start + 16 * NAME_BLOCK] = 0
         if layout.residue_offsets is not None:
             residue = file.create_group("residue")
             residue["offsets"] = layout.residue_offsets
@@ -230,6 +245,8 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
         run = file.create_group("run")
         _create_contiguous(run, "report", (), f"S{REPORT_BYTES}")
         run["report"][()] = b"{}"
+        _create_contiguous(run, "environments", (), f"S{ENVIRONMENT_BYTES}")
+        run["environments"][()] = layout.environment.encode() + b"\n"
         _create_contiguous(run, "complete", (), np.uint8)
         run["complete"][()] = 0
 
@@ -248,12 +265,15 @@ class Store:
         self._uncommitted: list[tuple[NDArray[np.int64], int, int, int]] = []
         self._staged: dict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = {}
         self._staged_bytes = 0
+        self._environment = 0
         self._lock = threading.RLock()  # an error elsewhere may commit while a writing thread still places
         self.places: dict[str, _Place] = {}
         with h5py.File(path, "r", locking=False) as file:
             self.status: NDArray[np.uint8] = file["status"][:]
             self.flags: NDArray[np.uint16] = file["flags"][:]
             self.reason: NDArray[np.uint8] = file["reason"][:]
+            self.computed_by: NDArray[np.uint8] = file["computed_by"][:]
+            self.environments: list[str] = file["run/environments"][()].decode().splitlines()
 
             def note(name: str, item: Any) -> None:
                 if isinstance(item, h5py.Dataset) and item.id.get_offset() is not None:
@@ -304,7 +324,11 @@ class Store:
         fd = _open_existing(partial)
         try:
             _lock(fd, partial)
-            return cls(output, partial, fd)
+            store = cls(output, partial, fd)
+            # What there was no memory for is tried again; no reason at all is left by a kill while one is taken back.
+            store.status[(store.status == SKIPPED) & np.isin(store.reason, (0, NO_MEMORY))] = PENDING
+            store._write(memoryview(b"\0"), store.places["run/complete"].offset)
+            return store
         except BaseException:
             os.close(fd)
             raise
@@ -374,16 +398,31 @@ class Store:
             self._sync()
             for rows, status, flag, reason in self._uncommitted:
                 self.status[rows] = status
-                if flag:
-                    self.flags[rows] |= np.uint16(flag)
-                    self._write_column("flags", self.flags, rows)
-                if reason:
-                    self.reason[rows] = reason
-                    self._write_column("reason", self.reason, rows)
+                self._set("flags", self.flags, rows, self.flags[rows] | np.uint16(flag))
+                self._set("reason", self.reason, rows, reason)
+                self._set("computed_by", self.computed_by, rows, self._environment)
             self._sync()
             self._write_column("status", self.status, np.concatenate([rows for rows, *_ in self._uncommitted]))
             self._sync()
             self._uncommitted.clear()
+
+    def compute_in(self, environment: str) -> None:
+        """Note that rows marked from now on were computed in this environment (a line of JSON), in the column computed_by."""
+        with self._lock:
+            self.commit()
+            if environment not in self.environments and len(self.environments) < MOST_ENVIRONMENTS:
+                text = "\n".join([*self.environments, environment, ""]).encode()
+                if len(text) <= ENVIRONMENT_BYTES:
+                    self._write(memoryview(text), self.places["run/environments"].offset)
+                    self._sync()
+                    self.environments.append(environment)
+            known = environment in self.environments
+            self._environment = self.environments.index(environment) if known else MOST_ENVIRONMENTS
+
+    def _set(self, name: str, column: NDArray[Any], rows: NDArray[np.int64], values: Any) -> None:
+        if (column[rows] != values).any():
+            column[rows] = values
+            self._write_column(name, column, rows)
 
     def _write_column(self, name: str, column: NDArray[Any], rows: NDArray[np.int64]) -> None:
         rows = np.unique(rows)
@@ -470,12 +509,13 @@ def _disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
         )
     else:
         what = f"{output} cannot be written: {error.strerror}"
+    room = "Make room" if error.errno in NO_SPACE else "See to the file system"
     if resumable:
         return UserError(
             f"{what}. Nothing that was computed and committed is lost.",
-            "Make room, then run the same command again to resume.",
+            f"{room}, then run the same command again to resume.",
         )
-    return UserError(f"{what}.", "Make room or choose another disk with -o, and run again.")
+    return UserError(f"{what}.", f"{room} or choose another disk with -o, and run again.")
 
 
 def _lock(fd: int, path: Path) -> None:
@@ -608,6 +648,16 @@ class EmbeddingFile:
     @property
     def report(self) -> dict[str, Any]:
         return json.loads(self._file["run/report"][()])
+
+    @property
+    def computed_by(self) -> NDArray[np.uint8]:
+        """Number in `environments` of what computed each record; it counts where a row is done."""
+        return self._file["computed_by"][:]
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """Device, attention backend and versions of the runs that filled this file: one, unless it was resumed elsewhere."""
+        return [json.loads(line) for line in self._file["run/environments"][()].decode().splitlines()]
 
     def checksum(self) -> str:
         """The checksum of the file as it is now; `report["checksum"]` is that of the run."""

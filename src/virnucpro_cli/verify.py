@@ -94,7 +94,7 @@ def _of_the_input(
     if len(table) != len(file):
         return checks, unit
     work = decide(table, config)
-    given_up = (file.status == store.SKIPPED) & (file.reason == store.NOT_FINITE)
+    given_up = (file.status == store.SKIPPED) & np.isin(file.reason, store.AFTER_TRYING)
 
     def rows(what: str, wrong: Any) -> Check:
         count, first = int(wrong.sum()), int(wrong.argmax())

@@ -13,13 +13,15 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from queue import SimpleQueue
 from socket import SHUT_WR, socket, socketpair
+from threading import Lock, Thread
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -28,7 +30,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import report, runner
-from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli.collate import Item, PackedBatch
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import STOP_SIGNALS, UserError, in_a_line
 from virnucpro_cli.fasta import RecordTable
@@ -78,8 +80,9 @@ class _Worker:
     device: torch.device
     process: "subprocess.Popen[bytes]"
     channel: Connection
-    share: list[int] = field(default_factory=list)  # packs handed out that it has not said to be done
-    idle: bool = False
+    share: list[int] = field(default_factory=list)  # packs handed out since it last said that all are done
+    ready: bool = False  # for packs: it has begun the last of those that it was sent, or has none
+    ending: bool = False  # it was told that there are no more for now
 
     def __str__(self) -> str:
         return f"worker {self.number} on {self.device}"
@@ -118,10 +121,12 @@ def run(
                     note(f"{worker} was lost, and its packs go to the others: {lost.error.what}")
                 elif message[0] == "note":
                     note(f"{worker}: {message[1]}")
-                elif message[0] in ("ready", "done"):
-                    worker.share, worker.idle = [], True
+                elif message[0] == "begun":
+                    worker.ready = True
+                elif message[0] == "done":
+                    worker.share, worker.ready, worker.ending = [], True, False
             for worker in by_channel.values():
-                if worker.idle and waiting:
+                if worker.ready and not worker.ending and (waiting or worker.share):
                     _hand_out(worker, waiting, len(by_channel))
             if not waiting and not any(worker.share for worker in by_channel.values()):
                 break
@@ -130,10 +135,13 @@ def run(
 
 
 def _hand_out(worker: _Worker, waiting: "deque[int]", workers: int) -> None:
+    """Send a worker its next packs while it still does others, so that it never waits; none means to finish those it has."""
     count = min(-(-len(waiting) // (3 * workers)), LARGEST_SHARE)
-    worker.share, worker.idle = [waiting.popleft() for _ in range(count)], False
+    packs = [waiting.popleft() for _ in range(count)]
+    worker.share += packs
+    worker.ready, worker.ending = False, not packs
     with suppress(OSError):  # it has died; its channel will say so
-        worker.channel.send(worker.share)
+        worker.channel.send(packs)
 
 
 def _undone(share: list[int], job: Job, placer: Placer) -> list[int]:
@@ -153,6 +161,8 @@ def _heed(message: tuple[Any, ...], worker: _Worker, placer: Placer) -> Lost | N
         placer.advance(rest[0])
     elif kind == "window":
         placer.keep(*rest)
+    elif kind == "unfit":
+        placer.unfit += rest
     elif kind == "placed":
         marks, broken = rest
         for mark in marks:
@@ -234,24 +244,60 @@ def _start(number: int, device: torch.device, job: Job, shared: IO[bytes], sizes
 # --- the worker ------------------------------------------------------------------------------------------------------
 
 
+class _Enough(Exception):
+    """The parent has ended the channel."""
+
+
+class _Post:
+    """The worker's end of its channel. Packs are received by a thread, so that its end is noticed at once."""
+
+    def __init__(self, channel: Connection):
+        self.channel = channel
+        self.ended = False
+        self._received: SimpleQueue[list[int] | None] = SimpleQueue()
+        self._sending = Lock()
+        Thread(target=self._receive, daemon=True).start()
+
+    def _receive(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                self._received.put(self.channel.recv())
+        self.ended = True
+        self._received.put(None)
+
+    def send(self, *message: Any) -> None:
+        with self._sending:  # the main thread and the one that writes
+            self.channel.send(message)
+
+    def packs(self, first: list[int]) -> Iterator[int]:
+        """`first` and what is handed out while those are done, until the parent says that there are no more for now."""
+        packs = first
+        while packs:
+            self.send("begun")
+            yield from packs
+            packs = self.next()
+
+    def next(self) -> list[int]:
+        packs = self._received.get()
+        if packs is None:
+            raise _Enough
+        return packs
+
+
 class _SharedStore(Store):
     """A store whose rows another process vouches for: commit means that they are written, and that it is told."""
 
-    def __init__(self, job: Job, channel: Connection):
+    def __init__(self, job: Job, post: _Post):
         super().__init__(job.output, job.partial, job.fd)
-        self.channel = channel
+        self.post = post
         self.broken: list[int] = []
 
     def commit(self) -> None:
         with self._lock:
             self._write_staged()
-            self.channel.send(("placed", self._uncommitted, self.broken))
+            self.post.send("placed", self._uncommitted, self.broken)
             self._uncommitted.clear()
             self.broken.clear()
-
-
-class _Enough(Exception):
-    """The parent has ended the channel."""
 
 
 class _WorkerPlacer(Placer):
@@ -261,14 +307,17 @@ class _WorkerPlacer(Placer):
 
     def __call__(self, batch: PackedBatch, found: Embeddings) -> None:
         super().__call__(batch, found)
-        if self.file.channel.poll():  # nothing is sent to a worker that is busy
+        if self.file.post.ended:
             raise _Enough
 
+    def note_unfit(self, item: Item) -> None:
+        self.file.post.send("unfit", self.record_of(item))
+
     def keep(self, record: int, window: Window) -> None:
-        self.file.channel.send(("window", record, window))
+        self.file.post.send("window", record, window)
 
     def advance(self, tokens: int) -> None:
-        self.file.channel.send(("used", tokens))
+        self.file.post.send("used", tokens)
 
 
 def main(channel_fd: int, job_fd: int, parent: int) -> None:
@@ -282,7 +331,7 @@ def main(channel_fd: int, job_fd: int, parent: int) -> None:
             sizes, device = channel.recv()
             _work(_load(job_fd, sizes), torch.device(device), channel)
         except UserError as error:
-            channel.send(("lost", Lost(error, fatal=not isinstance(error, runner.OutOfMemory))))
+            channel.send(("lost", Lost(error, fatal=not isinstance(error, runner.DeviceFailed))))
         except Exception as error:
             if not isinstance(error, _Enough | EOFError | BrokenPipeError | ConnectionResetError):
                 channel.send(("lost", Lost(UserError(in_a_line(error), "Run the same command again."), fatal=False)))
@@ -298,7 +347,8 @@ def _work(job: Job, device: torch.device, channel: Connection) -> None:
     spec, state, _ = model_weights.load(job.weights)
     model = ESM2(spec, state, job.dtype, device, backend)
     del state
-    file = _SharedStore(job, channel)
+    post = _Post(channel)
+    file = _SharedStore(job, post)
     placer = _WorkerPlacer(
         file, job.table, job.work, job.plan, job.config, job.todo, report.Clock(), pin=device.type == "cuda"
     )
@@ -306,15 +356,12 @@ def _work(job: Job, device: torch.device, channel: Connection) -> None:
     pooler = Pooler(job.config.pool, runner.store_dtype(job.config.store_dtype))
     compute = partial(model.embed, wanted=job.layers, pooler=pooler)
 
-    def note(text: str) -> None:
-        channel.send(("note", text))
-
-    channel.send(("ready",))
     try:
         while True:
-            runner.run(channel.recv(), placer.collator, compute, placer, device, note)
+            post.send("done")
+            packs = post.packs(post.next())
+            runner.run(packs, placer.collator, compute, placer, device, partial(post.send, "note"), placer.note_unfit)
             file.commit()
-            channel.send(("done",))
     except BaseException:
         file.commit()
         raise

@@ -4,8 +4,9 @@ Shapes: T rows of a pack, H heads of Dh, D = H * Dh, L layers.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from virnucpro_cli import alphabet
 from virnucpro_cli.attention import Attention, Backend
 from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli.kernels import plain
 from virnucpro_cli.kernels.plain import Layer
 from virnucpro_cli.model.spec import ModelSpec, stream_dtype
 from virnucpro_cli.pooling import Embeddings, Pooler
@@ -28,6 +30,7 @@ class ESM2:
 
     state: tensors under the names of fair-esm's `ESM2.state_dict()`, on any device, in any floating dtype.
     dtype: float32, 16 bit, or float8_e4m3fn: then most products are in e4m3 and the rest is in fp16.
+    one_layer_at_a_time: keep the layers where `state` is, and bring each to the device when its turn comes. In plain steps only.
     """
 
     def __init__(
@@ -37,7 +40,9 @@ class ESM2:
         dtype: torch.dtype,
         device: torch.device,
         backend: Backend,
+        one_layer_at_a_time: bool = False,
     ):
+        self.rows_of_a_part: int | None = None
         self.spec, self.dtype, self.device, self.backend = spec, dtype, device, backend
 
         def pair(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,8 +56,9 @@ class ESM2:
         table = state["embed_tokens.weight"].to(device, torch.float32) * EMBED_SCALE
         table[[alphabet.PAD, alphabet.MASK]] = 0
         self.embedding = table.to(stream_dtype(dtype))
-        layers = (
-            Layer(
+
+        def layer(i: int) -> Layer:
+            return Layer(
                 norm1=pair(f"layers.{i}.self_attn_layer_norm"),
                 qkv=pair(*(f"layers.{i}.self_attn.{x}_proj" for x in "qkv")),
                 out=pair(f"layers.{i}.self_attn.out_proj"),
@@ -60,9 +66,15 @@ class ESM2:
                 fc1=pair(f"layers.{i}.fc1"),
                 fc2=pair(f"layers.{i}.fc2"),
             )
-            for i in range(spec.layers)
-        )
-        self.layers, self.norm = backend.steps.prepare(layers, pair("emb_layer_norm_after"), spec.head_dim, dtype)
+
+        def prepare(numbers: Iterable[int]) -> Any:
+            return backend.steps.prepare(map(layer, numbers), pair("emb_layer_norm_after"), spec.head_dim, dtype)
+
+        self.layers: Any
+        self.layers, self.norm = prepare(() if one_layer_at_a_time else range(spec.layers))
+        if one_layer_at_a_time:
+            assert backend.steps is plain, "fused layers depend on those before them; this is a bug"
+            self.layers = _OnDemand(spec.layers, lambda i: prepare([i])[0][0])
         # The checkpoint's own inv_freq: it is rounded to fp16, as in training, and must not be recomputed.
         self.inv_freq = state["layers.0.self_attn.rot_emb.inv_freq"].to(device, torch.float32)
         self.cos = self.sin = torch.empty(0, spec.head_dim // 2, device=device)
@@ -91,13 +103,17 @@ class ESM2:
         if 0 in wanted:
             on_layer(0, x)
         steps, scale = self.backend.steps, self.spec.head_dim**-0.5
-        rotary = steps.rotary(self.cos, self.sin, batch.positions)
+        parts = [slice(at, at + size) for size in (self.rows_of_a_part or len(x),) for at in range(0, len(x), size)]
+        rotary = [steps.rotary(self.cos, self.sin, batch.positions[part]) for part in parts]
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
-            q, k, v = steps.query_key_value(x, layer, rotary)  # [T, H, Dh] each
+            found = [steps.query_key_value(x[p], layer, own) for p, own in zip(parts, rotary, strict=True)]
+            q, k, v = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))  # [T, H, Dh] each
+            del found
             mixed = self.backend.attention(q, k, v, batch, scale)
             mixed[batch.used :] = 0  # filler: whatever the kernel left there
             steps.add_attention(x, mixed, layer)
-            steps.add_inner(x, steps.gelu_inner(x, layer), layer)
+            for part in parts:
+                steps.add_inner(x[part], steps.gelu_inner(x[part], layer), layer)
             if number in wanted:
                 last = number == self.spec.layers
                 on_layer(number, steps.last_norm(x, self.norm) if last else steps.residual(x, layer))
@@ -113,6 +129,22 @@ class ESM2:
         other = copy.copy(self)
         other.backend = self.backend._replace(attention=attention)
         return other
+
+    def in_parts(self, rows: int) -> "ESM2":
+        """The same, with the work around attention done on so many rows at a time: less memory, and the same bits."""
+        other = copy.copy(self)
+        other.rows_of_a_part = rows
+        return other
+
+
+class _OnDemand:
+    """Layers that are made when they are asked for, and kept by nobody."""
+
+    def __init__(self, count: int, make: Callable[[int], Any]):
+        self.count, self.make = count, make
+
+    def __getitem__(self, which: slice) -> Iterator[Any]:
+        return map(self.make, range(self.count)[which])
 
 
 def exact_arithmetic() -> None:

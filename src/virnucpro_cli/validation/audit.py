@@ -221,10 +221,10 @@ def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, A
     if settings["dedup"] and kept.any():
         _, first, group = np.unique(table.digest[kept], return_index=True, return_inverse=True)
         unit[kept] = np.flatnonzero(kept)[first][group]
-    overflowed = (file.status == store.SKIPPED) & (file.reason == store.NOT_FINITE) & kept
+    given_up = (file.status == store.SKIPPED) & np.isin(file.reason, store.AFTER_TRYING) & kept
     skipped = file.status == store.SKIPPED
     right = np.where(
-        overflowed | kept & (file.status == store.PENDING), True, (skipped == ~kept) & (file.reason == reason)
+        given_up | kept & (file.status == store.PENDING), True, (skipped == ~kept) & (file.reason == reason)
     )
     embedded = np.where(
         kept,
