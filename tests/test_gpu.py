@@ -1,20 +1,29 @@
 """What is promised on a GPU: run with `pytest -m gpu`. Bounds are those of fair-esm in fp32, one sequence at a time."""
 
+import gc
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import packs
-from conftest import ROOT, VIRAL, read_fasta, relative_l2
-from virnucpro_cli import attention, embed, runner
+from conftest import ROOT, VIRAL, read_fasta, relative_l2, write_model
+from virnucpro_cli import attention, embed, report, runner, store
 from virnucpro_cli.bench import bench_model
 from virnucpro_cli.collate import VarlenCollator
 from virnucpro_cli.fasta import index, open_sources
 from virnucpro_cli.model import locate, weights
+from virnucpro_cli.model import spec as specs
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.packing import first_fit_decreasing, rungs, whole_segments
@@ -240,3 +249,102 @@ def test_bench_runs_every_way_of_batching_and_they_agree() -> None:
     """No timing: only that every way of batching runs here and computes the same."""
     found = bench_model(model="random:150M", device="cuda", seconds=2, token_budget=(8192, 16384))
     assert [row["mode"].split(",")[0] for row in found.tables["Throughput"][:4]] == ["packed"] * 2 + ["padded"] * 2
+
+
+# --- faults --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capped() -> Iterator[Callable[[int], None]]:
+    """Let this process have only so many bytes of the GPU, with nothing of other tests left in it."""
+    model_of.cache_clear()
+    reference_of.cache_clear()
+    state_of.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    yield lambda most: torch.cuda.set_per_process_memory_fraction(most / total)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def embedded(path: Path, out: Path, **options: Any) -> tuple[np.ndarray, report.RunReport]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    done = embed.embed_fasta(str(path), str(out), model="random:650M", device="cuda:0", **options)
+    with read_embeddings(out) as file:
+        return file[:], done
+
+
+def test_out_of_memory_heals_with_a_real_allocator(tmp_path: Path, capped: Callable[[int], None]) -> None:
+    path = tmp_path / "in.fasta"
+    path.write_text("".join(f">{n}\n{s}\n" for n, s in read_fasta(UNIPROT)[:400]))
+    expected, whole = embedded(path, tmp_path / "whole.h5", token_budget=65536)
+    capped(int(0.75 * whole.memory["peak GPU memory"]))
+    found, healed = embedded(path, tmp_path / "out.h5", token_budget=65536)
+    assert np.array_equal(found, expected)
+    notes = [note for note in healed.notes if "out of memory" in note]
+    assert notes and "packs of at most" in notes[0]
+    assert healed.memory["peak GPU memory"] < 0.75 * whole.memory["peak GPU memory"]
+
+
+def test_a_protein_too_large_for_the_gpu_is_computed_in_parts(tmp_path: Path, capped: Callable[[int], None]) -> None:
+    """With plain steps, which need the most memory around attention."""
+    path, options = tmp_path / "in.fasta", {"long": "full", "attention": "torch_varlen"}
+    letters = random.Random(0).choices("ACDEFGHIKLMNPQRSTVWY", k=60_000)
+    path.write_text(f">short\nMKVLAG\n>titin_and_more\n{''.join(letters)}\n")
+    expected, whole = embedded(path, tmp_path / "whole.h5", **options)
+    capped(int(0.85 * whole.memory["peak GPU memory"]))
+    found, healed = embedded(path, tmp_path / "out.h5", **options)
+    assert np.array_equal(found, expected)
+    assert any("in parts of" in note for note in healed.notes) and not healed.counts["skipped"]
+
+
+def test_layers_brought_one_at_a_time_change_no_bit_of_fp32(tmp_path: Path) -> None:
+    device, (spec, state) = torch.device("cuda", 0), state_of("demo")
+    exact_arithmetic()
+    backend = attention.resolve("auto", device, torch.float32)
+    batch = packs.one_pack(tmp_path, [packs.random_protein(n, random.Random(n)) for n in (50, 50, 200)], 1024)
+    whole, streamed = (
+        packs.embeddings(ESM2(spec, state, torch.float32, device, backend, lazily), batch, (0, 3, 6))
+        for lazily in (False, True)
+    )
+    assert all(torch.equal(rows, streamed.pooled[key]) for key, rows in whole.pooled.items())
+
+
+def test_kills_for_half_a_minute_lose_nothing(tmp_path: Path) -> None:
+    """Two workers on each GPU, any process killed at any moment, run again until it is done."""
+    path, dice = tmp_path / "in.fasta", random.Random(0)
+    path.write_text("".join(f">{n}\n{s}\n" for n, s in read_fasta(UNIPROT)))
+    model = write_model(tmp_path / "model", specs.by_name("150M"))
+    options = {"model": str(model), "token_budget": 4096, "pool": ("mean", "bos")}
+    embed.embed_fasta(str(path), str(tmp_path / "whole.h5"), device="cuda:0", **options)
+    started, kills, rounds = time.monotonic(), 0, 0
+    while time.monotonic() - started < 30:
+        out = tmp_path / f"{rounds}.h5"
+        command = [
+            sys.executable, "-m", "virnucpro_cli", "embed", str(path), "-o", str(out), "--model", str(model), "--device", "cuda",
+            "--workers", str(2 * torch.cuda.device_count()), "--token-budget", "4096", "--pool", "mean,bos",
+        ]  # fmt: skip
+        code = None
+        while code != 0:
+            program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            deadline = time.monotonic() + 60
+            while not store.partial_path(out).exists() and program.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if kills < 3 * (rounds + 1):
+                time.sleep(dice.uniform(0, 12))
+                if program.poll() is None:
+                    listed = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+                    os.kill(dice.choice([program.pid, *map(int, listed)]), signal.SIGKILL)
+                    kills += 1
+            told = program.communicate(timeout=120)[1]
+            code = program.returncode
+            assert code in (0, 2, -signal.SIGKILL), told
+        with read_embeddings(out) as file, read_embeddings(tmp_path / "whole.h5") as whole:
+            for kind in ("mean", "bos"):
+                assert np.array_equal(file.dataset(kind)[:], whole.dataset(kind)[:])
+            assert np.array_equal(file.status, whole.status)
+        rounds += 1
+    print(f"{kills} kills in {rounds} runs, nothing lost")
+    assert kills

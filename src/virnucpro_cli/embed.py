@@ -147,10 +147,9 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         if len(packs) > 1 and len(devices) > 1:
             job = workers.Job(config, found, layers, dtype, backend.name, table, work, plan, todo, output,
                               store.partial_path(output), file.fd, runner.threads_of(len(devices)))  # fmt: skip
-            with clock.stage("forward"), report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
+            with report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
                 placer.tracker = tracker
-                placer.started = time.perf_counter()
-                workers.run(job, packs, devices[: len(packs)], placer, tell)
+                summary.tables["Workers"] = workers.run(job, packs, devices[: len(packs)], placer, tell)
         elif len(packs):
             with clock.stage("load model"):
                 exact_arithmetic()
@@ -174,7 +173,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             table.check_unchanged()
             _fill_rates(summary, plan, packs, work, clock, placer, device, file)
             summary.checksum = file.checksum()
-            file.finish(summary.to_json(), config.overwrite)
+            file.finish(summary.to_json_within(store.REPORT_BYTES), config.overwrite)
     except BaseException as error:
         _keep_what_is_done(file)
         if isinstance(error, Stopped):
@@ -500,7 +499,7 @@ def _fill_rates(
     seconds = dict(clock.seconds)
     if placer.first_pack is not None:
         seconds["first pack"] = placer.first_pack
-    order = ("index", "plan", "load model", "first pack", "forward", "write", "write (overlapped)")
+    order = ("index", "plan", "load model", "start workers", "first pack", "forward", "write", "write (overlapped)")
     summary.seconds = {name: seconds[name] for name in order if name in seconds}
     forward = seconds.get("forward", 0.0)
     if forward > 0:

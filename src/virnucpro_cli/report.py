@@ -41,6 +41,18 @@ class RunReport:
     def to_json(self, indent: int | None = 1) -> str:
         return json.dumps(dataclasses.asdict(self), indent=indent)
 
+    def to_json_within(self, size: int) -> str:
+        """The report, or if it is larger than `size` bytes, the report with tables and notes cut short."""
+        whole = self.to_json()
+        if len(whole.encode()) <= size:
+            return whole
+        notes = [
+            *(note[:200] for note in self.notes[:20]),
+            "this report is cut short; --report FILE.json has all of it",
+        ]
+        tables = {title: rows[:8] for title, rows in self.tables.items()}
+        return dataclasses.replace(self, notes=notes, tables=tables).to_json(indent=None)
+
 
 def check_places(written: dict[str, str | None], read: Iterable[str | Path]) -> None:
     """Raise UserError unless every file to be written has a place, and none is one that is read or written otherwise.
@@ -191,7 +203,16 @@ def rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-SHARES = ("density", "padding waste", "spread", "hidden by overlap", "of the floor", "of the bare forward", "MFU")
+SHARES = (
+    "density",
+    "padding waste",
+    "spread",
+    "hidden by overlap",
+    "idle at the end",
+    "of the floor",
+    "of the bare forward",
+    "MFU",
+)
 
 
 def cell(name: str, value: Any) -> str:

@@ -74,7 +74,9 @@ def second_pass(
     if len(unfit):
         note(f"{_proteins(unfit)} skipped: out of memory; the same command where there is more tries them again")
         placer.give_up(unfit, store.NO_MEMORY)
-    placer.give_up(broken, store.NOT_FINITE)
+    if len(broken):
+        note(f"{_proteins(broken)} skipped: not finite in float32 or in what is stored")
+        placer.give_up(broken, store.NOT_FINITE)
 
 
 def _fit_the_host(records: Int64, placer: Placer, spec: ModelSpec) -> NDArray[np.bool_]:

@@ -7,6 +7,7 @@ others. A worker is a fresh Python that runs `main` here and inherits the descri
 import ctypes
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -81,6 +82,9 @@ class _Worker:
     process: "subprocess.Popen[bytes]"
     channel: Connection
     share: list[int] = field(default_factory=list)  # packs handed out since it last said that all are done
+    tokens: int = 0
+    last_done: float = 0.0
+    used: dict[str, Any] = field(default_factory=dict)  # of the host and the device, as it said last
     ready: bool = False  # for packs: it has begun the last of those that it was sent, or has none
     ending: bool = False  # it was told that there are no more for now
 
@@ -90,12 +94,15 @@ class _Worker:
 
 def run(
     job: Job, packs: NDArray[np.int64], devices: Sequence[torch.device], placer: Placer, note: Callable[[str], None]
-) -> None:
+) -> list[dict[str, Any]]:
     """Have all packs done by one process for each of `devices`; `note` is told of those that were lost.
 
-    Raises UserError when no worker is left, or when one meets what would stop every other.
+    Returns a row for each worker: what it did, how long it had nothing to do at the end, and what it used. The clock's stage
+    "forward" begins with the first worker that is ready. Raises UserError when no worker is left, or when one meets what
+    would stop every other.
     """
     waiting = deque(packs.tolist())
+    asked, began = time.perf_counter(), 0.0
     with tempfile.TemporaryFile() as shared:
         sizes = _dump(job, shared)
         workers = [_start(i, device, job, shared, sizes) for i, device in enumerate(devices, start=1)]
@@ -125,13 +132,28 @@ def run(
                     worker.ready = True
                 elif message[0] == "done":
                     worker.share, worker.ready, worker.ending = [], True, False
+                    worker.last_done, worker.used = time.perf_counter(), message[1]
+                    if not began:
+                        began = placer.started = worker.last_done
+                        placer.clock.seconds["start workers"] = began - asked
             for worker in by_channel.values():
                 if worker.ready and not worker.ending and (waiting or worker.share):
                     _hand_out(worker, waiting, len(by_channel))
             if not waiting and not any(worker.share for worker in by_channel.values()):
                 break
     finally:
+        seconds = time.perf_counter() - began if began else 0.0
+        placer.clock.seconds["forward"] = seconds
         _end(workers, placer)
+    nothing = dict.fromkeys((key for worker in workers for key in worker.used), "")
+    return [
+        {
+            "worker": str(worker), "tokens": worker.tokens,
+            "idle at the end": max(0.0, (began + seconds - worker.last_done) / seconds), **nothing, **worker.used,
+            "lost": "" if worker in by_channel.values() else "lost",
+        }
+        for worker in workers
+    ]  # fmt: skip
 
 
 def _hand_out(worker: _Worker, waiting: "deque[int]", workers: int) -> None:
@@ -158,6 +180,7 @@ def _heed(message: tuple[Any, ...], worker: _Worker, placer: Placer) -> Lost | N
     if kind == "lost":
         return rest[0]
     if kind == "used":
+        worker.tokens += rest[0]
         placer.advance(rest[0])
     elif kind == "window":
         placer.keep(*rest)
@@ -358,13 +381,25 @@ def _work(job: Job, device: torch.device, channel: Connection) -> None:
 
     try:
         while True:
-            post.send("done")
+            post.send("done", _used(device))
             packs = post.packs(post.next())
             runner.run(packs, placer.collator, compute, placer, device, partial(post.send, "note"), placer.note_unfit)
             file.commit()
     except BaseException:
         file.commit()
         raise
+
+
+def _used(device: torch.device) -> dict[str, Any]:
+    """What this process has used so far."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    used: dict[str, Any] = {
+        "CPU seconds": own.ru_utime + own.ru_stime,
+        "peak host memory": report.size(own.ru_maxrss * 1024),
+    }
+    if device.type == "cuda":
+        used["peak GPU memory"] = report.size(torch.cuda.max_memory_allocated(device))
+    return used
 
 
 def _die_with(parent: int) -> None:

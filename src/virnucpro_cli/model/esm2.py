@@ -6,6 +6,7 @@ Shapes: T rows of a pack, H heads of Dh, D = H * Dh, L layers.
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -103,15 +104,16 @@ class ESM2:
         if 0 in wanted:
             on_layer(0, x)
         steps, scale = self.backend.steps, self.spec.head_dim**-0.5
-        parts = [slice(at, at + size) for size in (self.rows_of_a_part or len(x),) for at in range(0, len(x), size)]
+        size = self.rows_of_a_part or len(x)
+        parts = [slice(at, min(at + size, len(x))) for at in range(0, len(x), size)]
         rotary = [steps.rotary(self.cos, self.sin, batch.positions[part]) for part in parts]
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
-            found = [steps.query_key_value(x[p], layer, own) for p, own in zip(parts, rotary, strict=True)]
-            q, k, v = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))  # [T, H, Dh] each
-            del found
+            made = (steps.query_key_value(x[part], layer, own) for part, own in zip(parts, rotary, strict=True))
+            q, k, v = _joined(made, parts)  # [T, H, Dh] each
             mixed = self.backend.attention(q, k, v, batch, scale)
             mixed[batch.used :] = 0  # filler: whatever the kernel left there
             steps.add_attention(x, mixed, layer)
+            del q, k, v, mixed  # or they would stand beside the widest rows there are
             for part in parts:
                 steps.add_inner(x[part], steps.gelu_inner(x[part], layer), layer)
             if number in wanted:
@@ -135,6 +137,18 @@ class ESM2:
         other = copy.copy(self)
         other.rows_of_a_part = rows
         return other
+
+
+def _joined(made: Iterator[tuple[torch.Tensor, ...]], parts: list[slice]) -> tuple[torch.Tensor, ...]:
+    """Tensors of whose rows the given parts come one after the other; never two copies of all."""
+    first = next(made)
+    if len(parts) == 1:
+        return first
+    whole = tuple(each.new_empty(parts[-1].stop, *each.shape[1:]) for each in first)
+    for part, found in zip(parts, chain([first], made), strict=True):
+        for into, each in zip(whole, found, strict=True):
+            into[part] = each
+    return whole
 
 
 class _OnDemand:

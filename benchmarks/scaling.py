@@ -1,0 +1,146 @@
+"""Whole `embed` runs on 1, 2 ... GPUs of this host: rates, tails, what each worker used, the same bits, and a worker killed midway.
+
+    python benchmarks/scaling.py [--models 650M,3B] [--gpus 1,2] [--natural 20000] [--fragments 200000] [--no-kill]
+
+Random weights, as files. Efficiency: the rate over that of one GPU times their number, both of the forward stage (from the first
+worker that is ready to the last byte written), which leaves out start-up.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from virnucpro_cli import fasta, report
+from virnucpro_cli.model import spec as specs
+from virnucpro_cli.model import weights
+from virnucpro_cli.timing import workload
+
+
+def write_model(name, folder):
+    spec = specs.by_name(name)
+    folder.mkdir()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state = weights.random_state(spec, 0, device)
+    save_file({key: each.half().cpu() for key, each in state.items()}, folder / "model.safetensors")
+    config = {
+        "model_type": "esm", "num_hidden_layers": spec.layers, "hidden_size": spec.hidden, "num_attention_heads": spec.heads,
+        "position_embedding_type": "rotary", "token_dropout": True, "layer_norm_eps": 1e-5,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    del state
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return folder
+
+
+def write_fasta(load, count, folder):
+    dice = np.random.default_rng(0)
+    lengths = getattr(workload, load)(600 * count, dice)[:count]
+    assert len(lengths) == count
+    letters = np.frombuffer(workload.RESIDUES, np.uint8)
+    return fasta.write_texts(folder / f"{load}.fasta", [dice.choice(letters, n).tobytes() for n in lengths.tolist()])
+
+
+def start(path, output, model, gpus, workers):
+    device = (
+        ["--device", "cuda:" + ",".join(map(str, range(gpus)))] if torch.cuda.is_available() else ["--device", "cpu"]
+    )
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "virnucpro_cli", "embed", str(path), "-o", str(output), "--model", str(model), *device,
+            "--workers", str(workers), "--report", str(output.with_suffix(".json")),
+        ], stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def ended(process, output):
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    return json.loads(output.with_suffix(".json").read_text())
+
+
+def kill_one_after(process, seconds):
+    time.sleep(seconds)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+
+
+def same(one, other):
+    """Whether two files hold the same bits in every dataset outside /run."""
+    with h5py.File(one) as a, h5py.File(other) as b:
+        names = []
+        a.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        return all(
+            a[name][:].tobytes() == b[name][:].tobytes()
+            if a[name].dtype != object
+            else (a[name][:] == b[name][:]).all()
+            for name in names
+            if not name.startswith("run/")
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", default="650M,3B")
+    parser.add_argument("--gpus", default="1,2")
+    parser.add_argument("--natural", type=int, default=20_000)
+    parser.add_argument("--fragments", type=int, default=200_000)
+    parser.add_argument("--no-kill", action="store_true")
+    options = parser.parse_args()
+    out, rows, used = report.console(False), [], []
+    counts = [int(count) for count in options.gpus.split(",")]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        loads = [(load, write_fasta(load, getattr(options, load), folder)) for load in ("natural", "fragments")]
+        for model_name in options.models.split(","):
+            model = write_model(model_name, folder / model_name)
+            for load, path in loads:
+                first = rate_of_one = None
+                wall, found = 0.0, {}
+                runs = [(count, False) for count in counts]
+                if load == "fragments" and not options.no_kill and max(counts) > 1:
+                    runs.append((max(counts), True))
+                for count, kill in runs:
+                    output = folder / f"{model_name}-{load}-{count}-{kill}.h5"
+                    started = time.perf_counter()
+                    process = start(path, output, model, count, count)
+                    if kill:
+                        kill_one_after(process, wall - 0.5 * found["seconds"]["forward"])
+                    found = ended(process, output)
+                    wall = time.perf_counter() - started
+                    first = first or output
+                    rate = found["rates"]["tokens/s"]
+                    rate_of_one = rate_of_one or rate / count
+                    workers = found["tables"].get("Workers", [])
+                    cpu = sum(worker["CPU seconds"] for worker in workers) / count if workers else "-"
+                    rows.append({
+                        "model": model_name, "load": load, "GPUs": f"{count}, one killed" if kill else str(count), "tokens": found["counts"]["tokens"],
+                        "tokens/s": rate, "efficiency": round(rate / count / rate_of_one, 3),
+                        "tail, worst": f"{max((worker['idle at the end'] for worker in workers if not worker['lost']), default=0):.2%}",
+                        "forward s": found["seconds"]["forward"], "whole run s": wall, "CPU s a worker": cpu if cpu == "-" else f"{cpu:.1f}",
+                        "lost": sum(bool(worker["lost"]) for worker in workers), "same bits": "yes" if same(first, output) else "NO",
+                    })  # fmt: skip
+                    print(rows[-1], flush=True)
+                    used += [{"model": model_name, "load": load, "GPUs": str(count)} | worker for worker in workers]
+                    if output != first:
+                        output.unlink()
+                first.unlink()
+    for title, table in (("Scaling", rows), ("Workers", used)):
+        if table:
+            out.print(report.rows_table(title, table))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
