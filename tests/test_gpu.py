@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from virnucpro_cli.model import spec as specs
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.packing import first_fit_decreasing, rungs, whole_segments
+from virnucpro_cli.pooling import Pooler
 from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.validate import validate_model
 from virnucpro_cli.validation import gates
@@ -143,20 +144,23 @@ def test_a_protein_has_the_same_bits_in_any_pack_on_every_rung(name: str, dtype:
     assert not differing, differing
 
 
+def everything_of(model: ESM2, layers: tuple[int, ...]) -> runner.Compute:
+    return partial(model.embed, wanted=layers, pooler=Pooler(("mean", "bos", "residue"), torch.float16))
+
+
 def test_the_overlapped_runner_yields_what_the_serial_one_does(tmp_path: Path) -> None:
     model = model_of("demo", "fp16")
     table = index(open_sources([str(VIRAL)], tmp_path))
     segments = whole_segments(np.arange(len(table)), table.length.astype(np.int64), 1022)
     plan = first_fit_decreasing(segments.length, 2048)
-    config = embed.EmbedConfig(pool=("mean", "bos", "residue"))
-    compute = embed._compute_with(model, (3, 6), config)
+    compute = everything_of(model, (3, 6))
     embedded = np.minimum(table.length, 1022)
     yields = []
     for run, pin in ((runner.serial, False), (runner.overlapped, True)):
         got: list[tuple] = []
         collator = VarlenCollator(table, segments, embedded, plan, pin)
         run(
-            range(len(plan)),
+            iter(range(len(plan))),
             collator,
             compute,
             lambda batch, found, got=got: got.append((batch.segments, found)),
@@ -182,7 +186,7 @@ def test_the_runner_waits_for_the_device_only_when_it_retires_a_pack(tmp_path: P
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        embed._compute_with(model, (0, 6), embed.EmbedConfig(pool=("mean", "bos", "residue")))(moved)
+        everything_of(model, (0, 6))(moved)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
