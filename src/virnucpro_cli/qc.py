@@ -37,7 +37,7 @@ def write(path: str, file: store.EmbeddingFile) -> None:
                         (store.TRUNCATED, store.COPIED, store.RECOMPUTED))  # fmt: skip
                 truncated, copied, recomputed = bits
                 lines = zip(
-                    (" ".join(name.split()) for name in file.names_of(rows.start, rows.stop)),
+                    (printable(" ".join(name.split())) for name in file.names_of(rows.start, rows.stop)),
                     (store.STATUS_NAMES[code] for code in file.status[rows].tolist()),
                     (store.REASONS[code] for code in file.reason[rows].tolist()),
                     file.lengths[rows].tolist(), embedded[rows].tolist(), truncated, windows[rows].tolist(),
@@ -47,6 +47,11 @@ def write(path: str, file: store.EmbeddingFile) -> None:
                 out.writelines("\t".join(map(str, line)) + "\n" for line in lines)
     except OSError as error:
         raise UserError(f"The table {path} cannot be written: {error.strerror}.", "Choose another --qc.") from None
+
+
+def printable(name: str) -> str:
+    """A name without characters that would steer a terminal or break a line."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else "?" for c in name)
 
 
 def embedded_of(file: store.EmbeddingFile, settings: dict[str, Any]) -> NDArray[np.int64]:

@@ -64,6 +64,10 @@ def check_places(written: dict[str, str | None], read: Iterable[str | Path]) -> 
     for option, path in wanted.items():
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise UserError(f"The {option} {path} cannot be written there.", "Name a file in a folder that exists.")
+        if not path.exists() and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+            raise UserError(
+                f"The {option} {path} cannot be made in that folder: no permission.", "Choose another place."
+            )
         if path.exists() and (not path.is_file() or not os.access(path, os.W_OK)):
             raise UserError(f"The {option} {path} is not a file that can be written.", "Choose another name.")
         for other in [*others, *(p for name, p in wanted.items() if name != option)]:

@@ -39,7 +39,7 @@ MOST_ENVIRONMENTS = 255
 NAME_BLOCK = 1 << 16
 LARGE_WRITE = 1 << 15
 MOST_STAGED = 1 << 26
-CHECKSUM_BLOCK = 1 << 24
+CHECKSUM_BLOCK, CHECKSUM_BYTES = 1 << 24, 64
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -247,6 +247,8 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
         run["report"][()] = b"{}"
         _create_contiguous(run, "environments", (), f"S{ENVIRONMENT_BYTES}")
         run["environments"][()] = layout.environment.encode() + b"\n"
+        _create_contiguous(run, "checksum", (), f"S{CHECKSUM_BYTES}")
+        run["checksum"][()] = b""
         _create_contiguous(run, "complete", (), np.uint8)
         run["complete"][()] = 0
 
@@ -428,21 +430,19 @@ class Store:
         rows = np.unique(rows)
         self._write_rows(name, rows, column[rows])
 
-    def checksum(self) -> str:
-        """See the function of that name; of what is placed so far."""
-        self.commit()
-        return checksum(self.fd, self.places["run/report"].offset, self.places["run/complete"].offset)
-
-    def finish(self, report: str, overwrite: bool) -> None:
-        """Store the report, declare the file complete, and give it its final name."""
+    def finish(self, report: str, overwrite: bool) -> str:
+        """Store the report and the checksum, which is returned, declare the file complete, and give it its final name."""
         self.commit()
         data = report.encode()
         assert len(data) <= REPORT_BYTES, "the report outgrew its place; this is a bug"
         self._write(memoryview(data.ljust(REPORT_BYTES, b"\0")), self.places["run/report"].offset)
+        found = checksum(self.fd, *(self.places[f"run/{name}"].offset for name in ("checksum", "complete")))
+        self._write(memoryview(found.encode()), self.places["run/checksum"].offset)
         self._sync()
         self._write(memoryview(b"\1"), self.places["run/complete"].offset)
         self._sync()
         self.publish(overwrite)
+        return found
 
     def publish(self, overwrite: bool) -> None:
         if overwrite:
@@ -469,10 +469,9 @@ class Store:
             raise _disk_error(error, self.output, resumable=True) from None
 
 
-def checksum(fd: int, report: int, complete: int) -> str:
-    """SHA-256, in hex, of the SHA-256 of every 16 MiB of a file whose /run, at those offsets, counts as zeros.
-
-    /run is written last, and holds this. Everything else counts: embeddings, names, columns, attributes.
+def checksum(fd: int, itself: int, complete: int) -> str:
+    """SHA-256, in hex, of the SHA-256 of every 16 MiB of a file whose /run/checksum and /run/complete, at those offsets, count
+    as zeros: they are written last. Everything else counts: embeddings, names, columns, attributes, the report.
     """
 
     def of_block(start: int) -> bytes:
@@ -480,7 +479,7 @@ def checksum(fd: int, report: int, complete: int) -> str:
         view, filled = memoryview(block), 0
         while count := os.preadv(fd, [view[filled:]], start + filled):
             filled += count
-        for offset, size in ((report, REPORT_BYTES), (complete, 1)):
+        for offset, size in ((itself, CHECKSUM_BYTES), (complete, 1)):
             first, last = max(offset - start, 0), min(offset + size - start, filled)
             if first < last:
                 view[first:last] = bytes(last - first)
@@ -643,7 +642,7 @@ class EmbeddingFile:
 
     @property
     def complete(self) -> bool:
-        return bool(self._file["run/complete"][()])
+        return int(self._file["run/complete"][()]) == 1
 
     @property
     def report(self) -> dict[str, Any]:
@@ -659,9 +658,14 @@ class EmbeddingFile:
         """Device, attention backend and versions of the runs that filled this file: one, unless it was resumed elsewhere."""
         return [json.loads(line) for line in self._file["run/environments"][()].decode().splitlines()]
 
+    @property
+    def checksum_of_the_run(self) -> str:
+        """What `checksum` was when embed had finished; empty before."""
+        return self._file["run/checksum"][()].decode()
+
     def checksum(self) -> str:
-        """The checksum of the file as it is now; `report["checksum"]` is that of the run."""
-        offsets = [self._file[f"run/{name}"].id.get_offset() for name in ("report", "complete")]
+        """The checksum of the file as it is now."""
+        offsets = [self._file[f"run/{name}"].id.get_offset() for name in ("checksum", "complete")]
         with open(self._file.filename, "rb") as file:
             return checksum(file.fileno(), *offsets)
 

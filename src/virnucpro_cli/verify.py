@@ -1,9 +1,8 @@
 """The verify workflow: a finished file against its checksum and, record by record, against its FASTA. No model."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+import tempfile
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import numpy as np
 
 from virnucpro_cli import fasta, report, store
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.errors import UserError
 from virnucpro_cli.policies import decide
 from virnucpro_cli.validation import audit
 from virnucpro_cli.validation.verdict import Check, Verdict
 
-FILE, INPUT = "File", "FASTA"
+FILE, INPUT, ROWS = "File", "FASTA", "Rows"
 
 
 def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None) -> Verdict:
@@ -24,35 +23,35 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
     report.check_places({"report": report_path}, [path, *inputs])
     out = report.console()
     verdict = Verdict("verify")
-    with audit.opened(path) as file, _damage_named(path):
-        settings = audit.settings_of(file, path)
-        verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
-        verdict.checks += _of_the_file(file)
-        unit = np.arange(len(file))
-        named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
+    with audit.opened(path) as file:
+        with audit.damage_named(path):
+            settings = audit.settings_of(file, path)
+            verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
+            verdict.checks += _of_the_file(file)
+            unit = np.arange(len(file))
+            named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
+        report.check_places({"report": report_path}, [path, *named])
         if not inputs and not all(Path(name).is_file() for name in named):
             verdict.notes.append(f"the FASTA is not at {', '.join(named)}: not compared; say where it is with --fasta")
         else:
             verdict.environment["inputs"] = list(named)
-            checks, unit = _of_the_input(file, settings, named, Path(path).absolute().parent, unit)
+            config = _settings_as_config(settings, named, path)
+            with tempfile.TemporaryDirectory() as spool:
+                table = fasta.index(
+                    fasta.open_sources(named, Path(spool)), on_invalid=config.invalid, dedup=config.dedup
+                )
+                with audit.damage_named(path):
+                    checks, unit = _of_the_input(file, settings, table, config, unit)
             verdict.checks += checks
         out.print("reading every row", style="dim")
-        verdict.checks += audit.stored(file, settings, unit)
+        with audit.damage_named(path):
+            verdict.checks += [replace(check, part=ROWS) for check in audit.stored(file, settings, unit)]
     for note in verdict.notes:
         out.print(note, style="yellow")
     out.print(verdict.table())
     if report_path:
         report.save(report_path, verdict.to_json())
     return verdict
-
-
-@contextmanager
-def _damage_named(path: str) -> Iterator[None]:
-    """HDF5 finds some damage by itself, when it reads what the damage hit."""
-    try:
-        yield
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged: {in_a_line(error)}.", "Copy it again, or embed again.") from None
 
 
 def _check(part: str, what: str, wrong: bool | np.bool_, note: str) -> Check:
@@ -66,27 +65,25 @@ def _of_the_file(file: store.EmbeddingFile) -> list[Check]:
         _check(FILE, "no record pending", pending > 0, f"{pending:,} are"),
     ]
     if file.complete:
-        try:
-            stored = str(file.report.get("checksum", ""))
-        except ValueError:
-            stored = "unreadable"
-        differs = "its bytes are not those that embed wrote: copy it again, or embed again"
-        if stored:
-            checks.append(_check(FILE, "checksum of all bytes", stored != file.checksum(), differs))
-        else:
-            checks.append(Check(FILE, "checksum of all bytes", note="none: written by an older version"))
+        stored, found = file.checksum_of_the_run, file.checksum()
+        what = (
+            "it has none" if not stored else "its bytes are not those that embed wrote: copy it again, or embed again"
+        )
+        checks.append(_check(FILE, "checksum of all bytes", stored != found, what))
     return checks
 
 
+def _settings_as_config(settings: dict[str, Any], inputs: tuple[str, ...], path: str) -> EmbedConfig:
+    known = {f.name for f in fields(EmbedConfig)} - {"layers", "pool", "dtype", "attention", "device"}
+    try:
+        return EmbedConfig(inputs, "none.h5", **{name: value for name, value in settings.items() if name in known})
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error.what}", "Copy it again, or embed again.") from None
+
+
 def _of_the_input(
-    file: store.EmbeddingFile, settings: dict[str, Any], inputs: tuple[str, ...], spool: Path, unit: Any
+    file: store.EmbeddingFile, settings: dict[str, Any], table: fasta.RecordTable, config: EmbedConfig, unit: Any
 ) -> tuple[list[Check], Any]:
-    known = {f.name for f in fields(EmbedConfig)}
-    said = {name: settings[name] for name in settings if name in known and name not in ("layers", "pool", "dtype")}
-    config = EmbedConfig(
-        inputs=inputs, output="none.h5", **{k: v for k, v in said.items() if k not in ("attention", "device")}
-    )
-    table = fasta.index(fasta.open_sources(inputs, spool), on_invalid=config.invalid, dedup=config.dedup)
     checks = [
         _check(INPUT, "content (SHA-256)", settings["input_sha256"] != table.sha256, "not what was embedded"),
         _check(INPUT, "records", len(table) != len(file), f"{len(table):,} in the FASTA, {len(file):,} in the file"),
@@ -94,7 +91,8 @@ def _of_the_input(
     if len(table) != len(file):
         return checks, unit
     work = decide(table, config)
-    given_up = (file.status == store.SKIPPED) & np.isin(file.reason, store.AFTER_TRYING)
+    settled = file.status != store.PENDING
+    settled &= ~((file.status == store.SKIPPED) & np.isin(file.reason, store.AFTER_TRYING))
 
     def rows(what: str, wrong: Any) -> Check:
         count, first = int(wrong.sum()), int(wrong.argmax())
@@ -111,7 +109,7 @@ def _of_the_input(
         rows("ids", names),
         rows("lengths", file.lengths != table.length),
         rows("replaced residues", file.replaced != table.replaced),
-        rows("statuses and reasons", ~given_up & ((file.status != status) | (file.reason != work.reason))),
+        rows("statuses and reasons", settled & ((file.status != status) | (file.reason != work.reason))),
         rows("flags", (file.flags & ~np.uint16(store.RECOMPUTED)) != work.flags),
     ]
     return checks, work.unit

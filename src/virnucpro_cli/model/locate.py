@@ -263,6 +263,18 @@ def _combined(digests: list[str]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def origin_of(weights: Weights) -> str:
+    """`random`, `demo`, `published` (a SHA-256 that is known), or `other`."""
+    if weights.seed is not None:
+        return "random"
+    files: dict[str, list[str]] = {}
+    for name, sha in PUBLISHED_SHA256.items():
+        files.setdefault(name.partition("/")[0], []).append(sha)
+    known = {_combined(digests): model for model, digests in files.items()}
+    model = known.get(weights.sha256)
+    return "other" if model is None else "demo" if model == "demo" else "published"
+
+
 def verified(weights: Weights) -> Weights:
     """The weights with their SHA-256, remembered in the cache by path, size and time so that it is not redone each run."""
     if weights.sha256:

@@ -4,6 +4,8 @@ reference. Settings come from the file's fingerprint.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -16,7 +18,7 @@ from rich.console import Console
 import virnucpro_cli
 from virnucpro_cli import fasta, report, runner, store
 from virnucpro_cli.config import ValidateConfig
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.reference import Reference
@@ -30,6 +32,7 @@ STORED_FP16 = 5e-4
 FILE, VALUES = "File: what it says of itself and of the FASTA", "Values: stored rows against fair-esm in fp32"
 KNOWN_FLAGS = sum(store.FLAG_NAMES)
 NOT_FINITE_CHECKED = 3
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     with opened(config.against) as file:
         settings = settings_of(file, config.against)
         paths = config.fasta or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
+        report.check_places({"report": config.report}, [config.against, *paths])
         try:
             fasta.refuse_unreadable(paths)
         except UserError as error:
@@ -97,20 +101,45 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
 
 def opened(path: str) -> store.EmbeddingFile:
     try:
+        with open(path, "rb") as opened:
+            ours = opened.read(8) == HDF5_MAGIC
+    except OSError as error:
+        what = (
+            f"There is no file {path}"
+            if isinstance(error, FileNotFoundError)
+            else f"{path} cannot be read: {error.strerror}"
+        )
+        raise UserError(f"{what}.", "Name a file that virnucpro embed wrote.") from None
+    if not ours:
+        raise UserError(
+            f"{path} is not an HDF5 file, or damaged at its very start.", "Name a file that virnucpro embed wrote."
+        )
+    try:
         file = store.read_embeddings(path)
-    except FileNotFoundError:
-        raise UserError(f"There is no file {path}.", "Name a file that virnucpro embed wrote.") from None
-    except OSError:
-        raise UserError(f"{path} is not a readable HDF5 file.", "Name a file that virnucpro embed wrote.") from None
-    except (KeyError, TypeError) as error:
-        raise _damaged(path, error) from None
+    except UserError:
+        raise
+    except Exception as error:  # HDF5 has a type for everything that may be wrong inside
+        raise _damaged(path, in_a_line(error)) from None
     if "fingerprint" not in file.attributes:
         raise UserError(f"{path} was not written by virnucpro embed.")
     return file
 
 
 def _damaged(path: str, error: object) -> UserError:
-    return UserError(f"{path} is damaged: {error}.", "Embed again.")
+    return UserError(
+        f"{path} is cut short or damaged: {error}.", "Copy it again from where it was whole, or embed again."
+    )
+
+
+@contextmanager
+def damage_named(path: str) -> Iterator[None]:
+    """HDF5 finds some damage by itself, when it reads what the damage hit, and has a type of error for each kind."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise _damaged(path, in_a_line(error)) from None
 
 
 def settings_of(file: store.EmbeddingFile, path: str) -> dict[str, Any]:
@@ -135,6 +164,7 @@ def settings_of(file: store.EmbeddingFile, path: str) -> dict[str, Any]:
                 assert shape == (rows, width), f"{kind}/{layer} has shape {shape}, and {(rows, width)} is right"
         for name in ("id", "long", "invalid", "max_residues", "dedup", "store_dtype", "input_sha256", "weights_sha256"):
             settings[name]
+        assert settings["long"] != "window" or "overlap" in settings, "its fingerprint has windows and no overlap"
         for name in ("model", "device", "attention", "tool_version"):
             file.attributes[name]
     except (KeyError, ValueError, TypeError, AttributeError, AssertionError, IndexError, OSError) as error:

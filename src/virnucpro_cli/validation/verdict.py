@@ -49,26 +49,32 @@ class Verdict:
         return json.dumps(_plain(whole), indent=1)
 
     def table(self) -> Table:
-        table = Table(title="Validation", title_justify="left")
+        """Columns that hold nothing are left out."""
+        table = Table(title=self.command.capitalize(), title_justify="left")
+        columns = {
+            "median": [_number(check.median) for check in self.checks],
+            "99 %": [_number(check.p99) for check in self.checks],
+            "worst": [_number(check.worst) for check in self.checks],
+            "in": [check.record[:28] for check in self.checks],
+            "floor": [check.floor for check in self.checks],
+            "limit": [check.limit for check in self.checks],
+        }
+        columns = {name: words for name, words in columns.items() if any(words)}
         table.add_column("")
-        for name in ("median", "99 %", "worst"):
-            table.add_column(name, justify="right")
-        table.add_column("in", overflow="fold")
-        for name in ("floor", "limit"):
-            table.add_column(name, justify="right")
+        for name in columns:
+            table.add_column(name, justify="left" if name == "in" else "right", overflow="fold")
         table.add_column("")
         part = ""
-        for check in self.checks:
+        for i, check in enumerate(self.checks):
             if check.part != part:
                 part = check.part
                 table.add_section()
                 state = "FAIL" if part in self.failed_parts else "pass"
-                table.add_row(part, *[""] * 6, state, style="bold")
-            shown = {None: "", True: "ok", False: "FAIL"}[check.passed]
-            numbers = [_number(value) for value in (check.median, check.p99, check.worst)]
+                table.add_row(part, *[""] * len(columns), state, style="bold")
+            shown = check.note or {None: "", True: "ok"}.get(check.passed, "")
             table.add_row(
-                f"  {check.what}", *numbers, check.record[:28], check.floor, check.limit, check.note or shown
-                if check.passed is not False else f"FAIL {check.note}",
+                f"  {check.what}", *(words[i] for words in columns.values()),
+                f"FAIL {check.note}".rstrip() if check.passed is False else shown,
             )  # fmt: skip
         return table
 
