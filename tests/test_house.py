@@ -15,8 +15,8 @@ LAYERS = (
     ("config", "report", "errors"),
     ("collate", "packing", "fasta", "alphabet", "pooling"),
     ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
-    ("validation", "timing", "workers", "rescue", "qc"),
-    ("embed", "fetch", "bench", "validate", "inspect", "verify"),
+    ("validation", "timing", "workers", "rescue", "shards", "qc"),
+    ("embed", "fetch", "bench", "validate", "inspect", "verify", "merge", "status"),
     ("cli",),
     ("__main__",),
 )
@@ -80,8 +80,8 @@ def test_cuda_streams_and_events_are_the_runners() -> None:
     assert users_of(*streams) == {"runner.py"}
 
 
-def test_the_environment_is_read_only_where_weights_are_looked_for() -> None:
-    assert users_of("os.environ", "os.getenv", "os.putenv") == {"model/locate.py"}
+def test_the_environment_is_read_only_for_weights_and_for_batch_systems() -> None:
+    assert users_of("os.environ", "os.getenv", "os.putenv") == {"model/locate.py", "shards.py"}
 
 
 def test_fair_esm_is_the_oracle_and_a_peer_to_time_and_nothing_else() -> None:

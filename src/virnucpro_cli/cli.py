@@ -169,6 +169,15 @@ def embed(
     force_protein: Annotated[
         bool, typer.Option("--force-protein", help="Accept a file that looks like nucleotides.")
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="K/N",
+            help="Embed the K-th of N parts, into OUT.shard-K-of-N.h5; auto in an array job (auto/N if it does not tell N). "
+            "See status and merge.",
+        ),
+    ] = None,
     qc: Annotated[
         str | None, typer.Option("--qc", metavar="FILE.tsv", help="Write a line for each protein: what became of it.")
     ] = None,
@@ -192,7 +201,7 @@ def embed(
         "token_budget": _budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
         "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
         "restart": restart or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,
-        "force_protein": force_protein or None, "qc": qc, "report": report, "quiet": quiet or None,
+        "force_protein": force_protein or None, "shard": shard, "qc": qc, "report": report, "quiet": quiet or None,
     }  # fmt: skip
     settings = resolve(EmbedConfig, config, flags)
     from virnucpro_cli import embed as workflow
@@ -424,6 +433,37 @@ def verify(
     )
     if not verdict.passed:
         raise typer.Exit(EXIT_GATE_FAILED)
+
+
+@app.command(epilog="Exit codes: 0 all shards are complete; 1 some are not; 2 there are none.")
+def status(output: Annotated[str, typer.Argument(metavar="OUT.h5", help="What embed was given as -o.")]) -> None:
+    """Show which shards of an output are complete, partial or missing."""
+    from virnucpro_cli import status as workflow
+
+    if not workflow.run(output):
+        raise typer.Exit(EXIT_GATE_FAILED)
+
+
+@app.command(
+    epilog="Exit codes: 0 done; 2 something to put right (the message says what); 3 done, but some records were skipped by "
+    "their shards; 70 a bug; 128+signal after an orderly stop."
+)
+def merge(
+    output: Annotated[str, typer.Argument(metavar="OUT.h5", help="What embed was given as -o.")],
+    of: Annotated[
+        int | None, typer.Option("--of", metavar="N", help="How many shards, if there are sets of several numbers.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output file.")] = False,
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="FILE.json", help="Write the report as JSON.")
+    ] = None,
+) -> None:
+    """Make one file, in the order of the FASTA, of all shards of an output. They must all be complete, and parts of one run."""
+    from virnucpro_cli import merge as workflow
+
+    merged = workflow.run(output, of, overwrite, report)
+    if merged.counts.get("skipped") and not merged.already_complete:
+        raise typer.Exit(EXIT_SOME_SKIPPED)
 
 
 @app.command()

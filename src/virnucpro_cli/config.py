@@ -50,6 +50,7 @@ class EmbedConfig:
     dry_run: bool = False
     preallocate: bool = True
     force_protein: bool = False
+    shard: str | None = None
     qc: str | None = None
     report: str | None = None
     quiet: bool = False

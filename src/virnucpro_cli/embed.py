@@ -23,7 +23,7 @@ from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import fasta, qc, report, rescue, runner, store, workers
+from virnucpro_cli import fasta, qc, report, rescue, runner, shards, store, workers
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.model import locate
@@ -55,9 +55,6 @@ APPROXIMATE = (
 )
 
 
-RANGES = 8
-"""Ranges of rows that a report names, at most."""
-
 Loaded = tuple[ModelSpec, dict[str, Any], tuple[str, ...]]
 
 
@@ -75,6 +72,9 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     output = Path(config.output)
     if output.is_symlink():
         output = output.resolve()  # the file that it names, not the link
+    shard = None if config.shard is None else shards.parse(config.shard)
+    if shard is not None:
+        output = shards.path(output, shard)
     _check_paths(output, config)
     if output.exists() and not (config.overwrite or config.dry_run) and store.fingerprint_of(output) is None:
         raise UserError(
@@ -97,7 +97,11 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     _check_protein(table, config)
 
     with clock.stage("plan"):
-        work = decide(table, config)
+        work, records = decide(table, config), None
+        if shard is not None:
+            records = shards.records_of(shard, work)
+            table = table.part(records)
+            work = decide(table, config)
         budget = config.token_budget
         if budget == "auto":
             stored = 4 * spec.hidden * len(layers) if "residue" in config.pool else 0
@@ -106,11 +110,13 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             )
         plan = in_blocks(work.segments.length, int(budget))
         environment = _computed_by(device, dtype, backend.name, len(devices))
-        layout = _layout(config, table, work, spec, layers, environment)
+        layout = _layout(config, table, work, spec, layers, records, environment)
     summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *device_notes, *backend.notes])
     if dtype == torch.float8_e4m3fn:
         summary.notes.append(APPROXIMATE)
     summary.counts = _counts(table, work)
+    if shard is not None:
+        summary.notes.insert(0, f"shard {shard}: {len(table):,} proteins of the input, into {output}")
     summary.packing = _packing(plan, work)
     summary.environment = _environment(config, spec, devices, dtype, backend.name, plan)
     summary.seconds = clock.seconds
@@ -126,6 +132,8 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     with clock.stage("load model"):
         found = locate.verified(found)
     fingerprint = _fingerprint(config, table, found, layers, dtype, backend.name, device)
+    if shard is not None:
+        fingerprint["shard"] = str(shard)
     if _already_complete(output, fingerprint, config, out):
         out.print(f"{output} is already complete: same input, model and settings.")
         summary.already_complete = True
@@ -247,18 +255,14 @@ def _check_paths(output: Path, config: EmbedConfig) -> None:
 
 
 def _layout(
-    config: EmbedConfig,
-    table: fasta.RecordTable,
-    work: Work,
-    spec: ModelSpec,
-    layers: tuple[int, ...],
-    environment: str,
-) -> store.Layout:
+    config: EmbedConfig, table: fasta.RecordTable, work: Work, spec: ModelSpec, layers: tuple[int, ...],
+    records: Int64 | None, environment: str,
+) -> store.Layout:  # fmt: skip
     offsets = np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if "residue" in config.pool else None
     dtype = np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32)
     names = partial(table.names, full=config.id == "full")
     return store.Layout(spec.hidden, layers, config.pool, dtype, table.length, table.replaced, work.flags, work.status,
-                        work.reason, offsets, names, table.text_bytes - table.residues, environment)  # fmt: skip
+                        work.reason, offsets, names, table.text_bytes - table.residues, records, environment)  # fmt: skip
 
 
 def _computed_by(device: torch.device, dtype: torch.dtype, backend: str, processes: int = 1) -> str:
@@ -421,7 +425,7 @@ def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list
         notes.append(
             "only per-residue rows are stored, so the file has no /embeddings; add mean or bos to --pool for one row a protein"
         )
-    repeated = _repeated_names(table, config)
+    repeated = _repeated_names(table, config) if config.shard is None else 0
     if repeated:
         notes.append(
             f"{repeated:,} proteins share their name with an earlier one; all are kept, one row each, in input order"
@@ -468,7 +472,7 @@ def _packing(plan: Plan, work: Work) -> dict[str, float]:
         "token budget": plan.token_budget,
         "density": plan.density,
         "density without the last pack": plan.density_without_last,
-        "segments per pack": len(work.segments) / len(plan),
+        "segments per pack": len(work.segments) / max(len(plan), 1),
         "filler tokens": int(plan.rung.sum() - plan.tokens.sum()),
     }
 
@@ -515,22 +519,11 @@ def _fill_rates(
     if device.type == "cuda":
         summary.memory["peak GPU memory"] = torch.cuda.max_memory_allocated(device)
     if len(file.environments) > 1:
-        summary.tables["Computed by"] = _where_computed(file)
+        summary.tables["Computed by"] = report.where_computed(
+            file.environments, file.computed_by, file.status == store.DONE
+        )
     summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
     summary.counts["recomputed in fp32"] = int(((file.flags & store.RECOMPUTED) > 0).sum())
-
-
-def _where_computed(file: store.Store) -> list[dict[str, Any]]:
-    """A row for each environment that the file was computed in, with its ranges of records."""
-    rows = []
-    for number, environment in enumerate(file.environments):
-        records = np.flatnonzero((file.computed_by == number) & (file.status == store.DONE))
-        breaks = np.flatnonzero(np.diff(records) != 1)
-        first, last = records[np.append(0, breaks + 1)[: len(records)]], records[np.append(breaks, -1)[: len(records)]]
-        ranges = [f"{a:,}-{b:,}" for a, b in zip(first[:RANGES].tolist(), last[:RANGES].tolist(), strict=True)]
-        more = [f"and {len(first) - RANGES:,} more"] if len(first) > RANGES else []
-        rows.append(json.loads(environment) | {"proteins": len(records), "rows": ", ".join(ranges + more)})
-    return rows
 
 
 def _describe_plan(

@@ -121,6 +121,7 @@ class RecordTable:
     replaced: NDArray[np.int32]
     unique_of: NDArray[np.int64]
     nucleotide_share: list[float]  # of each source's residues, how many are A, C, G, T, U or N
+    following: NDArray[np.int64] | None = None  # of a part of the input: offset of what comes after each record
     _near: _Stretch = field(default=NOTHING, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -132,16 +133,35 @@ class RecordTable:
 
     @property
     def text_bytes(self) -> int:
+        """Of all these records."""
+        if self.following is not None:
+            return int((self.following - self.offset).sum())
         return sum(source.size for source in self.sources)
+
+    def part(self, records: NDArray[np.int64]) -> "RecordTable":
+        """The table of some records (rising numbers), with the first of each set of equal ones among them."""
+        first = np.searchsorted(records, self.unique_of[records])
+        return RecordTable(
+            self.sources, self.sha256, self.offset[records], self.length[records], self.replaced[records], first,
+            self.nucleotide_share, self._following(records),
+        )  # fmt: skip
+
+    def _following(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the text of each record ends, in the concatenated sources; not past the end of its own."""
+        if self.following is not None:
+            return self.following[records]
+        last = len(self) - 1
+        return np.where(
+            records < last, self.offset[np.minimum(records + 1, last)], self.sources[-1].base + self.sources[-1].size
+        )
 
     def _spans(self, records: NDArray[np.int64]) -> list[tuple[Source, int, int]]:
         """Source, offset in it and size of the text (header included) of each record."""
         bases = np.asarray([source.base for source in self.sources], np.int64)
         ends = np.asarray([source.base + source.size for source in self.sources], np.int64)
         which = np.searchsorted(bases, self.offset[records], side="right") - 1
-        following = np.where(records + 1 < len(self), self.offset[np.minimum(records + 1, len(self) - 1)], ends[-1])
         start = self.offset[records]
-        size = np.minimum(following, ends[which]) - start
+        size = np.minimum(self._following(records), ends[which]) - start
         return [
             (self.sources[w], at, n)
             for w, at, n in zip(which.tolist(), (start - bases[which]).tolist(), size.tolist(), strict=True)

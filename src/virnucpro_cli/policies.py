@@ -47,7 +47,7 @@ def decide(table: RecordTable, config: EmbedConfig) -> Work:
     reason[(table.replaced > 0) & (config.invalid == "skip")] = store.INVALID
     reason[lengths == 0] = store.EMPTY
     kept = np.flatnonzero(reason == 0)
-    if not len(kept):
+    if not len(kept) and table.following is None:  # of a part of the input it may be so
         what = "holds no residues" if not lengths.any() else "leaves nothing to embed: every record is skipped"
         files = ", ".join(source.path for source in table.sources)
         raise UserError(f"The input {files} {what} ({n:,} records).", "Check the input, --long and --invalid.")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,6 +20,8 @@ from rich.table import Table
 from virnucpro_cli.errors import UserError
 
 LOG_EVERY_SECONDS = 30.0
+RANGES = 8
+"""Ranges of rows that a report names, at most."""
 
 
 @dataclass
@@ -129,13 +133,13 @@ def console(quiet: bool = False) -> Console:
 
 
 class Tracker:
-    """Progress in tokens: a bar on a terminal, otherwise one line every 30 seconds."""
+    """Progress in tokens, or what else: a bar on a terminal, otherwise one line every 30 seconds."""
 
-    def __init__(self, out: Console, total: int):
-        self.out, self.total, self.done = out, total, 0
+    def __init__(self, out: Console, total: int, what: str = "tokens"):
+        self.out, self.total, self.done, self.what = out, total, 0, what
         self.started = self.last_line = time.monotonic()
         self.bar = Progress(
-            SpinnerColumn(), TextColumn("embedding"), BarColumn(), TextColumn("{task.percentage:>5.1f} %"),
+            SpinnerColumn(), TextColumn("embedding" if what == "tokens" else what), BarColumn(), TextColumn("{task.percentage:>5.1f} %"),
             TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=out,
         ) if out.is_terminal and not out.quiet else None  # fmt: skip
         self.task = self.bar.add_task("embed", total=total, rate="") if self.bar else None
@@ -154,12 +158,12 @@ class Tracker:
         now = time.monotonic()
         rate = self.done / max(now - self.started, 1e-9)
         if self.bar and self.task is not None:
-            self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f} tokens/s")
+            self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f} {self.what}/s")
         elif now - self.last_line >= LOG_EVERY_SECONDS:
             self.last_line = now
             left = (self.total - self.done) / rate
             self.out.print(
-                f"{self.done / self.total:6.1%} of {self.total:,} tokens, {rate:,.0f} tokens/s, {clock_time(left)} left"
+                f"{self.done / self.total:6.1%} of {self.total:,} {self.what}, {rate:,.0f} {self.what}/s, {clock_time(left)} left"
             )
 
 
@@ -195,6 +199,21 @@ def packing_table(report: RunReport) -> Table:
                 name, f"{value:.2%}" if name.startswith("density") or name.endswith("share") else amount(value)
             )
     return table
+
+
+def where_computed(
+    environments: list[str], computed_by: NDArray[np.uint8], done: NDArray[np.bool_]
+) -> list[dict[str, Any]]:
+    """A row for each environment that a file was computed in, with its ranges of records."""
+    rows = []
+    for number, environment in enumerate(environments):
+        records = np.flatnonzero((computed_by == number) & done)
+        breaks = np.flatnonzero(np.diff(records) != 1)
+        first, last = records[np.append(0, breaks + 1)[: len(records)]], records[np.append(breaks, -1)[: len(records)]]
+        ranges = [f"{a:,}-{b:,}" for a, b in zip(first[:RANGES].tolist(), last[:RANGES].tolist(), strict=True)]
+        more = [f"and {len(first) - RANGES:,} more"] if len(first) > RANGES else []
+        rows.append(json.loads(environment) | {"proteins": len(records), "rows": ", ".join(ranges + more)})
+    return rows
 
 
 def rows_table(title: str, rows: list[dict[str, Any]]) -> Table:

@@ -62,7 +62,9 @@ class Layout:
     residue_offsets: NDArray[np.int64] | None
     names: Callable[[int, int], list[str]]
     name_bytes: int  # of all names, at most
-    environment: str = "{}"  # of this run, in a line: see Store.compute_in
+    records: NDArray[np.int64] | None = None  # of a shard: the number of each record in the input
+    environment: str = "{}"  # of this run, in a line (several, with computed_by): see Store.compute_in
+    computed_by: NDArray[np.uint8] | None = None  # all zero, unless they are known
     attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -75,7 +77,18 @@ class Layout:
     @property
     def file_bytes(self) -> int:
         """What the whole file takes at most: embeddings, names with their heap entries, small columns, HDF5's own."""
-        per_record = 16 + 40 + 4 + 4 + 2 + 1 + 1 + 1 + (8 if self.residue_offsets is not None else 0)
+        per_record = (
+            16
+            + 40
+            + 4
+            + 4
+            + 2
+            + 1
+            + 1
+            + 1
+            + 8 * (self.records is not None)
+            + (8 if self.residue_offsets is not None else 0)
+        )
         return (
             self.data_bytes
             + len(self.lengths) * per_record
@@ -226,8 +239,9 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
             _create_contiguous(file, name, (n,), column.dtype)
             file[name][:] = column
         _create_contiguous(file, "computed_by", (n,), np.uint8)
-        for start in range(0, n, 16 * NAME_BLOCK):
-            file["computed_by"][start : start + 16 * NAME_BLOCK] = 0
+        file["computed_by"][:] = np.zeros(n, np.uint8) if layout.computed_by is None else layout.computed_by
+        if layout.records is not None:
+            file["records"] = layout.records
         if layout.residue_offsets is not None:
             residue = file.create_group("residue")
             residue["offsets"] = layout.residue_offsets
@@ -267,7 +281,7 @@ class Store:
         self._uncommitted: list[tuple[NDArray[np.int64], int, int, int]] = []
         self._staged: dict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = {}
         self._staged_bytes = 0
-        self._environment = 0
+        self._environment: int | None = 0
         self._lock = threading.RLock()  # an error elsewhere may commit while a writing thread still places
         self.places: dict[str, _Place] = {}
         with h5py.File(path, "r", locking=False) as file:
@@ -402,7 +416,8 @@ class Store:
                 self.status[rows] = status
                 self._set("flags", self.flags, rows, self.flags[rows] | np.uint16(flag))
                 self._set("reason", self.reason, rows, reason)
-                self._set("computed_by", self.computed_by, rows, self._environment)
+                if self._environment is not None:
+                    self._set("computed_by", self.computed_by, rows, self._environment)
             self._sync()
             self._write_column("status", self.status, np.concatenate([rows for rows, *_ in self._uncommitted]))
             self._sync()
@@ -420,6 +435,10 @@ class Store:
                     self.environments.append(environment)
             known = environment in self.environments
             self._environment = self.environments.index(environment) if known else MOST_ENVIRONMENTS
+
+    def keep_environments(self) -> None:
+        """Leave in the column computed_by what the layout says."""
+        self._environment = None
 
     def _set(self, name: str, column: NDArray[Any], rows: NDArray[np.int64], values: Any) -> None:
         if (column[rows] != values).any():
@@ -647,6 +666,11 @@ class EmbeddingFile:
     @property
     def report(self) -> dict[str, Any]:
         return json.loads(self._file["run/report"][()])
+
+    @property
+    def records(self) -> NDArray[np.int64] | None:
+        """Of a shard: the number of each row's record in the input; None of a whole file, where that is the row's own."""
+        return self._file["records"][:] if "records" in self._file else None
 
     @property
     def computed_by(self) -> NDArray[np.uint8]:

@@ -41,6 +41,8 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
                     fasta.open_sources(named, Path(spool)), on_invalid=config.invalid, dedup=config.dedup
                 )
                 with audit.damage_named(path):
+                    if file.records is not None and (file.records < len(table)).all():
+                        table = table.part(file.records)
                     checks, unit = _of_the_input(file, settings, table, config, unit)
             verdict.checks += checks
         out.print("reading every row", style="dim")
@@ -95,7 +97,7 @@ def _of_the_input(
     settled &= ~((file.status == store.SKIPPED) & np.isin(file.reason, store.AFTER_TRYING))
 
     def rows(what: str, wrong: Any) -> Check:
-        count, first = int(wrong.sum()), int(wrong.argmax())
+        count, first = int(wrong.sum()), int(wrong.argmax()) if len(wrong) else 0
         return _check(INPUT, what, count > 0, f"{count:,} differ, the first is record {first + 1:,}")
 
     names = np.zeros(len(table), np.bool_)

@@ -52,6 +52,11 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     assert config.against is not None
     with opened(config.against) as file:
         settings = settings_of(file, config.against)
+        if file.records is not None:
+            raise UserError(
+                f"{config.against} is a shard of a larger output.",
+                "Audit the merged file; virnucpro verify checks a shard.",
+            )
         paths = config.fasta or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
         report.check_places({"report": config.report}, [config.against, *paths])
         try:

@@ -1,0 +1,299 @@
+"""The merge workflow: all shards of an output, checked against one another, into one file in the order of the FASTA.
+
+Every row is copied as it is. A merge that is killed goes on with the same command; what it leaves is an ordinary partial file.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli import report, shards, store
+from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.validation import audit
+
+BLOCK_BYTES = 1 << 26
+OF_THE_PLACE = ("attention", "device")
+FROM_THE_LAYOUT = ("schema", "status_names", "flag_names", "reason_names")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A shard's file, open. records: int64 [M], rising; offsets: int64 [M + 1] with per-residue rows."""
+
+    path: Path
+    file: store.EmbeddingFile
+    settings: dict[str, Any]
+    records: NDArray[np.int64]
+    offsets: NDArray[np.int64] | None
+
+
+def run(
+    output: str, count: int | None = None, overwrite: bool = False, report_path: str | None = None
+) -> report.RunReport:
+    """Merge the shards of `output`; count: of how many, if there are several sets. Raises UserError for what is missing or differs."""
+    target = Path(output)
+    store.check_destination(target)
+    out, clock = report.console(), report.Clock()
+    summary = report.RunReport("merge")
+    with ExitStack() as opened:
+        with clock.stage("check"):
+            paths = _all_of(target, count)
+            report.check_places({"report": report_path}, [target, store.partial_path(target), *paths])
+            parts = _opened(paths, opened)
+            fingerprint = _checked(parts)
+        summary.counts = {"shards": len(parts), "proteins": sum(len(part.records) for part in parts)}
+        if target.exists() and not overwrite:
+            there = store.fingerprint_of(target)
+            if there is None or not there[1] or _differences(there[0], fingerprint):
+                raise UserError(
+                    f"{target} exists and is not of these shards.", "Choose another name, or --overwrite it."
+                )
+            out.print(f"{target} is already complete: same input, model and settings.")
+            summary.already_complete = True
+            return summary
+        file = _store(target, parts, fingerprint)
+        try:
+            with clock.stage("copy"), report.Tracker(out, max(1, len(file.status)), "proteins") as tracker:
+                for rows in _copied(parts, file, fingerprint):
+                    tracker.advance(rows)
+            summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
+            summary.seconds = dict(clock.seconds)
+            summary.tables["Computed by"] = report.where_computed(
+                file.environments, file.computed_by, file.status == store.DONE
+            )
+            summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), overwrite)
+        except BaseException as error:
+            with suppress(UserError):
+                file.commit()
+            if isinstance(error, Stopped):
+                error.resumable = True
+            raise
+        finally:
+            file.close()
+    out.print(
+        f"{target}: {summary.counts['proteins']:,} proteins of {len(parts)} shards, {report.size(target.stat().st_size)}"
+    )
+    if report_path:
+        report.save(report_path, summary.to_json())
+    return summary
+
+
+# --- what is there -------------------------------------------------------------------------------------------------
+
+
+def _all_of(output: Path, count: int | None) -> list[Path]:
+    """The finished shards 1, 2, ... of the output."""
+    found = shards.files_of(output)
+    if count is None:
+        if len(found) > 1:
+            counts = " and ".join(map(str, sorted(found)))
+            raise UserError(f"There are shards of {output} of {counts}.", f"Say which: --of {max(found)}.")
+        count = next(iter(found), 0)
+    there = found.get(count, {})
+    if not there:
+        raise UserError(
+            f"There is no shard of {output}{f' of {count}' if count else ''}.", "virnucpro embed ... --shard 1/40"
+        )
+    lacking = [n for n in range(1, count + 1) if n not in there or there[n].suffix == ".partial"]
+    if lacking:
+        named = ", ".join(map(str, lacking[:10])) + (f" and {len(lacking) - 10} more" if len(lacking) > 10 else "")
+        raise UserError(
+            f"{len(lacking)} of {count} shards of {output} are missing or not finished: {named}.",
+            "Run them again with their --shard; virnucpro status shows how far each is.",
+        )
+    return [there[n] for n in range(1, count + 1)]
+
+
+def _opened(paths: list[Path], stack: ExitStack) -> list[_Part]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, len(paths) + 256)), hard))
+    parts = []
+    for path in paths:
+        file = stack.enter_context(audit.opened(str(path)))
+        with audit.damage_named(str(path)):
+            settings = audit.settings_of(file, str(path))
+            if file.records is None or not file.complete:
+                raise UserError(f"{path} is not a finished shard.", "Run its shard again.")
+            if file.checksum() != file.checksum_of_the_run:
+                raise UserError(
+                    f"{path} is damaged: its bytes are not those that embed wrote.",
+                    "Copy it again, or run its shard again.",
+                )
+            offsets = file.residue_offsets if "residue" in settings["pool"] else None
+            parts.append(_Part(path, file, settings, file.records, offsets))
+    return parts
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    kept = [{k: v for k, v in each.items() if k not in (*OF_THE_PLACE, "shard")} for each in (one, other)]
+    return store.differences(*kept)
+
+
+def _checked(parts: list[_Part]) -> dict[str, Any]:
+    """The fingerprint of the whole, after a look at whether the parts are parts of one."""
+    first = parts[0]
+    for number, part in enumerate(parts, start=1):
+        if part.settings.get("shard") != f"{number}/{len(parts)}":
+            raise UserError(
+                f"{part.path} holds shard {part.settings.get('shard')}, not what its name says.",
+                "Give it its name back.",
+            )
+        if differing := _differences(first.settings, part.settings):
+            raise UserError(
+                f"{part.path} is not of the run of {first.path}: {'; '.join(differing)}.",
+                "Run the shards that differ again, all with the same input and options.",
+            )
+    every = np.sort(np.concatenate([part.records for part in parts]))
+    if not (every == np.arange(len(every))).all():
+        raise UserError(
+            "The shards do not hold every record once.", "Run all of them again with one version of virnucpro."
+        )
+    return {name: value for name, value in first.settings.items() if name != "shard"}
+
+
+# --- the one file ----------------------------------------------------------------------------------------------------
+
+
+def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> store.Store:
+    """The partial file of an earlier merge, or a new one: all columns final, and every row that is to be copied pending."""
+    begun = store.partial_path(output)
+    if begun.exists():
+        there = store.fingerprint_of(begun)
+        if there is None or _differences(there[0], fingerprint):
+            raise UserError(f"{begun} is of something else.", "Move it away.")
+        return store.Store.resume(output)
+    n = sum(len(part.records) for part in parts)
+
+    def column(name: str) -> NDArray[Any]:
+        return _gathered(parts, 0, n, lambda part, rows: getattr(part.file, name)[rows])
+
+    def names(start: int, stop: int) -> list[str]:
+        return _gathered(
+            parts, start, stop, lambda part, rows: np.array(part.file.names_of(rows.start, rows.stop), object)
+        ).tolist()
+
+    status, computed_by, environments = column("status"), np.zeros(n, np.uint8), list[str]()
+    for part in parts:
+        lines = [json.dumps(each) for each in part.file.environments]
+        environments += [line for line in lines if line not in environments]
+        known = np.array([environments.index(line) for line in lines])
+        computed_by[part.records] = known[np.minimum(part.file.computed_by, len(lines) - 1)]
+    spec = parts[0].file.dataset(fingerprint["pool"][0], fingerprint["layers"][0])
+    offsets = None
+    if "residue" in fingerprint["pool"]:
+        sizes = _gathered(parts, 0, n, lambda part, rows: np.diff(_of(part)[rows.start : rows.stop + 1]))
+        offsets = np.append(0, np.cumsum(sizes))
+    layout = store.Layout(
+        spec.shape[1], tuple(fingerprint["layers"]), tuple(fingerprint["pool"]), spec.dtype, column("lengths"),
+        column("replaced"), column("flags"), np.where(status == store.DONE, store.PENDING, status).astype(np.uint8),
+        column("reason"), offsets, names, sum(part.path.stat().st_size for part in parts), None, "\n".join(environments),
+        computed_by, _attributes(parts, fingerprint),
+    )  # fmt: skip
+    layout.attributes["merged_from"] = json.dumps([part.path.name for part in parts])
+    store.check_free_space(output, layout.data_bytes)
+    return store.Store.create(output, layout)
+
+
+def _attributes(parts: list[_Part], fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Those of the first shard, but for what is of the whole."""
+    first = {key: value for key, value in parts[0].file.attributes.items() if key not in FROM_THE_LAYOUT}
+    devices = dict.fromkeys(str(part.file.attributes["device"]) for part in parts)
+    return first | {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "argv": json.dumps(sys.argv),
+        "device": ", ".join(devices),
+        "config": json.dumps(json.loads(first["config"]) | {"shard": None}),
+        "fingerprint": json.dumps(fingerprint),
+    }
+
+
+def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) -> Iterator[int]:
+    """Copy all rows that are pending, a stretch of the input after the other, and say how many records each was."""
+    n = len(file.status)
+    kinds = [(kind, layer) for kind in fingerprint["pool"] for layer in fingerprint["layers"]]
+    width = max(file.places[f"{kind}/{layer}"].row_bytes for kind, layer in kinds) if n else 1
+    offsets = _offsets(parts, n)
+    file.keep_environments()
+    for start, stop in _stretches(offsets, n, max(1, BLOCK_BYTES // width)):
+        rows = np.arange(start, stop)
+        pending = file.status[rows] == store.PENDING
+        if pending.any():
+            for kind, layer in kinds:
+                if kind == "residue":
+                    values = _residues(parts, layer, start, stop, offsets)
+                    file.place(kind, layer, np.arange(offsets[start], offsets[stop]), values)
+                else:
+                    file.place(kind, layer, rows, _gathered(parts, start, stop, partial(_rows, kind=kind, layer=layer)))
+            status = _gathered(parts, start, stop, lambda part, own: part.file.status[own])
+            reason = _gathered(parts, start, stop, lambda part, own: part.file.reason[own])
+            file.mark(rows[pending & (status == store.DONE)])
+            for code in np.unique(
+                reason[pending & (status == store.SKIPPED)]
+            ).tolist():  # taken back by a resumed merge
+                file.mark(rows[pending & (reason == code)], store.SKIPPED, reason=code)
+            file.commit()
+        yield stop - start
+
+
+def _rows(part: _Part, own: slice, kind: str, layer: int) -> NDArray[Any]:
+    return part.file.dataset(kind, layer)[own]
+
+
+def _gathered(parts: list[_Part], start: int, stop: int, read: Callable[[_Part, slice], NDArray[Any]]) -> NDArray[Any]:
+    """What `read` gives for the rows of each part whose records are in [start, stop), in the order of the input."""
+    found: NDArray[Any] | None = None
+    for part in parts:
+        first, last = np.searchsorted(part.records, (start, stop)).tolist()
+        if first < last:
+            values = read(part, slice(first, last))
+            if found is None:
+                found = np.empty((stop - start, *values.shape[1:]), values.dtype)
+            found[part.records[first:last] - start] = values
+    return np.empty(0) if found is None else found
+
+
+def _of(part: _Part) -> NDArray[np.int64]:
+    assert part.offsets is not None
+    return part.offsets
+
+
+def _offsets(parts: list[_Part], n: int) -> NDArray[np.int64]:
+    """Where the residues of each record begin, int64 [n + 1]; all zero without per-residue rows."""
+    sizes = np.zeros(n, np.int64)
+    for part in parts:
+        if part.offsets is not None:
+            sizes[part.records] = np.diff(part.offsets)
+    return np.append(0, np.cumsum(sizes))
+
+
+def _stretches(offsets: NDArray[np.int64], n: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges of records of at most so many rows, pooled or of residues; at least one record each."""
+    start = 0
+    while start < n:
+        upto = int(np.searchsorted(offsets, offsets[start] + rows, side="right")) - 1
+        stop = min(n, start + rows, max(start + 1, upto))
+        yield start, stop
+        start = stop
+
+
+def _residues(parts: Sequence[_Part], layer: int, start: int, stop: int, offsets: NDArray[np.int64]) -> NDArray[Any]:
+    data = parts[0].file.dataset("residue", layer)
+    whole = np.empty((int(offsets[stop] - offsets[start]), data.shape[1]), data.dtype)
+    for part in parts:
+        first, last = np.searchsorted(part.records, (start, stop)).tolist()
+        own = _of(part)[first : last + 1]
+        if first < last:
+            begin = offsets[part.records[first:last]] - offsets[start]
+            shift = np.repeat(begin - (own[:-1] - own[0]), np.diff(own))
+            whole[shift + np.arange(len(shift))] = part.file.dataset("residue", layer)[own[0] : own[-1]]
+    return whole

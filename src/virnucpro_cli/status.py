@@ -1,0 +1,57 @@
+"""The status workflow: which shards of an output are there, and how far each is. It needs the files alone."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from virnucpro_cli import shards, store
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.validation import audit
+
+
+def run(output: str) -> bool:
+    """Print a line for each shard of `output` to standard output; whether there is nothing left to do before (or but) the merge.
+
+    Raises UserError if there is neither a shard nor the output itself.
+    """
+    target = Path(output)
+    out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    found = shards.files_of(target)
+    merged = store.fingerprint_of(target) if target.exists() else None
+    if merged is not None:
+        out.print(f"{target} is {'complete' if merged[1] else 'not complete'}")
+    elif not found:
+        raise UserError(f"There is neither {target} nor a shard of it.", "virnucpro embed ... --shard 1/40 makes one.")
+    done = merged is not None and merged[1]
+    for count, files in sorted(found.items()):
+        complete = 0
+        table = Table(title=f"{target} in {count} shards", title_justify="left")
+        for name in ("shard", "state", "proteins", "skipped", "file"):
+            table.add_column(name, justify="right" if name in ("shard", "proteins", "skipped") else "left")
+        for number in range(1, count + 1):
+            words = _state(files.get(number))
+            complete += words[0] == "complete"
+            table.add_row(str(number), *words)
+        out.print(table)
+        ready = (
+            f"virnucpro merge {target}" if complete == count else "those that are not: the command of their run, again"
+        )
+        out.print(f"{complete:,} of {count:,} shards are complete; {ready}")
+        done = done or complete == count
+    return done
+
+
+def _state(path: Path | None) -> tuple[str, str, str, str]:
+    """State, proteins, skipped ones and name of a shard's file."""
+    if path is None:
+        return "missing", "", "", ""
+    try:
+        with audit.opened(str(path)) as file, audit.damage_named(str(path)):
+            skipped = int(np.count_nonzero(file.status == store.SKIPPED))
+            settled = int(np.count_nonzero(file.status != store.PENDING))
+            state = "complete" if file.complete else f"partial, {settled / max(len(file), 1):.0%}"
+            return state, f"{len(file):,}", f"{skipped:,}", path.name
+    except UserError as error:
+        return f"unreadable: {error.what}", "", "", path.name
