@@ -560,6 +560,7 @@ def main(arguments: list[str] | None = None) -> Any:
         code = EXIT_SIGNAL_BASE + stop.signum
     except Exception as error:  # the last resort: a bug, logged whole
         code = _usage_or_bug(error)
+    stop_once.stopped = True  # a signal that comes now finds nothing to stop
     if sys.stdout is not None:
         sys.stdout.flush()
     sys.exit(code)
