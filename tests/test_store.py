@@ -196,28 +196,6 @@ def test_a_row_placed_while_another_thread_commits_is_not_vouched_for_unwritten(
         np.testing.assert_array_equal(read["mean/0"][4], values([4])[0])
 
 
-def test_after_a_failed_sync_nothing_vouches_for_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux tells of a lost write once; the next fdatasync succeeds, and the row is not there."""
-    file = Store.create(tmp_path / "out.h5", layout())
-    file.place("mean", 0, np.array([1]), values([1]))
-    file.mark(np.array([1]))
-    fdatasync = os.fdatasync
-    answers = iter([OSError(5, "Input/output error")])
-
-    def once(fd: int) -> None:
-        for error in answers:
-            raise error
-        fdatasync(fd)
-
-    monkeypatch.setattr(os, "fdatasync", once)
-    with pytest.raises(UserError, match="Input/output error"):
-        file.commit()
-    file.commit()
-    file.close()
-    with h5py.File(store.partial_path(tmp_path / "out.h5")) as read:
-        assert read["status"][1] == PENDING
-
-
 def test_neighbours_that_came_apart_go_out_in_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = Store.create(tmp_path / "out.h5", layout())
     for row in (5, 1, 0, 4, 2):
@@ -287,6 +265,81 @@ def test_rows_remember_the_environment_that_computed_them(tmp_path: Path) -> Non
         assert read["computed_by"][:].tolist() == [1, 2, 1, 0, 2, 0]
         lines = read["run/environments"][()].decode().splitlines()
     assert lines == ["{}", '{"device": "one"}', '{"device": "two"}']
+
+
+def test_after_a_failed_sync_nothing_is_vouched_for_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel reports a lost write once: a later sync that succeeds says nothing of what was written before."""
+    output = tmp_path / "out.h5"
+    file = Store.create(output, layout())
+    file.place("mean", 2, np.array([0]), values([0]))
+    file.mark(np.array([0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(UserError, match="Input/output"):
+            file.commit()
+    file.mark(np.array([1]))  # placed by another process before the sync that failed
+    with pytest.raises(UserError, match="Input/output"):
+        file.commit()
+    file.close()
+    assert Store.resume(output).status.tolist() == [PENDING, PENDING, PENDING, SKIPPED, PENDING, PENDING]
+
+
+def test_a_commit_that_is_interrupted_writes_its_columns_the_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.h5"
+    file = Store.create(output, layout())
+    file.compute_in('{"device": "two"}')
+    file.mark(np.array([0, 2]), flag=RECOMPUTED)
+    real, left = os.pwrite, [1]
+
+    def interrupted(*arguments: Any) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    for calls in range(4):
+        left[0] = calls
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                file.commit()
+    file.commit()
+    file.close()
+    with h5py.File(store.partial_path(output)) as read:
+        assert read["computed_by"][:3].tolist() == [1, 0, 1] and read["flags"][:3].tolist() == [
+            RECOMPUTED,
+            0,
+            RECOMPUTED,
+        ]
+
+
+def test_a_row_computed_after_all_loses_the_mark_of_having_been_recomputed(tmp_path: Path) -> None:
+    file = Store.create(tmp_path / "out.h5", layout())
+    file.mark(np.array([0, 1]), flag=RECOMPUTED)
+    file.commit()
+    file.mark(np.array([0]))
+    file.commit()
+    assert file.flags[:2].tolist() == [0, RECOMPUTED]
+    file.close()
+
+
+def test_a_torn_line_of_environments_is_none(tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    file = Store.create(output, layout())
+    offset = file.places["run/environments"].offset
+    file.close()
+    with open(store.partial_path(output), "r+b") as torn:
+        torn.seek(offset)
+        torn.write(b'{}\n{"device": "tw')
+    file = Store.resume(output)
+    assert file.environments == ["{}"]
+    file.compute_in('{"device": "two"}')
+    file.close()
+    file = Store.resume(output)
+    assert file.environments == ["{}", '{"device": "two"}']
+    file.close()
 
 
 def test_more_environments_than_there_is_room_for_are_no_obstacle(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from test_faults import KINDS, Case
-from virnucpro_cli import runner, store
+from virnucpro_cli import runner, store, workers
 from virnucpro_cli.errors import UserError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
@@ -225,6 +225,37 @@ def test_a_kill_of_anybody_at_any_moment_is_made_good_by_the_same_command(
         case.check_rows(program.output)
         program.output.unlink()
     assert killed >= moments / 2
+
+
+def test_no_room_for_what_workers_are_told_is_one_message(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(job: Any, shared: Any) -> list[int]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workers, "_dump", full)
+    with pytest.raises(UserError, match="No space left") as told:
+        case.embed(tmp_path / "out.h5", workers=2)
+    assert "TMPDIR" in told.value.remedy
+    monkeypatch.undo()
+    case.embed(tmp_path / "out.h5", workers=2)
+    case.check(tmp_path / "out.h5")
+
+
+def test_when_the_disk_fails_the_workers_end_with_the_run(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+    start = workers._start
+    monkeypatch.setattr(workers, "_start", lambda *arguments: begun.append(start(*arguments)) or begun[-1])
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr("virnucpro_cli.placer.COMMIT_SECONDS", 0.0)
+    with pytest.raises(UserError, match="Input/output"):
+        case.embed(tmp_path / "out.h5", workers=2)
+    assert len(begun) == 2 and all(worker.process.poll() is not None for worker in begun)
+    monkeypatch.undo()
+    case.embed(tmp_path / "out.h5", workers=2)
+    case.check(tmp_path / "out.h5")
 
 
 def test_a_full_disk_in_a_worker_ends_the_run_with_its_own_words(case: Case, tmp_path: Path) -> None:

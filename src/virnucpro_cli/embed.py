@@ -109,7 +109,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
                 device, spec.hidden, spec.parameters * dtype.itemsize, stored, devices.count(device)
             )
         plan = in_blocks(work.segments.length, int(budget))
-        environment = _computed_by(device, dtype, backend.name, len(devices))
+        environment = _computed_by(device, dtype, backend.name, len(devices) if len(plan) > 1 else 1)
         layout = _layout(config, table, work, spec, layers, records, environment)
     summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *device_notes, *backend.notes])
     if dtype == torch.float8_e4m3fn:
@@ -142,7 +142,6 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     file = _open_store(output, layout, fingerprint, config, summary, table, found, out)
 
     try:
-        file.compute_in(environment)
         todo = np.zeros(len(table), np.bool_)
         todo[work.unit[file.status == store.PENDING]] = True
         packs = worst_first(plan, subset(plan, todo[work.segments.record]), work.segments.length)
@@ -152,7 +151,9 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             out.print(text, style="yellow")
             summary.notes.append(text)
 
-        if len(packs) > 1 and len(devices) > 1:
+        several = len(packs) > 1 and len(devices) > 1
+        file.compute_in(_computed_by(device, dtype, backend.name, len(devices) if several else 1))
+        if several:
             job = workers.Job(config, found, layers, dtype, backend.name, table, work, plan, todo, output,
                               store.partial_path(output), file.fd, runner.threads_of(len(devices)))  # fmt: skip
             with report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
@@ -301,7 +302,8 @@ def _already_complete(output: Path, fingerprint: dict[str, Any], config: EmbedCo
     if config.overwrite or not output.exists():
         return False
     there = store.fingerprint_of(output)
-    assert there is not None
+    if there is None:
+        raise UserError(f"{output} was taken up or replaced by another run just now.", "Run the command again.")
     differing = store.differences(*_but_place(there[0], fingerprint))
     if differing:
         raise UserError(
@@ -312,12 +314,11 @@ def _already_complete(output: Path, fingerprint: dict[str, Any], config: EmbedCo
     _drop_finished_partial(output)
     with store.read_embeddings(output) as file:
         missed = int(((file.status == store.SKIPPED) & (file.reason == store.NO_MEMORY)).sum())
-    if missed and not store.partial_path(output).exists():
+    if missed and not config.restart and not store.partial_path(output).exists():
         out.print(
             f"{output}: {missed:,} proteins had been skipped for want of memory, and are tried again", style="yellow"
         )
-        with suppress(FileNotFoundError):  # another run has just done the same, and holds the lock
-            os.rename(output, store.partial_path(output))
+        store.take_back(output)
         return False
     return True
 

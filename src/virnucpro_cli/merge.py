@@ -236,7 +236,9 @@ def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) 
                     file.place(kind, layer, rows, _gathered(parts, start, stop, partial(_rows, kind=kind, layer=layer)))
             status = _gathered(parts, start, stop, lambda part, own: part.file.status[own])
             reason = _gathered(parts, start, stop, lambda part, own: part.file.reason[own])
-            file.mark(rows[pending & (status == store.DONE)])
+            done, recomputed = pending & (status == store.DONE), (file.flags[rows] & store.RECOMPUTED) > 0
+            file.mark(rows[done & ~recomputed])
+            file.mark(rows[done & recomputed], flag=store.RECOMPUTED)
             for code in np.unique(
                 reason[pending & (status == store.SKIPPED)]
             ).tolist():  # taken back by a resumed merge

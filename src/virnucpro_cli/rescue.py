@@ -15,9 +15,10 @@ from virnucpro_cli import runner, store
 from virnucpro_cli.attention import Backend
 from virnucpro_cli.collate import VarlenCollator
 from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.errors import in_a_line
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.packing import Plan, first_fit_decreasing
 from virnucpro_cli.placer import Placer
@@ -35,41 +36,47 @@ def second_pass(
     device: torch.device, backend: Backend, environment_of: Callable[[torch.device, torch.dtype, str], str], note: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Embed or skip what the placer has in `unfit` and `broken`. `note` is told; environment_of(device, dtype, backend): as the file records it."""
+    exact_arithmetic()  # where workers did the first pass, nobody has said so here yet
     unfit, broken = _taken(placer)
     spec, state, _ = model_weights.load(found)
     pooler = Pooler(config.pool, runner.store_dtype(config.store_dtype))
     wide = torch.float32
 
-    def again(records: Int64, model: ESM2, budget: int = 1024) -> tuple[Int64, Int64]:
+    def again(records: Int64, make: Callable[[], ESM2], budget: int = 1024) -> tuple[Int64, Int64]:
         """What is still unfit, and still broken."""
-        compute = partial(model.embed, wanted=layers, pooler=pooler)
-        _run(placer, records, budget, compute, model.device)
+        try:
+            model = make()
+        except torch.cuda.OutOfMemoryError as error:  # of a device that others fill
+            note(f"no room for the weights: {in_a_line(error)}")
+            torch.cuda.empty_cache()
+            return records, np.empty(0, np.int64)
+        _run(placer, records, budget, partial(model.embed, wanted=layers, pooler=pooler), model.device)
         return _taken(placer)
 
     if len(unfit):
         note(f"{_proteins(unfit)} too large for {runner.describe_device(device)}: once more in parts of {PART:,} rows")
-        model = ESM2(spec, state, dtype, device, backend).in_parts(PART)
-        unfit, overflowed = again(unfit, model)
+        unfit, overflowed = again(unfit, lambda: ESM2(spec, state, dtype, device, backend).in_parts(PART))
         broken = np.union1d(broken, overflowed)
-        del model
     if len(broken) and dtype != wide:
         name = attention_backends.describe(dtype)
         note(f"{_proteins(broken)} had values that are not finite in {name}: once more in float32")
         whole = runner.free_memory(device) > 1.25 * 4 * spec.parameters
         exact = attention_backends.resolve("auto", device, wide)
-        model = ESM2(spec, state, wide, device, exact, one_layer_at_a_time=not whole)
         placer.flag = store.RECOMPUTED
         placer.file.compute_in(environment_of(device, wide, exact.name))
-        too_large, broken = again(broken, model, 1024 if whole else 8192)
+        too_large, broken = again(
+            broken,
+            lambda: ESM2(spec, state, wide, device, exact, one_layer_at_a_time=not whole),
+            1024 if whole else 8192,
+        )
         unfit = np.union1d(unfit, too_large)
-        del model
     fits = _fit_the_host(unfit, placer, spec)
     if fits.any() and (device, dtype) != (CPU, wide):
         note(f"{_proteins(unfit[fits])} once more in float32 on the CPU, which takes its time")
-        model = ESM2(spec, state, wide, CPU, attention_backends.resolve("auto", CPU, wide))
+        there = attention_backends.resolve("auto", CPU, wide)
         placer.flag = store.RECOMPUTED
-        placer.file.compute_in(environment_of(CPU, wide, model.backend.name))
-        still, overflowed = again(unfit[fits], model)
+        placer.file.compute_in(environment_of(CPU, wide, there.name))
+        still, overflowed = again(unfit[fits], lambda: ESM2(spec, state, wide, CPU, there))
         unfit, broken = np.union1d(unfit[~fits], still), np.union1d(broken, overflowed)
     if len(unfit):
         note(f"{_proteins(unfit)} skipped: out of memory; the same command where there is more tries them again")
@@ -101,9 +108,12 @@ def _run(placer: Placer, records: Int64, budget: int, compute: runner.Compute, d
 
 
 def _taken(placer: Placer) -> tuple[Int64, Int64]:
+    """What is unfit and what is broken, less what another worker has done meanwhile."""
+    placer.file.commit()
+    pending = placer.file.status == store.PENDING
     unfit, broken = (np.unique(np.asarray(each, np.int64)) for each in (placer.unfit, placer.broken))
     placer.unfit, placer.broken = [], []
-    return unfit, broken
+    return unfit[pending[unfit]], broken[pending[broken]]
 
 
 def _proteins(records: Int64) -> str:

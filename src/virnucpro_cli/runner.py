@@ -5,7 +5,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,9 +145,34 @@ def free_memory(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return float("inf")
+    return min(free, _left_by_cgroups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+
+
+def _left_by_cgroups(own: Path, root: Path) -> float:
+    """Bytes that containers and batch systems leave to this process; infinite if they set no limit."""
+    left = float("inf")
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return left
+    for _, controllers, path in lines:
+        if controllers not in ("", "memory"):
+            continue
+        base, limit, used = (
+            (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+            if controllers
+            else (root, "memory.max", "memory.current")
+        )
+        folder = base / path.lstrip("/")
+        for each in (folder, *folder.parents):  # the limits of those around it count as well
+            if each == root.parent:
+                break
+            with suppress(OSError, ValueError):  # "max", or no such file
+                left = min(left, int((each / limit).read_text()) - int((each / used).read_text()))
+    return left
 
 
 def check_room(device: torch.device, needed: int, what: str) -> None:
@@ -198,7 +223,9 @@ def serial(items: Iterator[Item], collate: Collate, compute: Compute, sink: Sink
         batch = collate(item)
         try:
             found = compute(batch.to(device))
-        except torch.cuda.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_for_want_of_memory(error):
+                raise
             raise _TooLarge(item, (), batch.used, error) from None
         sink(batch, _to_host(found, non_blocking=False))
 
@@ -325,6 +352,11 @@ def run(
             ) from None
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _is_for_want_of_memory(error: Exception) -> bool:
+    """PyTorch has a type for a GPU's memory, and for the host's only words."""
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _is_of_the_device(error: RuntimeError) -> bool:

@@ -282,6 +282,7 @@ class Store:
         self._staged: dict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = {}
         self._staged_bytes = 0
         self._environment: int | None = 0
+        self._failed: UserError | None = None  # the first failed sync
         self._lock = threading.RLock()  # an error elsewhere may commit while a writing thread still places
         self.places: dict[str, _Place] = {}
         with h5py.File(path, "r", locking=False) as file:
@@ -289,7 +290,7 @@ class Store:
             self.flags: NDArray[np.uint16] = file["flags"][:]
             self.reason: NDArray[np.uint8] = file["reason"][:]
             self.computed_by: NDArray[np.uint8] = file["computed_by"][:]
-            self.environments: list[str] = file["run/environments"][()].decode().splitlines()
+            self.environments: list[str] = _whole_lines(file["run/environments"][()])
 
             def note(name: str, item: Any) -> None:
                 if isinstance(item, h5py.Dataset) and item.id.get_offset() is not None:
@@ -344,6 +345,7 @@ class Store:
             # What there was no memory for is tried again; no reason at all is left by a kill while one is taken back.
             store.status[(store.status == SKIPPED) & np.isin(store.reason, (0, NO_MEMORY))] = PENDING
             store._write(memoryview(b"\0"), store.places["run/complete"].offset)
+            store._sync()  # before any row changes
             return store
         except BaseException:
             os.close(fd)
@@ -406,15 +408,17 @@ class Store:
                 self._uncommitted.append((rows, status, flag, reason))
 
     def commit(self) -> None:
-        """Make placed rows durable, then the status bytes that vouch for them."""
+        """Make placed rows durable, then the status bytes that vouch for them. After a failed sync, never again."""
         with self._lock:
+            if self._failed is not None:
+                raise self._failed
             self._write_staged()
             if not self._uncommitted:
                 return
             self._sync()
             for rows, status, flag, reason in self._uncommitted:
                 self.status[rows] = status
-                self._set("flags", self.flags, rows, self.flags[rows] | np.uint16(flag))
+                self._set("flags", self.flags, rows, self.flags[rows] & ~np.uint16(RECOMPUTED) | np.uint16(flag))
                 self._set("reason", self.reason, rows, reason)
                 if self._environment is not None:
                     self._set("computed_by", self.computed_by, rows, self._environment)
@@ -442,8 +446,10 @@ class Store:
 
     def _set(self, name: str, column: NDArray[Any], rows: NDArray[np.int64], values: Any) -> None:
         if (column[rows] != values).any():
-            column[rows] = values
-            self._write_column(name, column, rows)
+            changed = column.copy()
+            changed[rows] = values
+            self._write_column(name, changed, rows)
+            column[rows] = values  # last: a signal in the middle must not leave it looking written
 
     def _write_column(self, name: str, column: NDArray[Any], rows: NDArray[np.int64]) -> None:
         rows = np.unique(rows)
@@ -484,8 +490,30 @@ class Store:
         try:
             os.fdatasync(self.fd)
         except OSError as error:
-            self._uncommitted.clear()  # the kernel tells of a lost write once: nothing may vouch for these rows any more
-            raise _disk_error(error, self.output, resumable=True) from None
+            # The kernel tells of a lost write once, whoever made it: nothing may vouch for a row any more.
+            self._uncommitted.clear()
+            self._failed = _disk_error(error, self.output, resumable=True)
+            raise self._failed from None
+
+
+def _whole_lines(text: bytes) -> list[str]:
+    """A last line without its end is one that a power cut tore."""
+    return text[: text.rfind(b"\n") + 1].decode().splitlines()
+
+
+def take_back(output: Path) -> None:
+    """Make a finished file the partial one again, for a run to go on with. Raises UserError if that cannot be."""
+    if not os.access(output, os.W_OK):
+        raise UserError(
+            f"{output} is to be gone on with, and cannot be written.", "Ask its owner, or choose another -o."
+        )
+    try:
+        os.rename(output, partial_path(output))
+    except FileNotFoundError:  # another run has just done the same, and holds the lock
+        return
+    except OSError as error:
+        raise _disk_error(error, output, resumable=True) from None
+    _sync_folder(output.parent)
 
 
 def checksum(fd: int, itself: int, complete: int) -> str:
@@ -680,7 +708,7 @@ class EmbeddingFile:
     @property
     def environments(self) -> list[dict[str, Any]]:
         """Device, attention backend and versions of the runs that filled this file: one, unless it was resumed elsewhere."""
-        return [json.loads(line) for line in self._file["run/environments"][()].decode().splitlines()]
+        return [json.loads(line) for line in _whole_lines(self._file["run/environments"][()])]
 
     @property
     def checksum_of_the_run(self) -> str:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -91,6 +91,12 @@ class _Worker:
     def __str__(self) -> str:
         return f"worker {self.number} on {self.device}"
 
+    def idle(self, began: float, seconds: float) -> float:
+        """What share of the time since `began` it had nothing to do at the end."""
+        if not self.last_done or not seconds:
+            return 1.0
+        return min(1.0, max(0.0, (began + seconds - self.last_done) / seconds))
+
 
 def run(
     job: Job, packs: NDArray[np.int64], devices: Sequence[torch.device], placer: Placer, note: Callable[[str], None]
@@ -103,11 +109,12 @@ def run(
     """
     waiting = deque(packs.tolist())
     asked, began = time.perf_counter(), 0.0
-    with tempfile.TemporaryFile() as shared:
-        sizes = _dump(job, shared)
-        workers = [_start(i, device, job, shared, sizes) for i, device in enumerate(devices, start=1)]
-    by_channel = {worker.channel: worker for worker in workers}
+    workers: list[_Worker] = []
     try:
+        with _job_file(job) as (shared, sizes):
+            for number, device in enumerate(devices, start=1):
+                workers.append(_start(number, device, job, shared, sizes))
+        by_channel = {worker.channel: worker for worker in workers}
         while by_channel:
             for channel in wait(list(by_channel)):
                 assert isinstance(channel, Connection)
@@ -117,13 +124,14 @@ def run(
                 except (EOFError, OSError):
                     message = ("lost", _death_of(worker))
                 lost = _heed(message, worker, placer)
+                placer.commit_now_and_then()
                 if lost is not None:
                     if lost.fatal:
                         raise lost.error
                     del by_channel[channel]
                     # Last: if it was a pack's fault, the others come first.
                     waiting.extend(_undone(worker.share, job, placer))
-                    if not by_channel:
+                    if waiting and not by_channel:
                         raise UserError(f"No worker is left. The last, {worker}: {lost.error.what}", lost.error.remedy)
                     note(f"{worker} was lost, and its packs go to the others: {lost.error.what}")
                 elif message[0] == "note":
@@ -148,9 +156,8 @@ def run(
     nothing = dict.fromkeys((key for worker in workers for key in worker.used), "")
     return [
         {
-            "worker": str(worker), "tokens": worker.tokens,
-            "idle at the end": max(0.0, (began + seconds - worker.last_done) / seconds), **nothing, **worker.used,
-            "lost": "" if worker in by_channel.values() else "lost",
+            "worker": str(worker), "tokens": worker.tokens, "idle at the end": worker.idle(began, seconds),
+            **nothing, **worker.used, "lost": "" if worker in by_channel.values() else "lost",
         }
         for worker in workers
     ]  # fmt: skip
@@ -191,7 +198,6 @@ def _heed(message: tuple[Any, ...], worker: _Worker, placer: Placer) -> Lost | N
         for mark in marks:
             placer.file.mark(*mark)
         placer.broken += broken
-        placer.commit_now_and_then()
     return None
 
 
@@ -211,7 +217,7 @@ def _end(workers: list[_Worker], placer: Placer) -> None:
             end.shutdown(SHUT_WR)
     deadline = time.monotonic() + STOP_SECONDS
     for worker in workers:
-        with suppress(EOFError, OSError, pickle.UnpicklingError):
+        with suppress(Exception):  # a message that a signal cut in two, say: what it told is done again
             while worker.channel.poll(max(0.0, deadline - time.monotonic())):
                 _heed(worker.channel.recv(), worker, placer)
         worker.channel.close()
@@ -223,6 +229,20 @@ def _end(workers: list[_Worker], placer: Placer) -> None:
 
 
 # --- starting one ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _job_file(job: Job) -> Iterator[tuple[IO[bytes], list[int]]]:
+    """The job in a nameless file, for workers to map; see `_dump`. Raises UserError if there is no room for it."""
+    with tempfile.TemporaryFile() as shared:
+        try:
+            sizes = _dump(job, shared)
+        except OSError as error:
+            raise UserError(
+                f"What the workers are to know cannot be written to {tempfile.gettempdir()}: {error.strerror}.",
+                "Make room there, set TMPDIR to another folder, or use --workers 1.",
+            ) from None
+        yield shared, sizes
 
 
 def _dump(job: Job, shared: IO[bytes]) -> list[int]:
@@ -252,10 +272,14 @@ def _start(number: int, device: torch.device, job: Job, shared: IO[bytes], sizes
     ours, theirs = socketpair()
     copy = os.open(f"/proc/self/fd/{shared.fileno()}", os.O_RDONLY)
     inherited = [theirs.fileno(), copy, job.fd, *(source.file.fileno() for source in job.table.sources)]
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", f"from {__name__} import main; main({theirs.fileno()}, {copy}, {os.getpid()})"],
-        pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0,
-    )  # fmt: skip
+    command = f"from {__name__} import main; main({theirs.fileno()}, {copy}, {os.getpid()})"
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", command], pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            process_group=0,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"Worker {number} cannot be started: {error.strerror}.", "Use fewer --workers.") from None
     os.close(copy)
     theirs.close()
     worker = _Worker(number, device, process, Connection(ours.detach()))
