@@ -97,15 +97,13 @@ def file_order_groups(sizes: Int64, token_budget: int) -> list[Int64]:
     """Batches of one size in file order, the largest size whose padded tokens average at most the budget."""
     records = np.arange(len(sizes))
     best = 1
-    for count in range(1, max(token_budget // int(sizes.min()), 1) + 1):
+    for count in range(1, len(sizes) + 1):
         starts = np.arange(0, len(sizes), count)
         widest = np.maximum.reduceat(sizes, starts)
         whole = np.diff(np.append(starts, len(sizes)))
         if (widest * whole).mean() > token_budget:
             break
         best = count
-        if count >= len(sizes):
-            break
     return np.split(records, np.arange(best, len(sizes), best))
 
 
