@@ -318,8 +318,9 @@ def test_layers_brought_one_at_a_time_change_no_bit_of_fp32(tmp_path: Path) -> N
 
 def test_kills_for_half_a_minute_lose_nothing(tmp_path: Path) -> None:
     """Two workers on each GPU, any process killed at any moment, run again until it is done."""
-    path, dice = tmp_path / "in.fasta", random.Random(0)
-    path.write_text("".join(f">{n}\n{s}\n" for n, s in read_fasta(UNIPROT)))
+    path, dice, records = tmp_path / "in.fasta", random.Random(0), read_fasta(UNIPROT)
+    turned = [(f"{name} turned", sequence[::-1]) for name, sequence in records]  # or it would be over too soon
+    path.write_text("".join(f">{n}\n{s}\n" for n, s in records + turned))
     model = write_model(tmp_path / "model", specs.by_name("150M"))
     options = {"model": str(model), "token_budget": 4096, "pool": ("mean", "bos")}
     embed.embed_fasta(str(path), str(tmp_path / "whole.h5"), device="cuda:0", **options)
