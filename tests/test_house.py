@@ -16,7 +16,7 @@ LAYERS = (
     ("collate", "packing", "fasta", "alphabet", "pooling"),
     ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
     ("validation", "timing", "workers", "rescue", "shards", "qc"),
-    ("embed", "fetch", "bench", "validate", "inspect", "verify", "merge", "status"),
+    ("embed", "fetch", "bench", "validate", "inspect", "verify", "merge", "status", "doctor"),
     ("cli",),
     ("__main__",),
 )

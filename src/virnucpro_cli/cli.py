@@ -435,6 +435,15 @@ def verify(
         raise typer.Exit(EXIT_GATE_FAILED)
 
 
+@app.command(epilog="Exit codes: 0 nothing stands in the way of a run; 1 something does, with a remedy.")
+def doctor() -> None:
+    """Show what a run would find on this machine: driver, GPUs, kernels, weights, disks, batch system; and what to do."""
+    from virnucpro_cli import doctor as workflow
+
+    if not workflow.run():
+        raise typer.Exit(EXIT_GATE_FAILED)
+
+
 @app.command(epilog="Exit codes: 0 all shards are complete; 1 some are not; 2 there are none.")
 def status(output: Annotated[str, typer.Argument(metavar="OUT.h5", help="What embed was given as -o.")]) -> None:
     """Show which shards of an output are complete, partial or missing."""

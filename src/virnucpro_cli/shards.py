@@ -84,8 +84,7 @@ def _of_the_task(count: int | None, environment: Mapping[str, str]) -> Shard:
                 "Give the count: --shard auto/40.",
             ) from None
 
-    # Grid Engine sets its variable to "undefined" outside of array jobs
-    scheduler = next((s for s in SCHEDULERS if environment.get(s.variable, "undefined") != "undefined"), None)
+    scheduler = _scheduler(environment)
     if scheduler is None:
         raise UserError(
             "--shard auto: this is not a task of an array job (none of "
@@ -105,6 +104,17 @@ def _of_the_task(count: int | None, environment: Mapping[str, str]) -> Shard:
             "--shard auto: the array of this job has gaps.", "Submit it as --array=1-40, or give --shard K/N yourself."
         )
     return found
+
+
+def _scheduler(environment: Mapping[str, str]) -> _Scheduler | None:
+    # Grid Engine sets its variable to "undefined" outside of array jobs
+    return next((s for s in SCHEDULERS if environment.get(s.variable, "undefined") != "undefined"), None)
+
+
+def scheduler_here() -> str | None:
+    """The batch system of whose array job this process is a task, if any."""
+    found = _scheduler(os.environ)
+    return None if found is None else found.name
 
 
 def path(output: Path, shard: Shard) -> Path:
