@@ -217,6 +217,9 @@ def test_status_says_what_is_complete_partial_and_missing(three: Path, capsys: p
         cli.main(["status", str(three)])
     out = capsys.readouterr().out
     assert ended.value.code == 1 and "missing" in out and "partial, 7" in out and "1 of 3 shards are complete" in out
+    damaged = shards.path(three, Shard(3, 3))
+    damaged.write_bytes(damaged.read_bytes()[:9000])
+    assert not status.run(str(three)) and "damaged, remove it" in capsys.readouterr().out
     with pytest.raises(UserError, match="neither"):
         status.run(str(three.with_name("other.h5")))
 

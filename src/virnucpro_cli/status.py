@@ -29,7 +29,9 @@ def run(output: str) -> bool:
         complete = 0
         table = Table(title=f"{target} in {count} shards", title_justify="left")
         for name in ("shard", "state", "proteins", "skipped", "file"):
-            table.add_column(name, justify="right" if name in ("shard", "proteins", "skipped") else "left")
+            table.add_column(
+                name, justify="right" if name in ("shard", "proteins", "skipped") else "left", overflow="fold"
+            )
         for number in range(1, count + 1):
             words = _state(files.get(number))
             complete += words[0] == "complete"
@@ -53,5 +55,5 @@ def _state(path: Path | None) -> tuple[str, str, str, str]:
             settled = int(np.count_nonzero(file.status != store.PENDING))
             state = "complete" if file.complete else f"partial, {settled / max(len(file), 1):.0%}"
             return state, f"{len(file):,}", f"{skipped:,}", path.name
-    except UserError as error:
-        return f"unreadable: {error.what}", "", "", path.name
+    except UserError:
+        return "damaged, remove it", "", "", path.name
