@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from scaling import write_model
 
 from virnucpro_cli import report, store
-from virnucpro_cli.model import weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.timing.workload import RESIDUES
 
 BLOCK = 100_000
+TINY = ModelSpec("tiny", 1, 16, 2)
 
 
 def write_fasta(path, records):
@@ -38,16 +38,6 @@ def write_fasta(path, records):
                 parts.append(b">r%08d made up\n%s\n" % (start + i, own))
                 at += length
             file.writelines(parts)
-
-
-def tiny_model(folder):
-    spec = ModelSpec("tiny", 1, 16, 2)
-    folder.mkdir()
-    save_file(weights.random_state(spec), folder / "model.safetensors")
-    config = {"model_type": "esm", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
-              "position_embedding_type": "rotary", "token_dropout": True, "layer_norm_eps": 1e-5}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 def timed(*command):
@@ -66,7 +56,7 @@ def main():
         folder = Path(name)
         path, output, written = folder / "in.fasta", folder / "out.h5", folder / "report.json"
         write_fasta(path, options.records)
-        model = tiny_model(folder / "tiny") if options.model == "tiny" else f"random:{options.model}"
+        model = str(write_model(TINY, folder / "tiny")) if options.model == "tiny" else f"random:{options.model}"
         wall = timed("embed", str(path), "-o", str(output), "--model", model, "--workers", options.workers, "--report", str(written))  # fmt: skip
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         verify = timed("verify", str(output), "--fasta", str(path))

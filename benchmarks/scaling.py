@@ -27,8 +27,7 @@ from virnucpro_cli.model import weights
 from virnucpro_cli.timing import workload
 
 
-def write_model(name, folder):
-    spec = specs.by_name(name)
+def write_model(spec, folder):
     folder.mkdir()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = weights.random_state(spec, 0, device)
@@ -104,7 +103,7 @@ def main():
         folder = Path(name)
         loads = [(load, write_fasta(load, getattr(options, load), folder)) for load in ("natural", "fragments")]
         for model_name in options.models.split(","):
-            model = write_model(model_name, folder / model_name)
+            model = write_model(specs.by_name(model_name), folder / model_name)
             for load, path in loads:
                 first = rate_of_one = None
                 wall, found = 0.0, {}

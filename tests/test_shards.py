@@ -4,18 +4,17 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_faults import CHILDREN, Case, datasets
+from test_faults import CHILDREN, Case, datasets, one_thread  # noqa: F401  (in force here too)
 from virnucpro_cli import cli, merge, shards, status, store, verify
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
@@ -29,14 +28,6 @@ SLURM = {
     "SLURM_ARRAY_TASK_MAX": "40",
     "SLURM_ARRAY_TASK_STEP": "1",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

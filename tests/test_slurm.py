@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -77,9 +77,9 @@ class Slurm:
         """Of the jobs that have not ended: 12_3 -> RUNNING."""
         return dict(line.split(maxsplit=1) for line in self("squeue", "-h", "-r", "-o", "%i %T %r %S").splitlines())
 
-    def wait(self, what: str, true: "object", seconds: float = 60) -> None:
+    def wait(self, what: str, true: Callable[[], object], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
-        while not true():  # type: ignore[operator]
+        while not true():
             assert time.monotonic() < deadline, f"{what}; jobs: {self.states()}; {self.logs()}"
             time.sleep(0.1)
 

@@ -7,14 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from test_faults import KINDS, Case
+from test_faults import KINDS, Case, one_thread  # noqa: F401  (in force here too)
 from virnucpro_cli import runner, store, workers
 from virnucpro_cli.errors import UserError
 
@@ -44,14 +43,6 @@ FAILS_ONCE = """
             else:
                 raise {error}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

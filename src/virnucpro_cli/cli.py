@@ -41,6 +41,13 @@ EPILOG = (
 )
 
 
+ReportFile = Annotated[str | None, typer.Option("--report", metavar="FILE.json", help="Write the report as JSON.")]
+QcFile = Annotated[
+    str | None, typer.Option("--qc", metavar="FILE.tsv", help="Write a line for each protein: what became of it.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished output file.")]
+
+
 def _numbers(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -155,7 +162,7 @@ def embed(
     no_dedup: Annotated[
         bool, typer.Option("--no-dedup", help="Compute identical proteins again instead of copying.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output file.")] = False,
+    overwrite: Overwrite = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard a partial output instead of resuming it.")
     ] = False,
@@ -178,12 +185,8 @@ def embed(
             "See status and merge.",
         ),
     ] = None,
-    qc: Annotated[
-        str | None, typer.Option("--qc", metavar="FILE.tsv", help="Write a line for each protein: what became of it.")
-    ] = None,
-    report: Annotated[
-        str | None, typer.Option("--report", metavar="FILE.json", help="Write the report as JSON.")
-    ] = None,
+    qc: QcFile = None,
+    report: ReportFile = None,
     config: Annotated[
         str | None,
         typer.Option("--config", metavar="FILE.toml", help="Options from a TOML file, table [embed]; flags win."),
@@ -254,9 +257,7 @@ def bench(
         float | None, typer.Option("--min-density", metavar="X", help="Exit 1 unless packs are this full (0 to 1).")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as one line on standard output.")] = False,
-    report: Annotated[
-        str | None, typer.Option("--report", metavar="FILE.json", help="Write the report as JSON.")
-    ] = None,
+    report: ReportFile = None,
     plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Draw it (extra plots).")] = None,
     save_config: Annotated[
         str | None,
@@ -394,9 +395,7 @@ def validate(
 @app.command()
 def inspect(
     file: Annotated[str, typer.Argument(metavar="OUT.h5", help="What embed wrote, or is writing (OUT.h5.partial).")],
-    qc: Annotated[
-        str | None, typer.Option("--qc", metavar="FILE.tsv", help="Write a line for each protein: what became of it.")
-    ] = None,
+    qc: QcFile = None,
 ) -> None:
     """Show what is in an embeddings file and how complete it is, with a sentence for your Methods."""
     from virnucpro_cli import inspect as workflow
@@ -462,10 +461,8 @@ def merge(
     of: Annotated[
         int | None, typer.Option("--of", metavar="N", help="How many shards, if there are sets of several numbers.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output file.")] = False,
-    report: Annotated[
-        str | None, typer.Option("--report", metavar="FILE.json", help="Write the report as JSON.")
-    ] = None,
+    overwrite: Overwrite = False,
+    report: ReportFile = None,
 ) -> None:
     """Make one file, in the order of the FASTA, of all shards of an output. They must all be complete, and parts of one run."""
     from virnucpro_cli import merge as workflow
@@ -508,11 +505,15 @@ class _StopOnce:
             raise Stopped(signum)
 
 
+def _on_stop_signals(handler: Any) -> None:
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(signum, handler)
+
+
 def _end_at_once() -> None:
     """Signals kill a command that has nothing to put in order: HDF5 can be lost in a damaged file, where no handler gets its turn."""
-    for signum in STOP_SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, signal.SIG_DFL)
+    _on_stop_signals(signal.SIG_DFL)
 
 
 def _say(*lines: str) -> None:
@@ -549,9 +550,7 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code."""
     _open_closed_streams()
     stop_once = _StopOnce()
-    for signum in STOP_SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(signum, stop_once)
+    _on_stop_signals(stop_once)
     try:
         code = app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
     except UserError as error:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import virnucpro_cli
 from virnucpro_cli import attention, report, runner, shards, store
@@ -35,11 +33,9 @@ class Finding:
 
 def run() -> bool:
     """Print what is found to standard output; whether nothing stands in the way of a run."""
-    out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    out = report.stdout()
     findings = list(look())
-    table = Table(title="What a run would find here", title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = report.facts_table("What a run would find here")
     for finding in findings:
         table.add_row(finding.what, f"{finding.found}\n-> {finding.remedy}" if finding.remedy else finding.found)
     out.print(table)

@@ -9,8 +9,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -33,10 +32,6 @@ from virnucpro_cli.model.spec import ModelSpec, by_name, resolve_layers
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, in_blocks, subset, worst_first
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.policies import Int64, Work, decide
-from virnucpro_cli.pooling import Pooler
-
-ONLY_PLACE = ("attention", "device")
-"""Fingerprint keys that change how values round and nothing else: a run may go on elsewhere, and the file says which rows did."""
 
 SIXTEEN_BIT = {320: 2.2e14, 480: 2.8e14, 640: 3.6e14, 1280: 4.9e14, 2560: 5.6e14}
 MEASURED_FLOPS = {
@@ -141,7 +136,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         return _saved(summary, config)
     file = _open_store(output, layout, fingerprint, config, summary, table, found, out)
 
-    try:
+    with file.filling():
         todo = np.zeros(len(table), np.bool_)
         todo[work.unit[file.status == store.PENDING]] = True
         packs = worst_first(plan, subset(plan, todo[work.segments.record]), work.segments.length)
@@ -151,6 +146,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             out.print(text, style="yellow")
             summary.notes.append(text)
 
+        exact_arithmetic()
         several = len(packs) > 1 and len(devices) > 1
         file.compute_in(_computed_by(device, dtype, backend.name, len(devices) if several else 1))
         if several:
@@ -161,15 +157,13 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
                 summary.tables["Workers"] = workers.run(job, packs, devices[: len(packs)], placer, tell)
         elif len(packs):
             with clock.stage("load model"):
-                exact_arithmetic()
                 _, state, notes = loaded or model_weights.load(found)
                 model = ESM2(spec, state, dtype, device, backend)
                 del state
             for note in notes:
                 out.print(note, style="yellow")
             summary.notes += notes
-            pooler = Pooler(config.pool, runner.store_dtype(config.store_dtype))
-            compute = partial(model.embed, wanted=layers, pooler=pooler)
+            compute = runner.compute_with(model, layers, config)
             with clock.stage("forward"), report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
                 placer.tracker = tracker
                 placer.started = time.perf_counter()
@@ -182,13 +176,6 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             table.check_unchanged()
             _fill_rates(summary, plan, packs, work, clock, placer, device, file)
             summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), config.overwrite)
-    except BaseException as error:
-        _keep_what_is_done(file)
-        if isinstance(error, Stopped):
-            error.resumable = True
-        raise
-    finally:
-        file.close()
     if store.partial_path(output).exists():  # left by a kill between the two steps of the renaming
         _drop_finished_partial(output)
     _write_qc(output, config)
@@ -287,7 +274,6 @@ def _fingerprint(
     return {
         "input_sha256": table.sha256,
         "weights_sha256": found.sha256,
-        "weights_origin": locate.origin_of(found),
         "layers": list(layers),
         "pool": list(config.pool),
         "dtype": attention_backends.describe(dtype),
@@ -304,7 +290,7 @@ def _already_complete(output: Path, fingerprint: dict[str, Any], config: EmbedCo
     there = store.fingerprint_of(output)
     if there is None:
         raise UserError(f"{output} was taken up or replaced by another run just now.", "Run the command again.")
-    differing = store.differences(*_but_place(there[0], fingerprint))
+    differing = store.differences(there[0], fingerprint)
     if differing:
         raise UserError(
             f"{output} exists and is of another run: {'; '.join(differing)}.", "Choose another -o, or --overwrite it."
@@ -321,10 +307,6 @@ def _already_complete(output: Path, fingerprint: dict[str, Any], config: EmbedCo
         store.take_back(output)
         return False
     return True
-
-
-def _but_place(*fingerprints: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    return ({k: v for k, v in each.items() if k not in ONLY_PLACE} for each in fingerprints)
 
 
 def _drop_finished_partial(output: Path) -> None:
@@ -345,7 +327,7 @@ def _open_store(
             raise UserError(
                 f"{partial_file} is not a partial output of virnucpro.", "Move it away, or discard it with --restart."
             )
-        differing = store.differences(*_but_place(there[0], fingerprint))
+        differing = store.differences(there[0], fingerprint)
         if differing:
             raise UserError(
                 f"{partial_file} belongs to another run: {'; '.join(differing)}.",
@@ -392,12 +374,6 @@ def _attributes(
         "inputs": json.dumps(inputs),
         "fingerprint": json.dumps(fingerprint),
     }
-
-
-def _keep_what_is_done(file: store.Store) -> None:
-    """On the way out of a failed or stopped run: commit what was placed, if the disk still lets us."""
-    with suppress(UserError):  # if the disk is what failed, the first error is the one to show
-        file.commit()
 
 
 # --- words and numbers -------------------------------------------------------------------------------------------

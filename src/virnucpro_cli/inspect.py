@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from virnucpro_cli import qc, report, store
@@ -17,8 +16,7 @@ BLOCK, SAMPLED = 256, 1 << 14
 
 def run(path: str, qc_path: str | None = None) -> None:
     """Print the summary of the file at `path` to standard output. Raises UserError if it is not one that embed wrote."""
-    report.check_places({"qc": qc_path}, [path])
-    out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    out = report.stdout()
     with audit.opened(path) as file, audit.damage_named(path):
         settings = audit.settings_of(file, path)
         inputs = [entry["path"] for entry in json.loads(file.attributes["inputs"])]
@@ -37,15 +35,8 @@ def run(path: str, qc_path: str | None = None) -> None:
             qc.write(qc_path, file)
 
 
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    return table
-
-
 def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
-    table = _table(path)
+    table = report.facts_table(path)
     done = int((file.status != store.PENDING).sum())
     table.add_row("complete", "yes" if file.complete else f"no: {done / max(len(file), 1):.1%} of the proteins")
     table.add_row("size", report.size(Path(path).stat().st_size))
@@ -72,7 +63,7 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
 
 
 def _statuses(file: store.EmbeddingFile) -> Table:
-    table = _table("Proteins")
+    table = report.facts_table("Proteins")
 
     def row(what: str, chosen: Any) -> None:
         rows = np.flatnonzero(chosen)

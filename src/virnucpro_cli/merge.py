@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import report, shards, store
-from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.errors import UserError
 from virnucpro_cli.validation import audit
 
 BLOCK_BYTES = 1 << 26
-OF_THE_PLACE = ("attention", "device")
 FROM_THE_LAYOUT = ("schema", "status_names", "flag_names", "reason_names")
 
 
@@ -54,7 +53,7 @@ def run(
         summary.counts = {"shards": len(parts), "proteins": sum(len(part.records) for part in parts)}
         if target.exists() and not overwrite:
             there = store.fingerprint_of(target)
-            if there is None or not there[1] or _differences(there[0], fingerprint):
+            if there is None or not there[1] or store.differences(there[0], fingerprint):
                 raise UserError(
                     f"{target} exists and is not of these shards.", "Choose another name, or --overwrite it."
                 )
@@ -62,7 +61,7 @@ def run(
             summary.already_complete = True
             return summary
         file = _store(target, parts, fingerprint)
-        try:
+        with file.filling():
             with clock.stage("copy"), report.Tracker(out, max(1, len(file.status)), "proteins") as tracker:
                 for rows in _copied(parts, file, fingerprint):
                     tracker.advance(rows)
@@ -72,14 +71,6 @@ def run(
                 file.environments, file.computed_by, file.status == store.DONE
             )
             summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), overwrite)
-        except BaseException as error:
-            with suppress(UserError):
-                file.commit()
-            if isinstance(error, Stopped):
-                error.resumable = True
-            raise
-        finally:
-            file.close()
     out.print(
         f"{target}: {summary.counts['proteins']:,} proteins of {len(parts)} shards, {report.size(target.stat().st_size)}"
     )
@@ -124,7 +115,7 @@ def _opened(paths: list[Path], stack: ExitStack) -> list[_Part]:
             settings = audit.settings_of(file, str(path))
             if file.records is None or not file.complete:
                 raise UserError(f"{path} is not a finished shard.", "Run its shard again.")
-            if file.checksum() != file.checksum_of_the_run:
+            if not file.unaltered:
                 raise UserError(
                     f"{path} is damaged: its bytes are not those that embed wrote.",
                     "Copy it again, or run its shard again.",
@@ -134,9 +125,8 @@ def _opened(paths: list[Path], stack: ExitStack) -> list[_Part]:
     return parts
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    kept = [{k: v for k, v in each.items() if k not in (*OF_THE_PLACE, "shard")} for each in (one, other)]
-    return store.differences(*kept)
+def _of_the_whole(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "shard"}
 
 
 def _checked(parts: list[_Part]) -> dict[str, Any]:
@@ -148,7 +138,7 @@ def _checked(parts: list[_Part]) -> dict[str, Any]:
                 f"{part.path} holds shard {part.settings.get('shard')}, not what its name says.",
                 "Give it its name back.",
             )
-        if differing := _differences(first.settings, part.settings):
+        if differing := store.differences(_of_the_whole(first.settings), _of_the_whole(part.settings)):
             raise UserError(
                 f"{part.path} is not of the run of {first.path}: {'; '.join(differing)}.",
                 "Run the shards that differ again, all with the same input and options.",
@@ -158,7 +148,7 @@ def _checked(parts: list[_Part]) -> dict[str, Any]:
         raise UserError(
             "The shards do not hold every record once.", "Run all of them again with one version of virnucpro."
         )
-    return {name: value for name, value in first.settings.items() if name != "shard"}
+    return _of_the_whole(first.settings)
 
 
 # --- the one file ----------------------------------------------------------------------------------------------------
@@ -169,7 +159,7 @@ def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> sto
     begun = store.partial_path(output)
     if begun.exists():
         there = store.fingerprint_of(begun)
-        if there is None or _differences(there[0], fingerprint):
+        if there is None or store.differences(there[0], fingerprint):
             raise UserError(f"{begun} is of something else.", "Move it away.")
         return store.Store.resume(output)
     n = sum(len(part.records) for part in parts)
@@ -189,14 +179,18 @@ def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> sto
         known = np.array([environments.index(line) for line in lines])
         computed_by[part.records] = known[np.minimum(part.file.computed_by, len(lines) - 1)]
     spec = parts[0].file.dataset(fingerprint["pool"][0], fingerprint["layers"][0])
-    offsets = None
-    if "residue" in fingerprint["pool"]:
-        sizes = _gathered(parts, 0, n, lambda part, rows: np.diff(_of(part)[rows.start : rows.stop + 1]))
-        offsets = np.append(0, np.cumsum(sizes))
+    offsets = _offsets(parts, n) if "residue" in fingerprint["pool"] else None
+    stored = [
+        part.file.dataset(kind, layer)
+        for part in parts
+        for kind in fingerprint["pool"]
+        for layer in fingerprint["layers"]
+    ]
+    all_else = sum(part.path.stat().st_size for part in parts) - sum(int(data.nbytes) for data in stored)
     layout = store.Layout(
         spec.shape[1], tuple(fingerprint["layers"]), tuple(fingerprint["pool"]), spec.dtype, column("lengths"),
         column("replaced"), column("flags"), np.where(status == store.DONE, store.PENDING, status).astype(np.uint8),
-        column("reason"), offsets, names, sum(part.path.stat().st_size for part in parts), None, "\n".join(environments),
+        column("reason"), offsets, names, all_else, None, "\n".join(environments),
         computed_by, _attributes(parts, fingerprint),
     )  # fmt: skip
     layout.attributes["merged_from"] = json.dumps([part.path.name for part in parts])
@@ -239,9 +233,8 @@ def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) 
             done, recomputed = pending & (status == store.DONE), (file.flags[rows] & store.RECOMPUTED) > 0
             file.mark(rows[done & ~recomputed])
             file.mark(rows[done & recomputed], flag=store.RECOMPUTED)
-            for code in np.unique(
-                reason[pending & (status == store.SKIPPED)]
-            ).tolist():  # taken back by a resumed merge
+            # Skipped for want of memory by its shard, and so pending in a merge that is resumed.
+            for code in np.unique(reason[pending & (status == store.SKIPPED)]).tolist():
                 file.mark(rows[pending & (reason == code)], store.SKIPPED, reason=code)
             file.commit()
         yield stop - start

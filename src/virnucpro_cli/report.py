@@ -132,6 +132,19 @@ def console(quiet: bool = False) -> Console:
     )
 
 
+def stdout() -> Console:
+    """For what a command was asked to show."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def facts_table(title: str) -> Table:
+    """Names to the left, and what is said of each to the right."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
 class Tracker:
     """Progress in tokens, or what else: a bar on a terminal, otherwise one line every 30 seconds."""
 

@@ -4,7 +4,6 @@ Too large: in the same dtype with the layers' work in parts, then in fp32 on the
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -18,12 +17,11 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import in_a_line
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.packing import Plan, first_fit_decreasing
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.policies import Int64
-from virnucpro_cli.pooling import Pooler
 
 PART = 4096
 """Rows of a part: a multiple of the smallest rung, so that products have the bits that they have in a whole pack."""
@@ -36,10 +34,8 @@ def second_pass(
     device: torch.device, backend: Backend, environment_of: Callable[[torch.device, torch.dtype, str], str], note: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Embed or skip what the placer has in `unfit` and `broken`. `note` is told; environment_of(device, dtype, backend): as the file records it."""
-    exact_arithmetic()  # where workers did the first pass, nobody has said so here yet
     unfit, broken = _taken(placer)
     spec, state, _ = model_weights.load(found)
-    pooler = Pooler(config.pool, runner.store_dtype(config.store_dtype))
     wide = torch.float32
 
     def again(records: Int64, make: Callable[[], ESM2], budget: int = 1024) -> tuple[Int64, Int64]:
@@ -50,7 +46,7 @@ def second_pass(
             note(f"no room for the weights: {in_a_line(error)}")
             torch.cuda.empty_cache()
             return records, np.empty(0, np.int64)
-        _run(placer, records, budget, partial(model.embed, wanted=layers, pooler=pooler), model.device)
+        _run(placer, records, budget, runner.compute_with(model, layers, config), model.device)
         return _taken(placer)
 
     if len(unfit):

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +15,10 @@ import torch
 
 from virnucpro_cli import attention
 from virnucpro_cli.collate import Item, PackedBatch
+from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, in_a_line
-from virnucpro_cli.pooling import Embeddings
+from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.pooling import Embeddings, Pooler
 
 
 class Collate(Protocol):
@@ -204,6 +207,11 @@ def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int, stor
         while budget > 1024 and budget * per_token > free // 2:
             budget //= 2
     return budget
+
+
+def compute_with(model: ESM2, layers: tuple[int, ...], config: EmbedConfig) -> Compute:
+    """What a run computes of a batch: the kinds and layers that it stores."""
+    return partial(model.embed, wanted=layers, pooler=Pooler(config.pool, store_dtype(config.store_dtype)))
 
 
 def keep_freed_memory() -> None:

@@ -91,19 +91,16 @@ def _of_the_task(count: int | None, environment: Mapping[str, str]) -> Shard:
             f"{', '.join(s.variable for s in SCHEDULERS)} is set).",
             "Say which one it is, such as --shard 3/40.",
         )
-    index = number(scheduler.variable, "the index")
-    if count is not None:
-        first = number(scheduler.first, "the first index") if scheduler.last is not None else int(scheduler.first)
-        step = number(scheduler.step, "the step") if scheduler.last is not None else 1
-        return Shard((index - first) // step + 1, count)
-    first, last = number(scheduler.first, "the first index"), number(scheduler.last, "the last index")
+    index, first = number(scheduler.variable, "the index"), number(scheduler.first, "the first index")
     step = number(scheduler.step, "the step")
-    found = Shard((index - first) // step + 1, (last - first) // step + 1)
-    if int(environment.get("SLURM_ARRAY_TASK_COUNT", found.count)) != found.count and scheduler.name == "Slurm":
-        raise UserError(
-            "--shard auto: the array of this job has gaps.", "Submit it as --array=1-40, or give --shard K/N yourself."
-        )
-    return found
+    if count is None:
+        count = (number(scheduler.last, "the last index") - first) // step + 1
+        if scheduler.name == "Slurm" and int(environment.get("SLURM_ARRAY_TASK_COUNT", count)) != count:
+            raise UserError(
+                "--shard auto: the array of this job has gaps.",
+                "Submit it as --array=1-40, or give --shard K/N yourself.",
+            )
+    return Shard((index - first) // step + 1, count)
 
 
 def _scheduler(environment: Mapping[str, str]) -> _Scheduler | None:

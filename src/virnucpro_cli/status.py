@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from virnucpro_cli import shards, store
+from virnucpro_cli import report, shards, store
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.validation import audit
 
@@ -17,7 +16,7 @@ def run(output: str) -> bool:
     Raises UserError if there is neither a shard nor the output itself.
     """
     target = Path(output)
-    out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    out = report.stdout()
     found = shards.files_of(target)
     merged = store.fingerprint_of(target) if target.exists() else None
     if merged is not None:

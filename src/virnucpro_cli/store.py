@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import Stopped, UserError
 
 SCHEMA = 1
 PENDING, DONE, SKIPPED = 0, 1, 2
@@ -40,6 +41,8 @@ NAME_BLOCK = 1 << 16
 LARGE_WRITE = 1 << 15
 MOST_STAGED = 1 << 26
 CHECKSUM_BLOCK, CHECKSUM_BYTES = 1 << 24, 64
+ONLY_PLACE = ("attention", "device")
+"""Fingerprint keys that change how values round and nothing else: a run may go on elsewhere, and the file says which rows did."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -147,8 +150,9 @@ def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, in words."""
-    keys = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+    """What differs between two fingerprints in words, but for ONLY_PLACE."""
+    keys = sorted((theirs.keys() | ours.keys()) - set(ONLY_PLACE))
+    keys = [key for key in keys if theirs.get(key) != ours.get(key)]
     words = {"input_sha256": "the content of the input differs", "weights_sha256": "the model's weights differ"}
     return [words.get(key, f"{key}: {theirs.get(key)} there, {ours.get(key)} now") for key in keys]
 
@@ -445,11 +449,12 @@ class Store:
         self._environment = None
 
     def _set(self, name: str, column: NDArray[Any], rows: NDArray[np.int64], values: Any) -> None:
-        if (column[rows] != values).any():
-            changed = column.copy()
-            changed[rows] = values
-            self._write_column(name, changed, rows)
-            column[rows] = values  # last: a signal in the middle must not leave it looking written
+        """Write what changes, and only then remember it: a signal in the middle must not leave it looking written."""
+        distinct, first = np.unique(rows, return_index=True)
+        new = np.broadcast_to(np.asarray(values, column.dtype), len(rows))[first]
+        if (column[distinct] != new).any():
+            self._write_rows(name, distinct, new)
+            column[distinct] = new
 
     def _write_column(self, name: str, column: NDArray[Any], rows: NDArray[np.int64]) -> None:
         rows = np.unique(rows)
@@ -475,6 +480,20 @@ class Store:
         else:
             _rename_new(self.path, self.output)
         self.path = self.output
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Commit what is done if the block fails or is stopped, as far as the disk still lets us, and close the file in any case."""
+        try:
+            yield
+        except BaseException as error:
+            with suppress(UserError):  # if the disk is what failed, the first error is the one to show
+                self.commit()
+            if isinstance(error, Stopped):
+                error.resumable = True
+            raise
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Release the lock. What was placed but not committed stays pending."""
@@ -714,6 +733,11 @@ class EmbeddingFile:
     def checksum_of_the_run(self) -> str:
         """What `checksum` was when embed had finished; empty before."""
         return self._file["run/checksum"][()].decode()
+
+    @property
+    def unaltered(self) -> bool:
+        """Whether its bytes are those that embed wrote; reads all of them."""
+        return self.checksum_of_the_run == self.checksum()
 
     def checksum(self) -> str:
         """The checksum of the file as it is now."""

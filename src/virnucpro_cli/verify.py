@@ -20,17 +20,16 @@ FILE, INPUT, ROWS = "File", "FASTA", "Rows"
 
 def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None) -> Verdict:
     """Check the file; inputs: its FASTA, by default where the file says it was. Raises UserError if it is not one of ours."""
-    report.check_places({"report": report_path}, [path, *inputs])
     out = report.console()
     verdict = Verdict("verify")
     with audit.opened(path) as file:
         with audit.damage_named(path):
             settings = audit.settings_of(file, path)
+            named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
+            report.check_places({"report": report_path}, [path, *named])
             verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
             verdict.checks += _of_the_file(file)
             unit = np.arange(len(file))
-            named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
-        report.check_places({"report": report_path}, [path, *named])
         if not inputs and not all(Path(name).is_file() for name in named):
             verdict.notes.append(f"the FASTA is not at {', '.join(named)}: not compared; say where it is with --fasta")
         else:
@@ -67,11 +66,9 @@ def _of_the_file(file: store.EmbeddingFile) -> list[Check]:
         _check(FILE, "no record pending", pending > 0, f"{pending:,} are"),
     ]
     if file.complete:
-        stored, found = file.checksum_of_the_run, file.checksum()
-        what = (
-            "it has none" if not stored else "its bytes are not those that embed wrote: copy it again, or embed again"
-        )
-        checks.append(_check(FILE, "checksum of all bytes", stored != found, what))
+        differs = "its bytes are not those that embed wrote: copy it again, or embed again"
+        what = differs if file.checksum_of_the_run else "it has none"
+        checks.append(_check(FILE, "checksum of all bytes", not file.unaltered, what))
     return checks
 
 

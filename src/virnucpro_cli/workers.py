@@ -41,7 +41,7 @@ from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.packing import Plan
 from virnucpro_cli.placer import Placer, Window
 from virnucpro_cli.policies import Work
-from virnucpro_cli.pooling import Embeddings, Pooler
+from virnucpro_cli.pooling import Embeddings
 from virnucpro_cli.store import PENDING, Store
 
 LARGEST_SHARE = 256
@@ -400,8 +400,7 @@ def _work(job: Job, device: torch.device, channel: Connection) -> None:
         file, job.table, job.work, job.plan, job.config, job.todo, report.Clock(), pin=device.type == "cuda"
     )
     placer.broken = file.broken
-    pooler = Pooler(job.config.pool, runner.store_dtype(job.config.store_dtype))
-    compute = partial(model.embed, wanted=job.layers, pooler=pooler)
+    compute = runner.compute_with(model, job.layers, job.config)
 
     try:
         while True:

@@ -119,12 +119,8 @@ def opened(path: str) -> store.EmbeddingFile:
         raise UserError(
             f"{path} is not an HDF5 file, or damaged at its very start.", "Name a file that virnucpro embed wrote."
         )
-    try:
+    with damage_named(path):
         file = store.read_embeddings(path)
-    except UserError:
-        raise
-    except Exception as error:  # HDF5 has a type for everything that may be wrong inside
-        raise _damaged(path, in_a_line(error)) from None
     if "fingerprint" not in file.attributes:
         raise UserError(f"{path} was not written by virnucpro embed.")
     return file
