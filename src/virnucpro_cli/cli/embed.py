@@ -1,0 +1,159 @@
+"""virnucpro embed."""
+
+from typing import Annotated
+
+import typer
+
+from virnucpro_cli.cli.options import Overwrite, QcFile, ReportFile, budget, numbers
+from virnucpro_cli.config import EmbedConfig, resolve
+from virnucpro_cli.errors import EXIT_SOME_SKIPPED
+
+EPILOG = (
+    "Exit codes: 0 all done; 2 something to put right (the message says what); 3 finished, but some records were skipped; "
+    "70 a bug; 128+signal after an orderly stop, which the same command resumes."
+)
+
+
+def embed(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="FASTA files, plain or gz, bz2, xz, zst; - for standard input."),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT.h5", help="The HDF5 file to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="8M, 35M, 150M, 650M, 3B, 15B, their long names, demo, or a path to a fair-esm .pt, a .safetensors file or a HuggingFace directory. [default: 650M]",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", metavar="N,N", help="Layers to store: 0 is the embedding, -1 the last. [default: -1]"),
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option("--pool", metavar="KIND,KIND", help="Any of mean, bos, residue. [default: mean]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="Compute in auto, fp32, fp16, bf16 or fp8 (Hopper; approximate: errors of several %). "
+            "[default: auto: fp16 on CUDA, fp32 elsewhere]",
+        ),
+    ] = None,
+    store_dtype: Annotated[
+        str | None, typer.Option("--store-dtype", metavar="TYPE", help="Store fp16 or fp32. [default: fp16]")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="auto, cpu, cuda (all GPUs), cuda:N, cuda:N,N or mps. [default: auto]",
+        ),
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            help="Processes on this host, that share the devices; auto is one for each GPU, and one on a CPU. [default: auto]",
+        ),
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            "--attention",
+            metavar="NAME",
+            help="auto, triton, torch_varlen, flash_attn, efficient or sdpa; a named one runs or is refused. [default: auto]",
+        ),
+    ] = None,
+    token_budget: Annotated[
+        str | None, typer.Option("--token-budget", metavar="N", help="Tokens per pack, or auto. [default: auto]")
+    ] = None,
+    max_residues: Annotated[
+        int | None,
+        typer.Option("--max-residues", metavar="N", help="Longest protein embedded in one piece. [default: 1022]"),
+    ] = None,
+    long: Annotated[
+        str | None,
+        typer.Option(
+            "--long",
+            metavar="HOW",
+            help="Longer proteins: truncate, full, window (overlapping windows, stitched), skip or error. [default: truncate]",
+        ),
+    ] = None,
+    overlap: Annotated[
+        int | None,
+        typer.Option("--overlap", metavar="N", help="Least overlap of two windows, in residues. [default: 256]"),
+    ] = None,
+    invalid: Annotated[
+        str | None,
+        typer.Option(
+            "--invalid",
+            metavar="HOW",
+            help="Residues outside the alphabet: x (embed as X), error or skip. [default: x]",
+        ),
+    ] = None,
+    id: Annotated[
+        str | None,
+        typer.Option(
+            "--id", metavar="HOW", help="Names: first (up to the first white space) or full header. [default: first]"
+        ),
+    ] = None,
+    no_dedup: Annotated[
+        bool, typer.Option("--no-dedup", help="Compute identical proteins again instead of copying.")
+    ] = False,
+    overwrite: Overwrite = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard a partial output instead of resuming it.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan and print it.")] = False,
+    no_preallocate: Annotated[
+        bool,
+        typer.Option(
+            "--no-preallocate", help="Do not reserve the disk space first (network disks where that is slow)."
+        ),
+    ] = False,
+    force_protein: Annotated[
+        bool, typer.Option("--force-protein", help="Accept a file that looks like nucleotides.")
+    ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="K/N",
+            help="Embed the K-th of N parts, into OUT.shard-K-of-N.h5; auto in an array job (auto/N if it does not tell N). "
+            "See status and merge.",
+        ),
+    ] = None,
+    qc: QcFile = None,
+    report: ReportFile = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", metavar="FILE.toml", help="Options from a TOML file, table [embed]; flags win."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Embed protein FASTA files into one HDF5 file, row i for record i.
+
+    Nothing else is needed: virnucpro embed proteins.fasta -o embeddings.h5. An interrupted run is resumed by the same command.
+    """
+    flags = {
+        "inputs": tuple(inputs), "output": output, "model": model, "layers": numbers(layers),
+        "pool": None if pool is None else tuple(dict.fromkeys(part.strip() for part in pool.split(","))),
+        "dtype": dtype, "store_dtype": store_dtype, "device": device, "workers": budget(workers), "attention": attention,
+        "token_budget": budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
+        "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
+        "restart": restart or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,
+        "force_protein": force_protein or None, "shard": shard, "qc": qc, "report": report, "quiet": quiet or None,
+    }  # fmt: skip
+    settings = resolve(EmbedConfig, config, flags)
+    from virnucpro_cli import embed as workflow
+
+    summary = workflow.run(settings)
+    if summary.counts.get("skipped") and not (settings.dry_run or summary.already_complete):
+        raise typer.Exit(EXIT_SOME_SKIPPED)

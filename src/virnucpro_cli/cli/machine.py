@@ -1,0 +1,37 @@
+"""Commands about this machine: doctor, fetch."""
+
+from typing import Annotated
+
+import typer
+
+from virnucpro_cli.errors import EXIT_GATE_FAILED, UserError
+
+DOCTOR_EPILOG = "Exit codes: 0 nothing stands in the way of a run; 1 something does, with a remedy."
+
+
+def doctor() -> None:
+    """Show what a run would find on this machine: driver, GPUs, kernels, weights, disks, batch system; and what to do."""
+    from virnucpro_cli import doctor as workflow
+
+    if not workflow.run():
+        raise typer.Exit(EXIT_GATE_FAILED)
+
+
+def fetch(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Model names, e.g. 650M demo.")
+    ] = None,
+    list_models: Annotated[
+        bool, typer.Option("--list", help="Show which models are on this machine, and where.")
+    ] = False,
+) -> None:
+    """Put weights into the cache ahead of time, for compute nodes without internet access."""
+    from virnucpro_cli import fetch as workflow
+
+    if list_models:
+        workflow.show()
+    elif models:
+        for model in models:
+            workflow.run(model)
+    else:
+        raise UserError("fetch needs a model's name.", "virnucpro fetch 650M, or virnucpro fetch --list")

@@ -1,0 +1,74 @@
+"""A command as a process: its signals, its standard streams, and how an error is told."""
+
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+from virnucpro_cli import __version__
+from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, STOP_SIGNALS, Stopped, UserError
+
+
+class StopOnce:
+    """Turns the first signal into Stopped; later ones must not disturb the way out, which commits what is done."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if not self.stopped:
+            self.stopped = True
+            raise Stopped(signum)
+
+
+def on_stop_signals(handler: Any) -> None:
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(signum, handler)
+
+
+def end_at_once() -> None:
+    """Signals kill a command that has nothing to put in order: HDF5 can be lost in a damaged file, where no handler gets its turn."""
+    on_stop_signals(signal.SIG_DFL)
+
+
+def say(*lines: str) -> None:
+    with suppress(OSError):  # nobody may be listening any more
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def fail(error: UserError) -> None:
+    say(f"error: {error.what}", *([error.remedy] if error.remedy else []))
+
+
+def bug(error: BaseException) -> None:
+    with tempfile.NamedTemporaryFile("w", prefix="virnucpro-", suffix=".log", delete=False) as log:
+        log.write(f"virnucpro {__version__}: {sys.argv}\n")
+        traceback.print_exception(error, file=log)
+    say(
+        f"internal error, a bug in virnucpro: {type(error).__name__}: {error}",
+        f"The traceback is in {log.name}; please report it.",
+    )
+
+
+def open_closed_streams() -> None:
+    """A closed standard stream would give its number to the next file opened, and libraries would write into that."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def usage_or_bug(error: Exception) -> int:
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
+        error.show()
+        return EXIT_USER_ERROR
+    bug(error)
+    return EXIT_INTERNAL
