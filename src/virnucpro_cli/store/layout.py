@@ -1,0 +1,193 @@
+"""Everything that the file will ever hold, written by HDF5 before the first forward; embeddings have their place and no value."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli.store.disk import pwrite_all
+from virnucpro_cli.store.schema import (
+    CHECKSUM_BYTES,
+    ENVIRONMENT_BYTES,
+    FLAG_NAMES,
+    NAME_BLOCK,
+    REASONS,
+    REPORT_BYTES,
+    SCHEMA,
+    STATUS_NAMES,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything the file will ever hold except embeddings. N records, D hidden.
+
+    names(start, stop) gives the record names of a range, name_bytes bounds their total; residue_offsets int64 [N + 1] only with per-residue output.
+    """
+
+    hidden: int
+    layers: tuple[int, ...]
+    kinds: tuple[str, ...]
+    store_dtype: np.dtype[Any]
+    lengths: NDArray[np.int32]
+    replaced: NDArray[np.int32]
+    flags: NDArray[np.uint16]
+    status: NDArray[np.uint8]
+    reason: NDArray[np.uint8]
+    residue_offsets: NDArray[np.int64] | None
+    names: Callable[[int, int], list[str]]
+    name_bytes: int  # of all names, at most
+    records: NDArray[np.int64] | None = None  # of a shard: the number of each record in the input
+    environment: str = "{}"  # of this run, in a line (several, with computed_by): see Store.compute_in
+    computed_by: NDArray[np.uint8] | None = None  # all zero, unless they are known
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the embeddings themselves."""
+        pooled = len(self.lengths) * sum(kind != "residue" for kind in self.kinds)
+        residues = int(self.residue_offsets[-1]) if self.residue_offsets is not None else 0
+        return (pooled + residues) * len(self.layers) * self.hidden * self.store_dtype.itemsize
+
+    @property
+    def file_bytes(self) -> int:
+        """What the whole file takes at most: embeddings, names with their heap entries, small columns, HDF5's own."""
+        per_record = (
+            16
+            + 40
+            + 4
+            + 4
+            + 2
+            + 1
+            + 1
+            + 1
+            + 8 * (self.records is not None)
+            + (8 if self.residue_offsets is not None else 0)
+        )
+        return (
+            self.data_bytes
+            + len(self.lengths) * per_record
+            + self.name_bytes
+            + REPORT_BYTES
+            + ENVIRONMENT_BYTES
+            + (1 << 17)
+        )
+
+
+def _create_contiguous(group: Any, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+    """A dataset whose bytes have their place in the file from the start, and are not touched by HDF5."""
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
+    h5py.h5d.create(group.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, creation)
+
+
+class _Reserved:
+    """A file as HDF5 writes its layout into it: never made smaller, so that room once reserved stays reserved.
+
+    `error` is the first OSError of a write, which HDF5 itself reports as something else.
+    """
+
+    def __init__(self, fd: int):
+        self.fd, self.at, self.size = fd, 0, 0
+        self.error: OSError | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + (self.size if whence == os.SEEK_END else self.at if whence == os.SEEK_CUR else 0)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, count: int = -1) -> bytes:
+        data = os.pread(self.fd, self.size - self.at if count < 0 else count, self.at)
+        self.at += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        count = os.preadv(self.fd, [buffer], self.at)
+        self.at += count
+        return count
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        try:
+            pwrite_all(self.fd, view, self.at)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.at += view.nbytes
+        self.size = max(self.size, self.at)
+        return view.nbytes
+
+    def truncate(self, size: int | None = None) -> int:
+        self.size = self.at if size is None else size
+        return self.size
+
+    def flush(self) -> None:
+        pass
+
+
+def lay_out(fd: int, layout: Layout) -> None:
+    """Write everything but embeddings, and make the file exactly as long as HDF5 says. Raises OSError."""
+    file = _Reserved(fd)
+    try:
+        _write_layout(file, layout)
+    except Exception:
+        if file.error is not None:
+            raise file.error from None
+        raise
+    os.ftruncate(fd, file.size)
+
+
+def _write_layout(room: _Reserved, layout: Layout) -> None:
+    n = len(layout.lengths)
+    with h5py.File(room, "w") as file:
+        for key, value in layout.attributes.items():
+            file.attrs[key] = value
+        file.attrs["schema"] = SCHEMA
+        file.attrs["status_names"] = json.dumps(dict(enumerate(STATUS_NAMES)))
+        file.attrs["flag_names"] = json.dumps(FLAG_NAMES)
+        file.attrs["reason_names"] = json.dumps(dict(enumerate(REASONS)))
+        names = file.create_dataset("sequence_ids", (n,), h5py.string_dtype("utf-8"))
+        for start in range(0, n, NAME_BLOCK):
+            stop = min(n, start + NAME_BLOCK)
+            names[start:stop] = layout.names(start, stop)
+        for name in ("lengths", "replaced", "flags", "status", "reason"):
+            column = getattr(layout, name)
+            _create_contiguous(file, name, (n,), column.dtype)
+            file[name][:] = column
+        _create_contiguous(file, "computed_by", (n,), np.uint8)
+        file["computed_by"][:] = np.zeros(n, np.uint8) if layout.computed_by is None else layout.computed_by
+        if layout.records is not None:
+            file["records"] = layout.records
+        if layout.residue_offsets is not None:
+            residue = file.create_group("residue")
+            residue["offsets"] = layout.residue_offsets
+            for layer in layout.layers:
+                _create_contiguous(
+                    residue, str(layer), (int(layout.residue_offsets[-1]), layout.hidden), layout.store_dtype
+                )
+        pooled = [kind for kind in ("mean", "bos") if kind in layout.kinds]
+        for kind in pooled:
+            group = file.create_group(kind)
+            for layer in layout.layers:
+                _create_contiguous(group, str(layer), (n, layout.hidden), layout.store_dtype)
+        if pooled:
+            file["embeddings"] = file[pooled[0]][str(layout.layers[-1])]
+        run = file.create_group("run")
+        _create_contiguous(run, "report", (), f"S{REPORT_BYTES}")
+        run["report"][()] = b"{}"
+        _create_contiguous(run, "environments", (), f"S{ENVIRONMENT_BYTES}")
+        run["environments"][()] = layout.environment.encode() + b"\n"
+        _create_contiguous(run, "checksum", (), f"S{CHECKSUM_BYTES}")
+        run["checksum"][()] = b""
+        _create_contiguous(run, "complete", (), np.uint8)
+        run["complete"][()] = 0

@@ -1,0 +1,181 @@
+"""An embeddings file as its readers see it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.store.disk import checksum
+from virnucpro_cli.store.schema import (
+    NAME_BLOCK,
+    ONLY_PLACE,
+    SCHEMA,
+    whole_lines,
+)
+
+
+def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
+    """(fingerprint, complete) of a file that this program wrote; None if it is something else."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            if file.attrs.get("schema") != SCHEMA or "fingerprint" not in file.attrs:
+                return None
+            return json.loads(file.attrs["fingerprint"]), bool(file["run/complete"][()])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints in words, but for ONLY_PLACE."""
+    keys = sorted((theirs.keys() | ours.keys()) - set(ONLY_PLACE))
+    keys = [key for key in keys if theirs.get(key) != ours.get(key)]
+    words = {"input_sha256": "the content of the input differs", "weights_sha256": "the model's weights differ"}
+    return [words.get(key, f"{key}: {theirs.get(key)} there, {ours.get(key)} now") for key in keys]
+
+
+class EmbeddingFile:
+    """An embeddings file opened for reading. Rows are in FASTA order; a record's number is its identity.
+
+    `file[3]`, `file[10:20]`, `file["P12345"]` give rows of the default embedding (the `/embeddings` link).
+    """
+
+    def __init__(self, path: str | Path):
+        self._file = h5py.File(path, "r", locking=False)  # its structure never changes, even while a run fills it
+        if self._file.attrs.get("schema") != SCHEMA:
+            self._file.close()
+            raise UserError(f"{path} is not an embeddings file of schema {SCHEMA}.")
+        self.attributes: dict[str, Any] = dict(self._file.attrs)
+        self.lengths: NDArray[np.int32] = self._file["lengths"][:]
+        self.status: NDArray[np.uint8] = self._file["status"][:]
+        self.flags: NDArray[np.uint16] = self._file["flags"][:]
+        self.reason: NDArray[np.uint8] = self._file["reason"][:]
+        self.replaced: NDArray[np.int32] = self._file["replaced"][:]
+        self._rows: dict[str, list[int]] | None = None
+        self._names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __enter__(self) -> "EmbeddingFile":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def complete(self) -> bool:
+        return int(self._file["run/complete"][()]) == 1
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads(self._file["run/report"][()])
+
+    @property
+    def records(self) -> NDArray[np.int64] | None:
+        """Of a shard: the number of each row's record in the input; None of a whole file, where that is the row's own."""
+        return self._file["records"][:] if "records" in self._file else None
+
+    @property
+    def computed_by(self) -> NDArray[np.uint8]:
+        """Number in `environments` of what computed each record; it counts where a row is done."""
+        return self._file["computed_by"][:]
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """Device, attention backend and versions of the runs that filled this file: one, unless it was resumed elsewhere."""
+        return [json.loads(line) for line in whole_lines(self._file["run/environments"][()])]
+
+    @property
+    def checksum_of_the_run(self) -> str:
+        """What `checksum` was when embed had finished; empty before."""
+        return self._file["run/checksum"][()].decode()
+
+    @property
+    def unaltered(self) -> bool:
+        """Whether its bytes are those that embed wrote; reads all of them."""
+        return self.checksum_of_the_run == self.checksum()
+
+    def checksum(self) -> str:
+        """The checksum of the file as it is now."""
+        offsets = [self._file[f"run/{name}"].id.get_offset() for name in ("checksum", "complete")]
+        with open(self._file.filename, "rb") as file:
+            return checksum(file.fileno(), *offsets)
+
+    def names_of(self, start: int, stop: int) -> list[str]:
+        """The names of a range of records, read from the file."""
+        names: list[str] = self._file["sequence_ids"].asstr()[start:stop].tolist()
+        return names
+
+    @property
+    def names(self) -> list[str]:
+        if self._names is None:
+            self._names = self._file["sequence_ids"].asstr()[:].tolist()
+        return self._names
+
+    @property
+    def layers(self) -> list[int]:
+        return [int(x) for x in json.loads(self.attributes["layers"])]
+
+    @property
+    def default(self) -> str | None:
+        """What `/embeddings` is, such as mean/33; None if it is absent or nothing of the run's."""
+        there = self._file.get("embeddings")
+        names = [f"{kind}/{layer}" for kind in ("mean", "bos") for layer in self.layers]
+        return next((name for name in names if name in self._file and self._file[name] == there), None)
+
+    @property
+    def residue_offsets(self) -> NDArray[np.int64]:
+        """int64 [N + 1]; needs `--pool residue`."""
+        return self._file["residue/offsets"][:]
+
+    def rows(self, name: str) -> list[int]:
+        """Every row of that name, in order; names need not be unique. Raises KeyError."""
+        if self._rows is None:
+            self._rows = {}
+            for row, known in enumerate(self.names):
+                self._rows.setdefault(known, []).append(row)
+        return self._rows[name]
+
+    def dataset(self, kind: str | None = None, layer: int | None = None) -> h5py.Dataset:
+        """The h5py dataset of a pooling kind and layer (default: the last requested); negative layers are not resolved."""
+        if kind is None and layer is None:
+            if "embeddings" not in self._file:
+                raise KeyError("this file holds only per-residue embeddings: use residues(row)")
+            return self._file["embeddings"]
+        return self._file[kind or "mean"][str(self.layers[-1] if layer is None else layer)]
+
+    def __getitem__(self, key: int | slice | str | list[int] | NDArray[Any]) -> NDArray[Any]:
+        if isinstance(key, str):
+            key = self.rows(key)[0]
+        if (
+            isinstance(key, list | np.ndarray) and np.asarray(key).dtype != np.bool_
+        ):  # h5py wants them increasing and distinct
+            distinct, back = np.unique(np.asarray(key), return_inverse=True)
+            return self.dataset()[distinct][back]
+        return self.dataset()[key]
+
+    def __iter__(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """(name, row) of every record, in order."""
+        for start in range(0, len(self), NAME_BLOCK):
+            yield from zip(
+                self.names[start : start + NAME_BLOCK], self.dataset()[start : start + NAME_BLOCK], strict=True
+            )
+
+    def residues(self, key: int | str, layer: int | None = None) -> NDArray[Any]:
+        """Per-residue array [L, D] of a record (empty if it was skipped); needs `--pool residue`."""
+        row = self.rows(key)[0] if isinstance(key, str) else range(len(self))[key]
+        first, last = self._file["residue/offsets"][row : row + 2]
+        return self.dataset("residue", layer)[first:last]
+
+
+def read_embeddings(path: str | Path) -> EmbeddingFile:
+    """Open an embeddings file. No torch needed."""
+    return EmbeddingFile(path)

@@ -1,0 +1,26 @@
+"""What is in the file, schema 1: codes, bits, reasons and sizes."""
+
+import errno
+
+SCHEMA = 1
+PENDING, DONE, SKIPPED = 0, 1, 2
+STATUS_NAMES = ("pending", "done", "skipped")
+TRUNCATED, REPLACED, RECOMPUTED, COPIED, WINDOWED = 1, 2, 4, 8, 16
+FLAG_NAMES = {1: "truncated", 2: "replaced", 4: "recomputed in fp32", 8: "copied", 16: "windowed"}
+REASONS = ("", "empty", "invalid residues", "too long", "not finite", "out of memory")
+EMPTY, INVALID, TOO_LONG, NOT_FINITE, NO_MEMORY = 1, 2, 3, 4, 5
+AFTER_TRYING = (NOT_FINITE, NO_MEMORY)
+"""Reasons that no policy gives: what came of an attempt."""
+REPORT_BYTES = 1 << 16
+ENVIRONMENT_BYTES = 1 << 14
+MOST_ENVIRONMENTS = 255
+NAME_BLOCK = 1 << 16
+CHECKSUM_BLOCK, CHECKSUM_BYTES = 1 << 24, 64
+ONLY_PLACE = ("attention", "device")
+"""Fingerprint keys that change how values round and nothing else: a run may go on elsewhere, and the file says which rows did."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def whole_lines(text: bytes) -> list[str]:
+    """A last line without its end is one that a power cut tore."""
+    return text[: text.rfind(b"\n") + 1].decode().splitlines()
