@@ -74,7 +74,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     "wrong",
     [
         {"dtype": "fp4"}, {"store_dtype": "bf16"}, {"attention": "fast"}, {"long": "cut"}, {"invalid": "ignore"},
-        {"id": "last"}, {"pool": ("max",)}, {"pool": ()}, {"layers": ()}, {"token_budget": 1000},
+        {"id": "last"}, {"pool": ("median",)}, {"pool": ()}, {"layers": ()}, {"token_budget": 1000},
         {"token_budget": "much"}, {"max_residues": 0}, {"long": "window", "overlap": 1022},
         {"long": "window", "overlap": -1}, {"output": "-"}, {"model": ""}, {"report": ""},
     ],

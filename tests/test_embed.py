@@ -19,13 +19,15 @@ from virnucpro_cli import placer, runner, store
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.kinds import KINDS, OF_ALL_RESIDUES, POOLED
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.report import RunReport
 from virnucpro_cli.store import read_embeddings
 
-ALL = ("mean", "bos", "residue")
+ALL = KINDS
+OF_WINDOWS = tuple(kind for kind in KINDS if kind not in OF_ALL_RESIDUES)
 Embed = Callable[..., RunReport]
 Make = Callable[..., Path]
 
@@ -84,6 +86,10 @@ def test_row_i_is_record_i_and_equals_fair_esm(
             for layer, hidden in reference.embed(sequence, (0, 1, 2)).items():
                 assert_same(file.dataset("mean", layer)[row], hidden[1:-1].mean(0))
                 assert_same(file.dataset("bos", layer)[row], hidden[0])
+                assert_same(file.dataset("eos", layer)[row], hidden[-1])
+                assert_same(file.dataset("max", layer)[row], hidden[1:-1].amax(0))
+                if len(sequence) > 1:
+                    assert_same(file.dataset("std", layer)[row], hidden[1:-1].std(0, correction=0))
                 assert_same(file.residues(row, layer), hidden[1:-1])
 
 
@@ -129,7 +135,7 @@ def test_duplicates_each_keep_their_row(tmp_path: Path, embed: Embed) -> None:
         assert file.names == ["a", "b", "a", "c", "b"]
         assert (file.flags & store.COPIED > 0).tolist() == [False, False, True, True, False]
         assert (file.status == store.DONE).all()
-        for kind in ("mean", "bos"):
+        for kind in POOLED:
             rows = file.dataset(kind)[:]
             np.testing.assert_array_equal(rows[[0, 0]], rows[[2, 3]])
         np.testing.assert_array_equal(file.residues(0), file.residues(3))
@@ -194,7 +200,7 @@ def test_long_proteins_may_be_skipped_or_refused(tmp_path: Path, make_fasta: Mak
 def test_a_window_longer_than_every_protein_changes_no_bit(tmp_path: Path, make_fasta: Make, embed: Embed) -> None:
     fasta = make_fasta([50, 130, 100, 1, 40])
     for long in ("window", "full"):
-        embed(fasta, tmp_path / f"{long}.h5", pool=ALL, long=long, max_residues=130, overlap=20)
+        embed(fasta, tmp_path / f"{long}.h5", pool=OF_WINDOWS, long=long, max_residues=130, overlap=20)
     found, expected = datasets(tmp_path / "window.h5"), datasets(tmp_path / "full.h5")
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)
@@ -203,7 +209,7 @@ def test_a_window_longer_than_every_protein_changes_no_bit(tmp_path: Path, make_
 def test_short_proteins_among_windowed_ones_keep_their_bits(tmp_path: Path, make_fasta: Make, embed: Embed) -> None:
     fasta = make_fasta([50, 700, 100, 650, 40])
     for long in ("window", "full"):
-        embed(fasta, tmp_path / f"{long}.h5", pool=ALL, long=long, max_residues=200, overlap=20)
+        embed(fasta, tmp_path / f"{long}.h5", pool=OF_WINDOWS, long=long, max_residues=200, overlap=20)
     with read_embeddings(tmp_path / "window.h5") as found, read_embeddings(tmp_path / "full.h5") as expected:
         assert found.flags.tolist() == [0, store.WINDOWED, 0, store.WINDOWED, 0]
         for row in (0, 2, 4):
@@ -219,7 +225,7 @@ def test_windows_are_blended_as_written_down(
     """Evenly spread windows, triangular weights, one at every residue; mean and bos follow from the same weights."""
     total, window, overlap = 1000, 300, 100
     fasta = make_fasta([60, total, 200])
-    options = {"pool": ALL, "store_dtype": "fp32", "long": "window", "max_residues": window, "overlap": overlap}
+    options = {"pool": OF_WINDOWS, "store_dtype": "fp32", "long": "window", "max_residues": window, "overlap": overlap}
     embed(fasta, tmp_path / "out.h5", token_budget=budget, **options)
 
     sequence = read_fasta(fasta)[1][1]
@@ -241,7 +247,25 @@ def test_windows_are_blended_as_written_down(
         assert_same(file.residues(1), rows)
         assert_same(file[1], rows.mean(0))
         assert_same(file.dataset("bos")[1], first)
+        assert_same(file.dataset("eos")[1], hidden[-1])  # of the last window
         assert file.flags[1] == store.WINDOWED and file.residues(1).shape == (total, 32)
+
+
+def test_max_and_std_of_windows_are_refused_with_a_way_out(tmp_path: Path, make_fasta: Make, embed: Embed) -> None:
+    with pytest.raises(UserError, match="--long full"):
+        embed(make_fasta([30]), tmp_path / "out.h5", pool=("mean", "std"), long="window")
+
+
+@pytest.mark.parametrize(
+    ("pool", "default"), [(("std", "eos"), "eos/2"), (("max", "bos"), "bos/2"), (("std",), "std/2")]
+)
+def test_the_default_embedding_is_the_first_of_the_table(
+    tmp_path: Path, make_fasta: Make, embed: Embed, pool: tuple[str, ...], default: str
+) -> None:
+    embed(make_fasta([30, 40]), tmp_path / "out.h5", pool=pool)
+    with read_embeddings(tmp_path / "out.h5") as file:
+        assert file.default == default and np.isfinite(file[:]).all()
+        np.testing.assert_array_equal(file[:], file.dataset(default[:3])[:])
 
 
 def test_a_commit_may_come_while_every_protein_still_waits_for_windows(
@@ -258,7 +282,7 @@ def test_a_commit_may_come_while_every_protein_still_waits_for_windows(
 def test_copies_of_a_windowed_protein_get_its_rows(tmp_path: Path, make_fasta: Make, embed: Embed) -> None:
     fasta = make_fasta([400])
     fasta = write(tmp_path / "twice.fasta", fasta.read_text() + fasta.read_text())
-    embed(fasta, tmp_path / "out.h5", pool=ALL, long="window", max_residues=150, overlap=50)
+    embed(fasta, tmp_path / "out.h5", pool=OF_WINDOWS, long="window", max_residues=150, overlap=50)
     with read_embeddings(tmp_path / "out.h5") as file:
         assert file.flags.tolist() == [store.WINDOWED, store.WINDOWED | store.COPIED]
         np.testing.assert_array_equal(file[0], file[1])
@@ -358,7 +382,7 @@ def test_values_that_do_not_fit_the_store_end_as_skipped_nan(tmp_path: Path, tin
     with read_embeddings(tmp_path / "out.h5") as file:
         assert file.status.tolist() == [1, 2, 1, 2] and file.reason.tolist() == [0, 4, 0, 4]
         for layer in (0, 2):
-            for kind in ("mean", "bos"):
+            for kind in POOLED:
                 assert np.isnan(file.dataset(kind, layer)[:]).all(axis=1).tolist() == [False, True, False, True]
             assert np.isnan(file.residues(1, layer)).all() and np.isfinite(file.residues(2, layer)).all()
     assert report.counts["skipped"] == 2
@@ -371,7 +395,14 @@ def test_windows_that_do_not_fit_the_store_end_as_skipped_nan(tmp_path: Path, ti
     model = spoiled(tmp_path / "model", tiny_model, "W", 1e6)
     fasta = write(tmp_path / "in.fasta", f">a\n{'MKVLA' * 40}\n>b\n{'MKVLA' * 39}MKWLA\n>c\nMKV\n")
     embed(
-        fasta, tmp_path / "out.h5", model=str(model), layers=(0,), pool=ALL, long="window", max_residues=50, overlap=9
+        fasta,
+        tmp_path / "out.h5",
+        model=str(model),
+        layers=(0,),
+        pool=OF_WINDOWS,
+        long="window",
+        max_residues=50,
+        overlap=9,
     )
     with read_embeddings(tmp_path / "out.h5") as file:
         assert file.status.tolist() == [1, 2, 1] and file.reason.tolist() == [0, 4, 0]
@@ -385,7 +416,7 @@ def test_what_overflows_in_fp16_is_computed_again_in_fp32(
     """A tryptophan of 1e6 overflows an fp16 forward; the last layer of the fp32 one is ordinary."""
     model = spoiled(tmp_path / "model", tiny_model, "W", 1e6)
     fasta = write(tmp_path / "in.fasta", f">a\nMKVLA\n>b\nMKWLA\n>c\n{'MKVLA' * 30}W\n>d\nMKWLA\n>e\nMKV\n")
-    options = {"model": str(model), "pool": ALL, "long": long, "overlap": 30}
+    options = {"model": str(model), "pool": OF_WINDOWS if long == "window" else ALL, "long": long, "overlap": 30}
     options |= {"max_residues": 100 if long == "window" else 200}
     report = embed(fasta, tmp_path / "half.h5", dtype="fp16", **options)
     embed(fasta, tmp_path / "single.h5", dtype="fp32", **options)

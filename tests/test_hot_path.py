@@ -15,6 +15,7 @@ from virnucpro_cli import fasta
 from virnucpro_cli.attention import Backend
 from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.kernels import plain
+from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import ModelSpec
@@ -59,7 +60,7 @@ def counted(layers: int, sequences: list[str], folder: Path) -> Counter[str]:
     model, batch = model_of(layers), one_pack(folder, sequences, 4096)
     forward(model, batch)
     with Count() as count:
-        forward(model, batch, ("mean", "bos", "residue"))
+        forward(model, batch, KINDS)
     return count.names
 
 
@@ -90,7 +91,7 @@ def test_python_does_nothing_per_protein_in_the_forward(tmp_path: Path) -> None:
     model = model_of(2)
     few, many = (one_pack(tmp_path, ["MKV" * 10] * n, 4096) for n in (2, 100))
     forward(model, many)
-    counts = [python_calls(lambda b=b: forward(model, b, ("mean", "bos", "residue"))) for b in (few, many)]  # type: ignore[misc]
+    counts = [python_calls(lambda b=b: forward(model, b, KINDS)) for b in (few, many)]  # type: ignore[misc]
     assert counts[0] == counts[1]
 
 

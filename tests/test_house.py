@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "virnucpro_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
-    ("config", "report", "errors"),
+    ("config", "kinds", "report", "errors"),
     ("collate", "packing", "fasta", "alphabet", "pooling"),
     ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
     ("validation", "timing", "workers", "rescue", "shards", "qc"),

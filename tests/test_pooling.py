@@ -1,4 +1,4 @@
-"""Mean, bos and residue rows against a loop in float64; windows; what is flagged as not finite."""
+"""Pooled and residue rows against a loop in float64; windows; what is flagged as not finite."""
 
 import random
 from pathlib import Path
@@ -11,6 +11,7 @@ from conftest import relative_l2
 from packs import one_pack, random_protein
 from virnucpro_cli import fasta, pooling
 from virnucpro_cli.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.kinds import KINDS, POOLED
 from virnucpro_cli.packing import first_fit_decreasing, windowed_segments
 from virnucpro_cli.pooling import Embeddings, Pooler
 
@@ -34,7 +35,7 @@ def hidden() -> torch.Tensor:
 
 def pool(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype = torch.float32) -> Embeddings:
     found = Embeddings()
-    Pooler(pooling.KINDS, store_dtype).add(found, 1, hidden, batch)
+    Pooler(KINDS, store_dtype).add(found, 1, hidden, batch)
     return found
 
 
@@ -63,6 +64,29 @@ def test_bos_is_the_cls_row_itself(hidden: torch.Tensor, batch: PackedBatch) -> 
     assert torch.equal(pool(hidden, batch).pooled["bos", 1], hidden[starts])
 
 
+def test_eos_is_the_eos_row_itself(hidden: torch.Tensor, batch: PackedBatch) -> None:
+    ends = np.cumsum([length + 2 for length in LENGTHS]) - 1
+    assert torch.equal(pool(hidden, batch).pooled["eos", 1], hidden[ends])
+
+
+def test_max_and_std_leave_out_cls_and_eos(hidden: torch.Tensor, batch: PackedBatch) -> None:
+    bounds = batch.cu_seqlens.long()
+    for special in (bounds[:-1], bounds[1:] - 1):
+        hidden[special] = 1e4
+    found = pool(hidden, batch).pooled
+    for i, residues in enumerate(residues_of(hidden)):
+        assert torch.equal(found["max", 1][i].double(), residues.amax(0))
+        expected = residues.std(0, correction=0)
+        assert relative_l2(found["std", 1][i], expected) < 1e-6 if len(residues) > 1 else not found["std", 1][i].any()
+
+
+def test_a_deviation_far_from_zero_loses_no_digits(hidden: torch.Tensor, batch: PackedBatch) -> None:
+    hidden += 3000  # squares of sums would leave two digits in float32
+    found = pool(hidden, batch).pooled["std", 1]
+    for row, residues in zip(found, residues_of(hidden), strict=True):
+        assert len(residues) == 1 or relative_l2(row, residues.std(0, correction=0)) < 1e-6
+
+
 @pytest.mark.parametrize("store_dtype", [torch.float16, torch.float32])
 def test_residue_rows_are_the_hidden_rows_in_the_store_dtype(
     store_dtype: torch.dtype, hidden: torch.Tensor, batch: PackedBatch
@@ -83,7 +107,7 @@ def test_the_mean_of_half_precision_rows_is_accumulated_in_fp32(
 
 
 def test_only_what_was_asked_for_is_kept(hidden: torch.Tensor, batch: PackedBatch) -> None:
-    for kinds in (("mean",), ("bos",), ("residue",), ("bos", "residue")):
+    for kinds in (*((kind,) for kind in KINDS), ("bos", "residue")):
         found = Embeddings()
         pooler = Pooler(kinds, torch.float32)
         for layer in (3, 1):
@@ -163,7 +187,7 @@ def test_what_overflows_the_store_dtype_is_flagged(hidden: torch.Tensor, batch: 
     hidden[row_of(batch, 0, 7), 3] = 7e4  # above fp16's 65504; the mean of 300 residues is not
     hidden[row_of(batch, 2, 0), 3] = -7e4
     hidden[row_of(batch, 3, 1), 3] = 7e4  # the only residue
-    expected = {"mean": only(3), "bos": only(2), "residue": only(0, 3)}
+    expected = {"mean": only(3), "bos": only(2), "max": only(0, 3), "residue": only(0, 3)}
     for kind, finite in expected.items():
         found = Embeddings()
         Pooler((kind,), torch.float16).add(found, 1, hidden, batch)
@@ -189,15 +213,20 @@ def test_filler_that_is_not_finite_flags_nobody(hidden: torch.Tensor, batch: Pac
     assert all(bool(rows.isfinite().all()) for rows in found.pooled.values())
 
 
-def test_the_bits_of_a_mean_do_not_depend_on_the_company(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", POOLED)
+def test_the_bits_of_a_pool_do_not_depend_on_the_company(kind: str, tmp_path: Path) -> None:
     generator = random.Random(5)
     probe = random_protein(333, generator)
     rows = torch.randn(335, D, generator=torch.Generator().manual_seed(7))
-    means = []
+    found = []
     for before in ([], [10], [200, 200, 7]):
         batch = one_pack(tmp_path, [*(random_protein(n, generator) for n in before), probe], 1024)
         hidden = torch.randn(1024, D)
         start = int(batch.cu_seqlens[-2])
         hidden[start : start + 335] = rows
-        means.append(pooling.mean(hidden, batch)[-1])
-    assert torch.equal(means[0], means[1]) and torch.equal(means[0], means[2])
+        found.append(pooling.POOLS[kind](hidden, batch)[-1])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_every_kind_has_its_function() -> None:
+    assert list(pooling.POOLS) == list(POOLED)

@@ -20,6 +20,7 @@ from sabotage import (  # fmt: skip
 )
 from virnucpro_cli import embed, validate
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model import reference
 from virnucpro_cli.store import DONE, read_embeddings
 from virnucpro_cli.validate import validate_model
@@ -179,8 +180,8 @@ def written(tmp_path: Path, proteins: Path) -> Callable[..., Path]:
     "options",
     [
         {},
-        {"pool": ("mean", "bos", "residue"), "layers": (0, 3, -1), "store_dtype": "fp32"},
-        {"long": "window", "max_residues": 60, "overlap": 20, "pool": ("mean", "bos", "residue")},
+        {"pool": KINDS, "layers": (0, 3, -1), "store_dtype": "fp32"},
+        {"long": "window", "max_residues": 60, "overlap": 20, "pool": ("mean", "bos", "eos", "residue")},
         {"long": "full", "max_residues": 60},
         {"max_residues": 60, "invalid": "skip", "pool": ("residue",)},
         {"long": "skip", "max_residues": 100, "id": "full", "dtype": "bf16"},

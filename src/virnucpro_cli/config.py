@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.kinds import KINDS, OF_ALL_RESIDUES
 
 CHOICES = {
     "dtype": ("auto", "fp32", "fp16", "bf16", "fp8"),
@@ -19,7 +20,6 @@ CHOICES = {
 }
 LARGEST = 1 << 24
 MOST_WORKERS = 256
-POOLS = ("mean", "bos", "residue")
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 PEERS = ("fair-esm", "transformers", "esm-efficient", "faesm")
 
@@ -59,13 +59,19 @@ class EmbedConfig:
         _check(self)
         if self.output == "-":
             raise UserError("--output is -, and HDF5 cannot be written to a pipe.", "Name a file, such as out.h5.")
-        unknown = [kind for kind in self.pool if kind not in POOLS]
+        unknown = [kind for kind in self.pool if kind not in KINDS]
         if unknown or not self.pool:
-            raise UserError(f"--pool has {', '.join(unknown) or 'nothing'}.", f"Choose any of {', '.join(POOLS)}.")
+            raise UserError(f"--pool has {', '.join(unknown) or 'nothing'}.", f"Choose any of {', '.join(KINDS)}.")
         if self.workers != "auto" and not (isinstance(self.workers, int) and 1 <= self.workers <= MOST_WORKERS):
             raise UserError(f"--workers is {self.workers}.", f"Give auto, or 1 to {MOST_WORKERS}.")
         if not self.layers:
             raise UserError("--layers has nothing.", "Give numbers such as -1 or 0,6,-1.")
+        whole = [kind for kind in self.pool if kind in OF_ALL_RESIDUES]
+        if self.long == "window" and whole:
+            raise UserError(
+                f"--pool {','.join(whole)} with --long window: a protein's windows do not add up to that.",
+                "Choose --long full, or compute it from the rows of --pool residue.",
+            )
         if self.long == "window" and not 0 <= self.overlap < self.max_residues:
             raise UserError(
                 f"--overlap is {self.overlap}.", f"Give 0 or more, and less than --max-residues {self.max_residues}."

@@ -400,7 +400,7 @@ def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list
             notes.append(f"{count:,} of {n:,} proteins skipped: {store.REASONS[code]}; their rows are NaN")
     if config.pool == ("residue",):
         notes.append(
-            "only per-residue rows are stored, so the file has no /embeddings; add mean or bos to --pool for one row a protein"
+            "only per-residue rows are stored, so the file has no /embeddings; add mean, say, to --pool for one row a protein"
         )
     repeated = _repeated_names(table, config) if config.shard is None else 0
     if repeated:

@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from virnucpro_cli import qc, report, store
+from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.validation import audit
 
 EXAMPLES = 3
@@ -106,7 +107,7 @@ def methods(file: store.EmbeddingFile) -> str:
     """A paragraph that says how the embeddings were made, for a Methods section."""
     settings = json.loads(file.attributes["fingerprint"])
     environment = json.loads(file.attributes["environment"])
-    kinds = {"mean": "the mean over residues", "bos": "the row of the <cls> token", "residue": "per-residue rows"}
+    kinds = {**POOLED, "residue": "per-residue rows"}
     done = file.status == store.DONE
     device = str(file.attributes["device"]).removesuffix(" (auto)")
     device = f"a CPU ({device.removeprefix('CPU, ')})" if device.startswith("CPU, ") else device

@@ -11,6 +11,7 @@ from virnucpro_cli import report, store
 from virnucpro_cli.collate import Item, PackedBatch, VarlenCollator
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.fasta import RecordTable
+from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
 from virnucpro_cli.policies import Int64, Work
 from virnucpro_cli.pooling import Embeddings
@@ -83,7 +84,7 @@ class Placer:
             if kind == "residue" and layer != "offsets":
                 for row in rows.tolist():
                     self._place_residues(int(layer), row, np.full((int(self.work.embedded[row]), width), np.nan))
-            elif kind in ("mean", "bos"):
+            elif kind in POOLED:
                 self.file.place(kind, int(layer), rows, np.full((len(rows), width), np.nan, self.store_dtype))
         self.file.mark(rows, store.SKIPPED, reason=reason)
 
@@ -116,14 +117,17 @@ class Placer:
         segment = int(batch.segments[i])
         weights = self.collator.weights_of(segment)
         share = np.float32(weights.sum(dtype=np.float64) / self.work.embedded[record])
+        start = int(self.work.segments.start[segment])
+        is_last = start + len(weights) == self.work.embedded[record]
+        part = {"bos": share, "eos": np.float32(is_last)}  # a mean is weighted already
         end = int(batch.lengths[: i + 1].sum())
         inside = slice(end - int(batch.lengths[i]) + 1, end - 1)
         pooled = {
-            (kind, layer): values.numpy()[i] * (share if kind == "bos" else np.float32(1))
+            (kind, layer): values.numpy()[i] * part.get(kind, np.float32(1))
             for (kind, layer), values in found.pooled.items()
         }
         residue = {layer: values.numpy()[inside].copy() for layer, values in found.residue.items()}
-        self.keep(record, Window(segment, int(self.work.segments.start[segment]), pooled, residue))
+        self.keep(record, Window(segment, start, pooled, residue))
 
     def keep(self, record: int, window: "Window") -> None:
         """Take one window of a record; with the last of them the record is placed."""

@@ -1,4 +1,4 @@
-"""Hidden rows of a packed batch to what is stored: mean, bos and residue rows, accumulated in float64 on the device.
+"""Hidden rows of a packed batch to what is stored: pooled and residue rows, accumulated in float64 on the device.
 
 Every sum runs over one segment's rows in order, so its bits do not depend on what else is in the pack.
 """
@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 import torch
 
 from virnucpro_cli.collate import PackedBatch
-
-KINDS = ("mean", "bos", "residue")
 
 
 @dataclass
@@ -29,12 +27,36 @@ def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     rows = hidden.float()
     if batch.weights is not None:
         rows = rows * batch.weights[:, None]
-    return (_residue_sum(rows, batch) / batch.divisor[:, None]).float()
+    return (_over_residues("sum", _wide(rows), batch) / batch.divisor[:, None]).float()
 
 
 def bos(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """The `<cls>` row of each segment, float32 [n, D]."""
     return hidden.index_select(0, batch.cu_seqlens[:-1]).float()
+
+
+def eos(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The `<eos>` row of each segment, float32 [n, D]."""
+    return hidden.index_select(0, batch.cu_seqlens[1:] - 1).float()
+
+
+def maximum(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The largest value of each channel over the residues of each segment, float32 [n, D]. Not of windows."""
+    return _over_residues("max", hidden.float(), batch)
+
+
+def deviation(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Population standard deviation over the residues of each segment, float32 [n, D], in two passes. Not of windows."""
+    wide = _wide(hidden.float())
+    count = batch.divisor[:, None]
+    mean = _over_residues("sum", wide, batch) / count
+    rows = torch.arange(len(hidden), dtype=batch.cu_seqlens.dtype, device=hidden.device)
+    owner = torch.bucketize(rows, batch.cu_seqlens[1:-1], right=True)  # of filler, the last segment: it is in no sum
+    centred = mean.index_select(0, owner).sub_(wide).square_()
+    return (_over_residues("sum", centred, batch) / count).sqrt().float()
+
+
+POOLS = {"mean": mean, "bos": bos, "eos": eos, "max": maximum, "std": deviation}
 
 
 def residues(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype) -> torch.Tensor:
@@ -44,12 +66,15 @@ def residues(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype)
     return hidden.float() * batch.weights[:, None]
 
 
-def _residue_sum(rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+def _over_residues(reduction: str, rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     # Offsets alternate residues with the <eos><cls> between two segments; every second sum is kept.
     bounds = torch.stack((batch.cu_seqlens[:-1] + 1, batch.cu_seqlens[1:] - 1), dim=1).flatten()
-    # In float64 (which Apple GPUs lack): it adds row after row, and in float32 that error would exceed the forward's.
-    wide = rows if rows.device.type == "mps" else rows.double()
-    return torch.segment_reduce(wide, "sum", offsets=bounds, axis=0, unsafe=True)[::2]
+    return torch.segment_reduce(rows, reduction, offsets=bounds, axis=0, unsafe=True)[::2]
+
+
+def _wide(rows: torch.Tensor) -> torch.Tensor:
+    """In float64 (which Apple GPUs lack): a sum adds row after row, and in float32 that error would exceed the forward's."""
+    return rows if rows.device.type == "mps" else rows.double()
 
 
 class Pooler:
@@ -59,7 +84,7 @@ class Pooler:
         self.kinds, self.store_dtype = kinds, store_dtype
 
     def add(self, into: Embeddings, layer: int, hidden: torch.Tensor, batch: PackedBatch) -> None:
-        for kind, pool in (("mean", mean), ("bos", bos)):
+        for kind, pool in POOLS.items():
             if kind in self.kinds:
                 rows = pool(hidden, batch)
                 into.pooled[kind, layer] = rows
@@ -68,7 +93,7 @@ class Pooler:
             rows = residues(hidden, batch, self.store_dtype)
             into.residue[layer] = rows
             broken = ~rows.to(self.store_dtype).isfinite().all(dim=1, keepdim=True)
-            self._note_finite(into, _residue_sum(broken.float(), batch)[:, 0] == 0)
+            self._note_finite(into, _over_residues("sum", broken.float(), batch)[:, 0] == 0)
 
     @staticmethod
     def _note_finite(into: Embeddings, finite: torch.Tensor) -> None:

@@ -22,12 +22,12 @@ from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import embed, fasta, report, runner
 from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.model.spec import stream_dtype
-from virnucpro_cli.pooling import KINDS
 from virnucpro_cli.store import RECOMPUTED, read_embeddings
 from virnucpro_cli.validation import audit, gates, golden, invariance, oracle
 from virnucpro_cli.validation.oracle import Rows, Sample

@@ -33,7 +33,8 @@ def embed(
         typer.Option("--layers", metavar="N,N", help="Layers to store: 0 is the embedding, -1 the last. [default: -1]"),
     ] = None,
     pool: Annotated[
-        str | None, typer.Option("--pool", metavar="KIND,KIND", help="Any of mean, bos, residue. [default: mean]")
+        str | None,
+        typer.Option("--pool", metavar="KIND,KIND", help="Any of mean, bos, eos, max, std, residue. [default: mean]"),
     ] = None,
     dtype: Annotated[
         str | None,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store.disk import (
     checksum,
     create_locked,
@@ -74,7 +75,7 @@ class Store:
                     self.places[name] = _Place(item.id.get_offset(), row)
 
             file.visititems(note)
-            for kind in ("mean", "bos"):  # visititems reports a dataset once, perhaps as /embeddings
+            for kind in POOLED:  # visititems reports a dataset once, perhaps as /embeddings
                 for name, item in file[kind].items() if kind in file else ():
                     note(f"{kind}/{name}", item)
 

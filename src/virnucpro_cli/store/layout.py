@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from virnucpro_cli.kinds import pooled
 from virnucpro_cli.store.disk import pwrite_all
 from virnucpro_cli.store.schema import (
     CHECKSUM_BYTES,
@@ -50,9 +51,9 @@ class Layout:
     @property
     def data_bytes(self) -> int:
         """Bytes of the embeddings themselves."""
-        pooled = len(self.lengths) * sum(kind != "residue" for kind in self.kinds)
+        rows = len(self.lengths) * len(pooled(self.kinds))
         residues = int(self.residue_offsets[-1]) if self.residue_offsets is not None else 0
-        return (pooled + residues) * len(self.layers) * self.hidden * self.store_dtype.itemsize
+        return (rows + residues) * len(self.layers) * self.hidden * self.store_dtype.itemsize
 
     @property
     def file_bytes(self) -> int:
@@ -175,13 +176,13 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
                 _create_contiguous(
                     residue, str(layer), (int(layout.residue_offsets[-1]), layout.hidden), layout.store_dtype
                 )
-        pooled = [kind for kind in ("mean", "bos") if kind in layout.kinds]
-        for kind in pooled:
+        kinds = pooled(layout.kinds)
+        for kind in kinds:
             group = file.create_group(kind)
             for layer in layout.layers:
                 _create_contiguous(group, str(layer), (n, layout.hidden), layout.store_dtype)
-        if pooled:
-            file["embeddings"] = file[pooled[0]][str(layout.layers[-1])]
+        if kinds:
+            file["embeddings"] = file[kinds[0]][str(layout.layers[-1])]
         run = file.create_group("run")
         _create_contiguous(run, "report", (), f"S{REPORT_BYTES}")
         run["report"][()] = b"{}"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store.disk import checksum
 from virnucpro_cli.store.schema import (
     NAME_BLOCK,
@@ -128,7 +129,7 @@ class EmbeddingFile:
     def default(self) -> str | None:
         """What `/embeddings` is, such as mean/33; None if it is absent or nothing of the run's."""
         there = self._file.get("embeddings")
-        names = [f"{kind}/{layer}" for kind in ("mean", "bos") for layer in self.layers]
+        names = [f"{kind}/{layer}" for kind in POOLED for layer in self.layers]
         return next((name for name in names if name in self._file and self._file[name] == there), None)
 
     @property

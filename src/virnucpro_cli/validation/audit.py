@@ -19,6 +19,7 @@ import virnucpro_cli
 from virnucpro_cli import fasta, report, runner, store
 from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.kinds import pooled
 from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.reference import Reference
@@ -213,8 +214,8 @@ def _of_the_file(
 ) -> list[Check]:
     """Completeness, input, weights, and whether the file's attributes say what its fingerprint says."""
     pending = int((file.status == store.PENDING).sum())
-    pooled = [kind for kind in ("mean", "bos") if kind in settings["pool"]]
-    default = f"{pooled[0]}/{settings['layers'][-1]}" if pooled else None
+    kinds = pooled(settings["pool"])
+    default = f"{kinds[0]}/{settings['layers'][-1]}" if kinds else None
     return [
         _check(
             "complete",
@@ -382,7 +383,7 @@ def _of_the_values(
 
 def _expected(
     text: str, layers: list[int], settings: dict[str, Any], judge: Reference
-) -> dict[int, dict[str, NDArray[np.float64]]]:
+) -> dict[int, dict[str, NDArray[Any]]]:
     """The reference's rows of one protein under the run's policy for long ones."""
     ids = reference.encode(text)[1:-1]
     whole = len(ids)
@@ -394,7 +395,7 @@ def _expected(
         segments = windowed_segments(np.zeros(1, np.int64), np.asarray([whole]), longest, settings["overlap"])
         starts, window = segments.start.tolist(), longest
     weights = window_weights(whole, tuple(starts), window)
-    found = {
+    found: dict[int, dict[str, NDArray[Any]]] = {
         layer: {"residue": np.zeros((whole, judge.spec.hidden)), "bos": np.zeros(judge.spec.hidden)} for layer in layers
     }
     for start, weight in zip(starts, weights, strict=True):
@@ -403,6 +404,7 @@ def _expected(
             rows = hidden.double().cpu().numpy()
             found[layer]["residue"][start : start + window] += rows[1:-1] * weight[:, None]
             found[layer]["bos"] += rows[0] * (weight.sum() / whole)
+            found[layer]["eos"] = rows[-1]
     for layer in layers:
-        found[layer]["mean"] = found[layer]["residue"].mean(axis=0)
+        found[layer] |= oracle.pooled(found[layer]["residue"])
     return found

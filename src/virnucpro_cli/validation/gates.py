@@ -7,12 +7,12 @@ import torch
 
 from virnucpro_cli import runner
 from virnucpro_cli.config import ValidateConfig
-from virnucpro_cli.pooling import KINDS
+from virnucpro_cli.kinds import KINDS, POOLED
 from virnucpro_cli.validation import agreement, oracle
 from virnucpro_cli.validation.oracle import Rows, Sample
 from virnucpro_cli.validation.verdict import Check
 
-SEMANTICS_GATES = {"mean": 1e-5, "bos": 1e-5, "residue": 2e-5}
+SEMANTICS_GATES = {**dict.fromkeys(POOLED, 1e-5), "residue": 2e-5}
 MEDIAN_OF_FLOOR, WORST_OF_FLOOR, BIAS_OF_FLOOR = 1.5, 3.0, 1.5
 MAX_REL_L2 = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 6e-2, "fp8": 4e-1}
 """Largest relative L2 of a pooled row by compute dtype, from real 8M weights (worst seen: 5.2e-6 and 6.4e-3 of 420 proteins,

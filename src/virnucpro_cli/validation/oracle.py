@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model.reference import Reference
-from virnucpro_cli.pooling import KINDS
 from virnucpro_cli.validation import agreement
 
 Float64 = NDArray[np.float64]
 Rows = dict[tuple[str, int], NDArray[np.floating]]
-"""(kind, layer) -> [n, D] for mean and bos, [sum of lengths, D] for residue."""
+"""(kind, layer) -> [n, D], for residue [sum of lengths, D]."""
 
 ODD_LETTERS = b"XUBZO.-<"
 LONGEST = 4096
@@ -62,8 +62,14 @@ def stratified(lengths: NDArray[np.int64], odd: NDArray[np.uint16], size: int, s
     return np.sort([*chosen, *(int(random.choice(stratum)) for stratum in strata if len(stratum))])
 
 
+def pooled(residues: NDArray[np.floating]) -> dict[str, NDArray[np.floating]]:
+    """What is pooled from a protein's residue rows [L, D], each [D]; means in float64."""
+    mean, std = (reduce(residues, axis=0, dtype=np.float64) for reduce in (np.mean, np.std))
+    return {"mean": mean, "max": residues.max(axis=0), "std": std}
+
+
 def rows_of(reference: Reference, sample: Sample, layers: tuple[int, ...], together: int = 1) -> Rows:
-    """The reference's mean (in float64), bos and residue rows of every protein: one at a time, or `together` of similar
+    """The reference's rows of every kind, of every protein: one at a time, or `together` of similar
     length as a padded batch.
     """
     found: dict[tuple[str, int], list[NDArray[np.floating]]]
@@ -78,8 +84,9 @@ def rows_of(reference: Reference, sample: Sample, layers: tuple[int, ...], toget
         for i, hidden_of in zip(batch, rows, strict=True):
             for layer, hidden in hidden_of.items():
                 host = (hidden if hidden.dtype == torch.float64 else hidden.float()).cpu().numpy()
-                found["mean", layer][i] = host[1:-1].mean(axis=0, dtype=np.float64)[None]
-                found["bos", layer][i] = host[:1]
+                for kind, values in pooled(host[1:-1]).items():
+                    found[kind, layer][i] = values[None]
+                found["bos", layer][i], found["eos", layer][i] = host[:1], host[-1:]
                 found["residue", layer][i] = host[1:-1]
     return {key: np.concatenate(each) for key, each in found.items()}
 
@@ -109,7 +116,7 @@ class Errors:
 
 
 def errors(found: Rows, expected: Rows, sample: Sample, kind: str, layer: int) -> Errors:
-    """Relative L2 of each vector: of each protein's for mean and bos, of each residue's for residue."""
+    """Relative L2 of each vector: of each protein, for residue of each residue's for residue."""
     owner = sample.owner if kind == "residue" else np.arange(len(sample))
     return Errors(agreement.relative_l2(found[kind, layer], expected[kind, layer]), owner)
 

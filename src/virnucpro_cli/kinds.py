@@ -1,0 +1,19 @@
+"""What can be stored of a protein. A new kind of pooling is a row here and a function in pooling.py (and the oracle's)."""
+
+POOLED = {
+    "mean": "the mean over residues",
+    "bos": "the row of the <cls> token",
+    "eos": "the row of the <eos> token",
+    "max": "the maximum over residues",
+    "std": "the standard deviation over residues",
+}
+"""Kinds of one row a protein, in words. /embeddings is the first of them that was asked for."""
+
+KINDS = (*POOLED, "residue")
+OF_ALL_RESIDUES = ("max", "std")
+"""Kinds that windows of a protein do not add up to."""
+
+
+def pooled(kinds: tuple[str, ...] | list[str]) -> list[str]:
+    """Those of one row a protein, the first as the default embedding."""
+    return [kind for kind in POOLED if kind in kinds]
