@@ -139,7 +139,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(
     [
         (["--layers", "3"], ["--layers", "3"]),
         (["--layers", "last"], ["--layers", "'last'"]),
-        (["--pool", "max"], ["--pool", "max", "residue"]),
+        (["--pool", "median"], ["--pool", "median", "residue"]),
         (["--dtype", "fp8"], ["--dtype", "fp16"]),
         (["--long", "cut"], ["--long", "window"]),
         (["--token-budget", "12"], ["--token-budget", "1024"]),

@@ -17,6 +17,7 @@ LAYERS = (
     ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
     ("validation", "timing", "workers", "rescue", "shards", "qc"),
     ("embed", "fetch", "bench", "validate", "inspect", "verify", "merge", "status", "doctor"),
+    ("extract",),
     ("cli",),
     ("__main__",),
 )

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from virnucpro_cli import __version__
-from virnucpro_cli.cli import bench, embed, files, machine, shards, validate
+from virnucpro_cli.cli import bench, embed, extract, files, machine, shards, validate
 from virnucpro_cli.cli.process import StopOnce, bug, fail, on_stop_signals, open_closed_streams, say, usage_or_bug
 from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USER_ERROR, Stopped, UserError
 
@@ -39,6 +39,7 @@ COMMANDS = (
 
 for command, epilog in COMMANDS:
     app.command(epilog=epilog)(command)
+app.command(context_settings=extract.UNTOUCHED)(extract.extract)
 
 
 @app.callback(invoke_without_command=True)

@@ -30,17 +30,23 @@ _EXTRA = re.compile(
     r"|lm_head\..*|classifier\..*|score\..*|qa_outputs\..*|embed_out|encoder\.lm_head\..*"
 )
 _OLD_NORM_NAME = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
+State = dict[str, Any]
+"""Tensors under the names of fair-esm's `ESM2.state_dict()`."""
+
+CONTACT_HEAD, LM_HEAD = "contact_head.regression", "lm_head"
 _PREFIXES = ("encoder.sentence_encoder.", "encoder.", "esm.", "module.", "model.")
 
 
 def load(weights: Weights) -> tuple[ModelSpec, dict[str, Any], tuple[str, ...]]:
-    """Read the files: spec, state under fair-esm's names (checked, on the CPU), and notes for the report.
+    """Read the files: spec, state under fair-esm's names (checked, on the CPU), and notes for the report. Of the heads for
+    tokens and contacts, those that are whole; others are left out.
 
     Raises UserError naming the first tensors that are missing, mis-shaped or unknown inside the encoder.
     """
     if weights.seed is not None:
         assert weights.spec is not None
-        return weights.spec, random_state(weights.spec, weights.seed), ("random weights: the embeddings mean nothing",)
+        state = random_state(weights.spec, weights.seed) | random_heads(weights.spec, weights.seed)
+        return weights.spec, state, ("random weights: the embeddings mean nothing",)
     config = _read_config(weights.config) if weights.config else {}
     raw: dict[str, Any] = {}
     for file in weights.files:
@@ -65,6 +71,7 @@ def load(weights: Weights) -> tuple[ModelSpec, dict[str, Any], tuple[str, ...]]:
     spec = _spec_of(state, config, weights)
     notes = [*weights.notes, *_settle_inv_freq(state, spec)]
     _check_shapes(state, spec, weights)
+    state |= heads_in(raw, spec)
     return spec, state, tuple(notes)
 
 
@@ -104,6 +111,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         "hidden": config.get("hidden_size"),
         "heads": config.get("num_attention_heads"),
     }
+
+
+def read_tensors(path: Path) -> State:
+    """The tensors of one file, as they are named there. Raises UserError."""
+    return _read_file(path)[0]
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -244,6 +256,41 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             expected[f"layers.{i}.{name}.weight"] = expected[f"layers.{i}.{name}.bias"] = (d,)
     expected["emb_layer_norm_after.weight"] = expected["emb_layer_norm_after.bias"] = (d,)
     return expected
+
+
+def head_shapes(spec: ModelSpec) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Every tensor of each head under fair-esm's name, with its shape; the token embedding is the last matrix of lm_head."""
+    d = spec.hidden
+    return {
+        LM_HEAD: {
+            "dense.weight": (d, d), "dense.bias": (d,), "layer_norm.weight": (d,), "layer_norm.bias": (d,), "bias": (VOCABULARY,),
+        },
+        CONTACT_HEAD: {"weight": (1, spec.layers * spec.heads), "bias": (1,)},
+    }  # fmt: skip
+
+
+def heads_in(raw: State, spec: ModelSpec) -> State:
+    """The heads of which all tensors are in a file, in their shapes."""
+    found: State = {}
+    for head, tensors in head_shapes(spec).items():
+        there = {name: raw.get(name, raw.get(f"esm.{name}", raw.get(f"encoder.{name}")))
+                 for name in (f"{head}.{part}" for part in tensors)}  # fmt: skip
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in there.values()]
+        if shapes == list(tensors.values()):
+            found |= there
+    return found
+
+
+def random_heads(spec: ModelSpec, seed: int = 0) -> State:
+    """Random heads of trained-like scale, as `random_state`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed + 1)
+    found = {}
+    for head, tensors in head_shapes(spec).items():
+        for part, shape in tensors.items():
+            found[f"{head}.{part}"] = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+    return found
 
 
 def _check_shapes(state: dict[str, Any], spec: ModelSpec, weights: Weights) -> None:

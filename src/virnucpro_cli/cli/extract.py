@@ -1,0 +1,60 @@
+"""virnucpro extract, with the arguments of fair-esm's scripts/extract.py, which only argparse understands."""
+
+import argparse
+from typing import Annotated, Any
+
+import typer
+
+from virnucpro_cli.errors import EXIT_SOME_SKIPPED
+
+UNTOUCHED = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": list[str]()}
+INCLUDE = ("mean", "per_tok", "bos", "contacts")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        super().add_usage(usage, actions, groups, "Usage: ")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of fair-esm's extract.py, with their defaults."""
+    found = argparse.ArgumentParser(
+        "virnucpro extract",
+        description="Write what fair-esm's extract.py writes: OUTDIR/{header}.pt for each protein, in fp32.",
+        epilog="Existing files are replaced, as extract.py does. An interrupted run is resumed by the same command.\n"
+        "Exit codes: 0 all done; 2 something to put right; 3 finished, but some records are empty and have no file.",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    found.add_argument("model", metavar="MODEL", help="esm2_t6_8M_UR50D ..., a .pt file, or what embed --model takes")
+    found.add_argument("fasta", metavar="FASTA", help="proteins, plain or gz, bz2, xz, zst")
+    found.add_argument("output", metavar="OUTDIR", help="made if it is not there")
+    found.add_argument("--include", nargs="+", choices=INCLUDE, required=True, help="what the files hold")
+    found.add_argument("--repr_layers", type=int, default=[-1], nargs="+", help="0 is the embedding, -1 the last layer")
+    found.add_argument(
+        "--toks_per_batch", type=_positive, help="tokens per pack; no value depends on it [default: auto]"
+    )
+    found.add_argument("--truncation_seq_length", type=_positive, default=1022, help="residues seen [default: 1022]")
+    found.add_argument("--nogpu", action="store_true", help="use the CPU even if there is a GPU")
+    return found
+
+
+def extract(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="MODEL FASTA OUTDIR --include KIND...")] = None,
+) -> None:
+    """Write the .pt files of fair-esm's extract.py, with its arguments."""
+    chosen = parser().parse_args(arguments or [])
+    from virnucpro_cli import extract as workflow
+
+    written = workflow.run(
+        chosen.model, chosen.fasta, chosen.output, tuple(chosen.include), layers=tuple(chosen.repr_layers),
+        longest=chosen.truncation_seq_length, tokens=chosen.toks_per_batch, gpu=not chosen.nogpu,
+    )  # fmt: skip
+    if written.skipped:
+        raise typer.Exit(EXIT_SOME_SKIPPED)

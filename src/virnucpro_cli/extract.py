@@ -1,0 +1,237 @@
+"""The extract workflow: embed into a hidden file, and from that the tree of fair-esm's scripts/extract.py, a .pt for each protein.
+
+The hidden file lies in the output directory until the tree is whole: an interrupted run resumes from it.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from xopen import xopen
+
+from virnucpro_cli import embed, fasta, policies, report, runner, store
+from virnucpro_cli.collate import VarlenCollator
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.model import contacts, locate
+from virnucpro_cli.model import weights as model_weights
+from virnucpro_cli.packing import first_fit_decreasing
+
+ENTRIES = {
+    "per_tok": ("representations", "residue"),
+    "mean": ("mean_representations", "mean"),
+    "bos": ("bos_representations", "bos"),
+}
+"""What --include asks for: its entry in the files, and the kind of --pool that it is."""
+
+LONGEST_NAME, LONGEST_PATH = 255, 1024
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files written, and records without any: they have no residues, or no finite embedding."""
+
+    files: int
+    skipped: int
+
+
+def run(
+    model: str, path: str, output: str, include: tuple[str, ...], *, layers: tuple[int, ...] = (-1,), longest: int = 1022,
+    tokens: int | None = None, gpu: bool = True, out: Console | None = None,
+) -> Written:  # fmt: skip
+    """Do what `virnucpro extract` does. longest: residues seen of a protein; tokens: of a pack.
+
+    Each file is a dict of `label` (str), and as far as included `representations` {layer: [L, D]}, `mean_representations`
+    and `bos_representations` {layer: [D]}, `contacts` [L, L], all float32 (fair-esm's scripts/extract.py).
+    Raises UserError for what the user can put right, headers that occur twice among it.
+    """
+    out = out or report.console()
+    folder = _folder(Path(output))
+    kinds = tuple(kind for name, (_, kind) in ENTRIES.items() if name in include)
+    hidden = folder / f".virnucpro-{_key(model, path, kinds, layers, longest)}.h5"
+    table = _table(path, folder)
+    labels = _labels(table, path)
+    places = paths_of(labels)
+    moved = [i for i, label in enumerate(labels) if str(places[i]) != f"{label}.pt"]
+    if moved:
+        out.print(
+            f"{len(moved):,} headers are no names of files in {folder}; the first, {labels[moved[0]][:80]!r}, is in {places[moved[0]]}",
+            style="yellow",
+        )
+    _discard_others(folder, hidden)
+    settings = EmbedConfig(
+        inputs=(path,), output=str(hidden), model=model, layers=layers, pool=kinds or ("bos",), dtype="fp32", store_dtype="fp32",
+        device="auto" if gpu else "cpu", token_budget="auto" if tokens is None else max(tokens, 1024), max_residues=longest,
+        id="full", force_protein=True,
+    )  # fmt: skip
+    contacts_of = _contacts(settings, table, out) if "contacts" in include else None
+    embed.run(settings, out)
+    try:
+        with store.read_embeddings(hidden) as file, report.Tracker(out, len(file), "files") as tracker:
+            done = file.status == store.DONE
+            for start in range(0, len(file), BLOCK):
+                rows = slice(start, min(start + BLOCK, len(file)))
+                entries = _entries(file, include, rows)
+                if contacts_of is not None:
+                    entries["contacts"] = contacts_of
+                for i in range(rows.start, rows.stop):
+                    if done[i]:
+                        _save(folder, places[i], {"label": labels[i], **{key: of(i) for key, of in entries.items()}})
+                tracker.advance(rows.stop - rows.start)
+    except Stopped as stop:
+        stop.resumable = True
+        raise
+    hidden.unlink(missing_ok=True)
+    written = Written(int(done.sum()), int((~done).sum()))
+    out.print(f"{folder}: {written.files:,} files")
+    if written.skipped:
+        out.print(f"{written.skipped:,} proteins have no file: they are empty, or not finite", style="yellow")
+    return written
+
+
+def _folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The directory {folder} cannot be made: {error.strerror}.", "Choose another OUTDIR.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"The directory {folder} cannot be written.", "Choose another OUTDIR.")
+    return folder
+
+
+def _discard_others(folder: Path, own: Path) -> None:
+    """Remove what interrupted runs with other arguments left; raises UserError if one of them is alive."""
+    for other in folder.glob(".virnucpro-*.h5.partial"):
+        if other != store.partial_path(own):
+            store.discard_partial(other.with_suffix(""))
+    for other in folder.glob(".virnucpro-*.h5"):
+        if other != own:
+            other.unlink()
+
+
+def _key(model: str, path: str, *settings: Any) -> str:
+    """Of a run's arguments and the state of its input, so that only the same run is resumed."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"The FASTA {path} cannot be read: {error.strerror}.") from None
+    text = repr((model, os.path.realpath(path), status.st_size, status.st_mtime_ns, settings))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _table(path: str, folder: Path) -> fasta.RecordTable:
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is not a file, and is read twice here.", "Save it to a file first.")
+    return fasta.index(fasta.open_sources([path], folder))
+
+
+def _labels(table: fasta.RecordTable, path: str) -> list[str]:
+    """The whole header of every record; of an empty one `seqnum` and the number of its line, as in fair-esm."""
+    labels = table.names(0, len(table), full=True)
+    if "" in labels:
+        with xopen(path, "rb", threads=0) as lines:
+            headers = [number for number, line in enumerate(lines) if line.startswith(b">")]
+        labels = [label or f"seqnum{line:09d}" for label, line in zip(labels, headers, strict=True)]
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{len(twice):,} headers of {path} occur more than once, the first of them {twice[0][:80]!r}; each is the name of a file.",
+            "Make them differ, or use virnucpro embed, which keeps one row for each record.",
+        )
+    return labels
+
+
+def paths_of(labels: list[str]) -> list[Path]:
+    """Where the file of each label is, below the output directory and all different: `{label}.pt`, nested where it has a `/`.
+
+    A label that would leave the directory, or is too long for a file's name, is changed as little as that needs.
+    """
+    taken: set[str] = set()
+    found = []
+    for label in labels:
+        path = _below(f"{label}.pt")
+        if path in taken:
+            path = f"{path[:-3]}-{_short_hash(label)}.pt"
+        taken.add(path)
+        found.append(Path(path))
+    return found
+
+
+def _below(path: str) -> str:
+    parts = [part.replace("\0", "_") for part in path.split("/") if part not in ("", ".")]
+    whole = "/".join(_fitting("__" if part == ".." else part, LONGEST_NAME) for part in parts)
+    return whole if len(os.fsencode(whole)) <= LONGEST_PATH else _fitting(whole.replace("/", "_"), LONGEST_NAME)
+
+
+def _fitting(name: str, size: int) -> str:
+    """The name, or if it is too long its beginning and a hash, with the same end."""
+    if len(os.fsencode(name)) <= size:
+        return name
+    end = f"-{_short_hash(name)}{'.pt' if name.endswith('.pt') else ''}"
+    return name.encode()[: size - len(end)].decode(errors="ignore") + end
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _entries(file: store.EmbeddingFile, include: tuple[str, ...], rows: slice) -> dict[str, Callable[[int], Any]]:
+    """For each entry of the files but the label, what it is of a record among `rows`."""
+
+    def of_kind(kind: str) -> Callable[[int], dict[int, torch.Tensor]]:
+        if kind == "residue":
+            return lambda i: {layer: torch.from_numpy(file.residues(i, layer)) for layer in file.layers}
+        block: dict[int, NDArray[np.float32]] = {layer: file.dataset(kind, layer)[rows] for layer in file.layers}
+        return lambda i: {layer: torch.from_numpy(each[i - rows.start].copy()) for layer, each in block.items()}
+
+    return {key: of_kind(kind) for name, (key, kind) in ENTRIES.items() if name in include}
+
+
+def _contacts(settings: EmbedConfig, table: fasta.RecordTable, out: Console) -> Callable[[int], torch.Tensor]:
+    """What predicts the contacts [L, L] of a record, one protein at a time. Says first what that takes."""
+    device = runner.resolve_device(settings.device)
+    found = locate.fetch(settings.model, lambda text: out.print(text))
+    spec, state, _ = model_weights.load(found)
+    state = contacts.with_contact_head(state, spec, found)
+    work = policies.decide(table, settings)
+    longest = int(work.embedded.max())
+    needed = contacts.bytes_needed(spec, longest)
+    written = 4 * int((work.embedded.astype(np.int64) ** 2).sum())
+    out.print(
+        f"contacts: {report.size(written)} of files; one protein at a time, up to {report.size(needed)} of memory beside the weights "
+        f"(for {longest:,} residues)"
+    )
+    runner.check_room(device, needed + 4 * spec.parameters, f"Contacts of {longest:,} residues")
+    collate = VarlenCollator(
+        table, work.segments, work.embedded, first_fit_decreasing(work.segments.length, 1024), pin=device.type == "cuda"
+    )
+    predict = cache(lambda: contacts.Contacts(spec, state, device))  # beside embed there may be no room for it
+
+    def of(record: int) -> torch.Tensor:
+        return predict()(collate(np.searchsorted(work.segments.record, work.unit[[record]])))
+
+    return of
+
+
+def _save(folder: Path, place: Path, content: dict[str, Any]) -> None:
+    target, new = folder / place, folder / ".virnucpro.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, new)
+        os.replace(new, target)
+    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+        new.unlink(missing_ok=True)
+        raise UserError(
+            f"{target} cannot be written: {str(error).splitlines()[0]}.",
+            "Put that right, then run the same command again; the embeddings are kept.",
+        ) from None
