@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.kinds import KINDS, OF_ALL_RESIDUES
+from virnucpro_cli.kinds import EMITS, KINDS, OF_ALL_RESIDUES
 
 CHOICES = {
     "dtype": ("auto", "fp32", "fp16", "bf16", "fp8"),
@@ -33,6 +33,7 @@ class EmbedConfig:
     model: str = "esm2_t33_650M_UR50D"
     layers: tuple[int, ...] = (-1,)
     pool: tuple[str, ...] = ("mean",)
+    emit: tuple[str, ...] = ()
     dtype: str = "auto"
     store_dtype: str = "fp16"
     device: str = "auto"
@@ -66,6 +67,11 @@ class EmbedConfig:
             raise UserError(f"--workers is {self.workers}.", f"Give auto, or 1 to {MOST_WORKERS}.")
         if not self.layers:
             raise UserError("--layers has nothing.", "Give numbers such as -1 or 0,6,-1.")
+        unknown = [name for name in self.emit if name not in EMITS]
+        if unknown:
+            raise UserError(f"--emit has {', '.join(unknown)}.", f"Choose any of {', '.join(EMITS)}.")
+        if self.emit and self.long == "window":
+            raise UserError("--emit with --long window: scores are of a protein in one piece.", "Choose --long full.")
         whole = [kind for kind in self.pool if kind in OF_ALL_RESIDUES]
         if self.long == "window" and whole:
             raise UserError(

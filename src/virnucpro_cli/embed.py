@@ -25,7 +25,8 @@ from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import fasta, qc, report, rescue, runner, shards, store, workers
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
-from virnucpro_cli.model import locate
+from virnucpro_cli.kinds import EMITS
+from virnucpro_cli.model import locate, scores
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec, by_name, resolve_layers
@@ -126,6 +127,8 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     runner.check_room(device, spec.parameters * dtype.itemsize, f"The weights of {spec.name}")
     with clock.stage("load model"):
         found = locate.verified(found)
+        if config.emit:
+            scores.check_head(model_weights.load(found)[1], found)
     fingerprint = _fingerprint(config, table, found, layers, dtype, backend.name, device)
     if shard is not None:
         fingerprint["shard"] = str(shard)
@@ -250,7 +253,8 @@ def _layout(
     dtype = np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32)
     names = partial(table.names, full=config.id == "full")
     return store.Layout(spec.hidden, layers, config.pool, dtype, table.length, table.replaced, work.flags, work.status,
-                        work.reason, offsets, names, table.text_bytes - table.residues, records, environment)  # fmt: skip
+                        work.reason, offsets, names, table.text_bytes - table.residues, records, environment,
+                        scores=tuple(EMITS[name] for name in config.emit))  # fmt: skip
 
 
 def _computed_by(device: torch.device, dtype: torch.dtype, backend: str, processes: int = 1) -> str:
@@ -271,6 +275,8 @@ def _fingerprint(
     policy = {name: getattr(config, name) for name in ("max_residues", "long", "invalid", "id", "dedup")}
     if config.long == "window":
         policy["overlap"] = config.overlap
+    if config.emit:
+        policy["emit"] = list(config.emit)
     return {
         "input_sha256": table.sha256,
         "weights_sha256": found.sha256,

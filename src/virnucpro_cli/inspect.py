@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from virnucpro_cli import qc, report, store
-from virnucpro_cli.kinds import POOLED
+from virnucpro_cli.kinds import EMITS, POOLED
 from virnucpro_cli.validation import audit
 
 EXAMPLES = 3
@@ -48,6 +48,8 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
             shape = " x ".join(f"{n:,}" for n in data.shape)
             is_default = "  (/embeddings)" if file.default == f"{kind}/{layer}" else ""
             table.add_row(f"/{kind}/{layer}", f"{shape} {data.dtype}{is_default}")
+    for name in settings.get("emit", ()):
+        table.add_row(f"/unmasked/{EMITS[name]}", f"{len(file):,} float32")
     table.add_section()
     for name in ("model", "dtype", "attention", "device", "weights", "weights_sha256", "created", "tool_version"):
         table.add_row(name, str(file.attributes[name]))

@@ -13,6 +13,9 @@ KINDS = (*POOLED, "residue")
 OF_ALL_RESIDUES = ("max", "std")
 """Kinds that windows of a protein do not add up to."""
 
+EMITS = {"entropy": "entropy", "pseudo-perplexity": "pseudo_perplexity"}
+"""What --emit names, and its dataset in /unmasked: scores of one pass over the unmasked protein, float32 (N)."""
+
 
 def pooled(kinds: tuple[str, ...] | list[str]) -> list[str]:
     """Those of one row a protein, the first as the default embedding."""

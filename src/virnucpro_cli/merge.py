@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import report, shards, store
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.kinds import EMITS
 from virnucpro_cli.validation import audit
 
 BLOCK_BYTES = 1 << 26
@@ -191,7 +192,7 @@ def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> sto
         spec.shape[1], tuple(fingerprint["layers"]), tuple(fingerprint["pool"]), spec.dtype, column("lengths"),
         column("replaced"), column("flags"), np.where(status == store.DONE, store.PENDING, status).astype(np.uint8),
         column("reason"), offsets, names, all_else, None, "\n".join(environments),
-        computed_by, _attributes(parts, fingerprint),
+        computed_by, tuple(EMITS[name] for name in fingerprint.get("emit", ())), _attributes(parts, fingerprint),
     )  # fmt: skip
     layout.attributes["merged_from"] = json.dumps([part.path.name for part in parts])
     store.check_free_space(output, layout.data_bytes)
@@ -215,6 +216,7 @@ def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) 
     """Copy all rows that are pending, a stretch of the input after the other, and say how many records each was."""
     n = len(file.status)
     kinds = [(kind, layer) for kind in fingerprint["pool"] for layer in fingerprint["layers"]]
+    kinds += [("unmasked", EMITS[name]) for name in fingerprint.get("emit", ())]
     width = max(file.places[f"{kind}/{layer}"].row_bytes for kind, layer in kinds) if n else 1
     offsets = _offsets(parts, n)
     file.keep_environments()
@@ -240,7 +242,7 @@ def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) 
         yield stop - start
 
 
-def _rows(part: _Part, own: slice, kind: str, layer: int) -> NDArray[Any]:
+def _rows(part: _Part, own: slice, kind: str, layer: int | str) -> NDArray[Any]:
     return part.file.dataset(kind, layer)[own]
 
 
@@ -281,7 +283,9 @@ def _stretches(offsets: NDArray[np.int64], n: int, rows: int) -> Iterator[tuple[
         start = stop
 
 
-def _residues(parts: Sequence[_Part], layer: int, start: int, stop: int, offsets: NDArray[np.int64]) -> NDArray[Any]:
+def _residues(
+    parts: Sequence[_Part], layer: int | str, start: int, stop: int, offsets: NDArray[np.int64]
+) -> NDArray[Any]:
     data = parts[0].file.dataset("residue", layer)
     whole = np.empty((int(offsets[stop] - offsets[start]), data.shape[1]), data.dtype)
     for part in parts:

@@ -84,6 +84,8 @@ class Placer:
             if kind == "residue" and layer != "offsets":
                 for row in rows.tolist():
                     self._place_residues(int(layer), row, np.full((int(self.work.embedded[row]), width), np.nan))
+            elif kind == "unmasked":
+                self.file.place(kind, layer, rows, np.full(len(rows), np.nan, np.float32))
             elif kind in POOLED:
                 self.file.place(kind, int(layer), rows, np.full((len(rows), width), np.nan, self.store_dtype))
         self.file.mark(rows, store.SKIPPED, reason=reason)
@@ -99,7 +101,8 @@ class Placer:
     def _place_whole(self, record: Int64, chosen: Int64, batch: PackedBatch, found: Embeddings) -> None:
         rows, source = self.rows_of(record[chosen])
         for (kind, layer), values in found.pooled.items():
-            self.file.place(kind, layer, rows, values.numpy()[chosen][source].astype(self.store_dtype))
+            dtype = np.float32 if kind == "unmasked" else self.store_dtype
+            self.file.place(kind, layer, rows, values.numpy()[chosen][source].astype(dtype))
         if found.residue:
             ends = np.cumsum(batch.lengths)
             for row, i in zip(rows.tolist(), chosen[source].tolist(), strict=True):
@@ -174,5 +177,5 @@ class Window:
 
     segment: int
     start: int
-    pooled: dict[tuple[str, int], NDArray[np.float32]]
+    pooled: dict[tuple[str, Any], NDArray[np.float32]]
     residue: dict[int, NDArray[np.float32]]

@@ -4,6 +4,7 @@ Every sum runs over one segment's rows in order, so its bits do not depend on wh
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,12 +13,12 @@ from virnucpro_cli.collate import PackedBatch
 
 @dataclass
 class Embeddings:
-    """What one batch yields. pooled: (kind, layer) -> float32 [n, D]; residue: layer -> [T, D] in the store dtype, or
+    """What one batch yields. pooled: (kind, layer) -> float32 [n, D], ("unmasked", score) -> float32 [n]; residue: layer -> [T, D] in the store dtype, or
     float32 already multiplied by the blending weights where the batch has windows; finite: bool [n], whether all
     that is stored of a segment is finite after the cast to the store dtype.
     """
 
-    pooled: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    pooled: dict[tuple[str, Any], torch.Tensor] = field(default_factory=dict)
     residue: dict[int, torch.Tensor] = field(default_factory=dict)
     finite: torch.Tensor | None = None
 
@@ -27,7 +28,7 @@ def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     rows = hidden.float()
     if batch.weights is not None:
         rows = rows * batch.weights[:, None]
-    return (_over_residues("sum", _wide(rows), batch) / batch.divisor[:, None]).float()
+    return mean_over_residues(rows, batch).float()
 
 
 def bos(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
@@ -48,12 +49,11 @@ def maximum(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 def deviation(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Population standard deviation over the residues of each segment, float32 [n, D], in two passes. Not of windows."""
     wide = _wide(hidden.float())
-    count = batch.divisor[:, None]
-    mean = _over_residues("sum", wide, batch) / count
+    mean = mean_over_residues(wide, batch)
     rows = torch.arange(len(hidden), dtype=batch.cu_seqlens.dtype, device=hidden.device)
     owner = torch.bucketize(rows, batch.cu_seqlens[1:-1], right=True)  # of filler, the last segment: it is in no sum
     centred = mean.index_select(0, owner).sub_(wide).square_()
-    return (_over_residues("sum", centred, batch) / count).sqrt().float()
+    return mean_over_residues(centred, batch).sqrt().float()
 
 
 POOLS = {"mean": mean, "bos": bos, "eos": eos, "max": maximum, "std": deviation}
@@ -64,6 +64,11 @@ def residues(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype)
     if batch.weights is None:
         return hidden.to(store_dtype, copy=True)  # the next layer overwrites hidden
     return hidden.float() * batch.weights[:, None]
+
+
+def mean_over_residues(rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Of the rows [T, m] of each segment, accumulated in float64, [n, m]."""
+    return _over_residues("sum", _wide(rows), batch) / batch.divisor[:, None]
 
 
 def _over_residues(reduction: str, rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

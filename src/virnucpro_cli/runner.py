@@ -17,7 +17,9 @@ from virnucpro_cli import attention
 from virnucpro_cli.collate import Item, PackedBatch
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.kinds import EMITS
 from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.scores import Scorer, TokenHead
 from virnucpro_cli.pooling import Embeddings, Pooler
 
 
@@ -210,7 +212,12 @@ def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int, stor
 
 
 def compute_with(model: ESM2, layers: tuple[int, ...], config: EmbedConfig) -> Compute:
-    """What a run computes of a batch: the kinds and layers that it stores."""
+    """What a run computes of a batch: the kinds, layers and scores that it stores."""
+    if config.emit:
+        last, head = model.spec.layers, TokenHead(model.head_state, model.device)
+        names = tuple(EMITS[name] for name in config.emit)
+        scorer = Scorer(config.pool, store_dtype(config.store_dtype), layers, last, head, names)
+        return partial(model.embed, wanted=tuple({*layers, last}), pooler=scorer)
     return partial(model.embed, wanted=layers, pooler=Pooler(config.pool, store_dtype(config.store_dtype)))
 
 

@@ -36,6 +36,14 @@ def embed(
         str | None,
         typer.Option("--pool", metavar="KIND,KIND", help="Any of mean, bos, eos, max, std, residue. [default: mean]"),
     ] = None,
+    emit: Annotated[
+        str | None,
+        typer.Option(
+            "--emit",
+            metavar="SCORE,SCORE",
+            help="Scores of the unmasked pass: entropy, pseudo-perplexity. [default: none]",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -146,6 +154,7 @@ def embed(
     flags = {
         "inputs": tuple(inputs), "output": output, "model": model, "layers": numbers(layers),
         "pool": None if pool is None else tuple(dict.fromkeys(part.strip() for part in pool.split(","))),
+        "emit": None if emit is None else tuple(dict.fromkeys(part.strip() for part in emit.split(","))),
         "dtype": dtype, "store_dtype": store_dtype, "device": device, "workers": budget(workers), "attention": attention,
         "token_budget": budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
         "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,

@@ -53,6 +53,7 @@ class ESM2:
             )
             return weight, bias
 
+        self.head_state = {name: state[name] for name in state if name.startswith(("lm_head.", "embed_tokens."))}
         # Rows of <mask> and <pad> are zero, as fair-esm zeroes them after the look-up.
         table = state["embed_tokens.weight"].to(device, torch.float32) * EMBED_SCALE
         table[[alphabet.PAD, alphabet.MASK]] = 0

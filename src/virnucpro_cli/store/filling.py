@@ -135,9 +135,11 @@ class Store:
                 if kind != "residue":
                     for block in np.array_split(rows, len(rows) // 4096 + 1):
                         self.place(kind, layer, block, np.full((len(block), layout.hidden), np.nan, layout.store_dtype))
+        for name in layout.scores:
+            self.place("unmasked", name, rows, np.full(len(rows), np.nan, np.float32))
         self._write_staged()
 
-    def place(self, kind: str, layer: int, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
+    def place(self, kind: str, layer: int | str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
         """Take values [n, D], already in the store dtype, for the given rows.
 
         A large run of neighbours is written at once; scattered rows are gathered until a commit, or until they are many, and

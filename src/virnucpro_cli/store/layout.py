@@ -46,6 +46,7 @@ class Layout:
     records: NDArray[np.int64] | None = None  # of a shard: the number of each record in the input
     environment: str = "{}"  # of this run, in a line (several, with computed_by): see Store.compute_in
     computed_by: NDArray[np.uint8] | None = None  # all zero, unless they are known
+    scores: tuple[str, ...] = ()  # of /unmasked, float32 (N)
     attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -53,7 +54,8 @@ class Layout:
         """Bytes of the embeddings themselves."""
         rows = len(self.lengths) * len(pooled(self.kinds))
         residues = int(self.residue_offsets[-1]) if self.residue_offsets is not None else 0
-        return (rows + residues) * len(self.layers) * self.hidden * self.store_dtype.itemsize
+        scores = 4 * len(self.scores) * len(self.lengths)
+        return (rows + residues) * len(self.layers) * self.hidden * self.store_dtype.itemsize + scores
 
     @property
     def file_bytes(self) -> int:
@@ -183,6 +185,8 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
                 _create_contiguous(group, str(layer), (n, layout.hidden), layout.store_dtype)
         if kinds:
             file["embeddings"] = file[kinds[0]][str(layout.layers[-1])]
+        for name in layout.scores:
+            _create_contiguous(file.require_group("unmasked"), name, (n,), np.float32)
         run = file.create_group("run")
         _create_contiguous(run, "report", (), f"S{REPORT_BYTES}")
         run["report"][()] = b"{}"

@@ -145,8 +145,8 @@ class EmbeddingFile:
                 self._rows.setdefault(known, []).append(row)
         return self._rows[name]
 
-    def dataset(self, kind: str | None = None, layer: int | None = None) -> h5py.Dataset:
-        """The h5py dataset of a pooling kind and layer (default: the last requested); negative layers are not resolved."""
+    def dataset(self, kind: str | None = None, layer: int | str | None = None) -> h5py.Dataset:
+        """The h5py dataset of a pooling kind and layer (default: the last requested); negative layers are not resolved. ("unmasked", "entropy") gives a score."""
         if kind is None and layer is None:
             if "embeddings" not in self._file:
                 raise KeyError("this file holds only per-residue embeddings: use residues(row)")

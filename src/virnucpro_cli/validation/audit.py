@@ -19,7 +19,7 @@ import virnucpro_cli
 from virnucpro_cli import fasta, report, runner, store
 from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.errors import UserError, in_a_line
-from virnucpro_cli.kinds import pooled
+from virnucpro_cli.kinds import EMITS, pooled
 from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.reference import Reference
@@ -164,6 +164,8 @@ def settings_of(file: store.EmbeddingFile, path: str) -> dict[str, Any]:
                 shape = file.dataset(kind, layer).shape
                 width = width or shape[-1]
                 assert shape == (rows, width), f"{kind}/{layer} has shape {shape}, and {(rows, width)} is right"
+        for name in settings.get("emit", ()):
+            assert file.dataset("unmasked", EMITS[name]).shape == (n,), f"unmasked/{EMITS[name]} has another shape"
         for name in ("id", "long", "invalid", "max_residues", "dedup", "store_dtype", "input_sha256", "weights_sha256"):
             settings[name]
         assert settings["long"] != "window" or "overlap" in settings, "its fingerprint has windows and no overlap"
@@ -307,6 +309,11 @@ def stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np
                     block = copies[start : start + store.NAME_BLOCK]
                     originals, back = np.unique(unit[block], return_inverse=True)
                     unlike += int((data[block] != data[originals][back]).any(axis=1).sum())
+    for name in settings.get("emit", ()):
+        score = file.dataset("unmasked", EMITS[name])[:]
+        wrong += int((~np.isfinite(score) & (file.status == store.DONE)).sum())
+        wrong += int((~np.isnan(score) & (file.status == store.SKIPPED)).sum())
+        unlike += int((score[copies] != score[unit[copies]]).sum())
     return [
         _check("done rows finite, skipped rows NaN", wrong, f"{wrong:,} are not"),
         _check("copies equal their originals", unlike, f"{unlike:,} do not"),
