@@ -87,7 +87,7 @@ def mean_with_cls_and_eos(patch: pytest.MonkeyPatch) -> None:
         bounds = batch.cu_seqlens.tolist()
         return torch.stack([hidden[a:b].mean(0) for a, b in pairwise(bounds)])
 
-    patch.setattr(pooling, "mean", mean)
+    patch.setitem(pooling.POOLS, "mean", mean)
 
 
 def mean_with_eos(patch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def mean_with_eos(patch: pytest.MonkeyPatch) -> None:
         bounds = batch.cu_seqlens.tolist()
         return torch.stack([hidden[a + 1 : b].mean(0) for a, b in pairwise(bounds)])
 
-    patch.setattr(pooling, "mean", mean)
+    patch.setitem(pooling.POOLS, "mean", mean)
 
 
 def in_attention(change: Callable[[PackedBatch, int], PackedBatch], power: int = 1) -> Mistake:

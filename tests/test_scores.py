@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from conftest import read_fasta, write_model
+from conftest import read_fasta, relative_l2, write_model
 from virnucpro_cli import cli, merge, store, verify
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
@@ -22,6 +22,7 @@ from virnucpro_cli.store import read_embeddings
 Make = Callable[..., Path]
 SMALL = ModelSpec("small", 2, 64, 4)
 BOTH = ("entropy", "pseudo-perplexity")
+ALL = ("logits", *BOTH)
 LENGTHS = [50, 7, 300, 1, 120, 300, 64, 2]
 
 
@@ -35,21 +36,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def by_fair_esm(model: Path, sequences: list[str]) -> NDArray[np.float64]:
-    """Entropy among the 20 amino acids and pseudo-perplexity of each protein by fair-esm's own logits, [n, 2]."""
+def fair_esm(model: Path) -> Reference:
     found = locate.locate(str(model))
     assert found is not None
     spec, state, _ = weights.load(found)
-    judge = Reference(spec, state | {"lm_head.weight": state["embed_tokens.weight"]})
-    rows = []
+    return Reference(spec, state | {"lm_head.weight": state["embed_tokens.weight"]})
+
+
+def logits_of(judge: Reference, sequence: str) -> torch.Tensor:
+    with torch.no_grad():
+        return judge.model(torch.tensor([encode(sequence)]))["logits"][0, 1:-1]
+
+
+def by_fair_esm(model: Path, sequences: list[str]) -> NDArray[np.float64]:
+    """Entropy among the 20 amino acids and pseudo-perplexity of each protein by fair-esm's own logits, [n, 2]."""
+    judge, rows = fair_esm(model), []
     for sequence in sequences:
-        ids = torch.tensor([encode(sequence)])
-        with torch.no_grad():
-            logits = judge.model(ids)["logits"][0, 1:-1].double()
+        logits = logits_of(judge, sequence).double()
         known = [judge.alphabet.get_idx(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
         p = logits[:, known].softmax(-1)
         entropy = -(p * p.log()).sum(-1).mean()
-        own = logits.log_softmax(-1)[torch.arange(len(logits)), ids[0, 1:-1]]
+        own = logits.log_softmax(-1)[torch.arange(len(logits)), encode(sequence)[1:-1]]
         rows.append((float(entropy), float(torch.exp(-own.mean()))))
     return np.array(rows)
 
@@ -89,6 +96,24 @@ def test_scores_change_no_bit_with_the_company(tmp_path: Path, make_fasta: Make,
         np.testing.assert_array_equal(first, other)
 
 
+@pytest.mark.parametrize("pool", [("mean",), ("residue", "mean")])
+def test_logits_are_fair_esms_row_by_row(tmp_path: Path, make_fasta: Make, model: Path, pool: tuple[str, ...]) -> None:
+    fasta = make_fasta([50, 0, 7, 300, 1, 50])
+    embed(fasta, tmp_path / "out.h5", model, emit=ALL, pool=pool, store_dtype="fp32")
+    embed(fasta, tmp_path / "half.h5", model, emit=ALL, pool=pool, token_budget=1024)
+    judge = fair_esm(model)
+    with read_embeddings(tmp_path / "out.h5") as file, read_embeddings(tmp_path / "half.h5") as half:
+        assert file.dataset("unmasked", "logits").shape == (408, 33) and half.logits(0).dtype == np.float16
+        for row, (_, sequence) in enumerate(read_fasta(fasta)):
+            if not sequence:
+                assert file.logits(row).shape == (0, 33)
+                continue
+            assert relative_l2(file.logits(row), logits_of(judge, sequence)) < 1e-5
+            np.testing.assert_array_equal(half.logits(row), file.logits(row).astype(np.float16))
+        assert "residue/2" in file._file or pool == ("mean",)
+    assert verify.run(str(tmp_path / "half.h5"), (str(fasta),), None).passed
+
+
 def test_embeddings_keep_their_bits_beside_scores(tmp_path: Path, make_fasta: Make, model: Path) -> None:
     fasta = make_fasta(LENGTHS)
     for emit in ((), BOTH):
@@ -112,11 +137,14 @@ def test_skipped_proteins_have_nan_copies_their_originals_and_verify_agrees(
 
 def test_workers_shards_and_a_merge_give_the_same_scores(tmp_path: Path, make_fasta: Make, model: Path) -> None:
     fasta = make_fasta(LENGTHS * 4)
-    expected = embed(fasta, tmp_path / "one.h5", model)
+    expected = embed(fasta, tmp_path / "one.h5", model, emit=ALL)
     for part in ("1/2", "2/2"):
-        embed_fasta(str(fasta), str(tmp_path / "all.h5"), model=str(model), device="cpu", emit=BOTH, shard=part)
+        embed_fasta(str(fasta), str(tmp_path / "all.h5"), model=str(model), device="cpu", emit=ALL, shard=part)
     merge.run(str(tmp_path / "all.h5"))
     np.testing.assert_array_equal(scores_of(tmp_path / "all.h5"), expected)
+    with read_embeddings(tmp_path / "one.h5") as one, read_embeddings(tmp_path / "all.h5") as merged:
+        np.testing.assert_array_equal(*(file.dataset("unmasked", "logits")[:] for file in (one, merged)))
+    assert verify.run(str(tmp_path / "all.h5"), (str(fasta),), None).passed
     two = embed(fasta, tmp_path / "two.h5", model, workers=2, token_budget=1024)
     np.testing.assert_allclose(two, expected, rtol=1e-6)
 
@@ -128,8 +156,9 @@ def test_a_score_that_is_not_finite_ends_as_skipped(tmp_path: Path, make_fasta: 
     state = load_file(model / "model.safetensors")
     state["lm_head.bias"][5] = torch.inf
     save_file(state, broken / "model.safetensors")
-    embed_fasta(str(make_fasta([30])), str(tmp_path / "out.h5"), model=str(broken), device="cpu", emit=BOTH)
+    embed_fasta(str(make_fasta([30])), str(tmp_path / "out.h5"), model=str(broken), device="cpu", emit=ALL)
     with read_embeddings(tmp_path / "out.h5") as file:
+        assert np.isnan(file.logits(0)).all()
         assert (file.status[0], file.reason[0]) == (store.SKIPPED, store.NOT_FINITE)
         assert np.isnan(file[0]).all()
     assert np.isnan(scores_of(tmp_path / "out.h5")).all()

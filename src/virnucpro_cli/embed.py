@@ -25,11 +25,11 @@ from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import fasta, qc, report, rescue, runner, shards, store, workers
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
-from virnucpro_cli.kinds import EMITS
+from virnucpro_cli.kinds import EMITS, any_by_residue
 from virnucpro_cli.model import locate, scores
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
-from virnucpro_cli.model.spec import ModelSpec, by_name, resolve_layers
+from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, by_name, resolve_layers
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, in_blocks, subset, worst_first
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.policies import Int64, Work, decide
@@ -100,7 +100,9 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             work = decide(table, config)
         budget = config.token_budget
         if budget == "auto":
-            stored = 4 * spec.hidden * len(layers) if "residue" in config.pool else 0
+            stored = 4 * (
+                spec.hidden * len(layers) * ("residue" in config.pool) + VOCABULARY * ("logits" in config.emit)
+            )
             budget = runner.auto_token_budget(
                 device, spec.hidden, spec.parameters * dtype.itemsize, stored, devices.count(device)
             )
@@ -249,12 +251,14 @@ def _layout(
     config: EmbedConfig, table: fasta.RecordTable, work: Work, spec: ModelSpec, layers: tuple[int, ...],
     records: Int64 | None, environment: str,
 ) -> store.Layout:  # fmt: skip
-    offsets = np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if "residue" in config.pool else None
+    offsets = (
+        np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if any_by_residue(config.pool, config.emit) else None
+    )
     dtype = np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32)
     names = partial(table.names, full=config.id == "full")
     return store.Layout(spec.hidden, layers, config.pool, dtype, table.length, table.replaced, work.flags, work.status,
                         work.reason, offsets, names, table.text_bytes - table.residues, records, environment,
-                        scores=tuple(EMITS[name] for name in config.emit))  # fmt: skip
+                        unmasked=tuple(EMITS[name] for name in config.emit))  # fmt: skip
 
 
 def _computed_by(device: torch.device, dtype: torch.dtype, backend: str, processes: int = 1) -> str:

@@ -49,7 +49,8 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
             is_default = "  (/embeddings)" if file.default == f"{kind}/{layer}" else ""
             table.add_row(f"/{kind}/{layer}", f"{shape} {data.dtype}{is_default}")
     for name in settings.get("emit", ()):
-        table.add_row(f"/unmasked/{EMITS[name]}", f"{len(file):,} float32")
+        data = file.dataset("unmasked", EMITS[name])
+        table.add_row(f"/unmasked/{EMITS[name]}", f"{' x '.join(f'{n:,}' for n in data.shape)} {data.dtype}")
     table.add_section()
     for name in ("model", "dtype", "attention", "device", "weights", "weights_sha256", "created", "tool_version"):
         table.add_row(name, str(file.attributes[name]))

@@ -1,5 +1,7 @@
 """What can be stored of a protein. A new kind of pooling is a row here and a function in pooling.py (and the oracle's)."""
 
+from collections.abc import Sequence
+
 POOLED = {
     "mean": "the mean over residues",
     "bos": "the row of the <cls> token",
@@ -13,10 +15,21 @@ KINDS = (*POOLED, "residue")
 OF_ALL_RESIDUES = ("max", "std")
 """Kinds that windows of a protein do not add up to."""
 
-EMITS = {"entropy": "entropy", "pseudo-perplexity": "pseudo_perplexity"}
-"""What --emit names, and its dataset in /unmasked: scores of one pass over the unmasked protein, float32 (N)."""
+EMITS = {"logits": "logits", "entropy": "entropy", "pseudo-perplexity": "pseudo_perplexity"}
+"""What --emit names, and its dataset in /unmasked: of one pass over the unmasked protein, logits (sum L, 33) in the store
+dtype, scores float32 (N)."""
 
 
-def pooled(kinds: tuple[str, ...] | list[str]) -> list[str]:
+def pooled(kinds: Sequence[str]) -> list[str]:
     """Those of one row a protein, the first as the default embedding."""
     return [kind for kind in POOLED if kind in kinds]
+
+
+def by_residue(kind: str, name: int | str) -> bool:
+    """Whether the dataset `kind/name` has a row for each residue."""
+    return kind == "residue" or name == "logits"
+
+
+def any_by_residue(pool: Sequence[str], emit: Sequence[str]) -> bool:
+    """Whether a file with these has rows for residues, and so their offsets."""
+    return "residue" in pool or "logits" in emit

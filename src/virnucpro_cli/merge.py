@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import report, shards, store
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.kinds import EMITS
+from virnucpro_cli.kinds import EMITS, any_by_residue, by_residue
 from virnucpro_cli.validation import audit
 
 BLOCK_BYTES = 1 << 26
@@ -121,7 +121,7 @@ def _opened(paths: list[Path], stack: ExitStack) -> list[_Part]:
                     f"{path} is damaged: its bytes are not those that embed wrote.",
                     "Copy it again, or run its shard again.",
                 )
-            offsets = file.residue_offsets if "residue" in settings["pool"] else None
+            offsets = file.residue_offsets if _by_residue(settings) else None
             parts.append(_Part(path, file, settings, file.records, offsets))
     return parts
 
@@ -180,7 +180,7 @@ def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> sto
         known = np.array([environments.index(line) for line in lines])
         computed_by[part.records] = known[np.minimum(part.file.computed_by, len(lines) - 1)]
     spec = parts[0].file.dataset(fingerprint["pool"][0], fingerprint["layers"][0])
-    offsets = _offsets(parts, n) if "residue" in fingerprint["pool"] else None
+    offsets = _offsets(parts, n) if _by_residue(fingerprint) else None
     stored = [
         part.file.dataset(kind, layer)
         for part in parts
@@ -225,8 +225,8 @@ def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) 
         pending = file.status[rows] == store.PENDING
         if pending.any():
             for kind, layer in kinds:
-                if kind == "residue":
-                    values = _residues(parts, layer, start, stop, offsets)
+                if by_residue(kind, layer):
+                    values = _residues(parts, kind, layer, start, stop, offsets)
                     file.place(kind, layer, np.arange(offsets[start], offsets[stop]), values)
                 else:
                     file.place(kind, layer, rows, _gathered(parts, start, stop, partial(_rows, kind=kind, layer=layer)))
@@ -259,6 +259,10 @@ def _gathered(parts: list[_Part], start: int, stop: int, read: Callable[[_Part, 
     return np.empty(0) if found is None else found
 
 
+def _by_residue(settings: dict[str, Any]) -> bool:
+    return any_by_residue(settings["pool"], settings.get("emit", ()))
+
+
 def _of(part: _Part) -> NDArray[np.int64]:
     assert part.offsets is not None
     return part.offsets
@@ -284,9 +288,9 @@ def _stretches(offsets: NDArray[np.int64], n: int, rows: int) -> Iterator[tuple[
 
 
 def _residues(
-    parts: Sequence[_Part], layer: int | str, start: int, stop: int, offsets: NDArray[np.int64]
+    parts: Sequence[_Part], kind: str, layer: int | str, start: int, stop: int, offsets: NDArray[np.int64]
 ) -> NDArray[Any]:
-    data = parts[0].file.dataset("residue", layer)
+    data = parts[0].file.dataset(kind, layer)
     whole = np.empty((int(offsets[stop] - offsets[start]), data.shape[1]), data.dtype)
     for part in parts:
         first, last = np.searchsorted(part.records, (start, stop)).tolist()
@@ -294,5 +298,5 @@ def _residues(
         if first < last:
             begin = offsets[part.records[first:last]] - offsets[start]
             shift = np.repeat(begin - (own[:-1] - own[0]), np.diff(own))
-            whole[shift + np.arange(len(shift))] = part.file.dataset("residue", layer)[own[0] : own[-1]]
+            whole[shift + np.arange(len(shift))] = part.file.dataset(kind, layer)[own[0] : own[-1]]
     return whole

@@ -11,7 +11,7 @@ from virnucpro_cli import report, store
 from virnucpro_cli.collate import Item, PackedBatch, VarlenCollator
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.fasta import RecordTable
-from virnucpro_cli.kinds import POOLED
+from virnucpro_cli.kinds import POOLED, any_by_residue, by_residue
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
 from virnucpro_cli.policies import Int64, Work
 from virnucpro_cli.pooling import Embeddings
@@ -40,7 +40,9 @@ class Placer:
         self.first_pack: float | None = None
         self._members = np.argsort(work.unit, kind="stable")
         self._sorted_units = work.unit[self._members]
-        self._offsets = np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if "residue" in config.pool else None
+        self._offsets = (
+            np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if any_by_residue(config.pool, config.emit) else None
+        )
         self._windows: dict[int, dict[int, Window]] = {}
 
     def __call__(self, batch: PackedBatch, found: Embeddings) -> None:
@@ -81,9 +83,11 @@ class Placer:
         for name, place in self.file.places.items():
             kind, _, layer = name.partition("/")
             width = place.row_bytes // self.store_dtype.itemsize
-            if kind == "residue" and layer != "offsets":
+            if layer == "offsets":
+                continue
+            if by_residue(kind, layer):
                 for row in rows.tolist():
-                    self._place_residues(int(layer), row, np.full((int(self.work.embedded[row]), width), np.nan))
+                    self._place_residues(layer, row, np.full((int(self.work.embedded[row]), width), np.nan))
             elif kind == "unmasked":
                 self.file.place(kind, layer, rows, np.full(len(rows), np.nan, np.float32))
             elif kind in POOLED:
@@ -111,10 +115,11 @@ class Placer:
                     self._place_residues(layer, row, values.numpy()[inside])
         self.file.mark(rows, flag=self.flag)
 
-    def _place_residues(self, layer: int, row: int, values: NDArray[Any]) -> None:
+    def _place_residues(self, layer: int | str, row: int, values: NDArray[Any]) -> None:
         assert self._offsets is not None
         rows = np.arange(self._offsets[row], self._offsets[row + 1])
-        self.file.place("residue", layer, rows, values.astype(self.store_dtype, copy=False))
+        kind = "unmasked" if layer == "logits" else "residue"
+        self.file.place(kind, layer, rows, values.astype(self.store_dtype, copy=False))
 
     def _keep_window(self, record: int, i: int, batch: PackedBatch, found: Embeddings) -> None:
         segment = int(batch.segments[i])
@@ -178,4 +183,4 @@ class Window:
     segment: int
     start: int
     pooled: dict[tuple[str, Any], NDArray[np.float32]]
-    residue: dict[int, NDArray[np.float32]]
+    residue: dict[int | str, NDArray[np.float32]]

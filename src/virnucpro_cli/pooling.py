@@ -13,13 +13,13 @@ from virnucpro_cli.collate import PackedBatch
 
 @dataclass
 class Embeddings:
-    """What one batch yields. pooled: (kind, layer) -> float32 [n, D], ("unmasked", score) -> float32 [n]; residue: layer -> [T, D] in the store dtype, or
+    """What one batch yields. pooled: (kind, layer) -> float32 [n, D], ("unmasked", score) -> float32 [n]; residue: layer -> [T, D] (logits -> [T, 33]) in the store dtype, or
     float32 already multiplied by the blending weights where the batch has windows; finite: bool [n], whether all
     that is stored of a segment is finite after the cast to the store dtype.
     """
 
     pooled: dict[tuple[str, Any], torch.Tensor] = field(default_factory=dict)
-    residue: dict[int, torch.Tensor] = field(default_factory=dict)
+    residue: dict[Any, torch.Tensor] = field(default_factory=dict)
     finite: torch.Tensor | None = None
 
 
@@ -95,10 +95,12 @@ class Pooler:
                 into.pooled[kind, layer] = rows
                 self._note_finite(into, rows.to(self.store_dtype).isfinite().all(dim=1))
         if "residue" in self.kinds:
-            rows = residues(hidden, batch, self.store_dtype)
-            into.residue[layer] = rows
-            broken = ~rows.to(self.store_dtype).isfinite().all(dim=1, keepdim=True)
-            self._note_finite(into, _over_residues("sum", broken.float(), batch)[:, 0] == 0)
+            self._keep(into, layer, residues(hidden, batch, self.store_dtype), batch)
+
+    def _keep(self, into: Embeddings, name: int | str, rows: torch.Tensor, batch: PackedBatch) -> None:
+        into.residue[name] = rows
+        broken = ~rows.to(self.store_dtype).isfinite().all(dim=1, keepdim=True)
+        self._note_finite(into, _over_residues("sum", broken.float(), batch)[:, 0] == 0)
 
     @staticmethod
     def _note_finite(into: Embeddings, finite: torch.Tensor) -> None:

@@ -40,8 +40,8 @@ def embed(
         str | None,
         typer.Option(
             "--emit",
-            metavar="SCORE,SCORE",
-            help="Scores of the unmasked pass: entropy, pseudo-perplexity. [default: none]",
+            metavar="WHAT,WHAT",
+            help="Of the unmasked pass: logits, entropy, pseudo-perplexity. [default: none]",
         ),
     ] = None,
     dtype: Annotated[

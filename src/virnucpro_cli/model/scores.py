@@ -70,7 +70,9 @@ class Scorer(Pooler):
             super().add(into, layer, hidden, batch)
         if layer == self.last:
             logits = self.head(hidden)
-            for name in self.names:
+            if "logits" in self.names:
+                self._keep(into, "logits", logits.to(self.store_dtype), batch)
+            for name in (name for name in SCORES if name in self.names):
                 of_row, of_mean = SCORES[name]
                 found = of_mean(mean_over_residues(of_row(logits, batch.tokens)[:, None], batch))[:, 0].float()
                 into.pooled["unmasked", name] = found

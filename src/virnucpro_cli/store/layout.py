@@ -10,7 +10,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.kinds import pooled
+from virnucpro_cli.alphabet import TOKENS
+from virnucpro_cli.kinds import by_residue, pooled
 from virnucpro_cli.store.disk import pwrite_all
 from virnucpro_cli.store.schema import (
     CHECKSUM_BYTES,
@@ -46,7 +47,7 @@ class Layout:
     records: NDArray[np.int64] | None = None  # of a shard: the number of each record in the input
     environment: str = "{}"  # of this run, in a line (several, with computed_by): see Store.compute_in
     computed_by: NDArray[np.uint8] | None = None  # all zero, unless they are known
-    scores: tuple[str, ...] = ()  # of /unmasked, float32 (N)
+    unmasked: tuple[str, ...] = ()  # datasets of /unmasked: logits by residue in the store dtype, scores float32 (N)
     attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,8 +55,13 @@ class Layout:
         """Bytes of the embeddings themselves."""
         rows = len(self.lengths) * len(pooled(self.kinds))
         residues = int(self.residue_offsets[-1]) if self.residue_offsets is not None else 0
-        scores = 4 * len(self.scores) * len(self.lengths)
-        return (rows + residues) * len(self.layers) * self.hidden * self.store_dtype.itemsize + scores
+        hidden = (rows + residues * ("residue" in self.kinds)) * len(self.layers) * self.hidden
+        logits = residues * len(TOKENS) * ("logits" in self.unmasked)
+        return (hidden + logits) * self.store_dtype.itemsize + 4 * len(self.scores) * len(self.lengths)
+
+    @property
+    def scores(self) -> list[str]:
+        return [name for name in self.unmasked if not by_residue("unmasked", name)]
 
     @property
     def file_bytes(self) -> int:
@@ -174,7 +180,7 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
         if layout.residue_offsets is not None:
             residue = file.create_group("residue")
             residue["offsets"] = layout.residue_offsets
-            for layer in layout.layers:
+            for layer in layout.layers if "residue" in layout.kinds else ():
                 _create_contiguous(
                     residue, str(layer), (int(layout.residue_offsets[-1]), layout.hidden), layout.store_dtype
                 )
@@ -185,8 +191,13 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
                 _create_contiguous(group, str(layer), (n, layout.hidden), layout.store_dtype)
         if kinds:
             file["embeddings"] = file[kinds[0]][str(layout.layers[-1])]
-        for name in layout.scores:
-            _create_contiguous(file.require_group("unmasked"), name, (n,), np.float32)
+        for name in layout.unmasked:
+            shape: tuple[int, ...] = (n,)
+            dtype = np.dtype(np.float32)
+            if by_residue("unmasked", name):
+                assert layout.residue_offsets is not None
+                shape, dtype = (int(layout.residue_offsets[-1]), len(TOKENS)), layout.store_dtype
+            _create_contiguous(file.require_group("unmasked"), name, shape, dtype)
         run = file.create_group("run")
         _create_contiguous(run, "report", (), f"S{REPORT_BYTES}")
         run["report"][()] = b"{}"

@@ -134,7 +134,7 @@ class EmbeddingFile:
 
     @property
     def residue_offsets(self) -> NDArray[np.int64]:
-        """int64 [N + 1]; needs `--pool residue`."""
+        """int64 [N + 1]; needs `--pool residue` or `--emit logits`."""
         return self._file["residue/offsets"][:]
 
     def rows(self, name: str) -> list[int]:
@@ -170,11 +170,18 @@ class EmbeddingFile:
                 self.names[start : start + NAME_BLOCK], self.dataset()[start : start + NAME_BLOCK], strict=True
             )
 
+    def logits(self, key: int | str) -> NDArray[Any]:
+        """Logits [L, 33] of a record's residues (empty if it was skipped); needs `--emit logits`."""
+        return self._of_residues(self.dataset("unmasked", "logits"), key)
+
     def residues(self, key: int | str, layer: int | None = None) -> NDArray[Any]:
         """Per-residue array [L, D] of a record (empty if it was skipped); needs `--pool residue`."""
+        return self._of_residues(self.dataset("residue", layer), key)
+
+    def _of_residues(self, data: h5py.Dataset, key: int | str) -> NDArray[Any]:
         row = self.rows(key)[0] if isinstance(key, str) else range(len(self))[key]
         first, last = self._file["residue/offsets"][row : row + 2]
-        return self.dataset("residue", layer)[first:last]
+        return data[first:last]
 
 
 def read_embeddings(path: str | Path) -> EmbeddingFile:

@@ -19,10 +19,11 @@ import virnucpro_cli
 from virnucpro_cli import fasta, report, runner, store
 from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.errors import UserError, in_a_line
-from virnucpro_cli.kinds import EMITS, pooled
+from virnucpro_cli.kinds import EMITS, any_by_residue, by_residue, pooled
 from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.reference import Reference
+from virnucpro_cli.model.spec import VOCABULARY
 from virnucpro_cli.packing import window_weights, windowed_segments
 from virnucpro_cli.validation import agreement, gates, oracle
 from virnucpro_cli.validation.verdict import Check, Verdict
@@ -165,7 +166,8 @@ def settings_of(file: store.EmbeddingFile, path: str) -> dict[str, Any]:
                 width = width or shape[-1]
                 assert shape == (rows, width), f"{kind}/{layer} has shape {shape}, and {(rows, width)} is right"
         for name in settings.get("emit", ()):
-            assert file.dataset("unmasked", EMITS[name]).shape == (n,), f"unmasked/{EMITS[name]} has another shape"
+            shape = (int(file.residue_offsets[-1]), VOCABULARY) if by_residue("unmasked", name) else (n,)
+            assert file.dataset("unmasked", EMITS[name]).shape == shape, f"unmasked/{EMITS[name]} has another shape"
         for name in ("id", "long", "invalid", "max_residues", "dedup", "store_dtype", "input_sha256", "weights_sha256"):
             settings[name]
         assert settings["long"] != "window" or "overlap" in settings, "its fingerprint has windows and no overlap"
@@ -285,7 +287,7 @@ def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, A
         rows("flags", (file.flags & ~np.uint16(KNOWN_FLAGS)) > 0),
         *stored(file, settings, unit),
     ]
-    if "residue" in settings["pool"]:
+    if any_by_residue(settings["pool"], settings.get("emit", ())):
         checks.append(rows("residue/offsets", np.diff(file.residue_offsets) != embedded))
     return checks
 
@@ -294,9 +296,9 @@ def stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np
     """All stored numbers once: finite where a row is done, NaN where it is skipped, and copies like their originals."""
     wrong = unlike = 0
     copies = np.flatnonzero((unit != np.arange(len(file))) & (file.status == store.DONE))
-    for kind in settings["pool"]:
-        offsets = file.residue_offsets if kind == "residue" else np.arange(len(file) + 1)
-        for layer in settings["layers"]:
+    for kind, layers in (*((kind, settings["layers"]) for kind in settings["pool"]), *_logits(settings)):
+        offsets = file.residue_offsets if by_residue(kind, layers[0]) else np.arange(len(file) + 1)
+        for layer in layers:
             data = file.dataset(kind, layer)
             for start in range(0, data.shape[0], store.NAME_BLOCK):
                 rows = data[start : start + store.NAME_BLOCK]
@@ -304,12 +306,12 @@ def stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np
                 status = file.status[owner]
                 wrong += int((~np.isfinite(rows).all(axis=1) & (status == store.DONE)).sum())
                 wrong += int((~np.isnan(rows).all(axis=1) & (status == store.SKIPPED)).sum())
-            if kind != "residue":
+            if not by_residue(kind, layer):
                 for start in range(0, len(copies), store.NAME_BLOCK):
                     block = copies[start : start + store.NAME_BLOCK]
                     originals, back = np.unique(unit[block], return_inverse=True)
                     unlike += int((data[block] != data[originals][back]).any(axis=1).sum())
-    for name in settings.get("emit", ()):
+    for name in set(settings.get("emit", ())) - {"logits"}:
         score = file.dataset("unmasked", EMITS[name])[:]
         wrong += int((~np.isfinite(score) & (file.status == store.DONE)).sum())
         wrong += int((~np.isnan(score) & (file.status == store.SKIPPED)).sum())
@@ -318,6 +320,10 @@ def stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np
         _check("done rows finite, skipped rows NaN", wrong, f"{wrong:,} are not"),
         _check("copies equal their originals", unlike, f"{unlike:,} do not"),
     ]
+
+
+def _logits(settings: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    return [("unmasked", ["logits"])] if "logits" in settings.get("emit", ()) else []
 
 
 def _sampled(
