@@ -32,7 +32,7 @@ F32 = torch.float32
 
 def rows_of(name):
     """The token budget that a run would choose."""
-    return runner.auto_token_budget(DEVICE, specs.by_name(name).hidden, 0)
+    return runner.auto_token_budget(DEVICE.type, runner.free_memory(DEVICE), specs.by_name(name).hidden, 0)
 
 
 def microseconds(call):

@@ -78,7 +78,7 @@ class _Bench:
             self.loaded = model_weights.load(found)
         self.found, self.spec = found, self.loaded[0]
         self.model = ESM2(self.spec, self.loaded[1], self.dtype, self.device, self.backend)
-        auto = runner.auto_token_budget(self.device, self.spec.hidden, 0)
+        auto = runner.auto_token_budget(self.device.type, runner.free_memory(self.device), self.spec.hidden, 0)
         self.budgets = [auto if budget == "auto" else int(budget) for budget in config.token_budget]
         self.report = report.RunReport("bench", notes=[*self.loaded[2], *self.backend.notes])
         self.report.environment = {

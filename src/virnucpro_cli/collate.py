@@ -1,14 +1,13 @@
 """Host side of a pack: the text of its segments to one `PackedBatch`, the only batch format there is."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from virnucpro_cli import alphabet
-from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, Segments, rung_of, window_weights
 
 QUERY_TILE = 64
@@ -66,15 +65,22 @@ class PackedBatch:
         )  # fmt: skip
 
 
+class Texts(Protocol):
+    """Where a collator reads: a RecordTable, or what stands for one elsewhere."""
+
+    @property
+    def length(self) -> NDArray[np.int32]: ...
+    def check_unchanged(self) -> None: ...
+    def tokens(self, records: NDArray[np.int64], /) -> NDArray[np.uint8]: ...
+
+
 class VarlenCollator:
     """Makes the batch of any pack of a plan.
 
     embedded: int [N], residues of each record that are embedded; a segment shorter than that is a window.
     """
 
-    def __init__(
-        self, table: RecordTable, segments: Segments, embedded: NDArray[np.int32], plan: Plan, pin: bool = False
-    ):
+    def __init__(self, table: Texts, segments: Segments, embedded: NDArray[np.int32], plan: Plan, pin: bool = False):
         self.table, self.segments, self.embedded, self.plan, self.pin = table, segments, embedded, plan, pin
 
     def __call__(self, item: Item) -> PackedBatch:

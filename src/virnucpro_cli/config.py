@@ -17,6 +17,7 @@ CHOICES = {
     "long": ("truncate", "full", "window", "skip", "error"),
     "invalid": ("x", "error", "skip"),
     "id": ("first", "full"),
+    "engine": ("local", "ray"),
 }
 LARGEST = 1 << 24
 MOST_WORKERS = 256
@@ -38,6 +39,8 @@ class EmbedConfig:
     store_dtype: str = "fp16"
     device: str = "auto"
     workers: int | str = "auto"
+    engine: str = "local"
+    ray_address: str | None = None
     attention: str = "auto"
     token_budget: int | str = "auto"
     max_residues: int = 1022
@@ -65,6 +68,8 @@ class EmbedConfig:
             raise UserError(f"--pool has {', '.join(unknown) or 'nothing'}.", f"Choose any of {', '.join(KINDS)}.")
         if self.workers != "auto" and not (isinstance(self.workers, int) and 1 <= self.workers <= MOST_WORKERS):
             raise UserError(f"--workers is {self.workers}.", f"Give auto, or 1 to {MOST_WORKERS}.")
+        if self.ray_address is not None and self.engine != "ray":
+            raise UserError("--ray-address has a meaning with --engine ray only.", "Add --engine ray.")
         if not self.layers:
             raise UserError("--layers has nothing.", "Give numbers such as -1 or 0,6,-1.")
         unknown = [name for name in self.emit if name not in EMITS]

@@ -22,7 +22,8 @@ from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import fasta, qc, report, rescue, runner, shards, store, workers
+from virnucpro_cli import fasta, qc, ray_engine, report, rescue, runner, shards, store, workers
+from virnucpro_cli.attention import Backend
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.kinds import EMITS, any_by_residue
@@ -59,6 +60,15 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
 
     loaded: what reading the model's weights yielded, for a caller that has read them already; one process then does it all.
     """
+    if config.engine == "local":
+        return _run(config, out, loaded, None)
+    with ray_engine.Cluster(config) as cluster:
+        return _run(config, out, loaded, cluster)
+
+
+def _run(
+    config: EmbedConfig, out: Console | None, loaded: Loaded | None, cluster: ray_engine.Cluster | None
+) -> report.RunReport:
     out = out or report.console(config.quiet)
     clock = report.Clock()
     if not config.inputs or not config.output:
@@ -77,12 +87,21 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
             f"{output} exists and was not written by virnucpro embed.", "Choose another -o, or --overwrite it."
         )
 
-    devices, device_notes = runner.resolve_devices(config.device, config.workers)
-    if loaded is not None:
-        devices = devices[:1]
-    device = devices[0]
-    dtype = runner.resolve_dtype(config.dtype, device)
-    backend = attention_backends.resolve(config.attention, device, dtype)
+    backend: Backend | None
+    if cluster is None:
+        devices, device_notes = runner.resolve_devices(config.device, config.workers)
+        if loaded is not None:
+            devices = devices[:1]
+        device = devices[0]
+        dtype = runner.resolve_dtype(config.dtype, device)
+        backend = attention_backends.resolve(config.attention, device, dtype)
+        place, processes = runner.place_of(device, backend), len(devices)
+    else:
+        with clock.stage("start workers"):
+            place = cluster.first_place()
+        dtype, device_notes = cluster.dtype, []
+        device, backend = cluster.of_the_driver()
+        devices, processes = [device] * cluster.room(), 1
     found = _locate(config, out)
     spec = _spec(config, found)
     layers = resolved_layers(config.layers, spec)
@@ -104,34 +123,50 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
                 spec.hidden * len(layers) * ("residue" in config.pool) + VOCABULARY * ("logits" in config.emit)
             )
             budget = runner.auto_token_budget(
-                device, spec.hidden, spec.parameters * dtype.itemsize, stored, devices.count(device)
-            )
+                place.kind, place.free, spec.hidden, spec.parameters * dtype.itemsize, stored,
+                devices.count(device) if cluster is None else 1,
+            )  # fmt: skip
         plan = in_blocks(work.segments.length, int(budget))
-        environment = _computed_by(device, dtype, backend.name, len(devices) if len(plan) > 1 else 1)
+        environment = _computed_by(place, dtype, device, processes if len(plan) > 1 else 1)
         layout = _layout(config, table, work, spec, layers, records, environment)
-    summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *device_notes, *backend.notes])
+    summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *device_notes, *place.notes])
     if dtype == torch.float8_e4m3fn:
         summary.notes.append(APPROXIMATE)
     summary.counts = _counts(table, work)
     if shard is not None:
         summary.notes.insert(0, f"shard {shard}: {len(table):,} proteins of the input, into {output}")
     summary.packing = _packing(plan, work)
-    summary.environment = _environment(config, spec, devices, dtype, backend.name, plan)
+    summary.environment = _environment(config, spec, place, devices, dtype, plan)
     summary.seconds = clock.seconds
     for note in summary.notes:
         out.print(note, style="yellow")
 
     if config.dry_run:
-        _describe_plan(summary, table, work, plan, layout, spec, layers, devices, dtype, found, config, out)
+        _describe_plan(
+            summary,
+            table,
+            work,
+            plan,
+            layout,
+            spec,
+            layers,
+            place,
+            len(set(devices) if cluster is None else devices),
+            dtype,
+            found,
+            config,
+            out,
+        )
         return _saved(summary, config)
 
     assert found is not None
-    runner.check_room(device, spec.parameters * dtype.itemsize, f"The weights of {spec.name}")
+    if cluster is None:
+        runner.check_room(device, spec.parameters * dtype.itemsize, f"The weights of {spec.name}")
     with clock.stage("load model"):
         found = locate.verified(found)
         if config.emit:
             scores.check_head(model_weights.load(found)[1], found)
-    fingerprint = _fingerprint(config, table, found, layers, dtype, backend.name, device)
+    fingerprint = _fingerprint(config, table, found, layers, dtype, place)
     if shard is not None:
         fingerprint["shard"] = str(shard)
     if _already_complete(output, fingerprint, config, out):
@@ -145,7 +180,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         todo = np.zeros(len(table), np.bool_)
         todo[work.unit[file.status == store.PENDING]] = True
         packs = worst_first(plan, subset(plan, todo[work.segments.record]), work.segments.length)
-        placer = Placer(file, table, work, plan, config, todo, clock, pin=device.type == "cuda")
+        placer = Placer(file, table, work, plan, config, todo, clock, pin=cluster is None and device.type == "cuda")
 
         def tell(text: str) -> None:
             out.print(text, style="yellow")
@@ -153,9 +188,13 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
 
         exact_arithmetic()
         several = len(packs) > 1 and len(devices) > 1
-        file.compute_in(_computed_by(device, dtype, backend.name, len(devices) if several else 1))
-        if several:
-            job = workers.Job(config, found, layers, dtype, backend.name, table, work, plan, todo, output,
+        file.compute_in(_computed_by(place, dtype, device, processes if several else 1))
+        if cluster is not None and len(packs):
+            with report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
+                placer.tracker = tracker
+                summary.tables["Nodes"] = cluster.run(packs, plan, placer, found, layers, tell)
+        elif several:
+            job = workers.Job(config, found, layers, dtype, place.attention, table, work, plan, todo, output,
                               store.partial_path(output), file.fd, runner.threads_of(len(devices)))  # fmt: skip
             with report.Tracker(out, int(plan.tokens[packs].sum())) as tracker:
                 placer.tracker = tracker
@@ -163,6 +202,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
         elif len(packs):
             with clock.stage("load model"):
                 _, state, notes = loaded or model_weights.load(found)
+                assert backend is not None
                 model = ESM2(spec, state, dtype, device, backend)
                 del state
             for note in notes:
@@ -175,7 +215,7 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
                 runner.run(packs, placer.collator, compute, placer, device, tell, placer.note_unfit)
             del model, compute
         if placer.broken or placer.unfit:
-            rescue.second_pass(placer, found, layers, config, dtype, device, backend, _computed_by, tell)
+            rescue.second_pass(placer, found, layers, config, dtype, device, backend, _computed_at, tell)
         with clock.stage("finish"):
             file.commit()
             table.check_unchanged()
@@ -261,20 +301,24 @@ def _layout(
                         unmasked=tuple(EMITS[name] for name in config.emit))  # fmt: skip
 
 
-def _computed_by(device: torch.device, dtype: torch.dtype, backend: str, processes: int = 1) -> str:
-    """What the bits of a row depend on besides its input, in a line of JSON."""
+def _computed_by(place: runner.Place, dtype: torch.dtype, device: torch.device, processes: int = 1) -> str:
+    """What the bits of a row depend on besides its input, in a line of JSON. processes: that share a device of this host."""
     return json.dumps({
-        "device": runner.describe_device(device, processes),
+        "device": place.device if processes == 1 else runner.describe_device(device, processes),
         "dtype": attention_backends.describe(dtype),
-        "attention": backend,
-        "torch": torch.__version__,
-        "virnucpro": virnucpro_cli.__version__,
+        "attention": place.attention,
+        "torch": place.torch,
+        "virnucpro": place.virnucpro,
     })  # fmt: skip
+
+
+def _computed_at(device: torch.device, dtype: torch.dtype, backend: Backend) -> str:
+    return _computed_by(runner.place_of(device, backend), dtype, device)
 
 
 def _fingerprint(
     config: EmbedConfig, table: fasta.RecordTable, found: locate.Weights, layers: tuple[int, ...],
-    dtype: torch.dtype, backend: str, device: torch.device,
+    dtype: torch.dtype, place: runner.Place,
 ) -> dict[str, Any]:  # fmt: skip
     policy = {name: getattr(config, name) for name in ("max_residues", "long", "invalid", "id", "dedup")}
     if config.long == "window":
@@ -289,8 +333,8 @@ def _fingerprint(
         "dtype": attention_backends.describe(dtype),
         "store_dtype": config.store_dtype,
         **policy,
-        "attention": backend,
-        "device": device.type,
+        "attention": place.attention,
+        "device": place.kind,
     }
 
 
@@ -465,21 +509,28 @@ def _packing(plan: Plan, work: Work) -> dict[str, float]:
 
 
 def _environment(
-    config: EmbedConfig, spec: ModelSpec, devices: list[torch.device], dtype: torch.dtype, backend: str, plan: Plan
+    config: EmbedConfig,
+    spec: ModelSpec,
+    place: runner.Place,
+    devices: list[torch.device],
+    dtype: torch.dtype,
+    plan: Plan,
 ) -> dict[str, Any]:
     def chosen(value: str, asked: Any) -> str:
         return f"{value} (auto)" if asked == "auto" else value
 
     shared = f"{len(devices)} processes on {', '.join(map(str, dict.fromkeys(devices)))}"
+    if config.engine == "ray":
+        shared = f"{len(devices)} actors of Ray at the start"
     return {
         "virnucpro": virnucpro_cli.__version__,
-        "torch": torch.__version__,
+        "torch": place.torch,
         "python": platform.python_version(),
         "model": f"{spec.name} ({spec.layers} layers of {spec.hidden})",
-        "device": chosen(runner.describe_device(devices[0]), config.device),
-        **({"workers": chosen(shared, config.workers)} if len(devices) > 1 else {}),
+        "device": chosen(place.device, config.device),
+        **({"workers": chosen(shared, config.workers)} if len(devices) > 1 or config.engine == "ray" else {}),
         "dtype": chosen(runner.describe_dtype(dtype), config.dtype),
-        "attention": chosen(backend, config.attention),
+        "attention": chosen(place.attention, config.attention),
         "token budget": chosen(f"{plan.token_budget:,}", config.token_budget),
     }
 
@@ -515,17 +566,16 @@ def _fill_rates(
 
 def _describe_plan(
     summary: report.RunReport, table: fasta.RecordTable, work: Work, plan: Plan, layout: store.Layout, spec: ModelSpec,
-    layers: tuple[int, ...], devices: list[torch.device], dtype: torch.dtype, found: locate.Weights | None, config: EmbedConfig,
+    layers: tuple[int, ...], place: runner.Place, gpus: int, dtype: torch.dtype, found: locate.Weights | None, config: EmbedConfig,
     out: Console,
 ) -> None:  # fmt: skip
     length = work.segments.length.astype(np.float64) + SPECIAL_TOKENS
     flops = spec.flops(float(plan.rung.sum()), float((length**2).sum()), max(layers))
-    device, gpus = devices[0], len(set(devices))
     kind, count = ("CPU thread", torch.get_num_threads())
-    if "H100" in runner.describe_device(device):
+    if "H100" in place.device:
         kind, count = "H100", gpus
     name = runner.short_name(dtype)
-    by_width = MEASURED_FLOPS.get((kind, name), {}) if kind == "H100" or device.type == "cpu" else {}
+    by_width = MEASURED_FLOPS.get((kind, name), {}) if kind == "H100" or place.kind == "cpu" else {}
     rate = max((rate for width, rate in by_width.items() if width <= spec.hidden), default=None)
     summary.counts["output bytes (estimate)"] = layout.file_bytes
     summary.environment["weights"] = found.place if found else "not on this machine; the run will fetch them"
@@ -551,7 +601,7 @@ def _describe_plan(
             f"time: about {report.clock_time(flops / (rate * count))} of forward, an estimate from FLOPs and a measured rate"
         )
     else:
-        out.print(f"time: no measured rate for {runner.describe_device(device)} in {name}, so no estimate")
+        out.print(f"time: no measured rate for {place.device} in {name}, so no estimate")
 
 
 def _write_qc(output: Path, config: EmbedConfig) -> None:

@@ -1,22 +1,44 @@
 """The sink of a run: takes each batch's embeddings to the rows of its records and of their copies, windows stitched."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import report, store
-from virnucpro_cli.collate import Item, PackedBatch, VarlenCollator
+from virnucpro_cli.collate import Item, VarlenCollator
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.kinds import POOLED, any_by_residue, by_residue
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
 from virnucpro_cli.policies import Int64, Work
-from virnucpro_cli.pooling import Embeddings
 
 COMMIT_SECONDS = 5.0
+
+
+class Packed(Protocol):
+    """What the placer wants to know of a batch: numbers of its segments and their tokens, int64 [n] each, and all tokens."""
+
+    @property
+    def segments(self) -> NDArray[np.int64]: ...
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+    @property
+    def used(self) -> int: ...
+
+
+class Found(Protocol):
+    """Embeddings on the host, as tensors or arrays."""
+
+    @property
+    def pooled(self) -> Mapping[tuple[str, Any], Any]: ...
+    @property
+    def residue(self) -> Mapping[Any, Any]: ...
+    @property
+    def finite(self) -> Any: ...
 
 
 class Placer:
@@ -45,11 +67,11 @@ class Placer:
         )
         self._windows: dict[int, dict[int, Window]] = {}
 
-    def __call__(self, batch: PackedBatch, found: Embeddings) -> None:
+    def __call__(self, batch: Packed, found: Found) -> None:
         with self.clock.stage("write (overlapped)" if self.collator.pin else "write"):
             assert found.finite is not None
             record = self.work.segments.record[batch.segments]
-            finite = found.finite.numpy()
+            finite = np.asarray(found.finite)
             wanted = self.todo[record]
             whole = batch.lengths - SPECIAL_TOKENS == self.work.embedded[record]
             self.broken += record[wanted & whole & ~finite].tolist()
@@ -102,17 +124,17 @@ class Placer:
         within = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
         return self._members[np.repeat(first, counts) + within], source
 
-    def _place_whole(self, record: Int64, chosen: Int64, batch: PackedBatch, found: Embeddings) -> None:
+    def _place_whole(self, record: Int64, chosen: Int64, batch: Packed, found: Found) -> None:
         rows, source = self.rows_of(record[chosen])
         for (kind, layer), values in found.pooled.items():
             dtype = np.float32 if kind == "unmasked" else self.store_dtype
-            self.file.place(kind, layer, rows, values.numpy()[chosen][source].astype(dtype))
+            self.file.place(kind, layer, rows, np.asarray(values)[chosen][source].astype(dtype))
         if found.residue:
             ends = np.cumsum(batch.lengths)
             for row, i in zip(rows.tolist(), chosen[source].tolist(), strict=True):
                 inside = slice(int(ends[i] - batch.lengths[i]) + 1, int(ends[i]) - 1)
                 for layer, values in found.residue.items():
-                    self._place_residues(layer, row, values.numpy()[inside])
+                    self._place_residues(layer, row, np.asarray(values)[inside])
         self.file.mark(rows, flag=self.flag)
 
     def _place_residues(self, layer: int | str, row: int, values: NDArray[Any]) -> None:
@@ -121,7 +143,7 @@ class Placer:
         kind = "unmasked" if layer == "logits" else "residue"
         self.file.place(kind, layer, rows, values.astype(self.store_dtype, copy=False))
 
-    def _keep_window(self, record: int, i: int, batch: PackedBatch, found: Embeddings) -> None:
+    def _keep_window(self, record: int, i: int, batch: Packed, found: Found) -> None:
         segment = int(batch.segments[i])
         weights = self.collator.weights_of(segment)
         share = np.float32(weights.sum(dtype=np.float64) / self.work.embedded[record])
@@ -131,10 +153,10 @@ class Placer:
         end = int(batch.lengths[: i + 1].sum())
         inside = slice(end - int(batch.lengths[i]) + 1, end - 1)
         pooled = {
-            (kind, layer): values.numpy()[i] * part.get(kind, np.float32(1))
+            (kind, layer): np.asarray(values)[i] * part.get(kind, np.float32(1))
             for (kind, layer), values in found.pooled.items()
         }
-        residue = {layer: values.numpy()[inside].copy() for layer, values in found.residue.items()}
+        residue = {layer: np.asarray(values)[inside].copy() for layer, values in found.residue.items()}
         self.keep(record, Window(segment, start, pooled, residue))
 
     def keep(self, record: int, window: "Window") -> None:

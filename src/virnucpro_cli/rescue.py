@@ -31,9 +31,12 @@ CPU = torch.device("cpu")
 
 def second_pass(
     placer: Placer, found: locate.Weights, layers: tuple[int, ...], config: EmbedConfig, dtype: torch.dtype,
-    device: torch.device, backend: Backend, environment_of: Callable[[torch.device, torch.dtype, str], str], note: Callable[[str], None],
+    device: torch.device, backend: Backend | None, environment_of: Callable[[torch.device, torch.dtype, Backend], str], note: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Embed or skip what the placer has in `unfit` and `broken`. `note` is told; environment_of(device, dtype, backend): as the file records it."""
+    """Embed or skip what the placer has in `unfit` and `broken`. `note` is told; environment_of(device, dtype, backend): as the file records it.
+
+    backend: None where the run's own device is on another host, so that what it has no memory for is for the CPU here.
+    """
     unfit, broken = _taken(placer)
     spec, state, _ = model_weights.load(found)
     wide = torch.float32
@@ -49,9 +52,10 @@ def second_pass(
         _run(placer, records, budget, runner.compute_with(model, layers, config), model.device)
         return _taken(placer)
 
-    if len(unfit):
+    if len(unfit) and backend is not None:
+        own = backend
         note(f"{_proteins(unfit)} too large for {runner.describe_device(device)}: once more in parts of {PART:,} rows")
-        unfit, overflowed = again(unfit, lambda: ESM2(spec, state, dtype, device, backend).in_parts(PART))
+        unfit, overflowed = again(unfit, lambda: ESM2(spec, state, dtype, device, own).in_parts(PART))
         broken = np.union1d(broken, overflowed)
     if len(broken) and dtype != wide:
         name = attention_backends.describe(dtype)
@@ -59,7 +63,7 @@ def second_pass(
         whole = runner.free_memory(device) > 1.25 * 4 * spec.parameters
         exact = attention_backends.resolve("auto", device, wide)
         placer.flag = store.RECOMPUTED
-        placer.file.compute_in(environment_of(device, wide, exact.name))
+        placer.file.compute_in(environment_of(device, wide, exact))
         too_large, broken = again(
             broken,
             lambda: ESM2(spec, state, wide, device, exact, one_layer_at_a_time=not whole),
@@ -71,7 +75,7 @@ def second_pass(
         note(f"{_proteins(unfit[fits])} once more in float32 on the CPU, which takes its time")
         there = attention_backends.resolve("auto", CPU, wide)
         placer.flag = store.RECOMPUTED
-        placer.file.compute_in(environment_of(CPU, wide, there.name))
+        placer.file.compute_in(environment_of(CPU, wide, there))
         still, overflowed = again(unfit[fits], lambda: ESM2(spec, state, wide, CPU, there))
         unfit, broken = np.union1d(unfit[~fits], still), np.union1d(broken, overflowed)
     if len(unfit):

@@ -1,11 +1,13 @@
 """Runs packs through collation, forward and sink: serially, or overlapped on CUDA. The only place with streams and events."""
 
 import ctypes
+import platform
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,8 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
+import virnucpro_cli
 from virnucpro_cli import attention
-from virnucpro_cli.collate import Item, PackedBatch
+from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.kinds import EMITS
@@ -22,8 +25,12 @@ from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.scores import Scorer, TokenHead
 from virnucpro_cli.pooling import Embeddings, Pooler
 
+Item = Any
+
 
 class Collate(Protocol):
+    """Makes the batch of an item, which the runner itself never looks into."""
+
     def __call__(self, item: Item, /) -> PackedBatch: ...
     def parts(self, item: Item, tokens: int, /) -> list[Item]: ...
 
@@ -190,20 +197,45 @@ def check_room(device: torch.device, needed: int, what: str) -> None:
         )
 
 
-def auto_token_budget(device: torch.device, hidden: int, weight_bytes: int, stored: int = 0, sharing: int = 1) -> int:
+@dataclass(frozen=True)
+class Place:
+    """Where packs are computed, on whatever host: what the plan, and the file's words about its values, depend on.
+
+    kind: cuda, cpu or mps; device and attention as reports name them; free: bytes of memory.
+    """
+
+    node: str
+    kind: str
+    device: str
+    attention: str
+    notes: tuple[str, ...]
+    free: float
+    torch: str
+    virnucpro: str
+
+
+def place_of(device: torch.device, backend: attention.Backend) -> Place:
+    """A device of this host."""
+    return Place(
+        platform.node(), device.type, describe_device(device), backend.name, tuple(backend.notes),
+        free_memory(device), torch.__version__, virnucpro_cli.__version__,
+    )  # fmt: skip
+
+
+def auto_token_budget(kind: str, free: float, hidden: int, weight_bytes: int, stored: int = 0, sharing: int = 1) -> int:
     """A power of two of tokens that surely fits: on a large GPU 32768, and for small models up to 131072, so that a pack
     takes the device longer than launching it takes the host; 2048 on a CPU, where larger packs gain nothing.
 
     stored: bytes that each token leaves to be copied out (per-residue rows), which three packs hold at a time;
-    sharing: processes of this run on the device.
+    sharing: processes of this run on the device, of whose memory `free` bytes are free.
     """
-    if device.type == "cpu":
+    if kind == "cpu":
         return 2048
     budget = 32768
-    if device.type == "cuda":
+    if kind == "cuda":
         while not stored and budget < 131072 and budget * hidden < 32768 * 1280:
             budget *= 2
-        free = torch.cuda.mem_get_info(device)[0] // sharing - weight_bytes
+        free = free // sharing - weight_bytes
         # fp32 copies for rotary and pooling, fc1 and its GELU, the residual stream
         per_token = 64 * hidden + 512 + 3 * stored
         while budget > 1024 and budget * per_token > free // 2:

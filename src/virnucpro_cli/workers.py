@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import report, runner
-from virnucpro_cli.collate import Item, PackedBatch
+from virnucpro_cli.collate import Item
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import STOP_SIGNALS, UserError, in_a_line
 from virnucpro_cli.fasta import RecordTable
@@ -39,9 +39,8 @@ from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.packing import Plan
-from virnucpro_cli.placer import Placer, Window
+from virnucpro_cli.placer import Found, Packed, Placer, Window
 from virnucpro_cli.policies import Work
-from virnucpro_cli.pooling import Embeddings
 from virnucpro_cli.store import PENDING, Store
 
 LARGEST_SHARE = 256
@@ -130,7 +129,7 @@ def run(
                         raise lost.error
                     del by_channel[channel]
                     # Last: if it was a pack's fault, the others come first.
-                    waiting.extend(_undone(worker.share, job, placer))
+                    waiting.extend(undone(worker.share, job.plan, placer))
                     if waiting and not by_channel:
                         raise UserError(f"No worker is left. The last, {worker}: {lost.error.what}", lost.error.remedy)
                     note(f"{worker} was lost, and its packs go to the others: {lost.error.what}")
@@ -173,13 +172,14 @@ def _hand_out(worker: _Worker, waiting: "deque[int]", workers: int) -> None:
         worker.channel.send(packs)
 
 
-def _undone(share: list[int], job: Job, placer: Placer) -> list[int]:
+def undone(share: list[int], plan: Plan, placer: Placer) -> list[int]:
     """Those packs of a share that hold what nobody has placed."""
     placer.file.commit()
-    pending = np.zeros(len(job.table), np.bool_)
-    pending[job.work.unit[placer.file.status == PENDING]] = True
-    wanted = pending[job.work.segments.record]
-    return [pack for pack in share if wanted[job.plan.pack(pack)].any()]
+    work = placer.work
+    pending = np.zeros(len(work.unit), np.bool_)
+    pending[work.unit[placer.file.status == PENDING]] = True
+    wanted = pending[work.segments.record]
+    return [pack for pack in share if wanted[plan.pack(pack)].any()]
 
 
 def _heed(message: tuple[Any, ...], worker: _Worker, placer: Placer) -> Lost | None:
@@ -352,7 +352,7 @@ class _WorkerPlacer(Placer):
 
     file: _SharedStore
 
-    def __call__(self, batch: PackedBatch, found: Embeddings) -> None:
+    def __call__(self, batch: Packed, found: Found) -> None:
         super().__call__(batch, found)
         if self.file.post.ended:
             raise _Enough
@@ -404,7 +404,7 @@ def _work(job: Job, device: torch.device, channel: Connection) -> None:
 
     try:
         while True:
-            post.send("done", _used(device))
+            post.send("done", used_here(device))
             packs = post.packs(post.next())
             runner.run(packs, placer.collator, compute, placer, device, partial(post.send, "note"), placer.note_unfit)
             file.commit()
@@ -413,7 +413,7 @@ def _work(job: Job, device: torch.device, channel: Connection) -> None:
         raise
 
 
-def _used(device: torch.device) -> dict[str, Any]:
+def used_here(device: torch.device) -> dict[str, Any]:
     """What this process has used so far."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     used: dict[str, Any] = {

@@ -72,6 +72,18 @@ def embed(
             help="Processes on this host, that share the devices; auto is one for each GPU, and one on a CPU. [default: auto]",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine", metavar="NAME", help="local, or ray: the nodes of a Ray cluster (extra ray). [default: local]"
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address", metavar="ADDRESS", help="auto or HOST:PORT of a running cluster. [default: start one here]"
+        ),
+    ] = None,
     attention: Annotated[
         str | None,
         typer.Option(
@@ -155,7 +167,7 @@ def embed(
         "inputs": tuple(inputs), "output": output, "model": model, "layers": numbers(layers),
         "pool": None if pool is None else tuple(dict.fromkeys(part.strip() for part in pool.split(","))),
         "emit": None if emit is None else tuple(dict.fromkeys(part.strip() for part in emit.split(","))),
-        "dtype": dtype, "store_dtype": store_dtype, "device": device, "workers": budget(workers), "attention": attention,
+        "dtype": dtype, "store_dtype": store_dtype, "device": device, "workers": budget(workers), "engine": engine, "ray_address": ray_address, "attention": attention,
         "token_budget": budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
         "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
         "restart": restart or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,

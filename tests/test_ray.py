@@ -1,0 +1,235 @@
+"""The Ray engine on real clusters of several nodes: the bits of one process, whoever is killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from conftest import write_model
+from virnucpro_cli import cli, fasta, ray_engine, report, runner, store
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import locate, weights
+from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.packing import in_blocks
+from virnucpro_cli.placer import Placer
+from virnucpro_cli.policies import decide
+
+ray = pytest.importorskip("ray")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+
+SMALL = ModelSpec("small", 4, 192, 12)
+OPTIONS: dict[str, Any] = {
+    "pool": ("mean", "residue"), "long": "window", "max_residues": 300, "overlap": 50, "token_budget": 1024, "device": "cpu",
+}  # fmt: skip
+
+
+class Case:
+    """An input with long and equal proteins, and what one process makes of it with one thread."""
+
+    def __init__(self, folder: Path):
+        dice = random.Random(0)
+        proteins = ["".join(dice.choices("ACDEFGHIKLMNPQRSTVWY", k=dice.randint(20, 400))) for _ in range(400)]
+        proteins[7::50] = proteins[6::50]
+        self.fasta = folder / "in.fasta"
+        self.fasta.write_text("".join(f">p{i}\n{text}\n" for i, text in enumerate(proteins)))
+        self.model = write_model(folder / "model", SMALL)
+        self.expected = folder / "expected.h5"
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        embed_fasta(self.fasta, self.expected, model=str(self.model), **OPTIONS)
+        torch.set_num_threads(threads)
+
+    def check(self, output: Path) -> None:
+        with h5py.File(self.expected) as ours, h5py.File(output) as theirs:
+            names: list[str] = []
+            ours.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+            for name in names:
+                if not name.startswith("run/"):
+                    assert np.array_equal(ours[name][()], theirs[name][()], equal_nan=ours[name].dtype.kind == "f"), (
+                        name
+                    )
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("case"))
+
+
+class Cluster:
+    """A head without CPUs, where drivers are, and nodes of one CPU each."""
+
+    def __init__(self, nodes: int):
+        self.ray = cluster_utils.Cluster(True, head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20})
+        self.nodes = [self.add() for _ in range(nodes)]
+
+    def add(self) -> Any:
+        return self.ray.add_node(num_cpus=1, object_store_memory=100 << 20)
+
+    def actors(self) -> list[int]:
+        listed = subprocess.run(["pgrep", "-f", "ray::_Actor"], capture_output=True, text=True).stdout
+        return [int(pid) for pid in listed.split()]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster(2)
+    yield made
+    made.ray.shutdown()
+
+
+class Driver:
+    def __init__(self, case: Case, output: Path, cluster: Cluster):
+        self.output = output
+        command = [
+            sys.executable, "-m", "virnucpro_cli", "embed", str(case.fasta), "-o", str(output), "--model", str(case.model),
+            "--pool", "mean,residue", "--long", "window", "--max-residues", "300", "--overlap", "50", "--token-budget", "1024",
+            "--device", "cpu", "--engine", "ray", "--ray-address", cluster.ray.address, "--report", str(output) + ".json",
+        ]  # fmt: skip
+        self.before = fill_of(store.partial_path(output))
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def wait_for_rows(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if fill_of(store.partial_path(self.output)) > self.before + 10:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"no rows came: {self.process.communicate()}")
+
+    def ended(self) -> dict[str, Any]:
+        _, told = self.process.communicate(timeout=120)
+        assert self.process.returncode == 0, told
+        return json.loads(Path(f"{self.output}.json").read_text())
+
+
+def fill_of(partial: Path) -> int:
+    if not partial.exists():
+        return 0
+    with h5py.File(partial, locking=False) as file:
+        return int((file["mean/4"][:] != 0).any(axis=1).sum())
+
+
+def test_two_nodes_give_the_bits_of_one_process(case: Case, cluster: Cluster, tmp_path: Path) -> None:
+    found = Driver(case, tmp_path / "out.h5", cluster).ended()
+    case.check(tmp_path / "out.h5")
+    (nodes,) = found["tables"]["Nodes"]  # all of this host, by its name
+    assert nodes["actors"] == 2 and nodes["tokens"] == found["counts"]["tokens"]
+
+
+def test_a_node_an_actor_and_the_driver_are_killed_and_no_row_is_lost(
+    case: Case, cluster: Cluster, tmp_path: Path
+) -> None:
+    driver = Driver(case, tmp_path / "out.h5", cluster)
+    driver.wait_for_rows()
+    driver.process.kill()
+    driver.process.wait()
+    driver = Driver(case, tmp_path / "out.h5", cluster)
+    driver.wait_for_rows()
+    cluster.ray.remove_node(cluster.nodes[0], allow_graceful=False)
+    os.kill(cluster.actors()[0], signal.SIGKILL)
+    cluster.add()
+    found = driver.ended()
+    case.check(tmp_path / "out.h5")
+    assert "lost" in found["tables"]["Nodes"][0]["lost"]
+
+
+def test_a_driver_that_is_told_to_stop_keeps_what_it_has(case: Case, cluster: Cluster, tmp_path: Path) -> None:
+    driver = Driver(case, tmp_path / "out.h5", cluster)
+    driver.wait_for_rows()
+    driver.process.send_signal(signal.SIGTERM)
+    _, told = driver.process.communicate(timeout=30)
+    assert driver.process.returncode == 128 + signal.SIGTERM and "the same command resumes" in told
+    with store.read_embeddings(store.partial_path(tmp_path / "out.h5")) as file:
+        assert (file.status == store.DONE).any()
+
+
+# --- an actor, without a cluster --------------------------------------------------------------------------------
+
+
+def placer_of(case: Case, config: EmbedConfig) -> Placer:
+    table = fasta.index(fasta.open_sources(config.inputs, case.fasta.parent))
+    work = decide(table, config)
+    plan = in_blocks(work.segments.length, 1024)
+    file: Any = None
+    return Placer(file, table, work, plan, config, np.ones(len(table), np.bool_), report.Clock(), pin=False)
+
+
+def test_a_share_is_whole_whatever_packs_are_in_it(case: Case) -> None:
+    placer = placer_of(case, EmbedConfig(inputs=(str(case.fasta),), output="x.h5", **OPTIONS))
+    plan = placer.collator.plan
+    dice = np.random.default_rng(0)
+    for _ in range(20):
+        packs = dice.choice(len(plan), dice.integers(1, 6), replace=False).tolist()
+        share = ray_engine.share_of(packs, plan, placer)
+        collator = ray_engine.VarlenCollator(ray_engine._Texts(share), share.segments, share.embedded, share.plan)
+        for here, there in enumerate(packs):
+            batch = ray_engine._Collate()((collator, share.numbers, here))
+            expected = placer.collator(there)
+            assert np.array_equal(batch.segments, expected.segments)
+            for name in ("tokens", "positions", "cu_seqlens", "divisor", "query_tiles", "weights"):
+                ours, theirs = getattr(batch, name), getattr(expected, name)
+                assert theirs is None if ours is None else torch.equal(ours, theirs), name
+
+
+@pytest.fixture
+def actor() -> Any:
+    made = ray_engine._Actor(EmbedConfig(inputs=("x",), output="x.h5", **OPTIONS), "cpu", torch.float32, 1)
+    made.look()
+    return made
+
+
+def test_weights_that_are_not_on_a_node_are_sent_to_it(case: Case, actor: Any) -> None:
+    found = locate.verified(locate.fetch(str(case.model), print))
+    assert not actor.load(replace(found, files=(Path("/nowhere/model.safetensors"),)), (4,))
+    assert not actor.load(replace(found, sha256="0" * 64), (4,)), "other weights under the same path"
+    spec, state, notes = weights.load(found)
+    sent = {key: each.numpy() for key, each in state.items()}
+    for array in sent.values():
+        array.flags.writeable = False  # as in Ray's object store
+    assert actor.take((spec, sent, notes), (4,))
+    placer = placer_of(case, EmbedConfig(inputs=(str(case.fasta),), output="x.h5", **OPTIONS))
+    actor.work(ray_engine.share_of([0], placer.collator.plan, placer))
+    assert actor.finish().ended
+
+
+def test_an_actor_that_fails_says_so_and_answers_every_call(
+    case: Case, actor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise runner.DeviceFailed("it fell off the bus")
+
+    monkeypatch.setattr(runner, "serial", fails)
+    assert actor.load(locate.verified(locate.fetch(str(case.model), print)), (4,))
+    placer = placer_of(case, EmbedConfig(inputs=(str(case.fasta),), output="x.h5", **OPTIONS))
+    share = ray_engine.share_of([0], placer.collator.plan, placer)
+    for answer in (actor.work(share), actor.work(share), actor.finish()):
+        assert answer.lost is not None and not answer.lost.fatal and not answer.ended
+        assert "fell off the bus" in answer.lost.error.what
+
+
+def test_without_ray_the_remedy_is_told(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"virnucpro\[ray\]"):
+        embed_fasta(case.fasta, tmp_path / "out.h5", model=str(case.model), engine="ray")
+
+
+def test_an_address_where_no_cluster_is_is_named(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["embed", str(case.fasta), "-o", str(tmp_path / "o.h5"), "--engine", "ray", "--ray-address", "auto"])
+    assert end.value.code == 2 and "--ray-address auto" in capfd.readouterr().err
