@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("config", "kinds", "report", "errors"),
     ("collate", "packing", "fasta", "alphabet", "pooling"),
-    ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
+    ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts", "genes", "groups"),
     ("validation", "timing", "workers", "ray_engine", "rescue", "shards", "qc"),
     ("embed", "fetch", "bench", "validate", "inspect", "verify", "merge", "status", "doctor"),
     ("extract",),

@@ -1,7 +1,9 @@
 """What a run is asked to do: frozen dataclasses, made once from defaults < TOML file < flags. An unknown key is an error."""
 
 import dataclasses
+import keyword
 import os
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,12 @@ CHOICES = {
     "invalid": ("x", "error", "skip"),
     "id": ("first", "full"),
     "engine": ("local", "ray"),
+    "from_": ("proteins", "contigs"),
+    "genes": ("pyrodigal-gv", "six-frame", "virnucpro"),
 }
 LARGEST = 1 << 24
 MOST_WORKERS = 256
+CHUNKS = (300, 500)
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 PEERS = ("fair-esm", "transformers", "esm-efficient", "faesm")
 
@@ -54,6 +59,13 @@ class EmbedConfig:
     dry_run: bool = False
     preallocate: bool = True
     force_protein: bool = False
+    from_: str = "proteins"
+    genes: str = "pyrodigal-gv"
+    min_aa: int = 30
+    chunk: int = 500
+    group: str | None = None
+    group_regex: str | None = None
+    group_table: str | None = None
     shard: str | None = None
     qc: str | None = None
     report: str | None = None
@@ -87,6 +99,44 @@ class EmbedConfig:
             raise UserError(
                 f"--overlap is {self.overlap}.", f"Give 0 or more, and less than --max-residues {self.max_residues}."
             )
+        self._check_genes()
+        self._check_groups()
+
+    def _check_genes(self) -> None:
+        given = [name for name in ("genes", "min_aa", "chunk") if getattr(self, name) != getattr(EmbedConfig, name)]
+        if given and self.from_ != "contigs":
+            raise UserError(f"{_option(given[0])} is of contigs.", "Say --from contigs, or leave it out.")
+        for name, caller in (("min_aa", "six-frame"), ("chunk", "virnucpro")):
+            if name in given and self.genes != caller:
+                raise UserError(f"{_option(name)} is of --genes {caller}.", "Leave it out.")
+        if self.min_aa < 1:
+            raise UserError(f"--min-aa is {self.min_aa}.", "Give 1 or more.")
+        if self.chunk not in CHUNKS:
+            raise UserError(f"--chunk is {self.chunk}.", f"Choose one of {', '.join(map(str, CHUNKS))}.")
+
+    def _check_groups(self) -> None:
+        given = [name for name in ("group", "group_regex", "group_table") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{_option(given[0])} and {_option(given[1])} both say what a group is.", "Give one.")
+        if given and "mean" not in self.pool:
+            raise UserError(f"{_option(given[0])} needs the means of the proteins.", "Add mean to --pool.")
+        if self.group is not None and (self.group != "contig" or self.from_ != "contigs"):
+            raise UserError(
+                f"--group is {self.group!r}, from {self.from_}.",
+                "It can be contig, with --from contigs; else see --group-regex and --group-table.",
+            )
+        if self.group_regex is not None:
+            try:
+                groups = re.compile(self.group_regex).groups
+            except re.error as error:
+                raise UserError(
+                    f"--group-regex {self.group_regex!r} is no regular expression: {error}.", "See Python's module re."
+                ) from None
+            if groups != 1:
+                raise UserError(
+                    f"--group-regex {self.group_regex!r} has {groups} capturing groups.",
+                    "Give one, such as '^(.+)_[0-9]+$'; (?:...) does not capture.",
+                )
 
 
 @dataclass(frozen=True)
@@ -169,6 +219,11 @@ class BenchConfig:
             raise UserError(f"--plot is {self.plot}.", f"Its name must end in one of {', '.join(PICTURES)}.")
 
 
+def _option(name: str) -> str:
+    """The option of a field."""
+    return f"--{name.strip('_').replace('_', '-')}"
+
+
 def _check(config: Any) -> None:
     """What the commands' configurations have in common."""
     budgets = config.token_budget if isinstance(config.token_budget, tuple) else (config.token_budget,)
@@ -178,12 +233,10 @@ def _check(config: Any) -> None:
                 raise UserError(f"--{name} is {value}.", f"Give {LARGEST:,} or less.")
     for name, allowed in CHOICES.items():
         if getattr(config, name, allowed[0]) not in allowed:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(config, name)!r}.", f"Choose one of {', '.join(allowed)}."
-            )
+            raise UserError(f"{_option(name)} is {getattr(config, name)!r}.", f"Choose one of {', '.join(allowed)}.")
     for name, value in vars(config).items():
         if value == "" and name != "output":
-            raise UserError(f"--{name.replace('_', '-')} is empty.", "Give it a value, or leave it out.")
+            raise UserError(f"{_option(name)} is empty.", "Give it a value, or leave it out.")
     for budget in budgets:
         if budget != "auto" and (not isinstance(budget, int) or budget < 1024):
             raise UserError(f"--token-budget is {budget}.", "Give auto or a number of tokens, 1024 or more.")
@@ -232,6 +285,7 @@ def _fitting(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, A
     fields = {f.name: f for f in dataclasses.fields(kind)}
     fitting = {}
     for key, value in values.items():
+        key += "_" * keyword.iskeyword(key)
         if key not in fields:
             raise UserError(f"{where}there is no option {key!r}.", f"Known: {', '.join(fields)}.")
         default: Any = fields[key].default

@@ -22,7 +22,7 @@ from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import fasta, qc, ray_engine, report, rescue, runner, shards, store, workers
+from virnucpro_cli import fasta, genes, groups, qc, ray_engine, report, rescue, runner, shards, store, workers
 from virnucpro_cli.attention import Backend
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
@@ -78,10 +78,10 @@ def _run(
     output = Path(config.output)
     if output.is_symlink():
         output = output.resolve()  # the file that it names, not the link
-    shard = None if config.shard is None else shards.parse(config.shard)
+    shard, whole = None if config.shard is None else shards.parse(config.shard), output
     if shard is not None:
         output = shards.path(output, shard)
-    _check_paths(output, config)
+    _check_paths(output, config, genes.check(config, whole))
     if output.exists() and not (config.overwrite or config.dry_run) and store.fingerprint_of(output) is None:
         raise UserError(
             f"{output} exists and was not written by virnucpro embed.", "Choose another -o, or --overwrite it."
@@ -106,16 +106,20 @@ def _run(
     spec = _spec(config, found)
     layers = resolved_layers(config.layers, spec)
 
+    inputs, extra = genes.find(config, whole, out, clock)
     with clock.stage("index"):
-        sources = fasta.open_sources(config.inputs, output.parent)
+        sources = fasta.open_sources(inputs, output.parent)
         table = fasta.index(sources, on_invalid=config.invalid, dedup=config.dedup)
     _check_protein(table, config)
 
     with clock.stage("plan"):
         work, records = decide(table, config), None
-        if shard is not None:
+        extra |= groups.of_records(config, table, extra)
+        if shard is None:
+            extra |= groups.room(extra)
+        else:
             records = shards.records_of(shard, work)
-            table = table.part(records)
+            table, extra = table.part(records), extra.part(records)
             work = decide(table, config)
         budget = config.token_budget
         if budget == "auto":
@@ -128,11 +132,11 @@ def _run(
             )  # fmt: skip
         plan = in_blocks(work.segments.length, int(budget))
         environment = _computed_by(place, dtype, device, processes if len(plan) > 1 else 1)
-        layout = _layout(config, table, work, spec, layers, records, environment)
+        layout = _layout(config, table, work, spec, layers, records, environment, extra)
     summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *device_notes, *place.notes])
     if dtype == torch.float8_e4m3fn:
         summary.notes.append(APPROXIMATE)
-    summary.counts = _counts(table, work)
+    summary.counts = _counts(table, work) | extra.counts
     if shard is not None:
         summary.notes.insert(0, f"shard {shard}: {len(table):,} proteins of the input, into {output}")
     summary.packing = _packing(plan, work)
@@ -166,7 +170,7 @@ def _run(
         found = locate.verified(found)
         if config.emit:
             scores.check_head(model_weights.load(found)[1], found)
-    fingerprint = _fingerprint(config, table, found, layers, dtype, place)
+    fingerprint = _fingerprint(config, table, found, layers, dtype, place) | extra.fingerprint
     if shard is not None:
         fingerprint["shard"] = str(shard)
     if _already_complete(output, fingerprint, config, out):
@@ -219,6 +223,7 @@ def _run(
         with clock.stage("finish"):
             file.commit()
             table.check_unchanged()
+            groups.fill(file)
             _fill_rates(summary, plan, packs, work, clock, placer, device, file)
             summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), config.overwrite)
     if store.partial_path(output).exists():  # left by a kill between the two steps of the renaming
@@ -269,27 +274,28 @@ def resolved_layers(requested: tuple[int, ...], spec: ModelSpec) -> tuple[int, .
 
 def _check_protein(table: fasta.RecordTable, config: EmbedConfig) -> None:
     for source, share in zip(table.sources, table.nucleotide_share, strict=True):
-        if share >= fasta.NUCLEOTIDE_SHARE and not config.force_protein:
+        if share >= fasta.NUCLEOTIDE_SHARE and config.from_ == "proteins" and not config.force_protein:
             raise UserError(
                 f"{source.path} looks like nucleotides: {share:.1%} of its residues are A, C, G, T, U or N.",
-                "Translate it first (Prodigal, getorf, six frames), or say --force-protein if these are proteins.",
+                "Say --from contigs to find its proteins first, or --force-protein if these are proteins.",
             )
 
 
-def _check_paths(output: Path, config: EmbedConfig) -> None:
+def _check_paths(output: Path, config: EmbedConfig, beside: list[Path]) -> None:
     """Nothing that is read may be written, and the report must have a place before anything is computed."""
     store.check_destination(output)
-    read = [Path(name) for name in config.inputs if name != "-"]
+    read = [Path(name) for name in (*config.inputs, config.group_table or "-") if name != "-"]
     if any(output.exists() and other.exists() and output.samefile(other) for other in read):
         raise UserError(
             f"The output {output} is one of the inputs.", "Choose another name; inputs are never overwritten."
         )
-    report.check_places({"report": config.report, "qc": config.qc}, [*read, output, store.partial_path(output)])
+    places = {"report": config.report, "qc": config.qc}
+    report.check_places(places, [*read, output, store.partial_path(output), *beside])
 
 
 def _layout(
     config: EmbedConfig, table: fasta.RecordTable, work: Work, spec: ModelSpec, layers: tuple[int, ...],
-    records: Int64 | None, environment: str,
+    records: Int64 | None, environment: str, extra: store.Extra,
 ) -> store.Layout:  # fmt: skip
     offsets = (
         np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if any_by_residue(config.pool, config.emit) else None
@@ -298,7 +304,7 @@ def _layout(
     names = partial(table.names, full=config.id == "full")
     return store.Layout(spec.hidden, layers, config.pool, dtype, table.length, table.replaced, work.flags, work.status,
                         work.reason, offsets, names, table.text_bytes - table.residues, records, environment,
-                        unmasked=tuple(EMITS[name] for name in config.emit))  # fmt: skip
+                        unmasked=tuple(EMITS[name] for name in config.emit), extra=extra)  # fmt: skip
 
 
 def _computed_by(place: runner.Place, dtype: torch.dtype, device: torch.device, processes: int = 1) -> str:
@@ -542,7 +548,17 @@ def _fill_rates(
     seconds = dict(clock.seconds)
     if placer.first_pack is not None:
         seconds["first pack"] = placer.first_pack
-    order = ("index", "plan", "load model", "start workers", "first pack", "forward", "write", "write (overlapped)")
+    order = (
+        "genes",
+        "index",
+        "plan",
+        "load model",
+        "start workers",
+        "first pack",
+        "forward",
+        "write",
+        "write (overlapped)",
+    )
     summary.seconds = {name: seconds[name] for name in order if name in seconds}
     forward = seconds.get("forward", 0.0)
     if forward > 0:

@@ -200,6 +200,12 @@ class RecordTable:
             found.append(ids)
         return found
 
+    def letters(self, records: NDArray[np.int64]) -> Iterator[bytes]:
+        """The sequence of each record as it stands, but for case: upper; without white space and a trailing `*`."""
+        for (source, at, size), length in zip(self._spans(records), self.length[records].tolist(), strict=True):
+            text = source.read(at, size)
+            yield text[text.find(b"\n") + 1 :].translate(None, alphabet.WHITE_SPACE).upper()[:length] if length else b""
+
     def _text(self, records: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """The text of the records, headers included, one behind the other, and where each begins."""
         spans, near = self._spans(records), self._around(records)

@@ -60,6 +60,12 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
             table.add_row(f"{count:,} proteins computed by", ", ".join(f"{k} {v}" for k, v in environment.items()))
     for entry in json.loads(file.attributes["inputs"]):
         table.add_row("input", f"{entry['path']} ({report.size(entry['bytes'])}, SHA-256 {entry['sha256'][:16]}...)")
+    for entry in json.loads(file.attributes.get("contigs", "[]")):
+        table.add_row("contigs", f"{entry['path']} ({report.size(entry['bytes'])}, SHA-256 {entry['sha256'][:16]}...)")
+    if "gene_caller" in settings:
+        table.add_row("genes", ", ".join(f"{name} {value}" for name, value in settings["gene_caller"].items()))
+    if "groups" in settings:
+        table.add_row("groups", f"{len(file.tables['groups/ids']):,}  ({settings['groups']})")
     if bool(file.attributes.get("approximate", False)):
         table.add_row("approximate", "yes: computed in fp8")
     table.add_row("command", " ".join(json.loads(file.attributes["argv"])))
@@ -129,6 +135,16 @@ def methods(file: store.EmbeddingFile) -> str:
         f"{' (approximate)' if file.attributes.get('approximate', False) else ''} with PyTorch {environment['torch']}, "
         f"and stored as {'float16' if settings['store_dtype'] == 'fp16' else 'float32'}."
     ]
+    if "gene_caller" in settings:
+        caller, contigs = settings["gene_caller"], _counted(len(file.tables["contigs/ids"]), "contig")
+        words.append(
+            {
+                "pyrodigal-gv": f"The proteins were predicted from {contigs} by pyrodigal-gv {caller['version']} in its metagenomic mode.",
+                "six-frame": f"The proteins are the open reading frames of at least {caller.get('min_aa')} residues, from stop to stop in six "
+                f"frames, of {contigs}.",
+                "virnucpro": f"The proteins are the frames without a stop codon of chunks of {caller.get('chunk')} bases, of {contigs}.",
+            }[caller["name"]]
+        )
     longest, skipped = settings["max_residues"], file.status == store.SKIPPED
     if cut := number((file.flags & store.TRUNCATED > 0) & done):
         words.append(f"{were(cut)} truncated to the first {longest:,} residues.")

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli import report, shards, store
+from virnucpro_cli import groups, report, shards, store
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import EMITS, any_by_residue, by_residue
+from virnucpro_cli.packing import stretches
 from virnucpro_cli.validation import audit
 
 BLOCK_BYTES = 1 << 26
-FROM_THE_LAYOUT = ("schema", "status_names", "flag_names", "reason_names")
+FROM_THE_LAYOUT = ("schema", "status_names", "flag_names", "reason_names", "columns", "tables")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class _Part:
     settings: dict[str, Any]
     records: NDArray[np.int64]
     offsets: NDArray[np.int64] | None
+    columns: dict[str, NDArray[Any]]
 
 
 def run(
@@ -66,6 +68,7 @@ def run(
             with clock.stage("copy"), report.Tracker(out, max(1, len(file.status)), "proteins") as tracker:
                 for rows in _copied(parts, file, fingerprint):
                     tracker.advance(rows)
+            groups.fill(file)
             summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
             summary.seconds = dict(clock.seconds)
             summary.tables["Computed by"] = report.where_computed(
@@ -122,7 +125,7 @@ def _opened(paths: list[Path], stack: ExitStack) -> list[_Part]:
                     "Copy it again, or run its shard again.",
                 )
             offsets = file.residue_offsets if _by_residue(settings) else None
-            parts.append(_Part(path, file, settings, file.records, offsets))
+            parts.append(_Part(path, file, settings, file.records, offsets, file.columns))
     return parts
 
 
@@ -193,10 +196,28 @@ def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> sto
         column("replaced"), column("flags"), np.where(status == store.DONE, store.PENDING, status).astype(np.uint8),
         column("reason"), offsets, names, all_else, None, "\n".join(environments),
         computed_by, tuple(EMITS[name] for name in fingerprint.get("emit", ())), _attributes(parts, fingerprint),
+        _extra(parts, n),
     )  # fmt: skip
     layout.attributes["merged_from"] = json.dumps([part.path.name for part in parts])
     store.check_free_space(output, layout.data_bytes)
     return store.Store.create(output, layout)
+
+
+def _extra(parts: list[_Part], n: int) -> store.Extra:
+    """Columns gathered, tables as the first shard has them, and room for the rows of groups."""
+
+    def gathered(name: str) -> NDArray[Any]:
+        return _gathered(parts, 0, n, lambda part, rows: part.columns[name][rows])
+
+    def table(data: Any) -> Any:
+        if data.dtype != object:
+            return data[:]
+        counted_already = 0  # in the bytes of the shards
+        return store.Names(len(data), lambda start, stop: data.asstr()[start:stop].tolist(), counted_already)
+
+    tables = {name: table(data) for name, data in parts[0].file.tables.items()}
+    extra = store.Extra({name: gathered(name) for name in parts[0].columns}, tables)
+    return extra | groups.room(extra)
 
 
 def _attributes(parts: list[_Part], fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +241,7 @@ def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) 
     width = max(file.places[f"{kind}/{layer}"].row_bytes for kind, layer in kinds) if n else 1
     offsets = _offsets(parts, n)
     file.keep_environments()
-    for start, stop in _stretches(offsets, n, max(1, BLOCK_BYTES // width)):
+    for start, stop in stretches(offsets, n, max(1, BLOCK_BYTES // width)):
         rows = np.arange(start, stop)
         pending = file.status[rows] == store.PENDING
         if pending.any():
@@ -275,16 +296,6 @@ def _offsets(parts: list[_Part], n: int) -> NDArray[np.int64]:
         if part.offsets is not None:
             sizes[part.records] = np.diff(part.offsets)
     return np.append(0, np.cumsum(sizes))
-
-
-def _stretches(offsets: NDArray[np.int64], n: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges of records of at most so many rows, pooled or of residues; at least one record each."""
-    start = 0
-    while start < n:
-        upto = int(np.searchsorted(offsets, offsets[start] + rows, side="right")) - 1
-        stop = min(n, start + rows, max(start + 1, upto))
-        yield start, stop
-        start = stop
 
 
 def _residues(

@@ -142,6 +142,47 @@ def embed(
     force_protein: Annotated[
         bool, typer.Option("--force-protein", help="Accept a file that looks like nucleotides.")
     ] = False,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="WHAT",
+            help="What the input is: proteins, or contigs, whose proteins are found first (OUT.proteins.faa). [default: proteins]",
+        ),
+    ] = None,
+    genes: Annotated[
+        str | None,
+        typer.Option(
+            "--genes",
+            metavar="HOW",
+            help="Of contigs: pyrodigal-gv, six-frame (every ORF), or virnucpro (its own chunks). [default: pyrodigal-gv]",
+        ),
+    ] = None,
+    min_aa: Annotated[
+        int | None,
+        typer.Option("--min-aa", metavar="N", help="Of six-frame: shortest ORF, in residues. [default: 30]"),
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option("--chunk", metavar="N", help="Of --genes virnucpro: 300 or 500 bases. [default: 500]"),
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option("--group", metavar="contig", help="Store a row for each contig as well.")
+    ] = None,
+    group_regex: Annotated[
+        str | None,
+        typer.Option(
+            "--group-regex",
+            metavar="REGEX",
+            help="Store a row for each group, too: what (...) captures in a protein's name.",
+        ),
+    ] = None,
+    group_table: Annotated[
+        str | None,
+        typer.Option(
+            "--group-table", metavar="FILE.tsv", help="The same, by a table with two columns: name and group."
+        ),
+    ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -159,7 +200,7 @@ def embed(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Embed protein FASTA files into one HDF5 file, row i for record i.
+    """Embed protein FASTA files, or the proteins of contigs (--from contigs), into one HDF5 file, row i for record i.
 
     Nothing else is needed: virnucpro embed proteins.fasta -o embeddings.h5. An interrupted run is resumed by the same command.
     """
@@ -171,7 +212,8 @@ def embed(
         "token_budget": budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
         "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
         "restart": restart or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,
-        "force_protein": force_protein or None, "shard": shard, "qc": qc, "report": report, "quiet": quiet or None,
+        "force_protein": force_protein or None, "from_": from_, "genes": genes, "min_aa": min_aa, "chunk": chunk,
+        "group": group, "group_regex": group_regex, "group_table": group_table, "shard": shard, "qc": qc, "report": report, "quiet": quiet or None,
     }  # fmt: skip
     settings = resolve(EmbedConfig, config, flags)
     from virnucpro_cli import embed as workflow

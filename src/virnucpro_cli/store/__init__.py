@@ -14,8 +14,8 @@ from virnucpro_cli.store.disk import (
     take_back,
 )
 from virnucpro_cli.store.filling import Store
-from virnucpro_cli.store.layout import Layout
-from virnucpro_cli.store.reading import EmbeddingFile, differences, fingerprint_of, read_embeddings
+from virnucpro_cli.store.layout import Extra, Layout, Names
+from virnucpro_cli.store.reading import EmbeddingFile, Groups, differences, fingerprint_of, read_embeddings
 from virnucpro_cli.store.schema import (
     AFTER_TRYING,
     COPIED,

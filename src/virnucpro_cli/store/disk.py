@@ -5,8 +5,11 @@ import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.store.schema import CHECKSUM_BLOCK, CHECKSUM_BYTES, NO_SPACE
@@ -152,6 +155,26 @@ def create_locked(path: Path) -> int:
         else:
             lock(fd, path)
             return fd
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that gets its name, which another may have had, when all of it is on disk. Raises UserError if that fails."""
+    new = path.with_name(path.name + ".new")
+    try:
+        fd = create_locked(new)
+        with os.fdopen(fd, "wb") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(fd)
+                os.replace(new, path)
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(error, path, resumable=False) from None
 
 
 def reserve(fd: int, size: int) -> None:

@@ -45,9 +45,12 @@ MOST_STAGED = 1 << 26
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
+    """Where a dataset's rows lie in the file."""
+
     offset: int
     row_bytes: int
+    dtype: np.dtype[Any]
 
 
 class Store:
@@ -61,7 +64,7 @@ class Store:
         self._environment: int | None = 0
         self._failed: UserError | None = None  # the first failed sync
         self._lock = threading.RLock()  # an error elsewhere may commit while a writing thread still places
-        self.places: dict[str, _Place] = {}
+        self.places: dict[str, Place] = {}
         with h5py.File(path, "r", locking=False) as file:
             self.status: NDArray[np.uint8] = file["status"][:]
             self.flags: NDArray[np.uint16] = file["flags"][:]
@@ -72,7 +75,7 @@ class Store:
             def note(name: str, item: Any) -> None:
                 if isinstance(item, h5py.Dataset) and item.id.get_offset() is not None:
                     row = int(np.prod(item.shape[1:], dtype=np.int64)) * item.dtype.itemsize
-                    self.places[name] = _Place(item.id.get_offset(), row)
+                    self.places[name] = Place(item.id.get_offset(), row, item.dtype)
 
             file.visititems(note)
             for kind in POOLED:  # visititems reports a dataset once, perhaps as /embeddings
@@ -179,6 +182,17 @@ class Store:
         data = memoryview(values.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
         for (a, b), offset in zip(pairwise(bounds), offsets, strict=True):
             self._write(data[a:b], offset)
+
+    def read(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows [n, D] of a dataset as they were written; those that are neighbours, and follow each other, in one read."""
+        place = self.places[name]
+        data = np.empty((len(rows), place.row_bytes), np.uint8)
+        starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)
+        for a, b in pairwise([*starts.tolist(), len(rows)]):
+            into: Any = data[a:b]
+            if os.preadv(self.fd, [into], place.offset + int(rows[a]) * place.row_bytes) != into.nbytes:
+                raise UserError(f"{self.path} was cut short while it was filled.", "Remove it, and run again.")
+        return data.view(place.dtype)
 
     def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:
         """Note that the rows placed so far are final; it becomes true on disk with the next commit."""

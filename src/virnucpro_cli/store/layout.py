@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import h5py
@@ -23,6 +23,47 @@ from virnucpro_cli.store.schema import (
     SCHEMA,
     STATUS_NAMES,
 )
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of something, read when they are wanted. of(start, stop): those of a range; bytes: of all of them, at most."""
+
+    count: int
+    of: Callable[[int, int], list[str]]
+    bytes: int
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a file holds besides the records' own columns and embeddings; names are those of datasets.
+
+    columns: a value for each record [N]; tables: arrays and names of anything else; rows: groups of datasets `NAME/<layer>` of so
+    many rows in the store dtype, which are filled in the end. fingerprint and counts are the caller's to use.
+    """
+
+    columns: dict[str, NDArray[Any]] = field(default_factory=dict)
+    tables: "dict[str, NDArray[Any] | Names]" = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __or__(self, other: "Extra") -> "Extra":
+        return Extra(**{f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(Extra)})
+
+    def part(self, records: NDArray[np.int64]) -> "Extra":
+        """That of a part of the records."""
+        return replace(self, columns={name: values[records] for name, values in self.columns.items()})
+
+    @property
+    def bytes(self) -> int:
+        """Of columns and tables, at most."""
+        tables = (56 * t.count + t.bytes if isinstance(t, Names) else t.nbytes for t in self.tables.values())
+        return sum(values.nbytes for values in self.columns.values()) + sum(tables)
 
 
 @dataclass(frozen=True)
@@ -49,13 +90,14 @@ class Layout:
     computed_by: NDArray[np.uint8] | None = None  # all zero, unless they are known
     unmasked: tuple[str, ...] = ()  # datasets of /unmasked: logits by residue in the store dtype, scores float32 (N)
     attributes: dict[str, Any] = field(default_factory=dict)
+    extra: Extra = field(default_factory=Extra)
 
     @property
     def data_bytes(self) -> int:
         """Bytes of the embeddings themselves."""
         rows = len(self.lengths) * len(pooled(self.kinds))
         residues = int(self.residue_offsets[-1]) if self.residue_offsets is not None else 0
-        hidden = (rows + residues * ("residue" in self.kinds)) * len(self.layers) * self.hidden
+        hidden = (rows + residues * ("residue" in self.kinds) + sum(self.extra.rows.values())) * len(self.layers) * self.hidden
         logits = residues * len(TOKENS) * ("logits" in self.unmasked)
         return (hidden + logits) * self.store_dtype.itemsize + 4 * len(self.scores) * len(self.lengths)
 
@@ -82,6 +124,7 @@ class Layout:
             self.data_bytes
             + len(self.lengths) * per_record
             + self.name_bytes
+            + self.extra.bytes
             + REPORT_BYTES
             + ENVIRONMENT_BYTES
             + (1 << 17)
@@ -156,19 +199,25 @@ def lay_out(fd: int, layout: Layout) -> None:
     os.ftruncate(fd, file.size)
 
 
+def _write_names(file: Any, name: str, names: Names) -> None:
+    dataset = file.create_dataset(name, (names.count,), h5py.string_dtype("utf-8"))
+    for start in range(0, names.count, NAME_BLOCK):
+        stop = min(names.count, start + NAME_BLOCK)
+        dataset[start:stop] = names.of(start, stop)
+
+
 def _write_layout(room: _Reserved, layout: Layout) -> None:
     n = len(layout.lengths)
     with h5py.File(room, "w") as file:
-        for key, value in layout.attributes.items():
+        for key, value in (layout.attributes | layout.extra.attributes).items():
             file.attrs[key] = value
+        file.attrs["columns"] = json.dumps(list(layout.extra.columns))
+        file.attrs["tables"] = json.dumps(list(layout.extra.tables))
         file.attrs["schema"] = SCHEMA
         file.attrs["status_names"] = json.dumps(dict(enumerate(STATUS_NAMES)))
         file.attrs["flag_names"] = json.dumps(FLAG_NAMES)
         file.attrs["reason_names"] = json.dumps(dict(enumerate(REASONS)))
-        names = file.create_dataset("sequence_ids", (n,), h5py.string_dtype("utf-8"))
-        for start in range(0, n, NAME_BLOCK):
-            stop = min(n, start + NAME_BLOCK)
-            names[start:stop] = layout.names(start, stop)
+        _write_names(file, "sequence_ids", Names(n, layout.names, layout.name_bytes))
         for name in ("lengths", "replaced", "flags", "status", "reason"):
             column = getattr(layout, name)
             _create_contiguous(file, name, (n,), column.dtype)
@@ -198,6 +247,16 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
                 assert layout.residue_offsets is not None
                 shape, dtype = (int(layout.residue_offsets[-1]), len(TOKENS)), layout.store_dtype
             _create_contiguous(file.require_group("unmasked"), name, shape, dtype)
+        for name, values in (layout.extra.columns | layout.extra.tables).items():
+            if isinstance(values, Names):
+                _write_names(file, name, values)
+            else:
+                group, _, own = name.rpartition("/")
+                _create_contiguous(file.require_group(group), own, values.shape, values.dtype)
+                file[name][:] = values
+        for name, count in layout.extra.rows.items():
+            for layer in layout.layers:
+                _create_contiguous(file.require_group(name), str(layer), (count, layout.hidden), layout.store_dtype)
         run = file.create_group("run")
         _create_contiguous(run, "report", (), f"S{REPORT_BYTES}")
         run["report"][()] = b"{}"

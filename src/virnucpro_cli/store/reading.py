@@ -35,8 +35,34 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """What differs between two fingerprints in words, but for ONLY_PLACE."""
     keys = sorted((theirs.keys() | ours.keys()) - set(ONLY_PLACE))
     keys = [key for key in keys if theirs.get(key) != ours.get(key)]
-    words = {"input_sha256": "the content of the input differs", "weights_sha256": "the model's weights differ"}
+    words = {
+        "contigs_sha256": "the content of the contigs differs",
+        "input_sha256": "the content of the input differs",
+        "weights_sha256": "the model's weights differ",
+    }
     return [words.get(key, f"{key}: {theirs.get(key)} there, {ours.get(key)} now") for key in keys]
+
+
+class Groups:
+    """Groups of records. ids: their names; members: int64 [G], records of each that were embedded; of: int64 [N], the group of each
+    record, -1 for none.
+    """
+
+    def __init__(self, group: h5py.Group, layer: int):
+        self._group, self._layer = group, layer
+        self.ids: list[str] = group["ids"].asstr()[:].tolist()
+        self.of: NDArray[np.int64] = group["of"][:]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def members(self) -> NDArray[np.int64]:
+        return self._group["members"][:]
+
+    def rows(self, kind: str = "mean", layer: int | None = None) -> h5py.Dataset:
+        """A row for each group, [G, D]: mean, length_weighted_mean or max of its members' means. NaN for a group without members."""
+        return self._group[kind][str(self._layer if layer is None else layer)]
 
 
 class EmbeddingFile:
@@ -136,6 +162,21 @@ class EmbeddingFile:
     def residue_offsets(self) -> NDArray[np.int64]:
         """int64 [N + 1]; needs `--pool residue` or `--emit logits`."""
         return self._file["residue/offsets"][:]
+
+    @property
+    def groups(self) -> Groups | None:
+        """None of a file made without one of the --group options."""
+        return Groups(self._file["groups"], self.layers[-1]) if "groups" in self._file else None
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Columns that not every file has, by name: genes/contig, genes/begin, genes/end, genes/strand, groups/of."""
+        return {name: self._file[name][:] for name in json.loads(self.attributes.get("columns", "[]"))}
+
+    @property
+    def tables(self) -> dict[str, h5py.Dataset]:
+        """Datasets of other things than records, by name: contigs/ids, contigs/lengths, groups/ids, groups/members."""
+        return {name: self._file[name] for name in json.loads(self.attributes.get("tables", "[]"))}
 
     def rows(self, name: str) -> list[int]:
         """Every row of that name, in order; names need not be unique. Raises KeyError."""

@@ -1,0 +1,229 @@
+"""From contigs to the FASTA of their proteins, which is then embedded as any other: OUT.proteins.faa beside OUT.h5.
+
+OUT.proteins.npz beside it vouches for what it was made from, and holds where on the contigs the proteins lie.
+"""
+
+import hashlib
+import json
+import os
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from virnucpro_cli import fasta, report, store
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.genes import chunks, pyrodigal_gv, six_frame
+from virnucpro_cli.genes.found import Found
+from virnucpro_cli.store import disk
+
+CALLERS: dict[str, Any] = {"pyrodigal-gv": pyrodigal_gv, "six-frame": six_frame, "virnucpro": chunks}
+"""Each has `settings(config)`, what its results depend on, and a `Caller(config)`, which is called with (name, sequence) of a
+contig, the sequence in upper case with T for U, and returns its proteins as `Found`. Threads share it."""
+
+LEAST_NUCLEOTIDES = 0.5
+NUCLEOTIDES = b"ACGTURYSWKMBDHVNX-."
+AHEAD = 4
+"""Contigs in work or waiting for an earlier one, for each thread."""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The files beside an output."""
+
+    proteins: Path
+    table: Path
+
+
+def paths_of(output: Path) -> Paths:
+    """`out.h5` to `out.proteins.faa` and `out.proteins.npz`."""
+    return Paths(*(output.with_name(f"{output.stem}.proteins.{ending}") for ending in ("faa", "npz")))
+
+
+def check(config: EmbedConfig, output: Path) -> list[Path]:
+    """The files that will be written beside the output. Raises UserError if one is an input, or the caller is not installed."""
+    if config.from_ != "contigs":
+        return []
+    CALLERS[config.genes].settings(config)
+    paths = paths_of(output)
+    for path in (paths.proteins, paths.table):
+        if any(path.exists() and Path(name).exists() and path.samefile(name) for name in config.inputs):
+            raise UserError(f"{path} is an input, and would be written.", "Choose another -o.")
+    return [paths.proteins, paths.table]
+
+
+def find(config: EmbedConfig, output: Path, out: Console, clock: report.Clock) -> tuple[tuple[str, ...], store.Extra]:
+    """The FASTA files to embed, and what the output holds of the contigs: none, unless they are the input.
+
+    Their proteins are found now, unless an earlier run has left them. Raises UserError for what is no contig, and without any protein.
+    """
+    if config.from_ != "contigs":
+        return config.inputs, store.Extra()
+    paths = paths_of(output)
+    caller = {"name": config.genes, **CALLERS[config.genes].settings(config)}
+    with clock.stage("genes"):
+        contigs = fasta.index(fasta.open_sources(config.inputs, output.parent), dedup=False)
+        _check(contigs)
+        made_of = {"contigs_sha256": contigs.sha256, "gene_caller": caller}
+        with _alone(paths, out):
+            columns = _made_before(paths, made_of)
+            if columns is None:
+                _check_free(paths, config)
+                columns = _make(paths, contigs, config, made_of, out)
+                out.print(f"{paths.proteins}: {len(columns['contig']):,} proteins of {len(contigs):,} contigs")
+            else:
+                out.print(f"{paths.proteins} is of the same contigs and settings, and is used")
+    sources = [
+        {"path": source.path, "bytes": source.size, "sha256": sha}
+        for source, sha in zip(contigs.sources, contigs.sha256, strict=True)
+    ]
+    names = store.Names(len(contigs), contigs.names, contigs.text_bytes - contigs.residues)
+    return (str(paths.proteins),), store.Extra(
+        columns={f"genes/{name}": values for name, values in columns.items()},
+        tables={"contigs/ids": names, "contigs/lengths": contigs.length},
+        attributes={"contigs": json.dumps(sources), "gene_caller": json.dumps(caller)},
+        fingerprint=made_of,
+        counts={"contigs": len(contigs), "contigs without proteins": len(contigs) - len(np.unique(columns["contig"]))},
+    )
+
+
+@contextmanager
+def _alone(paths: Paths, out: Console) -> Iterator[None]:
+    """One run at a time: of shards that begin together, the first finds the proteins and the others wait for it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{paths.proteins}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        out.print(f"another run is making {paths.proteins}: waiting for it", style="yellow")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _check(contigs: fasta.RecordTable) -> None:
+    """Raise UserError for proteins, and for contigs that their names do not tell apart."""
+    for source, share in zip(contigs.sources, contigs.nucleotide_share, strict=True):
+        if share < LEAST_NUCLEOTIDES:
+            raise UserError(
+                f"{source.path} does not look like contigs: {share:.1%} of its letters are A, C, G, T, U or N.",
+                "For proteins leave out --from contigs.",
+            )
+    hashes = np.empty(len(contigs), np.int64)
+    for start in range(0, len(contigs), store.NAME_BLOCK):
+        names = contigs.names(start, min(len(contigs), start + store.NAME_BLOCK))
+        if "" in names:
+            raise UserError(f"Contig {start + names.index('') + 1:,} has no name.", "Give each its own after the >.")
+        hashes[start : start + len(names)] = [hash(name) for name in names]
+    order = np.argsort(hashes, kind="stable")
+    for i in np.flatnonzero(np.diff(hashes[order]) == 0).tolist():
+        first, second = order[i : i + 2].tolist()
+        name = contigs.names(first, first + 1)[0]
+        if name == contigs.names(second, second + 1)[0]:
+            raise UserError(
+                f"Contigs {first + 1:,} and {second + 1:,} are both named {name!r}, and so would be their proteins.",
+                "Give each a name of its own, for example with its sample's in front, or embed each file by itself.",
+            )
+
+
+def _made_before(paths: Paths, made_of: dict[str, Any]) -> dict[str, NDArray[Any]] | None:
+    """Coordinates of the proteins that are there, if they are of these contigs and settings, and whole."""
+    try:
+        with np.load(paths.table, allow_pickle=False) as table, open(paths.proteins, "rb") as proteins:
+            there = json.loads(str(table["made_of"]))
+            if there != made_of | {"proteins_sha256": hashlib.file_digest(proteins, "sha256").hexdigest()}:
+                return None
+            return {name: table[name] for name in ("contig", "begin", "end", "strand")}
+    except Exception:  # whatever is there, it is not what this program wrote
+        return None
+
+
+def _check_free(paths: Paths, config: EmbedConfig) -> None:
+    """Raise UserError if a file is in the way. The table comes first, so one without proteins is what a kill left."""
+    for path in (paths.proteins, paths.table):
+        if path.exists() and not config.overwrite and (path == paths.proteins or not _is_ours(path)):
+            raise UserError(
+                f"{path} exists, and is not of these contigs and settings.",
+                "Move it away, choose another -o, or --overwrite it.",
+            )
+
+
+def _is_ours(table: Path) -> bool:
+    try:
+        with np.load(table, allow_pickle=False) as there:
+            return "made_of" in there
+    except Exception:  # another file
+        return False
+
+
+def _make(
+    paths: Paths, contigs: fasta.RecordTable, config: EmbedConfig, made_of: dict[str, Any], out: Console
+) -> dict[str, NDArray[Any]]:
+    """Find the proteins, and write them and their table, each whole or not at all."""
+    contig, begin, end, strand = array("q"), array("q"), array("q"), array("b")
+    sha = hashlib.sha256()
+    with (
+        disk.written_whole(paths.proteins) as file,
+        report.Tracker(out, max(1, contigs.residues), "bases") as tracker,
+    ):
+        for number, found in enumerate(_called(contigs, CALLERS[config.genes].Caller(config))):
+            sha.update(found.text)
+            file.write(found.text)
+            contig.extend([number] * len(found.begin))
+            for column, values in ((begin, found.begin), (end, found.end), (strand, found.strand)):
+                column.frombytes(values.tobytes())
+            tracker.advance(int(contigs.length[number]))
+        contigs.check_unchanged()
+        if not contig:
+            inputs = ", ".join(source.path for source in contigs.sources)
+            raise UserError(
+                f"No protein was found in the {len(contigs):,} contigs of {inputs} by --genes {config.genes}.",
+                "Are they long enough? --genes six-frame with a small --min-aa finds the most.",
+            )
+        columns: dict[str, Any] = {"contig": contig, "begin": begin, "end": end, "strand": strand}
+        columns = {name: np.frombuffer(values, values.typecode) for name, values in columns.items()}
+        with disk.written_whole(paths.table) as table:
+            made = json.dumps(made_of | {"proteins_sha256": sha.hexdigest()})
+            np.savez(table, made_of=np.array(made), **columns)
+    return columns
+
+
+def _called(contigs: fasta.RecordTable, caller: Any) -> Iterator[Found]:
+    """What is found in each contig, in order; a thread for each core."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[Found]] = deque()
+    try:
+        for name, sequence in _contigs(contigs):
+            waiting.append(pool.submit(caller, name, sequence))
+            if len(waiting) > AHEAD * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _contigs(contigs: fasta.RecordTable) -> Iterator[tuple[str, bytes]]:
+    for start in range(0, len(contigs), store.NAME_BLOCK):
+        records = np.arange(start, min(len(contigs), start + store.NAME_BLOCK))
+        for name, text in zip(contigs.names(start, start + len(records)), contigs.letters(records), strict=True):
+            if odd := text.translate(None, NUCLEOTIDES):
+                raise UserError(
+                    f"Contig {name!r} holds {odd[:1].decode('latin-1')!r}, which stands for no nucleotide.",
+                    "For proteins leave out --from contigs; otherwise correct the file.",
+                )
+            yield name, text.replace(b"U", b"T")
