@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import ROOT
 from virnucpro_cli import __version__, cli, embed
 from virnucpro_cli.errors import STOP_SIGNALS
 from virnucpro_cli.store import read_embeddings
@@ -140,6 +141,9 @@ def test_dry_run_shows_the_plan_and_writes_nothing(
         (["--layers", "3"], ["--layers", "3"]),
         (["--layers", "last"], ["--layers", "'last'"]),
         (["--pool", "median"], ["--pool", "median", "residue"]),
+        (["--genes", "six-frame"], ["--genes", "--from contigs"]),
+        (["--group", "contig"], ["--group", "--from contigs"]),
+        (["--group-regex", "c1"], ["--group-regex", "capturing"]),
         (["--dtype", "fp8"], ["--dtype", "fp16"]),
         (["--long", "cut"], ["--long", "window"]),
         (["--token-budget", "12"], ["--token-budget", "1024"]),
@@ -193,6 +197,22 @@ def test_an_input_that_is_no_protein_fasta_is_refused(
 def test_what_looks_like_nucleotides_can_be_forced(embed_tiny: Callable[..., Ran], tmp_path: Path) -> None:
     (tmp_path / "in.fasta").write_text(">a\n" + "ACGTACGTTGCA" * 20 + "\n")
     assert embed_tiny(tmp_path / "in.fasta", "--force-protein").code == 0
+
+
+def test_contigs_are_embedded_by_one_command(embed_tiny: Callable[..., Ran], tmp_path: Path) -> None:
+    contigs = [ROOT / "examples" / "contigs.fna", "--from", "contigs"]
+    assert_user_error(embed_tiny(contigs[0]), "nucleotides", "--from contigs")
+    ran = embed_tiny(*contigs, "--genes", "six-frame", "--min-aa", "60", "--group", "contig", "--dry-run")
+    assert ran.code == 0 and "proteins of 4 contigs" in ran.err and not (tmp_path / "out.h5").exists()
+    ran = embed_tiny(*contigs, "--genes", "six-frame", "--min-aa", "60", "--group", "contig")
+    assert (ran.code, ran.out) == (0, "") and "out.proteins.faa is of the same contigs" in ran.err
+    assert "contigs without proteins" in ran.err and "groups" in ran.err
+    with read_embeddings(tmp_path / "out.h5") as file:
+        assert file.groups is not None and file.groups.ids[0] == "contig_1"
+    assert_user_error(embed_tiny(*contigs, "--genes", "six-frame", "--min-aa", "61"), "--overwrite")
+    none = [tmp_path / "none.fna", "--from", "contigs"]
+    none[0].write_text(">a\nACGT\n")
+    assert_user_error(embed_tiny(*none, "-o", tmp_path / "none.h5"), "No protein was found")
 
 
 def test_a_missing_input_is_named(embed_tiny: Callable[..., Ran], tmp_path: Path) -> None:

@@ -129,8 +129,8 @@ def _check(contigs: fasta.RecordTable) -> None:
             raise UserError(f"Contig {start + names.index('') + 1:,} has no name.", "Give each its own after the >.")
         hashes[start : start + len(names)] = [hash(name) for name in names]
     order = np.argsort(hashes, kind="stable")
-    for i in np.flatnonzero(np.diff(hashes[order]) == 0).tolist():
-        first, second = order[i : i + 2].tolist()
+    alike = np.flatnonzero(np.diff(hashes[order]) == 0)
+    for first, second in sorted(zip(order[alike].tolist(), order[alike + 1].tolist(), strict=True)):
         name = contigs.names(first, first + 1)[0]
         if name == contigs.names(second, second + 1)[0]:
             raise UserError(
