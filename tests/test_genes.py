@@ -377,8 +377,12 @@ def test_files_of_others_are_left_alone(embed_contigs: Callable[..., Path], tmp_
         (tmp_path / name).write_text("mine\n")
         with pytest.raises(UserError, match=f"{name} exists"):
             embed_contigs(CONTIGS)
+        with pytest.raises(UserError, match=f"{name} exists"):
+            embed_contigs(CONTIGS, dry_run=True, overwrite=True)
         assert (tmp_path / name).read_text() == "mine\n"
         (tmp_path / name).unlink()
+    with pytest.raises(UserError, match="too long"):
+        embed_contigs(CONTIGS, output=tmp_path / f"{'x' * 240}.h5")
     (tmp_path / "out.proteins.faa").write_bytes(CONTIGS.read_bytes())
     with pytest.raises(UserError, match="is an input"):
         embed_contigs(tmp_path / "out.proteins.faa", overwrite=True)

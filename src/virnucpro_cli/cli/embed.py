@@ -147,7 +147,7 @@ def embed(
         typer.Option(
             "--from",
             metavar="WHAT",
-            help="What the input is: proteins, or contigs, whose proteins are found first (OUT.proteins.faa). [default: proteins]",
+            help="The input is proteins, or contigs, whose proteins are found first, into OUT.proteins.faa. [default: proteins]",
         ),
     ] = None,
     genes: Annotated[
@@ -155,19 +155,20 @@ def embed(
         typer.Option(
             "--genes",
             metavar="HOW",
-            help="Of contigs: pyrodigal-gv, six-frame (every ORF), or virnucpro (its own chunks). [default: pyrodigal-gv]",
+            help="How to find them: pyrodigal-gv, six-frame (every ORF) or virnucpro (chunks, as VirNucPro itself). [default: pyrodigal-gv]",
         ),
     ] = None,
     min_aa: Annotated[
         int | None,
-        typer.Option("--min-aa", metavar="N", help="Of six-frame: shortest ORF, in residues. [default: 30]"),
+        typer.Option("--min-aa", metavar="N", help="Shortest ORF of --genes six-frame, in residues. [default: 30]"),
     ] = None,
     chunk: Annotated[
         int | None,
-        typer.Option("--chunk", metavar="N", help="Of --genes virnucpro: 300 or 500 bases. [default: 500]"),
+        typer.Option("--chunk", metavar="N", help="Chunks of --genes virnucpro: 300 or 500 bases. [default: 500]"),
     ] = None,
     group: Annotated[
-        str | None, typer.Option("--group", metavar="contig", help="Store a row for each contig as well.")
+        str | None,
+        typer.Option("--group", metavar="contig", help="Store a row for each contig, too, from its proteins' means."),
     ] = None,
     group_regex: Annotated[
         str | None,
@@ -179,9 +180,7 @@ def embed(
     ] = None,
     group_table: Annotated[
         str | None,
-        typer.Option(
-            "--group-table", metavar="FILE.tsv", help="The same, by a table with two columns: name and group."
-        ),
+        typer.Option("--group-table", metavar="FILE.tsv", help="Groups by a table of two columns: name, group."),
     ] = None,
     shard: Annotated[
         str | None,

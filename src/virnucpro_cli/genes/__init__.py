@@ -50,12 +50,13 @@ def paths_of(output: Path) -> Paths:
 
 
 def check(config: EmbedConfig, output: Path) -> list[Path]:
-    """The files that will be written beside the output. Raises UserError if one is an input, or the caller is not installed."""
+    """The files that will be written beside the output. Raises UserError if they cannot be, or the caller is not installed."""
     if config.from_ != "contigs":
         return []
     CALLERS[config.genes].settings(config)
     paths = paths_of(output)
     for path in (paths.proteins, paths.table):
+        disk.check_destination(path)
         if any(path.exists() and Path(name).exists() and path.samefile(name) for name in config.inputs):
             raise UserError(f"{path} is an input, and would be written.", "Choose another -o.")
     return [paths.proteins, paths.table]
@@ -153,8 +154,9 @@ def _made_before(paths: Paths, made_of: dict[str, Any]) -> dict[str, NDArray[Any
 
 def _check_free(paths: Paths, config: EmbedConfig) -> None:
     """Raise UserError if a file is in the way. The table comes first, so one without proteins is what a kill left."""
+    replace = config.overwrite and not config.dry_run
     for path in (paths.proteins, paths.table):
-        if path.exists() and not config.overwrite and (path == paths.proteins or not _is_ours(path)):
+        if path.exists() and not replace and (path == paths.proteins or not _is_ours(path)):
             raise UserError(
                 f"{path} exists, and is not of these contigs and settings.",
                 "Move it away, choose another -o, or --overwrite it.",
