@@ -254,4 +254,7 @@ def test_a_table_that_is_none_is_refused(
         (tmp_path / "table.tsv").write_text(text)
     with pytest.raises(UserError, match=words):
         embed_groups(group_table=str(tmp_path / "table.tsv"))
+    (tmp_path / "table.tsv.gz").write_bytes(b"\x1f\x8b\x08\x00garbage")
+    with pytest.raises(UserError, match="cannot be read"):
+        embed_groups(group_table=str(tmp_path / "table.tsv.gz"))
     assert not list(tmp_path.glob("out*"))

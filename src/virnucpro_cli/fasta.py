@@ -41,7 +41,7 @@ TOKENS_OR_SPACE = np.frombuffer(
 )
 
 
-def _decoder_errors() -> tuple[type[Exception], ...]:
+def decoder_errors() -> tuple[type[Exception], ...]:
     """What the decompressors behind xopen raise on damaged data; which of them are installed depends on the platform."""
     errors: list[type[Exception]] = [EOFError, OSError, ValueError, zlib.error, lzma.LZMAError]
     for module, name in (("isal.isal_zlib", "error"), ("zlib_ng.zlib_ng", "error"),
@@ -314,7 +314,7 @@ def _spool(stream: Any, name: str, spool_dir: Path) -> IO[bytes]:
     try:
         shutil.copyfileobj(stream, spool, READ_BYTES)
         spool.flush()
-    except _decoder_errors() as error:
+    except decoder_errors() as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(
                 f"{name} cannot be spooled to {spool_dir}: {error.strerror}.",

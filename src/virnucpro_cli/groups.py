@@ -28,12 +28,12 @@ def of_records(config: EmbedConfig, table: fasta.RecordTable, genes: store.Extra
     elif config.group_regex is not None:
         find, fingerprint = re.compile(config.group_regex).search, {"groups": f"regex {config.group_regex}"}
         of, ids = _by_name(config, table, lambda name: match[1] if (match := find(name)) else None)
-        _check(of, f"--group-regex {config.group_regex!r} finds a group in the name of", table)
+        _check(of, f"--group-regex {config.group_regex!r} finds a group in the name of", config, table)
     elif config.group_table is not None:
         groups, sha256 = _read(config.group_table)
         fingerprint = {"groups": f"table {sha256}"}
         of, ids = _by_name(config, table, groups.get)
-        _check(of, f"{config.group_table} holds the name of", table)
+        _check(of, f"{config.group_table} holds the name of", config, table)
     else:
         return store.Extra()
     alone = int((of < 0).sum())
@@ -62,7 +62,7 @@ def fill(file: store.Store) -> None:
     file.commit()
     with store.read_embeddings(file.path) as there:
         assert there.groups is not None
-        of, count, lengths = there.groups.of, len(there.groups.ids), there.lengths.astype(np.float64)
+        of, count, lengths = there.groups.of, len(there.groups), there.lengths.astype(np.float64)
     members = np.flatnonzero((file.status == store.DONE) & (of >= 0))
     members = members[np.argsort(of[members], kind="stable")]
     bounds = np.searchsorted(of[members], np.arange(count + 1))
@@ -117,9 +117,9 @@ def _by_name(
     return of, store.Names(len(ids), lambda start, stop: ids[start:stop], sum(len(name.encode()) for name in ids))
 
 
-def _check(of: NDArray[np.int64], what: str, table: fasta.RecordTable) -> None:
+def _check(of: NDArray[np.int64], what: str, config: EmbedConfig, table: fasta.RecordTable) -> None:
     if not (of >= 0).any():
-        shown = ", ".join(map(repr, table.names(0, min(3, len(table)))))
+        shown = ", ".join(map(repr, table.names(0, min(3, len(table)), config.id == "full")))
         raise UserError(f"{what} no protein.", f"Names in the input are such as {shown}.")
 
 
@@ -145,6 +145,6 @@ def _read(path: str) -> tuple[dict[str, str], str]:
                         f"{path} line {number:,} puts {name!r} into {group!r}, and an earlier one into {groups[name]!r}.",
                         "Give each name one group.",
                     )
-    except (OSError, EOFError, ValueError) as error:
+    except fasta.decoder_errors() as error:
         raise UserError(f"The table {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     return groups, sha256.hexdigest()

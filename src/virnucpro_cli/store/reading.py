@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,15 @@ class Groups:
 
     def __init__(self, group: h5py.Group, layer: int):
         self._group, self._layer = group, layer
-        self.ids: list[str] = group["ids"].asstr()[:].tolist()
         self.of: NDArray[np.int64] = group["of"][:]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._group["ids"])
+
+    @cached_property
+    def ids(self) -> list[str]:
+        names: list[str] = self._group["ids"].asstr()[:].tolist()
+        return names
 
     @property
     def members(self) -> NDArray[np.int64]:
