@@ -97,7 +97,11 @@ class Layout:
         """Bytes of the embeddings themselves."""
         rows = len(self.lengths) * len(pooled(self.kinds))
         residues = int(self.residue_offsets[-1]) if self.residue_offsets is not None else 0
-        hidden = (rows + residues * ("residue" in self.kinds) + sum(self.extra.rows.values())) * len(self.layers) * self.hidden
+        hidden = (
+            (rows + residues * ("residue" in self.kinds) + sum(self.extra.rows.values()))
+            * len(self.layers)
+            * self.hidden
+        )
         logits = residues * len(TOKENS) * ("logits" in self.unmasked)
         return (hidden + logits) * self.store_dtype.itemsize + 4 * len(self.scores) * len(self.lengths)
 
