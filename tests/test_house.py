@@ -14,9 +14,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("config", "kinds", "report", "errors"),
     ("collate", "packing", "fasta", "alphabet", "pooling"),
-    ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts", "genes", "groups"),
-    ("validation", "timing", "workers", "ray_engine", "rescue", "shards", "qc"),
-    ("embed", "fetch", "bench", "validate", "inspect", "verify", "merge", "status", "doctor"),
+    ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts", "genes", "groups", "frames", "tensors"),
+    ("validation", "timing", "workers", "ray_engine", "rescue", "shards", "qc", "pooled", "maps"),
+    ("embed", "fetch", "bench", "validate", "inspect", "verify", "merge", "status", "doctor", "mapping", "search"),
     ("extract",),
     ("cli",),
     ("__main__",),

@@ -1,6 +1,7 @@
 """What users are told when something is wrong, and the exit codes of the program."""
 
 import signal
+from importlib.util import find_spec
 
 EXIT_OK = 0
 EXIT_GATE_FAILED = 1
@@ -26,6 +27,12 @@ class UserError(Exception):
         super().__init__(what if not remedy else f"{what}\n{remedy}")
         self.what = what
         self.remedy = remedy
+
+
+def needs(package: str, extra: str, what: str) -> None:
+    """Raise UserError with the remedy if an optional package is not installed."""
+    if find_spec(package) is None:
+        raise UserError(f"{what} needs {package}, which is not installed.", f"pip install 'virnucpro[{extra}]'")
 
 
 class Stopped(BaseException):

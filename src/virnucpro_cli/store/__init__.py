@@ -7,9 +7,11 @@ disk: rows are synced before the status bytes that vouch for them. The file is `
 from virnucpro_cli.store.disk import (
     check_destination,
     check_free_space,
+    check_new,
     checksum,
     discard_partial,
     free_space,
+    new_file,
     partial_path,
     take_back,
 )

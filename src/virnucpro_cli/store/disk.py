@@ -158,8 +158,8 @@ def create_locked(path: Path) -> int:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that gets its name, which another may have had, when all of it is on disk. Raises UserError if that fails."""
+def written_whole(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write that gets its name when all of it is on disk; replace: even if another has it. Raises UserError if that fails."""
     new = path.with_name(path.name + ".new")
     try:
         fd = create_locked(new)
@@ -168,7 +168,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(fd)
-                os.replace(new, path)
+                os.replace(new, path) if replace else rename_new(new, path)
             except BaseException:
                 new.unlink(missing_ok=True)
                 raise
@@ -220,3 +220,18 @@ def rename_new(source: Path, target: Path) -> None:
             raise
         os.rename(source, target)  # a file system without hard links
     sync_folder(target.parent)
+
+
+def check_new(output: Path, overwrite: bool) -> None:
+    """Raise UserError unless a file can be made there, and one that is there is to be overwritten."""
+    check_destination(output)
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists.", "Choose another -o, or --overwrite it.")
+
+
+@contextmanager
+def new_file(output: Path, overwrite: bool) -> Iterator[IO[bytes]]:
+    """A file that gets its name when it is whole and on disk, and that is gone if the block fails; see `check_new`."""
+    check_new(output, overwrite)
+    with written_whole(output.resolve() if output.is_symlink() else output, overwrite) as file:
+        yield file

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -19,6 +19,13 @@ from virnucpro_cli.store.schema import (
     SCHEMA,
     whole_lines,
 )
+
+if TYPE_CHECKING:
+    import anndata
+    import pandas
+    import polars
+
+    from virnucpro_cli.tensors import Rows
 
 
 def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
@@ -77,6 +84,7 @@ class EmbeddingFile:
     """
 
     def __init__(self, path: str | Path):
+        self.path = Path(path)
         self._file = h5py.File(path, "r", locking=False)  # its structure never changes, even while a run fills it
         if self._file.attrs.get("schema") != SCHEMA:
             self._file.close()
@@ -146,6 +154,20 @@ class EmbeddingFile:
         names: list[str] = self._file["sequence_ids"].asstr()[start:stop].tolist()
         return names
 
+    def names_at(self, rows: NDArray[np.int64]) -> list[str]:
+        """The names of some records, in that order; the file's names are read in blocks, not held."""
+        found: dict[int, str] = {}
+        blocks = rows // NAME_BLOCK
+        for block in np.unique(blocks).tolist():
+            names = self.names_of(block * NAME_BLOCK, (block + 1) * NAME_BLOCK)
+            found |= {row: names[row % NAME_BLOCK] for row in np.unique(rows[blocks == block]).tolist()}
+        return [found[row] for row in rows.tolist()]
+
+    def find(self, name: str) -> list[int]:
+        """As `rows`, for a single question: reads all names in blocks and keeps none. Empty if there is no such name."""
+        starts = range(0, len(self), NAME_BLOCK)
+        return [s + i for s in starts for i, known in enumerate(self.names_of(s, s + NAME_BLOCK)) if known == name]
+
     @property
     def names(self) -> list[str]:
         if self._names is None:
@@ -198,6 +220,47 @@ class EmbeddingFile:
                 raise KeyError("this file holds only per-residue embeddings: use residues(row)")
             return self._file["embeddings"]
         return self._file[kind or "mean"][str(self.layers[-1] if layer is None else layer)]
+
+    def array(self, kind: str | None = None, layer: int | None = None) -> NDArray[Any]:
+        """A dataset (see `dataset`) as a read-only memory map: [N, D], or [sum L, D] of residues. Nothing is copied, and it
+        stays good when the file is closed.
+        """
+        data = self.dataset(kind, layer)
+        offset = data.id.get_offset()
+        if offset is None:  # it is empty, and has no place in the file
+            return data[:]
+        return np.memmap(self._file.filename, data.dtype, "r", offset, data.shape)
+
+    @property
+    def groups(self) -> tuple[NDArray[np.int64], list[str]] | None:
+        """The group of each record, int64 [N], -1 for none, and the groups' names; None without groups."""
+        if "groups" not in self._file:
+            return None
+        return self._file["groups/of"][:], self._file["groups/ids"].asstr()[:].tolist()
+
+    def to_torch(self, kind: str | None = None, layer: int | None = None) -> "Rows":
+        """A `torch.utils.data.Dataset` of (row, record number) of each record that is done; see `tensors.Rows`."""
+        from virnucpro_cli.tensors import Rows
+
+        return Rows(self, kind, layer)
+
+    def to_pandas(self, kind: str | None = None, layer: int | None = None) -> "pandas.DataFrame":
+        """A data frame: name (the index, not made unique), length, status, and a column for each dimension, "0", "1" ..."""
+        from virnucpro_cli import frames
+
+        return frames.to_pandas(self, kind, layer)
+
+    def to_polars(self, kind: str | None = None, layer: int | None = None) -> "polars.DataFrame":
+        """A data frame: name, length, status, embedding (an array of D)."""
+        from virnucpro_cli import frames
+
+        return frames.to_polars(self, kind, layer)
+
+    def to_anndata(self, kind: str | None = None, layer: int | None = None) -> "anndata.AnnData":
+        """X float32 [N, D]; obs has name, length and status, and its index the names made unique; uns says what made it."""
+        from virnucpro_cli import frames
+
+        return frames.to_anndata(self, kind, layer)
 
     def __getitem__(self, key: int | slice | str | list[int] | NDArray[Any]) -> NDArray[Any]:
         if isinstance(key, str):

@@ -70,7 +70,7 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
         out.print(f"reading {', '.join(paths)}", style="dim")
         with clock.stage("read FASTA"):
             table = _read(paths, settings["id"])
-        found = _weights(file, config, out)
+        found = weights_of(file, config.against, config.model, out)
         device = runner.resolve_device(config.reference_device, "--reference-device")
         verdict = Verdict("validate --against")
         verdict.environment = {
@@ -178,15 +178,16 @@ def settings_of(file: store.EmbeddingFile, path: str) -> dict[str, Any]:
     return settings
 
 
-def _weights(file: store.EmbeddingFile, config: ValidateConfig, out: Console) -> locate.Weights:
-    model = config.model or json.loads(file.attributes["config"])["model"]
+def weights_of(file: store.EmbeddingFile, path: str, named: str | None, out: Console) -> locate.Weights:
+    """The weights that are named, or else those that the file at `path` names; whether they are its own is for the caller."""
+    model = named or json.loads(file.attributes["config"])["model"]
     try:
         return locate.verified(locate.fetch(model, lambda text: out.print(text)))
     except UserError as error:
-        if config.model:
+        if named:
             raise
         raise UserError(
-            f"{config.against} was made with --model {model}, which is not here. {error.what}",
+            f"{path} was made with --model {model}, which is not here. {error.what}",
             "Say where those weights are: --model PATH.",
         ) from None
 

@@ -1,0 +1,55 @@
+"""The rows that map and search look at: those of the default embedding that are done, read in blocks from a memory map."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli import store
+from virnucpro_cli.errors import UserError
+
+BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The done rows of a file. kind and layer: those of the default embedding; rows int64 [n]: their numbers."""
+
+    file: store.EmbeddingFile
+    kind: str
+    layer: int
+    array: NDArray[Any] = field(repr=False)  # [N, D]
+    rows: NDArray[np.int64] = field(repr=False)
+    size: int = BLOCK  # rows of a block, at most
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def blocks(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """(row numbers [m], values [m, D]) of all rows in order."""
+        for start in range(0, len(self.rows), self.size):
+            rows = self.rows[start : start + self.size]
+            yield rows, self.array[rows].astype(np.float64)
+
+    def mean(self) -> NDArray[np.float64]:
+        total = np.zeros(self.array.shape[1])
+        for _, values in self.blocks():
+            total += values.sum(axis=0)
+        return total / len(self)
+
+
+def of(file: store.EmbeddingFile, path: str) -> Pooled:
+    """Raises UserError if the file holds per-residue rows only."""
+    if file.default is None:
+        raise UserError(
+            f"{path} has no /embeddings: it holds per-residue rows only.", "Embed with --pool mean (or mean,residue)."
+        )
+    kind, _, layer = file.default.partition("/")
+    return Pooled(file, kind, int(layer), file.array(kind, int(layer)), np.flatnonzero(file.status == store.DONE))
+
+
+def count(n: int, what: str = "protein") -> str:
+    """`1,234 proteins`, `1 protein`."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"

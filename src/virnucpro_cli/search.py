@@ -1,0 +1,254 @@
+"""The search workflow: for each query the nearest rows of an embeddings file, by cosine, exactly.
+
+Products are in fp32, on the GPU if there is one; whatever could be among the first k is computed again in fp64, so that
+neither the device nor the order of a sum decides who is nearer.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from virnucpro_cli import embed, pooled, qc, report, runner, store
+from virnucpro_cli.config import EmbedConfig, resolve
+from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.model.esm2 import exact_arithmetic
+from virnucpro_cli.pooled import BLOCK, Pooled
+from virnucpro_cli.validation import audit
+
+COLUMNS = ("query", "hit", "rank", "cosine", "query_length", "hit_length")
+MOST_HITS = 10_000
+PAIRS = 4096
+"""Pairs that are computed in fp64 at a time."""
+FEW = 10
+"""Proteins up to which their mean says little."""
+SAME = ("max_residues", "long", "overlap", "invalid")
+"""Settings that another file should share, for its rows to be compared with these."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Rows to search with. own: whether they are rows of the database itself, which are then no hits of their own."""
+
+    data: Pooled
+    own: bool
+
+
+def run(
+    database: str, query: str, k: int = 10, raw: bool = False, output: str | None = None, model: str | None = None,
+    overwrite: bool = False, out: Console | None = None,
+) -> int:  # fmt: skip
+    """Write the nearest k rows of `database` for each query as tab-separated text to `output`, or standard output.
+
+    query: a FASTA (embedded with the database's own model and settings), a name in the database, or another embeddings
+    file. Cosines are of rows minus the database's mean row, unless raw. Returns the number of queries without a row.
+    Raises UserError for what the user can put right.
+    """
+    out = out or report.console()
+    if not 1 <= k <= MOST_HITS:
+        raise UserError(f"-k is {k}.", f"Give 1 to {MOST_HITS:,}.")
+    if output is not None:
+        report.check_places({"output": output}, [database, query])
+        store.check_new(Path(output), overwrite)
+    with ExitStack() as stack:
+        file = stack.enter_context(audit.opened(database))
+        stack.enter_context(audit.damage_named(database))
+        data = pooled.of(file, database)
+        if not len(data):
+            raise UserError(f"{database} holds no embedded protein.", "Its proteins were skipped, or not computed yet.")
+        if len(data) < FEW and not raw:
+            out.print(f"The mean of {pooled.count(len(data))} says little; --raw does without.", style="yellow")
+        queries = _queries(data, database, query, model, stack, out)
+        lacking = len(queries.data.file) - len(queries.data) if not queries.own else 0
+        if lacking:
+            out.print(f"{pooled.count(lacking)} of the query were skipped, and have no hits", style="yellow")
+        device = runner.resolve_device("auto")
+        exact_arithmetic()
+        mean = np.zeros(data.array.shape[1]) if raw else data.mean()
+        out.print(
+            f"searching {pooled.count(len(data))} for {pooled.count(len(queries.data))} on {device.type}", style="dim"
+        )
+        writer = stack.enter_context(_standard_output() if output is None else store.new_file(Path(output), overwrite))
+        on_terminal = output is None and sys.stdout.isatty()
+        total = len(data) * -(-len(queries.data) // BLOCK)
+        tracker = stack.enter_context(report.Tracker(report.console(on_terminal or out.quiet), total, "rows"))
+        writer.write(("\t".join(COLUMNS) + "\n").encode())
+        for rows, values in queries.data.blocks():
+            own = rows if queries.own else np.full(len(rows), -1)
+            found, cosines = nearest(data, directions(values, mean), own, k, mean, device, tracker.advance)
+            _write(writer, file, queries.data.file, rows, found, cosines)
+    if output is not None:
+        out.print(f"{output}: {pooled.count(len(queries.data), 'query').replace('querys', 'queries')}")
+    return lacking
+
+
+def directions(values: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows minus the mean, of length 1; one that is the mean itself has no direction, and is zero."""
+    centred = values - mean
+    norm = np.linalg.norm(centred, axis=1, keepdims=True)
+    nothing = norm <= 1e-9 * np.linalg.norm(values, axis=1, keepdims=True)
+    return np.where(nothing, 0, centred / np.where(nothing, 1, norm))
+
+
+def nearest(
+    data: Pooled, queries: NDArray[np.float64], own: NDArray[np.int64], k: int, mean: NDArray[np.float64],
+    device: torch.device, advance: Any = lambda rows: None,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:  # fmt: skip
+    """The k rows of largest cosine with each query, in falling order, equal ones by row number.
+
+    queries: float64 [m, D], see `directions`; own: int64 [m], a row that is no hit of its query. Returns row numbers int64
+    [m, k], -1 where there are fewer, and cosines float64 [m, k].
+    """
+    rows = np.full((len(queries), k), -1)
+    cosines = np.full((len(queries), k), -np.inf)
+    slack = (queries.shape[1] + 16) * 2.0**-23  # more than an fp32 product of two such directions can be off
+    single = torch.from_numpy(queries.astype(np.float32)).to(device)
+    for numbers, values in data.blocks():
+        block = directions(values, mean)
+        product = single @ torch.from_numpy(block.astype(np.float32)).to(device).T
+        enough = min(k + 1, len(numbers))  # one more, for a query's own row
+        floor = (
+            product.topk(enough, dim=1, sorted=False).values.min(dim=1).values if enough > k else product.min(1).values
+        )
+        floor = torch.maximum(floor, torch.from_numpy(cosines[:, -1].astype(np.float32)).to(device)) - slack
+        query, place = (product >= floor[:, None]).nonzero(as_tuple=True)
+        q, p = query.cpu().numpy(), place.cpu().numpy()
+        foreign = numbers[p] != own[q]
+        q, p = q[foreign], p[foreign]
+        parts = [slice(i, i + PAIRS) for i in range(0, len(q), PAIRS)]
+        exact = [np.einsum("ij,ij->i", queries[q[part]], block[p[part]]) for part in parts]
+        _keep_best(rows, cosines, q, numbers[p], np.concatenate([np.empty(0), *exact]))
+        advance(len(numbers))
+    return rows, cosines
+
+
+def _keep_best(
+    rows: NDArray[np.int64], cosines: NDArray[np.float64], q: NDArray[np.int64], new: NDArray[np.int64],
+    exact: NDArray[np.float64],
+) -> None:  # fmt: skip
+    """Merge new hits (query, row, cosine) into the best so far, in place."""
+    m, k = rows.shape
+    q = np.concatenate([np.repeat(np.arange(m), k), q])
+    new, exact = np.concatenate([rows.ravel(), new]), np.concatenate([cosines.ravel(), exact])
+    order = np.lexsort((new, -exact, q))  # no hit (-1, of cosine -inf) stands last
+    first = np.searchsorted(q[order], np.arange(m))
+    best = order[first[:, None] + np.arange(k)]
+    rows[:], cosines[:] = new[best], exact[best]
+
+
+# --- queries and hits ------------------------------------------------------------------------------------------------
+
+
+def _queries(
+    data: Pooled, database: str, query: str, model: str | None, stack: ExitStack, out: Console
+) -> Queries:  # fmt: skip
+    """What the word after --query stands for. A file of that name comes before a protein of that name."""
+    if query != "-" and not Path(query).exists():
+        named = data.file.find(query)
+        if not named:
+            raise UserError(
+                f"--query is {query}, which is neither a file nor a protein of {database}.",
+                "virnucpro inspect --qc FILE.tsv lists the names.",
+            )
+        rows = np.intersect1d(named, data.rows)
+        if not len(rows):
+            raise UserError(f"{query} was skipped, or is not computed yet: it has no row.", "Choose another query.")
+        return Queries(dataclasses.replace(data, rows=rows), own=True)
+    if query != "-" and _is_hdf5(query):
+        if os.path.samefile(query, database):
+            return Queries(data, own=True)
+        return Queries(_of_file(data, database, query, stack, out), own=False)
+    return Queries(_embedded(data, database, query, model, stack, out), own=False)
+
+
+def _is_hdf5(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(audit.HDF5_MAGIC)) == audit.HDF5_MAGIC
+    except OSError as error:
+        raise UserError(f"The query {path} cannot be read: {error.strerror}.") from None
+
+
+def _of_file(data: Pooled, database: str, query: str, stack: ExitStack, out: Console) -> Pooled:
+    other = stack.enter_context(audit.opened(query))
+    ours, theirs = (json.loads(f.attributes["fingerprint"]) for f in (data.file, other))
+    if ours["weights_sha256"] != theirs["weights_sha256"]:
+        raise UserError(
+            f"{query} was made with other weights than {database}.", "Embed the queries with the same --model."
+        )
+    if data.kind not in theirs["pool"] or data.layer not in theirs["layers"]:
+        raise UserError(
+            f"{query} has no {data.kind}/{data.layer}, which {database} is searched by.",
+            f"Embed it with --pool {data.kind} --layers {data.layer}.",
+        )
+    for name in SAME:
+        if ours.get(name) != theirs.get(name):
+            out.print(f"{name} is {ours.get(name)} in {database}, {theirs.get(name)} in {query}", style="yellow")
+    done = np.flatnonzero(other.status == store.DONE)
+    return Pooled(other, data.kind, data.layer, other.array(data.kind, data.layer), done)
+
+
+def _embedded(data: Pooled, database: str, query: str, model: str | None, stack: ExitStack, out: Console) -> Pooled:
+    """A FASTA, embedded as the database was, in a file that is removed in the end."""
+    settings = json.loads(data.file.attributes["fingerprint"])
+    found = audit.weights_of(data.file, database, model, out)
+    if found.sha256 != settings["weights_sha256"]:
+        raise UserError(
+            f"{database} was made with other weights than those of {found.place}.",
+            f"Say where the weights of SHA-256 {settings['weights_sha256'][:16]}... are: --model PATH.",
+        )
+    dtype = runner.short_name(getattr(torch, settings["dtype"]))
+    if settings["device"] != runner.resolve_device("auto").type:
+        dtype = "auto"
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="virnucpro-search-"))
+    policies = {name: settings[name] for name in (*SAME, "id", "dedup") if name in settings}
+    config = resolve(EmbedConfig, None, {
+        "inputs": query, "output": str(Path(folder) / "queries.h5"), "model": model or json.loads(data.file.attributes["config"])["model"],
+        "layers": data.layer, "pool": data.kind, "dtype": dtype, "store_dtype": settings["store_dtype"], "quiet": True, **policies,
+    })  # fmt: skip
+    out.print(f"embedding {'standard input' if query == '-' else query} with {found.place}", style="dim")
+    try:
+        embed.run(config)
+    except Stopped as stop:
+        stop.resumable = False  # the folder goes
+        raise
+    return pooled.of(stack.enter_context(store.read_embeddings(config.output)), config.output)
+
+
+@contextmanager
+def _standard_output() -> Iterator[BinaryIO]:
+    """Bytes to standard output; its reader, `head` for one, may go before the end."""
+    try:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _write(
+    writer: BinaryIO, base: store.EmbeddingFile, other: store.EmbeddingFile, queries: NDArray[np.int64],
+    found: NDArray[np.int64], cosines: NDArray[np.float64],
+) -> None:  # fmt: skip
+    hit = found >= 0
+    hits = iter(zip(_names(base, found[hit]), base.lengths[found[hit]].tolist(), cosines[hit].tolist(), strict=True))
+    lines = []
+    for name, length, count in zip(_names(other, queries), other.lengths[queries].tolist(), hit.sum(axis=1).tolist(), strict=True):  # fmt: skip
+        for rank in range(1, count + 1):
+            hit_name, hit_length, cosine = next(hits)
+            lines.append(f"{name}\t{hit_name}\t{rank}\t{cosine:.6f}\t{length}\t{hit_length}\n")
+    writer.write("".join(lines).encode())
+
+
+def _names(file: store.EmbeddingFile, rows: NDArray[np.int64]) -> list[str]:
+    return [qc.printable(" ".join(name.split())) for name in file.names_at(rows)]
