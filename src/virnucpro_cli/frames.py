@@ -21,8 +21,8 @@ def to_pandas(file: "EmbeddingFile", kind: str | None, layer: int | None) -> "pa
     needs("pandas", "frames", "to_pandas")
     import pandas as pd
 
-    values = file.array(kind, layer)
-    rows = pd.DataFrame(np.array(values), columns=[str(i) for i in range(values.shape[1])])
+    values = np.array(file.array(kind, layer))
+    rows = pd.DataFrame(values, columns=[str(i) for i in range(values.shape[1])])
     return pd.concat([pd.DataFrame(_columns(file)), rows], axis=1).set_index("name")
 
 
@@ -30,7 +30,7 @@ def to_polars(file: "EmbeddingFile", kind: str | None, layer: int | None) -> "po
     needs("polars", "frames", "to_polars")
     import polars as pl
 
-    values = file.array(kind, layer).astype(np.float32)
+    values = np.array(file.array(kind, layer), np.float32)
     embedding = pl.Series("embedding", values, dtype=pl.Array(pl.Float32, values.shape[1]))
     return pl.DataFrame(_columns(file)).with_columns(embedding)
 
@@ -43,11 +43,9 @@ def to_anndata(file: "EmbeddingFile", kind: str | None, layer: int | None) -> "a
     obs = pd.DataFrame(_columns(file))
     obs.index = ad.utils.make_index_unique(pd.Index(obs["name"].astype(str)))
     obs.index.name = None
-    values = file.array(kind, layer)
+    values = np.array(file.array(kind, layer), np.float32)
     made_by = {key: str(file.attributes[key]) for key in ("model", "weights_sha256", "dtype", "tool_version")}
-    return ad.AnnData(
-        values.astype(np.float32), obs, pd.DataFrame(index=[str(i) for i in range(values.shape[1])]), uns=made_by
-    )
+    return ad.AnnData(values, obs, pd.DataFrame(index=[str(i) for i in range(values.shape[1])]), uns=made_by)
 
 
 def _columns(file: "EmbeddingFile") -> dict[str, Any]:

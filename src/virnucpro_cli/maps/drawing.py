@@ -159,7 +159,8 @@ def page(shown: Map, file: BinaryIO) -> None:
             for label, points, hue, (_, shape), place in _classes(shown.colour)
         ]
     caption = "<br>".join(html.escape(line) for line in shown.caption)
-    axis = {"zeroline": False, "showticklabels": shown.projection.axes is not None, "gridcolor": "#EEEEEE"}
+    meant = shown.projection.axes is not None
+    axis = {"zeroline": False, "showticklabels": meant, "showgrid": meant, "gridcolor": "#EEEEEE"}
     figure = go.Figure(traces)
     figure.update_layout(
         template="plotly_white", hovermode="closest", showlegend=isinstance(shown.colour, Classes),

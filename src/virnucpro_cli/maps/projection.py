@@ -51,7 +51,7 @@ def project(data: Pooled, method: str, seed: int) -> Projection:
         points, shares = pca(data, 2)
         return Projection(points, "PCA", tuple(f"PC{i + 1} ({share:.1%} of the variance)" for i, share in enumerate(shares)))  # type: ignore[arg-type]  # fmt: skip
     near, shares = pca(data, COMPONENTS)
-    of = f"of the first {len(shares)} principal components ({sum(shares):.0%} of the variance)"
+    of = f"of the first {len(shares)} principal components ({sum(shares):.0%} of the variance); distances between clusters mean little"
     if method == "umap":
         return Projection(_umap(near, seed), f"UMAP ({NEIGHBOURS} neighbours, Euclidean, seed {seed}) {of}")
     perplexity = min(PERPLEXITY, (len(near) - 1) / 3)
@@ -81,7 +81,7 @@ def _umap(near: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = umap.UMAP(n_neighbors=NEIGHBOURS, random_state=seed, n_jobs=1)
+        made = umap.UMAP(n_neighbors=NEIGHBOURS, init="pca", random_state=seed, n_jobs=1)
         return np.asarray(made.fit_transform(near.astype(np.float32)), np.float64)
 
 
