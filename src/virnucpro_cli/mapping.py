@@ -52,7 +52,7 @@ def run(
         made_by = f"model {file.attributes['model']}, layer {data.layer}, {pool}; drawn by virnucpro {__version__}"
         title = f"{found.what.split(' ')[0]} of {pooled.count(len(data))} of {Path(path).name}"
         shown = drawing.Map(
-            found, by, data.rows, names, file.lengths[data.rows], title, [f"Centred rows, {found.what}", made_by, *caption],
+            found, by, data.rows, names, file.lengths[data.rows], title, [found.what, made_by, *caption],
             seed,
         )  # fmt: skip
         with store.new_file(target, overwrite) as opened:

@@ -49,9 +49,9 @@ def project(data: Pooled, method: str, seed: int) -> Projection:
     """The rows of `data` by a method of METHODS; the same points for the same rows, seed and library versions."""
     if method == "pca":
         points, shares = pca(data, 2)
-        return Projection(points, "PCA", tuple(f"PC{i + 1} ({share:.1%} of the variance)" for i, share in enumerate(shares)))  # type: ignore[arg-type]  # fmt: skip
+        return Projection(points, "PCA of centred rows", tuple(f"PC{i + 1} ({share:.1%} of the variance)" for i, share in enumerate(shares)))  # type: ignore[arg-type]  # fmt: skip
     near, shares = pca(data, COMPONENTS)
-    of = f"of the first {len(shares)} principal components ({sum(shares):.0%} of the variance); distances between clusters mean little"
+    of = f"of the first {len(shares)} principal components of centred rows ({sum(shares):.0%} of the variance); distances between clusters mean little"
     if method == "umap":
         return Projection(_umap(near, seed), f"UMAP ({NEIGHBOURS} neighbours, Euclidean, seed {seed}) {of}")
     perplexity = min(PERPLEXITY, (len(near) - 1) / 3)
