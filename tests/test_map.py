@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     embed_fasta(folder / "in.fasta", folder / "out.h5", model=str(tiny_model), device="cpu", max_residues=100)
     (folder / "of.tsv").write_text(
         "name\tclass\tnumber\tcluster\n"
-        + "".join(f"{name}\tC<b>{i % 3}\t{i / 7}\t{i % 4}\n" for i, name in enumerate(names[:30]))
+        + "".join(f"{name}\t$_$C<b>{i % 3}\t{i / 7}\t{i % 4}\n" for i, name in enumerate(names[:30]))
     )
     return folder / "out.h5"
 
@@ -128,7 +128,7 @@ def test_a_table_has_a_line_for_each_point(drawn: Callable[..., Any], made: Path
     np.testing.assert_allclose(
         [float(line["x"]) for line in lines], shown.projection.points[:, 0], rtol=1e-4, atol=1e-6
     )
-    assert lines[1]["class"] == "C<b>1" and lines[38]["class"] == "no value"
+    assert lines[1]["class"] == "$_$C<b>1" and lines[38]["class"] == "no value"
 
 
 def test_the_caption_says_what_is_shown(drawn: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,16 +27,16 @@ class Pooled:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def blocks(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-        """(row numbers [m], values [m, D]) of all rows in order."""
+    def blocks(self) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        """(row numbers [m], values [m, D] in the dtype of the file) of all rows in order."""
         for start in range(0, len(self.rows), self.size):
             rows = self.rows[start : start + self.size]
-            yield rows, self.array[rows].astype(np.float64)
+            yield rows, self.array[rows]
 
     def mean(self) -> NDArray[np.float64]:
         total = np.zeros(self.array.shape[1])
         for _, values in self.blocks():
-            total += values.sum(axis=0)
+            total += values.sum(axis=0, dtype=np.float64)
         return total / len(self)
 
 

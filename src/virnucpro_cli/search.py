@@ -24,11 +24,13 @@ from virnucpro_cli import embed, pooled, qc, report, runner, store
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.model.esm2 import exact_arithmetic
-from virnucpro_cli.pooled import BLOCK, Pooled
+from virnucpro_cli.pooled import Pooled
 from virnucpro_cli.validation import audit
 
 COLUMNS = ("query", "hit", "rank", "cosine", "query_length", "hit_length")
 MOST_HITS = 10_000
+QUERIES, HITS = 1024, 1 << 20
+"""Queries, and hits of them, that are searched for in one pass over the file."""
 PAIRS = 4096
 """Pairs that are computed in fp64 at a time."""
 FEW = 10
@@ -59,7 +61,7 @@ def run(
     if not 1 <= k <= MOST_HITS:
         raise UserError(f"-k is {k}.", f"Give 1 to {MOST_HITS:,}.")
     if output is not None:
-        report.check_places({"output": output}, [database, query])
+        report.check_places({"output": output}, [database, *([query] if os.path.exists(query) else [])])
         store.check_new(Path(output), overwrite)
     with ExitStack() as stack:
         file = stack.enter_context(audit.opened(database))
@@ -81,24 +83,29 @@ def run(
         )
         writer = stack.enter_context(_standard_output() if output is None else store.new_file(Path(output), overwrite))
         on_terminal = output is None and sys.stdout.isatty()
-        total = len(data) * -(-len(queries.data) // BLOCK)
+        asked = dataclasses.replace(queries.data, size=min(QUERIES, HITS // k))
+        total = len(data) * -(-len(asked) // asked.size)
         tracker = stack.enter_context(report.Tracker(report.console(on_terminal or out.quiet), total, "rows"))
         writer.write(("\t".join(COLUMNS) + "\n").encode())
-        for rows, values in queries.data.blocks():
+        for rows, values in asked.blocks():
             own = rows if queries.own else np.full(len(rows), -1)
-            found, cosines = nearest(data, directions(values, mean), own, k, mean, device, tracker.advance)
+            found, cosines = nearest(
+                data, directions(values.astype(np.float64), mean), own, k, mean, device, tracker.advance
+            )
             _write(writer, file, queries.data.file, rows, found, cosines)
     if output is not None:
         out.print(f"{output}: {pooled.count(len(queries.data), 'query').replace('querys', 'queries')}")
     return lacking
 
 
-def directions(values: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rows minus the mean, of length 1; one that is the mean itself has no direction, and is zero."""
+def directions(values: Any, mean: Any) -> Any:
+    """Rows float64 [m, D] minus the mean, of length 1; one that is the mean itself has no direction, and is zero. Of NumPy or
+    of PyTorch.
+    """
     centred = values - mean
-    norm = np.linalg.norm(centred, axis=1, keepdims=True)
-    nothing = norm <= 1e-9 * np.linalg.norm(values, axis=1, keepdims=True)
-    return np.where(nothing, 0, centred / np.where(nothing, 1, norm))
+    norm = (centred * centred).sum(1, keepdims=True) ** 0.5
+    some = norm > 1e-9 * (mean * mean).sum() ** 0.5
+    return centred * (some / (norm + ~some))
 
 
 def nearest(
@@ -113,21 +120,22 @@ def nearest(
     rows = np.full((len(queries), k), -1)
     cosines = np.full((len(queries), k), -np.inf)
     slack = (queries.shape[1] + 16) * 2.0**-23  # more than an fp32 product of two such directions can be off
-    single = torch.from_numpy(queries.astype(np.float32)).to(device)
+    single = torch.from_numpy(queries).to(device).float()
+    mean_there = torch.from_numpy(mean).to(device)
     for numbers, values in data.blocks():
-        block = directions(values, mean)
-        product = single @ torch.from_numpy(block.astype(np.float32)).to(device).T
+        product = single @ directions(torch.from_numpy(values).to(device).double(), mean_there).float().T
         enough = min(k + 1, len(numbers))  # one more, for a query's own row
-        floor = (
-            product.topk(enough, dim=1, sorted=False).values.min(dim=1).values if enough > k else product.min(1).values
-        )
-        floor = torch.maximum(floor, torch.from_numpy(cosines[:, -1].astype(np.float32)).to(device)) - slack
+        floor = product.topk(enough, dim=1, sorted=False).values.min(dim=1).values
+        floor = torch.maximum(floor, torch.from_numpy(cosines[:, -1]).to(device).float()) - slack
         query, place = (product >= floor[:, None]).nonzero(as_tuple=True)
         q, p = query.cpu().numpy(), place.cpu().numpy()
         foreign = numbers[p] != own[q]
         q, p = q[foreign], p[foreign]
         parts = [slice(i, i + PAIRS) for i in range(0, len(q), PAIRS)]
-        exact = [np.einsum("ij,ij->i", queries[q[part]], block[p[part]]) for part in parts]
+        exact = [
+            np.einsum("ij,ij->i", queries[q[part]], directions(values[p[part]].astype(np.float64), mean))
+            for part in parts
+        ]
         _keep_best(rows, cosines, q, numbers[p], np.concatenate([np.empty(0), *exact]))
         advance(len(numbers))
     return rows, cosines
@@ -154,7 +162,7 @@ def _queries(
     data: Pooled, database: str, query: str, model: str | None, stack: ExitStack, out: Console
 ) -> Queries:  # fmt: skip
     """What the word after --query stands for. A file of that name comes before a protein of that name."""
-    if query != "-" and not Path(query).exists():
+    if query != "-" and not os.path.exists(query):
         named = data.file.find(query)
         if not named:
             raise UserError(

@@ -65,8 +65,8 @@ def pca(data: Pooled, most: int) -> tuple[NDArray[np.float64], list[float]]:
     mean = data.mean()
     covariance = np.zeros((len(mean), len(mean)))
     for _, values in data.blocks():
-        values -= mean
-        covariance += values.T @ values
+        centred = values - mean
+        covariance += centred.T @ centred
     variances, loadings = np.linalg.eigh(covariance)
     variances, loadings = np.maximum(variances[::-1], 0), loadings[:, ::-1]
     count = max(2, min(most, len(data) - 1, len(mean)))
