@@ -128,6 +128,8 @@ def test_a_table_has_a_line_for_each_point(drawn: Callable[..., Any], made: Path
     np.testing.assert_allclose(
         [float(line["x"]) for line in lines], shown.projection.points[:, 0], rtol=1e-4, atol=1e-6
     )
+    again = drawn("b.tsv", color=f"{path}:x")[0].colour
+    assert isinstance(again, colour.Scale) and not np.isnan(again.values).any(), "its first column are the names"
     assert lines[1]["class"] == "$_$C<b>1" and lines[38]["class"] == "no value"
 
 

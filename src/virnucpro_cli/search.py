@@ -5,6 +5,7 @@ neither the device nor the order of a sum decides who is nearer.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -49,7 +50,7 @@ class Queries:
 
 def run(
     database: str, query: str, k: int = 10, raw: bool = False, output: str | None = None, model: str | None = None,
-    overwrite: bool = False, out: Console | None = None,
+    overwrite: bool = False, force_protein: bool = False, out: Console | None = None,
 ) -> int:  # fmt: skip
     """Write the nearest k rows of `database` for each query as tab-separated text to `output`, or standard output.
 
@@ -71,7 +72,7 @@ def run(
             raise UserError(f"{database} holds no embedded protein.", "Its proteins were skipped, or not computed yet.")
         if len(data) < FEW and not raw:
             out.print(f"The mean of {pooled.count(len(data))} says little; --raw does without.", style="yellow")
-        queries = _queries(data, database, query, model, stack, out)
+        queries = _queries(data, database, query, model, force_protein, stack, out)
         lacking = len(queries.data.file) - len(queries.data) if not queries.own else 0
         if lacking:
             out.print(f"{pooled.count(lacking)} of the query were skipped, and have no hits", style="yellow")
@@ -159,14 +160,14 @@ def _keep_best(
 
 
 def _queries(
-    data: Pooled, database: str, query: str, model: str | None, stack: ExitStack, out: Console
+    data: Pooled, database: str, query: str, model: str | None, force_protein: bool, stack: ExitStack, out: Console
 ) -> Queries:  # fmt: skip
     """What the word after --query stands for. A file of that name comes before a protein of that name."""
     if query != "-" and not os.path.exists(query):
         named = data.file.find(query)
         if not named:
             raise UserError(
-                f"--query is {query}, which is neither a file nor a protein of {database}.",
+                f"--query is {query!r}, which is neither a file nor a protein of {database}.",
                 "virnucpro inspect --qc FILE.tsv lists the names.",
             )
         rows = np.intersect1d(named, data.rows)
@@ -177,7 +178,7 @@ def _queries(
         if os.path.samefile(query, database):
             return Queries(data, own=True)
         return Queries(_of_file(data, database, query, stack, out), own=False)
-    return Queries(_embedded(data, database, query, model, stack, out), own=False)
+    return Queries(_embedded(data, database, query, model, force_protein, stack, out), own=False)
 
 
 def _is_hdf5(path: str) -> bool:
@@ -207,7 +208,9 @@ def _of_file(data: Pooled, database: str, query: str, stack: ExitStack, out: Con
     return Pooled(other, data.kind, data.layer, other.array(data.kind, data.layer), done)
 
 
-def _embedded(data: Pooled, database: str, query: str, model: str | None, stack: ExitStack, out: Console) -> Pooled:
+def _embedded(
+    data: Pooled, database: str, query: str, model: str | None, force_protein: bool, stack: ExitStack, out: Console
+) -> Pooled:  # fmt: skip
     """A FASTA, embedded as the database was, in a file that is removed in the end."""
     settings = json.loads(data.file.attributes["fingerprint"])
     found = audit.weights_of(data.file, database, model, out)
@@ -223,7 +226,7 @@ def _embedded(data: Pooled, database: str, query: str, model: str | None, stack:
     policies = {name: settings[name] for name in (*SAME, "id", "dedup") if name in settings}
     config = resolve(EmbedConfig, None, {
         "inputs": query, "output": str(Path(folder) / "queries.h5"), "model": model or json.loads(data.file.attributes["config"])["model"],
-        "layers": data.layer, "pool": data.kind, "dtype": dtype, "store_dtype": settings["store_dtype"], "quiet": True, **policies,
+        "layers": data.layer, "pool": data.kind, "dtype": dtype, "store_dtype": settings["store_dtype"], "quiet": True, "force_protein": force_protein, **policies,
     })  # fmt: skip
     out.print(f"embedding {'standard input' if query == '-' else query} with {found.place}", style="dim")
     try:
@@ -236,12 +239,16 @@ def _embedded(data: Pooled, database: str, query: str, model: str | None, stack:
 
 @contextmanager
 def _standard_output() -> Iterator[BinaryIO]:
-    """Bytes to standard output; its reader, `head` for one, may go before the end."""
+    """Bytes to standard output, whose reader, `head` for one, may go before the end. What cannot be written is dropped."""
     try:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:
+            raise UserError("No space is left where standard output goes.", "Make room, and run again.") from None
 
 
 def _write(

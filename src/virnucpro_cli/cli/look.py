@@ -76,10 +76,11 @@ def search(
         str | None,
         typer.Option("--model", metavar="PATH", help="Where the weights of OUT.h5 are now, for a FASTA query."),
     ] = None,
+    force_protein: Annotated[bool, typer.Option("--force-protein", help="As in embed, for a FASTA query.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Find the nearest proteins of a file by the cosine of their rows, minus the mean of all: exactly, without an index."""
     from virnucpro_cli import search as workflow
 
-    if workflow.run(file, query, k, raw, output, model, overwrite):
+    if workflow.run(file, query, k, raw, output, model, overwrite, force_protein):
         raise typer.Exit(EXIT_SOME_SKIPPED)

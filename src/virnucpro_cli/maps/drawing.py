@@ -187,12 +187,12 @@ def _ticks(least: float, most: float) -> list[float]:
 
 
 def table(shown: Map, file: BinaryIO) -> None:
-    """A line for each point: number of the record, name, x, y, length, and what it is coloured by unless that is the length."""
+    """A line for each point: name, number of the record, x, y, length, and what it is coloured by unless that is the length."""
     words = shown.words
-    header = ["record", "name", "x", "y", "length", *([shown.colour.title] if words else [])]
+    header = ["name", "record", "x", "y", "length", *([shown.colour.title] if words else [])]
     file.write(("\t".join(header) + "\n").encode())
     for i, (x, y) in enumerate(shown.projection.points.tolist()):
-        line = [str(shown.rows[i]), shown.names[i], f"{x:.6g}", f"{y:.6g}", str(shown.lengths[i])]
+        line = [shown.names[i], str(shown.rows[i]), f"{x:.6g}", f"{y:.6g}", str(shown.lengths[i])]
         file.write(("\t".join([*line, *([words[i]] if words else [])]) + "\n").encode())
 
 
