@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -238,7 +238,7 @@ def _embedded(
 
 
 @contextmanager
-def _standard_output() -> Iterator[BinaryIO]:
+def _standard_output() -> Iterator[IO[bytes]]:
     """Bytes to standard output, whose reader, `head` for one, may go before the end. What cannot be written is dropped."""
     try:
         yield sys.stdout.buffer
@@ -252,7 +252,7 @@ def _standard_output() -> Iterator[BinaryIO]:
 
 
 def _write(
-    writer: BinaryIO, base: store.EmbeddingFile, other: store.EmbeddingFile, queries: NDArray[np.int64],
+    writer: IO[bytes], base: store.EmbeddingFile, other: store.EmbeddingFile, queries: NDArray[np.int64],
     found: NDArray[np.int64], cosines: NDArray[np.float64],
 ) -> None:  # fmt: skip
     hit = found >= 0

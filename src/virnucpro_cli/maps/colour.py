@@ -66,7 +66,7 @@ def of(what: str, file: store.EmbeddingFile, rows: NDArray[np.int64]) -> Colour:
             raise UserError(
                 "--color is group, and the file has no groups.", "Choose length, status or FILE.tsv:column."
             )
-        number, names = file.groups
+        number, names = file.groups.of, file.groups.ids
         return Classes("group", [qc.printable(names[i]) if i >= 0 else None for i in number[rows].tolist()])
     path, separator, column = what.rpartition(":")
     if not separator:

@@ -5,7 +5,7 @@ do not see all of them: Okabe and Ito's for classes (https://jfly.uni-koeln.de/c
 import html
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,7 @@ def _classes(colour: Classes) -> list[tuple[str, NDArray[np.int64], str, tuple[s
     ]
 
 
-def picture(shown: Map, file: BinaryIO, kind: str) -> None:
+def picture(shown: Map, file: IO[bytes], kind: str) -> None:
     """kind: png, pdf, svg or jpg."""
     import matplotlib
 
@@ -118,7 +118,7 @@ def _short(text: str, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[: most - 12]}...{text[-9:]}"
 
 
-def page(shown: Map, file: BinaryIO) -> None:
+def page(shown: Map, file: IO[bytes]) -> None:
     """One HTML file that needs no network: plotly.js is in it."""
     from plotly import graph_objects as go
 
@@ -186,7 +186,7 @@ def _ticks(least: float, most: float) -> list[float]:
     return [tick for tick in ticks if least <= tick <= most] or [least, most]
 
 
-def table(shown: Map, file: BinaryIO) -> None:
+def table(shown: Map, file: IO[bytes]) -> None:
     """A line for each point: name, number of the record, x, y, length, and what it is coloured by unless that is the length."""
     words = shown.words
     header = ["name", "record", "x", "y", "length", *([shown.colour.title] if words else [])]
@@ -196,7 +196,7 @@ def table(shown: Map, file: BinaryIO) -> None:
         file.write(("\t".join([*line, *([words[i]] if words else [])]) + "\n").encode())
 
 
-def save(shown: Map, file: BinaryIO, path: Path) -> None:
+def save(shown: Map, file: IO[bytes], path: Path) -> None:
     """Draw what the suffix of `path` says."""
     kind = path.suffix.lower()
     if kind == ".html":

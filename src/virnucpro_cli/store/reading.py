@@ -231,13 +231,6 @@ class EmbeddingFile:
             return data[:]
         return np.memmap(self._file.filename, data.dtype, "r", offset, data.shape)
 
-    @property
-    def groups(self) -> tuple[NDArray[np.int64], list[str]] | None:
-        """The group of each record, int64 [N], -1 for none, and the groups' names; None without groups."""
-        if "groups" not in self._file:
-            return None
-        return self._file["groups/of"][:], self._file["groups/ids"].asstr()[:].tolist()
-
     def to_torch(self, kind: str | None = None, layer: int | None = None) -> "Rows":
         """A `torch.utils.data.Dataset` of (row, record number) of each record that is done; see `tensors.Rows`."""
         from virnucpro_cli.tensors import Rows
