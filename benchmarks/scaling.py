@@ -1,6 +1,6 @@
 """Whole `embed` runs on 1, 2 ... GPUs of this host: rates, tails, what each worker used, the same bits, and a worker killed midway.
 
-    python benchmarks/scaling.py [--models 650M,3B] [--gpus 1,2] [--natural 20000] [--fragments 200000] [--no-kill]
+    python benchmarks/scaling.py [--models 650M,3B] [--gpus 1,2] [--natural 20000] [--fragments 200000] [--no-kill] [--ray]
 
 Random weights, as files. Efficiency: the rate over that of one GPU times their number, both of the forward stage (from the first
 worker that is ready to the last byte written), which leaves out start-up.
@@ -51,14 +51,13 @@ def write_fasta(load, count, folder):
     return fasta.write_texts(folder / f"{load}.fasta", [dice.choice(letters, n).tobytes() for n in lengths.tolist()])
 
 
-def start(path, output, model, gpus, workers):
-    device = (
-        ["--device", "cuda:" + ",".join(map(str, range(gpus)))] if torch.cuda.is_available() else ["--device", "cpu"]
-    )
+def start(path, output, model, gpus, workers, engine):
+    numbers = "" if engine == "ray" else ":" + ",".join(map(str, range(gpus)))
+    device = ["--device", f"cuda{numbers}" if torch.cuda.is_available() else "cpu"]
     return subprocess.Popen(
         [
             sys.executable, "-m", "virnucpro_cli", "embed", str(path), "-o", str(output), "--model", str(model), *device,
-            "--workers", str(workers), "--report", str(output.with_suffix(".json")),
+            "--workers", str(workers), "--engine", engine, "--report", str(output.with_suffix(".json")),
         ], stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -96,6 +95,7 @@ def main():
     parser.add_argument("--natural", type=int, default=20_000)
     parser.add_argument("--fragments", type=int, default=200_000)
     parser.add_argument("--no-kill", action="store_true")
+    parser.add_argument("--ray", action="store_true", help="the same with --engine ray")
     options = parser.parse_args()
     out, rows, used = report.console(False), [], []
     counts = [int(count) for count in options.gpus.split(",")]
@@ -107,13 +107,15 @@ def main():
             for load, path in loads:
                 first = rate_of_one = None
                 wall, found = 0.0, {}
-                runs = [(count, False) for count in counts]
+                runs = [(count, False, "local") for count in counts]
+                if options.ray:
+                    runs += [(count, False, "ray") for count in counts]
                 if load == "fragments" and not options.no_kill and max(counts) > 1:
-                    runs.append((max(counts), True))
-                for count, kill in runs:
-                    output = folder / f"{model_name}-{load}-{count}-{kill}.h5"
+                    runs.append((max(counts), True, "local"))
+                for count, kill, engine in runs:
+                    output = folder / f"{model_name}-{load}-{count}-{kill}-{engine}.h5"
                     started = time.perf_counter()
-                    process = start(path, output, model, count, count)
+                    process = start(path, output, model, count, count, engine)
                     if kill:
                         kill_one_after(process, wall - 0.5 * found["seconds"]["forward"])
                     found = ended(process, output)
@@ -121,17 +123,20 @@ def main():
                     first = first or output
                     rate = found["rates"]["tokens/s"]
                     rate_of_one = rate_of_one or rate / count
-                    workers = found["tables"].get("Workers", [])
+                    workers = found["tables"].get("Workers") or found["tables"].get("Nodes", [])
                     cpu = sum(worker["CPU seconds"] for worker in workers) / count if workers else "-"
                     rows.append({
-                        "model": model_name, "load": load, "GPUs": f"{count}, one killed" if kill else str(count), "tokens": found["counts"]["tokens"],
+                        "model": model_name, "load": load, "GPUs": f"{count}{', one killed' if kill else ''}{', Ray' if engine == 'ray' else ''}", "tokens": found["counts"]["tokens"],
                         "tokens/s": rate, "efficiency": round(rate / count / rate_of_one, 3),
                         "tail, worst": f"{max((worker['idle at the end'] for worker in workers if not worker['lost']), default=0):.2%}",
                         "forward s": found["seconds"]["forward"], "whole run s": wall, "CPU s a worker": cpu if cpu == "-" else f"{cpu:.1f}",
                         "lost": sum(bool(worker["lost"]) for worker in workers), "same bits": "yes" if same(first, output) else "NO",
                     })  # fmt: skip
                     print(rows[-1], flush=True)
-                    used += [{"model": model_name, "load": load, "GPUs": str(count)} | worker for worker in workers]
+                    used += [
+                        {"model": model_name, "load": load, "GPUs": str(count)} | worker
+                        for worker in found["tables"].get("Workers", [])
+                    ]
                     if output != first:
                         output.unlink()
                 first.unlink()
