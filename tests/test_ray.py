@@ -16,8 +16,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from conftest import write_model
+from conftest import ROOT, write_model
 from virnucpro_cli import cli, fasta, ray_engine, report, runner, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed import embed_fasta
@@ -92,12 +93,12 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Driver:
-    def __init__(self, case: Case, output: Path, cluster: Cluster):
+    def __init__(self, case: Case, output: Path, address: str, *more: str):
         self.output = output
         command = [
             sys.executable, "-m", "virnucpro_cli", "embed", str(case.fasta), "-o", str(output), "--model", str(case.model),
             "--pool", "mean,residue", "--long", "window", "--max-residues", "300", "--overlap", "50", "--token-budget", "1024",
-            "--device", "cpu", "--engine", "ray", "--ray-address", cluster.ray.address, "--report", str(output) + ".json",
+            "--device", "cpu", "--engine", "ray", "--ray-address", address, "--report", str(output) + ".json", *more,
         ]  # fmt: skip
         self.before = fill_of(store.partial_path(output))
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -124,7 +125,7 @@ def fill_of(partial: Path) -> int:
 
 
 def test_two_nodes_give_the_bits_of_one_process(case: Case, cluster: Cluster, tmp_path: Path) -> None:
-    found = Driver(case, tmp_path / "out.h5", cluster).ended()
+    found = Driver(case, tmp_path / "out.h5", cluster.ray.address).ended()
     case.check(tmp_path / "out.h5")
     (nodes,) = found["tables"]["Nodes"]  # all of this host, by its name
     assert nodes["actors"] == 2 and nodes["tokens"] == found["counts"]["tokens"]
@@ -133,11 +134,11 @@ def test_two_nodes_give_the_bits_of_one_process(case: Case, cluster: Cluster, tm
 def test_a_node_an_actor_and_the_driver_are_killed_and_no_row_is_lost(
     case: Case, cluster: Cluster, tmp_path: Path
 ) -> None:
-    driver = Driver(case, tmp_path / "out.h5", cluster)
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
     driver.wait_for_rows()
     driver.process.kill()
     driver.process.wait()
-    driver = Driver(case, tmp_path / "out.h5", cluster)
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
     driver.wait_for_rows()
     cluster.ray.remove_node(cluster.nodes[0], allow_graceful=False)
     os.kill(cluster.actors()[0], signal.SIGKILL)
@@ -148,7 +149,7 @@ def test_a_node_an_actor_and_the_driver_are_killed_and_no_row_is_lost(
 
 
 def test_a_driver_that_is_told_to_stop_keeps_what_it_has(case: Case, cluster: Cluster, tmp_path: Path) -> None:
-    driver = Driver(case, tmp_path / "out.h5", cluster)
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
     driver.wait_for_rows()
     driver.process.send_signal(signal.SIGTERM)
     _, told = driver.process.communicate(timeout=30)
@@ -233,3 +234,42 @@ def test_an_address_where_no_cluster_is_is_named(
     with pytest.raises(SystemExit) as end:
         cli.main(["embed", str(case.fasta), "-o", str(tmp_path / "o.h5"), "--engine", "ray", "--ray-address", "auto"])
     assert end.value.code == 2 and "--ray-address auto" in capfd.readouterr().err
+
+
+# --- a cluster that grows by itself -------------------------------------------------------------------------------
+
+
+EXAMPLE = ROOT / "examples" / "ray" / "cluster.yaml"
+
+
+def test_the_example_of_a_cluster_is_one_for_ray() -> None:
+    from ray.autoscaler._private import util
+
+    util.validate_config(util.fillout_defaults(yaml.safe_load(EXAMPLE.read_text())))
+
+
+def test_the_nodes_of_the_example_are_started_when_they_are_asked_for(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example's node types, by Ray's autoscaler, as processes of this host; each has a CPU in the GPU's place."""
+    example = yaml.safe_load(EXAMPLE.read_text())
+    types = {name: node | {"node_config": {}} for name, node in example["available_node_types"].items()}
+    types["gpu"]["resources"] = {"CPU": types["gpu"]["resources"]["GPU"]}
+    here = {"type": "fake_multinode", "disable_node_updaters": True, "disable_launch_config_check": True}
+    nothing = dict.fromkeys(
+        ("setup_commands", "initialization_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
+         "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"), [],
+    )  # fmt: skip
+    monkeypatch.setattr(
+        cluster_utils.AutoscalingCluster, "_generate_config",
+        lambda *_, **__: example | nothing | {"provider": here, "available_node_types": types, "auth": {}, "docker": {}, "file_mounts": {}},
+    )  # fmt: skip
+    growing = cluster_utils.AutoscalingCluster(types["head"]["resources"], {})
+    growing.start()
+    try:
+        driver = Driver(case, tmp_path / "out.h5", "auto", "--workers", "2")
+        found = driver.ended()
+    finally:
+        growing.shutdown()
+    case.check(tmp_path / "out.h5")
+    assert sum(node["actors"] for node in found["tables"]["Nodes"]) == 2
