@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from virnucpro_cli import __version__
-from virnucpro_cli.cli import bench, embed, extract, files, machine, shards, validate
+from virnucpro_cli.cli import bench, embed, extract, files, layouts, machine, shards, validate
 from virnucpro_cli.cli.process import StopOnce, bug, fail, on_stop_signals, open_closed_streams, say, usage_or_bug
 from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USER_ERROR, Stopped, UserError
 
@@ -30,6 +30,7 @@ COMMANDS = (
     (validate.validate, validate.EPILOG),
     (files.inspect, None),
     (files.verify, files.VERIFY_EPILOG),
+    (layouts.export, layouts.EXPORT_EPILOG),
     (machine.doctor, machine.DOCTOR_EPILOG),
     (shards.status, shards.STATUS_EPILOG),
     (shards.merge, shards.MERGE_EPILOG),

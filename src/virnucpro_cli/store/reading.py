@@ -19,6 +19,8 @@ from virnucpro_cli.store.schema import (
     whole_lines,
 )
 
+STRETCH_BYTES = 1 << 26
+
 
 def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
     """(fingerprint, complete) of a file that this program wrote; None if it is something else."""
@@ -46,6 +48,7 @@ class EmbeddingFile:
     """
 
     def __init__(self, path: str | Path):
+        self.path = str(path)
         self._file = h5py.File(path, "r", locking=False)  # its structure never changes, even while a run fills it
         if self._file.attrs.get("schema") != SCHEMA:
             self._file.close()
@@ -152,6 +155,18 @@ class EmbeddingFile:
                 raise KeyError("this file holds only per-residue embeddings: use residues(row)")
             return self._file["embeddings"]
         return self._file[kind or "mean"][str(self.layers[-1] if layer is None else layer)]
+
+    def stretches(self, kind: str) -> Iterator[slice]:
+        """All records, one stretch after the other, each of about 64 MB of rows of that kind in fp32 (or a single record)."""
+        width = self.dataset(kind, self.layers[0]).shape[1]
+        rows, start, n = max(1, STRETCH_BYTES // (4 * width)), 0, len(self)
+        offsets = self.residue_offsets if kind == "residue" else None
+        while start < n:
+            stop = min(n, start + min(rows, NAME_BLOCK))
+            if offsets is not None:
+                stop = min(stop, max(start + 1, int(np.searchsorted(offsets, offsets[start] + rows, side="right")) - 1))
+            yield slice(start, stop)
+            start = stop
 
     def __getitem__(self, key: int | slice | str | list[int] | NDArray[Any]) -> NDArray[Any]:
         if isinstance(key, str):

@@ -4,8 +4,6 @@ reference. Settings come from the file's fingerprint.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -18,12 +16,11 @@ from rich.console import Console
 import virnucpro_cli
 from virnucpro_cli import fasta, report, runner, store
 from virnucpro_cli.config import ValidateConfig
-from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import EMITS, any_by_residue, by_residue, pooled
 from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.reference import Reference
-from virnucpro_cli.model.spec import VOCABULARY
 from virnucpro_cli.packing import window_weights, windowed_segments
 from virnucpro_cli.validation import agreement, gates, oracle
 from virnucpro_cli.validation.verdict import Check, Verdict
@@ -34,7 +31,6 @@ STORED_FP16 = 5e-4
 FILE, VALUES = "File: what it says of itself and of the FASTA", "Values: stored rows against fair-esm in fp32"
 KNOWN_FLAGS = sum(store.FLAG_NAMES)
 NOT_FINITE_CHECKED = 3
-HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,8 @@ class _Table:
 def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     """Audit `config.against`. Raises UserError if it is not a file of ours or its input or weights cannot be found."""
     assert config.against is not None
-    with opened(config.against) as file:
-        settings = settings_of(file, config.against)
+    with store.opened(config.against) as file:
+        settings = store.settings_of(file, config.against)
         if file.records is not None:
             raise UserError(
                 f"{config.against} is a shard of a larger output.",
@@ -104,78 +100,6 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
         with clock.stage("reference"):
             verdict.checks += _of_the_values(file, table, paths, rows, settings, judge, config, verdict.records)
     return verdict
-
-
-def opened(path: str) -> store.EmbeddingFile:
-    try:
-        with open(path, "rb") as opened:
-            ours = opened.read(8) == HDF5_MAGIC
-    except OSError as error:
-        what = (
-            f"There is no file {path}"
-            if isinstance(error, FileNotFoundError)
-            else f"{path} cannot be read: {error.strerror}"
-        )
-        raise UserError(f"{what}.", "Name a file that virnucpro embed wrote.") from None
-    if not ours:
-        raise UserError(
-            f"{path} is not an HDF5 file, or damaged at its very start.", "Name a file that virnucpro embed wrote."
-        )
-    with damage_named(path):
-        file = store.read_embeddings(path)
-    if "fingerprint" not in file.attributes:
-        raise UserError(f"{path} was not written by virnucpro embed.")
-    return file
-
-
-def _damaged(path: str, error: object) -> UserError:
-    return UserError(
-        f"{path} is cut short or damaged: {error}.", "Copy it again from where it was whole, or embed again."
-    )
-
-
-@contextmanager
-def damage_named(path: str) -> Iterator[None]:
-    """HDF5 finds some damage by itself, when it reads what the damage hit, and has a type of error for each kind."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise _damaged(path, in_a_line(error)) from None
-
-
-def settings_of(file: store.EmbeddingFile, path: str) -> dict[str, Any]:
-    """The fingerprint, after a look at whether everything that it promises is there in its shape."""
-    try:
-        settings = json.loads(file.attributes["fingerprint"])
-        json.loads(file.attributes["config"])["model"]
-        json.loads(file.attributes["inputs"])[0]["path"]
-        n, width = len(file), None
-        bool(file.complete)
-        assert settings["dtype"] in [str(d).removeprefix("torch.") for d in runner.DTYPES.values()], "unknown dtype"
-        assert settings["pool"] and settings["layers"], "its fingerprint names no pool or no layer"
-        for name in ("status", "flags", "reason", "replaced", "names"):
-            assert len(getattr(file, name)) == n, f"{name} has {len(getattr(file, name))} entries for {n} records"
-        assert all(isinstance(name, str) for name in file.names[:1]), "sequence_ids are not text"
-        for kind in settings["pool"]:
-            rows = int(file.residue_offsets[-1]) if kind == "residue" else n
-            assert kind != "residue" or len(file.residue_offsets) == n + 1, "residue/offsets has the wrong length"
-            for layer in settings["layers"]:
-                shape = file.dataset(kind, layer).shape
-                width = width or shape[-1]
-                assert shape == (rows, width), f"{kind}/{layer} has shape {shape}, and {(rows, width)} is right"
-        for name in settings.get("emit", ()):
-            shape = (int(file.residue_offsets[-1]), VOCABULARY) if by_residue("unmasked", name) else (n,)
-            assert file.dataset("unmasked", EMITS[name]).shape == shape, f"unmasked/{EMITS[name]} has another shape"
-        for name in ("id", "long", "invalid", "max_residues", "dedup", "store_dtype", "input_sha256", "weights_sha256"):
-            settings[name]
-        assert settings["long"] != "window" or "overlap" in settings, "its fingerprint has windows and no overlap"
-        for name in ("model", "device", "attention", "tool_version"):
-            file.attributes[name]
-    except (KeyError, ValueError, TypeError, AttributeError, AssertionError, IndexError, OSError) as error:
-        raise _damaged(path, error) from None
-    return settings
 
 
 def _weights(file: store.EmbeddingFile, config: ValidateConfig, out: Console) -> locate.Weights:
