@@ -16,7 +16,7 @@ LAYERS = (
     ("collate", "packing", "fasta", "alphabet", "pooling"),
     ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
     ("validation", "timing", "workers", "ray_engine", "rescue", "shards", "qc"),
-    ("embed", "fetch", "bench", "validate", "inspect", "verify", "merge", "status", "doctor", "export"),
+    ("embed", "fetch", "bench", "validate", "inspect", "verify", "merge", "status", "doctor", "export", "importing"),
     ("extract",),
     ("cli",),
     ("__main__",),

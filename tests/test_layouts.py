@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from virnucpro_cli import export, layouts, store
+from virnucpro_cli import export, importing, inspect, layouts, store, verify
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.layouts.layout import possible
@@ -342,3 +342,143 @@ def test_parquet_without_pyarrow_names_the_extra(made: Path, tmp_path: Path, mon
     with pytest.raises(UserError, match=r"virnucpro\[parquet\]"):
         exported(made, tmp_path / "x.parquet", "parquet")
     assert not list(tmp_path.iterdir())
+
+
+# --- and back --------------------------------------------------------------------------------------------------------
+
+
+def there_and_back(made: Path, tmp_path: Path, to: str, kind: str, fasta: bool = True) -> Path:
+    target = exported(made, tmp_path / f"x{layouts.named(to).suffix}", to, kinds=(kind,))
+    inputs = (str(made / "in.fasta"),) if fasta else ()
+    importing.run(str(target), str(tmp_path / "back.h5"), to, inputs, layer=2 if to == "virnucpro" else None)
+    return tmp_path / "back.h5"
+
+
+def same(a: Path, b: Path, kind: str, told: tuple[str, ...] = ()) -> None:
+    """Whether the rows of b's records are those of a's, but for those that b skipped, which must be `told`."""
+    with store.read_embeddings(a) as one, store.read_embeddings(b) as two:
+        assert two.complete and two.unaltered and two.names == one.names
+        assert [two.names[i] for i in np.flatnonzero(two.status != one.status)] == list(told)
+        np.testing.assert_array_equal(two.lengths, one.lengths)
+        for i in np.flatnonzero(two.status == store.DONE):
+            if kind == "residue":
+                np.testing.assert_array_equal(two.residues(i, 2), one.residues(i, 2))
+            else:
+                np.testing.assert_array_equal(two.dataset(kind, 2)[i], one.dataset(kind, 2)[i])
+        if kind != "residue":
+            assert np.isnan(two.dataset(kind, 2)[:][two.status == store.SKIPPED]).all()
+
+
+CARRIED = [(layout.name, kind) for layout in layouts.LAYOUTS for kind in ("mean", "residue") if kind in layout.kinds]
+
+
+@pytest.mark.parametrize(("to", "kind"), CARRIED)
+def test_what_was_exported_comes_back_in_the_order_of_the_fasta(made: Path, tmp_path: Path, to: str, kind: str) -> None:
+    back = there_and_back(made, tmp_path, to, kind)
+    cannot = {
+        "virnucpro": ("twice", "twice"),  # names alone, and not of all records
+        "broad": ("twice", "twice"),
+        "scikit-bio": ("long",) if kind == "residue" else (),  # cut, so that its sequence is another
+    }
+    same(made / "out.h5", back, kind, told=cannot.get(to, ()))
+    with store.read_embeddings(back) as file:
+        assert store.settings_of(file, str(back))["pool"] == [kind]
+        assert all(file.reason[file.status == store.SKIPPED] > 0)
+
+
+@pytest.mark.parametrize("to", ["npy", "parquet", "anndata"])
+def test_tables_come_back_without_a_fasta(made: Path, tmp_path: Path, to: str) -> None:
+    same(made / "out.h5", there_and_back(made, tmp_path, to, "mean", fasta=False), "mean")
+
+
+@pytest.mark.parametrize("to", ["keyed-h5", "fair-esm", "virnucpro", "broad", "npy", "biotrainer"])
+def test_rows_follow_their_names_into_a_fasta_of_another_order(made: Path, tmp_path: Path, to: str, rows: Any) -> None:
+    order = [9, 0, 8, 3]
+    (tmp_path / "other.fasta").write_text("".join(f">{NAMES[i]}\n{RECORDS[i][1]}\n" for i in order) + ">new\nMMMMM\n")
+    target = exported(made, tmp_path / f"x{layouts.named(to).suffix}", to)
+    summary = importing.run(str(target), str(tmp_path / "back.h5"), None, (str(tmp_path / "other.fasta"),), "650M", 2)
+    with store.read_embeddings(tmp_path / "back.h5") as file:
+        assert file.names == [*(NAMES[i] for i in order), "new"] and file.attributes["model"] == "650M"
+        np.testing.assert_array_equal(file.dataset("mean", 2)[:4], [rows(i) for i in order])
+        assert store.REASONS[file.reason[4]] == "not in what was imported" and np.isnan(file[4]).all()
+    assert any("are left out" in note for note in summary.notes)
+
+
+def test_a_uniprot_file_joins_by_accession(tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">sp|P1|A_B\nMKV\n>sp|P2|C_D\nMK\n")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["P2"], file["P1"] = np.float16([2, 2]), np.float16([1, 1])
+    importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None, (str(tmp_path / "in.fasta"),))
+    with store.read_embeddings(tmp_path / "out.h5") as file:
+        assert file[:].tolist() == [[1, 1], [2, 2]] and file[:].dtype == np.float16
+        assert file.attributes["model"] == "unknown" and file.layers == [-1]
+
+
+def test_a_name_that_two_records_have_is_nobodys(tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">a\nMKV\n>b\nMK\n>a\nMKVL\n")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["a"], file["b"] = np.float32([2, 2]), np.float32([1, 1])
+    importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None, (str(tmp_path / "in.fasta"),))
+    with store.read_embeddings(tmp_path / "out.h5") as file:
+        assert [store.REASONS[reason] for reason in file.reason] == ["name not unique", "", "name not unique"]
+
+
+def test_what_is_not_finite_comes_in_as_skipped(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["a"], file["b"] = np.float32([2, np.inf]), np.float32([1, 1])
+    importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None)
+    with store.read_embeddings(tmp_path / "out.h5") as file:
+        assert file.status.tolist() == [store.SKIPPED, store.DONE] and np.isnan(file[0]).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x93NUMPY\1", b"PAR1....", store.HDF5_MAGIC + b"x" * 99])
+@pytest.mark.parametrize("to", [None, *(layout.name for layout in layouts.LAYOUTS)])
+def test_what_cannot_be_read_is_one_message_and_leaves_nothing(tmp_path: Path, content: bytes, to: str | None) -> None:
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.npy"):
+        importing.run(str(tmp_path / "x.npy"), str(tmp_path / "out.h5"), to)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_pickles_are_read_as_tensors_only(tmp_path: Path) -> None:
+    class Boom:
+        def __reduce__(self) -> Any:
+            return (tmp_path.joinpath("boom").touch, ())
+
+    torch.save({"proteins": ["a"], "data": [Boom()]}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt"):
+        importing.run(str(tmp_path / "x.pt"), str(tmp_path / "out.h5"), "virnucpro")
+    assert not (tmp_path / "boom").exists()
+
+
+def test_an_import_never_replaces_what_it_was_not_told_to(made: Path, tmp_path: Path) -> None:
+    target = exported(made, tmp_path / "x.npy", "npy")
+    (tmp_path / "out.h5").write_text("mine")
+    with pytest.raises(UserError, match="exists"):
+        importing.run(str(target), str(tmp_path / "out.h5"))
+    importing.run(str(target), str(tmp_path / "out.h5"), overwrite=True)
+    with pytest.raises(UserError, match="already a file of embed's"):
+        importing.run(str(tmp_path / "out.h5"), str(tmp_path / "again.h5"))
+
+
+def test_a_fasta_without_any_of_the_proteins_is_refused(made: Path, tmp_path: Path) -> None:
+    target = exported(made, tmp_path / "x.npy", "npy")
+    (tmp_path / "other.fasta").write_text(">q\nMKVVVV\n")
+    with pytest.raises(UserError, match="None of the 11 proteins"):
+        importing.run(str(target), str(tmp_path / "out.h5"), inputs=(str(tmp_path / "other.fasta"),))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.fasta", "x.npy", "x.tsv"]
+
+
+@pytest.mark.parametrize("fasta", [True, False])
+def test_inspect_verify_and_export_know_an_imported_file(
+    made: Path, tmp_path: Path, fasta: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    back = there_and_back(made, tmp_path, "parquet", "mean", fasta)
+    inspect.run(str(back))
+    assert "Imported from" in capsys.readouterr().out
+    verdict = verify.run(str(back))
+    assert verdict.passed and bool(verdict.notes) != fasta
+    export.run(str(back), "parquet", str(tmp_path / "again.parquet"))
+    (tmp_path / "x.parquet").unlink()
+    importing.run(str(tmp_path / "again.parquet"), str(back), overwrite=True)
+    same(made / "out.h5", back, "mean")

@@ -100,8 +100,7 @@ def _provenance(
         "kind": kinds[0],
         "layer": numbers[0],
         "input_sha256": ",".join(settings["input_sha256"]),
-        **{name: settings[name] for name in POLICIES if name in settings},
-        **({"unknown": ",".join(settings["unknown"])} if settings.get("unknown") else {}),
+        **{name: settings[name] for name in POLICIES if name in settings and name not in settings.get("unknown", ())},
     }
 
 

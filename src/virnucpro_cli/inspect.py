@@ -24,7 +24,9 @@ def run(path: str, qc_path: str | None = None) -> None:
         out.print(_contents(path, file, settings))
         out.print(_statuses(file))
         out.print(_numbers(file, settings))
-        if file.complete:
+        if "imported" in settings:
+            out.print(f"Imported from {file.attributes['imported_from']}")
+        elif file.complete:
             out.print(f"For your Methods:\n{methods(file)}")
         else:
             pending = int((file.status == store.PENDING).sum())

@@ -30,8 +30,9 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
             verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
             verdict.checks += _of_the_file(file)
             unit = np.arange(len(file))
-        if not inputs and not all(Path(name).is_file() for name in named):
-            verdict.notes.append(f"the FASTA is not at {', '.join(named)}: not compared; say where it is with --fasta")
+        if not inputs and not (named and all(Path(name).is_file() for name in named)):
+            where = f"at {', '.join(named)}" if named else "known"
+            verdict.notes.append(f"the FASTA is not {where}: not compared; say where it is with --fasta")
         else:
             verdict.environment["inputs"] = list(named)
             config = _settings_as_config(settings, named, path)

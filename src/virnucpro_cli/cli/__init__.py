@@ -31,6 +31,7 @@ COMMANDS = (
     (files.inspect, None),
     (files.verify, files.VERIFY_EPILOG),
     (layouts.export, layouts.EXPORT_EPILOG),
+    (layouts.import_, layouts.IMPORT_EPILOG),
     (machine.doctor, machine.DOCTOR_EPILOG),
     (shards.status, shards.STATUS_EPILOG),
     (shards.merge, shards.MERGE_EPILOG),
@@ -39,7 +40,7 @@ COMMANDS = (
 """In the order of --help."""
 
 for command, epilog in COMMANDS:
-    app.command(epilog=epilog)(command)
+    app.command(command.__name__.rstrip("_"), epilog=epilog)(command)
 app.command(context_settings=extract.UNTOUCHED)(extract.extract)
 
 

@@ -1,14 +1,19 @@
-"""virnucpro export."""
+"""virnucpro export and import."""
 
 from typing import Annotated
 
 import typer
 
 from virnucpro_cli.cli.options import Overwrite, numbers
+from virnucpro_cli.errors import EXIT_SOME_SKIPPED
 
 NAMES = "npy, parquet, anndata, fair-esm, virnucpro, broad, scikit-bio, biotrainer, bio-embeddings or keyed-h5"
 EXPORT_EPILOG = (
     "Exit codes: 0 done; 2 something to put right (the message says what); 70 a bug; 128+signal after a stop."
+)
+IMPORT_EPILOG = (
+    "Exit codes: 0 done; 2 something to put right (the message says what); 3 done, but some records are without an "
+    "embedding; 70 a bug; 128+signal after a stop."
 )
 
 
@@ -41,3 +46,29 @@ def export(
 
     kinds = tuple(kind.split(",")) if kind else ()
     workflow.run(file, to, output, kinds, numbers(layer, "--layer") or (), tuple(fasta or ()), overwrite)
+
+
+def import_(
+    source: Annotated[str, typer.Argument(metavar="FILE_OR_FOLDER", help="Embeddings in the layout of another tool.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT.h5", help="The file to make.")],
+    layout: Annotated[
+        str | None, typer.Option("--from", metavar="LAYOUT", help=f"{NAMES}. [default: seen from the file]")
+    ] = None,
+    fasta: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fasta", metavar="FILE", help="What was embedded: rows get its order and lengths; may be repeated."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="What made them.")] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", metavar="N", help="Which layer they are of, or which of several to take.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a file like embed's, of embeddings in the layout of another tool."""
+    from virnucpro_cli import importing as workflow
+
+    summary = workflow.run(source, output, layout, tuple(fasta or ()), model, layer, overwrite)
+    if summary.counts["skipped"]:
+        raise typer.Exit(EXIT_SOME_SKIPPED)
