@@ -41,12 +41,16 @@ DISTINCT = [i for i in DONE if NAMES[i] != "copy"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """out.h5 of those records, layers 1 and 2, all kinds but std; beside it in.fasta."""
-    folder = tmp_path_factory.mktemp("made")
+    return embedded(tmp_path_factory.mktemp("made"), tiny_model, max_residues=100)
+
+
+def embedded(folder: Path, model: Path, **options: Any) -> Path:
+    """out.h5 of those records, layers 1 and 2, most kinds; beside it in.fasta."""
     (folder / "in.fasta").write_text("".join(f">{name} words\n{text[:9]}\n{text[9:]}\n" for name, text in RECORDS))
     embed_fasta(
-        folder / "in.fasta", folder / "out.h5", model=str(tiny_model), device="cpu", layers=(1, 2), max_residues=100,
+        folder / "in.fasta", folder / "out.h5", model=str(model), device="cpu", layers=(1, 2),
         pool=("mean", "bos", "max", "residue"), invalid="x", force_protein=True,
+        **options,
     )  # fmt: skip
     return folder
 
@@ -363,6 +367,7 @@ def same(a: Path, b: Path, kind: str, told: tuple[str, ...] = ()) -> None:
         for i in np.flatnonzero(two.status == store.DONE):
             if kind == "residue":
                 np.testing.assert_array_equal(two.residues(i, 2), one.residues(i, 2))
+                assert not (two.flags[i] ^ one.flags[i]) & store.TRUNCATED
             else:
                 np.testing.assert_array_equal(two.dataset(kind, 2)[i], one.dataset(kind, 2)[i])
         if kind != "residue":

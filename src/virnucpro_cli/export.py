@@ -97,6 +97,7 @@ def _provenance(
         "model": str(file.attributes["model"]),
         "weights_sha256": settings["weights_sha256"],
         "dtype": settings["dtype"],
+        "store_dtype": settings["store_dtype"],
         "kind": kinds[0],
         "layer": numbers[0],
         "input_sha256": ",".join(settings["input_sha256"]),

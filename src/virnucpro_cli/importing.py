@@ -109,6 +109,8 @@ def run(
         said = layout.provenance(Path(source))
     with clock.stage("look"):
         found = _look(source, layout, said, layer)
+    if said.get("store_dtype") == "fp16":  # in a layout of fp32: nothing is lost
+        found.dtype = np.dtype(np.float16)
     with tempfile.TemporaryDirectory(dir=target.absolute().parent) as spool:
         with clock.stage("read FASTA"):
             table = (

@@ -56,6 +56,8 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
                 "Audit the merged file; virnucpro verify checks a shard.",
             )
         paths = config.fasta or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
+        if not paths:
+            raise UserError(f"{config.against} does not say what was embedded.", "Name it: --fasta FILE")
         report.check_places({"report": config.report}, [config.against, *paths])
         try:
             fasta.refuse_unreadable(paths)
@@ -151,7 +153,11 @@ def _of_the_file(
             f"run/complete is {int(file.complete)}, {pending:,} rows pending",
         ),
         _check("input", settings["input_sha256"] != table.sha256, "the FASTA is not the one that was embedded"),
-        _check("weights", settings["weights_sha256"] != found.sha256, f"{found.place} are not those of the run"),
+        _check(
+            "weights",
+            settings["weights_sha256"] not in (found.sha256, store.UNKNOWN),
+            f"{found.place} are not those of the run",
+        ),
         _check("records", len(table.names) != len(file), f"{len(table.names):,} in the FASTA, {len(file):,} rows"),
         _check("/embeddings", file.default != default, f"it is {file.default}, and should be {default}"),
         *_attributes(file, settings),
@@ -204,7 +210,11 @@ def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, A
         rows("ids", names),
         rows("lengths", table.lengths != file.lengths),
         rows("statuses and reasons", ~right | (file.status > store.SKIPPED)),
-        rows("truncated", flag(store.TRUNCATED) != (kept & long & (settings["long"] == "truncate"))),
+        *(
+            ()
+            if _cut_unknown(settings)
+            else [rows("truncated", flag(store.TRUNCATED) != (kept & long & (settings["long"] == "truncate")))]
+        ),
         rows("windowed", flag(store.WINDOWED) != (kept & long & (settings["long"] == "window"))),
         rows("replaced", (flag(store.REPLACED) != (table.replaced > 0)) | (file.replaced != table.replaced)),
         rows("copied", flag(store.COPIED) != (unit != np.arange(n))),
@@ -212,7 +222,11 @@ def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, A
         *stored(file, settings, unit),
     ]
     if any_by_residue(settings["pool"], settings.get("emit", ())):
-        checks.append(rows("residue/offsets", np.diff(file.residue_offsets) != embedded))
+        sizes = np.diff(file.residue_offsets)
+        wrong = sizes > embedded if _cut_unknown(settings) else sizes != embedded
+        if "imported" in settings:  # what was not there has no rows
+            wrong &= file.status == store.DONE
+        checks.append(rows("residue/offsets", wrong))
     return checks
 
 
@@ -255,12 +269,12 @@ def _sampled(
 ) -> NDArray[np.int64]:
     """Rows to compare: a stratified sample of what is done, and the first few that were given up as not finite."""
     piece = table.lengths if settings["long"] == "full" else np.minimum(table.lengths, settings["max_residues"])
-    fits = (piece <= oracle.LONGEST) & (table.lengths > 0)
+    longest = min(oracle.LONGEST, settings["max_residues"]) if _cut_unknown(settings) else oracle.LONGEST
+    why = "they may have been cut" if _cut_unknown(settings) else "eager attention does not fit"
+    fits = (piece <= longest) & (table.lengths > 0)
     done = (file.status == store.DONE) & (table.lengths > 0)
     if left_out := int((done & ~fits).sum()):
-        verdict.notes.append(
-            f"{left_out:,} proteins of more than {oracle.LONGEST:,} residues not compared: eager attention does not fit"
-        )
+        verdict.notes.append(f"{left_out:,} proteins of more than {longest:,} residues not compared: {why}")
     overflowed = np.flatnonzero(fits & (file.status == store.SKIPPED) & (file.reason == store.NOT_FINITE))
     if len(overflowed):
         verdict.notes.append(
@@ -277,7 +291,8 @@ def _of_the_values(
     file: store.EmbeddingFile, table: _Table, paths: tuple[str, ...], rows: NDArray[np.int64],
     settings: dict[str, Any], judge: Reference, config: ValidateConfig, records: list[dict[str, Any]],
 ) -> list[Check]:  # fmt: skip
-    compute = next(short for short, dtype in runner.DTYPES.items() if str(dtype) == f"torch.{settings['dtype']}")
+    known = {str(dtype).removeprefix("torch."): short for short, dtype in runner.DTYPES.items()}
+    compute = known.get(settings["dtype"], "fp16")  # of another tool's file, where it is not known
     min_cosine = gates.MIN_COSINE[compute] if config.min_cosine is None else config.min_cosine
     limit = config.max_rel_l2 or gates.MAX_REL_L2[compute] + (STORED_FP16 if settings["store_dtype"] == "fp16" else 0)
     compared: dict[tuple[str, int], list[tuple[float, float, str]]] = {}
@@ -318,6 +333,11 @@ def _of_the_values(
     return checks
 
 
+def _cut_unknown(settings: dict[str, Any]) -> bool:
+    """Whether it is an imported file that does not say what became of long proteins."""
+    return "long" in settings.get("unknown", ())
+
+
 def _expected(
     text: str, layers: list[int], settings: dict[str, Any], judge: Reference
 ) -> dict[int, dict[str, NDArray[Any]]]:
@@ -337,8 +357,9 @@ def _expected(
     }
     for start, weight in zip(starts, weights, strict=True):
         piece = [reference.encode("")[0], *ids[start : start + window], reference.encode("")[-1]]
-        for layer, hidden in judge.embed(piece, layers).items():
-            rows = hidden.double().cpu().numpy()
+        resolved = {judge.spec.layers if layer == -1 else layer: layer for layer in layers}  # -1: an import's
+        for number, hidden in judge.embed(piece, list(resolved)).items():
+            layer, rows = resolved[number], hidden.double().cpu().numpy()
             found[layer]["residue"][start : start + window] += rows[1:-1] * weight[:, None]
             found[layer]["bos"] += rows[0] * (weight.sum() / whole)
             found[layer]["eos"] = rows[-1]
