@@ -175,16 +175,7 @@ def _reading(source: str, layout: Layout) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
+    except store.DAMAGE as error:
         raise UserError(
             f"{source} cannot be read as {layout.name}: {in_a_line(error)}.",
             "Is it whole, and of that layout? Say of which one: --from LAYOUT",

@@ -16,6 +16,7 @@ from virnucpro_cli.layouts import (
     virnucpro,
 )
 from virnucpro_cli.layouts.layout import Layout
+from virnucpro_cli.store import DAMAGE
 
 LAYOUTS = (
     npy.LAYOUT,
@@ -43,5 +44,5 @@ def guessed(path: Path) -> Layout | None:
     """The layout of what is at the path; None if it is of none, or damaged."""
     try:
         return next((layout for layout in LAYOUTS if layout.recognises(path)), None)
-    except (OSError, RuntimeError, LookupError, ValueError):
+    except DAMAGE:
         return None

@@ -15,7 +15,7 @@ from virnucpro_cli.store.disk import (
 )
 from virnucpro_cli.store.filling import Store
 from virnucpro_cli.store.layout import Layout
-from virnucpro_cli.store.opening import damage_named, opened, settings_of
+from virnucpro_cli.store.opening import DAMAGE, damage_named, opened, settings_of
 from virnucpro_cli.store.reading import EmbeddingFile, differences, fingerprint_of, read_embeddings
 from virnucpro_cli.store.schema import (
     ABSENT,

@@ -11,6 +11,8 @@ from virnucpro_cli.kinds import EMITS, by_residue
 from virnucpro_cli.store.reading import EmbeddingFile, read_embeddings
 from virnucpro_cli.store.schema import HDF5_MAGIC, UNKNOWN
 
+DAMAGE = (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError)
+"""What HDF5 and other libraries raise of files that are damaged, or of something else."""
 COMPUTED_IN = ("float32", "float16", "bfloat16", "float8_e4m3fn", UNKNOWN)
 
 
@@ -49,7 +51,7 @@ def damage_named(path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+    except DAMAGE as error:
         raise _damaged(path, in_a_line(error)) from None
 
 
