@@ -256,13 +256,12 @@ def test_the_nodes_of_the_example_are_started_when_they_are_asked_for(
     types = {name: node | {"node_config": {}} for name, node in example["available_node_types"].items()}
     types["gpu"]["resources"] = {"CPU": types["gpu"]["resources"]["GPU"]}
     here = {"type": "fake_multinode", "disable_node_updaters": True, "disable_launch_config_check": True}
-    nothing = dict.fromkeys(
-        ("setup_commands", "initialization_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
-         "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"), [],
-    )  # fmt: skip
+    phases = ("setup", "initialization", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    nothing = {f"{phase}_commands": list[str]() for phase in phases} | {"file_mounts": {}, "auth": {}, "docker": {}}
+    nothing |= {name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")}
     monkeypatch.setattr(
         cluster_utils.AutoscalingCluster, "_generate_config",
-        lambda *_, **__: example | nothing | {"provider": here, "available_node_types": types, "auth": {}, "docker": {}, "file_mounts": {}},
+        lambda *_, **__: example | nothing | {"provider": here, "available_node_types": types},
     )  # fmt: skip
     growing = cluster_utils.AutoscalingCluster(types["head"]["resources"], {})
     growing.start()

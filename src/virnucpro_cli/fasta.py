@@ -254,6 +254,16 @@ class RecordTable:
             start = upto
         return names
 
+    def sequences(self, start: int, stop: int) -> Iterator[bytes]:
+        """The residues of the records [start, stop) as they stand in the file, without white space."""
+        step = 1024
+        for first in range(start, stop, step):
+            text, begin = self._text(np.arange(first, min(first + step, stop)))
+            whole = text.tobytes()
+            for a, b in itertools.pairwise([*begin.tolist(), len(whole)]):
+                header = whole.find(b"\n", a, b)
+                yield whole[header + 1 : b].translate(None, alphabet.WHITE_SPACE) if header >= 0 else b""
+
     def check_unchanged(self) -> None:
         for source in self.sources:
             source.check_unchanged()

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from virnucpro_cli import qc, report, store
 from virnucpro_cli.kinds import EMITS, POOLED
-from virnucpro_cli.validation import audit
 
 EXAMPLES = 3
 BLOCK, SAMPLED = 256, 1 << 14
@@ -18,14 +17,16 @@ BLOCK, SAMPLED = 256, 1 << 14
 def run(path: str, qc_path: str | None = None) -> None:
     """Print the summary of the file at `path` to standard output. Raises UserError if it is not one that embed wrote."""
     out = report.stdout()
-    with audit.opened(path) as file, audit.damage_named(path):
-        settings = audit.settings_of(file, path)
+    with store.opened(path) as file, store.damage_named(path):
+        settings = store.settings_of(file, path)
         inputs = [entry["path"] for entry in json.loads(file.attributes["inputs"])]
         report.check_places({"qc": qc_path}, [path, *inputs])
         out.print(_contents(path, file, settings))
         out.print(_statuses(file))
         out.print(_numbers(file, settings))
-        if file.complete:
+        if "imported" in settings:
+            out.print(f"Imported from {file.attributes['imported_from']}")
+        elif file.complete:
             out.print(f"For your Methods:\n{methods(file)}")
         else:
             pending = int((file.status == store.PENDING).sum())

@@ -10,7 +10,6 @@ from virnucpro_cli import __version__, pooled, qc, report, store
 from virnucpro_cli.config import PICTURES
 from virnucpro_cli.errors import UserError, needs
 from virnucpro_cli.maps import colour, drawing, projection
-from virnucpro_cli.validation import audit
 
 KINDS = (".html", ".tsv", *PICTURES)
 
@@ -23,7 +22,7 @@ def run(
     out = out or report.console()
     target = Path(output)
     _check(path, target, color, sample, seed, overwrite)
-    with audit.opened(path) as file, audit.damage_named(path):
+    with store.opened(path) as file, store.damage_named(path):
         data = pooled.of(file, path)
         lacking = len(file) - len(data)
         if len(data) < projection.FEWEST:

@@ -21,7 +21,6 @@ from virnucpro_cli import groups, report, shards, store
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import EMITS, any_by_residue, by_residue
 from virnucpro_cli.packing import stretches
-from virnucpro_cli.validation import audit
 
 BLOCK_BYTES = 1 << 26
 FROM_THE_LAYOUT = ("schema", "status_names", "flag_names", "reason_names", "columns", "tables")
@@ -114,9 +113,9 @@ def _opened(paths: list[Path], stack: ExitStack) -> list[_Part]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, len(paths) + 256)), hard))
     parts = []
     for path in paths:
-        file = stack.enter_context(audit.opened(str(path)))
-        with audit.damage_named(str(path)):
-            settings = audit.settings_of(file, str(path))
+        file = stack.enter_context(store.opened(str(path)))
+        with store.damage_named(str(path)):
+            settings = store.settings_of(file, str(path))
             if file.records is None or not file.complete:
                 raise UserError(f"{path} is not a finished shard.", "Run its shard again.")
             if not file.unaltered:

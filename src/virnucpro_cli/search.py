@@ -65,8 +65,8 @@ def run(
         report.check_places({"output": output}, [database, *([query] if os.path.exists(query) else [])])
         store.check_new(Path(output), overwrite)
     with ExitStack() as stack:
-        file = stack.enter_context(audit.opened(database))
-        stack.enter_context(audit.damage_named(database))
+        file = stack.enter_context(store.opened(database))
+        stack.enter_context(store.damage_named(database))
         data = pooled.of(file, database)
         if not len(data):
             raise UserError(f"{database} holds no embedded protein.", "Its proteins were skipped, or not computed yet.")
@@ -184,13 +184,13 @@ def _queries(
 def _is_hdf5(path: str) -> bool:
     try:
         with open(path, "rb") as file:
-            return file.read(len(audit.HDF5_MAGIC)) == audit.HDF5_MAGIC
+            return file.read(len(store.HDF5_MAGIC)) == store.HDF5_MAGIC
     except OSError as error:
         raise UserError(f"The query {path} cannot be read: {error.strerror}.") from None
 
 
 def _of_file(data: Pooled, database: str, query: str, stack: ExitStack, out: Console) -> Pooled:
-    other = stack.enter_context(audit.opened(query))
+    other = stack.enter_context(store.opened(query))
     ours, theirs = (json.loads(f.attributes["fingerprint"]) for f in (data.file, other))
     if ours["weights_sha256"] != theirs["weights_sha256"]:
         raise UserError(

@@ -7,7 +7,6 @@ from rich.table import Table
 
 from virnucpro_cli import report, shards, store
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.validation import audit
 
 
 def run(output: str) -> bool:
@@ -49,7 +48,7 @@ def _state(path: Path | None) -> tuple[str, str, str, str]:
     if path is None:
         return "missing", "", "", ""
     try:
-        with audit.opened(str(path)) as file, audit.damage_named(str(path)):
+        with store.opened(str(path)) as file, store.damage_named(str(path)):
             skipped = int(np.count_nonzero(file.status == store.SKIPPED))
             settled = int(np.count_nonzero(file.status != store.PENDING))
             state = "complete" if file.complete else f"partial, {settled / max(len(file), 1):.0%}"

@@ -8,6 +8,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import embed, fasta, report, runner
+from virnucpro_cli import embed, fasta, importing, layouts, report, runner
 from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.kinds import KINDS
@@ -28,7 +29,7 @@ from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.model.spec import stream_dtype
-from virnucpro_cli.store import RECOMPUTED, read_embeddings
+from virnucpro_cli.store import RECOMPUTED, fingerprint_of, read_embeddings
 from virnucpro_cli.validation import audit, gates, golden, invariance, oracle
 from virnucpro_cli.validation.oracle import Rows, Sample
 from virnucpro_cli.validation.verdict import Verdict
@@ -43,7 +44,7 @@ def run(config: ValidateConfig, out: Console | None = None) -> Verdict:
     report.check_places({"report": config.report, "golden file": config.write_golden}, read)
     clock = report.Clock()
     exact_arithmetic()
-    verdict = audit.run(config, out, clock) if config.against else _validate(config, out, clock)
+    verdict = _audit(config, config.against, out, clock) if config.against else _validate(config, out, clock)
     verdict.seconds = clock.seconds
     for key, value in verdict.environment.items():
         out.print(f"{key}: {value}")
@@ -52,6 +53,27 @@ def run(config: ValidateConfig, out: Console | None = None) -> Verdict:
         out.print(note, style="yellow")
     if config.report:
         report.save(config.report, verdict.to_json())
+    return verdict
+
+
+def _audit(config: ValidateConfig, path: str, out: Console, clock: report.Clock) -> Verdict:
+    """Of a file of ours as it is; of another tool's, of what becomes of it when it is imported."""
+    if fingerprint_of(Path(path)) is not None or layouts.guessed(Path(path)) is None:
+        return audit.run(config, out, clock)
+    if not config.fasta or not config.model:
+        raise UserError(
+            f"{path} is of another tool, and does not say what it was made from.",
+            "Say both: --fasta FILE --model NAME.",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        copy = str(Path(folder) / "imported.h5")
+        with clock.stage("import"):
+            imported = importing.run(
+                path, copy, inputs=config.fasta, model=config.model, out=report.console(quiet=True)
+            )
+        verdict = audit.run(replace(config, against=copy), out, clock)
+    verdict.environment["file"] = path
+    verdict.notes += imported.notes
     return verdict
 
 

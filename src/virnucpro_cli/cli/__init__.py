@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from virnucpro_cli import __version__
-from virnucpro_cli.cli import bench, embed, extract, files, look, machine, shards, validate
+from virnucpro_cli.cli import bench, embed, extract, files, layouts, look, machine, shards, validate
 from virnucpro_cli.cli.process import StopOnce, bug, fail, on_stop_signals, open_closed_streams, say, usage_or_bug
 from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USER_ERROR, Stopped, UserError
 
@@ -32,6 +32,8 @@ COMMANDS = (
     (files.verify, files.VERIFY_EPILOG),
     (look.map, None),
     (look.search, look.SEARCH_EPILOG),
+    (layouts.export, layouts.EXPORT_EPILOG),
+    (layouts.import_, layouts.IMPORT_EPILOG),
     (machine.doctor, machine.DOCTOR_EPILOG),
     (shards.status, shards.STATUS_EPILOG),
     (shards.merge, shards.MERGE_EPILOG),
@@ -40,7 +42,7 @@ COMMANDS = (
 """In the order of --help."""
 
 for command, epilog in COMMANDS:
-    app.command(epilog=epilog)(command)
+    app.command(command.__name__.rstrip("_"), epilog=epilog)(command)
 app.command(context_settings=extract.UNTOUCHED)(extract.extract)
 
 

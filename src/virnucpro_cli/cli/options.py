@@ -13,13 +13,13 @@ QcFile = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished output file.")]
 
 
-def numbers(text: str | None) -> tuple[int, ...] | None:
+def numbers(text: str | None, option: str = "--layers") -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--layers is {text!r}.", "Give numbers such as -1 or 0,6,-1.") from None
+        raise UserError(f"{option} is {text!r}.", "Give numbers such as -1 or 0,6,-1.") from None
 
 
 def budget(text: str | None) -> int | str | None:

@@ -23,7 +23,9 @@ def validate(
     against: Annotated[
         str | None,
         typer.Option(
-            "--against", metavar="OUT.h5", help="Audit a file that embed wrote, with the model and settings it names."
+            "--against",
+            metavar="OUT.h5",
+            help="Audit a file that embed wrote, with the model and settings it names; or another tool's, with --model and --fasta.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="As in embed. [default: demo]")] = None,

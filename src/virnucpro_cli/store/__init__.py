@@ -17,14 +17,18 @@ from virnucpro_cli.store.disk import (
 )
 from virnucpro_cli.store.filling import Store
 from virnucpro_cli.store.layout import Extra, Layout, Names
+from virnucpro_cli.store.opening import DAMAGE, damage_named, opened, settings_of
 from virnucpro_cli.store.reading import EmbeddingFile, Groups, differences, fingerprint_of, read_embeddings
 from virnucpro_cli.store.schema import (
+    ABSENT,
     AFTER_TRYING,
+    AMBIGUOUS,
     COPIED,
     DONE,
     EMPTY,
     ENVIRONMENT_BYTES,
     FLAG_NAMES,
+    HDF5_MAGIC,
     INVALID,
     NAME_BLOCK,
     NO_MEMORY,
@@ -40,5 +44,6 @@ from virnucpro_cli.store.schema import (
     STATUS_NAMES,
     TOO_LONG,
     TRUNCATED,
+    UNKNOWN,
     WINDOWED,
 )

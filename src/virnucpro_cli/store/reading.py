@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import POOLED
+from virnucpro_cli.packing import stretches
 from virnucpro_cli.store.disk import checksum
 from virnucpro_cli.store.schema import (
     NAME_BLOCK,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import polars
 
     from virnucpro_cli.tensors import Rows
+STRETCH_BYTES = 1 << 26
 
 
 def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
@@ -254,6 +256,12 @@ class EmbeddingFile:
         from virnucpro_cli import frames
 
         return frames.to_anndata(self, kind, layer)
+
+    def stretches(self, kind: str) -> Iterator[slice]:
+        """All records, one stretch after the other, each of about 64 MB of rows of that kind in fp32 (or a single record)."""
+        rows = max(1, min(NAME_BLOCK, STRETCH_BYTES // (4 * self.dataset(kind, self.layers[0]).shape[1])))
+        offsets = self.residue_offsets if kind == "residue" else np.arange(len(self) + 1)
+        return (slice(*each) for each in stretches(offsets, len(self), rows))
 
     def __getitem__(self, key: int | slice | str | list[int] | NDArray[Any]) -> NDArray[Any]:
         if isinstance(key, str):

@@ -7,10 +7,14 @@ PENDING, DONE, SKIPPED = 0, 1, 2
 STATUS_NAMES = ("pending", "done", "skipped")
 TRUNCATED, REPLACED, RECOMPUTED, COPIED, WINDOWED = 1, 2, 4, 8, 16
 FLAG_NAMES = {1: "truncated", 2: "replaced", 4: "recomputed in fp32", 8: "copied", 16: "windowed"}
-REASONS = ("", "empty", "invalid residues", "too long", "not finite", "out of memory")
-EMPTY, INVALID, TOO_LONG, NOT_FINITE, NO_MEMORY = 1, 2, 3, 4, 5
-AFTER_TRYING = (NOT_FINITE, NO_MEMORY)
+REASONS = ("", "empty", "invalid residues", "too long", "not finite", "out of memory", "not in what was imported",
+           "name not unique")  # fmt: skip
+EMPTY, INVALID, TOO_LONG, NOT_FINITE, NO_MEMORY, ABSENT, AMBIGUOUS = 1, 2, 3, 4, 5, 6, 7
+AFTER_TRYING = (NOT_FINITE, NO_MEMORY, ABSENT, AMBIGUOUS)
 """Reasons that no policy gives: what came of an attempt."""
+UNKNOWN = "unknown"
+"""What an imported file says where nothing is known."""
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 REPORT_BYTES = 1 << 16
 ENVIRONMENT_BYTES = 1 << 14
 MOST_ENVIRONMENTS = 255

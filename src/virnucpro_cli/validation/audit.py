@@ -4,8 +4,6 @@ reference. Settings come from the file's fingerprint.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -18,12 +16,11 @@ from rich.console import Console
 import virnucpro_cli
 from virnucpro_cli import fasta, report, runner, store
 from virnucpro_cli.config import ValidateConfig
-from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import EMITS, any_by_residue, by_residue, pooled
 from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.reference import Reference
-from virnucpro_cli.model.spec import VOCABULARY
 from virnucpro_cli.packing import window_weights, windowed_segments
 from virnucpro_cli.validation import agreement, gates, oracle
 from virnucpro_cli.validation.verdict import Check, Verdict
@@ -34,7 +31,6 @@ STORED_FP16 = 5e-4
 FILE, VALUES = "File: what it says of itself and of the FASTA", "Values: stored rows against fair-esm in fp32"
 KNOWN_FLAGS = sum(store.FLAG_NAMES)
 NOT_FINITE_CHECKED = 3
-HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -52,14 +48,16 @@ class _Table:
 def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     """Audit `config.against`. Raises UserError if it is not a file of ours or its input or weights cannot be found."""
     assert config.against is not None
-    with opened(config.against) as file:
-        settings = settings_of(file, config.against)
+    with store.opened(config.against) as file:
+        settings = store.settings_of(file, config.against)
         if file.records is not None:
             raise UserError(
                 f"{config.against} is a shard of a larger output.",
                 "Audit the merged file; virnucpro verify checks a shard.",
             )
         paths = config.fasta or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
+        if not paths:
+            raise UserError(f"{config.against} does not say what was embedded.", "Name it: --fasta FILE")
         report.check_places({"report": config.report}, [config.against, *paths])
         try:
             fasta.refuse_unreadable(paths)
@@ -104,78 +102,6 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
         with clock.stage("reference"):
             verdict.checks += _of_the_values(file, table, paths, rows, settings, judge, config, verdict.records)
     return verdict
-
-
-def opened(path: str) -> store.EmbeddingFile:
-    try:
-        with open(path, "rb") as opened:
-            ours = opened.read(8) == HDF5_MAGIC
-    except OSError as error:
-        what = (
-            f"There is no file {path}"
-            if isinstance(error, FileNotFoundError)
-            else f"{path} cannot be read: {error.strerror}"
-        )
-        raise UserError(f"{what}.", "Name a file that virnucpro embed wrote.") from None
-    if not ours:
-        raise UserError(
-            f"{path} is not an HDF5 file, or damaged at its very start.", "Name a file that virnucpro embed wrote."
-        )
-    with damage_named(path):
-        file = store.read_embeddings(path)
-    if "fingerprint" not in file.attributes:
-        raise UserError(f"{path} was not written by virnucpro embed.")
-    return file
-
-
-def _damaged(path: str, error: object) -> UserError:
-    return UserError(
-        f"{path} is cut short or damaged: {error}.", "Copy it again from where it was whole, or embed again."
-    )
-
-
-@contextmanager
-def damage_named(path: str) -> Iterator[None]:
-    """HDF5 finds some damage by itself, when it reads what the damage hit, and has a type of error for each kind."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise _damaged(path, in_a_line(error)) from None
-
-
-def settings_of(file: store.EmbeddingFile, path: str) -> dict[str, Any]:
-    """The fingerprint, after a look at whether everything that it promises is there in its shape."""
-    try:
-        settings = json.loads(file.attributes["fingerprint"])
-        json.loads(file.attributes["config"])["model"]
-        json.loads(file.attributes["inputs"])[0]["path"]
-        n, width = len(file), None
-        bool(file.complete)
-        assert settings["dtype"] in [str(d).removeprefix("torch.") for d in runner.DTYPES.values()], "unknown dtype"
-        assert settings["pool"] and settings["layers"], "its fingerprint names no pool or no layer"
-        for name in ("status", "flags", "reason", "replaced", "names"):
-            assert len(getattr(file, name)) == n, f"{name} has {len(getattr(file, name))} entries for {n} records"
-        assert all(isinstance(name, str) for name in file.names[:1]), "sequence_ids are not text"
-        for kind in settings["pool"]:
-            rows = int(file.residue_offsets[-1]) if kind == "residue" else n
-            assert kind != "residue" or len(file.residue_offsets) == n + 1, "residue/offsets has the wrong length"
-            for layer in settings["layers"]:
-                shape = file.dataset(kind, layer).shape
-                width = width or shape[-1]
-                assert shape == (rows, width), f"{kind}/{layer} has shape {shape}, and {(rows, width)} is right"
-        for name in settings.get("emit", ()):
-            shape = (int(file.residue_offsets[-1]), VOCABULARY) if by_residue("unmasked", name) else (n,)
-            assert file.dataset("unmasked", EMITS[name]).shape == shape, f"unmasked/{EMITS[name]} has another shape"
-        for name in ("id", "long", "invalid", "max_residues", "dedup", "store_dtype", "input_sha256", "weights_sha256"):
-            settings[name]
-        assert settings["long"] != "window" or "overlap" in settings, "its fingerprint has windows and no overlap"
-        for name in ("model", "device", "attention", "tool_version"):
-            file.attributes[name]
-    except (KeyError, ValueError, TypeError, AttributeError, AssertionError, IndexError, OSError) as error:
-        raise _damaged(path, error) from None
-    return settings
 
 
 def weights_of(file: store.EmbeddingFile, path: str, named: str | None, out: Console) -> locate.Weights:
@@ -228,7 +154,11 @@ def _of_the_file(
             f"run/complete is {int(file.complete)}, {pending:,} rows pending",
         ),
         _check("input", settings["input_sha256"] != table.sha256, "the FASTA is not the one that was embedded"),
-        _check("weights", settings["weights_sha256"] != found.sha256, f"{found.place} are not those of the run"),
+        _check(
+            "weights",
+            settings["weights_sha256"] not in (found.sha256, store.UNKNOWN),
+            f"{found.place} are not those of the run",
+        ),
         _check("records", len(table.names) != len(file), f"{len(table.names):,} in the FASTA, {len(file):,} rows"),
         _check("/embeddings", file.default != default, f"it is {file.default}, and should be {default}"),
         *_attributes(file, settings),
@@ -281,7 +211,11 @@ def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, A
         rows("ids", names),
         rows("lengths", table.lengths != file.lengths),
         rows("statuses and reasons", ~right | (file.status > store.SKIPPED)),
-        rows("truncated", flag(store.TRUNCATED) != (kept & long & (settings["long"] == "truncate"))),
+        *(
+            ()
+            if _cut_unknown(settings)
+            else [rows("truncated", flag(store.TRUNCATED) != (kept & long & (settings["long"] == "truncate")))]
+        ),
         rows("windowed", flag(store.WINDOWED) != (kept & long & (settings["long"] == "window"))),
         rows("replaced", (flag(store.REPLACED) != (table.replaced > 0)) | (file.replaced != table.replaced)),
         rows("copied", flag(store.COPIED) != (unit != np.arange(n))),
@@ -289,7 +223,11 @@ def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, A
         *stored(file, settings, unit),
     ]
     if any_by_residue(settings["pool"], settings.get("emit", ())):
-        checks.append(rows("residue/offsets", np.diff(file.residue_offsets) != embedded))
+        sizes = np.diff(file.residue_offsets)
+        wrong = sizes > embedded if _cut_unknown(settings) else sizes != embedded
+        if "imported" in settings:  # what was not there has no rows
+            wrong &= file.status == store.DONE
+        checks.append(rows("residue/offsets", wrong))
     return checks
 
 
@@ -332,12 +270,12 @@ def _sampled(
 ) -> NDArray[np.int64]:
     """Rows to compare: a stratified sample of what is done, and the first few that were given up as not finite."""
     piece = table.lengths if settings["long"] == "full" else np.minimum(table.lengths, settings["max_residues"])
-    fits = (piece <= oracle.LONGEST) & (table.lengths > 0)
+    longest = min(oracle.LONGEST, settings["max_residues"]) if _cut_unknown(settings) else oracle.LONGEST
+    why = "they may have been cut" if _cut_unknown(settings) else "eager attention does not fit"
+    fits = (piece <= longest) & (table.lengths > 0)
     done = (file.status == store.DONE) & (table.lengths > 0)
     if left_out := int((done & ~fits).sum()):
-        verdict.notes.append(
-            f"{left_out:,} proteins of more than {oracle.LONGEST:,} residues not compared: eager attention does not fit"
-        )
+        verdict.notes.append(f"{left_out:,} proteins of more than {longest:,} residues not compared: {why}")
     overflowed = np.flatnonzero(fits & (file.status == store.SKIPPED) & (file.reason == store.NOT_FINITE))
     if len(overflowed):
         verdict.notes.append(
@@ -354,7 +292,8 @@ def _of_the_values(
     file: store.EmbeddingFile, table: _Table, paths: tuple[str, ...], rows: NDArray[np.int64],
     settings: dict[str, Any], judge: Reference, config: ValidateConfig, records: list[dict[str, Any]],
 ) -> list[Check]:  # fmt: skip
-    compute = next(short for short, dtype in runner.DTYPES.items() if str(dtype) == f"torch.{settings['dtype']}")
+    known = {str(dtype).removeprefix("torch."): short for short, dtype in runner.DTYPES.items()}
+    compute = known.get(settings["dtype"], "fp16")  # of another tool's file, where it is not known
     min_cosine = gates.MIN_COSINE[compute] if config.min_cosine is None else config.min_cosine
     limit = config.max_rel_l2 or gates.MAX_REL_L2[compute] + (STORED_FP16 if settings["store_dtype"] == "fp16" else 0)
     compared: dict[tuple[str, int], list[tuple[float, float, str]]] = {}
@@ -395,6 +334,11 @@ def _of_the_values(
     return checks
 
 
+def _cut_unknown(settings: dict[str, Any]) -> bool:
+    """Whether it is an imported file that does not say what became of long proteins."""
+    return "long" in settings.get("unknown", ())
+
+
 def _expected(
     text: str, layers: list[int], settings: dict[str, Any], judge: Reference
 ) -> dict[int, dict[str, NDArray[Any]]]:
@@ -414,8 +358,9 @@ def _expected(
     }
     for start, weight in zip(starts, weights, strict=True):
         piece = [reference.encode("")[0], *ids[start : start + window], reference.encode("")[-1]]
-        for layer, hidden in judge.embed(piece, layers).items():
-            rows = hidden.double().cpu().numpy()
+        resolved = {judge.spec.layers if layer == -1 else layer: layer for layer in layers}  # -1: an import's
+        for number, hidden in judge.embed(piece, list(resolved)).items():
+            layer, rows = resolved[number], hidden.double().cpu().numpy()
             found[layer]["residue"][start : start + window] += rows[1:-1] * weight[:, None]
             found[layer]["bos"] += rows[0] * (weight.sum() / whole)
             found[layer]["eos"] = rows[-1]

@@ -1,0 +1,74 @@
+"""virnucpro export and import."""
+
+from typing import Annotated
+
+import typer
+
+from virnucpro_cli.cli.options import Overwrite, numbers
+from virnucpro_cli.errors import EXIT_SOME_SKIPPED
+
+NAMES = "npy, parquet, anndata, fair-esm, virnucpro, broad, scikit-bio, biotrainer, bio-embeddings or keyed-h5"
+EXPORT_EPILOG = (
+    "Exit codes: 0 done; 2 something to put right (the message says what); 70 a bug; 128+signal after a stop."
+)
+IMPORT_EPILOG = (
+    "Exit codes: 0 done; 2 something to put right (the message says what); 3 done, but some records are without an "
+    "embedding; 70 a bug; 128+signal after a stop."
+)
+
+
+def export(
+    file: Annotated[str, typer.Argument(metavar="OUT.h5", help="A finished file that embed wrote.")],
+    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help=f"{NAMES}.")],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="TARGET", help="File or folder. [default: beside OUT.h5, by its name]"),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--kind", metavar="KIND", help="As in --pool; several for fair-esm. [default: the file's]"),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option("--layer", metavar="N", help="Several for fair-esm. [default: the file's]")
+    ] = None,
+    fasta: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fasta",
+            metavar="FILE",
+            help="For layouts that know proteins by their sequences; may be repeated. [default: where embed read it]",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write embeddings in the layout of another tool."""
+    from virnucpro_cli import export as workflow
+
+    kinds = tuple(kind.split(",")) if kind else ()
+    workflow.run(file, to, output, kinds, numbers(layer, "--layer") or (), tuple(fasta or ()), overwrite)
+
+
+def import_(
+    source: Annotated[str, typer.Argument(metavar="FILE_OR_FOLDER", help="Embeddings in the layout of another tool.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT.h5", help="The file to make.")],
+    layout: Annotated[
+        str | None, typer.Option("--from", metavar="LAYOUT", help=f"{NAMES}. [default: seen from the file]")
+    ] = None,
+    fasta: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fasta", metavar="FILE", help="What was embedded: rows get its order and lengths; may be repeated."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="What made them.")] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", metavar="N", help="Which layer they are of, or which of several to take.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a file like embed's, of embeddings in the layout of another tool."""
+    from virnucpro_cli import importing as workflow
+
+    summary = workflow.run(source, output, layout, tuple(fasta or ()), model, layer, overwrite)
+    if summary.counts["skipped"]:
+        raise typer.Exit(EXIT_SOME_SKIPPED)

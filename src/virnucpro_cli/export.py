@@ -1,0 +1,191 @@
+"""The export workflow: a finished embeddings file written in the layout of another tool, whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from virnucpro_cli import fasta, layouts, report, store
+from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.layouts.layout import Keys, Layout, Selection
+from virnucpro_cli.policies import POLICIES
+from virnucpro_cli.store.disk import disk_error, rename_new, sync_folder
+
+
+def run(
+    path: str, to: str, output: str | None = None, kinds: tuple[str, ...] = (), numbers: tuple[int, ...] = (),
+    inputs: tuple[str, ...] = (), overwrite: bool = False,
+) -> report.RunReport:  # fmt: skip
+    """Export the file at `path`. kinds, numbers: which pooling kinds and layers, by default the file's default; inputs: its FASTA,
+    by default where embed read it. Raises UserError for what the layout has no room for.
+    """
+    layout, out, clock = layouts.named(to), report.console(), report.Clock()
+    target = Path(output) if output else Path(path).with_name(Path(path).name.removesuffix(".h5") + layout.suffix)
+    summary = report.RunReport("export")
+    with store.opened(path) as file, store.damage_named(path):
+        settings = store.settings_of(file, path)
+        kinds, chosen = _chosen(file, settings, layout, kinds, numbers)
+        if not file.complete or (file.status == store.PENDING).any():
+            raise UserError(f"{path} is not complete.", "Let its run finish: the same command of embed goes on.")
+        named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
+        _check_target(target, layout, [path, *(named if layout.key_of else ())], overwrite)
+        with tempfile.TemporaryDirectory() as spool, report.Tracker(out, len(file), "proteins") as tracker:
+            if layout.key_of:
+                with clock.stage("read FASTA"):
+                    keys = _of_sequences(file, settings, named, layout.key_of, Path(spool))
+            else:
+                keys = Keys(file.names_of, len(file), layout.longest) if layout.longest else file.names_of
+            selection = Selection(
+                file, kinds, chosen, keys, _provenance(file, settings, kinds, chosen), tracker.advance
+            )
+            store.check_free_space(target, 4 * sum(file.dataset(*what).size for what in selection.whats))
+            with clock.stage("write"), _placed(target, layout, overwrite) as place:
+                layout.write(selection, place)
+    skipped = len(file) - selection.count(skipped=False)
+    summary.counts = {"proteins": len(file), "skipped": skipped, "shared": selection.shared}
+    summary.notes = list(_notes(layout, selection, skipped))
+    summary.seconds = dict(clock.seconds)
+    what = ", ".join(f"{kind}/{layer}" for kind, layer in selection.whats)
+    out.print(f"{target}: {what} of {len(file):,} proteins, {layout.what}")
+    for note in summary.notes:
+        out.print(note, style="yellow")
+    return summary
+
+
+def _notes(layout: Layout, selection: Selection, skipped: int) -> Iterator[str]:
+    if skipped:
+        kept = "are there, with NaN in place of an embedding" if layout.holds_skipped else "are left out"
+        yield f"{skipped:,} proteins that embed had skipped {kept}"
+    if selection.shared:
+        yield f"{selection.shared:,} proteins share the dataset of an earlier one of the same sequence, whose name it has"
+    if isinstance(selection.keys, Keys) and selection.keys.changed:
+        shown = ", ".join(f"{name!r} is {key!r}" for name, key in selection.keys.examples)
+        yield f"{selection.keys.changed:,} names were changed to be possible and unique: {shown}"
+
+
+def _chosen(
+    file: store.EmbeddingFile, settings: dict[str, Any], layout: Layout, kinds: tuple[str, ...], numbers: tuple[int, ...]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:  # fmt: skip
+    """Kinds and layers, after a look at whether the file has them and the layout room for them."""
+    default = (file.default or f"residue/{file.layers[-1]}").split("/")
+    kinds, numbers = kinds or (default[0],), numbers or (int(default[1]),)
+    for name, wanted, there in (("kind", kinds, settings["pool"]), ("layer", numbers, settings["layers"])):
+        if lacking := [each for each in wanted if each not in there]:
+            raise UserError(
+                f"The file has no {name} {lacking[0]}.", f"It has {', '.join(map(str, there))}: --{name} {there[-1]}"
+            )
+    if lacking := [kind for kind in kinds if kind not in layout.kinds]:
+        raise UserError(
+            f"The layout {layout.name} has no place for {lacking[0]} rows.", f"It has for {', '.join(layout.kinds)}."
+        )
+    if not layout.several and len(kinds) * len(numbers) > 1:
+        raise UserError(
+            f"The layout {layout.name} has room for one kind and one layer.", "Name one: --kind mean --layer 33"
+        )
+    return tuple(dict.fromkeys(kinds)), tuple(dict.fromkeys(numbers))
+
+
+def _provenance(
+    file: store.EmbeddingFile, settings: dict[str, Any], kinds: tuple[str, ...], numbers: tuple[int, ...]
+) -> dict[str, Any]:
+    """What goes along, as plain words and numbers."""
+    return {
+        "tool": f"virnucpro {file.attributes['tool_version']}",
+        "model": str(file.attributes["model"]),
+        "weights_sha256": settings["weights_sha256"],
+        "dtype": settings["dtype"],
+        "store_dtype": settings["store_dtype"],
+        "kind": kinds[0],
+        "layer": numbers[0],
+        "input_sha256": ",".join(settings["input_sha256"]),
+        **{name: settings[name] for name in POLICIES if name in settings and name not in settings.get("unknown", ())},
+    }
+
+
+def _of_sequences(
+    file: store.EmbeddingFile, settings: dict[str, Any], inputs: tuple[str, ...], key_of: Callable[[bytes], str], spool: Path
+) -> Callable[[int, int], list[str]]:  # fmt: skip
+    """The keys of a layout that knows proteins by their sequences, from the FASTA that was embedded."""
+    if not inputs or not all(Path(name).is_file() for name in inputs):
+        where = f" is not at {', '.join(inputs)}" if inputs else " is not known"
+        raise UserError(
+            f"This layout knows proteins by their sequences, and the FASTA{where}.", "Say where it is: --fasta FILE"
+        )
+    table = fasta.index(fasta.open_sources(inputs, spool), dedup=False)
+    if settings["input_sha256"] != table.sha256:
+        raise UserError(f"{', '.join(inputs)} is not what was embedded.", "Say where that is: --fasta FILE")
+    if file.records is not None:
+        table = table.part(file.records)
+    return lambda start, stop: [key_of(sequence) for sequence in table.sequences(start, stop)]
+
+
+# --- the target ------------------------------------------------------------------------------------------------------
+
+
+def _beside(target: Path, layout: Layout) -> list[Path]:
+    """The target, and what lies beside it: the target is last, as it vouches for the others."""
+    return [*([target.with_suffix(layout.beside)] if layout.beside else []), target]
+
+
+def _check_target(target: Path, layout: Layout, read: list[str], overwrite: bool) -> None:
+    if layout.beside and target.suffix != layout.suffix:
+        raise UserError(f"The target {target} does not end in {layout.suffix}.", f"-o {target.name}{layout.suffix}")
+    if layout.folder:
+        if not target.absolute().parent.is_dir():
+            raise UserError(f"There is no folder {target.parent}.", f"mkdir -p {target.parent}")
+        if target.exists() and not target.is_dir():
+            raise UserError(f"{target} is a file, and this layout is a folder.", "Choose another target with -o.")
+        if target.is_dir() and overwrite and any(target.iterdir()) and not layout.recognises(target):
+            raise UserError(
+                f"{target} holds something else than {layout.name}.", "It is not touched: choose another -o."
+            )
+    else:
+        report.check_places({f"target {path.suffix}": str(path) for path in _beside(target, layout)}, read)
+    for path in _beside(target, layout):
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists.", "Choose another target with -o, or --overwrite it.")
+
+
+@contextmanager
+def _placed(target: Path, layout: Layout, overwrite: bool) -> Iterator[Path]:
+    """Where to write the target: in a folder beside it, which goes whatever happens. What is there when the block ends is synced and
+    takes its name; with `overwrite` the old goes only then.
+    """
+    target = target.resolve()  # a link stays one
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix=f"{target.name[:200]}.", suffix=".partial", dir=target.parent
+        ) as folder:
+            yield Path(folder) / target.name
+            _sync(Path(folder))
+            for path in _beside(target, layout):
+                if path.exists() and overwrite:
+                    os.rename(path, Path(folder) / f"{path.name}.old")
+                if layout.folder:
+                    os.rename(Path(folder) / path.name, path)
+                else:
+                    rename_new(Path(folder) / path.name, path)
+            sync_folder(target.parent)
+    except OSError as error:
+        if error.errno is None:  # NumPy's, of a short write
+            raise _unwritable(target, error) from None
+        raise disk_error(error, target, resumable=False) from None
+    except RuntimeError as error:  # HDF5's and torch's
+        raise _unwritable(target, error) from None
+
+
+def _unwritable(target: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{target} cannot be written: {in_a_line(error)}.", "Is there room? Or choose another disk with -o."
+    )
+
+
+def _sync(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(Path(place) / name, "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(place))

@@ -1,0 +1,99 @@
+"""AnnData's .h5ad: X of proteins by dimensions, obs with what is known of each protein, uns with the provenance.
+
+Written block by block in its on-disk format (anndata.readthedocs.io, "On-disk format"), which has no place for a stream in
+the anndata package itself.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from virnucpro_cli.kinds import POOLED
+from virnucpro_cli.layouts import hdf5
+from virnucpro_cli.layouts.layout import Entry, Layout, Selection
+from virnucpro_cli.store import REASONS, STATUS_NAMES
+
+LONGEST_NAME = 1000
+
+
+def _encoded(item: Any, kind: str, version: str, **attributes: Any) -> Any:
+    for name, value in {"encoding-type": kind, "encoding-version": version, **attributes}.items():
+        item.attrs[name] = value
+    return item
+
+
+def _strings(group: h5py.Group, name: str, count: int) -> h5py.Dataset:
+    return _encoded(group.create_dataset(name, (count,), h5py.string_dtype("utf-8")), "string-array", "0.2.0")
+
+
+def _frame(file: h5py.File, name: str, columns: list[str]) -> h5py.Group:
+    order = np.array(columns, object) if columns else np.array([], "f8")
+    return _encoded(
+        file.create_group(name), "dataframe", "0.2.0", **{"_index": "_index", "column-order": order.astype(h5py.string_dtype())}
+    )  # fmt: skip
+
+
+def write(selection: Selection, target: Path) -> None:
+    """Every protein has a row; of a skipped one it is NaN. obs_names are unique, obs["id"] is the name as it was."""
+    of, n = selection.file, selection.count(skipped=True)
+    with h5py.File(target, "w") as file:
+        _encoded(file, "anndata", "0.1.0")
+        for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
+            _encoded(file.create_group(name), "dict", "0.1.0")
+        data = _encoded(file.create_dataset("X", (n, selection.width), selection.dtype), "array", "0.2.0")
+        var = _frame(file, "var", [])
+        _strings(var, "_index", selection.width)[:] = [str(i) for i in range(selection.width)]
+        obs = _frame(file, "obs", ["id", "length", "status", "reason", "flags", "replaced"])
+        index, names = _strings(obs, "_index", n), _strings(obs, "id", n)
+        for name, column in (("length", of.lengths), ("flags", of.flags), ("replaced", of.replaced)):
+            _encoded(obs.create_dataset(name, data=column), "array", "0.2.0")
+        for name, codes, words in (("status", of.status, STATUS_NAMES), ("reason", of.reason, REASONS)):
+            group = _encoded(obs.create_group(name), "categorical", "0.2.0", ordered=False)
+            _encoded(group.create_dataset("codes", data=codes.astype(np.int8)), "array", "0.2.0")
+            _strings(group, "categories", len(words))[:] = list(words)
+        said = _encoded(file["uns"].create_group(hdf5.PROVENANCE), "dict", "0.1.0")
+        for name, value in selection.provenance.items():
+            _encoded(
+                said.create_dataset(name, data=value), "string" if isinstance(value, str) else "numeric-scalar", "0.2.0"
+            )
+        for block in selection.blocks(skipped=True):
+            rows = slice(int(block.numbers[0]), int(block.numbers[-1]) + 1)
+            data[rows], index[rows], names[rows] = block.rows[selection.what], block.keys, block.names
+
+
+def read(path: Path) -> Iterator[Entry]:
+    """Names are obs["id"], or the index; length, status and reason are taken where they are. X is dense."""
+    kind = provenance(path).get("kind", "mean")
+    with h5py.File(path, "r", locking=False) as file:
+        obs = file["obs"]
+        if not isinstance(file["X"], h5py.Dataset):
+            raise ValueError("its X is sparse")
+        names = obs["id"] if "id" in obs else obs[obs.attrs["_index"]]
+        lengths = obs["length"][:].tolist() if "length" in obs else [None] * len(names)
+        reasons = [""] * len(names)
+        if "reason" in obs and "status" in obs:
+            words, status = (list(hdf5.texts(obs[name]["categories"])) for name in ("reason", "status"))
+            skipped = obs["status"]["codes"][:] == status.index("skipped")
+            reasons = [words[c] if s else "" for c, s in zip(obs["reason"]["codes"][:], skipped, strict=True)]
+        for name, row, length, reason in zip(hdf5.texts(names), hdf5.rows(file["X"]), lengths, reasons, strict=True):
+            yield Entry(name, {(kind, None): row}, length=length, skipped=reason)
+
+
+def provenance(path: Path) -> dict[str, Any]:
+    with h5py.File(path, "r", locking=False) as file:
+        said = file["uns"].get(hdf5.PROVENANCE, {}) if "uns" in file else {}
+        found = {name: item[()] for name, item in said.items()}
+    return {name: value.decode() if isinstance(value, bytes) else value.item() for name, value in found.items()}
+
+
+def recognises(path: Path) -> bool:
+    return hdf5.has(path, "X", "obs")
+
+
+LAYOUT = Layout(
+    "anndata", "AnnData's .h5ad", ".h5ad", tuple(POOLED),
+    write, read, provenance, recognises, holds_skipped=True, longest=LONGEST_NAME,
+)  # fmt: skip

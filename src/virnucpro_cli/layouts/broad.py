@@ -1,0 +1,43 @@
+"""The Broad Institute's VirNucPro fork: `embeddings` [N, D] in fp32 beside `sequence_ids`, in one HDF5 file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from virnucpro_cli.kinds import POOLED
+from virnucpro_cli.layouts import hdf5
+from virnucpro_cli.layouts.layout import Entry, Layout, Selection
+
+
+def write(selection: Selection, target: Path) -> None:
+    n = selection.count(skipped=False)
+    with h5py.File(target, "w") as file:
+        hdf5.mark(file, selection.provenance)
+        data = file.create_dataset("embeddings", (n, selection.width), np.float32)
+        names = file.create_dataset("sequence_ids", (n,), h5py.string_dtype("utf-8"))
+        at = 0
+        for block in selection.blocks():
+            stop = at + len(block.names)
+            data[at:stop], names[at:stop] = block.rows[selection.what], block.names
+            at = stop
+
+
+def read(path: Path) -> Iterator[Entry]:
+    kind = hdf5.provenance(path).get("kind", "mean")
+    with h5py.File(path, "r", locking=False) as file:
+        if len(file["embeddings"]) != len(file["sequence_ids"]):
+            raise ValueError(f"{len(file['embeddings'])} embeddings for {len(file['sequence_ids'])} sequence_ids")
+        for name, row in zip(hdf5.texts(file["sequence_ids"]), hdf5.rows(file["embeddings"]), strict=True):
+            yield Entry(name, {(kind, None): row})
+
+
+def recognises(path: Path) -> bool:
+    return hdf5.has(path, "embeddings", "sequence_ids")
+
+
+LAYOUT = Layout(
+    "broad", "HDF5 with embeddings and sequence_ids, as the Broad's VirNucPro", ".broad.h5", tuple(POOLED),
+    write, read, hdf5.provenance, recognises,
+)  # fmt: skip

@@ -1,0 +1,42 @@
+"""What the layouts of PyTorch files share: they are read as tensors and plain values only. Imports torch when it is used."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def save(content: dict[str, Any], path: Path) -> None:
+    import torch
+
+    torch.save(content, path)
+
+
+def tensor(values: NDArray[Any]) -> Any:
+    """A tensor of its own in fp32 (a view would be saved with all that it is a view of)."""
+    import torch
+
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Raises ValueError if it is anything but a dictionary of tensors and plain values."""
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path.name}: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds a {type(found).__name__}, not a dictionary")
+    return found
+
+
+def array(value: Any) -> NDArray[Any]:
+    """bfloat16, which NumPy does not have, becomes fp32."""
+    import torch
+
+    value = value.detach()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()

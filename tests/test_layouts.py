@@ -1,0 +1,489 @@
+"""Embeddings in the layouts of other tools, read by those tools."""
+
+import csv
+import hashlib
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from virnucpro_cli import export, importing, inspect, layouts, store, verify
+from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.layouts.layout import possible
+from virnucpro_cli.store import reading
+
+LONG = "n" * 300
+RECORDS = (
+    ("sp|P1|A_B", "MKVLAGW"),
+    ("a/b", "mkvlagwmkv"),
+    ("twice", "ACDEFG"),
+    ("copy", "MKVLAGW"),
+    ("empty", ""),
+    ("..", "MKXLAG*"),
+    ("twice", "GGGHHH"),
+    ("a_b", "WWWLLL"),
+    ("long", "ACDEFGHIKL" * 15),
+    ("名前", "PPPQQQ"),
+    (LONG, "SSSTTTV"),
+)
+DONE = [i for i, (_, text) in enumerate(RECORDS) if text]
+NAMES = [name for name, _ in RECORDS]
+DISTINCT = [i for i in DONE if NAMES[i] != "copy"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    return embedded(tmp_path_factory.mktemp("made"), tiny_model, max_residues=100)
+
+
+def embedded(folder: Path, model: Path, **options: Any) -> Path:
+    """out.h5 of those records, layers 1 and 2, most kinds; beside it in.fasta."""
+    (folder / "in.fasta").write_text("".join(f">{name} words\n{text[:9]}\n{text[9:]}\n" for name, text in RECORDS))
+    embed_fasta(
+        folder / "in.fasta", folder / "out.h5", model=str(model), device="cpu", layers=(1, 2),
+        pool=("mean", "bos", "max", "residue"), invalid="x", force_protein=True,
+        **options,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def rows(made: Path) -> Callable[..., Any]:
+    """What out.h5 holds of a record."""
+
+    def of(i: int, kind: str = "mean", layer: int = 2) -> Any:
+        with store.read_embeddings(made / "out.h5") as file:
+            return file.residues(i, layer) if kind == "residue" else file.dataset(kind, layer)[i]
+
+    return of
+
+
+@pytest.fixture(params=[1 << 26, 1], ids=["one stretch", "a record at a time"])
+def stretches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "STRETCH_BYTES", request.param)
+
+
+def exported(made: Path, target: Path, to: str, **options: Any) -> Any:
+    export.run(str(made / "out.h5"), to, str(target), **options)
+    return target
+
+
+pytestmark = pytest.mark.usefixtures("stretches")
+
+
+# --- each layout, read by its own reader -----------------------------------------------------------------------------
+
+
+def test_npy_is_mapped_by_numpy_and_its_table_says_whose_rows_are_whose(
+    made: Path, tmp_path: Path, rows: Callable[..., Any]
+) -> None:
+    array = np.load(exported(made, tmp_path / "x.npy", "npy"), mmap_mode="r")
+    with open(tmp_path / "x.tsv", newline="") as text:
+        table = list(csv.DictReader(text, dialect="excel-tab"))
+    assert [line["id"] for line in table] == NAMES
+    assert [int(line["length"]) for line in table] == [len(text.rstrip("*")) for _, text in RECORDS]
+    assert [line["reason"] for line in table if line["status"] == "skipped"] == ["empty"]
+    for i in range(len(RECORDS)):
+        np.testing.assert_array_equal(array[int(table[i]["row"])], rows(i))
+
+
+def test_npy_of_residues_has_a_stretch_of_rows_for_each_protein(
+    made: Path, tmp_path: Path, rows: Callable[..., Any]
+) -> None:
+    array = np.load(exported(made, tmp_path / "x.npy", "npy", kinds=("residue",), numbers=(1,)))
+    with open(tmp_path / "x.tsv", newline="") as text:
+        for i, line in enumerate(csv.DictReader(text, dialect="excel-tab")):
+            np.testing.assert_array_equal(array[int(line["row"]) :][: int(line["rows"])], rows(i, "residue", 1))
+
+
+def test_pandas_reads_parquet(made: Path, tmp_path: Path, rows: Callable[..., Any]) -> None:
+    import pandas
+
+    table = pandas.read_parquet(exported(made, tmp_path / "x.parquet", "parquet", kinds=("max",)))
+    assert table["id"].tolist() == NAMES and table["status"].tolist().count("skipped") == 1
+    assert [i for i, given in enumerate(table["embedding"].notna()) if given] == DONE
+    for i in DONE:
+        np.testing.assert_array_equal(table["embedding"][i], rows(i, "max"))
+
+
+def test_anndata_reads_h5ad(made: Path, tmp_path: Path, rows: Callable[..., Any]) -> None:
+    import anndata
+
+    found = anndata.read_h5ad(exported(made, tmp_path / "x.h5ad", "anndata", kinds=("bos",)))
+    assert found.obs["id"].tolist() == NAMES and found.obs_names.is_unique
+    assert found.obs["status"].tolist().count("skipped") == 1 and found.uns["virnucpro"]["layer"] == 2
+    assert found.obs["length"].tolist() == [len(text.rstrip("*")) for _, text in RECORDS]
+    for i in range(len(RECORDS)):
+        np.testing.assert_array_equal(found.X[i], rows(i, "bos"))
+    found.write_h5ad(tmp_path / "again.h5ad")
+
+
+def test_fair_esm_files_hold_any_kinds_and_layers(made: Path, tmp_path: Path, rows: Callable[..., Any]) -> None:
+    folder = exported(made, tmp_path / "x", "fair-esm", kinds=("mean", "bos", "residue"), numbers=(1, 2))
+    found = [torch.load(path, weights_only=True) for path in folder.iterdir()]
+    assert sorted(each["label"] for each in found) == sorted(NAMES[i] for i in DONE)
+    one = torch.load(folder / "long.pt", weights_only=True)
+    i = NAMES.index("long")
+    for group, kind in (
+        ("mean_representations", "mean"),
+        ("bos_representations", "bos"),
+        ("representations", "residue"),
+    ):
+        for layer in (1, 2):
+            np.testing.assert_array_equal(one[group][layer], rows(i, kind, layer))
+            assert one[group][layer].dtype == torch.float32
+    assert (folder / "long.pt").stat().st_size < 100_000, "a view saved with all that it is a view of"
+
+
+def test_virnucpro_files_hold_names_and_means(
+    made: Path, tmp_path: Path, rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layouts.virnucpro, "MOST", 4)
+    folder = exported(made, tmp_path / "x", "virnucpro")
+    found = [torch.load(folder / f"output_{i}_ESM.pt", weights_only=True) for i in range(3)]
+    assert [len(each["proteins"]) for each in found] == [4, 4, 2]
+    assert [name for each in found for name in each["proteins"]] == [NAMES[i] for i in DONE]
+    for i, row in zip(DONE, [row for each in found for row in each["data"]], strict=True):
+        np.testing.assert_array_equal(row, rows(i))
+
+
+def test_broad_files_hold_ids_beside_embeddings(made: Path, tmp_path: Path, rows: Callable[..., Any]) -> None:
+    with h5py.File(exported(made, tmp_path / "x.h5", "broad")) as file:
+        assert file["sequence_ids"].asstr()[:].tolist() == [NAMES[i] for i in DONE]
+        assert file["embeddings"].dtype == np.float32
+        np.testing.assert_array_equal(file["embeddings"], [rows(i) for i in DONE])
+
+
+@pytest.mark.parametrize("kind", ["mean", "residue"])
+def test_scikit_bio_reads_its_embed_format(made: Path, tmp_path: Path, rows: Callable[..., Any], kind: str) -> None:
+    import skbio
+
+    into = {"mean": skbio.embedding.ProteinVector, "residue": skbio.embedding.ProteinEmbedding}[kind]
+    target = exported(made, tmp_path / "x.h5", "scikit-bio", kinds=(kind,))
+    found = list(skbio.read(str(target), format="embed", constructor=into))
+    assert len(found) == len(DONE)
+    for i, each in zip(DONE, found, strict=True):
+        text = RECORDS[i][1].upper().rstrip("*")
+        assert str(each) == (text[:100] if kind == "residue" else text)
+        np.testing.assert_allclose(np.squeeze(each.embedding), rows(i, kind), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mean", "residue"])
+@pytest.mark.parametrize("to", ["bio-embeddings", "biotrainer"])
+def test_files_keyed_by_sequence_have_the_documented_keys_and_names(
+    made: Path, tmp_path: Path, rows: Callable[..., Any], to: str, kind: str
+) -> None:
+    target = exported(made, tmp_path / "x", to, kinds=(kind,))
+    if to == "bio-embeddings":
+        with open(target / "mapping_file.csv", newline="") as text:
+            lines = list(csv.DictReader(text))
+        assert [line["original_id"] for line in lines] == [NAMES[i] for i in DONE]
+        assert [line[""] for line in lines] == [hashlib.md5(RECORDS[i][1].encode()).hexdigest() for i in DONE]
+        target /= "reduced_embeddings_file.h5" if kind == "mean" else "embeddings_file.h5"
+    with h5py.File(target) as file:
+        assert len(file) == len(DISTINCT)
+        for i in DISTINCT:
+            text = RECORDS[i][1]
+            key = {
+                "bio-embeddings": hashlib.md5(text.encode()).hexdigest(),
+                "biotrainer": hashlib.sha256(f"{text}_{len(text)}".encode()).hexdigest(),
+            }[to]
+            assert file[key].attrs["original_id"] == NAMES[i]
+            np.testing.assert_array_equal(file[key], rows(i, kind))
+
+
+@pytest.mark.parametrize("kind", ["mean", "residue"])
+def test_keyed_files_have_a_dataset_for_each_name(
+    made: Path, tmp_path: Path, rows: Callable[..., Any], kind: str
+) -> None:
+    with h5py.File(exported(made, tmp_path / "x.h5", "keyed-h5", kinds=(kind,))) as file:
+        assert {"sp|P1|A_B", "a_b", "a_b_2", "twice", "twice_2", "__", "copy", "long", "名前", LONG} == set(file)
+        for data in file.values():
+            name = data.attrs.get("original_id", data.name[1:])
+            i = NAMES.index(name) + (4 if data.name == "/twice_2" else 0)
+            np.testing.assert_array_equal(data, rows(i, kind))
+
+
+@pytest.mark.parametrize("to", ["npy", "scikit-bio", "fair-esm", "keyed-h5"])
+def test_a_protein_that_was_given_up_has_no_rows_that_are_anothers(
+    made: Path, tmp_path: Path, rows: Callable[..., Any], to: str
+) -> None:
+    shutil.copy(made / "out.h5", tmp_path / "in.h5")
+    with h5py.File(tmp_path / "in.h5", "r+") as file:
+        file["status"][2], file["reason"][2] = store.SKIPPED, store.NOT_FINITE
+    target = tmp_path / f"x{layouts.named(to).suffix}"
+    export.run(str(tmp_path / "in.h5"), to, str(target), kinds=("residue",))
+    found = [
+        (entry.name, entry.key, np.asarray(next(iter(entry.values.values()))))
+        for entry in layouts.named(to).read(target)
+        if entry.name != "twice" and not entry.skipped
+    ]
+    assert len(found) == len(DONE) - (1 if to == "scikit-bio" else 2)
+    texts = [text[:100].upper().rstrip("*") for _, text in RECORDS]
+    for name, key, values in found:
+        i = texts.index(key) if to == "scikit-bio" else NAMES.index(name)
+        np.testing.assert_array_equal(values, rows(i, "residue"))
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_names_that_were_changed_are_reported(made: Path, tmp_path: Path) -> None:
+    summary = export.run(str(made / "out.h5"), "keyed-h5", str(tmp_path / "x.h5"))
+    assert any("'a/b' is 'a_b'" in note and "'twice_2'" in note for note in summary.notes)
+    assert any("skipped are left out" in note for note in summary.notes)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../../x", "a\0b", "\n", "n" * 500, "名" * 100])
+def test_a_possible_name_is_a_file_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{possible(name, 200)}.pt").write_bytes(b"")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# --- what is refused, and what is left -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.name)
+def test_a_target_is_replaced_only_when_told_and_whole(
+    made: Path, tmp_path: Path, layout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def content() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.suffix not in (".h5", ".h5ad")}
+
+    target = exported(made, tmp_path / f"x{layout.suffix}", layout.name)
+    before, names = content(), sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="exists"):
+        exported(made, target, layout.name)
+    exported(made, target, layout.name, overwrite=True)
+    assert sorted(tmp_path.iterdir()) == names and layout.recognises(target)
+
+    def stopped(self: Any, start: int, stop: int) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.EmbeddingFile, "names_of", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        exported(made, target, layout.name, overwrite=True)
+    assert content() == before and sorted(tmp_path.iterdir()) == names
+
+
+NOT_HDF5 = [layouts.npy.LAYOUT, layouts.parquet.LAYOUT, layouts.fair_esm.LAYOUT, layouts.virnucpro.LAYOUT]
+
+
+@pytest.mark.parametrize("layout", NOT_HDF5, ids=lambda layout: layout.name)  # HDF5 itself may crash later
+def test_a_full_disk_is_one_message_of_the_target_and_leaves_nothing(made: Path, tmp_path: Path, layout: Any) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"x\S* cannot be written"):
+            exported(made, tmp_path / f"x{layout.suffix}", layout.name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_not_touched_even_with_overwrite(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="something else"):
+        exported(made, tmp_path / "home", "fair-esm", overwrite=True)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "all of it"
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("csv", {}, "no layout 'csv'"),
+        ("parquet", {"kinds": ("residue",)}, "no place for residue rows"),
+        ("virnucpro", {"kinds": ("bos",)}, "no place for bos rows"),
+        ("fair-esm", {"kinds": ("max",)}, "no place for max rows"),
+        ("npy", {"kinds": ("std",)}, "has no kind std"),
+        ("npy", {"numbers": (9,)}, "has no layer 9"),
+        ("npy", {"numbers": (1, 2)}, "room for one kind and one layer"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_and_nothing_is_written(
+    made: Path, tmp_path: Path, to: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        exported(made, tmp_path / "x.npy", to, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_is_never_its_own_target(made: Path, tmp_path: Path) -> None:
+    shutil.copy(made / "out.h5", tmp_path / "out.h5")
+    before = (tmp_path / "out.h5").read_bytes()
+    with pytest.raises(UserError, match="would overwrite"):
+        export.run(str(tmp_path / "out.h5"), "broad", str(tmp_path / "out.h5"), overwrite=True)
+    assert (tmp_path / "out.h5").read_bytes() == before
+
+
+def test_keys_of_another_fasta_are_refused(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.fasta").write_text(">a\nMKV\n")
+    with pytest.raises(UserError, match="is not what was embedded"):
+        exported(made, tmp_path / "x.h5", "biotrainer", inputs=(str(tmp_path / "other.fasta"),))
+    with pytest.raises(UserError, match="the FASTA is not at"):
+        exported(made, tmp_path / "x.h5", "biotrainer", inputs=(str(tmp_path / "none.fasta"),))
+
+
+def test_an_unfinished_file_is_refused(made: Path, tmp_path: Path) -> None:
+    shutil.copy(made / "out.h5", tmp_path / "out.h5")
+    with h5py.File(tmp_path / "out.h5", "r+") as file:
+        file["run/complete"][()] = 0
+    with pytest.raises(UserError, match="not complete"):
+        export.run(str(tmp_path / "out.h5"), "npy", str(tmp_path / "x.npy"))
+
+
+def test_parquet_without_pyarrow_names_the_extra(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"virnucpro\[parquet\]"):
+        exported(made, tmp_path / "x.parquet", "parquet")
+    assert not list(tmp_path.iterdir())
+
+
+# --- and back --------------------------------------------------------------------------------------------------------
+
+
+def there_and_back(made: Path, tmp_path: Path, to: str, kind: str, fasta: bool = True) -> Path:
+    target = exported(made, tmp_path / f"x{layouts.named(to).suffix}", to, kinds=(kind,))
+    inputs = (str(made / "in.fasta"),) if fasta else ()
+    importing.run(str(target), str(tmp_path / "back.h5"), to, inputs, layer=2 if to == "virnucpro" else None)
+    return tmp_path / "back.h5"
+
+
+def same(a: Path, b: Path, kind: str, told: tuple[str, ...] = ()) -> None:
+    """Whether the rows of b's records are those of a's, but for those that b skipped, which must be `told`."""
+    with store.read_embeddings(a) as one, store.read_embeddings(b) as two:
+        assert two.complete and two.unaltered and two.names == one.names
+        assert [two.names[i] for i in np.flatnonzero(two.status != one.status)] == list(told)
+        np.testing.assert_array_equal(two.lengths, one.lengths)
+        for i in np.flatnonzero(two.status == store.DONE):
+            if kind == "residue":
+                np.testing.assert_array_equal(two.residues(i, 2), one.residues(i, 2))
+                assert not (two.flags[i] ^ one.flags[i]) & store.TRUNCATED
+            else:
+                np.testing.assert_array_equal(two.dataset(kind, 2)[i], one.dataset(kind, 2)[i])
+        if kind != "residue":
+            assert np.isnan(two.dataset(kind, 2)[:][two.status == store.SKIPPED]).all()
+
+
+CARRIED = [(layout.name, kind) for layout in layouts.LAYOUTS for kind in ("mean", "residue") if kind in layout.kinds]
+
+
+@pytest.mark.parametrize(("to", "kind"), CARRIED)
+def test_what_was_exported_comes_back_in_the_order_of_the_fasta(made: Path, tmp_path: Path, to: str, kind: str) -> None:
+    back = there_and_back(made, tmp_path, to, kind)
+    cannot = {
+        "virnucpro": ("twice", "twice"),  # names alone, and not of all records
+        "broad": ("twice", "twice"),
+        "scikit-bio": ("long",) if kind == "residue" else (),  # cut, so that its sequence is another
+    }
+    same(made / "out.h5", back, kind, told=cannot.get(to, ()))
+    with store.read_embeddings(back) as file:
+        assert store.settings_of(file, str(back))["pool"] == [kind]
+        assert all(file.reason[file.status == store.SKIPPED] > 0)
+
+
+@pytest.mark.parametrize("to", ["npy", "parquet", "anndata"])
+def test_tables_come_back_without_a_fasta(made: Path, tmp_path: Path, to: str) -> None:
+    same(made / "out.h5", there_and_back(made, tmp_path, to, "mean", fasta=False), "mean")
+
+
+@pytest.mark.parametrize("to", ["keyed-h5", "fair-esm", "virnucpro", "broad", "npy", "biotrainer"])
+def test_rows_follow_their_names_into_a_fasta_of_another_order(made: Path, tmp_path: Path, to: str, rows: Any) -> None:
+    order = [9, 0, 8, 3]
+    (tmp_path / "other.fasta").write_text("".join(f">{NAMES[i]}\n{RECORDS[i][1]}\n" for i in order) + ">new\nMMMMM\n")
+    target = exported(made, tmp_path / f"x{layouts.named(to).suffix}", to)
+    summary = importing.run(str(target), str(tmp_path / "back.h5"), None, (str(tmp_path / "other.fasta"),), "650M", 2)
+    with store.read_embeddings(tmp_path / "back.h5") as file:
+        assert file.names == [*(NAMES[i] for i in order), "new"] and file.attributes["model"] == "650M"
+        np.testing.assert_array_equal(file.dataset("mean", 2)[:4], [rows(i) for i in order])
+        assert store.REASONS[file.reason[4]] == "not in what was imported" and np.isnan(file[4]).all()
+    assert any("are left out" in note for note in summary.notes)
+
+
+def test_a_uniprot_file_joins_by_accession(tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">sp|P1|A_B\nMKV\n>sp|P2|C_D\nMK\n")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["P2"], file["P1"] = np.float16([2, 2]), np.float16([1, 1])
+    importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None, (str(tmp_path / "in.fasta"),))
+    with store.read_embeddings(tmp_path / "out.h5") as file:
+        assert file[:].tolist() == [[1, 1], [2, 2]] and file[:].dtype == np.float16
+        assert file.attributes["model"] == "unknown" and file.layers == [-1]
+
+
+def test_a_name_that_two_records_have_is_nobodys(tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">a\nMKV\n>b\nMK\n>a\nMKVL\n")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["a"], file["b"] = np.float32([2, 2]), np.float32([1, 1])
+    importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None, (str(tmp_path / "in.fasta"),))
+    with store.read_embeddings(tmp_path / "out.h5") as file:
+        assert [store.REASONS[reason] for reason in file.reason] == ["name not unique", "", "name not unique"]
+
+
+def test_what_is_not_finite_comes_in_as_skipped(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["a"], file["b"] = np.float32([2, np.inf]), np.float32([1, 1])
+    importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None)
+    with store.read_embeddings(tmp_path / "out.h5") as file:
+        assert file.status.tolist() == [store.SKIPPED, store.DONE] and np.isnan(file[0]).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x93NUMPY\1", b"PAR1....", store.HDF5_MAGIC + b"x" * 99])
+@pytest.mark.parametrize("to", [None, *(layout.name for layout in layouts.LAYOUTS)])
+def test_what_cannot_be_read_is_one_message_and_leaves_nothing(tmp_path: Path, content: bytes, to: str | None) -> None:
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.npy"):
+        importing.run(str(tmp_path / "x.npy"), str(tmp_path / "out.h5"), to)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_pickles_are_read_as_tensors_only(tmp_path: Path) -> None:
+    class Boom:
+        def __reduce__(self) -> Any:
+            return (tmp_path.joinpath("boom").touch, ())
+
+    torch.save({"proteins": ["a"], "data": [Boom()]}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt"):
+        importing.run(str(tmp_path / "x.pt"), str(tmp_path / "out.h5"), "virnucpro")
+    assert not (tmp_path / "boom").exists()
+
+
+def test_an_import_never_replaces_what_it_was_not_told_to(made: Path, tmp_path: Path) -> None:
+    target = exported(made, tmp_path / "x.npy", "npy")
+    (tmp_path / "out.h5").write_text("mine")
+    with pytest.raises(UserError, match="exists"):
+        importing.run(str(target), str(tmp_path / "out.h5"))
+    importing.run(str(target), str(tmp_path / "out.h5"), overwrite=True)
+    with pytest.raises(UserError, match="already a file of embed's"):
+        importing.run(str(tmp_path / "out.h5"), str(tmp_path / "again.h5"))
+
+
+def test_a_fasta_without_any_of_the_proteins_is_refused(made: Path, tmp_path: Path) -> None:
+    target = exported(made, tmp_path / "x.npy", "npy")
+    (tmp_path / "other.fasta").write_text(">q\nMKVVVV\n")
+    with pytest.raises(UserError, match="None of the 11 proteins"):
+        importing.run(str(target), str(tmp_path / "out.h5"), inputs=(str(tmp_path / "other.fasta"),))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.fasta", "x.npy", "x.tsv"]
+
+
+@pytest.mark.parametrize("fasta", [True, False])
+def test_inspect_verify_and_export_know_an_imported_file(
+    made: Path, tmp_path: Path, fasta: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    back = there_and_back(made, tmp_path, "parquet", "mean", fasta)
+    inspect.run(str(back))
+    assert "Imported from" in capsys.readouterr().out
+    verdict = verify.run(str(back))
+    assert verdict.passed and bool(verdict.notes) != fasta
+    export.run(str(back), "parquet", str(tmp_path / "again.parquet"))
+    (tmp_path / "x.parquet").unlink()
+    importing.run(str(tmp_path / "again.parquet"), str(back), overwrite=True)
+    same(made / "out.h5", back, "mean")
