@@ -98,7 +98,7 @@ def _run(
         place, processes = runner.place_of(device, backend), len(devices)
     else:
         with clock.stage("start workers"):
-            place = cluster.first_place()
+            place = cluster.first_place(out.print)
         dtype, device_notes = cluster.dtype, []
         device, backend = cluster.of_the_driver()
         devices, processes = [device] * cluster.room(), 1

@@ -39,7 +39,7 @@ AHEAD = 2
 """Shares that an actor has at a time: it computes one while the other travels."""
 LARGEST_SHARE = 16
 MOST_RETURNED = 1 << 28
-LOOK_SECONDS = 2.0
+LOOK_SECONDS, PATIENCE_SECONDS = 2.0, 20.0
 MOST_DEATHS = 5
 """Deaths in a row, without a pack done between them, after which the cluster is of no use."""
 
@@ -227,15 +227,18 @@ class Cluster:
         member.asked += 1
 
     @_stops()
-    def first_place(self) -> runner.Place:
-        """Where the first actor is. Waits for it; raises UserError if the cluster has no room for one, or it fails there."""
+    def first_place(self, say: Callable[[str], None]) -> runner.Place:
+        """Where the first actor is. Waits for it, and says so; raises UserError if the cluster has no room for one, or it fails there."""
+        what = "GPU" if self.device == "cuda" else "CPU"
         if not self.room():
             raise UserError(
-                f"The Ray cluster has no {'GPU' if self.device == 'cuda' else 'CPU'} for an actor.",
+                f"The Ray cluster has no {what} for an actor.",
                 "Add a node that has, choose another --device, or ask for some with --workers N where the cluster grows by itself.",
             )
         member = self.start()
         (answer,) = self.members
+        if not self.ray.wait([answer], timeout=PATIENCE_SECONDS)[0]:
+            say(f"waiting for a {what} of the Ray cluster; ray status shows what it has, and what is asked for")
         try:
             self.place = self.ray.get(answer)
         except self.ray.exceptions.RayError as error:
