@@ -19,6 +19,22 @@ from virnucpro_cli.store import read_embeddings
 
 Make = Callable[..., Path]
 COMMANDS = [info.name or info.callback.__name__ for info in cli.app.registered_commands if info.callback]
+ORDER = [
+    "embed",
+    "bench",
+    "validate",
+    "inspect",
+    "verify",
+    "search",
+    "map",
+    "extract",
+    "export",
+    "import",
+    "status",
+    "merge",
+    "doctor",
+    "fetch",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +79,10 @@ def assert_user_error(ran: Ran, *words: str) -> None:
 
 
 # --- the real program ----------------------------------------------------------------------------------------------
+
+
+def test_the_help_lists_what_most_want_first() -> None:
+    assert COMMANDS == ORDER
 
 
 def test_the_program_reads_standard_input_and_keeps_stdout_clean(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from virnucpro_cli import cli, errors, mapping, store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.maps import colour, projection
 from virnucpro_cli.pooled import Pooled
 from virnucpro_cli.store import read_embeddings
@@ -142,6 +143,13 @@ def test_the_caption_says_what_is_shown(drawn: Callable[..., Any], capsys: pytes
     assert "20 proteins of out.h5" in shown.title and all("of the variance" in axis for axis in shown.projection.axes)
     assert "a random sample of 20" in capsys.readouterr().err
     assert len(shown.rows) == 20 and 10 not in shown.rows
+
+
+@pytest.mark.parametrize("kind", POOLED)
+def test_every_kind_of_pool_can_be_drawn(made: Path, tmp_path: Path, tiny_model: Path, kind: str) -> None:
+    embed_fasta(made.parent / "in.fasta", tmp_path / "k.h5", model=str(tiny_model), device="cpu", pool=(kind,))
+    shown = mapping.run(str(tmp_path / "k.h5"), str(tmp_path / "k.tsv"), "pca", "length")
+    assert any(POOLED[kind] in line for line in shown.caption)
 
 
 # --- colours -----------------------------------------------------------------------------------------------------------

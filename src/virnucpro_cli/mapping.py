@@ -9,6 +9,7 @@ from rich.console import Console
 from virnucpro_cli import __version__, pooled, qc, report, store
 from virnucpro_cli.config import PICTURES
 from virnucpro_cli.errors import UserError, needs
+from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.maps import colour, drawing, projection
 
 KINDS = (".html", ".tsv", *PICTURES)
@@ -47,8 +48,7 @@ def run(
         out.print(f"{method} of {pooled.count(len(data))}", style="dim")
         found = projection.project(data, method, seed)
         names = [qc.printable(" ".join(name.split())) for name in file.names_at(data.rows)]
-        pool = {"mean": "mean over residues", "bos": "the row of <cls>"}[data.kind]
-        made_by = f"model {file.attributes['model']}, layer {data.layer}, {pool}; drawn by virnucpro {__version__}"
+        made_by = f"model {file.attributes['model']}, layer {data.layer}, {POOLED[data.kind]}; drawn by virnucpro {__version__}"
         title = f"{found.what.split(' ')[0]} of {pooled.count(len(data))} of {Path(path).name}"
         shown = drawing.Map(
             found, by, data.rows, names, file.lengths[data.rows], title, [found.what, made_by, *caption],

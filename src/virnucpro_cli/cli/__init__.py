@@ -30,20 +30,21 @@ COMMANDS = (
     (validate.validate, validate.EPILOG),
     (files.inspect, None),
     (files.verify, files.VERIFY_EPILOG),
-    (look.map, None),
     (look.search, look.SEARCH_EPILOG),
+    (look.map, None),
+    (extract.extract, None),
     (layouts.export, layouts.EXPORT_EPILOG),
     (layouts.import_, layouts.IMPORT_EPILOG),
-    (machine.doctor, machine.DOCTOR_EPILOG),
     (shards.status, shards.STATUS_EPILOG),
     (shards.merge, shards.MERGE_EPILOG),
+    (machine.doctor, machine.DOCTOR_EPILOG),
     (machine.fetch, None),
 )
 """In the order of --help."""
 
 for command, epilog in COMMANDS:
-    app.command(command.__name__.rstrip("_"), epilog=epilog)(command)
-app.command(context_settings=extract.UNTOUCHED)(extract.extract)
+    settings = extract.UNTOUCHED if command is extract.extract else None
+    app.command(command.__name__.rstrip("_"), epilog=epilog, context_settings=settings)(command)
 
 
 @app.callback(invoke_without_command=True)

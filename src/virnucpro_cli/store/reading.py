@@ -276,9 +276,8 @@ class EmbeddingFile:
     def __iter__(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """(name, row) of every record, in order."""
         for start in range(0, len(self), NAME_BLOCK):
-            yield from zip(
-                self.names[start : start + NAME_BLOCK], self.dataset()[start : start + NAME_BLOCK], strict=True
-            )
+            stop = start + NAME_BLOCK
+            yield from zip(self.names_of(start, stop), self.dataset()[start:stop], strict=True)
 
     def logits(self, key: int | str) -> NDArray[Any]:
         """Logits [L, 33] of a record's residues (empty if it was skipped); needs `--emit logits`."""
