@@ -15,7 +15,7 @@ LAYERS = (
     ("config", "kinds", "report", "errors"),
     ("collate", "packing", "fasta", "alphabet", "pooling"),
     ("placer", "runner", "store", "policies", "model", "attention", "kernels", "layouts"),
-    ("validation", "timing", "workers", "ray_engine", "rescue", "shards", "qc"),
+    ("validation", "timing", "workers", "ray_engine", "rescue", "shards", "qc", "cache"),
     ("embed", "fetch", "bench", "validate", "inspect", "verify", "merge", "status", "doctor"),
     ("extract",),
     ("cli",),

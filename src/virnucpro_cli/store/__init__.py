@@ -18,6 +18,7 @@ from virnucpro_cli.store.layout import Layout
 from virnucpro_cli.store.reading import EmbeddingFile, differences, fingerprint_of, read_embeddings
 from virnucpro_cli.store.schema import (
     AFTER_TRYING,
+    CACHED,
     COPIED,
     DONE,
     EMPTY,
