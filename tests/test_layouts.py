@@ -487,3 +487,13 @@ def test_inspect_verify_and_export_know_an_imported_file(
     (tmp_path / "x.parquet").unlink()
     importing.run(str(tmp_path / "again.parquet"), str(back), overwrite=True)
     same(made / "out.h5", back, "mean")
+
+
+def test_a_folder_that_was_to_be_replaced_is_put_back_if_the_new_one_cannot_be(tmp_path: Path) -> None:
+    old = tmp_path / "tree"
+    old.mkdir()
+    (old / "p1.pt").touch()
+    (tmp_path / "new").mkdir()
+    with pytest.raises(FileNotFoundError):
+        export._take_the_place_of(old, tmp_path / "new" / "tree")
+    assert (old / "p1.pt").exists()

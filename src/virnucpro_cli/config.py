@@ -69,10 +69,17 @@ class EmbedConfig:
     shard: str | None = None
     qc: str | None = None
     report: str | None = None
+    cache: str | None = None
+    cache_size: str = "50G"
     quiet: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
+        bytes_of(self.cache_size)
+        if self.cache is not None and ("residue" in self.pool or self.emit):
+            raise UserError(
+                "--cache keeps pooled rows, not those of --pool residue or --emit.", "Leave one of them out."
+            )
         if self.output == "-":
             raise UserError("--output is -, and HDF5 cannot be written to a pipe.", "Name a file, such as out.h5.")
         unknown = [kind for kind in self.pool if kind not in KINDS]
@@ -242,6 +249,14 @@ def _check(config: Any) -> None:
             raise UserError(f"--token-budget is {budget}.", "Give auto or a number of tokens, 1024 or more.")
     if config.max_residues < 1:
         raise UserError(f"--max-residues is {config.max_residues}.", "Give 1 or more.")
+
+
+def bytes_of(size: str) -> int:
+    """Bytes of a size such as 500M or 1.5T (of 1000). Raises UserError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMGT]?)B?", size)
+    if not match:
+        raise UserError(f"--cache-size is {size!r}.", "Give a number of bytes, such as 50G or 500M.")
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
 
 
 def resolve(kind: type[Any], toml: str | None, flags: dict[str, Any]) -> Any:

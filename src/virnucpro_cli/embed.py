@@ -22,7 +22,7 @@ from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import fasta, genes, groups, qc, ray_engine, report, rescue, runner, shards, store, workers
+from virnucpro_cli import cache, fasta, genes, groups, qc, ray_engine, report, rescue, runner, shards, store, workers
 from virnucpro_cli.attention import Backend
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
@@ -109,7 +109,9 @@ def _run(
     inputs, extra = genes.find(config, whole, out, clock)
     with clock.stage("index"):
         sources = fasta.open_sources(inputs, output.parent)
-        table = fasta.index(sources, on_invalid=config.invalid, dedup=config.dedup)
+        table = fasta.index(
+            sources, on_invalid=config.invalid, dedup=config.dedup, keep_digests=config.cache is not None
+        )
     _check_protein(table, config)
 
     with clock.stage("plan"):
@@ -181,14 +183,21 @@ def _run(
     file = _open_store(output, layout, fingerprint, config, summary, table, found, out)
 
     with file.filling():
-        todo = np.zeros(len(table), np.bool_)
-        todo[work.unit[file.status == store.PENDING]] = True
-        packs = worst_first(plan, subset(plan, todo[work.segments.record]), work.segments.length)
-        placer = Placer(file, table, work, plan, config, todo, clock, pin=cluster is None and device.type == "cuda")
 
         def tell(text: str) -> None:
             out.print(text, style="yellow")
             summary.notes.append(text)
+
+        shared = None
+        if config.cache is not None:
+            assert table.digest is not None
+            shared = cache.Cache(config, fingerprint, environment, file, work, table.digest, tell)
+            with clock.stage("cache"):
+                summary.counts |= shared.take()
+        todo = np.zeros(len(table), np.bool_)
+        todo[work.unit[file.status == store.PENDING]] = True
+        packs = worst_first(plan, subset(plan, todo[work.segments.record]), work.segments.length)
+        placer = Placer(file, table, work, plan, config, todo, clock, pin=cluster is None and device.type == "cuda")
 
         exact_arithmetic()
         several = len(packs) > 1 and len(devices) > 1
@@ -224,6 +233,8 @@ def _run(
             file.commit()
             table.check_unchanged()
             groups.fill(file)
+            if shared is not None:
+                shared.publish()
             _fill_rates(summary, plan, packs, work, clock, placer, device, file)
             summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), config.overwrite)
     if store.partial_path(output).exists():  # left by a kill between the two steps of the renaming
@@ -289,6 +300,8 @@ def _check_paths(output: Path, config: EmbedConfig, beside: list[Path]) -> None:
         raise UserError(
             f"The output {output} is one of the inputs.", "Choose another name; inputs are never overwritten."
         )
+    if config.cache is not None and not config.dry_run:
+        cache.check_place(config.cache)
     places = {"report": config.report, "qc": config.qc}
     report.check_places(places, [*read, output, store.partial_path(output), *beside])
 
@@ -552,6 +565,7 @@ def _fill_rates(
         "genes",
         "index",
         "plan",
+        "cache",
         "load model",
         "start workers",
         "first pack",

@@ -162,12 +162,13 @@ def _placed(target: Path, layout: Layout, overwrite: bool) -> Iterator[Path]:
             yield Path(folder) / target.name
             _sync(Path(folder))
             for path in _beside(target, layout):
-                if path.exists() and overwrite:
-                    os.rename(path, Path(folder) / f"{path.name}.old")
+                new = Path(folder) / path.name
                 if layout.folder:
-                    os.rename(Path(folder) / path.name, path)
+                    _take_the_place_of(path, new)
+                elif overwrite:
+                    os.replace(new, path)
                 else:
-                    rename_new(Path(folder) / path.name, path)
+                    rename_new(new, path)
             sync_folder(target.parent)
     except OSError as error:
         if error.errno is None:  # NumPy's, of a short write
@@ -175,6 +176,19 @@ def _placed(target: Path, layout: Layout, overwrite: bool) -> Iterator[Path]:
         raise disk_error(error, target, resumable=False) from None
     except RuntimeError as error:  # HDF5's and torch's
         raise _unwritable(target, error) from None
+
+
+def _take_the_place_of(path: Path, new: Path) -> None:
+    """Rename a folder to one that may be there; that is put back if it fails."""
+    old = new.with_name(f"{new.name}.old")
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
 
 
 def _unwritable(target: Path, error: Exception) -> UserError:

@@ -121,6 +121,7 @@ class RecordTable:
     replaced: NDArray[np.int32]
     unique_of: NDArray[np.int64]
     nucleotide_share: list[float]  # of each source's residues, how many are A, C, G, T, U or N
+    digest: NDArray[np.uint64] | None = None  # [N, 2], hash of the residues, if it was asked for
     following: NDArray[np.int64] | None = None  # of a part of the input: offset of what comes after each record
     _near: _Stretch = field(default=NOTHING, init=False, repr=False)
 
@@ -143,7 +144,7 @@ class RecordTable:
         first = np.searchsorted(records, self.unique_of[records])
         return RecordTable(
             self.sources, self.sha256, self.offset[records], self.length[records], self.replaced[records], first,
-            self.nucleotide_share, self._following(records),
+            self.nucleotide_share, None if self.digest is None else self.digest[records], self._following(records),
         )  # fmt: skip
 
     def _following(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -373,7 +374,9 @@ def _check_is_fasta(source: Source) -> None:
     raise UserError(f"{source.path} is {kind}.", remedy)
 
 
-def index(sources: list[Source], *, on_invalid: str = "x", dedup: bool = True) -> RecordTable:
+def index(
+    sources: list[Source], *, on_invalid: str = "x", dedup: bool = True, keep_digests: bool = False
+) -> RecordTable:
     """Read every byte once and return the record table.
 
     on_invalid: "x" counts residues outside the alphabet (they will embed as X); "error" raises UserError with file,
@@ -401,9 +404,13 @@ def index(sources: list[Source], *, on_invalid: str = "x", dedup: bool = True) -
     length = _joined(lengths, np.int32)
     replaced_counts = _joined(replaced, np.int32)
     unique_of = np.arange(len(length), dtype=np.int64)
+    digest = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
     if dedup and len(length):
-        unique_of = _first_of_equal(np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2))
-    return RecordTable(sources, shas, _joined(offsets, np.int64), length, replaced_counts, unique_of, shares)
+        unique_of = _first_of_equal(digest)
+    return RecordTable(
+        sources, shas, _joined(offsets, np.int64), length, replaced_counts, unique_of, shares,
+        digest if keep_digests else None,
+    )  # fmt: skip
 
 
 def _joined(parts: list[Any], dtype: type) -> NDArray[Any]:

@@ -110,6 +110,6 @@ def _of_the_input(
         rows("lengths", file.lengths != table.length),
         rows("replaced residues", file.replaced != table.replaced),
         rows("statuses and reasons", settled & ((file.status != status) | (file.reason != work.reason))),
-        rows("flags", (file.flags & ~np.uint16(store.RECOMPUTED)) != work.flags),
+        rows("flags", (file.flags & ~np.uint16(store.RECOMPUTED | store.CACHED)) != work.flags),
     ]
     return checks, work.unit

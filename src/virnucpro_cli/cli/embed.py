@@ -191,6 +191,18 @@ def embed(
             "See status and merge.",
         ),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            "--cache",
+            metavar="DIR",
+            help="Take rows of proteins that were embedded before from this folder, and add new ones.",
+        ),
+    ] = None,
+    cache_size: Annotated[
+        str | None,
+        typer.Option("--cache-size", metavar="SIZE", help="Most that the cache may take, such as 500M. [default: 50G]"),
+    ] = None,
     qc: QcFile = None,
     report: ReportFile = None,
     config: Annotated[
@@ -212,7 +224,8 @@ def embed(
         "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
         "restart": restart or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,
         "force_protein": force_protein or None, "from_": from_, "genes": genes, "min_aa": min_aa, "chunk": chunk,
-        "group": group, "group_regex": group_regex, "group_table": group_table, "shard": shard, "qc": qc, "report": report, "quiet": quiet or None,
+        "group": group, "group_regex": group_regex, "group_table": group_table, "shard": shard, "cache": cache,
+        "cache_size": cache_size, "qc": qc, "report": report, "quiet": quiet or None,
     }  # fmt: skip
     settings = resolve(EmbedConfig, config, flags)
     from virnucpro_cli import embed as workflow

@@ -23,6 +23,7 @@ from virnucpro_cli.store.schema import (
     ABSENT,
     AFTER_TRYING,
     AMBIGUOUS,
+    CACHED,
     COPIED,
     DONE,
     EMPTY,

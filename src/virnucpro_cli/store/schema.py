@@ -5,8 +5,8 @@ import errno
 SCHEMA = 1
 PENDING, DONE, SKIPPED = 0, 1, 2
 STATUS_NAMES = ("pending", "done", "skipped")
-TRUNCATED, REPLACED, RECOMPUTED, COPIED, WINDOWED = 1, 2, 4, 8, 16
-FLAG_NAMES = {1: "truncated", 2: "replaced", 4: "recomputed in fp32", 8: "copied", 16: "windowed"}
+TRUNCATED, REPLACED, RECOMPUTED, COPIED, WINDOWED, CACHED = 1, 2, 4, 8, 16, 32
+FLAG_NAMES = {1: "truncated", 2: "replaced", 4: "recomputed in fp32", 8: "copied", 16: "windowed", 32: "from the cache"}
 REASONS = ("", "empty", "invalid residues", "too long", "not finite", "out of memory", "not in what was imported",
            "name not unique")  # fmt: skip
 EMPTY, INVALID, TOO_LONG, NOT_FINITE, NO_MEMORY, ABSENT, AMBIGUOUS = 1, 2, 3, 4, 5, 6, 7
