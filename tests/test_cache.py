@@ -168,3 +168,14 @@ def test_a_cache_that_fails_at_the_end_costs_no_row(
     monkeypatch.setattr("virnucpro_cli.cache.Cache._write", full)
     found = bench.embed(make_fasta(LENGTHS), "1.h5")
     assert any("was not added to" in note for note in found.notes) and (bench.folder / "1.h5").exists()
+
+
+def test_groups_and_where_proteins_come_from_play_no_part(bench: Bench, make_fasta: Make) -> None:
+    fasta = make_fasta(LENGTHS)
+    bench.embed(fasta, "1.h5")
+    assert bench.embed(fasta, "2.h5", group_regex="(p).*").counts["from the cache"] == 7
+    contigs = Path(__file__).parent.parent / "examples" / "contigs.fna"
+    found = {"from_": "contigs", "genes": "six-frame"}
+    bench.embed(contigs, "3.h5", **found)
+    again = bench.embed(contigs, "4.h5", **found, group="contig")
+    assert again.counts["from the cache"] == again.counts["proteins"]

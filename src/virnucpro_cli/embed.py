@@ -191,7 +191,8 @@ def _run(
         shared = None
         if config.cache is not None:
             assert table.digest is not None
-            shared = cache.Cache(config, fingerprint, environment, file, work, table.digest, tell)
+            of_a_row = {key: value for key, value in fingerprint.items() if key not in extra.fingerprint}
+            shared = cache.Cache(config, of_a_row, environment, file, work, table.digest, tell)
             with clock.stage("cache"):
                 summary.counts |= shared.take()
         todo = np.zeros(len(table), np.bool_)
