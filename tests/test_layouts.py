@@ -497,3 +497,13 @@ def test_a_folder_that_was_to_be_replaced_is_put_back_if_the_new_one_cannot_be(t
     with pytest.raises(FileNotFoundError):
         export._take_the_place_of(old, tmp_path / "new" / "tree")
     assert (old / "p1.pt").exists()
+
+
+def test_a_key_that_several_names_come_to_is_not_given_to_the_first_of_them(tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">a/b\nMKV\n>a_b\nMKL\n>c\nMKT\n")
+    with h5py.File(tmp_path / "published.h5", "w") as file:
+        file["a_b"], file["c"] = np.full(4, 2, np.float16), np.full(4, 3, np.float16)
+    importing.run(str(tmp_path / "published.h5"), str(tmp_path / "out.h5"), inputs=(str(tmp_path / "in.fasta"),))
+    with store.read_embeddings(tmp_path / "out.h5") as found:
+        assert found.status.tolist() == [store.SKIPPED, store.DONE, store.DONE]
+        assert found[1:3][:, 0].tolist() == [2, 3]

@@ -25,7 +25,7 @@ import virnucpro_cli
 from virnucpro_cli import fasta, layouts, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, in_a_line
-from virnucpro_cli.layouts.layout import Entry, Keys, Layout, What
+from virnucpro_cli.layouts.layout import Entry, Keys, Layout, What, possible
 from virnucpro_cli.policies import POLICIES, decide
 from virnucpro_cli.store import UNKNOWN
 
@@ -342,7 +342,8 @@ def _joined(
         ways = []
         if layout.longest and found.keyed:
             ours = hashes(Keys(names, n, layout.longest))
-            ways.append((_all_of_a_name(_match(found.keys, ours), hashes(names)), found.keys, ours, "key"))
+            alike = hashes(lambda a, b: (possible(name, layout.longest) for name in names(a, b)))
+            ways.append((_all_of_a_key(_match(found.keys, ours), alike), found.keys, ours, "key"))
         for theirs, (how, reading) in zip(found.names, READINGS, strict=True):
             ours = hashes(lambda a, b, reading=reading: map(reading, names(a, b)))  # type: ignore[misc]
             ways.append((_match(theirs, ours), theirs, ours, how))
@@ -373,9 +374,9 @@ def _match(theirs: Int64, ours: Int64, by_content: bool = False) -> Int64:
     return entry
 
 
-def _all_of_a_name(entry: Int64, names: Int64) -> Int64:
-    """The same, but where several records have a name, and not all of them a key in the file, nobody knows whose those are."""
-    _, back, count = np.unique(names, return_inverse=True, return_counts=True)
+def _all_of_a_key(entry: Int64, keys: Int64) -> Int64:
+    """The same, but where the names of several records come to one key, and not all of them are in the file, nobody knows whose those are."""
+    _, back, count = np.unique(keys, return_inverse=True, return_counts=True)
     there = np.bincount(back, entry >= 0, len(count))
     return np.where(((there > 0) & (there < count))[back], SEVERAL, entry)
 
