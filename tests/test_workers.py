@@ -203,7 +203,7 @@ def test_a_kill_of_anybody_at_any_moment_is_made_good_by_the_same_command(
     dice = random.Random(moments)
     killed = 0
     for i in range(moments):
-        program = Program(case, tmp_path / f"{i}.h5", dice.choice((1, 2, 4)))
+        program = Program(case, tmp_path / f"{i}.h5", dice.choice((1, 2, 4)), SLOWER)
         for _ in range(dice.randint(1, 3)):
             time.sleep(dice.uniform(0, 4))
             victims = [program.process.pid, *program.workers]
