@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from virnucpro_cli import alphabet
-from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, Segments, rung_of, window_weights
+from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, Segments, ranges, rung_of, window_weights
 
 QUERY_TILE = 64
 
@@ -21,7 +21,7 @@ def query_tiles(cu_seqlens: NDArray[np.int64]) -> NDArray[np.int64]:
     lengths = np.diff(cu_seqlens)
     counts = -(-lengths // QUERY_TILE)
     segment = np.repeat(np.arange(len(lengths)), counts)
-    within = np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)
+    within = ranges(np.zeros(len(counts), np.int64), counts)
     start = cu_seqlens[segment]
     return np.stack((start + within * QUERY_TILE, start, cu_seqlens[segment + 1]), axis=1)
 

@@ -29,7 +29,7 @@ def run(
         if len(data) < projection.FEWEST:
             left_out = f" ({lacking:,} skipped or not computed yet)" if lacking else ""
             raise UserError(
-                f"{path} holds {pooled.count(len(data), 'embedded protein')}{left_out}.",
+                f"{path} holds {pooled.count(len(data), 'embedded protein', 'embedded proteins')}{left_out}.",
                 f"A map needs {projection.FEWEST} or more.",
             )
         caption = []

@@ -67,6 +67,11 @@ class Plan:
         return float(self.tokens[:-1].sum() / self.rung[:-1].sum()) if len(self) > 1 else self.density
 
 
+def ranges(first: Int64, counts: Int64) -> Int64:
+    """`first[i], first[i] + 1, ...`, counts[i] of them, for each i, one range behind the other: int64 [sum of counts]."""
+    return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
 def whole_segments(records: Int64, lengths: Int64, longest: int | None = None) -> Segments:
     """One segment per record, cut after `longest` residues if given."""
     length = lengths if longest is None else np.minimum(lengths, longest)
@@ -84,7 +89,7 @@ def windowed_segments(records: Int64, lengths: Int64, window: int, overlap: int)
     record = np.repeat(records, counts)
     total = np.repeat(lengths, counts)
     count = np.repeat(counts, counts)
-    k = np.arange(len(record)) - np.repeat(np.cumsum(counts) - counts, counts)
+    k = ranges(np.zeros(len(counts), np.int64), counts)
     start = np.where(count > 1, k * (total - window) // np.maximum(count - 1, 1), 0)
     return Segments(record, start.astype(np.int32), np.minimum(total, window).astype(np.int32))
 

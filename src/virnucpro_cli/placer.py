@@ -13,7 +13,7 @@ from virnucpro_cli.collate import Item, VarlenCollator
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.kinds import POOLED, any_by_residue, by_residue
-from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
+from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, ranges
 from virnucpro_cli.policies import Int64, Work
 
 COMMIT_SECONDS = 5.0
@@ -121,8 +121,7 @@ class Placer:
         first = np.searchsorted(self._sorted_units, records, side="left")
         counts = np.searchsorted(self._sorted_units, records, side="right") - first
         source = np.repeat(np.arange(len(records)), counts)
-        within = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self._members[np.repeat(first, counts) + within], source
+        return self._members[ranges(first, counts)], source
 
     def _place_whole(self, record: Int64, chosen: Int64, batch: Packed, found: Found) -> None:
         rows, source = self.rows_of(record[chosen])

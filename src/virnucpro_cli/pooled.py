@@ -50,6 +50,6 @@ def of(file: store.EmbeddingFile, path: str) -> Pooled:
     return Pooled(file, kind, int(layer), file.array(kind, int(layer)), np.flatnonzero(file.status == store.DONE))
 
 
-def count(n: int, what: str = "protein") -> str:
+def count(n: int, one: str = "protein", several: str = "proteins") -> str:
     """`1,234 proteins`, `1 protein`."""
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
+    return f"{n:,} {one if n == 1 else several}"

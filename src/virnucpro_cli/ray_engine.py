@@ -30,10 +30,10 @@ from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.packing import Plan, Segments
+from virnucpro_cli.packing import Plan, Segments, ranges
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.pooling import Embeddings
-from virnucpro_cli.workers import Lost, undone, used_here
+from virnucpro_cli.workers import Lost, idle, undone, used_here
 
 AHEAD = 2
 """Shares that an actor has at a time: it computes one while the other travels."""
@@ -102,7 +102,7 @@ def share_of(packs: Sequence[int], plan: Plan, placer: Placer) -> Share:
     records = np.unique(segments.record[wanted])
     first, last = (np.searchsorted(segments.record, records, side=side) for side in ("left", "right"))
     counts = last - first
-    numbers = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+    numbers = ranges(first, counts)
     table.check_unchanged()
     return Share(
         table.tokens(records), table.length[records], placer.work.embedded[records],
@@ -242,14 +242,8 @@ class Cluster:
         try:
             self.place = self.ray.get(answer)
         except self.ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None)
-            raise (
-                cause
-                if isinstance(cause, UserError)
-                else UserError(
-                    f"No actor could be started on the Ray cluster: {in_a_line(error)}",
-                    "Look at ray status and its logs.",
-                )
+            raise _told_by(error) or UserError(
+                f"No actor could be started on the Ray cluster: {in_a_line(error)}", "Look at ray status and its logs."
             ) from None
         assert isinstance(self.place, runner.Place)
         if self.place.virnucpro != virnucpro_cli.__version__:
@@ -288,13 +282,9 @@ class Cluster:
                 try:
                     result = ray.get(answer)
                 except ray.exceptions.RayError as error:
-                    cause = getattr(error, "cause", None)
-                    told = (
-                        cause
-                        if isinstance(cause, UserError)
-                        else UserError(in_a_line(error), "Run the same command again.")
-                    )
-                    result = Returned(lost=Lost(told, fatal=isinstance(cause, UserError)))
+                    told = _told_by(error)
+                    unsaid = UserError(in_a_line(error), "Run the same command again.")
+                    result = Returned(lost=Lost(told or unsaid, fatal=told is not None))
                 if isinstance(result, runner.Place):
                     member.node = result.node
                     self._check(result)
@@ -373,6 +363,12 @@ class Cluster:
             member.packs, member.ending = [], False
 
 
+def _told_by(error: Exception) -> UserError | None:
+    """What an actor's own code had to say, if that is what Ray reports."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, UserError) else None
+
+
 def _returned_bytes(plan: Plan, placer: Placer) -> int:
     """About what a pack's rows take on their way back."""
     rows = len(placer.work.segments) / max(len(plan), 1)
@@ -388,10 +384,10 @@ def _by_node(members: list[_Member], lost: set[int], began: float, seconds: floa
     for node in dict.fromkeys(member.node for member in members):
         there = [member for member in members if member.node == node]
         gone = sum(member.number in lost for member in there)
-        idle = [1 - min(1.0, max(0.0, (member.last_done - began) / seconds)) if seconds else 1.0 for member in there]
+        waited = [idle(member.last_done, began, seconds) for member in there]
         rows.append({
             "node": node, "actors": len(there), "tokens": sum(member.tokens for member in there),
-            "idle at the end": sum(idle) / len(idle),
+            "idle at the end": sum(waited) / len(waited),
             "CPU seconds": sum(member.used.get("CPU seconds", 0.0) for member in there),
             "lost": f"{gone} lost" if gone else "",
         })  # fmt: skip
@@ -413,8 +409,7 @@ class _Texts:
 
     def tokens(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
         size = self.length[records].astype(np.int64)
-        start = self._ends[records] - size
-        return self._tokens[np.repeat(start - (np.cumsum(size) - size), size) + np.arange(size.sum())]
+        return self._tokens[ranges(self._ends[records] - size, size)]
 
 
 Part = tuple[VarlenCollator, NDArray[np.int64], Any]

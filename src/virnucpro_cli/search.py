@@ -95,7 +95,7 @@ def run(
             )
             _write(writer, file, queries.data.file, rows, found, cosines)
     if output is not None:
-        out.print(f"{output}: {pooled.count(len(queries.data), 'query').replace('querys', 'queries')}")
+        out.print(f"{output}: {pooled.count(len(queries.data), 'query', 'queries')}")
     return lacking
 
 

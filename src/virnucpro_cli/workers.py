@@ -90,11 +90,12 @@ class _Worker:
     def __str__(self) -> str:
         return f"worker {self.number} on {self.device}"
 
-    def idle(self, began: float, seconds: float) -> float:
-        """What share of the time since `began` it had nothing to do at the end."""
-        if not self.last_done or not seconds:
-            return 1.0
-        return min(1.0, max(0.0, (began + seconds - self.last_done) / seconds))
+
+def idle(last_done: float, began: float, seconds: float) -> float:
+    """What share of the time since `began` somebody had nothing to do at the end; last_done: 0 for never."""
+    if not last_done or not seconds:
+        return 1.0
+    return min(1.0, max(0.0, (began + seconds - last_done) / seconds))
 
 
 def run(
@@ -155,7 +156,7 @@ def run(
     nothing = dict.fromkeys((key for worker in workers for key in worker.used), "")
     return [
         {
-            "worker": str(worker), "tokens": worker.tokens, "idle at the end": worker.idle(began, seconds),
+            "worker": str(worker), "tokens": worker.tokens, "idle at the end": idle(worker.last_done, began, seconds),
             **nothing, **worker.used, "lost": "" if worker in by_channel.values() else "lost",
         }
         for worker in workers
