@@ -40,6 +40,7 @@ class EmbedConfig:
     layers: tuple[int, ...] = (-1,)
     pool: tuple[str, ...] = ("mean",)
     emit: tuple[str, ...] = ()
+    contacts_for: str | None = None
     dtype: str = "auto"
     store_dtype: str = "fp16"
     device: str = "auto"
@@ -94,8 +95,14 @@ class EmbedConfig:
         unknown = [name for name in self.emit if name not in EMITS]
         if unknown:
             raise UserError(f"--emit has {', '.join(unknown)}.", f"Choose any of {', '.join(EMITS)}.")
+        if "contacts" in self.emit and self.engine == "ray":
+            raise UserError(
+                "--emit contacts is the work of one device, not of --engine ray.", "Leave one out, or see --shard."
+            )
+        if self.contacts_for is not None and "contacts" not in self.emit:
+            raise UserError("--contacts-for says whose contacts.", "Add --emit contacts.")
         if self.emit and self.long == "window":
-            raise UserError("--emit with --long window: scores are of a protein in one piece.", "Choose --long full.")
+            raise UserError("--emit with --long window: it is of a protein in one piece.", "Choose --long full.")
         whole = [kind for kind in self.pool if kind in OF_ALL_RESIDUES]
         if self.long == "window" and whole:
             raise UserError(

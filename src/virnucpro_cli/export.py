@@ -117,6 +117,11 @@ def _of_sequences(
     table = fasta.index(fasta.open_sources(inputs, spool), dedup=False)
     if settings["input_sha256"] != table.sha256:
         raise UserError(f"{', '.join(inputs)} is not what was embedded.", "Say where that is: --fasta FILE")
+    if file.sources:
+        raise UserError(
+            f"{file.path} is a view of shards, whose rows are not in the order of the FASTA, and this layout needs the sequences.",
+            "Export the shards, or a file that virnucpro merge made without --virtual.",
+        )
     if file.records is not None:
         table = table.part(file.records)
     return lambda start, stop: [key_of(sequence) for sequence in table.sequences(start, stop)]

@@ -8,7 +8,6 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from xopen import xopen
 
-from virnucpro_cli import embed, fasta, policies, report, runner, store
-from virnucpro_cli.collate import VarlenCollator
+from virnucpro_cli import embed, fasta, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import Stopped, UserError
-from virnucpro_cli.model import contacts, locate
-from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.packing import first_fit_decreasing
 
 ENTRIES = {
     "per_tok": ("representations", "residue"),
@@ -71,19 +66,21 @@ def run(
     _discard_others(folder, hidden)
     settings = EmbedConfig(
         inputs=(path,), output=str(hidden), model=model, layers=layers, pool=kinds or ("bos",), dtype="fp32", store_dtype="fp32",
-        device="auto" if gpu else "cpu", token_budget="auto" if tokens is None else max(tokens, 1024), max_residues=longest,
+        emit=("contacts",) if "contacts" in include else (), device="auto" if gpu else "cpu", token_budget="auto" if tokens is None else max(tokens, 1024), max_residues=longest,
         id="full", force_protein=True,
     )  # fmt: skip
-    contacts_of = _contacts(settings, table, out) if "contacts" in include else None
     embed.run(settings, out)
     try:
         with store.read_embeddings(hidden) as file, report.Tracker(out, len(file), "files") as tracker:
             done = file.status == store.DONE
+            if file.contact_maps is not None and file.contact_maps.pending:
+                raise UserError(
+                    f"The contacts of {file.contact_maps.pending:,} proteins do not fit the memory of the device.",
+                    "Use a smaller --truncation_seq_length or a larger device, or leave contacts out.",
+                )
             for start in range(0, len(file), BLOCK):
                 rows = slice(start, min(start + BLOCK, len(file)))
                 entries = _entries(file, include, rows)
-                if contacts_of is not None:
-                    entries["contacts"] = contacts_of
                 for i in range(rows.start, rows.stop):
                     if done[i]:
                         _save(folder, places[i], {"label": labels[i], **{key: of(i) for key, of in entries.items()}})
@@ -188,39 +185,16 @@ def _short_hash(text: str) -> str:
 def _entries(file: store.EmbeddingFile, include: tuple[str, ...], rows: slice) -> dict[str, Callable[[int], Any]]:
     """For each entry of the files but the label, what it is of a record among `rows`."""
 
-    def of_kind(kind: str) -> Callable[[int], dict[int, torch.Tensor]]:
+    def of_kind(kind: str) -> Callable[[int], Any]:
         if kind == "residue":
             return lambda i: {layer: torch.from_numpy(file.residues(i, layer)) for layer in file.layers}
         block: dict[int, NDArray[np.float32]] = {layer: file.dataset(kind, layer)[rows] for layer in file.layers}
         return lambda i: {layer: torch.from_numpy(each[i - rows.start].copy()) for layer, each in block.items()}
 
-    return {key: of_kind(kind) for name, (key, kind) in ENTRIES.items() if name in include}
-
-
-def _contacts(settings: EmbedConfig, table: fasta.RecordTable, out: Console) -> Callable[[int], torch.Tensor]:
-    """What predicts the contacts [L, L] of a record, one protein at a time. Says first what that takes."""
-    device = runner.resolve_device(settings.device)
-    found = locate.fetch(settings.model, lambda text: out.print(text))
-    spec, state, _ = model_weights.load(found)
-    state = contacts.with_contact_head(state, spec, found)
-    work = policies.decide(table, settings)
-    longest = int(work.embedded.max())
-    needed = contacts.bytes_needed(spec, longest)
-    written = 4 * int((work.embedded.astype(np.int64) ** 2).sum())
-    out.print(
-        f"contacts: {report.size(written)} of files; one protein at a time, up to {report.size(needed)} of memory beside the weights "
-        f"(for {longest:,} residues)"
-    )
-    runner.check_room(device, needed + 4 * spec.parameters, f"Contacts of {longest:,} residues")
-    collate = VarlenCollator(
-        table, work.segments, work.embedded, first_fit_decreasing(work.segments.length, 1024), pin=device.type == "cuda"
-    )
-    predict = cache(lambda: contacts.Contacts(spec, state, device))  # beside embed there may be no room for it
-
-    def of(record: int) -> torch.Tensor:
-        return predict()(collate(np.searchsorted(work.segments.record, work.unit[[record]])))
-
-    return of
+    entries = {key: of_kind(kind) for name, (key, kind) in ENTRIES.items() if name in include}
+    if "contacts" in include:
+        entries["contacts"] = lambda i: torch.from_numpy(file.contacts(i))
+    return entries
 
 
 def _save(folder: Path, place: Path, content: dict[str, Any]) -> None:

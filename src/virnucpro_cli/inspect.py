@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from virnucpro_cli import qc, report, store
-from virnucpro_cli.kinds import EMITS, POOLED
+from virnucpro_cli.kinds import POOLED, unmasked
 
 EXAMPLES = 3
 BLOCK, SAMPLED = 256, 1 << 14
@@ -42,6 +42,9 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
     done = int((file.status != store.PENDING).sum())
     table.add_row("complete", "yes" if file.complete else f"no: {done / max(len(file), 1):.1%} of the proteins")
     table.add_row("size", report.size(Path(path).stat().st_size))
+    if file.sources:
+        shown = f"{file.sources[0].name} to {file.sources[-1].name}"
+        table.add_row("a view of", f"{len(file.sources):,} shards, {shown}; rows in their order, see /records")
     table.add_row("proteins", f"{len(file):,}")
     for kind in settings["pool"]:
         for layer in settings["layers"]:
@@ -49,9 +52,13 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
             shape = " x ".join(f"{n:,}" for n in data.shape)
             is_default = "  (/embeddings)" if file.default == f"{kind}/{layer}" else ""
             table.add_row(f"/{kind}/{layer}", f"{shape} {data.dtype}{is_default}")
-    for name in settings.get("emit", ()):
-        data = file.dataset("unmasked", EMITS[name])
-        table.add_row(f"/unmasked/{EMITS[name]}", f"{' x '.join(f'{n:,}' for n in data.shape)} {data.dtype}")
+    for name in unmasked(settings.get("emit", ())):
+        data = file.dataset("unmasked", name)
+        table.add_row(f"/unmasked/{name}", f"{' x '.join(f'{n:,}' for n in data.shape)} {data.dtype}")
+    if file.contact_maps is not None:
+        maps = file.contact_maps
+        left_out = f", {maps.pending:,} more left out: out of memory" if file.complete and maps.pending else ""
+        table.add_row("/contacts", f"maps of {maps.done:,} proteins, {report.size(maps.values.nbytes)}{left_out}")
     table.add_section()
     for name in ("model", "dtype", "attention", "device", "weights", "weights_sha256", "created", "tool_version"):
         table.add_row(name, str(file.attributes[name]))

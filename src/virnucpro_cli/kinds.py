@@ -15,14 +15,22 @@ KINDS = (*POOLED, "residue")
 OF_ALL_RESIDUES = ("max", "std")
 """Kinds that windows of a protein do not add up to."""
 
-EMITS = {"logits": "logits", "entropy": "entropy", "pseudo-perplexity": "pseudo_perplexity"}
+UNMASKED = {"logits": "logits", "entropy": "entropy", "pseudo-perplexity": "pseudo_perplexity"}
 """What --emit names, and its dataset in /unmasked: of one pass over the unmasked protein, logits (sum L, 33) in the store
 dtype, scores float32 (N)."""
+
+EMITS = (*UNMASKED, "contacts")
+"""What --emit names; contacts are of a pass of their own (contacts.py)."""
 
 
 def pooled(kinds: Sequence[str]) -> list[str]:
     """Those of one row a protein, the first as the default embedding."""
     return [kind for kind in POOLED if kind in kinds]
+
+
+def unmasked(emit: Sequence[str]) -> tuple[str, ...]:
+    """Datasets of /unmasked for what --emit names."""
+    return tuple(UNMASKED[name] for name in emit if name in UNMASKED)
 
 
 def by_residue(kind: str, name: int | str) -> bool:

@@ -9,17 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli import groups, report, shards, store
+from virnucpro_cli import contacts, groups, report, shards, store
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.kinds import EMITS, any_by_residue, by_residue
+from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.packing import stretches
 
 BLOCK_BYTES = 1 << 26
@@ -39,9 +40,15 @@ class _Part:
 
 
 def run(
-    output: str, count: int | None = None, overwrite: bool = False, report_path: str | None = None
+    output: str,
+    count: int | None = None,
+    overwrite: bool = False,
+    report_path: str | None = None,
+    virtual: bool = False,
 ) -> report.RunReport:
-    """Merge the shards of `output`; count: of how many, if there are several sets. Raises UserError for what is missing or differs."""
+    """Merge the shards of `output`; count: of how many, if there are several sets; virtual: into a view of them, which holds no
+    rows of its own and has them in the order of the shards. Raises UserError for what is missing or differs.
+    """
     target = Path(output)
     store.check_destination(target)
     out, clock = report.console(), report.Clock()
@@ -59,15 +66,21 @@ def run(
                 raise UserError(
                     f"{target} exists and is not of these shards.", "Choose another name, or --overwrite it."
                 )
+            with store.read_embeddings(target) as existing:
+                if bool(existing.sources) != virtual:
+                    kind = "a view of these shards" if existing.sources else "the whole of these shards, not a view"
+                    raise UserError(f"{target} exists and is {kind}.", "Choose another name, or --overwrite it.")
             out.print(f"{target} is already complete: same input, model and settings.")
             summary.already_complete = True
             return summary
-        file = _store(target, parts, fingerprint)
+        file = _view(target, parts, fingerprint) if virtual else _store(target, parts, fingerprint)
         with file.filling():
-            with clock.stage("copy"), report.Tracker(out, max(1, len(file.status)), "proteins") as tracker:
-                for rows in _copied(parts, file, fingerprint):
-                    tracker.advance(rows)
-            groups.fill(file)
+            if not virtual:
+                with clock.stage("copy"), report.Tracker(out, max(1, len(file.status)), "proteins") as tracker:
+                    for rows in _copied(parts, file, fingerprint):
+                        tracker.advance(rows)
+                    _copy_contacts(parts, file)
+                groups.fill(file)
             summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
             summary.seconds = dict(clock.seconds)
             summary.tables["Computed by"] = report.where_computed(
@@ -165,6 +178,32 @@ def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> sto
         if there is None or store.differences(there[0], fingerprint):
             raise UserError(f"{begun} is of something else.", "Move it away.")
         return store.Store.resume(output)
+    layout = _layout(parts, fingerprint, to_copy=True)
+    store.check_free_space(output, layout.data_bytes)
+    return store.Store.create(output, layout)
+
+
+def _view(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> store.Store:
+    """A new partial file whose rows are those of the shards, one shard behind the other."""
+    if "groups" in fingerprint:
+        raise UserError("Rows of groups are made from all shards.", "Merge without --virtual.")
+    if store.partial_path(output).exists():
+        raise UserError(
+            f"{store.partial_path(output)} is of a merge that has not ended.", "End it, or move the file away."
+        )
+    ends = np.cumsum([len(part.records) for part in parts])
+    behind = [
+        replace(part, records=np.arange(end - len(part.records), end)) for part, end in zip(parts, ends, strict=True)
+    ]
+    layout = _layout(behind, fingerprint, to_copy=False)
+    shown = json.dumps([(part.path.name, part.file.checksum_of_the_run) for part in parts])
+    layout.attributes["virtual_of"] = shown
+    records = np.concatenate([part.records for part in parts])
+    return store.Store.create(output, replace(layout, records=records, sources=tuple(part.path for part in parts)))
+
+
+def _layout(parts: list[_Part], fingerprint: dict[str, Any], to_copy: bool) -> store.Layout:
+    """Of the whole: all columns as they are in the parts, but that what is to be copied is pending."""
     n = sum(len(part.records) for part in parts)
 
     def column(name: str) -> NDArray[Any]:
@@ -183,26 +222,21 @@ def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> sto
         computed_by[part.records] = known[np.minimum(part.file.computed_by, len(lines) - 1)]
     spec = parts[0].file.dataset(fingerprint["pool"][0], fingerprint["layers"][0])
     offsets = _offsets(parts, n) if _by_residue(fingerprint) else None
-    stored = [
-        part.file.dataset(kind, layer)
-        for part in parts
-        for kind in fingerprint["pool"]
-        for layer in fingerprint["layers"]
-    ]
-    all_else = sum(part.path.stat().st_size for part in parts) - sum(int(data.nbytes) for data in stored)
     layout = store.Layout(
         spec.shape[1], tuple(fingerprint["layers"]), tuple(fingerprint["pool"]), spec.dtype, column("lengths"),
-        column("replaced"), column("flags"), np.where(status == store.DONE, store.PENDING, status).astype(np.uint8),
-        column("reason"), offsets, names, all_else, None, "\n".join(environments),
-        computed_by, tuple(EMITS[name] for name in fingerprint.get("emit", ())), _attributes(parts, fingerprint),
-        _extra(parts, n),
+        column("replaced"), column("flags"), np.where(to_copy & (status == store.DONE), store.PENDING, status).astype(np.uint8),
+        column("reason"), offsets, names, 0, None, "\n".join(environments),
+        computed_by, unmasked(fingerprint.get("emit", ())), _attributes(parts, fingerprint),
+        _extra(parts, n, to_copy),
     )  # fmt: skip
     layout.attributes["merged_from"] = json.dumps([part.path.name for part in parts])
-    store.check_free_space(output, layout.data_bytes)
-    return store.Store.create(output, layout)
+    copied = sum(
+        prod(shape) * of.itemsize for name, (shape, of) in layout.filled.items() if not name.startswith("groups/")
+    )
+    return replace(layout, name_bytes=max(0, sum(part.path.stat().st_size for part in parts) - copied))
 
 
-def _extra(parts: list[_Part], n: int) -> store.Extra:
+def _extra(parts: list[_Part], n: int, to_copy: bool) -> store.Extra:
     """Columns gathered, tables as the first shard has them, and room for the rows of groups."""
 
     def gathered(name: str) -> NDArray[Any]:
@@ -215,8 +249,41 @@ def _extra(parts: list[_Part], n: int) -> store.Extra:
         return store.Names(len(data), lambda start, stop: data.asstr()[start:stop].tolist(), counted_already)
 
     tables = {name: table(data) for name, data in parts[0].file.tables.items()}
-    extra = store.Extra({name: gathered(name) for name in parts[0].columns}, tables)
-    return extra | groups.room(extra)
+    extra = store.Extra({name: gathered(name) for name in parts[0].columns if name not in contacts.COLUMNS}, tables)
+    return extra | groups.room(extra) | _contacts(parts, n, to_copy)
+
+
+def _contacts(parts: list[_Part], n: int, to_copy: bool) -> store.Extra:
+    """Room for the maps of all parts, if they have any."""
+    if parts[0].file.contact_maps is None:
+        return store.Extra()
+    key, sizes, before = np.full(n, -1, np.int64), np.zeros(n, np.int32), 0
+    for part in parts:
+        maps = part.file.contact_maps
+        assert maps is not None
+        key[part.records] = np.where(maps.starts < 0, -1, maps.starts + before)
+        sizes[part.records] = maps.sizes
+        before += len(maps.values)
+    room = contacts.laid_out(key, sizes)
+    if not to_copy:
+        for part in parts:
+            room.columns[contacts.STATUS][part.records] = part.columns[contacts.STATUS]
+    return room
+
+
+def _copy_contacts(parts: list[_Part], file: store.Store) -> None:
+    """Copy all maps that are pending, a part after the other; what its shard had no memory for stays so."""
+    for part in parts:
+        maps = part.file.contact_maps
+        if maps is None:
+            return
+        starts, status = (file.read(name, part.records)[:, 0] for name in (contacts.STARTS, contacts.STATUS))
+        first, _ = contacts.sharers(starts, np.flatnonzero(status == store.PENDING))
+        for own in first:
+            contacts.place(file, int(starts[own]), maps.raw(own))
+        for code in (store.DONE, store.SKIPPED):
+            rows = part.records[(starts >= 0) & (status == store.PENDING) & (maps.status == code)]
+            file.settle(contacts.STATUS, rows, code)
 
 
 def _attributes(parts: list[_Part], fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +303,7 @@ def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) 
     """Copy all rows that are pending, a stretch of the input after the other, and say how many records each was."""
     n = len(file.status)
     kinds = [(kind, layer) for kind in fingerprint["pool"] for layer in fingerprint["layers"]]
-    kinds += [("unmasked", EMITS[name]) for name in fingerprint.get("emit", ())]
+    kinds += [("unmasked", name) for name in unmasked(fingerprint.get("emit", ()))]
     width = max(file.places[f"{kind}/{layer}"].row_bytes for kind, layer in kinds) if n else 1
     offsets = _offsets(parts, n)
     file.keep_environments()

@@ -20,7 +20,7 @@ from virnucpro_cli import attention
 from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, in_a_line
-from virnucpro_cli.kinds import EMITS
+from virnucpro_cli.kinds import unmasked
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.scores import Scorer, TokenHead
 from virnucpro_cli.pooling import Embeddings, Pooler
@@ -245,9 +245,8 @@ def auto_token_budget(kind: str, free: float, hidden: int, weight_bytes: int, st
 
 def compute_with(model: ESM2, layers: tuple[int, ...], config: EmbedConfig) -> Compute:
     """What a run computes of a batch: the kinds, layers and scores that it stores."""
-    if config.emit:
+    if names := unmasked(config.emit):
         last, head = model.spec.layers, TokenHead(model.head_state, model.device)
-        names = tuple(EMITS[name] for name in config.emit)
         scorer = Scorer(config.pool, store_dtype(config.store_dtype), layers, last, head, names)
         return partial(model.embed, wanted=tuple({*layers, last}), pooler=scorer)
     return partial(model.embed, wanted=layers, pooler=Pooler(config.pool, store_dtype(config.store_dtype)))
@@ -271,7 +270,7 @@ def serial(items: Iterator[Item], collate: Collate, compute: Compute, sink: Sink
         try:
             found = compute(batch.to(device))
         except (RuntimeError, MemoryError) as error:
-            if not _is_for_want_of_memory(error):
+            if not is_for_want_of_memory(error):
                 raise
             raise _TooLarge(item, (), batch.used, error) from None
         sink(batch, _to_host(found, non_blocking=False))
@@ -401,7 +400,7 @@ def run(
             torch.cuda.empty_cache()
 
 
-def _is_for_want_of_memory(error: Exception) -> bool:
+def is_for_want_of_memory(error: Exception) -> bool:
     """PyTorch has a type for a GPU's memory, and for the host's only words."""
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 

@@ -41,7 +41,15 @@ def embed(
         typer.Option(
             "--emit",
             metavar="WHAT,WHAT",
-            help="Of the unmasked pass: logits, entropy, pseudo-perplexity. [default: none]",
+            help="Of the unmasked pass: logits, entropy, pseudo-perplexity; contacts, a map for each protein. [default: none]",
+        ),
+    ] = None,
+    contacts_for: Annotated[
+        str | None,
+        typer.Option(
+            "--contacts-for",
+            metavar="FILE",
+            help="Whose contacts: names of proteins, one in a line. [default: all]",
         ),
     ] = None,
     dtype: Annotated[
@@ -219,7 +227,7 @@ def embed(
         "inputs": tuple(inputs), "output": output, "model": model, "layers": numbers(layers),
         "pool": None if pool is None else tuple(dict.fromkeys(part.strip() for part in pool.split(","))),
         "emit": None if emit is None else tuple(dict.fromkeys(part.strip() for part in emit.split(","))),
-        "dtype": dtype, "store_dtype": store_dtype, "device": device, "workers": budget(workers), "engine": engine, "ray_address": ray_address, "attention": attention,
+        "contacts_for": contacts_for, "dtype": dtype, "store_dtype": store_dtype, "device": device, "workers": budget(workers), "engine": engine, "ray_address": ray_address, "attention": attention,
         "token_budget": budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
         "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
         "restart": restart or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,
@@ -231,5 +239,6 @@ def embed(
     from virnucpro_cli import embed as workflow
 
     summary = workflow.run(settings)
-    if summary.counts.get("skipped") and not (settings.dry_run or summary.already_complete):
+    missed = summary.counts.get("skipped") or summary.counts.get("contact maps left out")
+    if missed and not (settings.dry_run or summary.already_complete):
         raise typer.Exit(EXIT_SOME_SKIPPED)

@@ -100,7 +100,8 @@ class Store:
             if preallocate:
                 reserve(fd, os.fstat(fd).st_size)
             store = cls(output, new, fd)
-            store._fill_skipped(layout)
+            if not layout.sources:
+                store._fill_skipped(layout)
             os.fsync(fd)
             os.rename(new, partial)  # whoever holds .new is the only one who can make a .partial
             sync_folder(partial.parent)
@@ -219,6 +220,16 @@ class Store:
             self._write_column("status", self.status, np.concatenate([rows for rows, *_ in self._uncommitted]))
             self._sync()
             self._uncommitted.clear()
+
+    def settle(self, name: str, rows: NDArray[np.int64], value: int) -> None:
+        """Make durable what was placed; then, also durably, give the rows of a column of its own a value that vouches for it."""
+        with self._lock:
+            self.commit()
+            self._write_staged()
+            if len(rows):
+                self._sync()
+                self._write_rows(name, np.sort(rows), np.full(len(rows), value, self.places[name].dtype))
+                self._sync()
 
     def compute_in(self, environment: str) -> None:
         """Note that rows marked from now on were computed in this environment (a line of JSON), in the column computed_by."""

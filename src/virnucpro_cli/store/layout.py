@@ -4,6 +4,9 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -42,12 +45,14 @@ class Extra:
     """What a file holds besides the records' own columns and embeddings; names are those of datasets.
 
     columns: a value for each record [N]; tables: arrays and names of anything else; rows: groups of datasets `NAME/<layer>` of so
-    many rows in the store dtype, which are filled in the end. fingerprint and counts are the caller's to use.
+    many rows in the store dtype, and values: datasets of so many single ones, which are filled later. fingerprint and counts are the
+    caller's to use.
     """
 
     columns: dict[str, NDArray[Any]] = field(default_factory=dict)
     tables: "dict[str, NDArray[Any] | Names]" = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    values: dict[str, int] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -58,12 +63,6 @@ class Extra:
     def part(self, records: NDArray[np.int64]) -> "Extra":
         """That of a part of the records."""
         return replace(self, columns={name: values[records] for name, values in self.columns.items()})
-
-    @property
-    def bytes(self) -> int:
-        """Of columns and tables, at most."""
-        tables = (56 * t.count + t.bytes if isinstance(t, Names) else t.nbytes for t in self.tables.values())
-        return sum(values.nbytes for values in self.columns.values()) + sum(tables)
 
 
 @dataclass(frozen=True)
@@ -91,19 +90,41 @@ class Layout:
     unmasked: tuple[str, ...] = ()  # datasets of /unmasked: logits by residue in the store dtype, scores float32 (N)
     attributes: dict[str, Any] = field(default_factory=dict)
     extra: Extra = field(default_factory=Extra)
+    sources: tuple[Path, ...] = ()  # in the same folder: what is to be filled is a view of theirs, one behind the other
+
+    @property
+    def filled(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Name -> shape and type of every dataset that has its place now and its values later: embeddings, scores, groups' rows."""
+        n = len(self.lengths)
+        residues = int(self.residue_offsets[-1]) if self.residue_offsets is not None else 0
+        rows = {kind: residues if kind == "residue" else n for kind in self.kinds}
+        found: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+            f"{name}/{layer}": ((count, self.hidden), self.store_dtype)
+            for name, count in (rows | self.extra.rows).items()
+            for layer in self.layers
+        }
+        for name in self.unmasked:
+            logits = by_residue("unmasked", name)
+            shape, dtype = ((residues, len(TOKENS)), self.store_dtype) if logits else ((n,), np.dtype(np.float32))
+            found[f"unmasked/{name}"] = (shape, dtype)
+        return found | {name: ((count,), self.store_dtype) for name, count in self.extra.values.items()}
+
+    @property
+    def columns(self) -> "dict[str, NDArray[Any] | Names]":
+        """Name -> values of every dataset that is final, or has a first value, from the start."""
+        own = {name: getattr(self, name) for name in ("lengths", "replaced", "flags", "status", "reason")}
+        own["computed_by"] = np.zeros(len(self.lengths), np.uint8) if self.computed_by is None else self.computed_by
+        own |= {"records": self.records} if self.records is not None else {}
+        own |= {"residue/offsets": self.residue_offsets} if self.residue_offsets is not None else {}
+        ids = Names(len(self.lengths), self.names, self.name_bytes)
+        return {"sequence_ids": ids, **own, **self.extra.columns, **self.extra.tables}
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the embeddings themselves."""
-        rows = len(self.lengths) * len(pooled(self.kinds))
-        residues = int(self.residue_offsets[-1]) if self.residue_offsets is not None else 0
-        hidden = (
-            (rows + residues * ("residue" in self.kinds) + sum(self.extra.rows.values()))
-            * len(self.layers)
-            * self.hidden
-        )
-        logits = residues * len(TOKENS) * ("logits" in self.unmasked)
-        return (hidden + logits) * self.store_dtype.itemsize + 4 * len(self.scores) * len(self.lengths)
+        """Bytes of what is filled later."""
+        if self.sources:
+            return 0
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.filled.values())
 
     @property
     def scores(self) -> list[str]:
@@ -112,37 +133,33 @@ class Layout:
     @property
     def file_bytes(self) -> int:
         """What the whole file takes at most: embeddings, names with their heap entries, small columns, HDF5's own."""
-        per_record = (
-            16
-            + 40
-            + 4
-            + 4
-            + 2
-            + 1
-            + 1
-            + 1
-            + 8 * (self.records is not None)
-            + (8 if self.residue_offsets is not None else 0)
-        )
-        return (
-            self.data_bytes
-            + len(self.lengths) * per_record
-            + self.name_bytes
-            + self.extra.bytes
-            + REPORT_BYTES
-            + ENVIRONMENT_BYTES
-            + (1 << 17)
-        )
+        columns = sum(56 * c.count + c.bytes if isinstance(c, Names) else c.nbytes for c in self.columns.values())
+        return self.data_bytes + columns + REPORT_BYTES + ENVIRONMENT_BYTES + (1 << 17)
 
 
-def _create_contiguous(group: Any, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+def _create_contiguous(file: Any, path: str, shape: tuple[int, ...], dtype: Any) -> None:
     """A dataset whose bytes have their place in the file from the start, and are not touched by HDF5."""
+    folder, _, name = path.rpartition("/")
+    group = file.require_group(folder) if folder else file
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
     h5py.h5d.create(group.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, creation)
+
+
+def _create_view(file: Any, path: str, shape: tuple[int, ...], dtype: Any, sources: tuple[Path, ...]) -> None:
+    """A dataset that shows those of other files, one behind the other; NaN where a file is not to be found."""
+    view, start = h5py.VirtualLayout(shape, dtype), 0
+    for source in sources:
+        with h5py.File(source, "r", locking=False) as there:
+            size = there[path].shape
+        if size[0]:
+            view[start : start + size[0]] = h5py.VirtualSource(source.name, path, size, dtype)
+        start += size[0]
+    assert start == shape[0], f"{path} has {start} rows in all, not {shape[0]}; this is a bug"
+    file.create_virtual_dataset(path, view, fillvalue=np.nan)
 
 
 class _Reserved:
@@ -211,7 +228,6 @@ def _write_names(file: Any, name: str, names: Names) -> None:
 
 
 def _write_layout(room: _Reserved, layout: Layout) -> None:
-    n = len(layout.lengths)
     with h5py.File(room, "w") as file:
         for key, value in (layout.attributes | layout.extra.attributes).items():
             file.attrs[key] = value
@@ -221,52 +237,21 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
         file.attrs["status_names"] = json.dumps(dict(enumerate(STATUS_NAMES)))
         file.attrs["flag_names"] = json.dumps(FLAG_NAMES)
         file.attrs["reason_names"] = json.dumps(dict(enumerate(REASONS)))
-        _write_names(file, "sequence_ids", Names(n, layout.names, layout.name_bytes))
-        for name in ("lengths", "replaced", "flags", "status", "reason"):
-            column = getattr(layout, name)
-            _create_contiguous(file, name, (n,), column.dtype)
-            file[name][:] = column
-        _create_contiguous(file, "computed_by", (n,), np.uint8)
-        file["computed_by"][:] = np.zeros(n, np.uint8) if layout.computed_by is None else layout.computed_by
-        if layout.records is not None:
-            file["records"] = layout.records
-        if layout.residue_offsets is not None:
-            residue = file.create_group("residue")
-            residue["offsets"] = layout.residue_offsets
-            for layer in layout.layers if "residue" in layout.kinds else ():
-                _create_contiguous(
-                    residue, str(layer), (int(layout.residue_offsets[-1]), layout.hidden), layout.store_dtype
-                )
-        kinds = pooled(layout.kinds)
-        for kind in kinds:
-            group = file.create_group(kind)
-            for layer in layout.layers:
-                _create_contiguous(group, str(layer), (n, layout.hidden), layout.store_dtype)
-        if kinds:
-            file["embeddings"] = file[kinds[0]][str(layout.layers[-1])]
-        for name in layout.unmasked:
-            shape: tuple[int, ...] = (n,)
-            dtype = np.dtype(np.float32)
-            if by_residue("unmasked", name):
-                assert layout.residue_offsets is not None
-                shape, dtype = (int(layout.residue_offsets[-1]), len(TOKENS)), layout.store_dtype
-            _create_contiguous(file.require_group("unmasked"), name, shape, dtype)
-        for name, values in (layout.extra.columns | layout.extra.tables).items():
+        for name, values in layout.columns.items():
             if isinstance(values, Names):
                 _write_names(file, name, values)
             else:
-                group, _, own = name.rpartition("/")
-                _create_contiguous(file.require_group(group), own, values.shape, values.dtype)
-                file[name][:] = values
-        for name, count in layout.extra.rows.items():
-            for layer in layout.layers:
-                _create_contiguous(file.require_group(name), str(layer), (count, layout.hidden), layout.store_dtype)
-        run = file.create_group("run")
-        _create_contiguous(run, "report", (), f"S{REPORT_BYTES}")
-        run["report"][()] = b"{}"
-        _create_contiguous(run, "environments", (), f"S{ENVIRONMENT_BYTES}")
-        run["environments"][()] = layout.environment.encode() + b"\n"
-        _create_contiguous(run, "checksum", (), f"S{CHECKSUM_BYTES}")
-        run["checksum"][()] = b""
-        _create_contiguous(run, "complete", (), np.uint8)
-        run["complete"][()] = 0
+                _create_contiguous(file, name, values.shape, values.dtype)
+                file[name][...] = values
+        create = partial(_create_view, sources=layout.sources) if layout.sources else _create_contiguous
+        for name, (shape, dtype) in layout.filled.items():
+            create(file, name, shape, dtype)
+        if kinds := pooled(layout.kinds):
+            file["embeddings"] = file[kinds[0]][str(layout.layers[-1])]
+        texts = {"report": b"{}", "environments": layout.environment.encode() + b"\n", "checksum": b""}
+        sizes = {"report": REPORT_BYTES, "environments": ENVIRONMENT_BYTES, "checksum": CHECKSUM_BYTES}
+        for name, text in texts.items():
+            _create_contiguous(file, f"run/{name}", (), f"S{sizes[name]}")
+            file[f"run/{name}"][()] = text
+        _create_contiguous(file, "run/complete", (), np.uint8)
+        file["run/complete"][()] = 0

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.errors import UserError, in_a_line
-from virnucpro_cli.kinds import EMITS, by_residue
+from virnucpro_cli.kinds import by_residue, unmasked
 from virnucpro_cli.store.reading import EmbeddingFile, read_embeddings
 from virnucpro_cli.store.schema import HDF5_MAGIC, UNKNOWN
 
@@ -75,9 +77,17 @@ def settings_of(file: EmbeddingFile, path: str) -> dict[str, Any]:
                 shape = file.dataset(kind, layer).shape
                 width = width or shape[-1]
                 assert shape == (rows, width), f"{kind}/{layer} has shape {shape}, and {(rows, width)} is right"
-        for name in settings.get("emit", ()):
+        for name in unmasked(settings.get("emit", ())):
             shape = (int(file.residue_offsets[-1]), len(TOKENS)) if by_residue("unmasked", name) else (n,)
-            assert file.dataset("unmasked", EMITS[name]).shape == shape, f"unmasked/{EMITS[name]} has another shape"
+            assert file.dataset("unmasked", name).shape == shape, f"unmasked/{name} has another shape"
+        if "contacts" in settings.get("emit", ()):
+            maps = file.contact_maps
+            assert maps is not None, "there are no contacts"
+            assert len(maps.starts) == len(maps.sizes) == len(maps.status) == n, (
+                "columns of contacts have another length"
+            )
+            ends = (maps.starts + maps.sizes.astype(np.int64) ** 2)[maps.starts >= 0]
+            assert not len(ends) or ends.max() <= len(maps.values), "contacts/values is too short"
         for name in ("id", "long", "invalid", "max_residues", "dedup", "store_dtype", "input_sha256", "weights_sha256"):
             settings[name]
         assert settings["long"] != "window" or "overlap" in settings, "its fingerprint has windows and no overlap"

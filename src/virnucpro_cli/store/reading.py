@@ -15,8 +15,10 @@ from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.packing import stretches
 from virnucpro_cli.store.disk import checksum
 from virnucpro_cli.store.schema import (
+    DONE,
     NAME_BLOCK,
     ONLY_PLACE,
+    PENDING,
     SCHEMA,
     whole_lines,
 )
@@ -79,6 +81,35 @@ class Groups:
         return self._group[kind][str(self._layer if layer is None else layer)]
 
 
+class ContactMaps:
+    """Contact maps of records. values: all of them, flat; starts: int64 [N], where each record's begins, -1 for none; sizes: int32 [N],
+    its residues; status: uint8 [N], of codes as /status.
+    """
+
+    def __init__(self, group: h5py.Group):
+        self.values: h5py.Dataset = group["values"]
+        self.starts: NDArray[np.int64] = group["starts"][:]
+        self.sizes: NDArray[np.int32] = group["sizes"][:]
+        self.status: NDArray[np.uint8] = group["status"][:]
+
+    @property
+    def done(self) -> int:
+        return int((self.status == DONE).sum())
+
+    @property
+    def pending(self) -> int:
+        return int((self.status == PENDING).sum())
+
+    def of(self, row: int) -> NDArray[Any]:
+        """The map [L, L] of a record; empty if it has none."""
+        return self.raw(row) if self.status[row] == DONE else self.values[:0].reshape(0, 0)
+
+    def raw(self, row: int) -> NDArray[Any]:
+        """What is in the place of a record's map [L, L], whatever its status."""
+        size, first = int(self.sizes[row]), int(self.starts[row])
+        return self.values[first : first + size * size].reshape(size, size)
+
+
 class EmbeddingFile:
     """An embeddings file opened for reading. Rows are in FASTA order; a record's number is its identity.
 
@@ -92,6 +123,7 @@ class EmbeddingFile:
             self._file.close()
             raise UserError(f"{path} is not an embeddings file of schema {SCHEMA}.")
         self.attributes: dict[str, Any] = dict(self._file.attrs)
+        self.sources: list[Path] = self._checked_sources()
         self.lengths: NDArray[np.int32] = self._file["lengths"][:]
         self.status: NDArray[np.uint8] = self._file["status"][:]
         self.flags: NDArray[np.uint16] = self._file["flags"][:]
@@ -99,6 +131,24 @@ class EmbeddingFile:
         self.replaced: NDArray[np.int32] = self._file["replaced"][:]
         self._rows: dict[str, list[int]] | None = None
         self._names: list[str] | None = None
+
+    def _checked_sources(self) -> list[Path]:
+        """Of a view, the shards that it shows, all there and what they were; HDF5 would give NaN for what is missing."""
+        shown = json.loads(self.attributes.get("virtual_of", "[]"))
+        for name, recorded in shown:
+            path = self.path.parent / name
+            try:
+                with h5py.File(path, "r", locking=False) as there:
+                    found = there["run/checksum"][()].decode()
+            except (OSError, KeyError):
+                found = None
+            if found != recorded:
+                self._file.close()
+                raise UserError(
+                    f"{self.path} shows rows of {path}, which is {'missing' if found is None else 'another file now'}.",
+                    "Put the shard back beside it, or merge again.",
+                )
+        return [self.path.parent / name for name, _ in shown]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -122,7 +172,7 @@ class EmbeddingFile:
 
     @property
     def records(self) -> NDArray[np.int64] | None:
-        """Of a shard: the number of each row's record in the input; None of a whole file, where that is the row's own."""
+        """Of a shard, or a view of shards: the number of each row's record in the input; None of another file, where that is the row's own."""
         return self._file["records"][:] if "records" in self._file else None
 
     @property
@@ -142,8 +192,14 @@ class EmbeddingFile:
 
     @property
     def unaltered(self) -> bool:
-        """Whether its bytes are those that embed wrote; reads all of them."""
-        return self.checksum_of_the_run == self.checksum()
+        """Whether its bytes, and those of the shards that it shows, are those that embed wrote; reads all of them."""
+        if self.checksum_of_the_run != self.checksum():
+            return False
+        for path in self.sources:
+            with EmbeddingFile(path) as shard:
+                if not shard.unaltered:
+                    return False
+        return True
 
     def checksum(self) -> str:
         """The checksum of the file as it is now."""
@@ -225,11 +281,11 @@ class EmbeddingFile:
 
     def array(self, kind: str | None = None, layer: int | None = None) -> NDArray[Any]:
         """A dataset (see `dataset`) as a read-only memory map: [N, D], or [sum L, D] of residues. Nothing is copied, and it
-        stays good when the file is closed.
+        stays good when the file is closed. Of a view of shards it is a copy.
         """
         data = self.dataset(kind, layer)
         offset = data.id.get_offset()
-        if offset is None:  # it is empty, and has no place in the file
+        if offset is None:  # it is empty, or has its place in other files
             return data[:]
         return np.memmap(self._file.filename, data.dtype, "r", offset, data.shape)
 
@@ -283,14 +339,29 @@ class EmbeddingFile:
         """Logits [L, 33] of a record's residues (empty if it was skipped); needs `--emit logits`."""
         return self._of_residues(self.dataset("unmasked", "logits"), key)
 
+    @cached_property
+    def contact_maps(self) -> ContactMaps | None:
+        """None of a file made without `--emit contacts`."""
+        return ContactMaps(self._file["contacts"]) if "contacts" in self._file else None
+
+    def contacts(self, key: int | str) -> NDArray[Any]:
+        """Probabilities of contact [L, L] of a record's residues (empty if it has none); needs `--emit contacts`."""
+        maps = self.contact_maps
+        if maps is None:
+            raise KeyError("this file holds no contacts: it was made without --emit contacts")
+        return maps.of(self._row(key))
+
     def residues(self, key: int | str, layer: int | None = None) -> NDArray[Any]:
         """Per-residue array [L, D] of a record (empty if it was skipped); needs `--pool residue`."""
         return self._of_residues(self.dataset("residue", layer), key)
 
     def _of_residues(self, data: h5py.Dataset, key: int | str) -> NDArray[Any]:
-        row = self.rows(key)[0] if isinstance(key, str) else range(len(self))[key]
+        row = self._row(key)
         first, last = self._file["residue/offsets"][row : row + 2]
         return data[first:last]
+
+    def _row(self, key: int | str) -> int:
+        return self.rows(key)[0] if isinstance(key, str) else range(len(self))[key]
 
 
 def read_embeddings(path: str | Path) -> EmbeddingFile:

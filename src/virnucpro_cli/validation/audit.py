@@ -17,7 +17,7 @@ import virnucpro_cli
 from virnucpro_cli import fasta, report, runner, store
 from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.kinds import EMITS, any_by_residue, by_residue, pooled
+from virnucpro_cli.kinds import any_by_residue, by_residue, pooled, unmasked
 from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.reference import Reference
@@ -52,8 +52,8 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
         settings = store.settings_of(file, config.against)
         if file.records is not None:
             raise UserError(
-                f"{config.against} is a shard of a larger output.",
-                "Audit the merged file; virnucpro verify checks a shard.",
+                f"{config.against} is a shard, or a view of shards: its rows are not in the order of the FASTA.",
+                "Audit a file that virnucpro merge made; virnucpro verify checks a shard.",
             )
         paths = config.fasta or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
         if not paths:
@@ -250,11 +250,21 @@ def stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np
                     block = copies[start : start + store.NAME_BLOCK]
                     originals, back = np.unique(unit[block], return_inverse=True)
                     unlike += int((data[block] != data[originals][back]).any(axis=1).sum())
-    for name in set(settings.get("emit", ())) - {"logits"}:
-        score = file.dataset("unmasked", EMITS[name])[:]
+    for name in set(unmasked(settings.get("emit", ()))) - {"logits"}:
+        score = file.dataset("unmasked", name)[:]
         wrong += int((~np.isfinite(score) & (file.status == store.DONE)).sum())
         wrong += int((~np.isnan(score) & (file.status == store.SKIPPED)).sum())
         unlike += int((score[copies] != score[unit[copies]]).sum())
+    if (maps := file.contact_maps) is not None:
+        of_maps = np.flatnonzero(maps.starts >= 0)
+        _, first = np.unique(maps.starts[of_maps], return_index=True)
+        for row in of_maps[first].tolist():
+            values, is_done = maps.raw(row), maps.status[row] == store.DONE
+            wrong += int(
+                not (np.isfinite(values).all() and (values == values.T).all())
+                if is_done
+                else not np.isnan(values).all()
+            )
     return [
         _check("done rows finite, skipped rows NaN", wrong, f"{wrong:,} are not"),
         _check("copies equal their originals", unlike, f"{unlike:,} do not"),

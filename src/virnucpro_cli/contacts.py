@@ -1,0 +1,180 @@
+"""Contact maps in an embeddings file: whose, where each lies, and the pass that computes them, one protein at a time.
+
+Copies of a protein share its map. In a finished file, a map that is still pending is one that the device had no memory for.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from virnucpro_cli import fasta, report, runner, store
+from virnucpro_cli.collate import VarlenCollator
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import contacts as model_contacts
+from virnucpro_cli.model import locate
+from virnucpro_cli.model import weights as model_weights
+from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.packing import first_fit_decreasing
+from virnucpro_cli.placer import COMMIT_SECONDS
+from virnucpro_cli.policies import Work
+
+Made = TypeVar("Made")
+VALUES, STARTS, SIZES, STATUS = (f"contacts/{name}" for name in ("values", "starts", "sizes", "status"))
+COLUMNS = (STARTS, SIZES, STATUS)
+
+
+def room(config: EmbedConfig, table: fasta.RecordTable, work: Work) -> store.Extra:
+    """Where the maps will be, if any are asked for: int64 `starts` in the flat values (-1: no map), int32 `sizes`, `status`.
+
+    Raises UserError for a list of names that names nobody.
+    """
+    if "contacts" not in config.emit:
+        return store.Extra()
+    wanted, fingerprint = work.reason == 0, {}
+    if config.contacts_for is not None:
+        names, fingerprint["contacts_for"] = _read(config.contacts_for)
+        wanted &= _named(names, table, config)
+    sizes = np.where(wanted, work.embedded, 0).astype(np.int32)
+    return replace(laid_out(np.where(wanted, work.unit, -1), sizes), fingerprint=fingerprint)
+
+
+def laid_out(key: NDArray[np.int64], sizes: NDArray[np.int32]) -> store.Extra:
+    """Room for maps, all pending, in the order of their first records. key: of each record, the same if they share a map, -1 for none."""
+    rows = np.flatnonzero(key >= 0)
+    _, first, of = np.unique(key[rows], return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    squares = sizes[rows[first[order]]].astype(np.int64) ** 2
+    starts, status = np.full(len(key), -1, np.int64), np.full(len(key), store.SKIPPED, np.uint8)
+    starts[rows] = (np.cumsum(squares) - squares)[np.argsort(order)[of]]
+    status[rows] = store.PENDING
+    return store.Extra(
+        {STARTS: starts, SIZES: sizes, STATUS: status}, values={VALUES: int(squares.sum())},
+        counts={"contact maps": len(rows)},
+    )  # fmt: skip
+
+
+def _read(path: str) -> tuple[set[str], str]:
+    """The names in a file, and the SHA-256 of it."""
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"--contacts-for {path} cannot be read: {error.strerror}.") from None
+    lines = (line.strip() for line in text.decode("utf-8", "backslashreplace").splitlines())
+    return {line for line in lines if line}, hashlib.sha256(text).hexdigest()
+
+
+def _named(names: set[str], table: fasta.RecordTable, config: EmbedConfig) -> NDArray[np.bool_]:
+    chosen = np.zeros(len(table), np.bool_)
+    for start in range(0, len(table), store.NAME_BLOCK):
+        here = table.names(start, min(len(table), start + store.NAME_BLOCK), config.id == "full")
+        chosen[start : start + len(here)] = [name in names for name in here]
+    if not chosen.any() and config.shard is None:
+        shown = ", ".join(map(repr, table.names(0, min(3, len(table)), config.id == "full")))
+        raise UserError(
+            f"--contacts-for {config.contacts_for} names no protein of the input.", f"Names there are such as {shown}."
+        )
+    return chosen
+
+
+def described(extra: store.Extra, spec: ModelSpec, itemsize: int) -> str | None:
+    """What the maps take, in words; None without any."""
+    sizes = extra.columns.get(SIZES)
+    if sizes is None or not sizes.any():
+        return None
+    longest = int(sizes.max())
+    return (
+        f"contacts: {report.size(extra.values[VALUES] * itemsize)} of maps; one protein at a time in fp32, up to "
+        f"{report.size(model_contacts.bytes_needed(spec, longest))} of memory beside the weights (for {longest:,} residues)"
+    )
+
+
+def fill(
+    file: store.Store, table: fasta.RecordTable, work: Work, found: locate.Weights, device: torch.device, out: Console
+) -> int:
+    """Compute and place all maps that are pending, and return how many proteins have none for want of memory.
+
+    Needs every record placed and marked; the map of one that is skipped is NaN.
+    """
+    if STATUS not in file.places:
+        return 0
+    every = np.arange(len(file.status))
+    starts, sizes, status = (file.read(name, every)[:, 0] for name in (STARTS, SIZES, STATUS))
+    pending = np.flatnonzero(status == store.PENDING)
+    given_up = file.status[pending] == store.SKIPPED
+    first, sharing = sharers(starts, pending[given_up])
+    for record in first:
+        place(file, int(starts[record]), np.full((sizes[record],) * 2, np.nan, np.float32))
+    _settle(file, [(rows, store.SKIPPED) for rows in sharing])
+    first, sharing = sharers(starts, pending[~given_up])
+    if not first:
+        return 0
+
+    spec, state, _ = model_weights.load(found)
+    state = model_contacts.with_contact_head(state, spec, found)
+    predict = _or_none(model_contacts.Contacts, spec, state, device)
+    plan = first_fit_decreasing(work.segments.length, 1024)
+    collate = VarlenCollator(table, work.segments, work.embedded, plan, pin=device.type == "cuda")
+    ready: list[tuple[NDArray[np.int64], int]] = []
+    left_out = 0
+    committed = time.perf_counter()
+    with report.Tracker(out, int((sizes[first].astype(np.int64) ** 2).sum()), "pairs of residues") as tracker:
+        for record, sharing_it in zip(first, sharing, strict=True):
+            size = int(sizes[record])
+            batch = collate(np.searchsorted(work.segments.record, work.unit[[record]]))
+            fits = model_contacts.bytes_needed(spec, size) < runner.free_memory(device)
+            values = _or_none(predict, batch) if predict is not None and fits else None
+            if values is not None:
+                ready.append((sharing_it, store.DONE if values.isfinite().all() else store.SKIPPED))
+                place(file, int(starts[record]), values.numpy())
+            else:
+                left_out += len(sharing_it)
+                place(file, int(starts[record]), np.full((size, size), np.nan, np.float32))
+            if time.perf_counter() - committed > COMMIT_SECONDS:
+                _settle(file, ready)
+                committed = time.perf_counter()
+            tracker.advance(size * size)
+    _settle(file, ready)
+    return left_out
+
+
+def _settle(file: store.Store, ready: list[tuple[NDArray[np.int64], int]]) -> None:
+    for code in (store.DONE, store.SKIPPED):
+        rows = [rows for rows, status in ready if status == code]
+        if rows:
+            file.settle(STATUS, np.concatenate(rows), code)
+    ready.clear()
+
+
+def _or_none(make: Callable[..., Made], *arguments: Any) -> Made | None:
+    """None if there is no memory for it."""
+    try:
+        return make(*arguments)
+    except (RuntimeError, MemoryError) as error:
+        if not runner.is_for_want_of_memory(error):
+            raise
+        return None
+
+
+def sharers(starts: NDArray[np.int64], records: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.int64]]]:
+    """Of records, one for each map, in the order of the maps, and all that have it."""
+    records = records[np.argsort(starts[records], kind="stable")]
+    bounds = np.flatnonzero(np.diff(starts[records], prepend=-1))
+    groups = np.split(records, bounds[1:]) if len(records) else []
+    return records[bounds].tolist(), groups
+
+
+def place(file: store.Store, start: int, values: NDArray[Any]) -> None:
+    """Take a map [L, L] for its place."""
+    dtype = file.places[VALUES].dtype
+    flat = values.astype(dtype).reshape(-1)
+    group, _, name = VALUES.rpartition("/")
+    file.place(group, name, np.arange(start, start + len(flat)), flat)

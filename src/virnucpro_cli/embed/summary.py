@@ -1,0 +1,230 @@
+"""What a run says of itself: warnings, and the numbers of its report."""
+
+import platform
+import resource
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+import virnucpro_cli
+from virnucpro_cli import contacts, fasta, report, runner, store
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.embed.recipe import Recipe
+from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
+from virnucpro_cli.placer import Placer
+from virnucpro_cli.policies import Int64, Work
+
+SIXTEEN_BIT = {320: 2.2e14, 480: 2.8e14, 640: 3.6e14, 1280: 4.9e14, 2560: 5.6e14}
+MEASURED_FLOPS = {
+    ("H100", "fp16"): SIXTEEN_BIT,
+    ("H100", "bf16"): SIXTEEN_BIT,
+    ("H100", "fp8"): {640: 4.4e14, 1280: 7.3e14, 2560: 9.4e14},
+    ("H100", "fp32"): {320: 2.0e13},
+    ("CPU thread", "fp32"): {320: 4.5e10},
+}
+"""FLOP/s that forwards reached by hidden width, for the estimate of --dry-run: virnucpro bench on one
+H100 80GB (torch 2.11, UniProt lengths) and on two threads of an AVX-512 server CPU (torch 2.13)."""
+
+APPROXIMATE = (
+    "fp8 is approximate: on real 8M weights a protein's mean is off by 4 % (median; the worst of 128 by 26 %), forty times what "
+    "rounding in fp16 does. Check what your own downstream task makes of it."
+)
+
+
+def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
+    """The report as far as it is known before anything is computed."""
+    config, table, work, where, layout = recipe.config, recipe.table, recipe.work, recipe.where, recipe.layout
+    summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *where.notes, *where.place.notes])
+    if where.dtype == torch.float8_e4m3fn:
+        summary.notes.append(APPROXIMATE)
+    if recipe.shard is not None:
+        summary.notes.insert(0, f"shard {recipe.shard}: {len(table):,} proteins of the input, into {recipe.output}")
+    if maps := contacts.described(layout.extra, recipe.spec, layout.store_dtype.itemsize):
+        summary.notes.append(maps)
+    summary.counts = _counts(table, work) | layout.extra.counts
+    summary.packing = _packing(recipe.plan, work)
+    summary.environment = _environment(recipe)
+    summary.seconds = clock.seconds
+    return summary
+
+
+def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list[str]:
+    n = len(table)
+    notes = []
+    truncated = (work.flags & store.TRUNCATED) > 0
+    if truncated.any():
+        unseen = int((table.length[truncated] - work.embedded[truncated]).sum(dtype=np.int64)) / max(table.residues, 1)
+        notes.append(
+            f"{int(truncated.sum()):,} of {n:,} proteins truncated, {_percent(unseen)} of residues not seen; --long window embeds them whole"
+        )
+    replaced = int((table.replaced > 0).sum())
+    if replaced and config.invalid == "x":
+        odd = int(table.replaced.sum(dtype=np.int64))
+        notes.append(
+            f"{replaced:,} of {n:,} proteins hold {odd:,} residues outside the alphabet, embedded as X (column /replaced)"
+        )
+    for code in (store.EMPTY, store.INVALID, store.TOO_LONG):
+        count = int((work.reason == code).sum())
+        if count:
+            notes.append(f"{count:,} of {n:,} proteins skipped: {store.REASONS[code]}; their rows are NaN")
+    if config.pool == ("residue",):
+        notes.append(
+            "only per-residue rows are stored, so the file has no /embeddings; add mean, say, to --pool for one row a protein"
+        )
+    repeated = _repeated_names(table, config) if config.shard is None else 0
+    if repeated:
+        notes.append(
+            f"{repeated:,} proteins share their name with an earlier one; all are kept, one row each, in input order"
+        )
+    return notes
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "under 1%"
+
+
+def _repeated_names(table: fasta.RecordTable, config: EmbedConfig) -> int:
+    """How many records have the name of an earlier one."""
+    hashes = np.empty(len(table), np.int64)
+    for start in range(0, len(table), store.NAME_BLOCK):
+        stop = min(len(table), start + store.NAME_BLOCK)
+        hashes[start:stop] = [hash(name) for name in table.names(start, stop, config.id == "full")]
+    return len(table) - len(np.unique(hashes))
+
+
+def _counts(table: fasta.RecordTable, work: Work) -> dict[str, int]:
+    def flagged(bit: int) -> int:
+        return int(((work.flags & bit) > 0).sum())
+
+    return {
+        "proteins": len(table),
+        "distinct proteins": len(np.unique(work.segments.record)),
+        "residues": table.residues,
+        "tokens": int(work.segments.length.sum(dtype=np.int64)) + SPECIAL_TOKENS * len(work.segments),
+        "truncated": flagged(store.TRUNCATED),
+        "windowed": flagged(store.WINDOWED),
+        "with replaced residues": int((table.replaced > 0).sum()),
+        "copied from an identical one": flagged(store.COPIED),
+        "tokens saved by copying": int(
+            (work.embedded.astype(np.int64) + SPECIAL_TOKENS)[(work.flags & store.COPIED) > 0].sum()
+        ),
+        "skipped": int((work.status == store.SKIPPED).sum()),
+    }
+
+
+def _packing(plan: Plan, work: Work) -> dict[str, float]:
+    return {
+        "packs": len(plan),
+        "token budget": plan.token_budget,
+        "density": plan.density,
+        "density without the last pack": plan.density_without_last,
+        "segments per pack": len(work.segments) / max(len(plan), 1),
+        "filler tokens": int(plan.rung.sum() - plan.tokens.sum()),
+    }
+
+
+def _environment(recipe: Recipe) -> dict[str, Any]:
+    config, spec, where = recipe.config, recipe.spec, recipe.where
+    place, devices = where.place, where.devices
+
+    def chosen(value: str, asked: Any) -> str:
+        return f"{value} (auto)" if asked == "auto" else value
+
+    shared = f"{len(devices)} processes on {', '.join(map(str, dict.fromkeys(devices)))}"
+    if config.engine == "ray":
+        shared = f"{len(devices)} actors of Ray at the start"
+    return {
+        "virnucpro": virnucpro_cli.__version__,
+        "torch": place.torch,
+        "python": platform.python_version(),
+        "model": f"{spec.name} ({spec.layers} layers of {spec.hidden})",
+        "device": chosen(place.device, config.device),
+        **({"workers": chosen(shared, config.workers)} if len(devices) > 1 or config.engine == "ray" else {}),
+        "dtype": chosen(runner.describe_dtype(where.dtype), config.dtype),
+        "attention": chosen(place.attention, config.attention),
+        "token budget": chosen(f"{recipe.plan.token_budget:,}", config.token_budget),
+    }
+
+
+def fill_rates(
+    summary: report.RunReport, recipe: Recipe, packs: Int64, clock: report.Clock, placer: Placer, file: store.Store
+) -> None:
+    """Add what is known at the end. packs: those that were computed."""
+    plan = recipe.plan
+    seconds = dict(clock.seconds)
+    if placer.first_pack is not None:
+        seconds["first pack"] = placer.first_pack
+    order = (
+        "genes",
+        "index",
+        "plan",
+        "cache",
+        "load model",
+        "start workers",
+        "first pack",
+        "forward",
+        "write",
+        "write (overlapped)",
+        "contacts",
+    )
+    summary.seconds = {name: seconds[name] for name in order if name in seconds}
+    forward = seconds.get("forward", 0.0)
+    if forward > 0:
+        tokens = int(plan.tokens[packs].sum())
+        segments = int(sum(plan.offsets[p + 1] - plan.offsets[p] for p in packs.tolist()))
+        summary.rates = {
+            "residues/s": (tokens - SPECIAL_TOKENS * segments) / forward,
+            "tokens/s": tokens / forward,
+            "segments/s": segments / forward,
+        }
+    summary.memory = {"peak host memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if recipe.where.device.type == "cuda":
+        summary.memory["peak GPU memory"] = torch.cuda.max_memory_allocated(recipe.where.device)
+    if len(file.environments) > 1:
+        summary.tables["Computed by"] = report.where_computed(
+            file.environments, file.computed_by, file.status == store.DONE
+        )
+    summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
+    summary.counts["recomputed in fp32"] = int(((file.flags & store.RECOMPUTED) > 0).sum())
+
+
+def describe_plan(summary: report.RunReport, recipe: Recipe, out: Console) -> None:
+    """What a dry run prints, and adds to the report."""
+    table, work, plan, layout, spec = recipe.table, recipe.work, recipe.plan, recipe.layout, recipe.spec
+    place, found = recipe.where.place, recipe.found
+    length = work.segments.length.astype(np.float64) + SPECIAL_TOKENS
+    flops = spec.flops(float(plan.rung.sum()), float((length**2).sum()), max(recipe.layers))
+    kind, count = ("CPU thread", torch.get_num_threads())
+    if "H100" in place.device:
+        kind, count = "H100", recipe.where.gpus
+    name = runner.short_name(recipe.where.dtype)
+    by_width = MEASURED_FLOPS.get((kind, name), {}) if kind == "H100" or place.kind == "cpu" else {}
+    rate = max((rate for width, rate in by_width.items() if width <= spec.hidden), default=None)
+    summary.counts["output bytes (estimate)"] = layout.file_bytes
+    summary.environment["weights"] = found.place if found else "not on this machine; the run will fetch them"
+    edges = [0, 50, 100, 200, 400, 800, 1023, 2000, 5000]
+    bins = np.append(edges, np.iinfo(np.int32).max)
+    labels = [f"{a}-{b - 1}" for a, b in pairwise(edges)] + [f"{edges[-1]} and more"]
+    histogram = np.histogram(table.length, bins)[0].tolist()
+    summary.environment["length histogram"] = dict(zip(labels, histogram, strict=True))
+    out.print(report.packing_table(summary))
+    out.print(
+        "lengths:  "
+        + ";  ".join(f"{label}: {n:,}" for label, n in summary.environment["length histogram"].items() if n)
+    )
+    for key in ("model", "weights", "device", "workers", "dtype", "attention", "token budget"):
+        if key in summary.environment:
+            out.print(f"{key}: {summary.environment[key]}")
+    free = store.free_space(recipe.output)
+    enough = "" if free >= layout.file_bytes else ", WHICH IS NOT ENOUGH"
+    out.print(f"output: at most {report.size(layout.file_bytes)}; {report.size(free)} are free there{enough}")
+    if rate:
+        summary.seconds["forward (estimate)"] = flops / (rate * count)
+        out.print(
+            f"time: about {report.clock_time(flops / (rate * count))} of forward, an estimate from FLOPs and a measured rate"
+        )
+    else:
+        out.print(f"time: no measured rate for {place.device} in {name}, so no estimate")
