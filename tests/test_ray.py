@@ -1,5 +1,6 @@
 """The Ray engine on real clusters of several nodes: the bits of one process, whoever is killed."""
 
+import errno
 import json
 import os
 import random
@@ -19,7 +20,8 @@ import torch
 import yaml
 
 from conftest import ROOT, write_model
-from virnucpro_cli import cli, fasta, ray_engine, report, runner, store
+from virnucpro_cli import cli, fasta, report, runner, store
+from virnucpro_cli.collate import VarlenCollator
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
@@ -28,6 +30,8 @@ from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.packing import in_blocks
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.policies import decide
+from virnucpro_cli.ray_engine import actor as actors
+from virnucpro_cli.ray_engine import messages
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -124,21 +128,23 @@ def fill_of(partial: Path) -> int:
         return int((file["mean/4"][:] != 0).any(axis=1).sum())
 
 
-def test_two_nodes_give_the_bits_of_one_process(case: Case, cluster: Cluster, tmp_path: Path) -> None:
-    found = Driver(case, tmp_path / "out.h5", cluster.ray.address).ended()
+@pytest.mark.parametrize("write", ["driver", "worker"])
+def test_two_nodes_give_the_bits_of_one_process(case: Case, cluster: Cluster, tmp_path: Path, write: str) -> None:
+    found = Driver(case, tmp_path / "out.h5", cluster.ray.address, "--write", write).ended()
     case.check(tmp_path / "out.h5")
     (nodes,) = found["tables"]["Nodes"]  # all of this host, by its name
     assert nodes["actors"] == 2 and nodes["tokens"] == found["counts"]["tokens"]
 
 
+@pytest.mark.parametrize("write", ["driver", "worker"])
 def test_a_node_an_actor_and_the_driver_are_killed_and_no_row_is_lost(
-    case: Case, cluster: Cluster, tmp_path: Path
+    case: Case, cluster: Cluster, tmp_path: Path, write: str
 ) -> None:
-    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address, "--write", write)
     driver.wait_for_rows()
     driver.process.kill()
     driver.process.wait()
-    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address, "--write", write)
     driver.wait_for_rows()
     cluster.ray.remove_node(cluster.nodes[0], allow_graceful=False)
     os.kill(cluster.actors()[0], signal.SIGKILL)
@@ -175,10 +181,10 @@ def test_a_share_is_whole_whatever_packs_are_in_it(case: Case) -> None:
     dice = np.random.default_rng(0)
     for _ in range(20):
         packs = dice.choice(len(plan), dice.integers(1, 6), replace=False).tolist()
-        share = ray_engine.share_of(packs, plan, placer)
-        collator = ray_engine.VarlenCollator(ray_engine._Texts(share), share.segments, share.embedded, share.plan)
+        share = messages.share_of(packs, plan, placer)
+        collator = VarlenCollator(actors.Texts(share), share.segments, share.embedded, share.plan)
         for here, there in enumerate(packs):
-            batch = ray_engine._Collate()((collator, share.numbers, here))
+            batch = actors.Collate()((collator, share.numbers, here))
             expected = placer.collator(there)
             assert np.array_equal(batch.segments, expected.segments)
             for name in ("tokens", "positions", "cu_seqlens", "divisor", "query_tiles", "weights"):
@@ -188,7 +194,7 @@ def test_a_share_is_whole_whatever_packs_are_in_it(case: Case) -> None:
 
 @pytest.fixture
 def actor() -> Any:
-    made = ray_engine._Actor(EmbedConfig(inputs=("x",), output="x.h5", **OPTIONS), "cpu", torch.float32, 1)
+    made = actors.Actor(EmbedConfig(inputs=("x",), output="x.h5", **OPTIONS), "cpu", torch.float32, 1)
     made.look()
     return made
 
@@ -203,7 +209,7 @@ def test_weights_that_are_not_on_a_node_are_sent_to_it(case: Case, actor: Any) -
         array.flags.writeable = False  # as in Ray's object store
     assert actor.take((spec, sent, notes), (4,))
     placer = placer_of(case, EmbedConfig(inputs=(str(case.fasta),), output="x.h5", **OPTIONS))
-    actor.work(ray_engine.share_of([0], placer.collator.plan, placer))
+    actor.work(messages.share_of([0], placer.collator.plan, placer))
     assert actor.finish().ended
 
 
@@ -216,10 +222,76 @@ def test_an_actor_that_fails_says_so_and_answers_every_call(
     monkeypatch.setattr(runner, "serial", fails)
     assert actor.load(locate.verified(locate.fetch(str(case.model), print)), (4,))
     placer = placer_of(case, EmbedConfig(inputs=(str(case.fasta),), output="x.h5", **OPTIONS))
-    share = ray_engine.share_of([0], placer.collator.plan, placer)
+    share = messages.share_of([0], placer.collator.plan, placer)
     for answer in (actor.work(share), actor.work(share), actor.finish()):
         assert answer.lost is not None and not answer.lost.fatal and not answer.ended
         assert "fell off the bus" in answer.lost.error.what
+
+
+def shared_file(case: Case, output: Path, config: EmbedConfig) -> tuple[Placer, store.Store, Any]:
+    """A file as a driver begins it, and what an actor is told of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "run", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
+        with pytest.raises(UserError, match="stopped"):
+            embed_fasta(case.fasta, output, model=str(case.model), **OPTIONS)
+    file = store.Store.resume(output)
+    placer = placer_of(case, config)
+    placer.file = file
+    return placer, file, store.share_file(file)
+
+
+def test_an_actor_writes_rows_of_residues_where_they_belong(case: Case, actor: Any, tmp_path: Path) -> None:
+    config = EmbedConfig(inputs=(str(case.fasta),), output="x.h5", engine="ray", write="worker", **OPTIONS)
+    placer, file, shared = shared_file(case, tmp_path / "out.h5", config)
+    assert actor.load(locate.verified(locate.fetch(str(case.model), print)), (4,), shared)
+    plan = placer.collator.plan
+    answers = [actor.work(messages.share_of([i], plan, placer, with_rows=True)) for i in range(len(plan))]
+    rows = [rows for answer in [*answers, actor.finish()] for rows in answer.rows]
+    sent = {int(n) for each in rows if each.residue for n in each.segments}
+    segments = placer.work.segments
+    windows = {int(n) for n in np.flatnonzero(segments.length != placer.work.embedded[segments.record])}
+    assert windows <= sent < set(range(len(segments))), "those of packs with windows come to the driver"
+    written = np.setdiff1d(segments.record, segments.record[sorted(sent)])
+    with h5py.File(case.expected) as expected, store.read_embeddings(file.path) as found:
+        for row in placer.rows_of(written)[0].tolist():
+            first, last = expected["residue/offsets"][row : row + 2]
+            assert np.array_equal(found.residues(row), expected["residue/4"][first:last]), row
+    file.close()
+
+
+def test_a_file_that_is_not_the_drivers_is_not_written(case: Case, actor: Any, tmp_path: Path) -> None:
+    config = EmbedConfig(inputs=(str(case.fasta),), output="x.h5", engine="ray", write="worker", **OPTIONS)
+    _, file, shared = shared_file(case, tmp_path / "out.h5", config)
+    found = locate.verified(locate.fetch(str(case.model), print))
+    file.sign()  # another run took it up since
+    for path in (shared.path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="does not have this run's"):
+            actor.load(found, (4,), shared._replace(path=path))
+    file.close()
+
+
+def test_a_full_disk_under_an_actor_stops_the_run_and_vouches_for_nothing(
+    case: Case, actor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = EmbedConfig(inputs=(str(case.fasta),), output="x.h5", engine="ray", write="worker", **OPTIONS)
+    placer, file, shared = shared_file(case, tmp_path / "out.h5", config)
+    whole = next(i for i in range(len(placer.collator.plan)) if placer.collator(i).weights is None)
+    assert actor.load(locate.verified(locate.fetch(str(case.model), print)), (4,), shared)
+    monkeypatch.setattr(os, "fdatasync", full)
+    actor.work(messages.share_of([whole], placer.collator.plan, placer, with_rows=True))
+    answer = actor.finish()
+    assert answer.lost is not None and answer.lost.fatal and not answer.rows and not answer.ended
+    assert "No space is left" in answer.lost.error.what
+    file.close()
+
+
+@pytest.mark.parametrize("options", [{"write": "worker"}, {"write": "worker", "engine": "ray"}, {"write": "nobody"}])
+def test_who_writes_is_asked_only_where_it_can_be(case: Case, tmp_path: Path, options: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="--write"):
+        embed_fasta(case.fasta, tmp_path / "out.h5", model=str(case.model), **options)
 
 
 def test_without_ray_the_remedy_is_told(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

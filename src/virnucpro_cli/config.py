@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.kinds import EMITS, KINDS, OF_ALL_RESIDUES
+from virnucpro_cli.kinds import EMITS, KINDS, OF_ALL_RESIDUES, any_by_residue
 
 CHOICES = {
     "dtype": ("auto", "fp32", "fp16", "bf16", "fp8"),
@@ -20,6 +20,7 @@ CHOICES = {
     "invalid": ("x", "error", "skip"),
     "id": ("first", "full"),
     "engine": ("local", "ray"),
+    "write": ("driver", "worker"),
     "from_": ("proteins", "contigs"),
     "genes": ("pyrodigal-gv", "six-frame", "virnucpro"),
 }
@@ -47,6 +48,7 @@ class EmbedConfig:
     workers: int | str = "auto"
     engine: str = "local"
     ray_address: str | None = None
+    write: str = "driver"
     attention: str = "auto"
     token_budget: int | str = "auto"
     max_residues: int = 1022
@@ -90,6 +92,11 @@ class EmbedConfig:
             raise UserError(f"--workers is {self.workers}.", f"Give auto, or 1 to {MOST_WORKERS}.")
         if self.ray_address is not None and self.engine != "ray":
             raise UserError("--ray-address has a meaning with --engine ray only.", "Add --engine ray.")
+        if self.write == "worker" and (self.engine != "ray" or not any_by_residue(self.pool, self.emit)):
+            raise UserError(
+                "--write worker is of rows of residues on a Ray cluster.",
+                "Add --engine ray, and residue to --pool or logits to --emit; or leave it out.",
+            )
         if not self.layers:
             raise UserError("--layers has nothing.", "Give numbers such as -1 or 0,6,-1.")
         unknown = [name for name in self.emit if name not in EMITS]

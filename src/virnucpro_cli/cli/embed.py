@@ -92,6 +92,14 @@ def embed(
             "--ray-address", metavar="ADDRESS", help="auto or HOST:PORT of a running cluster. [default: start one here]"
         ),
     ] = None,
+    write: Annotated[
+        str | None,
+        typer.Option(
+            "--write",
+            metavar="WHO",
+            help="On a Ray cluster, who writes rows of residues: driver, or worker, where all nodes share the file system of -o. [default: driver]",
+        ),
+    ] = None,
     attention: Annotated[
         str | None,
         typer.Option(
@@ -227,7 +235,7 @@ def embed(
         "inputs": tuple(inputs), "output": output, "model": model, "layers": numbers(layers),
         "pool": None if pool is None else tuple(dict.fromkeys(part.strip() for part in pool.split(","))),
         "emit": None if emit is None else tuple(dict.fromkeys(part.strip() for part in emit.split(","))),
-        "contacts_for": contacts_for, "dtype": dtype, "store_dtype": store_dtype, "device": device, "workers": budget(workers), "engine": engine, "ray_address": ray_address, "attention": attention,
+        "contacts_for": contacts_for, "dtype": dtype, "store_dtype": store_dtype, "device": device, "workers": budget(workers), "engine": engine, "ray_address": ray_address, "write": write, "attention": attention,
         "token_budget": budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
         "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
         "restart": restart or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,

@@ -48,3 +48,4 @@ from virnucpro_cli.store.schema import (
     UNKNOWN,
     WINDOWED,
 )
+from virnucpro_cli.store.sharing import Residues, SharedFile, share_file

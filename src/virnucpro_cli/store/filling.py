@@ -1,6 +1,8 @@
 """A laid-out file, filled by `pwrite`: rows, then the status bytes that vouch for them, each synced; and its end."""
 
+import json
 import os
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -263,9 +265,7 @@ class Store:
     def finish(self, report: str, overwrite: bool) -> str:
         """Store the report and the checksum, which is returned, declare the file complete, and give it its final name."""
         self.commit()
-        data = report.encode()
-        assert len(data) <= REPORT_BYTES, "the report outgrew its place; this is a bug"
-        self._write(memoryview(data.ljust(REPORT_BYTES, b"\0")), self.places["run/report"].offset)
+        self._write_report(report)
         found = checksum(self.fd, *(self.places[f"run/{name}"].offset for name in ("checksum", "complete")))
         self._write(memoryview(found.encode()), self.places["run/checksum"].offset)
         self._sync()
@@ -273,6 +273,19 @@ class Store:
         self._sync()
         self.publish(overwrite)
         return found
+
+    def _write_report(self, text: str) -> None:
+        data = text.encode()
+        assert len(data) <= REPORT_BYTES, "the report outgrew its place; this is a bug"
+        self._write(memoryview(data.ljust(REPORT_BYTES, b"\0")), self.places["run/report"].offset)
+
+    def sign(self) -> str:
+        """Put a word that nobody else knows in the report's place, and return it: who reads it there sees this file."""
+        word = json.dumps({"being filled": secrets.token_hex(16)})
+        with self._lock:
+            self._write_report(word)
+            self._sync()
+        return word
 
     def publish(self, overwrite: bool) -> None:
         if overwrite:
