@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import interpreter
+from slurm import slurm  # noqa: F401  (a fixture)
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 
