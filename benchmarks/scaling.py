@@ -1,6 +1,7 @@
 """Whole `embed` runs on 1, 2 ... GPUs of this host: rates, tails, what each worker used, the same bits, and a worker killed midway.
 
-    python benchmarks/scaling.py [--models 650M,3B] [--gpus 1,2] [--natural 20000] [--fragments 200000] [--no-kill] [--ray]
+    python benchmarks/scaling.py [--models 650M,3B] [--gpus 1,2] [--natural 20000] [--fragments 200000] [--no-kill] [--ray [--no-gpu-driver]]
+                                 [--residue]
 
 Random weights, as files. Efficiency: the rate over that of one GPU times their number, both of the forward stage (from the first
 worker that is ready to the last byte written), which leaves out start-up.
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -51,21 +53,46 @@ def write_fasta(load, count, folder):
     return fasta.write_texts(folder / f"{load}.fasta", [dice.choice(letters, n).tobytes() for n in lengths.tolist()])
 
 
-def start(path, output, model, gpus, workers, engine):
-    numbers = "" if engine == "ray" else ":" + ",".join(map(str, range(gpus)))
+ENGINES = {
+    "local": [],
+    "Ray": ["--engine", "ray"],
+    "Ray, actors write": ["--engine", "ray", "--write", "worker"],
+    "Ray, driver without GPU": ["--engine", "ray", "--ray-address", "auto"],
+}
+
+
+def start(path, output, model, gpus, engine, pool):
+    """A run on that many GPUs (or processes of a CPU). A driver without a GPU sees none; the cluster that runs here has them."""
+    numbers = ":" + ",".join(map(str, range(gpus))) if engine == "local" else ""
     device = ["--device", f"cuda{numbers}" if torch.cuda.is_available() else "cpu"]
     return subprocess.Popen(
         [
             sys.executable, "-m", "virnucpro_cli", "embed", str(path), "-o", str(output), "--model", str(model), *device,
-            "--workers", str(workers), "--engine", engine, "--report", str(output.with_suffix(".json")),
-        ], stderr=subprocess.PIPE, text=True,
+            "--workers", str(gpus), *ENGINES[engine], "--pool", pool, "--report", str(output.with_suffix(".json")),
+        ], stderr=subprocess.PIPE, text=True, env=os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if "without" in engine else {}),
     )  # fmt: skip
+
+
+@contextmanager
+def cluster(engine):
+    """A Ray cluster of this host, where a driver connects to one."""
+    if "without" not in engine:
+        yield
+        return
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    subprocess.run([*ray, "start", "--head", "--include-dashboard=false"], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run([*ray, "stop"], check=True, capture_output=True)
 
 
 def ended(process, output):
     _, told = process.communicate()
     assert process.returncode == 0, told
-    return json.loads(output.with_suffix(".json").read_text())
+    found = json.loads(output.with_suffix(".json").read_text())
+    print(*found["notes"], sep="\n", flush=True)
+    return found
 
 
 def kill_one_after(process, seconds):
@@ -96,6 +123,10 @@ def main():
     parser.add_argument("--fragments", type=int, default=200_000)
     parser.add_argument("--no-kill", action="store_true")
     parser.add_argument("--ray", action="store_true", help="the same with --engine ray")
+    parser.add_argument("--no-gpu-driver", action="store_true", help="and by a driver that sees no GPU")
+    parser.add_argument(
+        "--residue", action="store_true", help="rows of residues as well; with Ray, written by driver and by actors"
+    )
     options = parser.parse_args()
     out, rows, used = report.console(False), [], []
     counts = [int(count) for count in options.gpus.split(",")]
@@ -109,16 +140,21 @@ def main():
                 wall, found = 0.0, {}
                 runs = [(count, False, "local") for count in counts]
                 if options.ray:
-                    runs += [(count, False, "ray") for count in counts]
+                    runs += [(count, False, "Ray") for count in counts]
+                    runs += [(count, False, "Ray, actors write") for count in counts if options.residue]
+                    runs += [(count, False, "Ray, driver without GPU") for count in counts if options.no_gpu_driver]
                 if load == "fragments" and not options.no_kill and max(counts) > 1:
                     runs.append((max(counts), True, "local"))
                 for count, kill, engine in runs:
                     output = folder / f"{model_name}-{load}-{count}-{kill}-{engine}.h5"
                     started = time.perf_counter()
-                    process = start(path, output, model, count, count, engine)
-                    if kill:
-                        kill_one_after(process, wall - 0.5 * found["seconds"]["forward"])
-                    found = ended(process, output)
+                    with cluster(engine):
+                        process = start(
+                            path, output, model, count, engine, "mean,residue" if options.residue else "mean"
+                        )
+                        if kill:
+                            kill_one_after(process, wall - 0.5 * found["seconds"]["forward"])
+                        found = ended(process, output)
                     wall = time.perf_counter() - started
                     first = first or output
                     rate = found["rates"]["tokens/s"]
@@ -126,7 +162,7 @@ def main():
                     workers = found["tables"].get("Workers") or found["tables"].get("Nodes", [])
                     cpu = sum(worker["CPU seconds"] for worker in workers) / count if workers else "-"
                     rows.append({
-                        "model": model_name, "load": load, "GPUs": f"{count}{', one killed' if kill else ''}{', Ray' if engine == 'ray' else ''}", "tokens": found["counts"]["tokens"],
+                        "model": model_name, "load": load, "GPUs": f"{count}{', one killed' if kill else ''}{'' if engine == 'local' else ', ' + engine}", "tokens": found["counts"]["tokens"],
                         "tokens/s": rate, "efficiency": round(rate / count / rate_of_one, 3),
                         "tail, worst": f"{max((worker['idle at the end'] for worker in workers if not worker['lost']), default=0):.2%}",
                         "forward s": found["seconds"]["forward"], "whole run s": wall, "CPU s a worker": cpu if cpu == "-" else f"{cpu:.1f}",
