@@ -41,7 +41,8 @@ LARGEST_SHARE = 16
 MOST_RETURNED = 1 << 28
 LOOK_SECONDS, PATIENCE_SECONDS = 2.0, 20.0
 MOST_DEATHS = 5
-"""Deaths in a row, without a pack done between them, after which the cluster is of no use."""
+"""Deaths in a row, without a pack done between them, after which the cluster is of no use. Actors that die together, as with
+several nodes, count once: a death counts if the actor was started after the one before it was noticed."""
 
 
 def _ray() -> Any:
@@ -265,7 +266,8 @@ class Cluster:
         """
         ray, waiting = self.ray, deque(packs.tolist())
         largest = max(1, min(LARGEST_SHARE, MOST_RETURNED // max(1, _returned_bytes(plan, placer))))
-        asked, began, deaths, looked = time.perf_counter(), 0.0, 0, 0.0
+        asked, began, looked = time.perf_counter(), 0.0, 0.0
+        deaths = known = 0  # known: actors there were at the last death that counted
         shipped: Any = None
         lost: set[int] = set()
         busy = True
@@ -305,7 +307,8 @@ class Cluster:
                     self._heed(result, member, placer, note)
                     if result.lost is not None and member.number not in lost:
                         lost.add(member.number)
-                        deaths += 1
+                        if member.number > known:
+                            deaths, known = deaths + 1, len(self.all)
                         with suppress(Exception):
                             ray.kill(member.handle)
                         if result.lost.fatal:
