@@ -23,6 +23,8 @@ KILLS, MOST_NODES = 100, 3
 MOST_UNSEEN = 3
 """Kills without a new row between them: a driver gives up after five deaths, and hears of some late."""
 LONGEST_RUN = 900.0
+LONGEST_SILENCE = 40.0
+"""Ray calls a node dead that said nothing for so long, and some."""
 KINDS = {"actor": 10, "node": 4, "driver": 2}
 
 SLOW_ACTORS = """
@@ -121,6 +123,20 @@ def test_a_hundred_kills_of_actors_nodes_and_drivers_lose_no_row(
         case.check(tmp_path / f"{number}.h5")
 
 
+def test_a_driver_without_a_node_waits_for_one_and_does_nothing_else(cluster: Cluster, tmp_path: Path) -> None:
+    case = Case(tmp_path, 200)
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
+    driver.wait_for_rows()
+    for node in cluster.nodes:
+        cluster.ray.remove_node(node, allow_graceful=False)
+    before = cpu_seconds(driver.process.pid)
+    time.sleep(LONGEST_SILENCE)
+    assert cpu_seconds(driver.process.pid) - before < LONGEST_SILENCE / 10
+    cluster.add()
+    driver.ended()
+    case.check(tmp_path / "out.h5")
+
+
 def test_a_cluster_on_which_every_actor_dies_ends_the_run_and_the_same_command_resumes(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -137,3 +153,8 @@ def test_a_cluster_on_which_every_actor_dies_ends_the_run_and_the_same_command_r
     )
     Driver(case, tmp_path / "out.h5", cluster.ray.address).ended()
     case.check(tmp_path / "out.h5")
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -277,6 +277,8 @@ class Cluster:
                 living = len(self.all) - len(lost)
                 for _ in range(min(self.room() - living, len(waiting) - living)):
                     self.start()
+            if not self.members:  # all are lost, and there is no room for others: Ray would not wait for nothing
+                time.sleep(LOOK_SECONDS)
             answered, _ = ray.wait(list(self.members), timeout=LOOK_SECONDS)
             for answer in answered:
                 member = self.members.pop(answer)
