@@ -45,9 +45,9 @@ OPTIONS: dict[str, Any] = {
 class Case:
     """An input with long and equal proteins, and what one process makes of it with one thread."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, size: int = 400):
         dice = random.Random(0)
-        proteins = ["".join(dice.choices("ACDEFGHIKLMNPQRSTVWY", k=dice.randint(20, 400))) for _ in range(400)]
+        proteins = ["".join(dice.choices("ACDEFGHIKLMNPQRSTVWY", k=dice.randint(20, 400))) for _ in range(size)]
         proteins[7::50] = proteins[6::50]
         self.fasta = folder / "in.fasta"
         self.fasta.write_text("".join(f">p{i}\n{text}\n" for i, text in enumerate(proteins)))
@@ -85,7 +85,10 @@ class Cluster:
         return self.ray.add_node(num_cpus=1, object_store_memory=100 << 20)
 
     def actors(self) -> list[int]:
-        listed = subprocess.run(["pgrep", "-f", "ray::_Actor"], capture_output=True, text=True).stdout
+        """Those of this cluster: processes are children of their node's raylet."""
+        raylets = [str(node.all_processes["raylet"][0].process.pid) for node in self.ray.worker_nodes]
+        command = ["pgrep", "-f", "ray::_Actor", "-P", ",".join(raylets)]
+        listed = subprocess.run(command, capture_output=True, text=True).stdout
         return [int(pid) for pid in listed.split()]
 
 

@@ -33,7 +33,8 @@ LOOK_SECONDS, PATIENCE_SECONDS = 2.0, 20.0
 LIMITED = 0.7
 """Share of a run's time that the driver takes and writes rows, above which it is said that this is the limit."""
 MOST_DEATHS = 5
-"""Deaths in a row, without a pack done between them, after which the cluster is of no use."""
+"""Deaths in a row, without a pack done between them, after which the cluster is of no use. Actors that die together, as with
+several nodes, count once: a death counts if the actor was started after the one before it was noticed."""
 
 
 def _ray() -> Any:
@@ -226,6 +227,7 @@ class _Round:
             self.sharing = share_file(placer.file)
         self.lost: set[int] = set()
         self.deaths = 0  # since the last pack was done
+        self.known = 0  # actors there were at the last death that counted
         self.asked, self.began, self.looked = time.perf_counter(), 0.0, 0.0
         self.receiving = 0.0  # seconds
         self.shipped: Any = None
@@ -234,6 +236,8 @@ class _Round:
         cluster, busy = self.cluster, True
         while busy:
             self._grow()
+            if not cluster.members:  # all are lost, and there is no room for others: Ray would not wait for nothing
+                time.sleep(LOOK_SECONDS)
             answered, _ = self.ray.wait(list(cluster.members), timeout=LOOK_SECONDS)
             for answer in answered:
                 member = cluster.members.pop(answer)
@@ -311,7 +315,8 @@ class _Round:
     def _lose(self, member: _Member, lost: Lost) -> None:
         """Its packs go to the others. Raises its error if they would fare no better."""
         self.lost.add(member.number)
-        self.deaths += 1
+        if member.number > self.known:
+            self.deaths, self.known = self.deaths + 1, len(self.cluster.all)
         with suppress(Exception):
             self.ray.kill(member.handle)
         if lost.fatal:
