@@ -131,14 +131,14 @@ def test_an_orf_begins_and_ends_at_stops_or_at_the_contigs_ends() -> None:
         (1, 500, [(0, 1)]),
         (499, 500, [(0, 499)]),  # one chunk of all there is
         (500, 500, [(0, 500)]),
-        (501, 500, [(0, 500), (1, 501)]),  # the excess of 499 is one overlap
+        (501, 500, [(0, 500), (250, 501)]),  # the excess of 499 over two: 249, and one of the 250 that are left
         (999, 500, [(0, 500), (499, 999)]),
         (1000, 500, [(0, 500), (500, 1000)]),
-        (1001, 500, [(0, 500), (250, 750), (501, 1001)]),  # 499 over two: 250 and 249
-        (1499, 500, [(0, 500), (499, 999), (999, 1499)]),  # 1 over two: 1 and 0
-        (1998, 500, [(0, 500), (499, 999), (998, 1498), (1498, 1998)]),  # 2 over three: 1, 1 and 0
-        (301, 300, [(0, 300), (1, 301)]),
-        (700, 300, [(0, 300), (200, 500), (400, 700)]),  # 200 over two: 100 each
+        (1001, 500, [(0, 500), (333, 833), (666, 1001)]),  # 499 over three: 166, and one more for both
+        (1499, 500, [(0, 500), (499, 999), (999, 1499)]),  # 1 over three: 0, and 1 for the first
+        (1998, 500, [(0, 500), (499, 999), (998, 1498), (1498, 1998)]),  # 2 over four: 0, and 1 for the first two
+        (301, 300, [(0, 300), (150, 301)]),
+        (700, 300, [(0, 300), (233, 533), (466, 700)]),  # 200 over three: 66, and one more for both
     ],
 )
 def test_chunks_worked_out_by_hand(n: int, size: int, expected: list[tuple[int, int]]) -> None:
@@ -150,19 +150,25 @@ def test_chunks_worked_out_by_hand(n: int, size: int, expected: list[tuple[int, 
 def test_chunks_cover_the_contig_with_overlaps_that_differ_by_one_base_at_most(n: int, size: int) -> None:
     found = chunks.chunks(n, size)
     assert len(found) == -(-n // size) and found[0][0] == 0 and found[-1][1] == n
-    assert {stop - start for start, stop in found} == {min(n, size)}
+    *others, (last, _) = found
+    assert all(stop - start == size for start, stop in others) and 0 < n - last <= size
     overlaps = [before[1] - after[0] for before, after in pairwise(found)]
-    assert sum(overlaps) == len(found) * size - n if overlaps else n <= size
+    excess = len(found) * size - n
+    assert (
+        (sum(overlaps) == excess or overlaps == [excess // len(found) + 1] * len(overlaps)) if overlaps else n <= size
+    )
     assert overlaps == sorted(overlaps, reverse=True) and (not overlaps or overlaps[0] - overlaps[-1] <= 1)
 
 
 def naive_chunks(name: str, dna: str, size: int) -> list[Record]:
-    """The description, base by base: what each chunk takes back is its overlap, larger by one for the first ones."""
+    """The description, base by base: what each chunk takes back is its overlap, larger by one while there are bases left."""
     count = -(-len(dna) // size)
     excess, position, listed = count * size - len(dna), 0, []
+    left = excess - excess // max(count, 1) * (count - 1)
     for k in range(count):
         if k:
-            position += size - excess // (count - 1) - (k <= excess % (count - 1))
+            position += size - excess // count - (left > 0)
+            left -= 1
         chunk = dna[position : position + size]
         for letter, strand, text in (("F", 1, chunk), ("R", -1, reversed_complement(chunk))):
             for frame in range(3):

@@ -22,6 +22,7 @@ NAMES = ["alpha", "β-lactamase", "alpha", "delta", "epsilon", "zeta"]
 LENGTHS = np.array([3, 2, 4, 0, 1, 5], np.int32)
 OFFSETS = np.append(0, np.cumsum(LENGTHS, dtype=np.int64))
 HIDDEN = 4
+EMBEDDED = np.array([0, 1, 2, 4, 5])
 
 
 def layout(
@@ -369,6 +370,7 @@ def test_embeddings_is_the_last_layers_mean_else_bos_else_absent(
 ) -> None:
     output = tmp_path / "out.h5"
     file = Store.create(output, layout(kinds))
+    file.mark(EMBEDDED)
     file.finish("{}", overwrite=False)
     file.close()
     with h5py.File(output) as read:
@@ -386,10 +388,21 @@ def test_finish_gives_the_file_its_final_name(tmp_path: Path, finished: Path) ->
     assert store.fingerprint_of(finished) == ({"layers": [0, 2]}, True)
 
 
+def test_a_file_with_a_pending_record_is_never_called_complete(tmp_path: Path) -> None:
+    file = Store.create(tmp_path / "out.h5", layout())
+    file.place("mean", 2, np.array([0, 1]), values([0, 1]))
+    file.mark(np.array([0, 1]))
+    with pytest.raises(UserError, match=r"3 records of .*partial were not computed"):
+        file.finish("{}", overwrite=False)
+    file.close()
+    assert not (tmp_path / "out.h5").exists() and not read_embeddings(tmp_path / "out.h5.partial").complete
+
+
 def test_finish_never_replaces_a_file_that_appeared_meanwhile(tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     file = Store.create(output, layout())
     output.write_text("somebody's thesis")
+    file.mark(EMBEDDED)
     with pytest.raises(UserError, match="appeared"):
         file.finish("{}", overwrite=False)
     file.close()
@@ -401,6 +414,7 @@ def test_overwrite_replaces_a_finished_file_only_at_the_end(tmp_path: Path, fini
     old = finished.read_bytes()
     file = Store.create(finished, layout(("bos",)))
     assert finished.read_bytes() == old
+    file.mark(EMBEDDED)
     file.finish("{}", overwrite=True)
     file.close()
     assert [p.name for p in tmp_path.iterdir()] == ["out.h5"]

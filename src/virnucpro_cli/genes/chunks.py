@@ -8,18 +8,20 @@ from virnucpro_cli.genes.found import Found, record
 
 
 def settings(config: EmbedConfig) -> dict[str, Any]:
-    return {"version": "1", "chunk": config.chunk}
+    return {"version": "2", "chunk": config.chunk}
 
 
 def chunks(n: int, size: int) -> list[tuple[int, int]]:
-    """[start, stop) of the chunks of a contig of n bases: ceil(n / size) of `size` bases each, in order.
+    """[start, stop) of the chunks of a contig of n bases: ceil(n / size) of `size` bases each, in order, the last often shorter.
 
-    What they are longer together than the contig is spread as overlaps over the chunks after the first: the integer part for each,
-    and one base more for the first ones until the remainder is used up. A contig shorter than `size` is one chunk.
+    What they are longer together than the contig is divided by their number: each chunk after the first begins so many bases
+    (the integer part) before the end of the one before it, and the first ones one base more, as many as there are bases left
+    when each has had that. There may be more bases left than chunks; the last one ends at the end of the contig all the same.
+    A contig shorter than `size` is one chunk. These are the chunks of VirNucPro's own program, for all lengths tried.
     """
     count = -(-n // size)
-    each, more = divmod(count * size - n, max(count - 1, 1))
-    starts = [k * (size - each) - min(k, more) for k in range(count)]
+    each, rest = divmod(count * size - n, max(count, 1))
+    starts = [k * (size - each) - min(k, each + rest) for k in range(count)]
     return [(start, min(start + size, n)) for start in starts]
 
 

@@ -263,8 +263,16 @@ class Store:
         self._write_rows(name, rows, column[rows])
 
     def finish(self, report: str, overwrite: bool) -> str:
-        """Store the report and the checksum, which is returned, declare the file complete, and give it its final name."""
+        """Store the report and the checksum, which is returned, declare the file complete, and give it its final name.
+
+        Raises UserError if a record is pending: whoever calls this believes that none is.
+        """
         self.commit()
+        if pending := int((self.status == PENDING).sum()):
+            raise UserError(
+                f"{pending:,} records of {self.path} were not computed, though all seemed done; this is a bug.",
+                "Run the same command again, which computes them, and please report it.",
+            )
         self._write_report(report)
         found = checksum(self.fd, *(self.places[f"run/{name}"].offset for name in ("checksum", "complete")))
         self._write(memoryview(found.encode()), self.places["run/checksum"].offset)
