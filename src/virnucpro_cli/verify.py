@@ -23,13 +23,12 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
     out = report.console()
     verdict = Verdict("verify")
     with store.opened(path) as file:
-        with store.damage_named(path):
-            settings = store.settings_of(file, path)
-            named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
-            report.check_places({"report": report_path}, [path, *named])
-            verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
-            verdict.checks += _of_the_file(file)
-            unit = np.arange(len(file))
+        settings = store.settings_of(file, path)
+        named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
+        report.check_places({"report": report_path}, [path, *named])
+        verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
+        verdict.checks += _of_the_file(file)
+        unit = np.arange(len(file))
         if not inputs and not (named and all(Path(name).is_file() for name in named)):
             where = f"at {', '.join(named)}" if named else "known"
             verdict.notes.append(f"the FASTA is not {where}: not compared; say where it is with --fasta")
@@ -40,14 +39,12 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
                 table = fasta.index(
                     fasta.open_sources(named, Path(spool)), on_invalid=config.invalid, dedup=config.dedup
                 )
-                with store.damage_named(path):
-                    if file.records is not None and (file.records < len(table)).all():
-                        table = table.part(file.records)
-                    checks, unit = _of_the_input(file, settings, table, config, unit)
+                if (records := file.records) is not None and ((records >= 0) & (records < len(table))).all():
+                    table = table.part(records)
+                checks, unit = _of_the_input(file, settings, table, config, unit)
             verdict.checks += checks
         out.print("reading every row", style="dim")
-        with store.damage_named(path):
-            verdict.checks += [replace(check, part=ROWS) for check in audit.stored(file, settings, unit)]
+        verdict.checks += [replace(check, part=ROWS) for check in audit.stored(file, settings, unit)]
     for note in verdict.notes:
         out.print(note, style="yellow")
     out.print(verdict.table())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.store import DONE, NAME_BLOCK, EmbeddingFile, damage_named
+from virnucpro_cli.store import DONE, NAME_BLOCK, EmbeddingFile
 
 What = tuple[str, int]
 """Pooling kind and layer."""
@@ -100,14 +100,13 @@ class Selection:
             wanted = np.ones(stop - start, np.bool_) if skipped else self.file.status[stretch] == DONE
             sizes = np.ones(stop - start, np.int64) if offsets is None else np.diff(offsets[start : stop + 1])
             kept, rows = np.flatnonzero(wanted), {}
-            with damage_named(str(self.file.path)):
-                for kind, layer in self.whats:
-                    data = self.file.dataset(kind, layer)
-                    if kind == "residue" and offsets is not None:
-                        rows[kind, layer] = data[offsets[start] : offsets[stop]][np.repeat(wanted, sizes)]
-                    else:
-                        rows[kind, layer] = data[stretch][wanted]
-                names, keys = self.file.names_of(start, stop), self.keys(start, stop)
+            for kind, layer in self.whats:
+                data = self.file.dataset(kind, layer)
+                if kind == "residue" and offsets is not None:
+                    rows[kind, layer] = data[offsets[start] : offsets[stop]][np.repeat(wanted, sizes)]
+                else:
+                    rows[kind, layer] = data[stretch][wanted]
+            names, keys = self.file.names_of(start, stop), self.keys(start, stop)
             yield Block(kept + start, [names[i] for i in kept], [keys[i] for i in kept], sizes[kept], rows)
             self.advance(stop - start)
 
