@@ -325,13 +325,10 @@ def _joined(
     source: str, layout: Layout, found: _Found, table: fasta.RecordTable, full: bool, notes: list[str]
 ) -> Int64:  # fmt: skip
     """For each record of the FASTA the entry that is its, NOWHERE, or SEVERAL where a name does not tell."""
-    n = len(table)
 
     def hashes(read: Callable[[int, int], Iterable[str]]) -> Int64:
-        return np.concatenate([
-            np.fromiter(map(hash, read(start, min(n, start + store.NAME_BLOCK))), np.int64)
-            for start in range(0, n, store.NAME_BLOCK)
-        ])  # fmt: skip
+        every = store.blocks(len(table))
+        return np.concatenate([np.fromiter(map(hash, read(each.start, each.stop)), np.int64) for each in every])
 
     names = partial(table.names, full=full)
     if layout.key_of is not None and found.keyed:
@@ -341,7 +338,7 @@ def _joined(
     else:
         ways = []
         if layout.longest and found.keyed:
-            ours = hashes(Keys(names, n, layout.longest))
+            ours = hashes(Keys(names, len(table), layout.longest))
             alike = hashes(lambda a, b: (possible(name, layout.longest) for name in names(a, b)))
             ways.append((_all_of_a_key(_match(found.keys, ours), alike), found.keys, ours, "key"))
         for theirs, (how, reading) in zip(found.names, READINGS, strict=True):

@@ -132,10 +132,9 @@ def nearest(
         q, p = query.cpu().numpy(), place.cpu().numpy()
         foreign = numbers[p] != own[q]
         q, p = q[foreign], p[foreign]
-        parts = [slice(i, i + PAIRS) for i in range(0, len(q), PAIRS)]
         exact = [
             np.einsum("ij,ij->i", queries[q[part]], directions(values[p[part]].astype(np.float64), mean))
-            for part in parts
+            for part in store.blocks(len(q), PAIRS)
         ]
         _keep_best(rows, cosines, q, numbers[p], np.concatenate([np.empty(0), *exact]))
         advance(len(numbers))

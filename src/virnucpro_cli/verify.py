@@ -96,11 +96,11 @@ def _of_the_input(
         return _check(INPUT, what, count > 0, f"{count:,} differ, the first is record {first + 1:,}")
 
     names = np.zeros(len(table), np.bool_)
-    for start in range(0, len(table), store.NAME_BLOCK):
-        stop = min(start + store.NAME_BLOCK, len(table))
-        there, here = file.names_of(start, stop), table.names(start, stop, config.id == "full")
+    for block in store.blocks(len(table)):
+        there = file.names_of(block.start, block.stop)
+        here = table.names(block.start, block.stop, config.id == "full")
         if there != here:
-            names[start:stop] = [a != b for a, b in zip(there, here, strict=True)]
+            names[block] = [a != b for a, b in zip(there, here, strict=True)]
     status = np.where(work.status == store.PENDING, store.DONE, work.status)
     checks += [
         rows("ids", names),

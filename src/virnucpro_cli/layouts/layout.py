@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.store import DONE, NAME_BLOCK, EmbeddingFile
+from virnucpro_cli.store import DONE, NAME_BLOCK, EmbeddingFile, blocks
 
 What = tuple[str, int]
 """Pooling kind and layer."""
@@ -170,9 +170,8 @@ class Keys:
         self.changed = 0
         self.examples: list[tuple[str, str]] = []
         hashes = np.empty(count, np.int64)
-        for start in range(0, count, NAME_BLOCK):
-            stop = min(count, start + NAME_BLOCK)
-            hashes[start:stop] = [hash(possible(name, longest)) for name in names(start, stop)]
+        for block in blocks(count):
+            hashes[block] = [hash(possible(name, longest)) for name in names(block.start, block.stop)]
         taken, first, back = np.unique(hashes, return_index=True, return_inverse=True)
         again = np.flatnonzero(first[back] != np.arange(count))
         self._number(again, taken)

@@ -47,4 +47,5 @@ from virnucpro_cli.store.schema import (
     TRUNCATED,
     UNKNOWN,
     WINDOWED,
+    blocks,
 )
