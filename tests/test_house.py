@@ -28,7 +28,7 @@ LAYERS = (
         "tensors",
         "layouts",
     ),
-    ("validation", "timing", "workers", "ray_engine", "rescue", "shards", "qc", "pooled", "maps", "cache"),
+    ("validation", "timing", "workers", "ray_engine", "rescue", "shards", "qc", "pooled", "maps", "imports", "cache"),
     (
         "embed",
         "fetch",
