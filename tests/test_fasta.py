@@ -179,7 +179,7 @@ def test_chunk_boundaries_leave_no_trace(
 ) -> None:
     whole = table_of(content)
     for size in [7, 8, 9, 13, 31, 64]:
-        monkeypatch.setattr(fasta, "READ_BYTES", size)
+        monkeypatch.setattr(fasta.reading, "READ_BYTES", size)
         pieces = table_of(content)
         monkeypatch.undo()
         assert pieces.sha256 == whole.sha256 == [hashlib.sha256(content).hexdigest()]
@@ -212,7 +212,7 @@ def test_any_file_gives_what_a_plain_reader_finds_in_chunks_of_any_size(
     path = tmp_path_factory.getbasetemp() / "any.fasta"
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fasta, "READ_BYTES", size)
+        patch.setattr(fasta.reading, "READ_BYTES", size)
         table = read(path)
     assert facts(table) == plainly(content)
 
@@ -220,7 +220,7 @@ def test_any_file_gives_what_a_plain_reader_finds_in_chunks_of_any_size(
 def test_blank_lines_before_the_first_record_may_span_chunks(
     table_of: Callable[..., RecordTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fasta, "READ_BYTES", 16)
+    monkeypatch.setattr(fasta.reading, "READ_BYTES", 16)
     content = b"\n" * 50 + b">a\nMKV\n>b\nMK\n"
     assert facts(table_of(content)) == plainly(content)
 
@@ -233,7 +233,7 @@ def test_any_number_of_blank_lines_may_come_first(table_of: Callable[..., Record
 def test_a_header_longer_than_a_chunk_keeps_its_whole_name(
     table_of: Callable[..., RecordTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fasta, "READ_BYTES", 64)
+    monkeypatch.setattr(fasta.reading, "READ_BYTES", 64)
     content = b">" + b"n" * 500 + b" words\nMKV\n>" + b"m" * 500 + b"\nMK\n"
     table = table_of(content)
     assert table.names(0, 2) == ["n" * 500, "m" * 500]
@@ -245,7 +245,7 @@ def test_any_range_of_names_is_that_slice_of_all_names(
     make_fasta: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = read(make_fasta([5] * 30, "one.fasta"), make_fasta([5] * 30, "two.fasta"))
-    monkeypatch.setattr(fasta, "READ_BYTES", 50)
+    monkeypatch.setattr(fasta.reading, "READ_BYTES", 50)
     expected = [f"p{i}" for i in range(30)] * 2
     for start, stop in itertools.combinations_with_replacement(range(0, 61, 5), 2):
         assert table.names(start, stop) == expected[start:stop]
@@ -256,8 +256,8 @@ def test_records_that_lie_far_apart_or_in_several_files_are_read_as_well(
 ) -> None:
     tables = [read(make_fasta([7] * 50)), read(make_fasta([5] * 50, "a.fasta"), make_fasta([6, 0, 9] * 20, "b.fasta"))]
     for most in (100, 200, 1 << 20):
-        monkeypatch.setattr(fasta, "MOST_AHEAD", most)
-        monkeypatch.setattr(fasta, "AHEAD", 64)
+        monkeypatch.setattr(fasta.table, "MOST_AHEAD", most)
+        monkeypatch.setattr(fasta.table, "AHEAD", 64)
         for table in tables:
             every = np.random.default_rng(0).permutation(len(table))
             for order in (every, every[every < 40], every[every > 60], np.repeat(every[:3], 20)):
@@ -367,7 +367,7 @@ def test_without_dedup_every_protein_stands_for_itself(table_of: Callable[..., R
 
 def test_proteins_that_share_half_a_hash_are_kept_apart() -> None:
     digests = np.array([[7, 2], [5, 9], [7, 1], [7, 2], [7, 1], [5, 9]], np.uint64)
-    assert fasta._first_of_equal(digests).tolist() == [0, 1, 2, 0, 2, 1]
+    assert fasta.indexing._first_of_equal(digests).tolist() == [0, 1, 2, 0, 2, 1]
 
 
 def test_nucleotides_are_told_from_proteins(table_of: Callable[..., RecordTable]) -> None:
@@ -428,7 +428,7 @@ def test_nul_bytes_near_the_start_are_an_error(table_of: Callable[..., RecordTab
 def test_nul_bytes_in_the_middle_are_an_error_with_the_line(
     table_of: Callable[..., RecordTable], monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr(fasta, "READ_BYTES", size)
+    monkeypatch.setattr(fasta.reading, "READ_BYTES", size)
     with pytest.raises(UserError, match=r"in\.fasta line 20002 holds NUL"):
         table_of(b">a\nMKV\n" * 10_000 + b">b\nMK\0\0\n>c\nMK\n")
 
@@ -437,7 +437,7 @@ def test_nul_bytes_in_the_middle_are_an_error_with_the_line(
 def test_a_mark_inside_a_sequence_line_is_an_error_with_record_and_line(
     table_of: Callable[..., RecordTable], monkeypatch: pytest.MonkeyPatch, before: int
 ) -> None:
-    monkeypatch.setattr(fasta, "READ_BYTES", 64)
+    monkeypatch.setattr(fasta.reading, "READ_BYTES", 64)
     with pytest.raises(UserError, match=rf"in\.fasta: record 'b' \(line {2 * before + 3}\) has a '>' inside"):
         table_of(b">a\nMKV\n" * before + b">a\nMK\n>b two\nMKV>c\nMKV\n")
 
@@ -465,7 +465,7 @@ def test_the_first_invalid_residue_is_named_with_its_place(
     table_of: Callable[..., RecordTable], monkeypatch: pytest.MonkeyPatch,
     content: bytes, name: str, line: int, column: int, shown: str, size: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(fasta, "READ_BYTES", size)
+    monkeypatch.setattr(fasta.reading, "READ_BYTES", size)
     with pytest.raises(UserError) as caught:
         table_of(content, on_invalid="error")
     assert f"in.fasta: record {name}, line {line}, column {column}: {shown!r}" in caught.value.what

@@ -60,7 +60,7 @@ def test_a_mutated_file_gives_the_plain_readers_records_or_one_clear_error(
     for _ in range(cases):
         content = mutated(dice, dice.choice(SEEDS))
         path.write_bytes(content)
-        monkeypatch.setattr(fasta, "READ_BYTES", dice.choice((7, 8, 11, 16, 37, 64, 1 << 20)))
+        monkeypatch.setattr(fasta.reading, "READ_BYTES", dice.choice((7, 8, 11, 16, 37, 64, 1 << 20)))
         if outcome(path) == "refused":
             refused += 1
         elif not BLANKS_BEFORE_THE_MARK.match(content):  # which the plain reader takes for a line of text

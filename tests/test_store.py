@@ -499,3 +499,10 @@ def test_reading_needs_no_torch(finished: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(("n", "size"), [(0, 3), (1, 3), (3, 3), (7, 3), (store.NAME_BLOCK + 1, None)])
+def test_blocks_hold_everything_once_and_no_more_than_their_size(n: int, size: int | None) -> None:
+    each = list(store.blocks(n) if size is None else store.blocks(n, size))
+    assert [i for block in each for i in range(block.start, block.stop)] == list(range(n))
+    assert all(0 < block.stop - block.start <= (size or store.NAME_BLOCK) for block in each)

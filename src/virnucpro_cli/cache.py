@@ -60,8 +60,8 @@ class _Segment:
     def check(self) -> None:
         """Raises Damaged unless all bytes are those that were written."""
         hasher = xxhash.xxh3_128()
-        for start in range(0, len(self.whole) - CHECK_BYTES, BLOCK):
-            hasher.update(self.whole[start : min(start + BLOCK, len(self.whole) - CHECK_BYTES)].data)
+        for block in store.blocks(len(self.whole) - CHECK_BYTES, BLOCK):
+            hasher.update(self.whole[block].data)
         if hasher.digest() != self.whole[-CHECK_BYTES:].tobytes():
             raise Damaged
 
@@ -94,8 +94,7 @@ class Cache:
             rows, source = pending[found >= 0], found[found >= 0]
             if not len(rows) or not self._is_sound(segment):
                 continue
-            for start in range(0, len(rows), ROWS):
-                block = slice(start, start + ROWS)
+            for block in store.blocks(len(rows), ROWS):
                 for name, values in segment.datasets.items():
                     kind, layer = name.split("/")
                     self.file.place(kind, layer, rows[block], np.asarray(values[source[block]]).view(self.store_dtype))
@@ -196,8 +195,8 @@ class Cache:
                 for name, row_bytes in self.datasets.items():
                     shape = (len(self.file.status), row_bytes)
                     values = np.memmap(self.file.path, np.uint8, "r", self.file.places[name].offset, shape)
-                    for start in range(0, len(rows), ROWS):
-                        write(np.ascontiguousarray(values[rows[start : start + ROWS]]).data)
+                    for block in store.blocks(len(rows), ROWS):
+                        write(np.ascontiguousarray(values[rows[block]]).data)
                 out.write(hasher.digest())
                 out.flush()
                 os.fsync(out.fileno())

@@ -74,9 +74,8 @@ def _read(path: str) -> tuple[set[str], str]:
 
 def _named(names: set[str], table: fasta.RecordTable, config: EmbedConfig) -> NDArray[np.bool_]:
     chosen = np.zeros(len(table), np.bool_)
-    for start in range(0, len(table), store.NAME_BLOCK):
-        here = table.names(start, min(len(table), start + store.NAME_BLOCK), config.id == "full")
-        chosen[start : start + len(here)] = [name in names for name in here]
+    for rows in store.blocks(len(table)):
+        chosen[rows] = [name in names for name in table.names(rows.start, rows.stop, config.id == "full")]
     if not chosen.any() and config.shard is None:
         shown = ", ".join(map(repr, table.names(0, min(3, len(table)), config.id == "full")))
         raise UserError(

@@ -25,8 +25,8 @@ def run(
     layout, out, clock = layouts.named(to), report.console(), report.Clock()
     target = Path(output) if output else Path(path).with_name(Path(path).name.removesuffix(".h5") + layout.suffix)
     summary = report.RunReport("export")
-    with store.opened(path) as file, store.damage_named(path):
-        settings = store.settings_of(file, path)
+    with store.opened(path) as file:
+        settings = store.checked(file, path)
         kinds, chosen = _chosen(file, settings, layout, kinds, numbers)
         if not file.complete or (file.status == store.PENDING).any():
             raise UserError(f"{path} is not complete.", "Let its run finish: the same command of embed goes on.")

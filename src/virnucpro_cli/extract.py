@@ -78,8 +78,7 @@ def run(
                     f"The contacts of {file.contact_maps.pending:,} proteins do not fit the memory of the device.",
                     "Use a smaller --truncation_seq_length or a larger device, or leave contacts out.",
                 )
-            for start in range(0, len(file), BLOCK):
-                rows = slice(start, min(start + BLOCK, len(file)))
+            for rows in store.blocks(len(file), BLOCK):
                 entries = _entries(file, include, rows)
                 for i in range(rows.start, rows.stop):
                     if done[i]:
@@ -88,6 +87,7 @@ def run(
     except Stopped as stop:
         stop.resumable = True
         raise
+    os.sync()  # all of the tree is on disk before what it is made from goes
     hidden.unlink(missing_ok=True)
     written = Written(int(done.sum()), int((~done).sum()))
     out.print(f"{folder}: {written.files:,} files")

@@ -73,7 +73,7 @@ def fill(file: store.Store) -> None:
         at_once = max(1, BLOCK_BYTES // (8 * width))
         for first, last in stretches(bounds, count, at_once):
             rows = members[bounds[first] : bounds[last]]
-            blocks = (rows[i : i + at_once] for i in range(0, len(rows), at_once))
+            blocks = (rows[block] for block in store.blocks(len(rows), at_once))
             values = ((of[block] - first, lengths[block], file.read(f"mean/{layer}", block)) for block in blocks)
             for kind, found in zip(KINDS, _pooled(values, last - first, width), strict=True):
                 file.place(f"groups/{kind}", layer, np.arange(first, last), found.astype(dtype))
@@ -109,10 +109,9 @@ def _by_name(
     """The number of each record's group, -1 for none, and the names of the groups; an empty name is none."""
     numbers: dict[str, int] = {}
     of = np.full(len(table), -1, np.int64)
-    for start in range(0, len(table), store.NAME_BLOCK):
-        names = table.names(start, min(len(table), start + store.NAME_BLOCK), config.id == "full")
-        groups = map(group_of, names)
-        of[start : start + len(names)] = [numbers.setdefault(group, len(numbers)) if group else -1 for group in groups]
+    for block in store.blocks(len(table)):
+        groups = map(group_of, table.names(block.start, block.stop, config.id == "full"))
+        of[block] = [numbers.setdefault(group, len(numbers)) if group else -1 for group in groups]
     ids = list(numbers)
     return of, store.Names(len(ids), lambda start, stop: ids[start:stop], sum(len(name.encode()) for name in ids))
 

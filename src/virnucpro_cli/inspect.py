@@ -17,8 +17,8 @@ BLOCK, SAMPLED = 256, 1 << 14
 def run(path: str, qc_path: str | None = None) -> None:
     """Print the summary of the file at `path` to standard output. Raises UserError if it is not one that embed wrote."""
     out = report.stdout()
-    with store.opened(path) as file, store.damage_named(path):
-        settings = store.settings_of(file, path)
+    with store.opened(path) as file:
+        settings = store.checked(file, path)
         inputs = [entry["path"] for entry in json.loads(file.attributes["inputs"])]
         report.check_places({"qc": qc_path}, [path, *inputs])
         out.print(_contents(path, file, settings))

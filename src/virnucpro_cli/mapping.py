@@ -23,7 +23,8 @@ def run(
     out = out or report.console()
     target = Path(output)
     _check(path, target, color, sample, seed, overwrite)
-    with store.opened(path) as file, store.damage_named(path):
+    with store.opened(path) as file:
+        store.checked(file, path)
         data = pooled.of(file, path)
         lacking = len(file) - len(data)
         if len(data) < projection.FEWEST:

@@ -127,17 +127,16 @@ def _opened(paths: list[Path], stack: ExitStack) -> list[_Part]:
     parts = []
     for path in paths:
         file = stack.enter_context(store.opened(str(path)))
-        with store.damage_named(str(path)):
-            settings = store.settings_of(file, str(path))
-            if file.records is None or not file.complete:
-                raise UserError(f"{path} is not a finished shard.", "Run its shard again.")
-            if not file.unaltered:
-                raise UserError(
-                    f"{path} is damaged: its bytes are not those that embed wrote.",
-                    "Copy it again, or run its shard again.",
-                )
-            offsets = file.residue_offsets if _by_residue(settings) else None
-            parts.append(_Part(path, file, settings, file.records, offsets, file.columns))
+        settings = store.settings_of(file, str(path))
+        if file.records is None or not file.complete:
+            raise UserError(f"{path} is not a finished shard.", "Run its shard again.")
+        if not file.unaltered:
+            raise UserError(
+                f"{path} is damaged: its bytes are not those that embed wrote.",
+                "Copy it again, or run its shard again.",
+            )
+        offsets = file.residue_offsets if _by_residue(settings) else None
+        parts.append(_Part(path, file, settings, file.records, offsets, file.columns))
     return parts
 
 

@@ -29,9 +29,8 @@ class Pooled:
 
     def blocks(self) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """(row numbers [m], values [m, D] in the dtype of the file) of all rows in order."""
-        for start in range(0, len(self.rows), self.size):
-            rows = self.rows[start : start + self.size]
-            yield rows, self.array[rows]
+        for block in store.blocks(len(self.rows), self.size):
+            yield self.rows[block], self.array[self.rows[block]]
 
     def mean(self) -> NDArray[np.float64]:
         total = np.zeros(self.array.shape[1])

@@ -30,8 +30,7 @@ def write(path: str, file: store.EmbeddingFile) -> None:
     try:
         with Path(path).open("w", encoding="utf-8") as out:
             print(*COLUMNS, sep="\t", file=out)
-            for start in range(0, len(file), store.NAME_BLOCK):
-                rows = slice(start, min(start + store.NAME_BLOCK, len(file)))
+            for rows in store.blocks(len(file)):
                 flags = file.flags[rows]
                 bits = (((flags & bit) > 0).astype(int).tolist() for bit in
                         (store.TRUNCATED, store.COPIED, store.RECOMPUTED))  # fmt: skip
@@ -90,12 +89,11 @@ def _nearest(file: store.EmbeddingFile) -> NDArray[np.float64]:
     rows = file[:][done].astype(np.float64)
     rows -= rows.mean(axis=0)  # of what they have in common, which would cost digits below
     squares = (rows**2).sum(axis=1)
-    for start in range(0, len(rows), 512):
-        block = rows[start : start + 512]
-        distance = squares[start : start + 512, None] + squares - 2 * block @ rows.T
-        distance[np.arange(len(block)), start + np.arange(len(block))] = np.inf
+    for block in store.blocks(len(rows), 512):
+        distance = squares[block, None] + squares - 2 * rows[block] @ rows.T
+        distance[np.arange(len(distance)), np.arange(block.start, block.stop)] = np.inf
         other = distance.argmin(axis=1)
-        found[done[start : start + 512]] = np.linalg.norm(block - rows[other], axis=1)
+        found[done[block]] = np.linalg.norm(rows[block] - rows[other], axis=1)
     return found
 
 

@@ -66,7 +66,7 @@ def run(
         store.check_new(Path(output), overwrite)
     with ExitStack() as stack:
         file = stack.enter_context(store.opened(database))
-        stack.enter_context(store.damage_named(database))
+        store.checked(file, database)
         data = pooled.of(file, database)
         if not len(data):
             raise UserError(f"{database} holds no embedded protein.", "Its proteins were skipped, or not computed yet.")
@@ -132,10 +132,9 @@ def nearest(
         q, p = query.cpu().numpy(), place.cpu().numpy()
         foreign = numbers[p] != own[q]
         q, p = q[foreign], p[foreign]
-        parts = [slice(i, i + PAIRS) for i in range(0, len(q), PAIRS)]
         exact = [
             np.einsum("ij,ij->i", queries[q[part]], directions(values[p[part]].astype(np.float64), mean))
-            for part in parts
+            for part in store.blocks(len(q), PAIRS)
         ]
         _keep_best(rows, cosines, q, numbers[p], np.concatenate([np.empty(0), *exact]))
         advance(len(numbers))
@@ -191,7 +190,7 @@ def _is_hdf5(path: str) -> bool:
 
 def _of_file(data: Pooled, database: str, query: str, stack: ExitStack, out: Console) -> Pooled:
     other = stack.enter_context(store.opened(query))
-    ours, theirs = (json.loads(f.attributes["fingerprint"]) for f in (data.file, other))
+    ours, theirs = json.loads(data.file.attributes["fingerprint"]), store.checked(other, query)
     if ours["weights_sha256"] != theirs["weights_sha256"]:
         raise UserError(
             f"{query} was made with other weights than {database}.", "Embed the queries with the same --model."

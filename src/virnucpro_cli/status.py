@@ -48,7 +48,7 @@ def _state(path: Path | None) -> tuple[str, str, str, str]:
     if path is None:
         return "missing", "", "", ""
     try:
-        with store.opened(str(path)) as file, store.damage_named(str(path)):
+        with store.opened(str(path)) as file:
             skipped = int(np.count_nonzero(file.status == store.SKIPPED))
             settled = int(np.count_nonzero(file.status != store.PENDING))
             state = "complete" if file.complete else f"partial, {settled / max(len(file), 1):.0%}"

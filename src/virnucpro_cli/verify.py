@@ -23,13 +23,12 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
     out = report.console()
     verdict = Verdict("verify")
     with store.opened(path) as file:
-        with store.damage_named(path):
-            settings = store.settings_of(file, path)
-            named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
-            report.check_places({"report": report_path}, [path, *named])
-            verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
-            verdict.checks += _of_the_file(file)
-            unit = np.arange(len(file))
+        settings = store.settings_of(file, path)
+        named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
+        report.check_places({"report": report_path}, [path, *named])
+        verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
+        verdict.checks += _of_the_file(file)
+        unit = np.arange(len(file))
         if file.sources:
             verdict.notes.append("a view of shards is not compared with the FASTA: run virnucpro verify on each shard")
         elif not inputs and not (named and all(Path(name).is_file() for name in named)):
@@ -42,14 +41,12 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
                 table = fasta.index(
                     fasta.open_sources(named, Path(spool)), on_invalid=config.invalid, dedup=config.dedup
                 )
-                with store.damage_named(path):
-                    if file.records is not None and (file.records < len(table)).all():
-                        table = table.part(file.records)
-                    checks, unit = _of_the_input(file, settings, table, config, unit)
+                if (records := file.records) is not None and ((records >= 0) & (records < len(table))).all():
+                    table = table.part(records)
+                checks, unit = _of_the_input(file, settings, table, config, unit)
             verdict.checks += checks
         out.print("reading every row", style="dim")
-        with store.damage_named(path):
-            verdict.checks += [replace(check, part=ROWS) for check in audit.stored(file, settings, unit)]
+        verdict.checks += [replace(check, part=ROWS) for check in audit.stored(file, settings, unit)]
     for note in verdict.notes:
         out.print(note, style="yellow")
     out.print(verdict.table())
@@ -101,11 +98,11 @@ def _of_the_input(
         return _check(INPUT, what, count > 0, f"{count:,} differ, the first is record {first + 1:,}")
 
     names = np.zeros(len(table), np.bool_)
-    for start in range(0, len(table), store.NAME_BLOCK):
-        stop = min(start + store.NAME_BLOCK, len(table))
-        there, here = file.names_of(start, stop), table.names(start, stop, config.id == "full")
+    for block in store.blocks(len(table)):
+        there = file.names_of(block.start, block.stop)
+        here = table.names(block.start, block.stop, config.id == "full")
         if there != here:
-            names[start:stop] = [a != b for a, b in zip(there, here, strict=True)]
+            names[block] = [a != b for a, b in zip(there, here, strict=True)]
     status = np.where(work.status == store.PENDING, store.DONE, work.status)
     checks += [
         rows("ids", names),

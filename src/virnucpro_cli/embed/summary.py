@@ -89,9 +89,8 @@ def _percent(share: float) -> str:
 def _repeated_names(table: fasta.RecordTable, config: EmbedConfig) -> int:
     """How many records have the name of an earlier one."""
     hashes = np.empty(len(table), np.int64)
-    for start in range(0, len(table), store.NAME_BLOCK):
-        stop = min(len(table), start + store.NAME_BLOCK)
-        hashes[start:stop] = [hash(name) for name in table.names(start, stop, config.id == "full")]
+    for rows in store.blocks(len(table)):
+        hashes[rows] = [hash(name) for name in table.names(rows.start, rows.stop, config.id == "full")]
     return len(table) - len(np.unique(hashes))
 
 

@@ -124,11 +124,12 @@ def _check(contigs: fasta.RecordTable) -> None:
                 "For proteins leave out --from contigs.",
             )
     hashes = np.empty(len(contigs), np.int64)
-    for start in range(0, len(contigs), store.NAME_BLOCK):
-        names = contigs.names(start, min(len(contigs), start + store.NAME_BLOCK))
+    for block in store.blocks(len(contigs)):
+        names = contigs.names(block.start, block.stop)
         if "" in names:
-            raise UserError(f"Contig {start + names.index('') + 1:,} has no name.", "Give each its own after the >.")
-        hashes[start : start + len(names)] = [hash(name) for name in names]
+            number = block.start + names.index("") + 1
+            raise UserError(f"Contig {number:,} has no name.", "Give each its own after the >.")
+        hashes[block] = [hash(name) for name in names]
     order = np.argsort(hashes, kind="stable")
     alike = np.flatnonzero(np.diff(hashes[order]) == 0)
     for first, second in sorted(zip(order[alike].tolist(), order[alike + 1].tolist(), strict=True)):
@@ -220,9 +221,9 @@ def _called(contigs: fasta.RecordTable, caller: Any) -> Iterator[Found]:
 
 
 def _contigs(contigs: fasta.RecordTable) -> Iterator[tuple[str, bytes]]:
-    for start in range(0, len(contigs), store.NAME_BLOCK):
-        records = np.arange(start, min(len(contigs), start + store.NAME_BLOCK))
-        for name, text in zip(contigs.names(start, start + len(records)), contigs.letters(records), strict=True):
+    for block in store.blocks(len(contigs)):
+        names, letters = contigs.names(block.start, block.stop), contigs.letters(np.arange(block.start, block.stop))
+        for name, text in zip(names, letters, strict=True):
             if odd := text.translate(None, NUCLEOTIDES):
                 raise UserError(
                     f"Contig {name!r} holds {odd[:1].decode('latin-1')!r}, which stands for no nucleotide.",

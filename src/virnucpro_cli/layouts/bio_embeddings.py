@@ -11,7 +11,7 @@ from typing import Any
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.layouts import biotrainer, hdf5, keyed_h5
 from virnucpro_cli.layouts.layout import Entry, Layout, Selection
-from virnucpro_cli.store import DONE, NAME_BLOCK
+from virnucpro_cli.store import DONE, blocks
 
 POOLED_FILE, RESIDUE_FILE = "reduced_embeddings_file.h5", "embeddings_file.h5"
 MAPPING = "mapping_file.csv"
@@ -31,8 +31,7 @@ def write(selection: Selection, target: Path) -> None:
     with open(target / MAPPING, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["", "original_id", "sequence_length"])
-        for start in range(0, len(selection.file), NAME_BLOCK):
-            rows = slice(start, min(start + NAME_BLOCK, len(selection.file)))
+        for rows in blocks(len(selection.file)):
             there = selection.file.status[rows] == DONE
             lines = zip(
                 selection.keys(rows.start, rows.stop), selection.file.names_of(rows.start, rows.stop),

@@ -7,7 +7,7 @@ from typing import Any
 
 import h5py
 
-from virnucpro_cli.store import HDF5_MAGIC, NAME_BLOCK
+from virnucpro_cli.store import HDF5_MAGIC, blocks
 
 PROVENANCE = "virnucpro"
 
@@ -37,12 +37,12 @@ def has(path: Path, *names: str) -> bool:
 
 
 def texts(data: h5py.Dataset) -> Iterator[str]:
-    for start in range(0, len(data), NAME_BLOCK):
-        yield from data.asstr()[start : start + NAME_BLOCK].tolist()
+    for block in blocks(len(data)):
+        yield from data.asstr()[block].tolist()
 
 
 def rows(data: h5py.Dataset) -> Iterator[Any]:
     """The rows of [N, ...], read in blocks."""
     step = max(1, (1 << 22) // max(1, data.dtype.itemsize * int(data.shape[-1])))
-    for start in range(0, len(data), step):
-        yield from data[start : start + step]
+    for block in blocks(len(data), step):
+        yield from data[block]

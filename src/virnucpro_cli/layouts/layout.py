@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.store import DONE, NAME_BLOCK, EmbeddingFile, damage_named
+from virnucpro_cli.store import DONE, NAME_BLOCK, EmbeddingFile, blocks
 
 What = tuple[str, int]
 """Pooling kind and layer."""
@@ -100,14 +100,13 @@ class Selection:
             wanted = np.ones(stop - start, np.bool_) if skipped else self.file.status[stretch] == DONE
             sizes = np.ones(stop - start, np.int64) if offsets is None else np.diff(offsets[start : stop + 1])
             kept, rows = np.flatnonzero(wanted), {}
-            with damage_named(str(self.file.path)):
-                for kind, layer in self.whats:
-                    data = self.file.dataset(kind, layer)
-                    if kind == "residue" and offsets is not None:
-                        rows[kind, layer] = data[offsets[start] : offsets[stop]][np.repeat(wanted, sizes)]
-                    else:
-                        rows[kind, layer] = data[stretch][wanted]
-                names, keys = self.file.names_of(start, stop), self.keys(start, stop)
+            for kind, layer in self.whats:
+                data = self.file.dataset(kind, layer)
+                if kind == "residue" and offsets is not None:
+                    rows[kind, layer] = data[offsets[start] : offsets[stop]][np.repeat(wanted, sizes)]
+                else:
+                    rows[kind, layer] = data[stretch][wanted]
+            names, keys = self.file.names_of(start, stop), self.keys(start, stop)
             yield Block(kept + start, [names[i] for i in kept], [keys[i] for i in kept], sizes[kept], rows)
             self.advance(stop - start)
 
@@ -171,9 +170,8 @@ class Keys:
         self.changed = 0
         self.examples: list[tuple[str, str]] = []
         hashes = np.empty(count, np.int64)
-        for start in range(0, count, NAME_BLOCK):
-            stop = min(count, start + NAME_BLOCK)
-            hashes[start:stop] = [hash(possible(name, longest)) for name in names(start, stop)]
+        for block in blocks(count):
+            hashes[block] = [hash(possible(name, longest)) for name in names(block.start, block.stop)]
         taken, first, back = np.unique(hashes, return_index=True, return_inverse=True)
         again = np.flatnonzero(first[back] != np.arange(count))
         self._number(again, taken)

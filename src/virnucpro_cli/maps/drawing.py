@@ -65,35 +65,14 @@ def picture(shown: Map, file: IO[bytes], kind: str) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "virnucpro"
     from matplotlib import pyplot as plt
-    from matplotlib.colors import LogNorm, Normalize
 
-    x, y = shown.projection.points.T
-    size = float(np.clip(30_000 / len(x), 3, 36))
-    style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.85, "rasterized": True}
     figure, axes = plt.subplots(figsize=(9, 7), layout="constrained")
+    size = float(np.clip(30_000 / len(shown.names), 3, 36))
+    style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.85, "rasterized": True}
     if isinstance(shown.colour, Scale):
-        values = shown.colour.values
-        known = np.isfinite(values)
-        axes.scatter(x[~known], y[~known], c=GREY, **style)
-        order = np.random.default_rng(shown.seed).permutation(np.flatnonzero(known))  # no length lies on top
-        norm = (LogNorm if shown.colour.logarithmic else Normalize)(values[known].min(), values[known].max())
-        drawn = axes.scatter(x[order], y[order], c=values[order], cmap="viridis", norm=norm, **style)
-        bar = figure.colorbar(drawn, ax=axes, shrink=0.6, label=_plain(shown.colour.title))
-        if shown.colour.logarithmic:
-            bar.ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-            bar.ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            bar.ax.minorticks_off()
+        _scatter_on_scale(axes, shown, shown.colour, style)
     else:
-        listed = []
-        for label, points, hue, (shape, _), place in _classes(shown.colour):
-            drawn = axes.scatter(x[points], y[points], c=hue, marker=shape, label=_plain(_short(label)), **style)
-            listed.append((place, drawn))
-        legend = axes.legend(
-            handles=[drawn for _, drawn in sorted(listed, key=lambda entry: entry[0])], title=_plain(shown.colour.title), fontsize=8, loc="center left",
-            bbox_to_anchor=(1.01, 0.5), frameon=False,
-        )  # fmt: skip
-        for handle in legend.legend_handles:
-            handle.set_sizes([30])  # type: ignore[union-attr]
+        _scatter_in_classes(axes, shown, shown.colour, style)
     axes.set_aspect("equal", adjustable="datalim")
     axes.spines[["top", "right"]].set_visible(False)
     if shown.projection.axes:
@@ -109,6 +88,43 @@ def picture(shown: Map, file: IO[bytes], kind: str) -> None:
     plt.close(figure)
 
 
+def _scatter_on_scale(axes: Any, shown: Map, colour: Scale, style: dict[str, Any]) -> None:
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    x, y = shown.projection.points.T
+    order, unknown = _in_order(colour, shown.seed)
+    axes.scatter(x[unknown], y[unknown], c=GREY, **style)
+    values = colour.values[order]
+    norm = (LogNorm if colour.logarithmic else Normalize)(values.min(), values.max())
+    drawn = axes.scatter(x[order], y[order], c=values, cmap="viridis", norm=norm, **style)
+    bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.6, label=_plain(colour.title))
+    if colour.logarithmic:
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        bar.ax.minorticks_off()
+
+
+def _scatter_in_classes(axes: Any, shown: Map, colour: Classes, style: dict[str, Any]) -> None:
+    x, y = shown.projection.points.T
+    listed = []
+    for label, points, hue, (shape, _), place in _classes(colour):
+        drawn = axes.scatter(x[points], y[points], c=hue, marker=shape, label=_plain(_short(label)), **style)
+        listed.append((place, drawn))
+    legend = axes.legend(
+        handles=[drawn for _, drawn in sorted(listed, key=lambda entry: entry[0])], title=_plain(colour.title),
+        fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
+    )  # fmt: skip
+    for handle in legend.legend_handles:
+        handle.set_sizes([30])
+
+
+def _in_order(colour: Scale, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The points that have a value, shuffled so that no length lies on top, and those that have none."""
+    known = np.isfinite(colour.values)
+    return np.random.default_rng(seed).permutation(np.flatnonzero(known)), np.flatnonzero(~known)
+
+
 def _plain(text: str) -> str:
     """For matplotlib, to which two dollars are mathematics."""
     return text.replace("$", r"\$")
@@ -122,16 +138,34 @@ def page(shown: Map, file: IO[bytes]) -> None:
     """One HTML file that needs no network: plotly.js is in it."""
     from plotly import graph_objects as go
 
+    figure = go.Figure(_traces(shown))
+    of_axes, meant = shown.projection.axes or ("", ""), shown.projection.axes is not None
+    axis = {"zeroline": False, "showticklabels": meant, "showgrid": meant, "gridcolor": "#EEEEEE"}
+    figure.update_layout(
+        template="plotly_white", hovermode="closest", showlegend=isinstance(shown.colour, Classes),
+        legend={"title": {"text": html.escape(shown.colour.title)}, "itemsizing": "constant"},
+        title={"text": html.escape(shown.title), "x": 0.02}, margin={"t": 60, "b": 110, "l": 60},
+        xaxis={"title": {"text": of_axes[0]}, **axis},
+        yaxis={"title": {"text": of_axes[1]}, "scaleanchor": "x", **axis},
+        annotations=[{
+            "text": "<br>".join(html.escape(line) for line in shown.caption), "showarrow": False, "xref": "paper",
+            "yref": "paper", "x": 0, "y": 0, "xanchor": "left", "yanchor": "top", "yshift": -45, "align": "left",
+            "font": {"size": 11, "color": "#444444"},
+        }],
+    )  # fmt: skip
+    config = {"displaylogo": False, "scrollZoom": True, "responsive": True}
+    text = figure.to_html(include_plotlyjs=True, div_id="map", config=config, default_height="100vh")
+    head = f"<head><title>{html.escape(shown.title)}</title><style>body {{margin: 0; overflow: hidden}}</style>"
+    file.write(text.replace("<head>", head, 1).encode())
+
+
+def _traces(shown: Map) -> list[Any]:
+    """The points of a page: those of each class, or those with a value and those without."""
+    from plotly import graph_objects as go
+
     x, y = shown.projection.points.T
     kind = go.Scattergl if len(x) > MOST_DRAWN_AS_SVG else go.Scatter
-    of_axes = shown.projection.axes or ("", "")
-    words = shown.words
-    hover = [
-        f"<b>{html.escape(name)}</b><br>{length:,} residues"
-        + (f"<br>{html.escape(shown.colour.title)}: {html.escape(words[i])}" if words else "")
-        for i, (name, length) in enumerate(zip(shown.names, shown.lengths.tolist(), strict=True))
-    ]
-    size = float(np.clip(300 / len(x) ** 0.5, 3, 8))
+    size, hover = float(np.clip(300 / len(x) ** 0.5, 3, 8)), _hover(shown)
 
     def dots(points: NDArray[np.int64], name: str, place: int = 0, **marker: Any) -> Any:
         return kind(
@@ -140,44 +174,30 @@ def page(shown: Map, file: IO[bytes]) -> None:
             marker={"size": size, "opacity": 0.85, **marker},
         )  # fmt: skip
 
-    if isinstance(shown.colour, Scale):
-        values, title = shown.colour.values, html.escape(shown.colour.title)
-        known = np.isfinite(values)
-        order = np.random.default_rng(shown.seed).permutation(np.flatnonzero(known))
-        bar: dict[str, Any] = {"title": {"text": title}, "len": 0.6}
-        drawn = values[order]
-        if shown.colour.logarithmic:
-            drawn = np.log10(drawn)
-            ticks = _ticks(values[known].min(), values[known].max())
-            bar |= {"tickvals": np.log10(ticks), "ticktext": [f"{tick:,.0f}" for tick in ticks]}
-        traces = [dots(order, title, color=drawn, colorscale="Viridis", colorbar=bar, showscale=True)]
-        if not known.all():
-            traces.insert(0, dots(np.flatnonzero(~known), "no value", color=GREY))
-    else:
-        traces = [
+    if isinstance(shown.colour, Classes):
+        return [
             dots(points, _short(label), place, color=hue, symbol=shape)
             for label, points, hue, (_, shape), place in _classes(shown.colour)
         ]
-    caption = "<br>".join(html.escape(line) for line in shown.caption)
-    meant = shown.projection.axes is not None
-    axis = {"zeroline": False, "showticklabels": meant, "showgrid": meant, "gridcolor": "#EEEEEE"}
-    figure = go.Figure(traces)
-    figure.update_layout(
-        template="plotly_white", hovermode="closest", showlegend=isinstance(shown.colour, Classes),
-        legend={"title": {"text": html.escape(shown.colour.title)}, "itemsizing": "constant"},
-        title={"text": html.escape(shown.title), "x": 0.02}, margin={"t": 60, "b": 110, "l": 60},
-        xaxis={"title": {"text": of_axes[0]}, **axis},
-        yaxis={"title": {"text": of_axes[1]}, "scaleanchor": "x", **axis},
-        annotations=[{
-            "text": caption, "showarrow": False, "xref": "paper", "yref": "paper", "x": 0, "y": 0, "xanchor": "left",
-            "yanchor": "top", "yshift": -45, "align": "left", "font": {"size": 11, "color": "#444444"},
-        }],
-    )  # fmt: skip
-    config = {"displaylogo": False, "scrollZoom": True, "responsive": True}
-    text = figure.to_html(include_plotlyjs=True, div_id="map", config=config, default_height="100vh")
-    head = f"<head><title>{html.escape(shown.title)}</title><style>body {{margin: 0; overflow: hidden}}</style>"
-    named = text.replace("<head>", head, 1)
-    file.write(named.encode())
+    title, (order, unknown) = html.escape(shown.colour.title), _in_order(shown.colour, shown.seed)
+    bar: dict[str, Any] = {"title": {"text": title}, "len": 0.6}
+    drawn = shown.colour.values[order]
+    if shown.colour.logarithmic:
+        ticks = _ticks(drawn.min(), drawn.max())
+        bar |= {"tickvals": np.log10(ticks), "ticktext": [f"{tick:,.0f}" for tick in ticks]}
+        drawn = np.log10(drawn)
+    traces = [dots(unknown, "no value", color=GREY)] if len(unknown) else []
+    return [*traces, dots(order, title, color=drawn, colorscale="Viridis", colorbar=bar, showscale=True)]
+
+
+def _hover(shown: Map) -> list[str]:
+    """What a page says of each point."""
+    words, title = shown.words, html.escape(shown.colour.title)
+    return [
+        f"<b>{html.escape(name)}</b><br>{length:,} residues"
+        + (f"<br>{title}: {html.escape(words[i])}" if words else "")
+        for i, (name, length) in enumerate(zip(shown.names, shown.lengths.tolist(), strict=True))
+    ]
 
 
 def _ticks(least: float, most: float) -> list[float]:

@@ -20,11 +20,11 @@ from virnucpro_cli.store.schema import (
     CHECKSUM_BYTES,
     ENVIRONMENT_BYTES,
     FLAG_NAMES,
-    NAME_BLOCK,
     REASONS,
     REPORT_BYTES,
     SCHEMA,
     STATUS_NAMES,
+    blocks,
 )
 
 
@@ -222,9 +222,8 @@ def lay_out(fd: int, layout: Layout) -> None:
 
 def _write_names(file: Any, name: str, names: Names) -> None:
     dataset = file.create_dataset(name, (names.count,), h5py.string_dtype("utf-8"))
-    for start in range(0, names.count, NAME_BLOCK):
-        stop = min(names.count, start + NAME_BLOCK)
-        dataset[start:stop] = names.of(start, stop)
+    for rows in blocks(names.count):
+        dataset[rows] = names.of(rows.start, rows.stop)
 
 
 def _write_layout(room: _Reserved, layout: Layout) -> None:

@@ -20,6 +20,7 @@ from virnucpro_cli.store.schema import (
     ONLY_PLACE,
     PENDING,
     SCHEMA,
+    blocks,
     whole_lines,
 )
 
@@ -215,16 +216,20 @@ class EmbeddingFile:
     def names_at(self, rows: NDArray[np.int64]) -> list[str]:
         """The names of some records, in that order; the file's names are read in blocks, not held."""
         found: dict[int, str] = {}
-        blocks = rows // NAME_BLOCK
-        for block in np.unique(blocks).tolist():
+        block_of = rows // NAME_BLOCK
+        for block in np.unique(block_of).tolist():
             names = self.names_of(block * NAME_BLOCK, (block + 1) * NAME_BLOCK)
-            found |= {row: names[row % NAME_BLOCK] for row in np.unique(rows[blocks == block]).tolist()}
+            found |= {row: names[row % NAME_BLOCK] for row in np.unique(rows[block_of == block]).tolist()}
         return [found[row] for row in rows.tolist()]
 
     def find(self, name: str) -> list[int]:
         """As `rows`, for a single question: reads all names in blocks and keeps none. Empty if there is no such name."""
-        starts = range(0, len(self), NAME_BLOCK)
-        return [s + i for s in starts for i, known in enumerate(self.names_of(s, s + NAME_BLOCK)) if known == name]
+        return [
+            row
+            for rows in blocks(len(self))
+            for row, known in enumerate(self.names_of(rows.start, rows.stop), rows.start)
+            if known == name
+        ]
 
     @property
     def names(self) -> list[str]:
@@ -331,9 +336,8 @@ class EmbeddingFile:
 
     def __iter__(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """(name, row) of every record, in order."""
-        for start in range(0, len(self), NAME_BLOCK):
-            stop = start + NAME_BLOCK
-            yield from zip(self.names_of(start, stop), self.dataset()[start:stop], strict=True)
+        for rows in blocks(len(self)):
+            yield from zip(self.names_of(rows.start, rows.stop), self.dataset()[rows], strict=True)
 
     def logits(self, key: int | str) -> NDArray[Any]:
         """Logits [L, 33] of a record's residues (empty if it was skipped); needs `--emit logits`."""

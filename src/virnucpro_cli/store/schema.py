@@ -1,6 +1,7 @@
 """What is in the file, schema 1: codes, bits, reasons and sizes."""
 
 import errno
+from collections.abc import Iterator
 
 SCHEMA = 1
 PENDING, DONE, SKIPPED = 0, 1, 2
@@ -23,6 +24,11 @@ CHECKSUM_BLOCK, CHECKSUM_BYTES = 1 << 24, 64
 ONLY_PLACE = ("attention", "device")
 """Fingerprint keys that change how values round and nothing else: a run may go on elsewhere, and the file says which rows did."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def blocks(n: int, size: int = NAME_BLOCK) -> Iterator[slice]:
+    """All of n things in order, `size` of them at a time: as many names, by default, as are held at once."""
+    return (slice(start, min(n, start + size)) for start in range(0, n, size))
 
 
 def whole_lines(text: bytes) -> list[str]:

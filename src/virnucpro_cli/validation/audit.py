@@ -239,17 +239,16 @@ def stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np
         offsets = file.residue_offsets if by_residue(kind, layers[0]) else np.arange(len(file) + 1)
         for layer in layers:
             data = file.dataset(kind, layer)
-            for start in range(0, data.shape[0], store.NAME_BLOCK):
-                rows = data[start : start + store.NAME_BLOCK]
-                owner = np.searchsorted(offsets, np.arange(start, start + len(rows)), side="right") - 1
+            for block in store.blocks(data.shape[0]):
+                rows = data[block]
+                owner = np.searchsorted(offsets, np.arange(block.start, block.stop), side="right") - 1
                 status = file.status[owner]
                 wrong += int((~np.isfinite(rows).all(axis=1) & (status == store.DONE)).sum())
                 wrong += int((~np.isnan(rows).all(axis=1) & (status == store.SKIPPED)).sum())
             if not by_residue(kind, layer):
-                for start in range(0, len(copies), store.NAME_BLOCK):
-                    block = copies[start : start + store.NAME_BLOCK]
-                    originals, back = np.unique(unit[block], return_inverse=True)
-                    unlike += int((data[block] != data[originals][back]).any(axis=1).sum())
+                for block in store.blocks(len(copies)):
+                    originals, back = np.unique(unit[copies[block]], return_inverse=True)
+                    unlike += int((data[copies[block]] != data[originals][back]).any(axis=1).sum())
     for name in set(unmasked(settings.get("emit", ()))) - {"logits"}:
         score = file.dataset("unmasked", name)[:]
         wrong += int((~np.isfinite(score) & (file.status == store.DONE)).sum())

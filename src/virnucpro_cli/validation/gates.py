@@ -1,5 +1,7 @@
 """The gates on values: the fast path in fp32 against fair-esm, and the run's own dtype against its noise floor."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,9 @@ FEWEST = 6
 
 ROUNDOFF = 2.0**-24
 """Half the spacing of fp32 numbers: no floor is taken to be lower."""
+
+SINGLE = ("mean", "bos")
+"""Kinds whose rows are held to limits of their own: one of all residues, and one of a single place."""
 
 BINS = (0, 100, 300, 600, 1023)
 NEIGHBOURS = 5
@@ -63,78 +68,119 @@ def precision(
     dtype: torch.dtype,
 ) -> list[Check]:  # fmt: skip
     """The run's own dtype against the noise floor: what the reference itself loses in that dtype, run plainly."""
-    short = runner.short_name(dtype)
-    part = f"Precision: embed in {short} against its noise floor"
+    short, last = runner.short_name(dtype), layers[-1]
     median_limit = MAX_MEDIAN_REL_L2.get(short)
+    part = f"Precision: embed in {short} against its noise floor"
     if median_limit is not None:
         part = f"Precision: embed in {short}, approximate, beside the noise floor of fp16"
-    judged = median_limit is None and len(sample) >= FEWEST
-    min_cosine = MIN_COSINE[short] if config.min_cosine is None else config.min_cosine
-    max_rel_l2 = config.max_rel_l2 if config.max_rel_l2 is not None else MAX_REL_L2[short]
-    checks = []
     floors = {(kind, layer): _floor(exact, plain, sample, kind, layer) for kind in KINDS for layer in layers}
+    run = _Run(part, found, exact, plain, sample, floors)
+    min_cosine = MIN_COSINE[short] if config.min_cosine is None else config.min_cosine
+    max_rel_l2 = MAX_REL_L2[short] if config.max_rel_l2 is None else config.max_rel_l2
+    judged = median_limit is None
+    checks = [
+        run.against_the_floor(kind, layer, judged and len(sample) >= FEWEST) for kind in KINDS for layer in layers
+    ]
+    checks += [run.bias(layer, dtype, judged) for layer in layers]
+    for kind in SINGLE:
+        checks += run.within_limits(kind, last, min_cosine, max_rel_l2, median_limit)
     for kind in KINDS:
-        for layer in layers:
-            errors = oracle.errors(found, exact, sample, kind, layer)
-            floor = floors[kind, layer]
-            paired = float(np.median(np.maximum(errors.error, ROUNDOFF) / floor.error))
-            worst = max(errors.worst, ROUNDOFF) / floor.worst
-            checks.append(_error_check(
-                part, f"{kind}, layer {layer}: relative L2", errors, sample,
-                passed=(paired <= MEDIAN_OF_FLOOR and worst <= WORST_OF_FLOOR) if judged else None,
-                floor=f"{floor.median:.1e} / {floor.worst:.1e}", limit=f"{MEDIAN_OF_FLOOR} x / {WORST_OF_FLOOR:.0f} x",
-                note=f"{paired:.2f} x / {worst:.2f} x",
-            ))  # fmt: skip
-    for layer in layers:
-        a, b = found["residue", layer], exact["residue", layer]
+        checks += run.spread(kind, last)
+    return [*checks, *run.neighbours(last), *run.by_length(last)]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run's rows beside exact ones and those of the plain runs, and what there is to say of them, a check each."""
+
+    part: str
+    found: Rows
+    exact: Rows
+    plain: list[Rows]
+    sample: Sample
+    floors: dict[tuple[str, int], oracle.Errors]
+
+    def errors(self, kind: str, layer: int) -> oracle.Errors:
+        return oracle.errors(self.found, self.exact, self.sample, kind, layer)
+
+    def against_the_floor(self, kind: str, layer: int, judged: bool) -> Check:
+        errors, floor = self.errors(kind, layer), self.floors[kind, layer]
+        paired = float(np.median(np.maximum(errors.error, ROUNDOFF) / floor.error))
+        worst = max(errors.worst, ROUNDOFF) / floor.worst
+        return _error_check(
+            self.part, f"{kind}, layer {layer}: relative L2", errors, self.sample,
+            passed=(paired <= MEDIAN_OF_FLOOR and worst <= WORST_OF_FLOOR) if judged else None,
+            floor=f"{floor.median:.1e} / {floor.worst:.1e}", limit=f"{MEDIAN_OF_FLOOR} x / {WORST_OF_FLOOR:.0f} x",
+            note=f"{paired:.2f} x / {worst:.2f} x",
+        )  # fmt: skip
+
+    def bias(self, layer: int, dtype: torch.dtype, judged: bool) -> Check:
+        a, b = self.found["residue", layer], self.exact["residue", layer]
         bias = max(agreement.bias(a, b), ROUNDOFF)
-        floor_bias = max(ROUNDOFF, *(agreement.bias(rows["residue", layer], b) for rows in plain))
-        # What is left of unbiased errors in a mean over few residues.
-        by_chance = 2 * floors["residue", layer].median / len(b) ** 0.5
+        floor_bias = max(ROUNDOFF, *(agreement.bias(rows["residue", layer], b) for rows in self.plain))
+        size = self.floors["residue", layer].median
+        by_chance = 2 * size / len(b) ** 0.5  # what is left of unbiased errors in a mean over few residues
         if dtype == torch.float32:
             # fp32 units round with a bias of their own (products of three TF32, fast exponentials: 3e-7 on an H100), so
             # there the mean error is held to the size of the floor's errors. A wrong formula is a hundred times that.
-            floor_bias = max(floor_bias, floors["residue", layer].median)
-        unbiased = bias <= BIAS_OF_FLOOR * floor_bias + by_chance
-        checks.append(Check(
-            part, f"residue, layer {layer}: mean signed error", unbiased if median_limit is None else None, worst=bias,
-            floor=f"{floor_bias:.1e}", limit=f"{BIAS_OF_FLOOR} x", note=f"{bias / floor_bias:.2f} x",
-        ))  # fmt: skip
-    last = layers[-1]
-    for kind in ("mean", "bos"):
-        a, b = found[kind, last], exact[kind, last]
-        cosine = agreement.cosine(a, b)
-        errors = oracle.errors(found, exact, sample, kind, last)
-        checks.append(Check(
-            part, f"{kind}, layer {last}: cosine", bool(cosine.min() >= min_cosine), float(np.median(cosine)),
-            worst=float(cosine.min()), record=sample.names[int(cosine.argmin())], limit=f">= {min_cosine}",
-        ))  # fmt: skip
-        checks.append(_error_check(
-            part, f"{kind}, layer {last}: relative L2", errors, sample, passed=errors.worst <= max_rel_l2,
+            floor_bias = max(floor_bias, size)
+        return Check(
+            self.part, f"residue, layer {layer}: mean signed error",
+            bias <= BIAS_OF_FLOOR * floor_bias + by_chance if judged else None, worst=bias, floor=f"{floor_bias:.1e}",
+            limit=f"{BIAS_OF_FLOOR} x", note=f"{bias / floor_bias:.2f} x",
+        )  # fmt: skip
+
+    def within_limits(
+        self, kind: str, layer: int, min_cosine: float, max_rel_l2: float, median_limit: float | None
+    ) -> Iterator[Check]:
+        cosine, errors = agreement.cosine(self.found[kind, layer], self.exact[kind, layer]), self.errors(kind, layer)
+        yield Check(
+            self.part, f"{kind}, layer {layer}: cosine", bool(cosine.min() >= min_cosine), float(np.median(cosine)),
+            worst=float(cosine.min()), record=self.sample.names[int(cosine.argmin())], limit=f">= {min_cosine}",
+        )  # fmt: skip
+        yield _error_check(
+            self.part, f"{kind}, layer {layer}: relative L2", errors, self.sample, passed=errors.worst <= max_rel_l2,
             limit=f"{max_rel_l2:.0e}",
-        ))  # fmt: skip
+        )  # fmt: skip
         if median_limit is not None:
-            checks.append(Check(
-                part, f"{kind}, layer {last}: median relative L2", errors.median <= median_limit, errors.median,
+            yield Check(
+                self.part, f"{kind}, layer {layer}: median relative L2", errors.median <= median_limit, errors.median,
                 limit=f"{median_limit:.0e}",
-            ))  # fmt: skip
-    for kind in KINDS:
-        owner = sample.owner if kind == "residue" else np.arange(len(sample))
-        a, b = found[kind, last], exact[kind, last]
-        for what, values, worst_of in (
-            ("cosine after centring", agreement.cosine(a, b, b.mean(axis=0)), np.argmin),
-            ("max error / rms", agreement.max_over_rms(a, b), np.argmax),
+            )  # fmt: skip
+
+    def spread(self, kind: str, layer: int) -> Iterator[Check]:
+        """Told and not judged."""
+        owner = self.sample.owner if kind == "residue" else np.arange(len(self.sample))
+        a, b = self.found[kind, layer], self.exact[kind, layer]
+        for what, values, worst_of, tail in (
+            ("cosine after centring", agreement.cosine(a, b, b.mean(axis=0)), np.argmin, 0.01),
+            ("max error / rms", agreement.max_over_rms(a, b), np.argmax, 0.99),
         ):
             at = int(worst_of(values))
-            tail = 0.01 if worst_of is np.argmin else 0.99
-            checks.append(Check(
-                part, f"{kind}, layer {last}: {what}", median=float(np.median(values)),
-                p99=float(np.quantile(values, tail)), worst=float(values[at]), record=sample.names[int(owner[at])],
-            ))  # fmt: skip
-    if len(sample) > NEIGHBOURS:
-        kept = agreement.neighbours_kept(found["mean", last], exact["mean", last], NEIGHBOURS)
-        checks.append(Check(part, f"mean, layer {last}: {NEIGHBOURS} nearest neighbours kept", note=f"{kept:.1%}"))
-    return [*checks, *_by_length(part, found, exact, floors, sample, last)]
+            yield Check(
+                self.part, f"{kind}, layer {layer}: {what}", median=float(np.median(values)),
+                p99=float(np.quantile(values, tail)), worst=float(values[at]), record=self.sample.names[int(owner[at])],
+            )  # fmt: skip
+
+    def neighbours(self, layer: int) -> Iterator[Check]:
+        if len(self.sample) > NEIGHBOURS:
+            kept = agreement.neighbours_kept(self.found["mean", layer], self.exact["mean", layer], NEIGHBOURS)
+            yield Check(self.part, f"mean, layer {layer}: {NEIGHBOURS} nearest neighbours kept", note=f"{kept:.1%}")
+
+    def by_length(self, layer: int) -> Iterator[Check]:
+        each = [(kind, self.errors(kind, layer), self.floors[kind, layer]) for kind in ("mean", "residue")]
+        for low, high in zip(BINS, [*BINS[1:], 1 << 62], strict=True):
+            inside = (self.sample.lengths >= low) & (self.sample.lengths < high)
+            if not inside.any():
+                continue
+            label = f"{low}-{high - 1}" if high < 1 << 62 else f"{low} and more"
+            for kind, errors, floor in each:
+                here = oracle.Errors(errors.error[inside[errors.owner]], errors.owner[inside[errors.owner]])
+                below = floor.error[inside[floor.owner]]
+                yield _error_check(
+                    self.part, f"{kind}, {label} residues ({int(inside.sum())} proteins)", here, self.sample,
+                    floor=f"{np.median(below):.1e} / {below.max():.1e}",
+                )  # fmt: skip
 
 
 def _floor(exact: Rows, plain: list[Rows], sample: Sample, kind: str, layer: int) -> oracle.Errors:
@@ -145,27 +191,6 @@ def _floor(exact: Rows, plain: list[Rows], sample: Sample, kind: str, layer: int
     )
 
 
-def _by_length(
-    part: str, found: Rows, exact: Rows, floors: dict[tuple[str, int], oracle.Errors], sample: Sample, layer: int
-) -> list[Check]:
-    checks = []
-    for low, high in zip(BINS, [*BINS[1:], 1 << 62], strict=True):
-        inside = (sample.lengths >= low) & (sample.lengths < high)
-        if not inside.any():
-            continue
-        label = f"{low}-{high - 1}" if high < 1 << 62 else f"{low} and more"
-        for kind in ("mean", "residue"):
-            errors = oracle.errors(found, exact, sample, kind, layer)
-            floor = floors[kind, layer]
-            here = oracle.Errors(errors.error[inside[errors.owner]], errors.owner[inside[errors.owner]])
-            below = floor.error[inside[floor.owner]]
-            checks.append(_error_check(
-                part, f"{kind}, {label} residues ({int(inside.sum())} proteins)", here, sample,
-                floor=f"{np.median(below):.1e} / {below.max():.1e}",
-            ))  # fmt: skip
-    return checks
-
-
 def of_each_protein(
     found: Rows, exact: Rows, plain: list[Rows], sample: Sample, layers: tuple[int, ...]
 ) -> list[dict[str, Any]]:
@@ -174,7 +199,7 @@ def of_each_protein(
     records: list[dict[str, Any]] = [
         {"name": name, "residues": int(length)} for name, length in zip(sample.names, sample.lengths, strict=True)
     ]
-    for kind in ("mean", "bos"):
+    for kind in SINGLE:
         a, b = found[kind, last], exact[kind, last]
         columns = {
             "relative L2": agreement.relative_l2(a, b),

@@ -1,0 +1,9 @@
+"""FASTA files to a record table: one vectorised pass over the bytes, which also applies the reader's policies.
+
+A record's number is its identity. Names, and the text of single records, are read lazily by offset.
+"""
+
+from virnucpro_cli.fasta.indexing import NUCLEOTIDE_SHARE, index, refuse_unreadable
+from virnucpro_cli.fasta.plain import by_name, write_texts
+from virnucpro_cli.fasta.reading import COMPRESSED_MAGIC, Source, decoder_errors, open_sources
+from virnucpro_cli.fasta.table import RecordTable
