@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import slowed
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin"
 CONFIGURATION = """
@@ -45,28 +47,18 @@ SRUN = """#!/bin/sh
 # Snakemake's plugin takes every SLURM_ variable away from it; a cluster has the configuration where srun looks without one.
 SLURM_CONF={folder}/slurm.conf exec {srun} "$@"
 """
-SLOW = """
-import sys, time
-if "embed" in sys.orig_argv:
-    from virnucpro_cli import runner
-    serial = runner.serial
-    def slow(items, collate, compute, sink, device):
-        serial(items, collate, lambda batch: (time.sleep(0.4), compute(batch))[1], sink, device)
-    runner.serial = slow
-"""
 
 
 class Slurm:
     def __init__(self, folder: Path):
         self.folder = folder
-        (folder / "site").mkdir()
-        (folder / "site" / "sitecustomize.py").write_text(SLOW)
+        site = slowed.packs(folder / "site", 0.4, "embed")
         (folder / "bin").mkdir()
         (folder / "bin" / "srun").write_text(SRUN.format(folder=folder, srun=shutil.which("srun", path=PATH)))
         (folder / "bin" / "srun").chmod(0o755)
         self.environment = {
             **os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{folder}/bin:{PATH}", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(folder / "site"), os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH")))),
         }  # fmt: skip
 
     def __call__(self, *command: str) -> str:

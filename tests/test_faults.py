@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import slowed
 from conftest import write_model
 from virnucpro_cli import placer, runner, store
 from virnucpro_cli.collate import PackedBatch
@@ -251,7 +252,9 @@ def test_a_stopped_program_says_how_to_go_on(case: Case, tmp_path: Path, number:
         "--device", "cpu", "--token-budget", "1024", "--pool", ",".join(KINDS), "--long", "window",
         "--max-residues", "200", "--overlap", "50",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    site = slowed.packs(tmp_path / "site", 0.02, "virnucpro_cli")
+    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     wait_for_rows(store.partial_path(output), process)
     process.send_signal(number)

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+import slowed
 from conftest import ROOT, write_model
 from virnucpro_cli import cli, fasta, report, runner, store
 from virnucpro_cli.collate import VarlenCollator
@@ -40,6 +41,10 @@ SMALL = ModelSpec("small", 4, 192, 12)
 OPTIONS: dict[str, Any] = {
     "pool": ("mean", "residue"), "long": "window", "max_residues": 300, "overlap": 50, "token_budget": 1024, "device": "cpu",
 }  # fmt: skip
+
+
+def slow_actors(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("PYTHONPATH", str(slowed.packs(folder / "site", 0.3, "default_worker.py")), prepend=os.pathsep)
 
 
 class Case:
@@ -87,7 +92,7 @@ class Cluster:
     def actors(self) -> list[int]:
         """Those of this cluster: processes are children of their node's raylet."""
         raylets = [str(node.all_processes["raylet"][0].process.pid) for node in self.ray.worker_nodes]
-        command = ["pgrep", "-f", "ray::_Actor", "-P", ",".join(raylets)]
+        command = ["pgrep", "-f", "ray::Actor", "-P", ",".join(raylets)]
         listed = subprocess.run(command, capture_output=True, text=True).stdout
         return [int(pid) for pid in listed.split()]
 
@@ -155,6 +160,35 @@ def test_a_node_an_actor_and_the_driver_are_killed_and_no_row_is_lost(
     found = driver.ended()
     case.check(tmp_path / "out.h5")
     assert "lost" in found["tables"]["Nodes"][0]["lost"]
+
+
+def test_a_node_that_is_to_be_taken_away_ends_what_it_has_and_gets_no_more(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notice of pre-emption, as clouds give them: nothing is lost, and what the node would have done is done elsewhere."""
+    slow_actors(tmp_path, monkeypatch)
+    cluster = Cluster(2)
+    try:
+        driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
+        driver.wait_for_rows()
+        subprocess.run(
+            [
+                sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.ray.address, "--node-id",
+                cluster.nodes[0].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test",
+                "--deadline-remaining-seconds", "60",
+            ], check=True, capture_output=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while len(cluster.actors()) > 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert driver.process.poll() is None, "its actor had gone while there was work for the other"
+        cluster.ray.remove_node(cluster.nodes[0], allow_graceful=False)
+        found = driver.ended()
+    finally:
+        cluster.ray.shutdown()
+    case.check(tmp_path / "out.h5")
+    assert any("its node is to be taken away" in note for note in found["notes"])
+    assert not any("lost" in note for note in found["notes"]) and found["tables"]["Nodes"][0]["lost"] == ""
 
 
 def test_a_driver_that_is_told_to_stop_keeps_what_it_has(case: Case, cluster: Cluster, tmp_path: Path) -> None:
@@ -338,6 +372,7 @@ def test_the_nodes_of_the_example_are_started_when_they_are_asked_for(
         cluster_utils.AutoscalingCluster, "_generate_config",
         lambda *_, **__: example | nothing | {"provider": here, "available_node_types": types},
     )  # fmt: skip
+    slow_actors(tmp_path, monkeypatch)  # or it would be over before the second node is there
     growing = cluster_utils.AutoscalingCluster(types["head"]["resources"], {})
     growing.start()
     try:

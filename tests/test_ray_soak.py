@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 
-from test_ray import Case, Cluster, Driver, fill_of
+from test_ray import Case, Cluster, Driver, fill_of, slow_actors
 from virnucpro_cli import store
 
 pytestmark = pytest.mark.soak
@@ -27,23 +27,10 @@ LONGEST_SILENCE = 40.0
 """Ray calls a node dead that said nothing for so long, and some."""
 KINDS = {"actor": 10, "node": 4, "driver": 2}
 
-SLOW_ACTORS = """
-import sys
-if any(argument.endswith("default_worker.py") for argument in sys.orig_argv):
-    import time
-    from virnucpro_cli import runner
-    compute_with = runner.compute_with
-    def slow(*of):
-        compute = compute_with(*of)
-        return lambda batch: (time.sleep(0.3), compute(batch))[1]
-    runner.compute_with = slow
-"""
-
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    (tmp_path / "sitecustomize.py").write_text(SLOW_ACTORS)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    slow_actors(tmp_path, monkeypatch)
     made = Cluster(MOST_NODES)
     yield made
     made.ray.shutdown()

@@ -24,7 +24,7 @@ from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.packing import ranges
 from virnucpro_cli.pooling import Embeddings
-from virnucpro_cli.ray_engine.messages import Returned, Rows, Share
+from virnucpro_cli.ray_engine.messages import Looked, Returned, Rows, Share
 from virnucpro_cli.workers import Lost, used_here
 
 AHEAD = 2
@@ -63,6 +63,12 @@ class Collate:
         return [(collator, numbers, each) for each in collator.parts(item, tokens)]
 
 
+def _node_id() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+
+
 class Actor:
     """A model on a device of some node. One thread computes for as long as there are shares; calls hand them in and take rows out."""
 
@@ -75,12 +81,13 @@ class Actor:
         ] = {}  # of whole proteins: where a segment's rows of residues are to be written
         self._file: store.Residues | None = None
 
-    def look(self) -> runner.Place:
+    def look(self) -> Looked:
+        """Raises UserError for a device or backend that is not to be had here."""
         torch.set_num_threads(self.threads)
         exact_arithmetic()
         self.device = runner.resolve_device(self.name)
         self.backend = attention_backends.resolve(self.config.attention, self.device, self.dtype)
-        return runner.place_of(self.device, self.backend)
+        return Looked(runner.place_of(self.device, self.backend), _node_id())
 
     def load(self, weights: locate.Weights, layers: tuple[int, ...], shared: store.SharedFile | None = None) -> bool:
         """Begin with the weights that are on this node; False if the same are not there."""

@@ -23,13 +23,14 @@ from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.packing import Plan
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.ray_engine.actor import AHEAD, Actor
-from virnucpro_cli.ray_engine.messages import Returned, share_of
+from virnucpro_cli.ray_engine.messages import Looked, Returned, share_of
 from virnucpro_cli.store import SharedFile, share_file
 from virnucpro_cli.workers import Lost, idle, undone
 
 LARGEST_SHARE = 16
 MOST_RETURNED = 1 << 28
 LOOK_SECONDS, PATIENCE_SECONDS = 2.0, 20.0
+NOWHERE = "a node"
 LIMITED = 0.7
 """Share of a run's time that the driver takes and writes rows, above which it is said that this is the limit."""
 MOST_DEATHS = 5
@@ -73,7 +74,8 @@ class _Member:
 
     number: int
     handle: Any
-    node: str = "a node"
+    node: str = NOWHERE
+    node_id: str = ""
     packs: list[int] = field(default_factory=list)  # sent to it, and not known to be done
     tokens: int = 0
     last_done: float = 0.0
@@ -102,10 +104,11 @@ class Cluster:
                     f"--ray-address {config.ray_address}: {in_a_line(error)}.",
                     "ray status says whether a cluster runs.",
                 ) from None
+        self.leaving: set[str] = set()
         has = self.ray.cluster_resources()
         on_gpus = config.device != "cpu" and (has.get("GPU", 0) >= 1 or config.device != "auto")
         self.device = "cuda" if on_gpus else "cpu"
-        cpus = [int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]]
+        cpus = self._of_nodes("CPU")
         smallest = min((n for n in cpus if n), default=1)
         share = sum(cpus) // config.workers if isinstance(config.workers, int) else smallest
         self.threads = max(1, min(share, smallest, torch.get_num_threads() if not config.ray_address else smallest))
@@ -129,8 +132,18 @@ class Cluster:
         if isinstance(self.config.workers, int):
             return self.config.workers
         if self.device == "cuda":
-            return int(self.ray.cluster_resources().get("GPU", 0))
-        return sum(int(node["Resources"].get("CPU", 0)) // self.threads for node in self.ray.nodes() if node["Alive"])
+            return sum(self._of_nodes("GPU"))
+        return sum(count // self.threads for count in self._of_nodes("CPU"))
+
+    def _of_nodes(self, resource: str) -> list[int]:
+        """What each node has of it, those left out that are dead or to be taken away."""
+        alive = (node for node in self.ray.nodes() if node["Alive"] and node["NodeID"] not in self.leaving)
+        return [int(node["Resources"].get(resource, 0)) for node in alive]
+
+    def look_who_leaves(self) -> None:
+        """Note the nodes that are to be taken away, as when a cloud pre-empts them. Ray has no public way to ask."""
+        with suppress(Exception):
+            self.leaving = set(self.ray._private.state.state.get_draining_nodes())
 
     def of_the_driver(self) -> tuple[torch.device, Backend | None]:
         """What this process has for a second pass: a device like the actors', or a CPU."""
@@ -169,7 +182,7 @@ class Cluster:
         if not self.ray.wait([answer], timeout=PATIENCE_SECONDS)[0]:
             say(f"waiting for a {what} of the Ray cluster; ray status shows what it has, and what is asked for")
         try:
-            self.place = self.ray.get(answer)
+            self.place, member.node_id = self.ray.get(answer)
         except self.ray.exceptions.RayError as error:
             raise _told_by(error) or UserError(
                 f"No actor could be started on the Ray cluster: {in_a_line(error)}", "Look at ray status and its logs."
@@ -226,6 +239,8 @@ class _Round:
         if cluster.config.write == "worker":
             self.sharing = share_file(placer.file)
         self.lost: set[int] = set()
+        self.retired: set[int] = set()  # their nodes are to be taken away, and they have nothing left to do
+        self.alone = False
         self.deaths = 0  # since the last pack was done
         self.known = 0  # actors there were at the last death that counted
         self.asked, self.began, self.looked = time.perf_counter(), 0.0, 0.0
@@ -236,8 +251,7 @@ class _Round:
         cluster, busy = self.cluster, True
         while busy:
             self._grow()
-            if not cluster.members:  # all are lost, and there is no room for others: Ray would not wait for nothing
-                time.sleep(LOOK_SECONDS)
+            self._wait_if_alone()
             answered, _ = self.ray.wait(list(cluster.members), timeout=LOOK_SECONDS)
             for answer in answered:
                 member = cluster.members.pop(answer)
@@ -246,6 +260,7 @@ class _Round:
             for member in self._living():
                 if member.ready and not member.ending:
                     self._hand_out(member)
+                    self._retire(member)
             self.placer.commit_now_and_then()
             busy = bool(self.waiting) or any(member.packs for member in self._living())
         seconds = time.perf_counter() - self.began
@@ -255,15 +270,30 @@ class _Round:
         return _by_node(cluster.all, self.lost, self.began, seconds)
 
     def _living(self) -> list[_Member]:
-        return [member for member in self.cluster.all if member.number not in self.lost]
+        return [member for member in self.cluster.all if member.number not in self.lost | self.retired]
 
     def _grow(self) -> None:
-        """Start actors where there is room for more, now and then."""
+        """Start actors where there is room for more, and see whose nodes are to be taken away, now and then."""
         if time.perf_counter() - self.looked > LOOK_SECONDS:
             self.looked = time.perf_counter()
+            before = self.cluster.leaving
+            self.cluster.look_who_leaves()
+            for member in self._living():
+                if member.node_id in self.cluster.leaving - before:
+                    self.note(f"{member} gets no more packs: its node is to be taken away")
             living = len(self._living())
             for _ in range(min(self.cluster.room() - living, len(self.waiting) - living)):
                 self.cluster.start()
+
+    def _wait_if_alone(self) -> None:
+        """Without any actor, and without room for one, there is nobody whose answer Ray could wait for."""
+        if self.cluster.members:
+            self.alone = False
+            return
+        if not self.alone:
+            self.note("no actor is left: waiting for a node of the Ray cluster")
+        self.alone = True
+        time.sleep(LOOK_SECONDS)
 
     def _result(self, answer: Any) -> Any:
         began = time.perf_counter()
@@ -277,11 +307,11 @@ class _Round:
         return result
 
     def _heed(self, member: _Member, result: Any) -> None:
-        """What comes of a call's answer: a Place, whether the weights are there, or what was done."""
+        """What comes of a call's answer: where the actor is, whether the weights are there, or what was done."""
         call = self.cluster.call
-        if isinstance(result, runner.Place):
-            member.node = result.node
-            self.cluster.check(result)
+        if isinstance(result, Looked):
+            member.node, member.node_id = result.place.node, result.node
+            self.cluster.check(result.place)
             call(member, member.handle.load.remote(self.weights, self.layers, self.sharing))
         elif result is False:  # the weights are not on its node
             if self.shipped is None:
@@ -330,7 +360,8 @@ class _Round:
         self.note(f"{member} was lost, and its packs go to the others: {lost.error.what}")
 
     def _hand_out(self, member: _Member) -> None:
-        while self.waiting and member.asked < AHEAD:
+        stays = member.node_id not in self.cluster.leaving
+        while self.waiting and member.asked < AHEAD and stays:
             count = min(-(-len(self.waiting) // (3 * AHEAD * max(1, len(self._living())))), self.largest)
             share = [self.waiting.popleft() for _ in range(count)]
             member.packs += share
@@ -340,6 +371,13 @@ class _Round:
         if member.packs and not member.asked:  # there is no more for it now: it is to end those it has begun
             member.ending = True
             self.cluster.call(member, member.handle.finish.remote())
+
+    def _retire(self, member: _Member) -> None:
+        """Let an actor go whose node is to be taken away, when all that it had is done."""
+        if member.node_id in self.cluster.leaving and not member.packs and not member.asked:
+            self.retired.add(member.number)
+            with suppress(Exception):
+                self.ray.kill(member.handle)
 
     def _bytes_of_a_pack(self) -> int:
         """About what its rows take on their way back."""
@@ -369,7 +407,7 @@ def _told_by(error: Exception) -> UserError | None:
 
 def _by_node(members: list[_Member], lost: set[int], began: float, seconds: float) -> list[dict[str, Any]]:
     rows = []
-    for node in dict.fromkeys(member.node for member in members):
+    for node in dict.fromkeys(member.node for member in members if member.node != NOWHERE):
         there = [member for member in members if member.node == node]
         gone = sum(member.number in lost for member in there)
         waited = [idle(member.last_done, began, seconds) for member in there]

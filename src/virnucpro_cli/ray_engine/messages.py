@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.packing import Plan, Segments, ranges
 from virnucpro_cli.placer import Placer
+from virnucpro_cli.runner import Place
 from virnucpro_cli.workers import Lost
+
+
+class Looked(NamedTuple):
+    """Where an actor is. node: Ray's id of it."""
+
+    place: Place
+    node: str
 
 
 class Share(NamedTuple):

@@ -1,0 +1,22 @@
+"""Programs slow enough to be interrupted, however fast the machine is."""
+
+from pathlib import Path
+
+SITE = """
+import sys
+if any({word!r} in argument for argument in sys.orig_argv):
+    import time
+    from virnucpro_cli import runner
+    compute_with = runner.compute_with
+    def slow(*of):
+        compute = compute_with(*of)
+        return lambda batch: (time.sleep({seconds}), compute(batch))[1]
+    runner.compute_with = slow
+"""
+
+
+def packs(folder: Path, seconds: float, word: str) -> Path:
+    """A folder for PYTHONPATH, in which every pack takes so long in programs with that word in their command."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(SITE.format(seconds=seconds, word=word))
+    return folder
