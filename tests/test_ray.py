@@ -364,16 +364,19 @@ def test_the_nodes_of_the_example_are_started_when_they_are_asked_for(
     example = yaml.safe_load(EXAMPLE.read_text())
     types = {name: node | {"node_config": {}} for name, node in example["available_node_types"].items()}
     types["gpu"]["resources"] = {"CPU": types["gpu"]["resources"]["GPU"]}
-    here = {"type": "fake_multinode", "disable_node_updaters": True, "disable_launch_config_check": True}
+    types["ray.head.default"] = types.pop("head")  # the name that this provider gives it
+    here = {"type": "fake_multinode", "use_node_id_as_ip": True}
+    here |= dict.fromkeys(("disable_node_updaters", "disable_launch_config_check"), True)
     phases = ("setup", "initialization", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     nothing = {f"{phase}_commands": list[str]() for phase in phases} | {"file_mounts": {}, "auth": {}, "docker": {}}
     nothing |= {name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")}
     monkeypatch.setattr(
         cluster_utils.AutoscalingCluster, "_generate_config",
-        lambda *_, **__: example | nothing | {"provider": here, "available_node_types": types},
+        lambda *_, **__: example | nothing
+        | {"provider": here, "available_node_types": types, "head_node_type": "ray.head.default"},
     )  # fmt: skip
     slow_actors(tmp_path, monkeypatch)  # or it would be over before the second node is there
-    growing = cluster_utils.AutoscalingCluster(types["head"]["resources"], {})
+    growing = cluster_utils.AutoscalingCluster(types["ray.head.default"]["resources"], {})
     growing.start()
     try:
         driver = Driver(case, tmp_path / "out.h5", "auto", "--workers", "2")
