@@ -32,7 +32,7 @@ from virnucpro_cli.packing import in_blocks
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.policies import decide
 from virnucpro_cli.ray_engine import actor as actors
-from virnucpro_cli.ray_engine import messages
+from virnucpro_cli.ray_engine import driver, messages
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -329,6 +329,21 @@ def test_a_full_disk_under_an_actor_stops_the_run_and_vouches_for_nothing(
 def test_who_writes_is_asked_only_where_it_can_be(case: Case, tmp_path: Path, options: dict[str, str]) -> None:
     with pytest.raises(UserError, match="--write"):
         embed_fasta(case.fasta, tmp_path / "out.h5", model=str(case.model), **options)
+
+
+def test_a_cluster_of_this_host_starts_by_itself_and_the_report_says_when_the_driver_is_the_limit(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "LIMITED", 0.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        made = embed_fasta(case.fasta, tmp_path / "out.h5", model=str(case.model), engine="ray", workers=1, **OPTIONS)
+    finally:
+        torch.set_num_threads(threads)
+    case.check(tmp_path / "out.h5")
+    (said,) = (note for note in made.notes if "is the limit" in note)
+    assert "--write worker" in said and "--shard" in said
 
 
 def test_without_ray_the_remedy_is_told(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
