@@ -214,6 +214,35 @@ def test_a_protein_that_is_not_finite_has_a_map_of_nan(tmp_path: Path, make_fast
     assert verify.run(str(tmp_path / "out.h5")).passed
 
 
+def test_a_protein_without_an_embedding_has_no_map_however_the_run_went(
+    tmp_path: Path, make_fasta: Make, model: Path
+) -> None:
+    state = load_file(model / "model.safetensors")
+    state["emb_layer_norm_after.weight"][0] = torch.inf
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text((model / "config.json").read_text())
+    save_file(state, broken / "model.safetensors")
+    fasta = make_fasta([30, 40])
+    embed(fasta, tmp_path / "one.h5", broken)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contacts, "fill", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            embed(fasta, tmp_path / "two.h5", broken)
+    embed(fasta, tmp_path / "two.h5", broken)
+    assert_same(tmp_path / "two.h5", tmp_path / "one.h5")
+    with read_embeddings(tmp_path / "one.h5") as file:
+        assert file.contact_maps is not None and file.contact_maps.status.tolist() == [store.SKIPPED] * 2
+        assert np.isnan(file.contact_maps.values[:]).all()
+    assert verify.run(str(tmp_path / "one.h5")).passed
+
+
+def test_names_of_nobody_are_told_to_a_shard_too(tmp_path: Path, make_fasta: Make, model: Path) -> None:
+    (tmp_path / "names").write_text("nobody\n")
+    with pytest.raises(UserError, match="names no protein"):
+        embed(make_fasta(LENGTHS), tmp_path / "out.h5", model, contacts_for=str(tmp_path / "names"), shard="1/2")
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_shards_merged_are_the_single_runs_file(tmp_path: Path, make_fasta: Make, model: Path, named: bool) -> None:
     fasta = twice(make_fasta(LENGTHS * 2))

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -380,6 +381,34 @@ def test_a_view_is_refused_when_a_shard_is_missing_or_another(small: Case, three
     with store.read_embeddings(three) as view:
         assert not view.unaltered, "its own bytes are whole, those that it shows are not"
     assert not verify.run(str(three)).passed
+
+
+def test_a_view_that_was_interrupted_is_made_again_and_goes_on_as_nothing_else(small: Case, three: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.Store, "finish", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
+        with pytest.raises(UserError, match="stopped"):
+            merge.run(str(three), virtual=True)
+    assert store.partial_path(three).exists()
+    with pytest.raises(UserError, match="is of something else"):
+        merge.run(str(three))
+    with pytest.raises(UserError, match="is not a partial output"):
+        small.embed(three)
+    merge.run(str(three), virtual=True)
+    assert verify.run(str(three)).passed and not store.partial_path(three).exists()
+
+
+def test_a_view_of_more_files_than_may_be_open_is_refused_and_the_limit_raised_where_it_can_be(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge.run(str(three), virtual=True)
+    raised: list[Any] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (50, 1000))
+    store.read_embeddings(three).close()
+    assert raised == [(259, 1000)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (50, 60))
+    with pytest.raises(UserError, match="shows rows of 3 files, and this process may open 60"):
+        store.read_embeddings(three)
 
 
 def test_what_a_view_cannot_be_is_said(small: Case, three: Path) -> None:

@@ -23,26 +23,30 @@ from virnucpro_cli.model import contacts as model_contacts
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.packing import first_fit_decreasing
+from virnucpro_cli.packing import Plan
 from virnucpro_cli.placer import COMMIT_SECONDS
 from virnucpro_cli.policies import Work
 
 Made = TypeVar("Made")
+BLOCK = 1 << 22  # values placed at a time
 VALUES, STARTS, SIZES, STATUS = (f"contacts/{name}" for name in ("values", "starts", "sizes", "status"))
 COLUMNS = (STARTS, SIZES, STATUS)
 
 
-def room(config: EmbedConfig, table: fasta.RecordTable, work: Work) -> store.Extra:
-    """Where the maps will be, if any are asked for: int64 `starts` in the flat values (-1: no map), int32 `sizes`, `status`.
+def wanted(config: EmbedConfig, table: fasta.RecordTable) -> NDArray[np.bool_]:
+    """Whose maps are asked for, of all the input. Raises UserError for a list of names that names nobody."""
+    if config.contacts_for is None:
+        return np.full(len(table), "contacts" in config.emit)
+    return _named(_read(config.contacts_for)[0], table, config)
 
-    Raises UserError for a list of names that names nobody.
-    """
+
+def room(config: EmbedConfig, wanted: NDArray[np.bool_], work: Work) -> store.Extra:
+    """Where the maps will be, if any are asked for: int64 `starts` in the flat values (-1: no map), int32 `sizes`, `status`."""
     if "contacts" not in config.emit:
         return store.Extra()
-    wanted, fingerprint = work.reason == 0, {}
+    wanted, fingerprint = wanted & (work.reason == 0), {}
     if config.contacts_for is not None:
-        names, fingerprint["contacts_for"] = _read(config.contacts_for)
-        wanted &= _named(names, table, config)
+        fingerprint["contacts_for"] = _read(config.contacts_for)[1]
     sizes = np.where(wanted, work.embedded, 0).astype(np.int32)
     return replace(laid_out(np.where(wanted, work.unit, -1), sizes), fingerprint=fingerprint)
 
@@ -76,7 +80,7 @@ def _named(names: set[str], table: fasta.RecordTable, config: EmbedConfig) -> ND
     chosen = np.zeros(len(table), np.bool_)
     for rows in store.blocks(len(table)):
         chosen[rows] = [name in names for name in table.names(rows.start, rows.stop, config.id == "full")]
-    if not chosen.any() and config.shard is None:
+    if not chosen.any():
         shown = ", ".join(map(repr, table.names(0, min(3, len(table)), config.id == "full")))
         raise UserError(
             f"--contacts-for {config.contacts_for} names no protein of the input.", f"Names there are such as {shown}."
@@ -97,33 +101,36 @@ def described(extra: store.Extra, spec: ModelSpec, itemsize: int) -> str | None:
 
 
 def fill(
-    file: store.Store, table: fasta.RecordTable, work: Work, found: locate.Weights, device: torch.device, out: Console
-) -> int:
+    file: store.Store, table: fasta.RecordTable, work: Work, plan: Plan, found: locate.Weights, device: torch.device, out: Console,
+) -> int:  # fmt: skip
     """Compute and place all maps that are pending, and return how many proteins have none for want of memory.
 
-    Needs every record placed and marked; the map of one that is skipped is NaN.
+    Needs every record placed and marked. The map of one that is skipped is NaN, as is one that is not finite; what there was no
+    memory for, be it the embedding, stays pending.
     """
     if STATUS not in file.places:
         return 0
+    file.commit()
     every = np.arange(len(file.status))
     starts, sizes, status = (file.read(name, every)[:, 0] for name in (STARTS, SIZES, STATUS))
     pending = np.flatnonzero(status == store.PENDING)
-    given_up = file.status[pending] == store.SKIPPED
-    first, sharing = sharers(starts, pending[given_up])
+    skipped = file.status[pending] == store.SKIPPED
+    given_up = skipped & (file.reason[pending] != store.NO_MEMORY)
+    first, sharing = sharers(starts, pending[skipped])
     for record in first:
-        place(file, int(starts[record]), np.full((sizes[record],) * 2, np.nan, np.float32))
+        place(file, int(starts[record]), int(sizes[record]))
+    first, sharing = sharers(starts, pending[given_up])
     _settle(file, [(rows, store.SKIPPED) for rows in sharing])
-    first, sharing = sharers(starts, pending[~given_up])
+    left_out = int((skipped & ~given_up).sum())
+    first, sharing = sharers(starts, pending[~skipped])
     if not first:
-        return 0
+        return left_out
 
     spec, state, _ = model_weights.load(found)
     state = model_contacts.with_contact_head(state, spec, found)
     predict = _or_none(model_contacts.Contacts, spec, state, device)
-    plan = first_fit_decreasing(work.segments.length, 1024)
     collate = VarlenCollator(table, work.segments, work.embedded, plan, pin=device.type == "cuda")
     ready: list[tuple[NDArray[np.int64], int]] = []
-    left_out = 0
     committed = time.perf_counter()
     with report.Tracker(out, int((sizes[first].astype(np.int64) ** 2).sum()), "pairs of residues") as tracker:
         for record, sharing_it in zip(first, sharing, strict=True):
@@ -131,12 +138,12 @@ def fill(
             batch = collate(np.searchsorted(work.segments.record, work.unit[[record]]))
             fits = model_contacts.bytes_needed(spec, size) < runner.free_memory(device)
             values = _or_none(predict, batch) if predict is not None and fits else None
-            if values is not None:
-                ready.append((sharing_it, store.DONE if values.isfinite().all() else store.SKIPPED))
-                place(file, int(starts[record]), values.numpy())
-            else:
+            is_finite = values is not None and bool(values.isfinite().all())
+            place(file, int(starts[record]), size, values.numpy() if values is not None and is_finite else None)
+            if values is None:
                 left_out += len(sharing_it)
-                place(file, int(starts[record]), np.full((size, size), np.nan, np.float32))
+            else:
+                ready.append((sharing_it, store.DONE if is_finite else store.SKIPPED))
             if time.perf_counter() - committed > COMMIT_SECONDS:
                 _settle(file, ready)
                 committed = time.perf_counter()
@@ -171,9 +178,12 @@ def sharers(starts: NDArray[np.int64], records: NDArray[np.int64]) -> tuple[list
     return records[bounds].tolist(), groups
 
 
-def place(file: store.Store, start: int, values: NDArray[Any]) -> None:
-    """Take a map [L, L] for its place."""
+def place(file: store.Store, start: int, size: int, values: NDArray[Any] | None = None) -> None:
+    """Take a map [size, size] for its place, NaN without values, some rows at a time."""
     dtype = file.places[VALUES].dtype
-    flat = values.astype(dtype).reshape(-1)
     group, _, name = VALUES.rpartition("/")
-    file.place(group, name, np.arange(start, start + len(flat)), flat)
+    for rows in store.blocks(size, max(1, BLOCK // size)):
+        count = (rows.stop - rows.start) * size
+        flat = np.full(count, np.nan, dtype) if values is None else values[rows].astype(dtype).reshape(-1)
+        first = start + rows.start * size
+        file.place(group, name, np.arange(first, first + count), flat)

@@ -53,7 +53,7 @@ def run(
     out = out or report.console()
     folder = _folder(Path(output))
     kinds = tuple(kind for name, (_, kind) in ENTRIES.items() if name in include)
-    hidden = folder / f".virnucpro-{_key(model, path, kinds, layers, longest)}.h5"
+    hidden = folder / f".virnucpro-{_key(model, path, kinds, layers, longest, 'contacts' in include)}.h5"
     table = _table(path, folder)
     labels = _labels(table, path)
     places = paths_of(labels)

@@ -174,7 +174,7 @@ def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> sto
     begun = store.partial_path(output)
     if begun.exists():
         there = store.fingerprint_of(begun)
-        if there is None or store.differences(there[0], fingerprint):
+        if there is None or store.is_view(begun) or store.differences(there[0], fingerprint):
             raise UserError(f"{begun} is of something else.", "Move it away.")
         return store.Store.resume(output)
     layout = _layout(parts, fingerprint, to_copy=True)
@@ -186,10 +186,11 @@ def _view(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> stor
     """A new partial file whose rows are those of the shards, one shard behind the other."""
     if "groups" in fingerprint:
         raise UserError("Rows of groups are made from all shards.", "Merge without --virtual.")
-    if store.partial_path(output).exists():
-        raise UserError(
-            f"{store.partial_path(output)} is of a merge that has not ended.", "End it, or move the file away."
-        )
+    begun = store.partial_path(output)
+    if begun.exists():
+        if store.fingerprint_of(begun) is None or not store.is_view(begun):
+            raise UserError(f"{begun} is of a merge or run that has not ended.", "End it, or move the file away.")
+        store.discard_partial(output)
     ends = np.cumsum([len(part.records) for part in parts])
     behind = [
         replace(part, records=np.arange(end - len(part.records), end)) for part, end in zip(parts, ends, strict=True)
@@ -279,7 +280,7 @@ def _copy_contacts(parts: list[_Part], file: store.Store) -> None:
         starts, status = (file.read(name, part.records)[:, 0] for name in (contacts.STARTS, contacts.STATUS))
         first, _ = contacts.sharers(starts, np.flatnonzero(status == store.PENDING))
         for own in first:
-            contacts.place(file, int(starts[own]), maps.raw(own))
+            contacts.place(file, int(starts[own]), int(maps.sizes[own]), maps.raw(own))
         for code in (store.DONE, store.SKIPPED):
             rows = part.records[(starts >= 0) & (status == store.PENDING) & (maps.status == code)]
             file.settle(contacts.STATUS, rows, code)

@@ -142,7 +142,7 @@ def _fill(run: _Run, fingerprint: dict[str, Any]) -> None:
         )
     if "contacts" in config.emit:
         with clock.stage("contacts"):
-            left_out = contacts.fill(file, table, work, run.found, where.device, run.out)
+            left_out = contacts.fill(file, table, work, recipe.plan, run.found, where.device, run.out)
         if left_out:
             summary.counts["contact maps left out"] = left_out
             run.tell(
@@ -166,6 +166,7 @@ def _forward(run: _Run, packs: Int64, placer: Placer) -> None:
     several = len(packs) > 1 and len(where.devices) > 1
     file.compute_in(where.computed_by(several))
     if not len(packs):
+        run.loaded = None
         return
     compute = None if where.cluster is not None or several else _model(run)
     run.loaded = None
@@ -252,7 +253,7 @@ def _open_store(
     partial_file = store.partial_path(output)
     if partial_file.exists() and not config.restart:
         there = store.fingerprint_of(partial_file)
-        if there is None:
+        if there is None or store.is_view(partial_file):
             raise UserError(
                 f"{partial_file} is not a partial output of virnucpro.", "Move it away, or discard it with --restart."
             )

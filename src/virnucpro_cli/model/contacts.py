@@ -32,10 +32,12 @@ class Contacts:
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Probabilities float32 [L, L] of a batch of one protein, on the host."""
-        self.found = []
-        self.model.forward(batch.to(self.model.device), (self.model.spec.layers,), lambda layer, hidden: None)
-        logits = torch.stack(self.found).sum(dim=0, dtype=torch.float64)
-        return (logits + self.bias).sigmoid().float().cpu()
+        try:
+            self.model.forward(batch.to(self.model.device), (self.model.spec.layers,), lambda layer, hidden: None)
+            logits = torch.stack(self.found).sum(dim=0, dtype=torch.float64)
+            return (logits + self.bias).sigmoid().float().cpu()
+        finally:
+            self.found = []
 
     def _attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float

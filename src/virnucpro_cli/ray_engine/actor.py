@@ -213,7 +213,7 @@ class Actor:
         for number, size, end, finite in zip(
             batch.segments.tolist(), batch.lengths.tolist(), ends, found.finite.tolist(), strict=True
         ):
-            rows = self._rows.pop(number).tolist()
-            for row in rows if finite else ():
+            rows = self._rows.pop(number)
+            for row in rows.tolist() if finite else ():
                 for layer, values in residue.items():
                     file.place(layer, row, values[end - size + 1 : end - 1])

@@ -18,6 +18,7 @@ from virnucpro_cli import runner
 from virnucpro_cli.attention import Backend
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import STOP_SIGNALS, Stopped, UserError, in_a_line
+from virnucpro_cli.kinds import any_by_residue
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.packing import Plan
@@ -266,7 +267,8 @@ class _Round:
         seconds = time.perf_counter() - self.began
         self.placer.clock.seconds["forward"] = seconds
         if self.receiving > LIMITED * seconds:
-            self.note(_limited(self.receiving / seconds, self.sharing is not None))
+            residues = any_by_residue(cluster.config.pool, cluster.config.emit)
+            self.note(_limited(self.receiving / seconds, residues and self.sharing is None))
         return _by_node(cluster.all, self.lost, self.began, seconds)
 
     def _living(self) -> list[_Member]:
@@ -383,7 +385,9 @@ class _Round:
         """About what its rows take on their way back."""
         places = self.placer.file.places.items()
         rows = len(self.placer.work.segments) / max(len(self.plan), 1)
-        here = self.cluster.config.write == "worker"  # rows of residues stay where they are computed
+        here = (
+            self.cluster.config.write == "worker" and self.cluster.config.long != "window"
+        )  # rows of residues stay there
         by_residue = {name for name, _ in places if name.startswith("residue/") or name.endswith("logits")}
         return int(sum(
             place.row_bytes * (0 if here else self.plan.token_budget) if name in by_residue else place.row_bytes * rows
@@ -391,12 +395,11 @@ class _Round:
         ))  # fmt: skip
 
 
-def _limited(share: float, shared: bool) -> str:
-    remedy = "" if shared else "; --write worker lets actors write rows of residues on a file system that all share,"
-    return (
-        f"the driver took and wrote rows for {share:.0%} of the time: its network or disk is the limit{remedy or ','} "
-        "and --shard has no such limit"
+def _limited(share: float, could_share: bool) -> str:
+    remedy = (
+        "; --write worker lets actors write rows of residues on a file system that all share" if could_share else ""
     )
+    return f"the driver took and wrote rows for {share:.0%} of the time: its network or disk is the limit{remedy}; --shard has no such limit"
 
 
 def _told_by(error: Exception) -> UserError | None:

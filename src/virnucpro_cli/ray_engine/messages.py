@@ -74,7 +74,7 @@ def share_of(packs: Sequence[int], plan: Plan, placer: Placer, with_rows: bool =
     counts = last - first
     numbers = ranges(first, counts)
     table.check_unchanged()
-    rows, row_ends = placer.residue_rows(records) if with_rows else (None, None)
+    rows, row_ends = placer.residue_rows(records, placer.todo[records]) if with_rows else (None, None)
     return Share(
         table.tokens(records), table.length[records], placer.work.embedded[records],
         Segments(np.repeat(np.arange(len(records)), counts), segments.start[numbers], segments.length[numbers]),

@@ -1,6 +1,7 @@
 """An embeddings file as its readers see it."""
 
 import json
+import resource
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from virnucpro_cli.tensors import Rows
 STRETCH_BYTES = 1 << 26
+OTHER_FILES = 256
 
 
 def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
@@ -42,6 +44,12 @@ def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
             return json.loads(file.attrs["fingerprint"]), bool(file["run/complete"][()])
     except (OSError, KeyError, ValueError):
         return None
+
+
+def is_view(path: Path) -> bool:
+    """Whether a file shows the rows of shards, finished or not."""
+    with h5py.File(path, "r", locking=False) as file:
+        return "virtual_of" in file.attrs
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -135,9 +143,11 @@ class EmbeddingFile:
 
     def _checked_sources(self) -> list[Path]:
         """Of a view, the shards that it shows, all there and what they were; HDF5 would give NaN for what is missing."""
-        shown = json.loads(self.attributes.get("virtual_of", "[]"))
+        shown, folder = json.loads(self.attributes.get("virtual_of", "[]")), self.path.resolve().parent
+        if shown:
+            self._allow_files(len(shown))
         for name, recorded in shown:
-            path = self.path.parent / name
+            path = folder / name
             try:
                 with h5py.File(path, "r", locking=False) as there:
                     found = there["run/checksum"][()].decode()
@@ -147,9 +157,21 @@ class EmbeddingFile:
                 self._file.close()
                 raise UserError(
                     f"{self.path} shows rows of {path}, which is {'missing' if found is None else 'another file now'}.",
-                    "Put the shard back beside it, or merge again.",
+                    "Put the shard back beside it, or merge again with --overwrite.",
                 )
-        return [self.path.parent / name for name, _ in shown]
+        return [folder / name for name, _ in shown]
+
+    def _allow_files(self, count: int) -> None:
+        """Let this process open so many more files: HDF5 takes a shard that it cannot open for a missing one, and gives NaN."""
+        needed, (soft, hard) = count + OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)
+        if needed > hard != resource.RLIM_INFINITY:
+            self._file.close()
+            raise UserError(
+                f"{self.path} shows rows of {count:,} files, and this process may open {hard:,}.",
+                "Raise the limit (ulimit -n), or merge without --virtual.",
+            )
+        if needed > soft != resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,6 +1,7 @@
 """Rows of residues written into a file by processes of other hosts that see it too. Its owner vouches for them when they say that they are durable."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,29 @@ class SharedFile(NamedTuple):
     places: dict[str, Place]
 
 
+BY_PAGES = ("nfs", "nfs4", "cifs", "smb3")
+"""File systems whose clients write back whole pages, and so zeros over what another host has just written beside its own rows."""
+
+
+def refuse_by_pages(path: Path, mounts: Path = Path("/proc/mounts")) -> None:
+    """Raise UserError if the file lies where several hosts cannot write neighbouring rows."""
+    try:
+        lines = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:  # not Linux
+        return
+    real = str(path.parent.resolve())
+    above = [(len(point), kind) for _, point, kind, *_ in lines if f"{real}/".startswith(f"{point.rstrip('/')}/")]
+    kind = max(above, default=(0, ""))[1]
+    if kind in BY_PAGES:
+        raise UserError(
+            f"--write worker: {path.parent} is on {kind}, whose clients write whole pages: rows of other hosts would be lost.",
+            "Put -o on Lustre, GPFS, BeeGFS, CephFS or the like, leave --write worker out, or use --shard.",
+        )
+
+
 def share_file(file: Store) -> SharedFile:
-    """Let others write rows of residues into a file. Raises UserError if it cannot be written."""
+    """Let others write rows of residues into a file. Raises UserError if it cannot be written, or not by several hosts."""
+    refuse_by_pages(file.path.absolute())
     places = {name: place for name, place in file.places.items() if by_residue(*name.partition("/")[::2])}
     places.pop("residue/offsets", None)
     return SharedFile(
@@ -36,10 +58,17 @@ class Residues:
     """The file as a process elsewhere writes it. Raises UserError if it is not the same file there."""
 
     def __init__(self, shared: SharedFile, node: str):
-        self.shared, self.unsynced = shared, False
+        self.shared, self._unsynced = shared, False
+        self._syncing = threading.Lock()
+        self._failed: UserError | None = None
+        refuse_by_pages(shared.path)
         try:
-            self.fd = os.open(shared.path, os.O_RDWR)
-            found = os.pread(self.fd, len(shared.word), shared.word_at)
+            reading = os.open(shared.path, os.O_RDONLY)
+            try:
+                found = os.pread(reading, len(shared.word), shared.word_at)
+            finally:
+                os.close(reading)
+            self.fd = os.open(shared.path, os.O_WRONLY)
         except OSError as error:
             found, why = b"", f": {error.strerror}"
         else:
@@ -55,17 +84,21 @@ class Residues:
         place = self.shared.places["unmasked/logits" if layer == "logits" else f"residue/{layer}"]
         assert values[:1].nbytes == place.row_bytes, "values in another dtype or width than the dataset; this is a bug"
         data: Any = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
-        self.unsynced = True
         try:
             pwrite_all(self.fd, memoryview(data), place.offset + first * place.row_bytes)
         except OSError as error:
             raise disk_error(error, self.shared.output, resumable=True) from None
+        self._unsynced = True
 
     def sync(self) -> None:
-        """Make durable what was written before this call."""
-        if self.unsynced:
-            self.unsynced = False
-            try:
-                os.fdatasync(self.fd)
-            except OSError as error:
-                raise disk_error(error, self.shared.output, resumable=True) from None
+        """Make durable what was written before this call; several threads may ask. After a failure, never again."""
+        with self._syncing:
+            if self._failed is not None:
+                raise self._failed
+            if self._unsynced:
+                self._unsynced = False
+                try:
+                    os.fdatasync(self.fd)
+                except OSError as error:
+                    self._failed = disk_error(error, self.shared.output, resumable=True)
+                    raise self._failed from None

@@ -257,7 +257,8 @@ def stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np
     if (maps := file.contact_maps) is not None:
         of_maps = np.flatnonzero(maps.starts >= 0)
         _, first = np.unique(maps.starts[of_maps], return_index=True)
-        for row in of_maps[first].tolist():
+        settled = (maps.status != store.PENDING) | file.complete  # one that is left out is NaN
+        for row in (row for row in of_maps[first].tolist() if settled[row]):
             values, is_done = maps.raw(row), maps.status[row] == store.DONE
             wrong += int(
                 not (np.isfinite(values).all() and (values == values.T).all())
