@@ -237,6 +237,14 @@ def test_a_protein_without_an_embedding_has_no_map_however_the_run_went(
     assert verify.run(str(tmp_path / "one.h5")).passed
 
 
+def test_the_list_of_names_is_not_overwritten(tmp_path: Path, make_fasta: Make, model: Path) -> None:
+    names = tmp_path / "names"
+    names.write_text("p0\n")
+    with pytest.raises(UserError):
+        embed(make_fasta(LENGTHS), tmp_path / "out.h5", model, contacts_for=str(names), report=str(names))
+    assert names.read_text() == "p0\n"
+
+
 def test_names_of_nobody_are_told_to_a_shard_too(tmp_path: Path, make_fasta: Make, model: Path) -> None:
     (tmp_path / "names").write_text("nobody\n")
     with pytest.raises(UserError, match="names no protein"):

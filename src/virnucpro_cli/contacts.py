@@ -33,20 +33,19 @@ VALUES, STARTS, SIZES, STATUS = (f"contacts/{name}" for name in ("values", "star
 COLUMNS = (STARTS, SIZES, STATUS)
 
 
-def wanted(config: EmbedConfig, table: fasta.RecordTable) -> NDArray[np.bool_]:
-    """Whose maps are asked for, of all the input. Raises UserError for a list of names that names nobody."""
+def wanted(config: EmbedConfig, table: fasta.RecordTable) -> tuple[NDArray[np.bool_], dict[str, str]]:
+    """Whose maps are asked for, of all the input, and what of that is the fingerprint's. Raises UserError for a list that names nobody."""
     if config.contacts_for is None:
-        return np.full(len(table), "contacts" in config.emit)
-    return _named(_read(config.contacts_for)[0], table, config)
+        return np.full(len(table), "contacts" in config.emit), {}
+    names, sha256 = _read(config.contacts_for)
+    return _named(names, table, config), {"contacts_for": sha256}
 
 
-def room(config: EmbedConfig, wanted: NDArray[np.bool_], work: Work) -> store.Extra:
+def room(config: EmbedConfig, wanted: NDArray[np.bool_], fingerprint: dict[str, str], work: Work) -> store.Extra:
     """Where the maps will be, if any are asked for: int64 `starts` in the flat values (-1: no map), int32 `sizes`, `status`."""
     if "contacts" not in config.emit:
         return store.Extra()
-    wanted, fingerprint = wanted & (work.reason == 0), {}
-    if config.contacts_for is not None:
-        fingerprint["contacts_for"] = _read(config.contacts_for)[1]
+    wanted = wanted & (work.reason == 0)
     sizes = np.where(wanted, work.embedded, 0).astype(np.int32)
     return replace(laid_out(np.where(wanted, work.unit, -1), sizes), fingerprint=fingerprint)
 
@@ -81,9 +80,9 @@ def _named(names: set[str], table: fasta.RecordTable, config: EmbedConfig) -> ND
     for rows in store.blocks(len(table)):
         chosen[rows] = [name in names for name in table.names(rows.start, rows.stop, config.id == "full")]
     if not chosen.any():
-        shown = ", ".join(map(repr, table.names(0, min(3, len(table)), config.id == "full")))
         raise UserError(
-            f"--contacts-for {config.contacts_for} names no protein of the input.", f"Names there are such as {shown}."
+            f"--contacts-for {config.contacts_for} names no protein of the input.",
+            f"Names there are such as {table.examples(config.id == 'full')}.",
         )
     return chosen
 
@@ -108,19 +107,15 @@ def fill(
     Needs every record placed and marked. The map of one that is skipped is NaN, as is one that is not finite; what there was no
     memory for, be it the embedding, stays pending.
     """
-    if STATUS not in file.places:
-        return 0
     file.commit()
     every = np.arange(len(file.status))
     starts, sizes, status = (file.read(name, every)[:, 0] for name in (STARTS, SIZES, STATUS))
     pending = np.flatnonzero(status == store.PENDING)
     skipped = file.status[pending] == store.SKIPPED
     given_up = skipped & (file.reason[pending] != store.NO_MEMORY)
-    first, sharing = sharers(starts, pending[skipped])
-    for record in first:
+    for record in sharers(starts, pending[skipped])[0]:
         place(file, int(starts[record]), int(sizes[record]))
-    first, sharing = sharers(starts, pending[given_up])
-    _settle(file, [(rows, store.SKIPPED) for rows in sharing])
+    file.settle(STATUS, pending[given_up], store.SKIPPED)
     left_out = int((skipped & ~given_up).sum())
     first, sharing = sharers(starts, pending[~skipped])
     if not first:

@@ -118,8 +118,7 @@ def _by_name(
 
 def _check(of: NDArray[np.int64], what: str, config: EmbedConfig, table: fasta.RecordTable) -> None:
     if not (of >= 0).any():
-        shown = ", ".join(map(repr, table.names(0, min(3, len(table)), config.id == "full")))
-        raise UserError(f"{what} no protein.", f"Names in the input are such as {shown}.")
+        raise UserError(f"{what} no protein.", f"Names in the input are such as {table.examples(config.id == 'full')}.")
 
 
 def _read(path: str) -> tuple[dict[str, str], str]:

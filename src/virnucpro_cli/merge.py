@@ -4,7 +4,6 @@ Every row is copied as it is. A merge that is killed goes on with the same comma
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -122,8 +121,7 @@ def _all_of(output: Path, count: int | None) -> list[Path]:
 
 
 def _opened(paths: list[Path], stack: ExitStack) -> list[_Part]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, len(paths) + 256)), hard))
+    store.allow_open_files(len(paths))
     parts = []
     for path in paths:
         file = stack.enter_context(store.opened(str(path)))

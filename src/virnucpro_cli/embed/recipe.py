@@ -157,14 +157,14 @@ def decided(config: EmbedConfig, target: Target, where: Where, out: Console, clo
     with clock.stage("plan"):
         work, records = decide(table, config), None
         extra |= groups.of_records(config, table, extra)
-        with_map = contacts.wanted(config, table)
+        with_map, maps = contacts.wanted(config, table)
         if shard is None:
             extra |= groups.room(extra)
         else:
             records = shards.records_of(shard, work)
             table, extra, with_map = table.part(records), extra.part(records), with_map[records]
             work = decide(table, config)
-        extra |= contacts.room(config, with_map, work)
+        extra |= contacts.room(config, with_map, maps, work)
         plan = in_blocks(work.segments.length, _token_budget(config, where, spec, layers))
         layout = _layout(config, table, work, spec, layers, records, where.computed_by(len(plan) > 1), extra)
     return Recipe(config, output, shard, where, found, spec, layers, table, work, plan, layout)
@@ -204,7 +204,9 @@ def _check_protein(table: fasta.RecordTable, config: EmbedConfig) -> None:
 def _check_paths(output: Path, config: EmbedConfig, beside: list[Path]) -> None:
     """Nothing that is read may be written, and the report must have a place before anything is computed."""
     store.check_destination(output)
-    read = [Path(name) for name in (*config.inputs, config.group_table or "-") if name != "-"]
+    read = [
+        Path(name) for name in (*config.inputs, config.group_table or "-", config.contacts_for or "-") if name != "-"
+    ]
     if any(output.exists() and other.exists() and output.samefile(other) for other in read):
         raise UserError(
             f"The output {output} is one of the inputs.", "Choose another name; inputs are never overwritten."

@@ -162,6 +162,10 @@ class RecordTable:
             self._near = _Stretch(source, start, stop, source.read(start, stop - start))
         return self._near
 
+    def examples(self, full: bool) -> str:
+        """Its first names, for a message."""
+        return ", ".join(map(repr, self.names(0, min(3, len(self)), full)))
+
     def names(self, start: int, stop: int, full: bool = False) -> list[str]:
         """Names of the records [start, stop): the header up to the first white space, or all of it.
 

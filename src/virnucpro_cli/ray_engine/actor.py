@@ -76,9 +76,8 @@ class Actor:
         self.config, self.name, self.dtype, self.threads = config, device, dtype, threads
         self._shares: SimpleQueue[tuple[Share, Event] | Event] = SimpleQueue()
         self._done, self._lock = Returned(), Lock()
-        self._rows: dict[
-            int, NDArray[np.int64]
-        ] = {}  # of whole proteins: where a segment's rows of residues are to be written
+        # Of whole proteins: where a segment's rows of residues are to be written.
+        self._rows: dict[int, NDArray[np.int64]] = {}
         self._file: store.Residues | None = None
 
     def look(self) -> Looked:

@@ -18,7 +18,7 @@ from virnucpro_cli import runner
 from virnucpro_cli.attention import Backend
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import STOP_SIGNALS, Stopped, UserError, in_a_line
-from virnucpro_cli.kinds import any_by_residue
+from virnucpro_cli.kinds import any_by_residue, by_residue
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.packing import Plan
@@ -383,15 +383,13 @@ class _Round:
 
     def _bytes_of_a_pack(self) -> int:
         """About what its rows take on their way back."""
-        places = self.placer.file.places.items()
         rows = len(self.placer.work.segments) / max(len(self.plan), 1)
-        here = (
-            self.cluster.config.write == "worker" and self.cluster.config.long != "window"
-        )  # rows of residues stay there
-        by_residue = {name for name, _ in places if name.startswith("residue/") or name.endswith("logits")}
+        config, residues = self.cluster.config, self.plan.token_budget
+        if config.write == "worker" and config.long != "window":
+            residues = 0  # they stay where they are computed
         return int(sum(
-            place.row_bytes * (0 if here else self.plan.token_budget) if name in by_residue else place.row_bytes * rows
-            for name, place in places
+            place.row_bytes * (residues if by_residue(*name.partition("/")[::2]) else rows)
+            for name, place in self.placer.file.places.items()
         ))  # fmt: skip
 
 

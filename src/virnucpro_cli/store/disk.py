@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from typing import IO
 
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.store.schema import CHECKSUM_BLOCK, CHECKSUM_BYTES, NO_SPACE
+
+OTHER_FILES = 256
 
 
 def partial_path(output: Path) -> Path:
@@ -49,6 +52,15 @@ def check_free_space(output: Path, needed: int) -> None:
             f"{output} will need {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free in {output.parent}.",
             "Free some space, choose another disk with -o, or store less (--store-dtype fp16, fewer --layers, no residue pool).",
         )
+
+
+def allow_open_files(count: int) -> int | None:
+    """Let this process open so many files besides those it needs anyway. Returns how many it may, in all, if that is not enough."""
+    needed, (soft, hard) = count + OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most if most < needed else None
 
 
 def take_back(output: Path) -> None:

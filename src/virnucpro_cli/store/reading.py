@@ -1,7 +1,6 @@
 """An embeddings file as its readers see it."""
 
 import json
-import resource
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.packing import stretches
-from virnucpro_cli.store.disk import checksum
+from virnucpro_cli.store.disk import allow_open_files, checksum
 from virnucpro_cli.store.schema import (
     DONE,
     NAME_BLOCK,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
     from virnucpro_cli.tensors import Rows
 STRETCH_BYTES = 1 << 26
-OTHER_FILES = 256
 
 
 def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
@@ -144,8 +142,12 @@ class EmbeddingFile:
     def _checked_sources(self) -> list[Path]:
         """Of a view, the shards that it shows, all there and what they were; HDF5 would give NaN for what is missing."""
         shown, folder = json.loads(self.attributes.get("virtual_of", "[]")), self.path.resolve().parent
-        if shown:
-            self._allow_files(len(shown))
+        if shown and (most := allow_open_files(len(shown))):  # HDF5 takes a shard that it cannot open for a missing one
+            self._file.close()
+            raise UserError(
+                f"{self.path} shows rows of {len(shown):,} files, and this process may open {most:,}.",
+                "Raise the limit (ulimit -n), or merge without --virtual.",
+            )
         for name, recorded in shown:
             path = folder / name
             try:
@@ -160,18 +162,6 @@ class EmbeddingFile:
                     "Put the shard back beside it, or merge again with --overwrite.",
                 )
         return [folder / name for name, _ in shown]
-
-    def _allow_files(self, count: int) -> None:
-        """Let this process open so many more files: HDF5 takes a shard that it cannot open for a missing one, and gives NaN."""
-        needed, (soft, hard) = count + OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)
-        if needed > hard != resource.RLIM_INFINITY:
-            self._file.close()
-            raise UserError(
-                f"{self.path} shows rows of {count:,} files, and this process may open {hard:,}.",
-                "Raise the limit (ulimit -n), or merge without --virtual.",
-            )
-        if needed > soft != resource.RLIM_INFINITY:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
     def __len__(self) -> int:
         return len(self.lengths)
