@@ -70,8 +70,12 @@ class RecordTable:
         return sum(source.size for source in self.sources)
 
     def part(self, records: NDArray[np.int64]) -> "RecordTable":
-        """The table of some records (rising numbers), with the first of each set of equal ones among them."""
-        first = np.searchsorted(records, self.unique_of[records])
+        """The table of some records (rising numbers), with the first of each set of equal ones among them.
+
+        The first of a set in the whole table may lie outside of `records`.
+        """
+        _, index, inverse = np.unique(self.unique_of[records], return_index=True, return_inverse=True)
+        first = index[inverse]
         return RecordTable(
             self.sources, self.sha256, self.offset[records], self.length[records], self.replaced[records], first,
             self.nucleotide_share, None if self.digest is None else self.digest[records], self._following(records),
