@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ CODE = {
 }  # fmt: skip
 RESIDUE = {codon: residue for residue, all_of_it in CODE.items() for codon in all_of_it.split()}
 DNA = st.text("ACGT", max_size=120) | st.text("ACGTN", max_size=120) | st.text("TAGN", max_size=200)
+GAPPED = st.lists(st.text("ACGTN", max_size=40) | st.integers(45, 70).map("N".__mul__), max_size=5).map("".join)
 
 Record = tuple[str, str, int, int, int]  # name, residues, begin, end, strand
 
@@ -86,10 +88,12 @@ def test_the_table_is_the_standard_genetic_code() -> None:
 def naive_six_frames(name: str, dna: str, least: int) -> list[Record]:
     listed = []
     for letter, strand, text in (("F", 1, dna), ("R", -1, reversed_complement(dna))):
+        gaps = [(found.start(), found.end()) for found in re.finditer("N{50,}", text)]
         for frame in range(3):
             orf, begin, at = "", frame, frame
             for codon in [*codons_of(text[frame:]), "TAA"]:
-                residue = RESIDUE.get(codon, "X")
+                cut = any(start < at + 3 and at < stop for start, stop in gaps)
+                residue = "*" if cut else RESIDUE.get(codon, "X")
                 if residue != "*":
                     orf += residue
                 else:
@@ -102,7 +106,7 @@ def naive_six_frames(name: str, dna: str, least: int) -> list[Record]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(DNA, st.integers(1, 12))
+@given(DNA | GAPPED, st.integers(1, 12))
 @example("", 1)
 @example("AT", 1)
 @example("TAATAA", 1)
@@ -222,7 +226,7 @@ def test_a_frame_worked_out_by_hand() -> None:
 
 def test_genes_are_those_of_the_librarys_own_writer(tmp_path: Path, embed_contigs: Callable[..., Path]) -> None:
     output = embed_contigs(CONTIGS)
-    finder = pyrodigal_gv.ViralGeneFinder(meta=True)
+    finder = pyrodigal_gv.ViralGeneFinder(meta=True, mask=True)
     with open(tmp_path / "theirs.faa", "w") as file:
         found = [finder.find_genes(dna.encode()) for _, dna in read_fasta(CONTIGS)]
         for (name, _), of_contig in zip(read_fasta(CONTIGS), found, strict=True):
@@ -264,8 +268,42 @@ def test_the_order_of_contigs_is_kept_whatever_thread_is_first(tmp_path: Path) -
     path = tmp_path / "many.fna"
     path.write_text("".join(f">c{i}\nACGT\n" for i in range(60)))
     contigs = genes.fasta.index(genes.fasta.open_sources([str(path)], tmp_path), dedup=False)
-    found = [each.text.decode() for each in genes._called(contigs, Slow())]
+    found = [each.text.decode() for each, _ in genes._called(contigs, Slow())]
     assert found == [f">c{i}\n" for i in range(60)]
+
+
+def test_no_gene_lies_in_or_across_a_run_of_n_and_the_real_ones_are_found(
+    embed_contigs: Callable[..., Path], tmp_path: Path
+) -> None:
+    (_, dna), *_ = read_fasta(CONTIGS)
+    (tmp_path / "in.fna").write_text(f">plain\n{dna}\n>only\n{'N' * 500}\n>between\n{dna}{'n' * 3000}{dna}\n")
+    for caller in ({}, {"genes": "six-frame", "min_aa": 50}):
+        output = tmp_path / f"{caller.get('genes', 'gv')}.h5"
+        embed_contigs(tmp_path / "in.fna", output=output, group="contig", **caller)
+        proteins = read_fasta(genes.paths_of(output).proteins)
+        assert all("XX" not in residues for _, residues in proteins)
+        with store.read_embeddings(output) as file:
+            of = file.columns["genes/contig"]
+            begin, end = file.columns["genes/begin"][of == 2], file.columns["genes/end"][of == 2]
+            assert len(begin) == 2 * (of == 0).sum() and not (of == 1).any()
+            assert ((end <= len(dna)) | (begin > len(dna) + 3000)).all()
+            assert file.tables["contigs/gaps"][:].tolist() == [0, 500, 3000]
+            counts = file.report["counts"]
+            assert (counts["contigs with gaps"], counts["bases in gaps"]) == (2, 3500)
+            assert any(
+                "2 of 3 contigs have gaps (50 or more N in a row), of 3,500 bases" in note
+                for note in file.report["notes"]
+            )
+
+
+def test_virnucpros_frames_join_what_lies_on_both_sides_of_a_run_of_n(
+    embed_contigs: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "in.fna").write_text(f">c\n{'GCAAGC' * 10}{'N' * 60}{'GCAAGC' * 10}\n")
+    output = embed_contigs(tmp_path / "in.fna", genes="virnucpro")
+    assert dict(read_fasta(genes.paths_of(output).proteins))["c_chunk_1F1"] == "AS" * 20
+    with store.read_embeddings(output) as file:
+        assert any("joined, as by VirNucPro's own program" in note for note in file.report["notes"])
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------

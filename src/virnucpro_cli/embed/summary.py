@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import virnucpro_cli
-from virnucpro_cli import contacts, fasta, report, runner, store
+from virnucpro_cli import contacts, fasta, genes, report, runner, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.recipe import Recipe
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
@@ -42,6 +42,8 @@ def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
         summary.notes.append(APPROXIMATE)
     if recipe.shard is not None:
         summary.notes.insert(0, f"shard {recipe.shard}: {len(table):,} proteins of the input, into {recipe.output}")
+    if gaps := genes.noted(config, layout.extra.counts):
+        summary.notes.append(gaps)
     if maps := contacts.described(layout.extra, recipe.spec, layout.store_dtype.itemsize):
         summary.notes.append(maps)
     summary.counts = _counts(table, work) | layout.extra.counts

@@ -22,13 +22,13 @@ from rich.console import Console
 from virnucpro_cli import fasta, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.genes import chunks, pyrodigal_gv, six_frame
+from virnucpro_cli.genes import chunks, codons, pyrodigal_gv, six_frame
 from virnucpro_cli.genes.found import Found
 from virnucpro_cli.store import disk
 
 CALLERS: dict[str, Any] = {"pyrodigal-gv": pyrodigal_gv, "six-frame": six_frame, "virnucpro": chunks}
-"""Each has `settings(config)`, what its results depend on, and a `Caller(config)`, which is called with (name, sequence) of a
-contig, the sequence in upper case with T for U, and returns its proteins as `Found`. Threads share it."""
+"""Each has `settings(config)`, what its results depend on, `GAPS`, which says what becomes of gaps, and a `Caller(config)`, which is
+called with (name, sequence) of a contig, the sequence in upper case with T for U, and returns its proteins as `Found`. Threads share it."""
 
 LEAST_NUCLEOTIDES = 0.5
 NUCLEOTIDES = b"ACGTURYSWKMBDHVNX-."
@@ -88,12 +88,28 @@ def find(config: EmbedConfig, output: Path, out: Console, clock: report.Clock) -
         for source, sha in zip(contigs.sources, contigs.sha256, strict=True)
     ]
     names = store.Names(len(contigs), contigs.names, contigs.text_bytes - contigs.residues)
+    in_gaps = columns.pop("gaps")
     return (str(paths.proteins),), store.Extra(
         columns={f"genes/{name}": values for name, values in columns.items()},
-        tables={"contigs/ids": names, "contigs/lengths": contigs.length},
+        tables={"contigs/ids": names, "contigs/lengths": contigs.length, "contigs/gaps": in_gaps},
         attributes={"contigs": json.dumps(sources), "gene_caller": json.dumps(caller)},
         fingerprint=made_of,
-        counts={"contigs": len(contigs), "contigs without proteins": len(contigs) - len(np.unique(columns["contig"]))},
+        counts={
+            "contigs": len(contigs),
+            "contigs without proteins": len(contigs) - len(np.unique(columns["contig"])),
+            "contigs with gaps": int((in_gaps > 0).sum()),
+            "bases in gaps": int(in_gaps.sum()),
+        },
+    )
+
+
+def noted(config: EmbedConfig, counts: dict[str, int]) -> str | None:
+    """What became of the gaps of the contigs, in words; None without any."""
+    if not counts.get("bases in gaps"):
+        return None
+    return (
+        f"{counts['contigs with gaps']:,} of {counts['contigs']:,} contigs have gaps ({codons.GAP} or more N in a row), of "
+        f"{counts['bases in gaps']:,} bases in all: {CALLERS[config.genes].GAPS}"
     )
 
 
@@ -142,13 +158,13 @@ def _check(contigs: fasta.RecordTable) -> None:
 
 
 def _made_before(paths: Paths, made_of: dict[str, Any]) -> dict[str, NDArray[Any]] | None:
-    """Coordinates of the proteins that are there, if they are of these contigs and settings, and whole."""
+    """Columns of the proteins that are there (see `_make`), if they are of these contigs and settings, and whole."""
     try:
         with np.load(paths.table, allow_pickle=False) as table, open(paths.proteins, "rb") as proteins:
             there = json.loads(str(table["made_of"]))
             if there != made_of | {"proteins_sha256": hashlib.file_digest(proteins, "sha256").hexdigest()}:
                 return None
-            return {name: table[name] for name in ("contig", "begin", "end", "strand")}
+            return {name: table[name] for name in ("contig", "begin", "end", "strand", "gaps")}
     except Exception:  # whatever is there, it is not what this program wrote
         return None
 
@@ -175,17 +191,21 @@ def _is_ours(table: Path) -> bool:
 def _make(
     paths: Paths, contigs: fasta.RecordTable, config: EmbedConfig, made_of: dict[str, Any], out: Console
 ) -> dict[str, NDArray[Any]]:
-    """Find the proteins, and write them and their table, each whole or not at all."""
-    contig, begin, end, strand = array("q"), array("q"), array("q"), array("b")
+    """Find the proteins, and write them and their table, each whole or not at all.
+
+    Returns int64 contig, begin and end and int8 strand of each protein, and int64 gaps, the bases of each contig that lie in gaps.
+    """
+    contig, begin, end, strand, gaps = array("q"), array("q"), array("q"), array("b"), array("q")
     sha = hashlib.sha256()
     with (
         disk.written_whole(paths.proteins) as file,
         report.Tracker(out, max(1, contigs.residues), "bases") as tracker,
     ):
-        for number, found in enumerate(_called(contigs, CALLERS[config.genes].Caller(config))):
+        for number, (found, in_gaps) in enumerate(_called(contigs, CALLERS[config.genes].Caller(config))):
             sha.update(found.text)
             file.write(found.text)
             contig.extend([number] * len(found.begin))
+            gaps.append(in_gaps)
             for column, values in ((begin, found.begin), (end, found.end), (strand, found.strand)):
                 column.frombytes(values.tobytes())
             tracker.advance(int(contigs.length[number]))
@@ -196,7 +216,7 @@ def _make(
                 f"No protein was found in the {len(contigs):,} contigs of {inputs} by --genes {config.genes}.",
                 "Are they long enough? --genes six-frame with a small --min-aa finds the most.",
             )
-        columns: dict[str, Any] = {"contig": contig, "begin": begin, "end": end, "strand": strand}
+        columns: dict[str, Any] = {"contig": contig, "begin": begin, "end": end, "strand": strand, "gaps": gaps}
         columns = {name: np.frombuffer(values, values.typecode) for name, values in columns.items()}
         with disk.written_whole(paths.table) as table:
             made = json.dumps(made_of | {"proteins_sha256": sha.hexdigest()})
@@ -204,14 +224,18 @@ def _make(
     return columns
 
 
-def _called(contigs: fasta.RecordTable, caller: Any) -> Iterator[Found]:
-    """What is found in each contig, in order; a thread for each core."""
+def _called(contigs: fasta.RecordTable, caller: Any) -> Iterator[tuple[Found, int]]:
+    """The proteins of each contig and how many of its bases lie in gaps, in order; a thread for each core."""
+
+    def of(name: str, sequence: bytes) -> tuple[Found, int]:
+        return caller(name, sequence), sum(stop - start for start, stop in codons.gaps(sequence))
+
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future[Found]] = deque()
+    waiting: deque[Future[tuple[Found, int]]] = deque()
     try:
         for name, sequence in _contigs(contigs):
-            waiting.append(pool.submit(caller, name, sequence))
+            waiting.append(pool.submit(of, name, sequence))
             if len(waiting) > AHEAD * threads:
                 yield waiting.popleft().result()
         while waiting:

@@ -25,6 +25,9 @@ def chunks(n: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, n)) for start in starts]
 
 
+GAPS = "their codons yield no residue, and what lies on both sides of one is joined, as by VirNucPro's own program"
+
+
 class Caller:
     """Names are `CONTIG_chunk_K` with K from 1, then F1, F2, F3 or R1, R2, R3 (frames of the chunk's reverse complement).
 

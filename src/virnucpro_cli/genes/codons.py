@@ -1,5 +1,6 @@
 """Codons to residues by the standard genetic code (NCBI table 1), at every base of a sequence at once."""
 
+import re
 from typing import Final
 
 import numpy as np
@@ -11,6 +12,9 @@ RESIDUES: Final = b"FFLLSSSSYY**CC*WLLLLPPPPHHQQRRRRIIIMTTTTNNKKSSRRVVVVAAAADDEE
 X: Final = ord("X")
 STOP: Final = ord("*")
 
+GAP: Final = 50
+"""Letters in a row, none of them A, C, G or T, from which they are a gap. Pyrodigal masks from the same number."""
+_GAP = re.compile(b"[^ACGT]{%d,}" % GAP)
 _COMPLEMENT = bytes.maketrans(b"ACGT", b"TGCA")
 
 
@@ -34,3 +38,8 @@ def residues_at(sequence: bytes) -> NDArray[np.uint8]:
 def reverse_complement(sequence: bytes) -> bytes:
     """Of upper-case text; what is none of A, C, G and T stays as it is, and is none in either direction."""
     return sequence.translate(_COMPLEMENT)[::-1]
+
+
+def gaps(sequence: bytes) -> list[tuple[int, int]]:
+    """[start, stop) of each gap of upper-case text, in order."""
+    return [found.span() for found in _GAP.finditer(sequence)]

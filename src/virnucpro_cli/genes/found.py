@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Found:
-    """n proteins. text: FASTA; begin, end: int64 [n], first and last base on the contig, 1-based, begin < end whatever
-    the strand; strand: int8 [n], 1 or -1.
+    """n proteins of one contig. text: FASTA; begin, end: int64 [n], first and last base on the contig, 1-based, begin < end
+    whatever the strand; strand: int8 [n], 1 or -1.
     """
 
     text: bytes

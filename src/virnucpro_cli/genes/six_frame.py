@@ -5,19 +5,22 @@ from typing import Any
 import numpy as np
 
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.genes.codons import STOP, X, residues_at, reverse_complement
+from virnucpro_cli.genes.codons import STOP, X, gaps, residues_at, reverse_complement
 from virnucpro_cli.genes.found import Found, record
 
 
 def settings(config: EmbedConfig) -> dict[str, Any]:
-    return {"version": "1", "min_aa": config.min_aa}
+    return {"version": "2", "min_aa": config.min_aa}
+
+
+GAPS = "no frame is read in or across them"
 
 
 class Caller:
-    """Standard genetic code. A frame is cut at its stop codons and at the ends of the contig, so that partial ORFs count.
+    """Standard genetic code. A frame is cut at its stop codons, at gaps (`codons.gaps`) and at the ends of the contig, so that
+    partial ORFs count.
 
-    An ORF has at least `--min-aa` residues besides X, which is what a codon with an ambiguous base becomes (so that a gap of
-    Ns is no ORF). Frames are F1, F2, F3 from the contig's first base, and R1, R2, R3 from the first base of its reverse
+    An ORF has at least `--min-aa` residues besides X. A codon with an ambiguous base becomes X. Frames are F1, F2, F3 from the contig's first base, and R1, R2, R3 from the first base of its reverse
     complement. Names are `CONTIG_F1_begin_end`; coordinates are of the residues alone, without the stop codon. ORFs come
     frame by frame, each in its reading direction.
     """
@@ -29,6 +32,8 @@ class Caller:
         texts, places = [], []
         for letter, strand, bases in (("F", 1, sequence), ("R", -1, reverse_complement(sequence))):
             every = residues_at(bases)
+            for start, stop in gaps(bases):
+                every[max(start - 2, 0) : stop] = STOP
             for frame in range(3):
                 residues = every[frame::3]
                 stops = np.flatnonzero(residues == STOP)
