@@ -325,3 +325,22 @@ def test_the_models_own_memory_may_be_lacking(tmp_path: Path, make_fasta: Make, 
         patch.setattr(contacts.model_contacts.Contacts, "__init__", full)
         assert embed(make_fasta(LENGTHS), tmp_path / "out.h5", model)["contact maps left out"] == len(LENGTHS) - 1
     assert runner.is_for_want_of_memory(MemoryError())
+
+
+def test_a_map_that_is_not_as_it_was_stored_is_computed_again(model: Path, tmp_path: Path) -> None:
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text(">a\nMKVLAWGG\n>b\nMKVLLLAWGG\n>c\nMKVLAWGG\n")
+    output, whole = tmp_path / "out.h5", tmp_path / "whole.h5"
+    embed(fasta, whole, model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.Store, "finish", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
+        with pytest.raises(UserError, match="stopped"):
+            embed(fasta, output, model)
+    with h5py.File(store.partial_path(output)) as file:
+        offset = file["contacts/values"].id.get_offset()
+    with open(store.partial_path(output), "r+b") as partial:
+        partial.seek(offset + 40)
+        partial.write(b"\xff\x12")
+    embed(fasta, output, model)
+    with h5py.File(output) as found, h5py.File(whole) as right:
+        assert (found["contacts/values"][:] == right["contacts/values"][:]).all()

@@ -280,6 +280,70 @@ def wait_for_rows(partial: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.002)
 
 
+# --- a disk that forgets ------------------------------------------------------------------------------------------
+
+
+def flipped(path: Path, offset: int, bit: int = 0) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+@pytest.fixture(scope="module")
+def begun(small: Case, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A partial file in which some proteins are done and some are not."""
+    output = tmp_path_factory.mktemp("begun") / "out.h5"
+    assert run_child(small, output, ("fdatasync", 9)) == -signal.SIGKILL
+    with h5py.File(store.partial_path(output)) as file:
+        assert {store.PENDING, store.DONE, store.SKIPPED} == set(file["status"][:].tolist())
+    return store.partial_path(output).read_bytes()
+
+
+def test_a_flipped_bit_of_a_partial_file_is_never_in_a_finished_one(small: Case, begun: bytes, tmp_path: Path) -> None:
+    """Wherever it is: rows, columns, names, HDF5's own bytes. The run makes it good or refuses to go on."""
+    generator, refused, output = random.Random(3), 0, tmp_path / "out.h5"
+    for i in range(40):
+        store.partial_path(output).write_bytes(begun)
+        within = 4096 if i % 4 == 0 else len(begun)  # HDF5's own bytes are few
+        flipped(store.partial_path(output), generator.randrange(within), generator.randrange(8))
+        try:
+            small.embed(output)
+        except UserError as error:
+            assert "--restart" in error.remedy or "damaged" in error.what, error
+            refused += 1
+            small.embed(output, restart=True)
+        small.check(output)
+        output.unlink()
+    assert 0 < refused < 40
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [(name, 1) for name in ("mean/2", "bos/2", "residue/2", "status", "flags", "reason", "computed_by", "run/sums")]
+    + [("residue/2", 2)],
+)
+def test_rows_that_are_not_as_they_were_committed_are_computed_again(
+    small: Case, begun: bytes, tmp_path: Path, name: str, workers: int
+) -> None:
+    output = tmp_path / "out.h5"
+    partial = store.partial_path(output)
+    partial.write_bytes(begun)
+    with h5py.File(partial) as file:
+        done = np.flatnonzero((file["status"][:] == store.DONE) & (file["lengths"][:] > 0))
+        row = int(file["residue/offsets"][done[0]] if name == "residue/2" else done[0])
+        item = file[name]
+        offset = item.id.get_offset() + row * int(np.prod(item.shape[1:])) * item.dtype.itemsize
+    flipped(partial, offset, 1)
+    report = tmp_path / "report.json"
+    resumed = small.embed(output, workers=workers, report=str(report))["resumed proteins"]
+    assert resumed == len(done) - 1
+    small.check_rows(output)
+    notes = json.loads(report.read_text())["notes"]
+    assert any("not in" in note and "as they were committed" in note for note in notes) or name == "status"
+
+
 # --- out of memory -------------------------------------------------------------------------------------------------
 
 

@@ -86,6 +86,7 @@ def test_the_file_has_the_datasets_of_schema_1(finished: Path) -> None:
             "lengths": ((6,), "<i4"), "replaced": ((6,), "<i4"), "flags": ((6,), "<u2"), "status": ((6,), "|u1"),
             "reason": ((6,), "|u1"), "computed_by": ((6,), "|u1"), "run/environments": ((), f"|S{store.ENVIRONMENT_BYTES}"),
                 "run/report": ((), f"|S{store.REPORT_BYTES}"), "run/checksum": ((), "|S64"), "run/complete": ((), "|u1"),
+            "run/layout": ((), "|S32"), "run/sums": ((6,), "<u8"),
         }  # fmt: skip
         assert file.attrs["schema"] == 1
         assert file["sequence_ids"].asstr()[:].tolist() == NAMES

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -29,8 +30,8 @@ from virnucpro_cli.policies import Work
 
 Made = TypeVar("Made")
 BLOCK = 1 << 22  # values placed at a time
-VALUES, STARTS, SIZES, STATUS = (f"contacts/{name}" for name in ("values", "starts", "sizes", "status"))
-COLUMNS = (STARTS, SIZES, STATUS)
+VALUES, STARTS, SIZES, STATUS, SUMS = (f"contacts/{name}" for name in ("values", "starts", "sizes", "status", "sums"))
+COLUMNS = (STARTS, SIZES, STATUS, SUMS)
 
 
 def wanted(config: EmbedConfig, table: fasta.RecordTable) -> tuple[NDArray[np.bool_], dict[str, str]]:
@@ -60,8 +61,8 @@ def laid_out(key: NDArray[np.int64], sizes: NDArray[np.int32]) -> store.Extra:
     starts[rows] = (np.cumsum(squares) - squares)[np.argsort(order)[of]]
     status[rows] = store.PENDING
     return store.Extra(
-        {STARTS: starts, SIZES: sizes, STATUS: status}, values={VALUES: int(squares.sum())},
-        counts={"contact maps": len(rows)},
+        {STARTS: starts, SIZES: sizes, STATUS: status, SUMS: np.zeros(len(key), np.uint64)},
+        values={VALUES: int(squares.sum())}, counts={"contact maps": len(rows)}, changing=frozenset((STATUS, SUMS)),
     )  # fmt: skip
 
 
@@ -109,13 +110,13 @@ def fill(
     """
     file.commit()
     every = np.arange(len(file.status))
-    starts, sizes, status = (file.read(name, every)[:, 0] for name in (STARTS, SIZES, STATUS))
-    pending = np.flatnonzero(status == store.PENDING)
+    starts, sizes = (file.read(name, every)[:, 0] for name in (STARTS, SIZES))
+    pending = np.flatnonzero(status_of(file) == store.PENDING)
     skipped = file.status[pending] == store.SKIPPED
     given_up = skipped & (file.reason[pending] != store.NO_MEMORY)
     for record in sharers(starts, pending[skipped])[0]:
         place(file, int(starts[record]), int(sizes[record]))
-    file.settle(STATUS, pending[given_up], store.SKIPPED)
+    settle(file, pending[given_up], store.SKIPPED)
     left_out = int((skipped & ~given_up).sum())
     first, sharing = sharers(starts, pending[~skipped])
     if not first:
@@ -151,8 +152,37 @@ def _settle(file: store.Store, ready: list[tuple[NDArray[np.int64], int]]) -> No
     for code in (store.DONE, store.SKIPPED):
         rows = [rows for rows, status in ready if status == code]
         if rows:
-            file.settle(STATUS, np.concatenate(rows), code)
+            settle(file, np.concatenate(rows), code)
     ready.clear()
+
+
+def settle(file: store.Store, records: NDArray[np.int64], status: int) -> None:
+    """Make durable that the maps of these records are as they were placed, with their checksums."""
+    file.commit()  # and all that was placed is in the file
+    file.settle(STATUS, records, status, {SUMS: _sums(file, records, np.full(len(records), status))})
+
+
+def status_of(file: store.Store) -> NDArray[np.uint8]:
+    """Status of each record's map, uint8 [N]: pending also where a map is not as it was settled."""
+    every = np.arange(len(file.status))
+    starts, status, sums = (file.read(name, every)[:, 0] for name in (STARTS, STATUS, SUMS))
+    settled = np.flatnonzero((status != store.PENDING) & (starts >= 0))
+    status[settled[_sums(file, settled, status[settled]) != sums[settled]]] = store.PENDING
+    return status
+
+
+def _sums(file: store.Store, records: NDArray[np.int64], status: NDArray[Any]) -> NDArray[np.uint64]:
+    """XXH3 of the map of each record [n], with its status as the seed."""
+    every = np.arange(len(file.status))
+    starts, sizes = (file.read(name, every)[:, 0] for name in (STARTS, SIZES))
+    found = np.zeros(len(file.status), np.uint64)
+    for code in np.unique(status).tolist():
+        for record, sharing in zip(*sharers(starts, records[status == code]), strict=True):
+            hasher = xxhash.xxh3_64(seed=code)
+            for part in store.blocks(int(sizes[record]) ** 2, BLOCK):
+                hasher.update(file.read(VALUES, int(starts[record]) + np.arange(part.start, part.stop)).data)
+            found[sharing] = hasher.intdigest()
+    return found[records]
 
 
 def _or_none(make: Callable[..., Made], *arguments: Any) -> Made | None:

@@ -169,13 +169,18 @@ def _checked(parts: list[_Part]) -> dict[str, Any]:
 
 def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> store.Store:
     """The partial file of an earlier merge, or a new one: all columns final, and every row that is to be copied pending."""
-    begun = store.partial_path(output)
+    begun, layout = store.partial_path(output), _layout(parts, fingerprint, to_copy=True)
     if begun.exists():
         there = store.fingerprint_of(begun)
         if there is None or store.is_view(begun) or store.differences(there[0], fingerprint):
             raise UserError(f"{begun} is of something else.", "Move it away.")
-        return store.Store.resume(output)
-    layout = _layout(parts, fingerprint, to_copy=True)
+        file = store.Store.resume(output)
+        try:
+            file.recheck(layout)
+        except BaseException:
+            file.close()
+            raise
+        return file
     store.check_free_space(output, layout.data_bytes)
     return store.Store.create(output, layout)
 
@@ -275,13 +280,13 @@ def _copy_contacts(parts: list[_Part], file: store.Store) -> None:
         maps = part.file.contact_maps
         if maps is None:
             return
-        starts, status = (file.read(name, part.records)[:, 0] for name in (contacts.STARTS, contacts.STATUS))
+        starts, status = file.read(contacts.STARTS, part.records)[:, 0], contacts.status_of(file)[part.records]
         first, _ = contacts.sharers(starts, np.flatnonzero(status == store.PENDING))
         for own in first:
             contacts.place(file, int(starts[own]), int(maps.sizes[own]), maps.raw(own))
         for code in (store.DONE, store.SKIPPED):
             rows = part.records[(starts >= 0) & (status == store.PENDING) & (maps.status == code)]
-            file.settle(contacts.STATUS, rows, code)
+            contacts.settle(file, rows, code)
 
 
 def _attributes(parts: list[_Part], fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -337,6 +337,7 @@ class _SharedStore(Store):
 
     def __init__(self, job: Job, post: _Post):
         super().__init__(job.output, job.partial, job.fd)
+        self._vouched = []  # the parent vouches, for what it reads in the file
         self.post = post
         self.broken: list[int] = []
 

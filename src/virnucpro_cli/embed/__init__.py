@@ -263,7 +263,7 @@ def _open_store(
                 f"{partial_file} belongs to another run: {'; '.join(differing)}.",
                 "Repeat that run's command to finish it, discard it with --restart, or choose another -o.",
             )
-        file = store.Store.resume(output)
+        file = _resumed(output, layout, summary, out)
         done = int((file.status == store.DONE).sum())
         out.print(f"resuming {partial_file}: {done:,} of {len(table):,} proteins are there already")
         summary.counts["resumed proteins"] = done
@@ -273,6 +273,20 @@ def _open_store(
     store.check_free_space(output, layout.file_bytes)
     layout.attributes.update(attributes(recipe, summary.environment, found, fingerprint))
     return store.Store.create(output, layout, config.preallocate)
+
+
+def _resumed(output: Path, layout: store.Layout, summary: report.RunReport, out: Console) -> store.Store:
+    """The partial file, in which every record that is not pending is as it was committed."""
+    file = store.Store.resume(output)
+    try:
+        if lost := file.recheck(layout):
+            note = f"{lost:,} proteins are not in {file.path} as they were committed, and are computed again: see to the disk"
+            out.print(note, style="yellow")
+            summary.notes.append(note)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _write_qc(output: Path, config: EmbedConfig) -> None:

@@ -15,8 +15,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import Stopped, UserError
-from virnucpro_cli.kinds import POOLED
+from virnucpro_cli.errors import Stopped, UserError, in_a_line
+from virnucpro_cli.kinds import POOLED, by_residue
+from virnucpro_cli.packing import ranges, stretches
+from virnucpro_cli.store import sums
 from virnucpro_cli.store.disk import (
     checksum,
     create_locked,
@@ -30,6 +32,7 @@ from virnucpro_cli.store.disk import (
     sync_folder,
 )
 from virnucpro_cli.store.layout import Layout, lay_out
+from virnucpro_cli.store.opening import DAMAGE
 from virnucpro_cli.store.schema import (
     DONE,
     ENVIRONMENT_BYTES,
@@ -39,11 +42,14 @@ from virnucpro_cli.store.schema import (
     RECOMPUTED,
     REPORT_BYTES,
     SKIPPED,
+    blocks,
     whole_lines,
 )
 
 LARGE_WRITE = 1 << 15
 MOST_STAGED = 1 << 26
+COMPARED_ROWS = 1 << 16
+STATES = ("status", "flags", "reason", "computed_by")
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,16 @@ class Place:
     offset: int
     row_bytes: int
     dtype: np.dtype[Any]
+    rows: int
+
+
+@contextmanager
+def _damage_named(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except (*DAMAGE, MemoryError) as error:
+        why = in_a_line(error)
+        raise UserError(f"{partial} is damaged ({why}).", "Discard it with --restart.") from None
 
 
 class Store:
@@ -63,6 +79,7 @@ class Store:
         self._uncommitted: list[tuple[NDArray[np.int64], int, int, int]] = []
         self._staged: dict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = {}
         self._staged_bytes = 0
+        self._fresh: dict[str, list[tuple[NDArray[np.int64], NDArray[np.uint64]]]] = {}  # digests of placed rows
         self._environment: int | None = 0
         self._failed: UserError | None = None  # the first failed sync
         self._lock = threading.RLock()  # an error elsewhere may commit while a writing thread still places
@@ -77,12 +94,17 @@ class Store:
             def note(name: str, item: Any) -> None:
                 if isinstance(item, h5py.Dataset) and item.id.get_offset() is not None:
                     row = int(np.prod(item.shape[1:], dtype=np.int64)) * item.dtype.itemsize
-                    self.places[name] = Place(item.id.get_offset(), row, item.dtype)
+                    self.places[name] = Place(item.id.get_offset(), row, item.dtype, item.shape[0] if item.shape else 1)
 
             file.visititems(note)
             for kind in POOLED:  # visititems reports a dataset once, perhaps as /embeddings
                 for name, item in file[kind].items() if kind in file else ():
                     note(f"{kind}/{name}", item)
+            self._offsets: NDArray[np.int64] | None = file["residue/offsets"][:] if "residue/offsets" in file else None
+        self._vouched = [
+            name for name in self.places
+            if name.partition("/")[0] in (*POOLED, "residue", "unmasked") and name != "residue/offsets"
+        ]  # fmt: skip
 
     @classmethod
     def create(cls, output: Path, layout: Layout, preallocate: bool = True) -> "Store":
@@ -103,7 +125,9 @@ class Store:
                 reserve(fd, os.fstat(fd).st_size)
             store = cls(output, new, fd)
             if not layout.sources:
-                store._fill_skipped(layout)
+                for rows in blocks(len(store.status)):
+                    store._begin(layout, np.arange(rows.start, rows.stop))
+                store._write(memoryview(store._sum_of_the_rest(layout)), store.places["run/layout"].offset)
             os.fsync(fd)
             os.rename(new, partial)  # whoever holds .new is the only one who can make a .partial
             sync_folder(partial.parent)
@@ -124,7 +148,8 @@ class Store:
         fd = open_existing(partial)
         try:
             lock(fd, partial)
-            store = cls(output, partial, fd)
+            with _damage_named(partial):
+                store = cls(output, partial, fd)
             # What there was no memory for is tried again; no reason at all is left by a kill while one is taken back.
             store.status[(store.status == SKIPPED) & np.isin(store.reason, (0, NO_MEMORY))] = PENDING
             store._write(memoryview(b"\0"), store.places["run/complete"].offset)
@@ -134,16 +159,102 @@ class Store:
             os.close(fd)
             raise
 
-    def _fill_skipped(self, layout: Layout) -> None:
-        rows = np.flatnonzero(layout.status == SKIPPED)
-        for kind in layout.kinds:
-            for layer in layout.layers:
-                if kind != "residue":
-                    for block in np.array_split(rows, len(rows) // 4096 + 1):
-                        self.place(kind, layer, block, np.full((len(block), layout.hidden), np.nan, layout.store_dtype))
-        for name in layout.scores:
-            self.place("unmasked", name, rows, np.full(len(rows), np.nan, np.float32))
+    def recheck(self, layout: Layout) -> int:
+        """Compare all that an earlier run committed with its checksums, and make the records that differ pending again.
+
+        Returns how many they are. layout: as it is written for a new file. Raises UserError if the file differs where no
+        record is, or has no checksums.
+        """
+        if "run/layout" not in self.places:
+            raise UserError(
+                f"{self.path} was begun by an earlier version, without checksums.", "Discard it with --restart."
+            )
+        place = self.places["run/layout"]
+        with _damage_named(self.path):
+            if os.pread(self.fd, place.row_bytes, place.offset) != self._sum_of_the_rest(layout):
+                raise ValueError("its names or columns are not those that were laid out")
+        lost, n = 0, len(self.status)
+        offsets = np.arange(n + 1) if self._offsets is None else self._offsets
+        for start, stop in stretches(offsets, n, COMPARED_ROWS):
+            rows = np.arange(start, stop)
+            states = [self.read(name, rows)[:, 0] for name in STATES]
+            expected, vouched = self._state_sums(*states), states[0] != PENDING
+            expected[vouched] += self._row_sums(rows[vouched])
+            differs = expected != self.read("run/sums", rows)[:, 0]
+            if differs.any():
+                self._begin(layout, rows[differs])
+                lost += int((differs & vouched).sum())
+        if lost:
+            self._sync()
+        return lost
+
+    def _begin(self, layout: Layout, rows: NDArray[np.int64]) -> None:
+        """Give records the values that they have in a new file, and the checksums of these."""
+        columns = {name: getattr(layout, name) for name in STATES}
+        for name, column in columns.items():
+            own = getattr(self, name)
+            first = np.zeros(len(rows), own.dtype) if column is None else column[rows].astype(own.dtype)
+            if (self.read(name, rows)[:, 0] != first).any():
+                self._write_rows(name, rows, first)
+            own[rows] = first
+        skipped = rows[layout.status[rows] == SKIPPED]
+        self._fill_nan(skipped)
+        found = self._state_sums(*(getattr(self, name)[rows] for name in STATES))
+        found[layout.status[rows] == SKIPPED] += self._row_sums(skipped)
+        self._fresh.clear()
+        self._write_rows("run/sums", rows, found)
+
+    def _fill_nan(self, records: NDArray[np.int64]) -> None:
+        for name in self._vouched if len(records) else ():
+            place, (rows, _), (kind, _, layer) = self.places[name], self._rows_of(name, records), name.partition("/")
+            width = place.row_bytes // place.dtype.itemsize
+            for block in blocks(len(rows), max(1, MOST_STAGED // place.row_bytes)):
+                some = rows[block]
+                self.place(kind, layer, some, np.full((len(some), width), np.nan, place.dtype))
         self._write_staged()
+
+    def _rows_of(self, name: str, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """Rows of records (rising) in a dataset, and how many are of each in one that has a row for each residue."""
+        if not by_residue(*name.partition("/")[::2]):
+            return records, None
+        assert self._offsets is not None
+        counts = self._offsets[records + 1] - self._offsets[records]
+        return ranges(self._offsets[records], counts), counts
+
+    def _state_sums(self, status: Any, flags: Any, reason: Any, computed_by: Any) -> NDArray[np.uint64]:
+        lines = np.zeros(MOST_ENVIRONMENTS + 1, np.uint64)
+        lines[: len(self.environments)] = sums.of_lines(self.environments)
+        return sums.of_states(status, flags, reason, lines[computed_by])
+
+    def _row_sums(self, records: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Sums of the digests of all rows of records (rising), of what was just placed or else is in the file."""
+        found = np.zeros(len(records), np.uint64)
+        for name in self._vouched:
+            rows, counts = self._rows_of(name, records)
+            digests = self._digests(name, rows)
+            found += digests if counts is None else sums.of_records(rows, digests, counts)
+        return found
+
+    def _digests(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        found, known = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.bool_)
+        if (fresh := self._fresh.get(name)) and len(rows):
+            placed, digests = (np.concatenate(each) for each in zip(*fresh, strict=True))
+            at = np.minimum(np.searchsorted(rows, placed), len(rows) - 1)
+            ours = rows[at] == placed
+            found[at[ours]], known[at[ours]] = digests[ours], True
+        missing = np.flatnonzero(~known)
+        for block in blocks(len(missing), max(1, MOST_STAGED // self.places[name].row_bytes)):
+            some = missing[block]
+            found[some] = sums.of_rows(name, self.read(name, rows[some]))
+        return found
+
+    def _sum_of_the_rest(self, layout: Layout) -> bytes:
+        changing = [
+            (place.offset, place.rows * place.row_bytes)
+            for name, place in self.places.items()
+            if name in layout.changing
+        ]
+        return sums.of_the_rest(self.fd, changing)
 
     def place(self, kind: str, layer: int | str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
         """Take values [n, D], already in the store dtype, for the given rows.
@@ -158,6 +269,8 @@ class Store:
         assert len(rows) == len(values), "rows and values of different number; this is a bug"
         assert values[0].nbytes == place.row_bytes, "values in another dtype or width than the dataset; this is a bug"
         with self._lock:
+            if name in self._vouched:
+                self._fresh.setdefault(name, []).append((rows, sums.of_rows(name, values)))
             if values.nbytes >= LARGE_WRITE and (np.diff(rows) == 1).all():
                 if name in self._staged:
                     self._write_staged()  # which may hold an older value of these rows
@@ -218,19 +331,28 @@ class Store:
                 self._set("reason", self.reason, rows, reason)
                 if self._environment is not None:
                     self._set("computed_by", self.computed_by, rows, self._environment)
+            every = np.unique(np.concatenate([rows for rows, *_ in self._uncommitted]))
+            states = self._state_sums(*(getattr(self, name)[every] for name in STATES))
+            self._write_rows("run/sums", every, states + self._row_sums(every))
             self._sync()
-            self._write_column("status", self.status, np.concatenate([rows for rows, *_ in self._uncommitted]))
+            self._write_rows("status", every, self.status[every])
             self._sync()
             self._uncommitted.clear()
+            self._fresh.clear()
 
-    def settle(self, name: str, rows: NDArray[np.int64], value: int) -> None:
-        """Make durable what was placed; then, also durably, give the rows of a column of its own a value that vouches for it."""
+    def settle(self, name: str, rows: NDArray[np.int64], value: int, columns: dict[str, NDArray[np.uint64]]) -> None:
+        """Make durable what was placed, with the rows' values of other columns; then, also durably, give rows of the column `name`
+        a value that vouches for them.
+        """
         with self._lock:
             self.commit()
             self._write_staged()
             if len(rows):
+                order = np.argsort(rows)
+                for column, values in columns.items():
+                    self._write_rows(column, rows[order], values[order])
                 self._sync()
-                self._write_rows(name, np.sort(rows), np.full(len(rows), value, self.places[name].dtype))
+                self._write_rows(name, rows[order], np.full(len(rows), value, self.places[name].dtype))
                 self._sync()
 
     def compute_in(self, environment: str) -> None:
@@ -257,10 +379,6 @@ class Store:
         if (column[distinct] != new).any():
             self._write_rows(name, distinct, new)
             column[distinct] = new
-
-    def _write_column(self, name: str, column: NDArray[Any], rows: NDArray[np.int64]) -> None:
-        rows = np.unique(rows)
-        self._write_rows(name, rows, column[rows])
 
     def finish(self, report: str, overwrite: bool) -> str:
         """Store the report and the checksum, which is returned, declare the file complete, and give it its final name.

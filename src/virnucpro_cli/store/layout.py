@@ -20,6 +20,7 @@ from virnucpro_cli.store.schema import (
     CHECKSUM_BYTES,
     ENVIRONMENT_BYTES,
     FLAG_NAMES,
+    LAYOUT_BYTES,
     REASONS,
     REPORT_BYTES,
     SCHEMA,
@@ -45,8 +46,8 @@ class Extra:
     """What a file holds besides the records' own columns and embeddings; names are those of datasets.
 
     columns: a value for each record [N]; tables: arrays and names of anything else; rows: groups of datasets `NAME/<layer>` of so
-    many rows in the store dtype, and values: datasets of so many single ones, which are filled later. fingerprint and counts are the
-    caller's to use.
+    many rows in the store dtype, and values: datasets of so many single ones, which are filled later. changing: names of columns whose
+    values change while the file is filled. fingerprint and counts are the caller's to use.
     """
 
     columns: dict[str, NDArray[Any]] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Extra:
     attributes: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    changing: frozenset[str] = frozenset()
 
     def __or__(self, other: "Extra") -> "Extra":
         return Extra(**{f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(Extra)})
@@ -120,6 +122,12 @@ class Layout:
         return {"sequence_ids": ids, **own, **self.extra.columns, **self.extra.tables}
 
     @property
+    def changing(self) -> set[str]:
+        """Names of all datasets whose bytes are not final when the file is laid out."""
+        columns = {"status", "flags", "reason", "computed_by", *self.extra.changing}
+        return {*self.filled, *columns, *(f"run/{name}" for name in RUN)}
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of what is filled later."""
         if self.sources:
@@ -134,7 +142,12 @@ class Layout:
     def file_bytes(self) -> int:
         """What the whole file takes at most: embeddings, names with their heap entries, small columns, HDF5's own."""
         columns = sum(56 * c.count + c.bytes if isinstance(c, Names) else c.nbytes for c in self.columns.values())
+        columns += 8 * len(self.lengths)  # /run/sums
         return self.data_bytes + columns + REPORT_BYTES + ENVIRONMENT_BYTES + (1 << 17)
+
+
+RUN = ("report", "environments", "checksum", "layout", "sums", "complete")
+"""Datasets of /run, which say how far the file is, and vouch for it."""
 
 
 def _create_contiguous(file: Any, path: str, shape: tuple[int, ...], dtype: Any) -> None:
@@ -247,10 +260,13 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
             create(file, name, shape, dtype)
         if kinds := pooled(layout.kinds):
             file["embeddings"] = file[kinds[0]][str(layout.layers[-1])]
-        texts = {"report": b"{}", "environments": layout.environment.encode() + b"\n", "checksum": b""}
-        sizes = {"report": REPORT_BYTES, "environments": ENVIRONMENT_BYTES, "checksum": CHECKSUM_BYTES}
+        texts = {"report": b"{}", "environments": layout.environment.encode() + b"\n", "checksum": b"", "layout": b""}
+        sizes = {
+            "report": REPORT_BYTES, "environments": ENVIRONMENT_BYTES, "checksum": CHECKSUM_BYTES, "layout": LAYOUT_BYTES,
+        }  # fmt: skip
         for name, text in texts.items():
             _create_contiguous(file, f"run/{name}", (), f"S{sizes[name]}")
             file[f"run/{name}"][()] = text
+        _create_contiguous(file, "run/sums", (len(layout.lengths),), np.uint64)
         _create_contiguous(file, "run/complete", (), np.uint8)
         file["run/complete"][()] = 0

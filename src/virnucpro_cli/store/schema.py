@@ -21,6 +21,7 @@ ENVIRONMENT_BYTES = 1 << 14
 MOST_ENVIRONMENTS = 255
 NAME_BLOCK = 1 << 16
 CHECKSUM_BLOCK, CHECKSUM_BYTES = 1 << 24, 64
+LAYOUT_BYTES = 32
 ONLY_PLACE = ("attention", "device")
 """Fingerprint keys that change how values round and nothing else: a run may go on elsewhere, and the file says which rows did."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
