@@ -390,19 +390,72 @@ def test_a_piece_that_does_not_fit_alone_is_computed_in_parts(
     assert all(found[name].tobytes() == values.tobytes() for name, values in whole.items())
 
 
-def test_a_protein_that_never_fits_is_skipped_and_tried_again_by_the_same_command(small: Case, tmp_path: Path) -> None:
+def skipped_for_memory(case: Case, output: Path, **more: Any) -> dict[str, int]:
+    """A run on a device without room for the long protein and its copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "free_memory", lambda device: 1e9)
+        out_of_memory_beyond(patch, 10_000, 201)
+        return case.embed(output, **more)
+
+
+def test_a_protein_that_never_fits_is_skipped_and_tried_again_where_there_is_more_memory(
+    small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "out.h5"
-    for _ in range(2):
-        with pytest.MonkeyPatch.context() as patch:
-            out_of_memory_beyond(patch, 10_000, 201)
-            assert small.embed(output)["skipped"] == 3, "the empty one, the long one and its copy"
+    for retry in (False, True):
+        assert skipped_for_memory(small, output, retry_skipped=retry)["skipped"] == 3, "one is empty, one a copy"
         with store.read_embeddings(output) as file:
             given_up = np.flatnonzero(file.reason == store.NO_MEMORY)
             assert file.complete and [file.names[row] for row in given_up.tolist()] == ["long", "copy"]
             assert np.isnan(file[given_up]).all() and np.isnan(file.residues("long")).all()
+    before = output.read_bytes()
+    monkeypatch.setattr(runner, "free_memory", lambda device: 1.1e9)
+    again = embed_fasta(output=str(output), **small.options())
+    assert again.already_complete and again.counts["skipped"] == 3 and output.read_bytes() == before
+    monkeypatch.setattr(runner, "free_memory", lambda device: 2e9)
     assert small.embed(output)["skipped"] == 1
     small.check(output)
     assert embed_fasta(output=str(output), **small.options()).already_complete
+
+
+@pytest.mark.parametrize(("call", "survived"), [("fsync", 0), ("fdatasync", 0), ("fdatasync", 3), ("replace", 0)])
+def test_a_finished_file_stays_until_a_better_one_is_complete(
+    small: Case, tmp_path: Path, call: str, survived: int
+) -> None:
+    output = tmp_path / "out.h5"
+    skipped_for_memory(small, output)
+    before = output.read_bytes()
+    assert run_child(small, output, (call, survived), retry_skipped=True) == -signal.SIGKILL
+    assert output.read_bytes() == before
+    assert run_child(small, output, None, retry_skipped=True) == 0
+    assert sorted(tmp_path.glob("out.h5*")) == [output]
+    small.check_rows(output)
+
+
+def test_a_better_file_takes_the_place_of_no_other(small: Case, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    skipped_for_memory(small, output)
+    finish = store.Store.finish
+
+    def replaced_meanwhile(file: store.Store, *arguments: Any) -> str:
+        output.unlink()
+        output.write_text("of somebody else")
+        return finish(file, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.Store, "finish", replaced_meanwhile)
+        with pytest.raises(UserError, match="appeared while this run was working"):
+            small.embed(output, retry_skipped=True)
+    assert output.read_text() == "of somebody else"
+
+
+def test_a_read_only_finished_file_is_left_alone(small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out.h5"
+    skipped_for_memory(small, output)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != output and access(path, mode))
+    assert embed_fasta(output=str(output), **small.options()).already_complete
+    assert sorted(tmp_path.glob("out.h5*")) == [output]
 
 
 def test_a_finished_file_is_not_discarded_for_what_it_lacks(small: Case, tmp_path: Path) -> None:

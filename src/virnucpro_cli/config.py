@@ -59,6 +59,7 @@ class EmbedConfig:
     dedup: bool = True
     overwrite: bool = False
     restart: bool = False
+    retry_skipped: bool = False
     dry_run: bool = False
     preallocate: bool = True
     force_protein: bool = False

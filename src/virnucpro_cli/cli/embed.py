@@ -148,6 +148,12 @@ def embed(
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard a partial output instead of resuming it.")
     ] = False,
+    retry_skipped: Annotated[
+        bool,
+        typer.Option(
+            "--retry-skipped", help="Try again what a finished file lacks for want of memory, wherever this runs."
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan and print it.")] = False,
     no_preallocate: Annotated[
         bool,
@@ -238,7 +244,7 @@ def embed(
         "contacts_for": contacts_for, "dtype": dtype, "store_dtype": store_dtype, "device": device, "workers": budget(workers), "engine": engine, "ray_address": ray_address, "write": write, "attention": attention,
         "token_budget": budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
         "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
-        "restart": restart or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,
+        "restart": restart or None, "retry_skipped": retry_skipped or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,
         "force_protein": force_protein or None, "from_": from_, "genes": genes, "min_aa": min_aa, "chunk": chunk,
         "group": group, "group_regex": group_regex, "group_table": group_table, "shard": shard, "cache": cache,
         "cache_size": cache_size, "qc": qc, "report": report, "quiet": quiet or None,

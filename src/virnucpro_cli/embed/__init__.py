@@ -68,12 +68,14 @@ def _run(
             loaded = loaded or model_weights.load(found)
             _check_heads(config, loaded, found)
     fingerprint = recipe.fingerprint(found)
-    if _already_complete(at.output, fingerprint, config, out):
+    finished = _finished(at.output, fingerprint, config)
+    if finished is not None and not _to_be_retried(at.output, summary, config, out):
         out.print(f"{at.output} is already complete: same input, model and settings.")
         summary.already_complete = True
         _write_qc(at.output, config)
         return _saved(summary, config)
     file = _open_store(recipe, fingerprint, found, summary, out)
+    file.replaces = finished
     with file.filling():
         run = _Run(recipe, found, file, summary, clock, out, loaded)
         del loaded
@@ -211,32 +213,53 @@ def _check_heads(config: EmbedConfig, loaded: Loaded, found: locate.Weights) -> 
 # --- the file ----------------------------------------------------------------------------------------------------
 
 
-def _already_complete(output: Path, fingerprint: dict[str, Any], config: EmbedConfig, out: Console) -> bool:
+def _finished(output: Path, fingerprint: dict[str, Any], config: EmbedConfig) -> os.stat_result | None:
+    """The finished file that is there, None without one, or if it is to be overwritten. Raises UserError if it is of another run."""
     if config.overwrite or not output.exists():
-        return False
-    there = store.fingerprint_of(output)
-    if there is None:
+        return None
+    there, found = output.stat(), store.fingerprint_of(output)
+    if found is None:
         raise UserError(f"{output} was taken up or replaced by another run just now.", "Run the command again.")
-    differing = store.differences(there[0], fingerprint)
+    differing = store.differences(found[0], fingerprint)
     if differing:
         raise UserError(
             f"{output} exists and is of another run: {'; '.join(differing)}.", "Choose another -o, or --overwrite it."
         )
-    if not there[1]:
+    if not found[1]:
         raise UserError(f"{output} exists but is not complete.", "Choose another -o, or --overwrite it.")
     _drop_finished_partial(output)
+    return there
+
+
+def _to_be_retried(output: Path, summary: report.RunReport, config: EmbedConfig, out: Console) -> bool:
+    """Whether this run computes what the finished file lacks for want of memory, in a partial file that is then there."""
     with store.read_embeddings(output) as file:
+        summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
         missed = int(((file.status == store.SKIPPED) & (file.reason == store.NO_MEMORY)).sum())
         if file.contact_maps is not None:
             missed += file.contact_maps.pending
-        shown = bool(file.sources)  # whose own commands try them again
-    if missed and not shown and not config.restart and not store.partial_path(output).exists():
-        out.print(
-            f"{output}: {missed:,} proteins had been skipped for want of memory, and are tried again", style="yellow"
-        )
-        store.take_back(output)
+            summary.counts |= {"contact maps left out": file.contact_maps.pending} if file.contact_maps.pending else {}
+        shown, had = bool(file.sources), file.report.get("memory", {})
+    if not missed or shown:  # the shards' own commands try theirs again
         return False
+    begun = store.partial_path(output).exists() and not config.restart
+    more = not config.restart and words.has_more_memory(had, summary.memory) and _has_room(output)
+    if not (begun or more or config.retry_skipped):
+        out.print(
+            f"{output}: {missed:,} proteins were skipped for want of memory; --retry-skipped tries them again, as does "
+            "the same command where more is free",
+            style="yellow",
+        )
+        return False
+    out.print(f"{output}: {missed:,} proteins had been skipped for want of memory, and are tried again", style="yellow")
+    if not begun and not config.restart:
+        store.copy_back(output)
     return True
+
+
+def _has_room(output: Path) -> bool:
+    """Whether a better file can be made beside this one, and may take its place."""
+    return os.access(output, os.W_OK) and store.free_space(output) > output.stat().st_size
 
 
 def _drop_finished_partial(output: Path) -> None:

@@ -28,6 +28,8 @@ MEASURED_FLOPS = {
 """FLOP/s that forwards reached by hidden width, for the estimate of --dry-run: virnucpro bench on one
 H100 80GB (torch 2.11, UniProt lengths) and on two threads of an AVX-512 server CPU (torch 2.13)."""
 
+MORE = 1.25
+
 APPROXIMATE = (
     "fp8 is approximate: on real 8M weights a protein's mean is off by 4 % (median; the worst of 128 by 26 %), forty times what "
     "rounding in fp16 does. Check what your own downstream task makes of it."
@@ -49,8 +51,20 @@ def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
     summary.counts = _counts(table, work) | layout.extra.counts
     summary.packing = _packing(recipe.plan, work)
     summary.environment = _environment(recipe)
+    summary.memory = free_memory(where.place)
     summary.seconds = clock.seconds
     return summary
+
+
+def free_memory(place: runner.Place) -> dict[str, int]:
+    """Bytes that this run may take of its device and its host, as far as anybody says."""
+    free = {"free device memory": place.free, "free host memory": runner.free_memory(torch.device("cpu"))}
+    return {name: int(size) for name, size in free.items() if np.isfinite(size)}
+
+
+def has_more_memory(there: dict[str, int], here: dict[str, int]) -> bool:
+    """Whether one of them is larger here by more than a machine's free memory usually changes."""
+    return any(size > MORE * there[name] for name, size in here.items() if name in there)
 
 
 def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list[str]:
@@ -181,7 +195,7 @@ def fill_rates(
             "tokens/s": tokens / forward,
             "segments/s": segments / forward,
         }
-    summary.memory = {"peak host memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    summary.memory["peak host memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if recipe.where.device.type == "cuda":
         summary.memory["peak GPU memory"] = torch.cuda.max_memory_allocated(recipe.where.device)
     if len(file.environments) > 1:

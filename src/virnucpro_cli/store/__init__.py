@@ -10,11 +10,11 @@ from virnucpro_cli.store.disk import (
     check_free_space,
     check_new,
     checksum,
+    copy_back,
     discard_partial,
     free_space,
     new_file,
     partial_path,
-    take_back,
 )
 from virnucpro_cli.store.filling import Store
 from virnucpro_cli.store.layout import Extra, Layout, Names

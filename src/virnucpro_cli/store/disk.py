@@ -63,19 +63,14 @@ def allow_open_files(count: int) -> int | None:
     return most if most < needed else None
 
 
-def take_back(output: Path) -> None:
-    """Make a finished file the partial one again, for a run to go on with. Raises UserError if that cannot be."""
-    if not os.access(output, os.W_OK):
-        raise UserError(
-            f"{output} is to be gone on with, and cannot be written.", "Ask its owner, or choose another -o."
-        )
-    try:
-        os.rename(output, partial_path(output))
-    except FileNotFoundError:  # another run has just done the same, and holds the lock
-        return
-    except OSError as error:
-        raise disk_error(error, output, resumable=True) from None
-    sync_folder(output.parent)
+def copy_back(output: Path) -> None:
+    """Make a partial file of a finished one, which stays, for a run to go on with. Raises UserError if that cannot be."""
+    partial = partial_path(output)
+    if partial.exists():
+        discard_partial(output)
+    check_free_space(output, output.stat().st_size)
+    with open(output, "rb") as finished, written_whole(partial, replace=False) as file:
+        shutil.copyfileobj(finished, file, 1 << 24)
 
 
 def checksum(fd: int, itself: int, complete: int) -> str:
@@ -126,6 +121,16 @@ def disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
     return UserError(f"{what}.", f"{room} or choose another disk with -o, and run again.")
 
 
+def is_the_file(path: Path, there: os.stat_result, unchanged: bool = False) -> bool:
+    """Whether `path` names the file of which `there` was taken. unchanged: since then, for a file that is not held open."""
+    try:
+        here = os.stat(path)
+    except FileNotFoundError:
+        return False
+    same = (here.st_size, here.st_mtime_ns) == (there.st_size, there.st_mtime_ns)  # a number is soon another file's
+    return os.path.samestat(here, there) and (same or not unchanged)
+
+
 def lock(fd: int, path: Path) -> None:
     """Take the file's lock, which the kernel drops when its process dies."""
     try:
@@ -134,11 +139,7 @@ def lock(fd: int, path: Path) -> None:
         raise UserError(
             f"Another run is writing {path} now.", "Wait for it, or choose another output with -o."
         ) from None
-    try:
-        same = os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        same = False
-    if not same:
+    if not is_the_file(path, os.fstat(fd)):
         raise UserError(f"{path} was finished or replaced by another run just now.", "Run the command again.")
 
 

@@ -23,6 +23,7 @@ from virnucpro_cli.store.disk import (
     checksum,
     create_locked,
     disk_error,
+    is_the_file,
     lock,
     open_existing,
     partial_path,
@@ -76,6 +77,7 @@ class Store:
 
     def __init__(self, output: Path, path: Path, fd: int):
         self.output, self.path, self.fd = output, path, fd
+        self.replaces: os.stat_result | None = None  # the finished file that this is to be a better one of
         self._uncommitted: list[tuple[NDArray[np.int64], int, int, int]] = []
         self._staged: dict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = {}
         self._staged_bytes = 0
@@ -414,7 +416,8 @@ class Store:
         return word
 
     def publish(self, overwrite: bool) -> None:
-        if overwrite:
+        """Give the file its final name; without overwrite, it may take the place of the file that it replaces and of no other."""
+        if overwrite or (self.replaces is not None and is_the_file(self.output, self.replaces, unchanged=True)):
             os.replace(self.path, self.output)
         else:
             rename_new(self.path, self.output)
