@@ -121,6 +121,51 @@ def test_the_least_recently_used_segments_make_room(bench: Bench, make_fasta: Ma
     assert any("more than --cache-size" in note for note in tiny.notes)
 
 
+def test_files_of_others_are_never_removed(bench: Bench, make_fasta: Make) -> None:
+    bench.embed(make_fasta(LENGTHS, "0.fasta", seed=0), "0.h5")
+    (segment,) = bench.segments()
+    folder = segment.parent
+    data = segment.read_bytes()
+    elsewhere = bench.folder / "elsewhere"
+    elsewhere.mkdir()
+    (bench.cache / ("a" * 32)).symlink_to(elsewhere)
+    (bench.cache / "thesis").mkdir()
+    (bench.cache / ("b" * 32)).mkdir()
+    theirs = {
+        bench.cache / "thesis" / f"{'c' * 32}.rows": data,
+        bench.cache / "thesis" / "old.unfinished": b"",
+        bench.cache / ("b" * 32) / f"{'d' * 32}.rows": b"temperature, pressure",
+        bench.cache / ("b" * 32) / f"{'d' * 32}.unfinished": b"a letter",
+        folder / "notes.rows": data,
+        folder / "notes.unfinished": b"",
+        elsewhere / f"{'e' * 32}.rows": data,
+        elsewhere / f"{'e' * 32}.unfinished": b"",
+    }
+    for path, content in theirs.items():
+        path.write_bytes(content)
+        os.utime(path, (1, 1))
+    bench.embed(make_fasta(LENGTHS, "1.fasta", seed=1), "1.h5", cache_size=str(len(data) + 4096))
+    assert segment not in bench.segments(), "room was made"
+    assert {path: path.read_bytes() for path in theirs} == theirs
+
+
+def test_a_folder_with_other_things_in_it_is_no_cache(bench: Bench, make_fasta: Make) -> None:
+    bench.cache.mkdir()
+    fasta = make_fasta(LENGTHS)
+    (bench.cache / "thesis.tex").write_text("chapter 1")
+    with pytest.raises(UserError, match=r"is no cache of virnucpro: it holds thesis\.tex"):
+        bench.embed(fasta, "1.h5")
+    (bench.cache / "thesis.tex").unlink()
+    (bench.cache / "CACHEDIR.TAG").write_text("Signature: 8a477f597d28d172789f06886806bc55\n# of cargo\n")
+    with pytest.raises(UserError, match="of another program"):
+        bench.embed(fasta, "1.h5")
+    (bench.cache / "CACHEDIR.TAG").unlink()
+    bench.embed(fasta, "1.h5")
+    (bench.cache / "CACHEDIR.TAG").unlink()  # as earlier versions left it
+    assert bench.embed(fasta, "2.h5").counts["from the cache"] == 7
+    assert (bench.cache / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55")
+
+
 def test_a_kill_while_publishing_leaves_nothing_that_is_used(bench: Bench, make_fasta: Make) -> None:
     fasta = make_fasta(LENGTHS)
     killed = (

@@ -1,5 +1,6 @@
 """Rows that runs share: a folder of immutable segments, each a sorted list of content hashes and one row a protein of each dataset.
 
+DIR/CACHEDIR.TAG says that the folder is a cache of this program; nothing else is touched but files of the forms below.
 DIR/<hash of all settings that a row's bits depend on>/<unique>.rows; written under another name, synced, then renamed, so
 that writers need no lock and a kill leaves no half of one. A segment is a line of JSON, arrays, and the XXH3 of all before it.
 """
@@ -8,6 +9,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -29,6 +31,11 @@ from virnucpro_cli.policies import Work
 from virnucpro_cli.store.disk import sync_folder
 
 SUFFIX, UNFINISHED = ".rows", ".unfinished"
+HEX = re.compile("[0-9a-f]{32}")
+"""Form of the names of folders, and of segments before their suffix."""
+HEAD = b'{"rows": '
+TAG = "CACHEDIR.TAG"
+SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# Rows of embeddings, kept by virnucpro --cache. See https://bford.info/cachedir/\n"
 CHECK_BYTES = 16
 BLOCK = 1 << 24
 ROWS = 1 << 13  # copied at once
@@ -134,7 +141,7 @@ class Cache:
             self.note(f"the cache {self.root} was not added to ({error.strerror}); the output has everything")
 
     def _segments(self) -> Iterator[_Segment]:
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+        for path in sorted(_named(self.folder, SUFFIX)):
             try:
                 yield _open(path, self.datasets)
             except FileNotFoundError:  # another run made room just now
@@ -159,21 +166,27 @@ class Cache:
 
     def _make_room(self, size: int) -> None:
         """Remove what was not used for longest, of any settings, until `size` more bytes fit; and what killed runs have left."""
-        for path in self.root.glob(f"*/*{UNFINISHED}"):
-            with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                    path.unlink()
-        there = []
-        for path in self.root.glob(f"*/*{SUFFIX}"):
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                there.append((status.st_mtime_ns, status.st_size, path))
+        for path, status in self._ours(UNFINISHED):
+            if time.time() - status.st_mtime > ABANDONED_SECONDS:
+                path.unlink(missing_ok=True)
+        there = [(status.st_mtime_ns, status.st_size, path) for path, status in self._ours(SUFFIX)]
         total = sum(bytes_there for _, bytes_there, _ in there)
         for _, bytes_there, path in sorted(there):
             if total + size <= self.most:
                 break
             path.unlink(missing_ok=True)
             total -= bytes_there
+
+    def _ours(self, suffix: str) -> Iterator[tuple[Path, os.stat_result]]:
+        """Files of this program, of any settings: by their folder's name, their own, and how they begin."""
+        for folder in self.root.iterdir():
+            if HEX.fullmatch(folder.name) is None or folder.is_symlink():
+                continue
+            for path in _named(folder, suffix):
+                with suppress(OSError), open(path, "rb") as file:
+                    begin = file.read(len(HEAD))
+                    if begin == HEAD or (suffix == UNFINISHED and not begin):
+                        yield path, os.fstat(file.fileno())
 
     def _write(self, rows: NDArray[np.int64]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -229,13 +242,40 @@ def _open(path: Path, datasets: dict[str, int]) -> _Segment:
     return _Segment(path, whole, columns[0], columns[1], columns[2], found)
 
 
+def _named(folder: Path, suffix: str) -> list[Path]:
+    """Regular files in a folder that have the form of a segment's name."""
+    try:
+        with os.scandir(folder) as entries:
+            stems = [each.name.removesuffix(suffix) for each in entries if each.is_file(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [path for stem in stems if HEX.fullmatch(stem) and (path := folder / f"{stem}{suffix}").is_file()]
+
+
 def check_place(folder: str) -> None:
-    """Make the cache's folder. Raises UserError if nothing can be written there."""
+    """Make the cache's folder, and mark it. Raises UserError if it holds anything else, or nothing can be written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        tag = Path(folder) / TAG
+        if not tag.exists():
+            others = [name for name in os.listdir(folder) if not (HEX.fullmatch(name) or name.startswith(TAG))]
+            if others:
+                raise _not_ours(folder, f"it holds {min(others)}")
+            new = tag.with_name(f"{TAG}.{uuid.uuid4().hex}")
+            new.write_text(SIGNATURE)  # readable for all who share the folder
+            os.replace(new, tag)
+        elif tag.read_bytes() != SIGNATURE.encode():
+            raise _not_ours(folder, f"its {TAG} is of another program")
     except OSError as error:
         raise UserError(
             f"The cache {folder} cannot be written: {error.strerror}.",
             "Name another folder with --cache, or leave it out.",
         ) from None
+
+
+def _not_ours(folder: str, why: str) -> UserError:
+    return UserError(
+        f"{folder} is no cache of virnucpro: {why}.",
+        "Name a new or empty folder with --cache; old rows in it are removed.",
+    )
