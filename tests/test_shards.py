@@ -23,12 +23,20 @@ from virnucpro_cli.fasta import index, open_sources
 from virnucpro_cli.policies import decide
 from virnucpro_cli.shards import Shard
 
-SLURM = {
-    "SLURM_ARRAY_TASK_ID": "7",
-    "SLURM_ARRAY_TASK_MIN": "1",
-    "SLURM_ARRAY_TASK_MAX": "40",
-    "SLURM_ARRAY_TASK_STEP": "1",
-}
+
+def slurm(index: int, first: int, last: int, count: int, step: int = 1) -> dict[str, str]:
+    """The variables that Slurm 22.05 set in a task of an array."""
+    values = {"ID": index, "MIN": first, "MAX": last, "STEP": step, "COUNT": count}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+
+
+def grid_engine(index: int, first: int, last: int, step: int = 1) -> dict[str, str]:
+    values = {"ID": index, "FIRST": first, "LAST": last, "STEPSIZE": step}
+    return {f"SGE_TASK_{name}": str(value) for name, value in values.items()}
+
+
+def lsf(index: int, last: int, step: int = 1) -> dict[str, str]:
+    return {"LSB_JOBINDEX": str(index), "LSB_JOBINDEX_END": str(last), "LSB_JOBINDEX_STEP": str(step)}
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +67,26 @@ def three(made: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "environment", "expected"),
     [
-        ("3/40", {}, Shard(3, 40)),
-        ("auto", SLURM, Shard(7, 40)),
-        ("auto", SLURM | {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "39"}, Shard(8, 40)),
-        ("auto", SLURM | {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_STEP": "4"}, Shard(3, 10)),
-        ("auto/50", SLURM, Shard(7, 50)),
-        (
-            "auto",
-            {"SGE_TASK_ID": "4", "SGE_TASK_FIRST": "2", "SGE_TASK_LAST": "10", "SGE_TASK_STEPSIZE": "2"},
-            Shard(2, 5),
-        ),
-        ("auto", {"LSB_JOBINDEX": "5", "LSB_JOBINDEX_END": "8", "LSB_JOBINDEX_STEP": "1"}, Shard(5, 8)),
-        ("auto/8", {"PBS_ARRAY_INDEX": "5"}, Shard(5, 8)),
-        ("auto/8", {"JOB_COMPLETION_INDEX": "0"}, Shard(1, 8)),
+        ("3/40", {}, Shard(3, 40)), ("3/40", slurm(7, 1, 40, 40), Shard(3, 40)),
+        # the whole array, submitted for the first time
+        ("auto", slurm(7, 1, 40, 40), Shard(7, 40)), ("auto", slurm(7, 0, 39, 40), Shard(8, 40)),
+        ("auto", slurm(9, 1, 37, 10, step=4), Shard(3, 10)), ("auto", slurm(1, 1, 1, 1), Shard(1, 1)),
+        ("auto", grid_engine(7, 1, 40), Shard(7, 40)), ("auto", grid_engine(5, 1, 9, step=2), Shard(3, 5)),
+        ("auto/40", slurm(7, 1, 40, 40), Shard(7, 40)), ("auto0/40", slurm(7, 0, 39, 40), Shard(8, 40)),
+        ("auto/40", grid_engine(7, 1, 40), Shard(7, 40)), ("auto/8", lsf(5, 8), Shard(5, 8)),
+        ("auto/8", {"PBS_ARRAY_INDEX": "5"}, Shard(5, 8)), ("auto0/8", {"PBS_ARRAY_INDEX": "0"}, Shard(1, 8)),
+        ("auto/8", {"PBS_ARRAYID": "5"}, Shard(5, 8)), ("auto0/8", {"PBS_ARRAYID": "7"}, Shard(8, 8)),
+        ("auto/8", {"JOB_COMPLETION_INDEX": "0"}, Shard(1, 8)), ("auto0/8", {"JOB_COMPLETION_INDEX": "0"}, Shard(1, 8)),
         ("auto/8", {"AWS_BATCH_JOB_ARRAY_INDEX": "7", "SGE_TASK_ID": "undefined"}, Shard(8, 8)),
+        # one, a few, a range or every other of its tasks, submitted again
+        ("auto/4", slurm(3, 3, 3, 1), Shard(3, 4)), ("auto/4", slurm(1, 1, 1, 1), Shard(1, 4)),
+        ("auto/4", slurm(2, 2, 4, 2), Shard(2, 4)), ("auto/4", slurm(4, 2, 4, 2), Shard(4, 4)),
+        ("auto/40", slurm(12, 11, 20, 10), Shard(12, 40)), ("auto/40", slurm(5, 1, 39, 20, step=2), Shard(5, 40)),
+        ("auto0/4", slurm(3, 3, 3, 1), Shard(4, 4)), ("auto0/4", slurm(2, 1, 2, 2), Shard(3, 4)),
+        ("auto/40", grid_engine(7, 7, 7), Shard(7, 40)), ("auto/40", grid_engine(7, 5, 9, step=2), Shard(7, 40)),
+        ("auto/40", lsf(7, 7), Shard(7, 40)), ("auto/40", lsf(7, 9, step=2), Shard(7, 40)),
     ],
-)
+)  # fmt: skip
 def test_a_shard_is_named_or_told_by_the_batch_system(text: str, environment: dict[str, str], expected: Shard) -> None:
     assert shards.parse(text, environment) == expected
 
@@ -83,16 +95,50 @@ def test_a_shard_is_named_or_told_by_the_batch_system(text: str, environment: di
     ("text", "environment", "words"),
     [
         ("0/4", {}, "0/4"), ("5/4", {}, "5/4"), ("3", {}, "3/40"), ("a/b", {}, "auto"), ("1/10000", {}, "9,999"),
+        ("auto0", slurm(7, 0, 39, 40), "auto0/40"), ("auto1/40", {}, "auto0/40"), ("9" * 5000 + "/3", {}, "3/40"),
         ("auto", {}, "SLURM_ARRAY_TASK_ID"), ("auto", {"SGE_TASK_ID": "undefined"}, "not a task"),
-        ("auto", {"PBS_ARRAY_INDEX": "5"}, "auto/40"), ("auto", {"JOB_COMPLETION_INDEX": "0"}, "auto/40"),
-        ("auto", SLURM | {"SLURM_ARRAY_TASK_COUNT": "3"}, "gaps"), ("auto", {"SLURM_ARRAY_TASK_ID": "2"}, "auto/40"),
-        ("auto/4", {"PBS_ARRAY_INDEX": "5"}, "5/4"),
+        ("auto/4", {"LSB_JOBINDEX": "0"}, "not a task"),
+        # whether it is the whole array cannot be known
+        ("auto", slurm(3, 3, 3, 1), "begins at 3, as when some tasks are submitted again"),
+        ("auto", slurm(3, 3, 3, 1), "--shard auto/40"), ("auto", slurm(11, 11, 20, 10), "begins at 11"),
+        ("auto", slurm(2, 2, 4, 2), "begins at 2"), ("auto", slurm(1, 1, 4, 2), "gaps"),
+        ("auto", slurm(1, 1, 4, 3), "gaps"), ("auto", slurm(0, 0, 4, 4), "gaps"),
+        ("auto", grid_engine(7, 7, 7), "begins at 7"), ("auto", grid_engine(4, 2, 10, step=2), "begins at 2"),
+        ("auto", lsf(3, 4), "--shard auto/40"), ("auto", lsf(7, 7), "LSF does not say how many"),
+        ("auto", {"PBS_ARRAY_INDEX": "5"}, "auto/40"), ("auto", {"PBS_ARRAYID": "5"}, "auto/40"),
+        ("auto", {"JOB_COMPLETION_INDEX": "0"}, "auto/40"), ("auto", {"AWS_BATCH_JOB_ARRAY_INDEX": "0"}, "auto/40"),
+        # an index that is none of the shards
+        ("auto/4", slurm(0, 0, 3, 4), "auto0/4"), ("auto/4", slurm(2, 0, 3, 4), "auto0/4"),
+        ("auto/4", {"PBS_ARRAY_INDEX": "0"}, "auto0/4"), ("auto/4", {"PBS_ARRAY_INDEX": "5"}, "5/4"),
+        ("auto/4", slurm(5, 5, 5, 1), r"5/4 (SLURM_ARRAY_TASK_ID is 5)"), ("auto0/4", slurm(4, 1, 4, 4), "5/4"),
+        ("auto/4", {"JOB_COMPLETION_INDEX": "4"}, "5/4"),
+        # variables that are none of a batch system
+        ("auto", {"SLURM_ARRAY_TASK_ID": "2"}, "3/40"), ("auto", slurm(2, 1, 4, 4) | {"SLURM_ARRAY_TASK_COUNT": "four"}, "'four'"),
+        ("auto/4", {"SLURM_ARRAY_TASK_ID": "two"}, "'two'"), ("auto/4", {"PBS_ARRAY_INDEX": "-1"}, "'-1'"),
+        ("auto/4", {"PBS_ARRAY_INDEX": "9" * 5000}, "'999"), ("auto", slurm(3, 1, 4, 4, step=0), "1-4:0"),
+        ("auto", slurm(7, 1, 4, 4), "task 7 of an array 1-4:1"), ("auto", slurm(2, 1, 5, 3, step=2), "1-5:2"),
     ],
 )  # fmt: skip
 def test_what_is_no_shard_is_refused_with_the_remedy(text: str, environment: dict[str, str], words: str) -> None:
     with pytest.raises(UserError) as refused:
         shards.parse(text, environment)
-    assert words in str(refused.value)
+    assert words in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_some_tasks_submitted_again_with_a_bare_auto_are_refused_beside_the_other_shards(
+    small: Case, three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(three.parent.iterdir())
+    for name, value in slurm(1, 1, 1, 1).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        UserError, match=r"auto is --shard 1/1 here, and beside .* shards of 3\.\n.*say --shard auto/3;"
+    ):
+        small.embed(three, shard="auto")
+    assert sorted(three.parent.iterdir()) == before
+    small.embed(three, shard="auto/3")
+    small.embed(three, shard="auto/1")
+    assert shards.path(three, Shard(1, 1)).exists()
 
 
 def test_shards_lie_beside_the_output_under_names_that_are_known_again(tmp_path: Path) -> None:

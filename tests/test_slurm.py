@@ -5,7 +5,7 @@ from pathlib import Path
 
 from conftest import ROOT
 from slurm import Slurm
-from test_faults import Case
+from test_faults import Case, datasets
 from virnucpro_cli import shards, store
 from virnucpro_cli.shards import Shard
 
@@ -22,6 +22,7 @@ def test_the_array_script_is_warned_requeued_and_merged(slurm: Slurm, tmp_path: 
         "--parsable",
         "--array=1-3",
         str(EXAMPLES / "embed_array.sbatch"),
+        "3",
         str(case.fasta),
         str(output),
         *options,
@@ -40,3 +41,31 @@ def test_the_array_script_is_warned_requeued_and_merged(slurm: Slurm, tmp_path: 
     told = (slurm.folder / f"slurm-{job}_2.out").read_text()
     assert "stopped by SIGUSR1" in told and " of 134 proteins are there already" in told, told
     assert "resuming" in told and ": 0 of 134" not in told and "Traceback" not in told, told
+
+
+def test_tasks_that_are_submitted_again_compute_their_own_shards(slurm: Slurm, tmp_path: Path) -> None:
+    case = Case(tmp_path, 20)
+    output = slurm.folder / "out.h5"
+    parts = {number: shards.path(output, Shard(number, 4)) for number in range(1, 5)}
+
+    def submit(array: str, *arguments: str) -> None:
+        slurm("sbatch", f"--array={array}", *arguments, "--model", str(case.model), "--device", "cpu", "--pool", "mean,bos,residue",
+              "--long", "window", "--max-residues", "200", "--overlap", "50")  # fmt: skip
+        slurm.wait(f"the array {array} did not end", lambda: not slurm.states())
+
+    script, names = str(EXAMPLES / "embed_array.sbatch"), (str(case.fasta), str(output))
+    submit("1-4", script, "4", *names)
+    expected = {number: datasets(path) for number, path in parts.items()}
+    for array, again in (("3", (3,)), ("2,4", (2, 4)), ("1", (1,))):
+        for number in again:
+            parts[number].unlink()
+        submit(array, script, "4", *names)
+        assert sorted(slurm.folder.glob("out.*h5*")) == sorted(parts.values())
+        for number in again:
+            found = datasets(parts[number])
+            assert all(found[name].tobytes() == values.tobytes() for name, values in expected[number].items())
+    parts[3].unlink()
+    bare = ("--wrap", f'virnucpro embed {names[0]} -o {names[1]} --shard auto "$@"')
+    slurm("sbatch", "--array=3", "--output=bare.out", *bare)
+    slurm.wait("it did not end", lambda: not slurm.states())
+    assert "begins at 3" in (slurm.folder / "bare.out").read_text() and not parts[3].exists()

@@ -1,5 +1,6 @@
 """What users are told when something is wrong, and the exit codes of the program."""
 
+import re
 import signal
 from importlib.util import find_spec
 
@@ -9,6 +10,8 @@ EXIT_USER_ERROR = 2
 EXIT_SOME_SKIPPED = 3
 EXIT_INTERNAL = 70
 EXIT_SIGNAL_BASE = 128
+MOST_OF_A_MESSAGE = 2000
+_LONG_WORD = re.compile(r"\S{300,}")
 STOP_SIGNALS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
 )  # fmt: skip
@@ -20,10 +23,17 @@ def in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
+def shortened(text: str) -> str:
+    """A message without the middle of a word that nobody would read, and without its own middle if it is longer than any of ours."""
+    text = _LONG_WORD.sub(lambda word: f"{word[0][:200]}...{word[0][-40:]}", text)
+    return text if len(text) <= MOST_OF_A_MESSAGE else f"{text[:1500]} ... {text[-300:]}"
+
+
 class UserError(Exception):
-    """Something the user can put right: what happened (with the place), and the remedy."""
+    """Something the user can put right: what happened (with the place), and the remedy. Both are shortened."""
 
     def __init__(self, what: str, remedy: str = ""):
+        what, remedy = shortened(what), shortened(remedy)
         super().__init__(what if not remedy else f"{what}\n{remedy}")
         self.what = what
         self.remedy = remedy

@@ -209,8 +209,7 @@ def embed(
         typer.Option(
             "--shard",
             metavar="K/N",
-            help="Embed the K-th of N parts, into OUT.shard-K-of-N.h5; auto in an array job (auto/N if it does not tell N). "
-            "See status and merge.",
+            help="Embed the K-th of N parts, into OUT.shard-K-of-N.h5; auto/N in an array job. See status and merge.",
         ),
     ] = None,
     cache: Annotated[

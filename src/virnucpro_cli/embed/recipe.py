@@ -44,7 +44,8 @@ def target(config: EmbedConfig) -> Target:
     if output.is_symlink():
         output = output.resolve()  # the file that it names, not the link
     shard, whole = None if config.shard is None else shards.parse(config.shard), output
-    if shard is not None:
+    if config.shard is not None and shard is not None:
+        shards.check_one_set(config.shard, shard, whole)
         output = shards.path(output, shard)
     _check_paths(output, config, genes.check(config, whole))
     if output.exists() and not (config.overwrite or config.dry_run) and store.fingerprint_of(output) is None:
