@@ -444,7 +444,7 @@ def test_a_run_with_other_settings_is_another_run(embed_contigs: Callable[..., P
 
 @pytest.mark.parametrize(
     ("call", "survived"),
-    [("fsync", 0), ("fsync", 1), ("replace", 0), ("replace", 1), ("rename", 0), ("pwrite", 40), ("fdatasync", 3), ("link", 0)],
+    [("fsync", 0), ("fsync", 1), ("replace", 0), ("replace", 1), ("rename", 0), ("pwrite", 40), ("fdatasync", 3), ("rename_exclusive", 0)],
 )  # fmt: skip
 def test_a_kill_at_any_step_is_made_good_by_the_same_command(
     embed_contigs: Callable[..., Path], tmp_path: Path, tiny_model: Path, call: str, survived: int

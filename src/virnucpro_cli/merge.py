@@ -74,6 +74,8 @@ def run(
             return summary
         file = _view(target, parts, fingerprint) if virtual else _store(target, parts, fingerprint)
         with file.filling():
+            if not file.locked:
+                out.print(store.without_lock(file.path), style="yellow")
             if not virtual:
                 with clock.stage("copy"), report.Tracker(out, max(1, len(file.status)), "proteins") as tracker:
                     for rows in _copied(parts, file, fingerprint):

@@ -79,6 +79,8 @@ def _run(
     with file.filling():
         run = _Run(recipe, found, file, summary, clock, out, loaded)
         del loaded
+        if not file.locked:
+            run.tell(store.without_lock(file.path))
         _fill(run, fingerprint)
     if store.partial_path(at.output).exists():  # left by a kill between the two steps of the renaming
         _drop_finished_partial(at.output)

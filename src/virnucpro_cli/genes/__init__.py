@@ -116,19 +116,9 @@ def noted(config: EmbedConfig, counts: dict[str, int]) -> str | None:
 @contextmanager
 def _alone(paths: Paths, out: Console) -> Iterator[None]:
     """One run at a time: of shards that begin together, the first finds the proteins and the others wait for it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(f"{paths.proteins}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        out.print(f"another run is making {paths.proteins}: waiting for it", style="yellow")
-        lock.acquire()
-    try:
+    lock, waiting = Path(f"{paths.proteins}.lock"), f"another run is making {paths.proteins}: waiting for it"
+    with disk.alone(lock, lambda text: out.print(text, style="yellow"), waiting):
         yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def _check(contigs: fasta.RecordTable) -> None:

@@ -15,6 +15,7 @@ from virnucpro_cli.store.disk import (
     free_space,
     new_file,
     partial_path,
+    without_lock,
 )
 from virnucpro_cli.store.filling import Store
 from virnucpro_cli.store.layout import Extra, Layout, Names

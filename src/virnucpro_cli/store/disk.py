@@ -1,12 +1,13 @@
 """The file as the disk has it: its names and locks, reserved room, checksum, and what is said when a write fails."""
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,37 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.store.schema import CHECKSUM_BLOCK, CHECKSUM_BYTES, NO_SPACE
 
 OTHER_FILES = 256
+ENOTSUPP = 524
+"""The kernel's own number for "not supported", which some network file systems let out."""
+REFUSALS: dict[str, tuple[tuple[int, ...], str]] = {
+    "flock": (
+        (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, ENOTSUPP),
+        "the run goes on without a lock, and says so",
+    ),
+    "fallocate": (
+        (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV, errno.EPERM, ENOTSUPP),
+        "space is taken when it is written",
+    ),
+    "fdatasync": ((errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, ENOTSUPP), "fsync in its place"),
+    "fsync of a folder": (
+        (errno.EINVAL, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, ENOTSUPP),
+        "a name is as durable as the file system makes it",
+    ),
+    "renameat2": (
+        (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, ENOTSUPP),
+        "link and unlink",
+    ),
+    "link": (
+        (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL, errno.EXDEV, ENOTSUPP),
+        "the name is taken with an empty file first, which the rename replaces",
+    ),
+}
+"""Calls that not every file system has: what those without them say, and what a run does then. Anything else ends a run (exit 2)."""
+
+
+def refused(call: str, error: OSError) -> bool:
+    """Whether the file system does not have this call."""
+    return error.errno in REFUSALS[call][0]
 
 
 def partial_path(output: Path) -> Path:
@@ -131,16 +163,72 @@ def is_the_file(path: Path, there: os.stat_result, unchanged: bool = False) -> b
     return os.path.samestat(here, there) and (same or not unchanged)
 
 
-def lock(fd: int, path: Path) -> None:
-    """Take the file's lock, which the kernel drops when its process dies."""
+def _flock(fd: int, path: Path, wait: bool = False) -> bool:
+    """Take the file's lock. Returns whether the file system has locks; raises BlockingIOError, or UserError if it refuses."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if not refused("flock", error):
+            raise UserError(
+                f"The lock of {path} cannot be taken: {error.strerror}.",
+                "Choose another -o, on a file system whose locks work.",
+            ) from None
+        return False
+    return True
+
+
+def without_lock(path: Path) -> str:
+    """Words for a file system without locks."""
+    return f"{path.parent} is on a file system without locks: nothing keeps a second run of the same output away"
+
+
+def lock(fd: int, path: Path) -> bool:
+    """Take the file's lock, which the kernel drops when its process dies. Returns whether the file system has locks."""
+    try:
+        locked = _flock(fd, path)
     except BlockingIOError:
         raise UserError(
             f"Another run is writing {path} now.", "Wait for it, or choose another output with -o."
         ) from None
     if not is_the_file(path, os.fstat(fd)):
         raise UserError(f"{path} was finished or replaced by another run just now.", "Run the command again.")
+    return locked
+
+
+@contextmanager
+def alone(path: Path, say: Callable[[str], None], waiting: str) -> Iterator[None]:
+    """Be the only process that holds the lock file `path`, which is gone at the end; `say` is told why this takes time.
+
+    Raises UserError if it cannot be made or taken.
+    """
+    fd = -1
+    try:
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                locked = _flock(fd, path)
+            except BlockingIOError:
+                say(waiting)
+                locked = _flock(fd, path, wait=True)
+            if is_the_file(path, os.fstat(fd)):  # and not one that its last holder has removed
+                break
+            os.close(fd)
+            fd = -1
+        if not locked:
+            say(without_lock(path))
+        yield
+    except OSError as error:
+        if fd >= 0:
+            raise
+        raise UserError(
+            f"The lock {path} cannot be made: {error.strerror}.", f"See to {path.parent}, or choose another place."
+        ) from None
+    finally:
+        if fd >= 0:
+            path.unlink(missing_ok=True)
+            os.close(fd)
 
 
 def open_existing(path: Path) -> int:
@@ -153,8 +241,11 @@ def open_existing(path: Path) -> int:
         ) from None
 
 
-def create_locked(path: Path) -> int:
-    """Create a file that did not exist and lock it; what a killed layout left under its name is removed first."""
+def create_locked(path: Path) -> tuple[int, bool]:
+    """Create a file that did not exist and lock it; what a killed layout left under its name is removed first.
+
+    Returns its descriptor, and whether the file system has locks.
+    """
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -166,8 +257,12 @@ def create_locked(path: Path) -> int:
             finally:
                 os.close(old)
         else:
-            lock(fd, path)
-            return fd
+            try:
+                return fd, lock(fd, path)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                os.close(fd)
+                raise
 
 
 @contextmanager
@@ -175,15 +270,18 @@ def written_whole(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     """A file to write that gets its name when all of it is on disk; replace: even if another has it. Raises UserError if that fails."""
     new = path.with_name(path.name + ".new")
     try:
-        fd = create_locked(new)
+        fd, _ = create_locked(new)
         with os.fdopen(fd, "wb") as file:
             try:
                 yield file
                 file.flush()
                 os.fsync(fd)
-                os.replace(new, path) if replace else rename_new(new, path)
+                if not is_the_file(new, os.fstat(fd)):  # where there are no locks
+                    raise UserError(f"Another run is writing {new} now.", "Wait for it, and run again.")
+                os.replace(new, path) if replace else rename_new(new, path, kept=False)
             except BaseException:
-                new.unlink(missing_ok=True)
+                if is_the_file(new, os.fstat(fd)):
+                    new.unlink(missing_ok=True)
                 raise
         sync_folder(path.parent)
     except OSError as error:
@@ -193,10 +291,21 @@ def written_whole(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
 def reserve(fd: int, size: int) -> None:
     """Take the disk space now, so that a full disk shows now; a file system that cannot is left to show it later."""
     try:
-        os.posix_fallocate(fd, 0, size)
+        if hasattr(os, "posix_fallocate"):  # not on Apple's
+            os.posix_fallocate(fd, 0, size)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+        if not refused("fallocate", error):
             raise
+
+
+def sync_data(fd: int) -> None:
+    """Make durable what was written. Raises OSError if a write was lost."""
+    try:
+        getattr(os, "fdatasync", os.fsync)(fd)  # Apple has the second alone
+    except OSError as error:
+        if not refused("fdatasync", error):
+            raise
+        os.fsync(fd)
 
 
 def discard_partial(output: Path) -> None:
@@ -211,27 +320,62 @@ def discard_partial(output: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+    """Make names in a folder durable, as far as the file system can."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if not refused("fsync of a folder", error):
+            raise
 
 
-def rename_new(source: Path, target: Path) -> None:
-    """Rename without ever replacing a file that appeared meanwhile."""
+def rename_exclusive(source: Path, target: Path) -> None:
+    """Linux' rename that never replaces. Raises OSError; FileExistsError if the target exists."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, no_replace = -100, 1
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if call(here, os.fsencode(source), here, os.fsencode(target), no_replace):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _link_and_unlink(source: Path, target: Path) -> None:
+    os.link(source, target)
+    os.unlink(source)
+
+
+def _rename_over_a_placeholder(source: Path, target: Path) -> None:
+    os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     try:
-        os.link(source, target)
-        os.unlink(source)
+        os.rename(source, target)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def rename_new(source: Path, target: Path, kept: bool = True) -> None:
+    """Rename without ever replacing a file that appeared meanwhile, which is a UserError; kept: the source stays then."""
+    ways: dict[str, Callable[[Path, Path], None]] = {"renameat2": rename_exclusive, "link": _link_and_unlink}
+    try:
+        for call, rename in ways.items():
+            try:
+                rename(source, target)
+                break
+            except FileExistsError:
+                raise
+            except OSError as error:
+                if not refused(call, error):
+                    raise
+        else:
+            _rename_over_a_placeholder(source, target)
     except FileExistsError:
         raise UserError(
             f"{target} appeared while this run was working; it was not touched.",
-            f"The result is in {source}; rename it yourself.",
+            f"The result is in {source}; rename it yourself." if kept else "Move it away, or choose another name.",
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            raise
-        os.rename(source, target)  # a file system without hard links
     sync_folder(target.parent)
 
 

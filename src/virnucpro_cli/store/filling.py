@@ -30,6 +30,7 @@ from virnucpro_cli.store.disk import (
     pwrite_all,
     rename_new,
     reserve,
+    sync_data,
     sync_folder,
 )
 from virnucpro_cli.store.layout import Layout, lay_out
@@ -77,6 +78,7 @@ class Store:
 
     def __init__(self, output: Path, path: Path, fd: int):
         self.output, self.path, self.fd = output, path, fd
+        self.locked = True  # as far as its file system has locks
         self.replaces: os.stat_result | None = None  # the finished file that this is to be a better one of
         self._uncommitted: list[tuple[NDArray[np.int64], int, int, int]] = []
         self._staged: dict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = {}
@@ -115,7 +117,7 @@ class Store:
         new = partial.with_name(partial.name + ".new")
         fd = -1
         try:
-            fd = create_locked(new)
+            fd, locked = create_locked(new)
             if partial.exists():
                 raise UserError(
                     f"Another run began {partial} just now.", "Wait for it, or choose another output with -o."
@@ -126,19 +128,23 @@ class Store:
             if preallocate:
                 reserve(fd, os.fstat(fd).st_size)
             store = cls(output, new, fd)
+            store.locked = locked
             if not layout.sources:
                 for rows in blocks(len(store.status)):
                     store._begin(layout, np.arange(rows.start, rows.stop))
                 store._write(memoryview(store._sum_of_the_rest(layout)), store.places["run/layout"].offset)
             os.fsync(fd)
+            if not is_the_file(new, os.fstat(fd)):  # where there are no locks
+                raise UserError(f"Another run is writing {new} now.", "Wait for it, or choose another output with -o.")
             os.rename(new, partial)  # whoever holds .new is the only one who can make a .partial
             sync_folder(partial.parent)
             store.path = partial
             return store
         except BaseException as error:
             if fd >= 0:
+                if is_the_file(new, os.fstat(fd)):
+                    new.unlink()
                 os.close(fd)
-                new.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 raise disk_error(error, output, resumable=False) from None
             raise
@@ -149,9 +155,10 @@ class Store:
         partial = partial_path(output)
         fd = open_existing(partial)
         try:
-            lock(fd, partial)
+            locked = lock(fd, partial)
             with _damage_named(partial):
                 store = cls(output, partial, fd)
+            store.locked = locked
             # What there was no memory for is tried again; no reason at all is left by a kill while one is taken back.
             store.status[(store.status == SKIPPED) & np.isin(store.reason, (0, NO_MEMORY))] = PENDING
             store._write(memoryview(b"\0"), store.places["run/complete"].offset)
@@ -417,10 +424,13 @@ class Store:
 
     def publish(self, overwrite: bool) -> None:
         """Give the file its final name; without overwrite, it may take the place of the file that it replaces and of no other."""
-        if overwrite or (self.replaces is not None and is_the_file(self.output, self.replaces, unchanged=True)):
-            os.replace(self.path, self.output)
-        else:
-            rename_new(self.path, self.output)
+        try:
+            if overwrite or (self.replaces is not None and is_the_file(self.output, self.replaces, unchanged=True)):
+                os.replace(self.path, self.output)
+            else:
+                rename_new(self.path, self.output)
+        except OSError as error:
+            raise disk_error(error, self.output, resumable=True) from None
         self.path = self.output
 
     @contextmanager
@@ -449,7 +459,7 @@ class Store:
 
     def _sync(self) -> None:
         try:
-            os.fdatasync(self.fd)
+            sync_data(self.fd)
         except OSError as error:
             # The kernel tells of a lost write once, whoever made it: nothing may vouch for a row any more.
             self._uncommitted.clear()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import by_residue
-from virnucpro_cli.store.disk import disk_error, pwrite_all
+from virnucpro_cli.store.disk import disk_error, pwrite_all, sync_data
 from virnucpro_cli.store.filling import Place, Store
 
 
@@ -98,7 +98,7 @@ class Residues:
             if self._unsynced:
                 self._unsynced = False
                 try:
-                    os.fdatasync(self.fd)
+                    sync_data(self.fd)
                 except OSError as error:
                     self._failed = disk_error(error, self.shared.output, resumable=True)
                     raise self._failed from None

@@ -1,0 +1,153 @@
+"""File systems that do not have a call: what each run does then, for each error that they have been seen to give."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from test_faults import datasets
+from virnucpro_cli import store
+from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.report import RunReport
+from virnucpro_cli.store import disk
+
+CONTIGS = Path(__file__).parent.parent / "examples" / "contigs.fna"
+OTHERS = (errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE)
+"""Errors that say that something is wrong, of whatever call."""
+
+
+def failing(patch: pytest.MonkeyPatch, call: str, number: int) -> list[int]:
+    """Have a call end with an error number, as often as it is made; how often that was."""
+    calls: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(number)
+        raise OSError(number, os.strerror(number))
+
+    real = os.fsync
+    if call == "fsync of a folder":
+        patch.setattr(os, "fsync", lambda fd: fail() if stat.S_ISDIR(os.fstat(fd).st_mode) else real(fd))
+    elif call == "flock":
+        patch.setattr("virnucpro_cli.store.disk.fcntl.flock", fail)
+    elif call in ("link", "placeholder"):
+        patch.setattr(
+            disk, "rename_exclusive", lambda *_: (_ for _ in ()).throw(OSError(errno.EINVAL, "Invalid argument"))
+        )
+        patch.setattr(os, "link", fail)
+    else:
+        owner: Any = disk if call == "renameat2" else os
+        patch.setattr(owner, {"fallocate": "posix_fallocate", "renameat2": "rename_exclusive"}.get(call, call), fail)
+    return calls
+
+
+@pytest.fixture
+def embed(make_fasta: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> Callable[..., RunReport]:
+    fasta = make_fasta([30, 90, 0, 150])
+
+    def run(name: str = "out.h5", **more: Any) -> RunReport:
+        options: dict[str, Any] = {
+            "inputs": str(fasta),
+            "model": str(tiny_model),
+            "device": "cpu",
+            "pool": ("mean", "residue"),
+        }
+        return embed_fasta(output=str(tmp_path / name), **options | more)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("call", "number"), [(call, number) for call, (numbers, _) in disk.REFUSALS.items() for number in numbers]
+)
+def test_a_file_system_without_a_call_is_done_without(
+    embed: Callable[..., RunReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    embed("whole.h5")
+    with monkeypatch.context() as patch:
+        calls = failing(patch, call, number)
+        report = embed()
+    assert calls, "the call was never made"
+    whole, found = datasets(tmp_path / "whole.h5"), datasets(tmp_path / "out.h5")
+    assert all(found[name].tobytes() == values.tobytes() for name, values in whole.items())
+    assert sorted(path.name for path in tmp_path.glob("out.h5*")) == ["out.h5"]
+    assert any("without locks" in note for note in report.notes) == (call == "flock")
+
+
+@pytest.mark.parametrize("number", OTHERS)
+@pytest.mark.parametrize("call", disk.REFUSALS)
+def test_a_call_that_fails_is_one_message_and_leaves_nothing_unfinished(
+    embed: Callable[..., RunReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    with monkeypatch.context() as patch:
+        calls = failing(patch, call, number)
+        with pytest.raises(UserError) as refused:
+            embed()
+    assert calls and str(tmp_path) in refused.value.what and refused.value.remedy
+    assert not list(tmp_path.glob("*.new"))
+    embed()
+    assert sorted(path.name for path in tmp_path.glob("out.h5*")) == ["out.h5"]
+
+
+@pytest.mark.parametrize("number", [*disk.REFUSALS["flock"][0], errno.EACCES, errno.ENOSPC])
+def test_the_lock_of_the_genes_is_named_where_there_are_none(
+    embed: Callable[..., RunReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], number: int,
+) -> None:  # fmt: skip
+    failing(monkeypatch, "flock", number)
+    options = {"inputs": str(CONTIGS), "from_": "contigs", "genes": "six-frame", "quiet": False}
+    if number in disk.REFUSALS["flock"][0]:
+        embed(**options)
+        assert "without locks" in "".join(capsys.readouterr())
+    else:
+        with pytest.raises(UserError, match=r"The lock of .*out\.proteins\.faa\.lock cannot be taken"):
+            embed(**options)
+    assert not list(tmp_path.glob("*.lock")) and not list(tmp_path.glob("*.new"))
+
+
+def test_a_lock_that_has_no_room_is_named(
+    embed: Callable[..., RunReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def full(path: Any, *how: Any, **more: Any) -> int:
+        if str(path).endswith(".lock"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, *how, **more)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(UserError, match=r"The lock .*\.lock cannot be made: No space"):
+        embed(inputs=str(CONTIGS), from_="contigs", genes="six-frame")
+
+
+@pytest.mark.parametrize("without", [(), ("renameat2",), ("renameat2", "link")])
+def test_a_file_that_appeared_meanwhile_is_never_replaced(
+    embed: Callable[..., RunReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: tuple[str, ...]
+) -> None:
+    output, finish = tmp_path / "out.h5", store.Store.finish
+
+    def appeared(file: store.Store, *arguments: Any) -> str:
+        output.write_text("of somebody else")
+        return finish(file, *arguments)
+
+    monkeypatch.setattr(store.Store, "finish", appeared)
+    for call in without:
+        failing(monkeypatch, call, errno.EPERM)
+    with pytest.raises(UserError, match="appeared while this run was working"):
+        embed()
+    assert output.read_text() == "of somebody else" and store.partial_path(output).exists()
+
+
+def test_a_system_without_fdatasync_and_fallocate_is_done_without(
+    embed: Callable[..., RunReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apple's."""
+    monkeypatch.delattr(os, "fdatasync")
+    monkeypatch.delattr(os, "posix_fallocate")
+    embed()
+    with store.read_embeddings(tmp_path / "out.h5") as file:
+        assert file.complete and file.unaltered
