@@ -1,9 +1,13 @@
 """Embeddings in the layouts of other tools, read by those tools."""
 
 import csv
+import dataclasses
 import hashlib
+import json
+import os
 import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +132,7 @@ def test_anndata_reads_h5ad(made: Path, tmp_path: Path, rows: Callable[..., Any]
 
 def test_fair_esm_files_hold_any_kinds_and_layers(made: Path, tmp_path: Path, rows: Callable[..., Any]) -> None:
     folder = exported(made, tmp_path / "x", "fair-esm", kinds=("mean", "bos", "residue"), numbers=(1, 2))
-    found = [torch.load(path, weights_only=True) for path in folder.iterdir()]
+    found = [torch.load(path, weights_only=True) for path in folder.glob("*.pt")]
     assert sorted(each["label"] for each in found) == sorted(NAMES[i] for i in DONE)
     one = torch.load(folder / "long.pt", weights_only=True)
     i = NAMES.index("long")
@@ -274,13 +278,13 @@ def test_a_target_is_replaced_only_when_told_and_whole(
     assert content() == before and sorted(tmp_path.iterdir()) == names
 
 
-NOT_HDF5 = [layouts.npy.LAYOUT, layouts.parquet.LAYOUT, layouts.fair_esm.LAYOUT, layouts.virnucpro.LAYOUT]
-
-
-@pytest.mark.parametrize("layout", NOT_HDF5, ids=lambda layout: layout.name)  # HDF5 itself may crash later
-def test_a_full_disk_is_one_message_of_the_target_and_leaves_nothing(made: Path, tmp_path: Path, layout: Any) -> None:
+@pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("room", [0, 500])
+def test_a_full_disk_is_one_message_of_the_target_and_leaves_nothing(
+    made: Path, tmp_path: Path, layout: Any, room: int
+) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         with pytest.raises(UserError, match=r"x\S* cannot be written"):
             exported(made, tmp_path / f"x{layout.suffix}", layout.name)
@@ -289,12 +293,195 @@ def test_a_full_disk_is_one_message_of_the_target_and_leaves_nothing(made: Path,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_something_else_is_not_touched_even_with_overwrite(made: Path, tmp_path: Path) -> None:
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("all of it")
-    with pytest.raises(UserError, match="something else"):
-        exported(made, tmp_path / "home", "fair-esm", overwrite=True)
-    assert (tmp_path / "home" / "thesis.txt").read_text() == "all of it"
+FOLDERS = [layout.name for layout in layouts.LAYOUTS if layout.folder]
+
+
+def everything(folder: Path) -> dict[str, bytes | str]:
+    """All that is below a folder: the bytes of files, where links lead, folders."""
+    return {
+        str(path): os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+def a_file(target: Path) -> None:
+    (target / "thesis.txt").write_text("all of it")
+
+
+def a_pt_file_of_a_folder(target: Path) -> None:
+    (target / "deep").mkdir()
+    torch.save({"label": "mine", "proteins": [], "data": []}, target / "deep" / "mine.pt")
+
+
+def a_link(target: Path) -> None:
+    (target.parent / "elsewhere").write_text("mine")
+    (target / "link.pt").symlink_to(target.parent / "elsewhere")
+
+
+def a_changed_file(target: Path) -> None:
+    first = min(path for path in target.iterdir() if not path.name.startswith("."))
+    first.write_bytes(first.read_bytes() + b"more")
+
+
+def a_list_that_leads_outside(target: Path) -> None:
+    (target.parent / "outside").write_text("mine")
+    (target / "mine.txt").write_text("mine")
+    listed = {"../outside": hashlib.sha256(b"mine").hexdigest(), str(target.parent / "outside"): "", "mine.txt": ""}
+    (target / ".virnucpro-export.json").write_text(json.dumps(listed))
+
+
+def no_list(target: Path) -> None:
+    (target / ".virnucpro-export.json").unlink()
+
+
+def a_list_that_is_none(target: Path) -> None:
+    (target / ".virnucpro-export.json").write_text("[1]")
+
+
+def a_list_that_is_a_link(target: Path) -> None:
+    (target / ".virnucpro-export.json").rename(target.parent / "list.json")
+    (target / ".virnucpro-export.json").symlink_to(target.parent / "list.json")
+
+
+ADDED = [a_file, a_pt_file_of_a_folder, a_link, a_changed_file, a_list_that_leads_outside, no_list, a_list_that_is_none,
+         a_list_that_is_a_link]  # fmt: skip
+
+
+@pytest.mark.parametrize("add", ADDED)
+@pytest.mark.parametrize("to", FOLDERS)
+def test_a_folder_that_holds_anything_but_an_exports_files_is_never_replaced(
+    made: Path, tmp_path: Path, to: str, add: Callable[[Path], None]
+) -> None:
+    target = exported(made, tmp_path / "x", to)
+    add(target)
+    before = everything(tmp_path)
+    with pytest.raises(UserError, match="not touched"):
+        exported(made, target, to, overwrite=True)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", FOLDERS)
+def test_the_folder_of_the_source_and_the_current_one_are_never_replaced(
+    made: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made, tmp_path / "here")
+    (tmp_path / "here" / "deep").mkdir()
+    before = everything(tmp_path)
+    source = str(tmp_path / "here" / "out.h5")
+    for folder, target in (("here", "."), ("here/deep", ".."), (".", "here"), ("here", str(tmp_path))):
+        monkeypatch.chdir(tmp_path / folder)
+        with pytest.raises(UserError, match="holds"):
+            export.run(source, to, target, overwrite=True, inputs=(str(tmp_path / "here" / "in.fasta"),))
+    assert everything(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="holds the current folder"):
+        exported(made, Path("."), to, overwrite=True)
+
+
+def test_an_empty_folder_and_one_of_an_export_are_replaced_when_told(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    exported(made, tmp_path / "x", "virnucpro", overwrite=True)
+    exported(made, tmp_path / "x", "fair-esm", overwrite=True)
+    assert not list((tmp_path / "x").glob("output_*")) and (tmp_path / "x" / "long.pt").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_that_changes_while_it_is_replaced_is_put_back(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = exported(made, tmp_path / "x", "fair-esm")
+    rename = os.rename
+
+    def meanwhile(source: Path, to: Path) -> None:
+        if source == target and not (target / "new.txt").exists():
+            (target / "new.txt").write_text("mine")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "rename", meanwhile)
+    with pytest.raises(UserError, match="was changed while"):
+        exported(made, target, "fair-esm", overwrite=True)
+    assert (target / "new.txt").read_text() == "mine" and (target / "long.pt").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_table_beside_the_target_that_is_not_exports_is_not_replaced(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text("label\thost\nmine\tbat\n")
+    with pytest.raises(UserError, match="was not written by export"):
+        exported(made, tmp_path / "x.npy", "npy", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tsv"]
+
+
+KILLED = """
+import os, sys
+from virnucpro_cli import export, store
+from virnucpro_cli.layouts import target
+
+names_of, taken = store.EmbeddingFile.names_of, target._take_the_place_of
+def killed(self, start, stop):
+    if start > 4:
+        os._exit(9)
+    return names_of(self, start, stop)
+def killed_between(*arguments):
+    rename, count = os.rename, []
+    def once(*names):
+        rename(*names)
+        os._exit(9)
+    os.rename = once
+    taken(*arguments)
+if sys.argv[4] == "writing":
+    store.EmbeddingFile.names_of = killed
+else:
+    target._take_the_place_of = killed_between
+export.run(*sys.argv[1:4], overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "between the names"])
+@pytest.mark.parametrize("to", ["fair-esm", "npy", "keyed-h5"])
+def test_nothing_of_a_killed_export_stays_once_it_runs_again(
+    made: Path, tmp_path: Path, to: str, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "STRETCH_BYTES", 1)
+    target = exported(made, tmp_path / f"x{layouts.named(to).suffix}", to)
+    before = everything(tmp_path)
+    for _ in range(2):
+        script = KILLED.replace(
+            "import os", "import os\nfrom virnucpro_cli.store import reading; reading.STRETCH_BYTES = 1\nimport os", 1
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(made / "out.h5"), to, str(target), moment], check=False
+        )
+        assert done.returncode == (9 if moment == "writing" or to == "fair-esm" else 0)
+        assert len(list(tmp_path.glob(".x*.virnucpro-partial"))) <= 1
+    exported(made, target, to, overwrite=True)
+    assert everything(tmp_path).keys() == before.keys()
+
+
+def test_two_exports_to_one_target_at_once_are_one_and_a_refusal(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = layouts.fair_esm.LAYOUT.write
+
+    def meanwhile(selection: Any, target: Path) -> None:
+        with pytest.raises(UserError, match="Another run is writing"):
+            exported(made, tmp_path / "x", "fair-esm", overwrite=True)
+        write(selection, target)
+
+    other = dataclasses.replace(layouts.fair_esm.LAYOUT, write=meanwhile)
+    with monkeypatch.context() as patch:
+        patch.setattr(layouts, "named", lambda name: other)
+        exported(made, tmp_path / "x", "fair-esm", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_hidden_place_of_somebody_else_is_not_cleared(made: Path, tmp_path: Path) -> None:
+    place = tmp_path / ".x.virnucpro-partial"
+    place.mkdir()
+    (place / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is in the way"):
+        exported(made, tmp_path / "x", "fair-esm")
+    assert (place / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -487,16 +674,6 @@ def test_inspect_verify_and_export_know_an_imported_file(
     (tmp_path / "x.parquet").unlink()
     importing.run(str(tmp_path / "again.parquet"), str(back), overwrite=True)
     same(made / "out.h5", back, "mean")
-
-
-def test_a_folder_that_was_to_be_replaced_is_put_back_if_the_new_one_cannot_be(tmp_path: Path) -> None:
-    old = tmp_path / "tree"
-    old.mkdir()
-    (old / "p1.pt").touch()
-    (tmp_path / "new").mkdir()
-    with pytest.raises(FileNotFoundError):
-        export._take_the_place_of(old, tmp_path / "new" / "tree")
-    assert (old / "p1.pt").exists()
 
 
 def test_a_key_that_several_names_come_to_is_not_given_to_the_first_of_them(tmp_path: Path) -> None:

@@ -1,18 +1,15 @@
 """The export workflow: a finished embeddings file written in the layout of another tool, whole or not at all."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from virnucpro_cli import fasta, layouts, report, store
-from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.layouts import target as targets
 from virnucpro_cli.layouts.layout import Keys, Layout, Selection
 from virnucpro_cli.policies import POLICIES
-from virnucpro_cli.store.disk import disk_error, rename_new, sync_folder
 
 
 def run(
@@ -31,18 +28,18 @@ def run(
         if not file.complete or (file.status == store.PENDING).any():
             raise UserError(f"{path} is not complete.", "Let its run finish: the same command of embed goes on.")
         named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
-        _check_target(target, layout, [path, *(named if layout.key_of else ())], overwrite)
-        with tempfile.TemporaryDirectory() as spool, report.Tracker(out, len(file), "proteins") as tracker:
+        targets.check(target, layout, [path, *named], overwrite)
+        with report.Tracker(out, len(file), "proteins") as tracker:
             if layout.key_of:
                 with clock.stage("read FASTA"):
-                    keys = _of_sequences(file, settings, named, layout.key_of, Path(spool))
+                    keys = _of_sequences(file, settings, named, layout.key_of, target.absolute().parent)
             else:
                 keys = Keys(file.names_of, len(file), layout.longest) if layout.longest else file.names_of
             selection = Selection(
                 file, kinds, chosen, keys, _provenance(file, settings, kinds, chosen), tracker.advance
             )
             store.check_free_space(target, 4 * sum(file.dataset(*what).size for what in selection.whats))
-            with clock.stage("write"), _placed(target, layout, overwrite) as place:
+            with clock.stage("write"), targets.placed(target, layout, overwrite) as place:
                 layout.write(selection, place)
     skipped = len(file) - selection.count(skipped=False)
     summary.counts = {"proteins": len(file), "skipped": skipped, "shared": selection.shared}
@@ -125,86 +122,3 @@ def _of_sequences(
     if file.records is not None:
         table = table.part(file.records)
     return lambda start, stop: [key_of(sequence) for sequence in table.sequences(start, stop)]
-
-
-# --- the target ------------------------------------------------------------------------------------------------------
-
-
-def _beside(target: Path, layout: Layout) -> list[Path]:
-    """The target, and what lies beside it: the target is last, as it vouches for the others."""
-    return [*([target.with_suffix(layout.beside)] if layout.beside else []), target]
-
-
-def _check_target(target: Path, layout: Layout, read: list[str], overwrite: bool) -> None:
-    if layout.beside and target.suffix != layout.suffix:
-        raise UserError(f"The target {target} does not end in {layout.suffix}.", f"-o {target.name}{layout.suffix}")
-    if layout.folder:
-        if not target.absolute().parent.is_dir():
-            raise UserError(f"There is no folder {target.parent}.", f"mkdir -p {target.parent}")
-        if target.exists() and not target.is_dir():
-            raise UserError(f"{target} is a file, and this layout is a folder.", "Choose another target with -o.")
-        if target.is_dir() and overwrite and any(target.iterdir()) and not layout.recognises(target):
-            raise UserError(
-                f"{target} holds something else than {layout.name}.", "It is not touched: choose another -o."
-            )
-    else:
-        report.check_places({f"target {path.suffix}": str(path) for path in _beside(target, layout)}, read)
-    for path in _beside(target, layout):
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} exists.", "Choose another target with -o, or --overwrite it.")
-
-
-@contextmanager
-def _placed(target: Path, layout: Layout, overwrite: bool) -> Iterator[Path]:
-    """Where to write the target: in a folder beside it, which goes whatever happens. What is there when the block ends is synced and
-    takes its name; with `overwrite` the old goes only then.
-    """
-    target = target.resolve()  # a link stays one
-    try:
-        with tempfile.TemporaryDirectory(
-            prefix=f"{target.name[:200]}.", suffix=".partial", dir=target.parent
-        ) as folder:
-            yield Path(folder) / target.name
-            _sync(Path(folder))
-            for path in _beside(target, layout):
-                new = Path(folder) / path.name
-                if layout.folder:
-                    _take_the_place_of(path, new)
-                elif overwrite:
-                    os.replace(new, path)
-                else:
-                    rename_new(new, path)
-            sync_folder(target.parent)
-    except OSError as error:
-        if error.errno is None:  # NumPy's, of a short write
-            raise _unwritable(target, error) from None
-        raise disk_error(error, target, resumable=False) from None
-    except RuntimeError as error:  # HDF5's and torch's
-        raise _unwritable(target, error) from None
-
-
-def _take_the_place_of(path: Path, new: Path) -> None:
-    """Rename a folder to one that may be there; that is put back if it fails."""
-    old = new.with_name(f"{new.name}.old")
-    if path.exists():
-        os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except OSError:
-        if old.exists():
-            os.rename(old, path)
-        raise
-
-
-def _unwritable(target: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{target} cannot be written: {in_a_line(error)}.", "Is there room? Or choose another disk with -o."
-    )
-
-
-def _sync(folder: Path) -> None:
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with open(Path(place) / name, "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(place))

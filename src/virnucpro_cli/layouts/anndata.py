@@ -39,7 +39,8 @@ def _frame(file: h5py.File, name: str, columns: list[str]) -> h5py.Group:
 def write(selection: Selection, target: Path) -> None:
     """Every protein has a row; of a skipped one it is NaN. obs_names are unique, obs["id"] is the name as it was."""
     of, n = selection.file, selection.count(skipped=True)
-    with h5py.File(target, "w") as file:
+    with hdf5.created(target) as sink:
+        file = sink.file
         _encoded(file, "anndata", "0.1.0")
         for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
             _encoded(file.create_group(name), "dict", "0.1.0")
@@ -59,7 +60,7 @@ def write(selection: Selection, target: Path) -> None:
             _encoded(
                 said.create_dataset(name, data=value), "string" if isinstance(value, str) else "numeric-scalar", "0.2.0"
             )
-        for block in selection.blocks(skipped=True):
+        for block in sink.each(selection.blocks(skipped=True)):
             rows = slice(int(block.numbers[0]), int(block.numbers[-1]) + 1)
             data[rows], index[rows], names[rows] = block.rows[selection.what], block.keys, block.names
 

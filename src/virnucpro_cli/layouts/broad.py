@@ -13,12 +13,13 @@ from virnucpro_cli.layouts.layout import Entry, Layout, Selection
 
 def write(selection: Selection, target: Path) -> None:
     n = selection.count(skipped=False)
-    with h5py.File(target, "w") as file:
+    with hdf5.created(target) as sink:
+        file = sink.file
         hdf5.mark(file, selection.provenance)
         data = file.create_dataset("embeddings", (n, selection.width), np.float32)
         names = file.create_dataset("sequence_ids", (n,), h5py.string_dtype("utf-8"))
         at = 0
-        for block in selection.blocks():
+        for block in sink.each(selection.blocks()):
             stop = at + len(block.names)
             data[at:stop], names[at:stop] = block.rows[selection.what], block.names
             at = stop

@@ -14,9 +14,10 @@ LONGEST_KEY = 1000
 
 def write(selection: Selection, target: Path, always_named: bool = False) -> None:
     """always_named: whether every dataset tells its protein's name, or only where its key does not."""
-    with h5py.File(target, "w") as file:
+    with hdf5.created(target) as sink:
+        file = sink.file
         hdf5.mark(file, selection.provenance)
-        for block in selection.blocks():
+        for block in sink.each(selection.blocks()):
             for _, name, key, values in block.each():
                 if key in file:
                     selection.shared += 1

@@ -118,6 +118,7 @@ class Layout:
     what: in a few words; suffix: of the default target; folder: whether the target is one; kinds: what it has room for;
     several: for more than one layer at once; longest: bytes of a name that is a key or a file name (0: it is neither);
     key_of: what it knows a sequence by, if not by a name; beside: suffix of a file that lies beside the target;
+    is_beside(path): whether such a file is export's;
     write(selection, target), read(path), provenance(path) as of an earlier export, recognises(path).
     """
 
@@ -135,6 +136,7 @@ class Layout:
     longest: int = 0
     key_of: Callable[[bytes], str] | None = None
     beside: str = ""
+    is_beside: Callable[[Path], bool] = lambda path: False
 
 
 def no_provenance(path: Path) -> dict[str, Any]:

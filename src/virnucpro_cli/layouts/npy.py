@@ -65,6 +65,11 @@ def read(path: Path) -> Iterator[Entry]:
         raise ValueError(f"{beside} ends at row {end:,}, and there are {len(array):,}")
 
 
+def is_table(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.readline(1000) == ("\t".join(COLUMNS) + "\n").encode()
+
+
 def recognises(path: Path) -> bool:
     if not path.is_file():
         return False
@@ -74,5 +79,5 @@ def recognises(path: Path) -> bool:
 
 LAYOUT = Layout(
     "npy", "a NumPy array, and a table of its rows beside it", ".npy", KINDS,
-    write, read, no_provenance, recognises, holds_skipped=True, beside=BESIDE,
+    write, read, no_provenance, recognises, holds_skipped=True, beside=BESIDE, is_beside=is_table,
 )  # fmt: skip

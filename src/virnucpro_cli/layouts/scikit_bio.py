@@ -28,7 +28,8 @@ def write(selection: Selection, target: Path) -> None:
     residues = selection.what[0] == "residue"
     if letters > MOST:
         raise UserError(f"scikit-bio's layout ends at {MOST:,} residues, and here are {letters:,}.", "Export parts.")
-    with h5py.File(target, "w") as file:
+    with hdf5.created(target) as sink:
+        file = sink.file
         hdf5.mark(file, selection.provenance)
         file.attrs["format"], file.attrs["format-version"] = "embedding", "1.0"
         file.attrs["dtype"], file.attrs["dim"] = "float32", selection.width
@@ -37,7 +38,7 @@ def write(selection: Selection, target: Path) -> None:
         ends = file.create_dataset("idptr", (n,), np.int32)
         rows_end = file.create_dataset("embedding_ptr", (n,), np.int32)
         record = letter = row = 0
-        for block in selection.blocks():
+        for block in sink.each(selection.blocks()):
             text = [key.encode("latin-1") for key in block.keys]
             if residues:  # of a protein that was cut, what its rows are of
                 text = [key[:size] for key, size in zip(text, block.sizes.tolist(), strict=True)]
