@@ -6,6 +6,7 @@ A folder holds a list of the files that export wrote into it, with their SHA-256
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -127,8 +128,11 @@ def placed(target: Path, layout: Layout, overwrite: bool) -> Iterator[Path]:
     """
     target = target.resolve()  # a link stays one
     place = target.with_name(possible(f".{target.name}", LONGEST_NAME) + MARK)
+    locked = place.with_name(place.name + ".lock")
     try:
-        lock = create_locked(place.with_name(place.name + ".lock"))
+        lock, alone = create_locked(locked)
+        if not alone:  # the file system has no locks
+            place = place.with_name(place.name + secrets.token_hex(8))
         try:
             _clear(place, target, layout)
             place.mkdir()
@@ -139,7 +143,7 @@ def placed(target: Path, layout: Layout, overwrite: bool) -> Iterator[Path]:
             finally:
                 _clear(place, target, layout)
         finally:
-            place.with_name(place.name + ".lock").unlink(missing_ok=True)
+            locked.unlink(missing_ok=True)
             os.close(lock)
     except OSError as error:
         if error.errno is None:  # NumPy's, of a short write
@@ -160,7 +164,7 @@ def _land(place: Path, target: Path, layout: Layout, overwrite: bool) -> None:
         elif overwrite:
             os.replace(place / path.name, path)
         else:
-            rename_new(place / path.name, path)
+            rename_new(place / path.name, path, kept=False)
     sync_folder(target.parent)
 
 
