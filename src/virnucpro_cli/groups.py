@@ -46,9 +46,8 @@ def room(extra: store.Extra) -> store.Extra:
     ids = extra.tables.get("groups/ids")
     if ids is None:
         return store.Extra()
-    return store.Extra(
-        tables={"groups/members": np.zeros(len(ids), np.int64)}, rows={f"groups/{kind}": len(ids) for kind in KINDS}
-    )
+    members, rows = "groups/members", {f"groups/{kind}": len(ids) for kind in KINDS}
+    return store.Extra(tables={members: np.zeros(len(ids), np.int64)}, rows=rows, changing=frozenset((members,)))
 
 
 def fill(file: store.Store) -> None:

@@ -46,7 +46,7 @@ class Extra:
     """What a file holds besides the records' own columns and embeddings; names are those of datasets.
 
     columns: a value for each record [N]; tables: arrays and names of anything else; rows: groups of datasets `NAME/<layer>` of so
-    many rows in the store dtype, and values: datasets of so many single ones, which are filled later. changing: names of columns whose
+    many rows in the store dtype, and values: datasets of so many single ones, which are filled later. changing: names of columns and tables whose
     values change while the file is filled. fingerprint and counts are the caller's to use.
     """
 
