@@ -209,13 +209,67 @@ def test_an_interrupted_tree_is_finished_by_the_same_command(
     assert not list(folder.glob(".virnucpro*"))
 
 
-def test_what_another_run_left_is_cleared_away(tmp_path: Path, make_fasta: Make, tiny: Path) -> None:
-    fasta, folder = make_fasta([50, 7]), tmp_path / "out"
-    folder.mkdir()
-    for name in (".virnucpro-0123.h5", ".virnucpro-4567.h5.partial"):
-        (folder / name).write_bytes(b"of other arguments")
-    extract.run(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
-    assert sorted(path.name for path in folder.iterdir()) == ["p0.pt", "p1.pt"]
+def interrupted(monkeypatch: pytest.MonkeyPatch, tiny: Path, fasta: Path, folder: Path) -> set[str]:
+    """Stop an extract of layer 1 at its first file; return its hidden files."""
+
+    def stopped(content: Any, path: Path) -> None:
+        raise Stopped(15)
+
+    before = {path.name for path in folder.glob(".virnucpro*")}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(torch, "save", stopped)
+        extract.run(str(tiny), str(fasta), str(folder), ("mean",), layers=(1,), gpu=False)
+    return {path.name for path in folder.glob(".virnucpro*")} - before
+
+
+def test_a_run_clears_away_what_runs_of_its_fasta_left_and_nothing_else(
+    tmp_path: Path, make_fasta: Make, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, folder = make_fasta([50, 7]), make_fasta([9, 12], "second.fasta"), tmp_path / "out"
+    assert interrupted(monkeypatch, tiny, first, folder)
+    others = interrupted(monkeypatch, tiny, second, folder)
+    (folder / ".virnucpro-0123.h5").write_bytes(b"no file of extract")
+    extract.run(str(tiny), str(first), str(folder), ("mean",), gpu=False)
+    assert {path.name for path in folder.iterdir()} == {"p0.pt", "p1.pt", ".virnucpro-0123.h5"} | others
+
+
+def test_two_extracts_into_one_folder_write_each_its_own_proteins(
+    tmp_path: Path, make_fasta: Make, tiny: Path, judge: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second runs whole while the first has written a file that has no name yet."""
+    first, folder, real, inner = make_fasta([50, 7]), tmp_path / "out", torch.save, False
+    second = tmp_path / "second.fasta"
+    second.write_text(make_fasta([31, 12], "other.fasta", seed=7).read_text().replace(">p", ">q"))
+
+    def meanwhile(content: Any, path: Path) -> None:
+        nonlocal inner
+        real(content, path)
+        if not inner:
+            inner = True
+            extract.run(str(tiny), str(second), str(folder), ("mean",), gpu=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", meanwhile)
+        extract.run(str(tiny), str(first), str(folder), ("mean",), gpu=False)
+    expected = by_fair_esm(judge, first, ("mean",), (2,), 1022) | by_fair_esm(judge, second, ("mean",), (2,), 1022)
+    assert_like_fair_esm(folder, expected)
+
+
+def test_the_same_extract_twice_at_once_is_refused(
+    tmp_path: Path, make_fasta: Make, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fasta, folder, real, refused = make_fasta([50, 7]), tmp_path / "out", torch.save, []
+
+    def again(content: Any, path: Path) -> None:
+        with pytest.raises(UserError, match="Another extract of") as error:
+            extract.run(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
+        refused.append(error)
+        real(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", again)
+        extract.run(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
+    assert len(refused) == 2 and sorted(path.name for path in folder.iterdir()) == ["p0.pt", "p1.pt"]
 
 
 def test_without_a_contact_regression_the_error_says_where_it_was_looked_for(

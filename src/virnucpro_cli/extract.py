@@ -6,8 +6,9 @@ The hidden file lies in the output directory until the tree is whole: an interru
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +54,41 @@ def run(
     out = out or report.console()
     folder = _folder(Path(output))
     kinds = tuple(kind for name, (_, kind) in ENTRIES.items() if name in include)
-    hidden = folder / f".virnucpro-{_key(model, path, kinds, layers, longest, 'contacts' in include)}.h5"
-    table = _table(path, folder)
-    labels = _labels(table, path)
-    places = paths_of(labels)
-    moved = [i for i, label in enumerate(labels) if str(places[i]) != f"{label}.pt"]
-    if moved:
-        out.print(
-            f"{len(moved):,} headers are no names of files in {folder}; the first, {labels[moved[0]][:80]!r}, is in {places[moved[0]]}",
-            style="yellow",
-        )
-    _discard_others(folder, hidden)
     settings = EmbedConfig(
-        inputs=(path,), output=str(hidden), model=model, layers=layers, pool=kinds or ("bos",), dtype="fp32", store_dtype="fp32",
-        emit=("contacts",) if "contacts" in include else (), device="auto" if gpu else "cpu", token_budget="auto" if tokens is None else max(tokens, 1024), max_residues=longest,
-        id="full", force_protein=True,
+        inputs=(path,), model=model, layers=layers, pool=kinds or ("bos",), dtype="fp32", store_dtype="fp32",
+        emit=("contacts",) if "contacts" in include else (), device="auto" if gpu else "cpu",
+        token_budget="auto" if tokens is None else max(tokens, 1024), max_residues=longest, id="full", force_protein=True,
     )  # fmt: skip
-    embed.run(settings, out)
+    own = (
+        folder
+        / f".virnucpro-{_key(os.path.realpath(path))}-{_key(model, _state(path), kinds, layers, longest, include)}"
+    )
+    with _alone(own, path):
+        table = _table(path, folder)
+        labels = _labels(table, path)
+        places = paths_of(labels)
+        moved = [i for i, label in enumerate(labels) if str(places[i]) != f"{label}.pt"]
+        if moved:
+            out.print(
+                f"{len(moved):,} headers are no names of files in {folder}; the first, {labels[moved[0]][:80]!r}, is in {places[moved[0]]}",
+                style="yellow",
+            )
+        _discard_others(own)
+        hidden = own.with_suffix(".h5")
+        embed.run(replace(settings, output=str(hidden)), out)
+        done = _write(hidden, include, labels, places, own.with_suffix(".tmp"), out)
+        hidden.unlink(missing_ok=True)
+    written = Written(int(done.sum()), int((~done).sum()))
+    out.print(f"{folder}: {written.files:,} files")
+    if written.skipped:
+        out.print(f"{written.skipped:,} proteins have no file: they are empty, or not finite", style="yellow")
+    return written
+
+
+def _write(
+    hidden: Path, include: tuple[str, ...], labels: list[str], places: list[Path], new: Path, out: Console
+) -> NDArray[np.bool_]:
+    """Write the file of each record, first as `new`, and have all on disk. Returns bool [N]: which records have a file."""
     try:
         with store.read_embeddings(hidden) as file, report.Tracker(out, len(file), "files") as tracker:
             done = file.status == store.DONE
@@ -82,18 +101,14 @@ def run(
                 entries = _entries(file, include, rows)
                 for i in range(rows.start, rows.stop):
                     if done[i]:
-                        _save(folder, places[i], {"label": labels[i], **{key: of(i) for key, of in entries.items()}})
+                        content = {"label": labels[i], **{key: of(i) for key, of in entries.items()}}
+                        _save(hidden.parent / places[i], new, content)
                 tracker.advance(rows.stop - rows.start)
     except Stopped as stop:
         stop.resumable = True
         raise
     os.sync()  # all of the tree is on disk before what it is made from goes
-    hidden.unlink(missing_ok=True)
-    written = Written(int(done.sum()), int((~done).sum()))
-    out.print(f"{folder}: {written.files:,} files")
-    if written.skipped:
-        out.print(f"{written.skipped:,} proteins have no file: they are empty, or not finite", style="yellow")
-    return written
+    return done
 
 
 def _folder(folder: Path) -> Path:
@@ -106,24 +121,47 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
-def _discard_others(folder: Path, own: Path) -> None:
-    """Remove what interrupted runs with other arguments left; raises UserError if one of them is alive."""
-    for other in folder.glob(".virnucpro-*.h5.partial"):
-        if other != store.partial_path(own):
-            store.discard_partial(other.with_suffix(""))
-    for other in folder.glob(".virnucpro-*.h5"):
-        if other != own:
-            other.unlink()
+@contextmanager
+def _alone(own: Path, path: str) -> Iterator[None]:
+    """Hold the lock of this run's hidden files. Raises UserError if another process has it."""
+    try:
+        held, _ = store.create_locked(own.with_suffix(".lock"))
+    except UserError:
+        raise UserError(f"Another extract of {path} is writing into {own.parent} now.", "Wait for it to end.") from None
+    try:
+        yield
+    finally:
+        own.with_suffix(".lock").unlink(missing_ok=True)
+        os.close(held)
 
 
-def _key(model: str, path: str, *settings: Any) -> str:
-    """Of a run's arguments and the state of its input, so that only the same run is resumed."""
+def _discard_others(own: Path) -> None:
+    """Remove the hidden files that interrupted runs of the same FASTA with other arguments left, unless they are alive."""
+    same = own.name.rpartition("-")[0]
+    for other in {path.with_name(path.name.partition(".h5")[0]) for path in own.parent.glob(f"{same}-*.h5*")} - {own}:
+        try:
+            held, _ = store.create_locked(other.with_suffix(".lock"))
+        except UserError:
+            continue
+        try:
+            hidden = other.with_suffix(".h5")
+            for path in (hidden, store.partial_path(hidden), other.with_suffix(".tmp"), other.with_suffix(".lock")):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(held)
+
+
+def _state(path: str) -> tuple[int, int]:
+    """Size and time of an input, so that only a run of the same content is resumed."""
     try:
         status = os.stat(path)
     except OSError as error:
         raise UserError(f"The FASTA {path} cannot be read: {error.strerror}.") from None
-    text = repr((model, os.path.realpath(path), status.st_size, status.st_mtime_ns, settings))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return status.st_size, status.st_mtime_ns
+
+
+def _key(*settings: Any) -> str:
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
 
 
 def _table(path: str, folder: Path) -> fasta.RecordTable:
@@ -197,8 +235,7 @@ def _entries(file: store.EmbeddingFile, include: tuple[str, ...], rows: slice) -
     return entries
 
 
-def _save(folder: Path, place: Path, content: dict[str, Any]) -> None:
-    target, new = folder / place, folder / ".virnucpro.tmp"
+def _save(target: Path, new: Path, content: dict[str, Any]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, new)

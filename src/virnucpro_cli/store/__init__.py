@@ -11,6 +11,7 @@ from virnucpro_cli.store.disk import (
     check_new,
     checksum,
     copy_back,
+    create_locked,
     discard_partial,
     free_space,
     new_file,
