@@ -1,14 +1,18 @@
 """The attention adapters against softmax written out, and the choice among them."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from virnucpro_cli import attention
-from virnucpro_cli.attention import sdpa, triton
+from virnucpro_cli.attention import sdpa, torch_varlen, triton
 from virnucpro_cli.collate import PackedBatch, query_tiles
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kernels import plain
@@ -56,6 +60,47 @@ def test_sdpa_is_softmax_attention_within_each_segment(lengths: list[int], head_
     assert found.shape == q.shape and found.dtype == q.dtype
     wanted = naive(q, k, v, lengths, head_dim**-0.5)
     assert float((found[: sum(lengths)] - wanted).norm() / wanted.norm()) < 1e-6
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0", "2.14.1", "2.15.0"])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("longest", [100, 129, 2000])
+def test_torch_varlen_calls_flash_attention_whatever_the_longest_segment(
+    version: str, capability: tuple[int, int], longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92400)
+    monkeypatch.setattr(varlen, "_should_use_cudnn", lambda index: True)
+    q, k, v = qkv(longest + 40, 64).half().to("meta").unbind(1)
+    batch = batch_of([longest, 40], longest + 40)
+    batch = replace(batch, cu_seqlens=batch.cu_seqlens.to("meta"))
+    with Operators() as operators:
+        found = torch_varlen.attention(q, k, v, batch, 0.125)
+    assert found.shape == q.shape
+    assert operators.called == ["aten._flash_attention_forward.default"]
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cpu", 3), ("meta", 6)])
+def test_sdpa_on_other_devices_computes_each_segment_alone(device: str, calls: int) -> None:
+    lengths = [9, 9, 9, 5, 5, 3]
+    q, k, v = qkv(40, 16).to(device).unbind(1)
+    with Operators() as operators:
+        sdpa.attention(q, k, v, batch_of(lengths, 40), 0.25)
+    assert sum("scaled_dot_product" in name for name in operators.called) == calls or device == "meta"
+    assert sum(name == "aten.copy_.default" for name in operators.called) == calls
 
 
 def test_the_scale_is_the_callers() -> None:

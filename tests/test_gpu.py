@@ -22,6 +22,7 @@ from conftest import ROOT, VIRAL, read_fasta, relative_l2, write_model
 from virnucpro_cli import attention, embed, report, runner, store
 from virnucpro_cli.bench import bench_model
 from virnucpro_cli.collate import VarlenCollator
+from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import index, open_sources
 from virnucpro_cli.kinds import EMITS, KINDS, UNMASKED
 from virnucpro_cli.model import locate, weights
@@ -213,6 +214,32 @@ def test_a_named_backend_runs_or_is_refused() -> None:
     assert attention.resolve("auto", device, torch.float32).name == "efficient"
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     assert attention.resolve("auto", device, torch.float16).name == ("triton" if hopper else "torch_varlen")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", attention.BACKENDS)
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_no_neighbour_chooses_the_kernel_of_attention(name: str, dtype: str, head_dim: int, tmp_path: Path) -> None:
+    """A protein has the same bits beside strangers of 100 and of 2,000 residues, few and many, as long as it or not."""
+    device, generator = torch.device("cuda", 0), random.Random(3)
+    try:
+        backend = attention.resolve(name, device, runner.DTYPES[dtype])
+    except UserError as refusal:
+        pytest.skip(str(refusal))
+    torch.manual_seed(0)
+    own = [torch.randn(72, 4, head_dim, device=device, dtype=runner.DTYPES[dtype]) for _ in range(3)]
+    found = []
+    for number, others in enumerate(([], [100], [2000], [2000, 100], [70] * 3, [70] * 200, [2000] * 7)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        sequences = [packs.random_protein(n, generator) for n in (*others, 70)]
+        batch = packs.one_pack(folder, sequences, 16384).to(device)
+        at = batch.used - 72
+        rows = [torch.randn(16384, 4, head_dim, device=device, dtype=runner.DTYPES[dtype]) for _ in range(3)]
+        for all_rows, its in zip(rows, own, strict=True):
+            all_rows[at : at + 72] = its
+        found.append(backend.attention(*rows, batch, head_dim**-0.5)[at : at + 72].cpu())
+    assert all(torch.equal(found[0], each) for each in found[1:])
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 2e-6), ("fp16", 2e-3), ("bf16", 1.6e-2)])

@@ -18,9 +18,13 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    """Call the FlashAttention operator itself.
 
+    `torch.nn.attention.varlen.varlen_attn` may take cuDNN instead on Hopper and Blackwell: in PyTorch 2.14 if the longest
+    segment of the pack exceeds 128 tokens, in 2.15 whenever it can. Neighbours would then choose a protein's kernel.
+    """
     bounds, longest = batch.cu_seqlens, batch.max_seqlen
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale)
-    assert isinstance(out, torch.Tensor)
-    return out
+    dropout, causal, debug = 0.0, False, False
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, longest, longest, dropout, causal, debug, scale=scale
+    )[0]
