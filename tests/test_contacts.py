@@ -179,7 +179,7 @@ def test_what_there_is_no_memory_for_is_left_out_and_tried_again(
         assert file.contact_maps is not None and np.isnan(file.contact_maps.raw(1)).all()
     assert verify.run(str(tmp_path / "out.h5")).passed
     with pytest.raises(SystemExit) as stop:
-        cli.main(command)
+        cli.main([*command, "--retry-skipped"])
     assert stop.value.code == 0
     assert_same(tmp_path / "out.h5", tmp_path / "expected.h5")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -21,10 +22,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, write_model
+from virnucpro_cli import merge
+from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import locate, weights
+from virnucpro_cli.model import locate, scores, weights
 from virnucpro_cli.model import spec as specs
 from virnucpro_cli.model.spec import ModelSpec, resolve_layers
+from virnucpro_cli.store import CACHED, read_embeddings
 
 State = dict[str, torch.Tensor]
 INV_FREQ = "layers.0.self_attn.rot_emb.inv_freq"
@@ -296,7 +300,139 @@ def test_a_mis_shaped_tensor_is_named_with_both_shapes(state: State, tmp_path: P
 def test_a_tensor_that_changes_the_model_is_refused_by_name(name: str, state: State, tmp_path: Path) -> None:
     folder = hf_folder(tmp_path / "hf")
     save_file(hf_state(state, "esm.") | {name: torch.ones(4)}, folder / "model.safetensors")
-    assert name in refusal(folder)
+    assert name.removeprefix("base_model.model.") in refusal(folder)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "base_model.model."])
+def test_the_prefixes_of_wrappers_are_left_out(prefix: str, state: State, tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "hf")
+    save_file(hf_state(state, f"{prefix}esm."), folder / "model.safetensors")
+    assert_same(folder, state)
+
+
+def test_a_head_of_ones_own_is_left_out_with_a_note(state: State, tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "hf")
+    save_file(
+        hf_state(state, "esm.") | {"fc.0.weight": torch.ones(4, 32), "fc.0.bias": torch.ones(4)},
+        folder / "model.safetensors",
+    )
+    _, found, notes = load(folder)
+    assert found.keys() == state.keys() and len(notes) == 1 and "fc.0.weight" in notes[0]
+
+
+def test_two_copies_of_a_model_in_a_file_are_refused_if_they_differ(state: State, tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "hf")
+    twice = hf_state(state, "esm.") | hf_state(state, "module.esm.")
+    save_file(twice, folder / "model.safetensors")
+    assert_same(folder, state)
+    name = "module.esm.encoder.layer.0.intermediate.dense.bias"
+    save_file(twice | {name: twice[name] + 1}, folder / "model.safetensors")
+    assert "two different tensors" in refusal(folder) and name.removeprefix("module.") in refusal(folder)
+
+
+def test_a_lone_file_has_the_heads_of_the_config_beside_it(state: State, tmp_path: Path) -> None:
+    state.pop(INV_FREQ)
+    for heads in (2, 8):
+        folder = hf_folder(tmp_path / str(heads), num_attention_heads=heads)
+        save_file(state, folder / "model.safetensors")
+        assert load(folder / "model.safetensors")[0].heads == heads
+
+
+def test_a_lone_file_of_a_published_size_is_not_taken_for_the_published_model(tmp_path: Path) -> None:
+    state = weights.random_state(specs.SIZES["esm2_t6_8M_UR50D"])
+    state.pop(INV_FREQ)
+    assert "how many attention heads" in refusal(safetensors(tmp_path / "own.safetensors", state))
+
+
+@pytest.mark.parametrize("key", ["lm_head.decoder.weight", "lm_head.weight"])
+def test_a_token_head_with_a_last_matrix_of_its_own_is_used(key: str, state: State, tmp_path: Path) -> None:
+    """transformers' own class says what its logits are."""
+    from transformers import EsmConfig, EsmForMaskedLM
+
+    config = EsmConfig(**{**CONFIG, "intermediate_size": 128, "pad_token_id": 1, "mask_token_id": 32,
+                          "tie_word_embeddings": False, "emb_layer_norm_before": False})  # fmt: skip
+    torch.manual_seed(0)
+    model = EsmForMaskedLM(config).eval()
+    model.save_pretrained(tmp_path / "untied")
+    file = tmp_path / "untied" / "model.safetensors"
+    saved = load_file(file)
+    assert not torch.equal(saved["lm_head.decoder.weight"], saved["esm.embeddings.word_embeddings.weight"])
+    saved[key] = saved.pop("lm_head.decoder.weight")
+    save_file(saved, file, {"format": "pt"})
+    hidden = torch.randn(22, 32)
+    with torch.no_grad():
+        wanted = model.lm_head(hidden)
+    found = scores.TokenHead(load(tmp_path / "untied")[1], torch.device("cpu"))(hidden)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("tied", [True, None])
+def test_a_token_head_that_contradicts_the_config_is_left_out_and_emit_says_why(
+    tied: bool | None, state: State, tmp_path: Path
+) -> None:
+    folder = hf_folder(tmp_path / "hf", **({} if tied is None else {"tie_word_embeddings": tied}))
+    heads = {name: each for name, each in weights.random_heads(TINY).items() if name.startswith("lm_head")}
+    decoder = {"lm_head.decoder.weight": state["embed_tokens.weight"] + 1}
+    save_file(hf_state(state, "esm.") | heads | decoder, folder / "model.safetensors")
+    found = locate.locate(str(folder))
+    assert found is not None
+    _, loaded, notes = weights.load(found)
+    assert "contradict" in notes[-1]
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        scores.check_head(loaded, found)
+
+
+# --- identity ----------------------------------------------------------------------------------------------------
+
+
+def save_again(path: Path, state: State) -> None:
+    """Other weights of the same size, with the time of the old ones."""
+    before = path.stat()
+    save_file(state, path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize("change", ["heads", "weights", "inv_freq", "untied", "contact regression"])
+def test_whatever_decides_a_value_is_the_models_identity(
+    change: str, home: Path, state: State, make_fasta: Callable[..., Path]
+) -> None:
+    """A rerun is refused, shards do not merge, and the cache gives no row."""
+    lengths, emit = [20, 30, 40], {"untied": ("entropy",), "contact regression": ("contacts",)}.get(change, ())
+    fasta, folder = make_fasta(lengths), hf_folder(home / "hf", tie_word_embeddings=False)
+    heads = weights.random_heads(TINY)
+    regression = {name: each for name, each in heads.items() if name.startswith("contact")}
+    state |= {name: each for name, each in heads.items() if name.startswith("lm_head")}
+    state["lm_head.decoder.weight"] = state["embed_tokens.weight"] + 1
+    frequencies = state[INV_FREQ] if change == "inv_freq" else state.pop(INV_FREQ)
+    save_file(state, folder / "model.safetensors")
+    torch.save({"model": regression}, folder / "model-contact-regression.pt")
+    cached = {} if emit else {"cache": str(home / "rows")}
+    options: dict[str, Any] = {"model": str(folder), "device": "cpu", "emit": emit}
+    embed_fasta(fasta, home / "out.h5", **options, **cached)
+    embed_fasta(fasta, home / "x.h5", shard="1/2", **options)
+
+    if change == "heads":
+        (folder / "config.json").write_text(json.dumps({**CONFIG, "num_attention_heads": 2}))
+    elif change == "weights":
+        save_again(folder / "model.safetensors", state | {"layers.1.fc1.bias": state["layers.1.fc1.bias"] + 1})
+    elif change == "inv_freq":
+        save_again(folder / "model.safetensors", state | {INV_FREQ: frequencies * 1.5})
+    elif change == "untied":
+        save_again(folder / "model.safetensors", state | {"lm_head.decoder.weight": state["embed_tokens.weight"] + 2})
+    else:
+        torch.save(
+            {"model": {name: each + 1 for name, each in regression.items()}}, folder / "model-contact-regression.pt"
+        )
+    with pytest.raises(UserError, match="is of another run"):
+        embed_fasta(fasta, home / "out.h5", **options, **cached)
+    embed_fasta(fasta, home / "x.h5", shard="2/2", **options)
+    with pytest.raises(UserError, match="differ"):
+        merge.run(str(home / "x.h5"))
+    if cached:
+        embed_fasta(fasta, home / "other.h5", **options, **cached)
+        with read_embeddings(home / "other.h5") as file:
+            assert not (file.flags & CACHED).any()
 
 
 def test_more_layers_than_the_config_says_are_refused(state: State, tmp_path: Path) -> None:

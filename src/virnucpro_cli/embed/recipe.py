@@ -21,6 +21,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import any_by_residue, unmasked
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
+from virnucpro_cli.model.contacts import regression_beside
 from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, by_name, resolve_layers
 from virnucpro_cli.packing import Plan, in_blocks
 from virnucpro_cli.policies import Int64, Work, decide
@@ -126,11 +127,14 @@ class Recipe:
             policy["overlap"] = config.overlap
         if config.emit:
             policy["emit"] = list(config.emit)
+        if "contacts" in config.emit and (beside := [path for path in regression_beside(found) if path.is_file()]):
+            policy["contact_regression_sha256"] = locate.sha256_of(beside)
         if self.shard is not None:
             policy["shard"] = str(self.shard)
         return {
             "input_sha256": self.table.sha256,
             "weights_sha256": found.sha256,
+            "heads": self.spec.heads,
             "layers": list(self.layers),
             "pool": list(config.pool),
             "dtype": attention_backends.describe(self.where.dtype),

@@ -61,11 +61,16 @@ def bytes_needed(spec: ModelSpec, residues: int) -> int:
     return 4 * (residues + 2) ** 2 * (MAPS_AT_ONCE * spec.heads + 3 * spec.layers)
 
 
+def regression_beside(found: Weights) -> list[Path]:
+    """Where fair-esm keeps the contact regression of a checkpoint, if it is not in it."""
+    return [path.with_name(f"{path.stem}-contact-regression.pt") for path in found.files[:1]]
+
+
 def with_contact_head(state: State, spec: ModelSpec, found: Weights) -> State:
     """The state with the contact head: its own, or that of the file which fair-esm keeps beside its own. Raises UserError."""
     if f"{CONTACT_HEAD}.weight" in state:
         return state
-    beside = [path.with_name(f"{path.stem}-contact-regression.pt") for path in found.files[:1]]
+    beside = regression_beside(found)
     for path in filter(Path.is_file, beside):
         head = heads_in(read_tensors(path), spec)
         if f"{CONTACT_HEAD}.weight" in head:

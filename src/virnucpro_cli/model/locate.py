@@ -111,7 +111,10 @@ def _unknown_model(model: str) -> UserError:
 
 def _at_path_if_any(path: Path, name: str) -> Weights | None:
     if path.is_file():
-        return Weights(name, (path,))
+        config = path.with_name("config.json")
+        return Weights(
+            name, (path,), config=config if path.suffix in (".safetensors", ".bin") and config.is_file() else None
+        )
     if path.is_dir() and (path / "config.json").is_file():
         for choice in HF_FILES:
             file = path / choice
@@ -295,10 +298,17 @@ def origin_of(weights: Weights) -> str:
 
 
 def verified(weights: Weights) -> Weights:
-    """The weights with their SHA-256, remembered in the cache by path, size and time so that it is not redone each run."""
+    """The weights with their SHA-256, remembered in the cache by file, size and times so that it is not redone each run.
+
+    The time of change is among them, which no program can put back.
+    """
     if weights.sha256:
         return weights
-    key = "|".join(f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in weights.files)
+    states = [(file.resolve(), file.stat()) for file in weights.files]
+    key = "|".join(
+        f"{file}:{state.st_dev}:{state.st_ino}:{state.st_size}:{state.st_mtime_ns}:{state.st_ctime_ns}"
+        for file, state in states
+    )
     note = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
     try:
         sha = note.read_text().strip()

@@ -12,7 +12,7 @@ from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.locate import Weights
 from virnucpro_cli.model.spec import LAYER_NORM_EPS
-from virnucpro_cli.model.weights import LM_HEAD, State
+from virnucpro_cli.model.weights import DECODER, LM_HEAD, State
 from virnucpro_cli.pooling import Embeddings, Pooler, mean_over_residues
 
 AMINO_ACIDS = slice(4, 24)
@@ -20,7 +20,7 @@ AMINO_ACIDS = slice(4, 24)
 
 
 class TokenHead:
-    """Dense, erf GELU, LayerNorm, and the token embedding as last matrix (fair-esm modules.py, RobertaLMHead)."""
+    """Dense, erf GELU, LayerNorm, and the token embedding as last matrix unless the head has its own (fair-esm modules.py, RobertaLMHead)."""
 
     def __init__(self, state: State, device: torch.device):
         def tensor(name: str) -> torch.Tensor:
@@ -28,7 +28,7 @@ class TokenHead:
 
         parts = ("dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "bias")
         self.weight, self.bias, self.scale, self.shift, self.last_bias = (tensor(f"{LM_HEAD}.{x}") for x in parts)
-        self.last = tensor("embed_tokens.weight")
+        self.last = tensor(DECODER if DECODER in state else "embed_tokens.weight")
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [T, 33] of the rows [T, D] of the last layer."""
@@ -83,6 +83,7 @@ def check_head(state: State, found: Weights) -> None:
     """Raise UserError if the weights have no head for tokens."""
     if f"{LM_HEAD}.bias" not in state:
         raise UserError(
-            f"The weights of {found.name} have no language-model head of ESM-2 (lm_head.* in {found.place}).",
+            f"The weights of {found.name} have no language-model head of ESM-2 (lm_head.* in {found.place}), "
+            "or its last matrix contradicts tie_word_embeddings of config.json.",
             "Use the published weights, or leave --emit out.",
         )

@@ -34,7 +34,10 @@ State = dict[str, Any]
 """Tensors under the names of fair-esm's `ESM2.state_dict()`."""
 
 CONTACT_HEAD, LM_HEAD = "contact_head.regression", "lm_head"
-_PREFIXES = ("encoder.sentence_encoder.", "encoder.", "esm.", "module.", "model.")
+_PREFIXES = ("encoder.sentence_encoder.", "encoder.", "esm.", "model.")
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
+"""Put before every name by data parallelism, torch.compile and PEFT."""
+_OF_THE_ENCODER = re.compile(r"emb(ed|_)|encoder|layer|norm|position|rotary|lora|adapter|ia3", re.IGNORECASE)
 
 
 def load(weights: Weights) -> tuple[ModelSpec, dict[str, Any], tuple[str, ...]]:
@@ -53,10 +56,14 @@ def load(weights: Weights) -> tuple[ModelSpec, dict[str, Any], tuple[str, ...]]:
         tensors, file_config = _read_file(file)
         raw.update(tensors)
         config = {**file_config, **config}
-    state, unknown = _canonical(raw)
-    if unknown:
+    raw = _unwrapped(raw, weights)
+    state, unknown = _canonical(raw, weights)
+    own = [
+        name for name in unknown if any(each.startswith("esm.") for each in raw) and not _OF_THE_ENCODER.search(name)
+    ]
+    if unknown != own:
         raise UserError(
-            f"{weights.place} holds tensors that ESM-2 does not have: {_some(unknown)}.",
+            f"{weights.place} holds tensors that ESM-2 does not have: {_some([x for x in unknown if x not in own])}.",
             "Adapters (LoRA and the like) must be merged into the weights first; other architectures are not supported.",
         )
     if (
@@ -70,8 +77,12 @@ def load(weights: Weights) -> tuple[ModelSpec, dict[str, Any], tuple[str, ...]]:
         )
     spec = _spec_of(state, config, weights)
     notes = [*weights.notes, *_settle_inv_freq(state, spec)]
+    if own:
+        notes.append(f"a head of its own in the checkpoint is left out: {_some(own)}")
     _check_shapes(state, spec, weights)
-    state |= heads_in(raw, spec)
+    heads = heads_in(raw, spec)
+    notes += _settle_decoder(heads, raw, state, config)
+    state |= heads
     return spec, state, tuple(notes)
 
 
@@ -110,6 +121,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         "layers": config.get("num_hidden_layers"),
         "hidden": config.get("hidden_size"),
         "heads": config.get("num_attention_heads"),
+        "tied": config.get("tie_word_embeddings", True),
     }
 
 
@@ -152,12 +164,36 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {k: v for k, v in tensors.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}, config
 
 
-def _canonical(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    state, unknown = {}, []
+def _unwrapped(raw: State, weights: Weights) -> State:
+    """The tensors without the prefixes that wrappers put before their names."""
+    found: State = {}
+    for name, tensor in raw.items():
+        rest = name
+        while prefix := next((each for each in _WRAPPERS if rest.startswith(each)), None):
+            rest = rest.removeprefix(prefix)
+        _put(found, rest, tensor, weights)
+    return found
+
+
+def _put(into: State, name: str, tensor: Any, weights: Weights) -> None:
+    """Raise UserError if the name is taken by other values."""
+    import torch
+
+    if name in into and not torch.equal(into[name], tensor):
+        raise UserError(
+            f"{weights.place} holds two different tensors that are {name}.",
+            "Save one model alone: an average of weights or a second copy is in the file too.",
+        )
+    into[name] = tensor
+
+
+def _canonical(raw: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], list[str]]:
+    state: State = {}
+    unknown = []
     for name, tensor in raw.items():
         known = _canonical_name(_OLD_NORM_NAME.sub(lambda m: {"gamma": "weight", "beta": "bias"}[m.group()], name))
         if known is not None:
-            state[known] = tensor
+            _put(state, known, tensor, weights)
         elif not _EXTRA.fullmatch(name):
             unknown.append(name)
     return state, unknown
@@ -192,13 +228,13 @@ def _spec_of(state: dict[str, Any], config: dict[str, Any], weights: Weights) ->
     inv_freq = state.get("layers.0.self_attn.rot_emb.inv_freq")
     heads = (
         config.get("heads")
-        or (known.heads if known else None)
-        or (hidden // (2 * len(inv_freq)) if inv_freq is not None else None)
+        or (hidden // (2 * len(inv_freq)) if inv_freq is not None and len(inv_freq) else None)
+        or (weights.spec.heads if weights.spec is not None else None)
     )
     if not heads or hidden % heads or (hidden // heads) % 2:
         raise UserError(
             f"{weights.place} does not say how many attention heads it has.",
-            "Give a HuggingFace directory with its config.json.",
+            "Put its config.json beside it, or give a HuggingFace directory with it.",
         )
     if weights.spec is not None and (weights.spec.layers, weights.spec.hidden, weights.spec.heads) != (
         layers,
@@ -279,6 +315,34 @@ def heads_in(raw: State, spec: ModelSpec) -> State:
         if shapes == list(tensors.values()):
             found |= there
     return found
+
+
+DECODER = f"{LM_HEAD}.decoder.weight"
+
+
+def _settle_decoder(heads: State, raw: State, state: State, config: dict[str, Any]) -> list[str]:
+    """Add the last matrix [33, D] of the token head if it is one of its own, not the token embedding. Returns notes.
+
+    The head is left out if the file and its configuration contradict each other (`tie_word_embeddings`).
+    """
+    import torch
+
+    if f"{LM_HEAD}.bias" not in heads:
+        return []
+    names = (DECODER, f"{LM_HEAD}.weight")
+    there = [
+        raw[f"{prefix}{name}"] for name in names for prefix in ("", "esm.", "encoder.") if f"{prefix}{name}" in raw
+    ]
+    table, tied = state["embed_tokens.weight"], config.get("tied", True)
+    apart = [each for each in there if each.shape != table.shape or not torch.equal(each.to(table.dtype), table)]
+    if not apart and (tied or there):
+        return []
+    if len(apart) == 1 and not tied and apart[0].shape == table.shape:
+        heads[DECODER] = apart[0]
+        return ["the token head has a last matrix of its own (tie_word_embeddings is false)"]
+    for name in [name for name in heads if name.startswith(f"{LM_HEAD}.")]:
+        del heads[name]
+    return [f"the token head is left out: its last matrix ({DECODER}) and tie_word_embeddings contradict each other"]
 
 
 def random_heads(spec: ModelSpec, seed: int = 0) -> State:
