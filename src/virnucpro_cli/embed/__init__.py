@@ -254,6 +254,7 @@ def _to_be_retried(output: Path, summary: report.RunReport, config: EmbedConfig,
         )
         return False
     out.print(f"{output}: {missed:,} proteins had been skipped for want of memory, and are tried again", style="yellow")
+    summary.counts.pop("contact maps left out", None)
     if not begun and not config.restart:
         store.copy_back(output)
     return True
