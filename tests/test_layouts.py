@@ -574,7 +574,7 @@ def test_what_was_exported_comes_back_in_the_order_of_the_fasta(made: Path, tmp_
     }
     same(made / "out.h5", back, kind, told=cannot.get(to, ()))
     with store.read_embeddings(back) as file:
-        assert store.settings_of(file, str(back))["pool"] == [kind]
+        assert file.settings["pool"] == [kind]
         assert all(file.reason[file.status == store.SKIPPED] > 0)
 
 

@@ -137,7 +137,7 @@ def test_a_table_has_a_line_for_each_point(drawn: Callable[..., Any], made: Path
 def test_the_caption_says_what_is_shown(drawn: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     shown, _ = drawn("a.png", sample=20, seed=4, color="of.tsv:class")
     caption = "\n".join(shown.caption)
-    for words in ("PCA", "layer 2", "mean over residues", "1 protein of 40 not shown", "a random sample of 20 of 39 proteins (seed 4)",
+    for words in ("PCA", "layer 2", "mean over residues", "not shown: 1 skipped of 40 proteins", "a random sample of 20 of 39 proteins (seed 4)",
                   "class: known of "):  # fmt: skip
         assert words in caption, words
     assert "20 proteins of out.h5" in shown.title and all("of the variance" in axis for axis in shown.projection.axes)

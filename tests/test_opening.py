@@ -1,20 +1,26 @@
 """Every command that opens a file tells its damage as damage, and a bug of its own as a bug."""
 
+import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 
-from virnucpro_cli import cli, export, mapping, pooled, qc, search, status, verify
+from virnucpro_cli import cli, export, inspect, mapping, merge, pooled, qc, search, status, verify
 from virnucpro_cli.embed import embed_fasta
-from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR
+from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
+from virnucpro_cli.store import read_embeddings
 
 COMMANDS: dict[str, tuple[list[str], Any, str]] = {
     "inspect": (["--qc", "qc.tsv"], qc, "norms"),
     "map": (["-o", "map.tsv", "--method", "pca"], mapping.projection, "project"),
     "search": (["--query", "p1", "-o", "hits.tsv"], search, "nearest"),
-    "search for a fasta": (["--query", "in.fasta", "-o", "hits.tsv"], search.embed, "run"),
+    "search for a fasta": (["--query", "in.fasta", "-k", "60", "-o", "hits.tsv"], search.embed, "run"),
     "search the mean": (["--query", "p1", "-o", "hits.tsv"], pooled.Pooled, "mean"),
     "export": (["--to", "parquet", "-o", "out.parquet"], export, "Selection"),
     "export of keys": (["--to", "keyed-h5", "-o", "keyed.h5"], export.Keys, "__call__"),
@@ -74,8 +80,6 @@ def test_damage_that_only_a_later_read_finds_is_told_as_damage(
 def test_a_number_that_means_nothing_is_told_as_damage(
     made: Path, ended: Callable[..., tuple[int, str]], place: str
 ) -> None:
-    import h5py
-
     with h5py.File(made / "out.h5") as file:
         at = file[place].id.get_offset() + 7 * file[place].dtype.itemsize
     content = bytearray((made / "out.h5").read_bytes())
@@ -96,3 +100,77 @@ def test_the_status_of_shards_tells_damage_and_bugs_apart(
     monkeypatch.setattr(status.np, "count_nonzero", lambda _: None)
     with pytest.raises(TypeError):
         status._state(tmp_path / "out.h5")
+
+
+# --- files that somebody made up -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(made / "out.h5", tmp_path / "out.h5"))
+
+
+def _external(file: h5py.File, secret: Path) -> None:
+    shape, dtype = file["mean/2"].shape, file["mean/2"].dtype
+    del file["embeddings"], file["mean/2"]
+    file.create_dataset("mean/2", shape, dtype, external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+    file["embeddings"] = file["mean/2"]
+
+
+def _virtual(file: h5py.File, secret: Path) -> None:
+    shape, dtype = file["mean/2"].shape, file["mean/2"].dtype
+    layout = h5py.VirtualLayout(shape, dtype)
+    layout[:] = h5py.VirtualSource(str(secret), "mean/2", shape, dtype)
+    del file["embeddings"], file["mean/2"]
+    file.create_virtual_dataset("mean/2", layout)
+    file["embeddings"] = file["mean/2"]
+
+
+def _as_a_view(file: h5py.File, secret: Path) -> None:
+    with h5py.File(secret) as other:
+        checksum = other["run/checksum"][()].decode()
+    file.attrs["virtual_of"] = json.dumps([[str(secret), checksum]])
+    _virtual(file, secret)
+
+
+def _linked(file: h5py.File, secret: Path) -> None:
+    del file["embeddings"], file["mean/2"]
+    file["mean/2"] = h5py.ExternalLink(str(secret), "mean/2")
+
+
+def _soft(file: h5py.File, secret: Path) -> None:
+    del file["lengths"]
+    file["lengths"] = h5py.SoftLink("/replaced")
+
+
+@pytest.mark.parametrize("change", [_external, _virtual, _as_a_view, _linked, _soft])
+def test_a_file_that_would_show_bytes_of_another_is_refused(
+    made: Path, copy: Path, change: Callable[[h5py.File, Path], None]
+) -> None:
+    secret = Path(shutil.copy(made / "out.h5", copy.parent / "secret.h5"))
+    with h5py.File(copy, "r+") as file:
+        change(file, secret)
+    with pytest.raises(UserError, match=r"refused|damaged: virtual_of"):
+        read_embeddings(copy)
+    for run in (partial(export.run, to="npy"), inspect.run, verify.run):
+        with pytest.raises(UserError, match=r"refused|damaged: virtual_of"):
+            run(str(copy))
+
+
+def test_a_view_that_shows_rows_in_another_order_than_its_shards_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "in.fasta").write_text("".join(f">p{i}\nMKV{'LAGW' * i}\n" for i in range(6)))
+    for shard in ("1/2", "2/2"):
+        embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(tiny_model), device="cpu", shard=shard)
+    merge.run(str(tmp_path / "out.h5"), virtual=True)
+    with read_embeddings(tmp_path / "out.h5") as file:
+        assert len(file.sources) == 2 and np.isfinite(file[:]).all()
+    with h5py.File(tmp_path / "out.h5", "r+") as file:
+        shape, dtype = file["mean/2"].shape, file["mean/2"].dtype
+        layout = h5py.VirtualLayout(shape, dtype)
+        for name, rows in (("0002", slice(0, 3)), ("0001", slice(3, 6))):
+            layout[rows] = h5py.VirtualSource(f"out.shard-{name}-of-0002.h5", "mean/2", (3, shape[1]), dtype)
+        del file["embeddings"], file["mean/2"]
+        file.create_virtual_dataset("mean/2", layout)
+        file["embeddings"] = file["mean/2"]
+    with pytest.raises(UserError, match=r"does not show all of .* in order"):
+        read_embeddings(tmp_path / "out.h5")

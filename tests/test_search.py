@@ -165,6 +165,34 @@ def test_mutated_copies_are_found_first_and_far_from_all_others_when_centred(tmp
     assert abs(strangers) < 0.2 and float(np.median([hit[3] for hit in raw])) > 0.8
 
 
+def test_another_kind_and_layer_is_searched_where_it_is_asked_for(tmp_path: Path, tiny_model: Path, made: Path) -> None:
+    settings = {"model": str(tiny_model), "device": "cpu", "layers": (1, 2)}
+    embed_fasta(made.parent / "in.fasta", tmp_path / "both.h5", pool=("mean", "bos"), **settings)
+    embed_fasta(made.parent / "in.fasta", tmp_path / "bos.h5", pool=("bos",), **(settings | {"layers": (1,)}))
+    for query in ("p/3", made.parent / "in.fasta"):
+        assert hits(tmp_path / "both.h5", query, kind="bos", layer=1) == hits(tmp_path / "bos.h5", query)
+    with pytest.raises(UserError, match=r"no eos of layer 2"):
+        hits(tmp_path / "both.h5", "p/3", kind="eos")
+
+
+def test_a_search_says_which_proteins_it_does_not_see(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unfinished = tmp_path / "out.h5.partial"
+    unfinished.write_bytes(made.read_bytes())
+    with h5py.File(unfinished, "r+") as file:
+        file["status"][10:] = store.PENDING
+        file["run/complete"][()] = 0
+    search.run(str(unfinished), "p/3", 3)
+    assert "not searched: 1 skipped, 20 not computed yet of 30 proteins" in capsys.readouterr().err
+
+
+def test_contigs_as_a_query_are_told_what_finds_their_proteins(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "contigs.fna").write_text(">c\n" + "ACGTTGCA" * 100 + "\n")
+    with pytest.raises(UserError, match=r"nucleotides.*\n.*virnucpro embed --from contigs"):
+        hits(made, tmp_path / "contigs.fna")
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -468,10 +468,12 @@ def test_reading_by_number_slice_name_and_iteration(finished: Path) -> None:
     assert np.isnan(pairs[3][1]).all()
 
 
-def test_a_name_that_occurs_twice_gives_the_first_row_and_lists_both(finished: Path) -> None:
+def test_a_name_that_occurs_twice_is_refused_where_a_single_row_is_asked_for(finished: Path) -> None:
     with read_embeddings(finished) as file:
         assert file.rows("alpha") == [0, 2]
-        np.testing.assert_array_equal(file["alpha"], values([0])[0])
+        for ask in (file.__getitem__, file.residues):
+            with pytest.raises(UserError, match=r"2 records .*'alpha': 0, 2.*\n.*rows\('alpha'\)"):
+                ask("alpha")
         with pytest.raises(KeyError):
             file["no such protein"]
 

@@ -210,7 +210,7 @@ def poke(path: Path, dataset: str, at: Any, value: Any) -> None:
         ("sequence_ids", 0, "other", "ids"),
         ("flags", 2, 1, "truncated"),
         ("status", 4, 2, "statuses and reasons"),
-        ("status", 4, 7, "statuses and reasons"),
+        ("status", 4, 2, "statuses and reasons"),
         ("reason", 4, 2, "statuses and reasons"),
         ("replaced", 1, 3, "replaced"),
         ("flags", 1, 8, "copied"),

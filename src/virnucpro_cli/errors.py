@@ -39,6 +39,12 @@ class UserError(Exception):
         self.remedy = remedy
 
 
+class Missing(UserError, KeyError):
+    """There is no such record or dataset."""
+
+    __str__ = Exception.__str__  # a KeyError shows its text in quotes
+
+
 def needs(package: str, extra: str, what: str) -> None:
     """Raise UserError with the remedy if an optional package is not installed."""
     if find_spec(package) is None:

@@ -1,6 +1,5 @@
 """The export workflow: a finished embeddings file written in the layout of another tool, whole or not at all."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ def run(
     target = Path(output) if output else Path(path).with_name(Path(path).name.removesuffix(".h5") + layout.suffix)
     summary = report.RunReport("export")
     with store.opened(path) as file:
-        settings = store.checked(file, path)
+        settings = file.settings
         kinds, chosen = _chosen(file, settings, layout, kinds, numbers)
         if not file.complete or (file.status == store.PENDING).any():
             raise UserError(f"{path} is not complete.", "Let its run finish: the same command of embed goes on.")
-        named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
+        named = inputs or tuple(entry["path"] for entry in file.inputs)
         targets.check(target, layout, [path, *named], overwrite)
         with report.Tracker(out, len(file), "proteins") as tracker:
             if layout.key_of:

@@ -18,8 +18,8 @@ def run(path: str, qc_path: str | None = None) -> None:
     """Print the summary of the file at `path` to standard output. Raises UserError if it is not one that embed wrote."""
     out = report.stdout()
     with store.opened(path) as file:
-        settings = store.checked(file, path)
-        inputs = [entry["path"] for entry in json.loads(file.attributes["inputs"])]
+        settings = file.settings
+        inputs = [entry["path"] for entry in file.inputs]
         report.check_places({"qc": qc_path}, [path, *inputs])
         out.print(_contents(path, file, settings))
         out.print(_statuses(file))
@@ -66,7 +66,7 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
         counts = np.bincount(file.computed_by[file.status == store.DONE], minlength=len(file.environments))
         for environment, count in zip(file.environments, counts.tolist(), strict=False):
             table.add_row(f"{count:,} proteins computed by", ", ".join(f"{k} {v}" for k, v in environment.items()))
-    for entry in json.loads(file.attributes["inputs"]):
+    for entry in file.inputs:
         table.add_row("input", f"{entry['path']} ({report.size(entry['bytes'])}, SHA-256 {entry['sha256'][:16]}...)")
     for entry in json.loads(file.attributes.get("contigs", "[]")):
         table.add_row("contigs", f"{entry['path']} ({report.size(entry['bytes'])}, SHA-256 {entry['sha256'][:16]}...)")
@@ -122,7 +122,7 @@ def _numbers(file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
 
 def methods(file: store.EmbeddingFile) -> str:
     """A paragraph that says how the embeddings were made, for a Methods section."""
-    settings = json.loads(file.attributes["fingerprint"])
+    settings = file.settings
     environment = json.loads(file.attributes["environment"])
     kinds = {**POOLED, "residue": "per-residue rows"}
     done = file.status == store.DONE

@@ -17,25 +17,24 @@ KINDS = (".html", ".tsv", *PICTURES)
 
 def run(
     path: str, output: str, method: str | None = None, color: str = "length", sample: int = 100_000, seed: int = 0,
-    overwrite: bool = False, out: Console | None = None,
+    overwrite: bool = False, kind: str | None = None, layer: int | None = None, out: Console | None = None,
 ) -> drawing.Map:  # fmt: skip
-    """Draw the map of the file at `path` to `output`, and return what was drawn. Raises UserError for what the user can put right."""
+    """Draw the map of the file at `path` to `output`, and return what was drawn. kind, layer: by default those of /embeddings. Raises UserError for what the user can put right."""
     out = out or report.console()
     target = Path(output)
     _check(path, target, color, sample, seed, overwrite)
     with store.opened(path) as file:
-        store.checked(file, path)
-        data = pooled.of(file, path)
-        lacking = len(file) - len(data)
+        data = pooled.of(file, path, kind, layer)
+        lacking = pooled.lacking(data)
         if len(data) < projection.FEWEST:
-            left_out = f" ({lacking:,} skipped or not computed yet)" if lacking else ""
+            left_out = f" ({lacking})" if lacking else ""
             raise UserError(
                 f"{path} holds {pooled.count(len(data), 'embedded protein', 'embedded proteins')}{left_out}.",
                 f"A map needs {projection.FEWEST} or more.",
             )
         caption = []
         if lacking:
-            caption.append(f"{pooled.count(lacking)} of {len(file):,} not shown: skipped, or not computed yet")
+            caption.append(f"not shown: {lacking}")
         if len(data) > sample:
             caption.append(f"a random sample of {sample:,} of {len(data):,} proteins (seed {seed})")
             chosen = np.random.default_rng(seed).choice(len(data), sample, replace=False)

@@ -127,7 +127,7 @@ def _opened(paths: list[Path], stack: ExitStack) -> list[_Part]:
     parts = []
     for path in paths:
         file = stack.enter_context(store.opened(str(path)))
-        settings = store.settings_of(file, str(path))
+        settings = file.settings
         if file.records is None or not file.complete:
             raise UserError(f"{path} is not a finished shard.", "Run its shard again.")
         if not file.unaltered:
@@ -247,13 +247,13 @@ def _extra(parts: list[_Part], n: int, to_copy: bool) -> store.Extra:
     def gathered(name: str) -> NDArray[Any]:
         return _gathered(parts, 0, n, lambda part, rows: part.columns[name][rows])
 
-    def table(data: Any) -> Any:
+    def table(name: str, data: Any) -> Any:
         if data.dtype != object:
             return data[:]
         counted_already = 0  # in the bytes of the shards
-        return store.Names(len(data), lambda start, stop: data.asstr()[start:stop].tolist(), counted_already)
+        return store.Names(len(data), partial(parts[0].file.texts, name), counted_already)
 
-    tables = {name: table(data) for name, data in parts[0].file.tables.items()}
+    tables = {name: table(name, data) for name, data in parts[0].file.tables.items()}
     extra = store.Extra({name: gathered(name) for name in parts[0].columns if name not in contacts.COLUMNS}, tables)
     return extra | groups.room(extra) | _contacts(parts, n, to_copy)
 

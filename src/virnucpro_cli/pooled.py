@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import store
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.kinds import POOLED
 
 BLOCK = 4096
 
@@ -39,14 +40,24 @@ class Pooled:
         return total / len(self)
 
 
-def of(file: store.EmbeddingFile, path: str) -> Pooled:
-    """Raises UserError if the file holds per-residue rows only."""
-    if file.default is None:
+def of(file: store.EmbeddingFile, path: str, kind: str | None = None, layer: int | None = None) -> Pooled:
+    """Rows of a kind and layer, by default those of /embeddings. Raises UserError if the file lacks them."""
+    if kind is None and file.default is None:
         raise UserError(
             f"{path} has no /embeddings: it holds per-residue rows only.", "Embed with --pool mean (or mean,residue)."
         )
-    kind, _, layer = file.default.partition("/")
-    return Pooled(file, kind, int(layer), file.array(kind, int(layer)), np.flatnonzero(file.status == store.DONE))
+    if kind == "residue":
+        raise UserError("Rows of residues are none of proteins.", f"Choose --kind {' or '.join(POOLED)}.")
+    kind, layer = file.what(kind, layer)
+    return Pooled(file, kind, layer, file.array(kind, layer), np.flatnonzero(file.status == store.DONE))
+
+
+def lacking(data: Pooled) -> str:
+    """A line on the proteins that have no row, for whoever looks at the others; empty if all have one."""
+    n, pending = len(data.file), int((data.file.status == store.PENDING).sum())
+    skipped = n - len(data) - pending
+    parts = [f"{skipped:,} skipped"] * (skipped > 0) + [f"{pending:,} not computed yet"] * (pending > 0)
+    return f"{', '.join(parts)} of {count(n)}" if parts else ""
 
 
 def count(n: int, one: str = "protein", several: str = "proteins") -> str:

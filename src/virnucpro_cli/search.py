@@ -50,12 +50,13 @@ class Queries:
 
 def run(
     database: str, query: str, k: int = 10, raw: bool = False, output: str | None = None, model: str | None = None,
-    overwrite: bool = False, force_protein: bool = False, out: Console | None = None,
+    overwrite: bool = False, force_protein: bool = False, kind: str | None = None, layer: int | None = None,
+    out: Console | None = None,
 ) -> int:  # fmt: skip
     """Write the nearest k rows of `database` for each query as tab-separated text to `output`, or standard output.
 
     query: a FASTA (embedded with the database's own model and settings), a name in the database, or another embeddings
-    file. Cosines are of rows minus the database's mean row, unless raw. Returns the number of queries without a row.
+    file. kind, layer: the rows compared, by default those of /embeddings. Cosines are of rows minus the database's mean row, unless raw. Returns the number of queries without a row.
     Raises UserError for what the user can put right.
     """
     out = out or report.console()
@@ -66,10 +67,11 @@ def run(
         store.check_new(Path(output), overwrite)
     with ExitStack() as stack:
         file = stack.enter_context(store.opened(database))
-        store.checked(file, database)
-        data = pooled.of(file, database)
+        data = pooled.of(file, database, kind, layer)
         if not len(data):
             raise UserError(f"{database} holds no embedded protein.", "Its proteins were skipped, or not computed yet.")
+        if left_out := pooled.lacking(data):
+            out.print(f"not searched: {left_out}", style="yellow")
         if len(data) < FEW and not raw:
             out.print(f"The mean of {pooled.count(len(data))} says little; --raw does without.", style="yellow")
         queries = _queries(data, database, query, model, force_protein, stack, out)
@@ -190,7 +192,7 @@ def _is_hdf5(path: str) -> bool:
 
 def _of_file(data: Pooled, database: str, query: str, stack: ExitStack, out: Console) -> Pooled:
     other = stack.enter_context(store.opened(query))
-    ours, theirs = json.loads(data.file.attributes["fingerprint"]), store.checked(other, query)
+    ours, theirs = data.file.settings, other.settings
     if ours["weights_sha256"] != theirs["weights_sha256"]:
         raise UserError(
             f"{query} was made with other weights than {database}.", "Embed the queries with the same --model."
@@ -211,7 +213,7 @@ def _embedded(
     data: Pooled, database: str, query: str, model: str | None, force_protein: bool, stack: ExitStack, out: Console
 ) -> Pooled:  # fmt: skip
     """A FASTA, embedded as the database was, in a file that is removed in the end."""
-    settings = json.loads(data.file.attributes["fingerprint"])
+    settings = data.file.settings
     found = audit.weights_of(data.file, database, model, out)
     if found.sha256 != settings["weights_sha256"]:
         raise UserError(
@@ -230,10 +232,17 @@ def _embedded(
     out.print(f"embedding {'standard input' if query == '-' else query} with {found.place}", style="dim")
     try:
         embed.run(config)
+    except UserError as error:
+        if "--from contigs" not in error.remedy:
+            raise
+        raise UserError(
+            error.what,
+            "Queries are proteins: virnucpro embed --from contigs finds those of contigs. Or --force-protein.",
+        ) from None
     except Stopped as stop:
         stop.resumable = False  # the folder goes
         raise
-    return pooled.of(stack.enter_context(store.read_embeddings(config.output)), config.output)
+    return pooled.of(stack.enter_context(store.opened(config.output)), config.output)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The verify workflow: a finished file against its checksum and, record by record, against its FASTA. No model."""
 
-import json
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,8 +22,8 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
     out = report.console()
     verdict = Verdict("verify")
     with store.opened(path) as file:
-        settings = store.settings_of(file, path)
-        named = inputs or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
+        settings = file.settings
+        named = inputs or tuple(entry["path"] for entry in file.inputs)
         report.check_places({"report": report_path}, [path, *named])
         verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
         verdict.checks += _of_the_file(file)

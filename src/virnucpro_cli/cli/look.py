@@ -8,6 +8,12 @@ from virnucpro_cli.cli.options import Overwrite
 from virnucpro_cli.cli.process import end_at_once
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
 
+Kind = Annotated[
+    str | None, typer.Option("--kind", metavar="KIND", help="Rows of which --pool. [default: those of /embeddings]")
+]
+Layer = Annotated[
+    int | None, typer.Option("--layer", metavar="N", help="Rows of which layer. [default: the last stored]")
+]
 SEARCH_EPILOG = (
     "Exit codes: 0 done; 2 something to put right (the message says what); 3 done, but some queries were skipped, and "
     "have no hits; 70 a bug."
@@ -41,6 +47,8 @@ def map(
         int, typer.Option("--sample", metavar="N", help="Most proteins to show; of more, a random sample.")
     ] = 100_000,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the sample, UMAP and t-SNE.")] = 0,
+    kind: Kind = None,
+    layer: Layer = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw where the proteins of a file lie: its rows on a plane (extra maps).
@@ -50,7 +58,7 @@ def map(
     from virnucpro_cli import mapping as workflow
 
     end_at_once()
-    workflow.run(file, output, method, color, sample, seed, overwrite)
+    workflow.run(file, output, method, color, sample, seed, overwrite, kind, layer)
 
 
 def search(
@@ -77,10 +85,12 @@ def search(
         typer.Option("--model", metavar="PATH", help="Where the weights of OUT.h5 are now, for a FASTA query."),
     ] = None,
     force_protein: Annotated[bool, typer.Option("--force-protein", help="As in embed, for a FASTA query.")] = False,
+    kind: Kind = None,
+    layer: Layer = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Find the nearest proteins of a file by the cosine of their rows, minus the mean of all: exactly, without an index."""
     from virnucpro_cli import search as workflow
 
-    if workflow.run(file, query, k, raw, output, model, overwrite, force_protein):
+    if workflow.run(file, query, k, raw, output, model, overwrite, force_protein, kind, layer):
         raise typer.Exit(EXIT_SOME_SKIPPED)

@@ -277,6 +277,7 @@ def attributes(
         "config": json.dumps(asdict(config)),
         "environment": json.dumps(environment),
         "model": environment["model"],
+        "model_layers": recipe.spec.layers,
         "weights": found.place,
         "weights_sha256": found.sha256,
         "weights_origin": locate.origin_of(found),

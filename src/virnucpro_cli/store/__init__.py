@@ -20,8 +20,17 @@ from virnucpro_cli.store.disk import (
 )
 from virnucpro_cli.store.filling import Store
 from virnucpro_cli.store.layout import Extra, Layout, Names
-from virnucpro_cli.store.opening import DAMAGE, checked, damage_named, opened, settings_of
-from virnucpro_cli.store.reading import EmbeddingFile, Groups, differences, fingerprint_of, is_view, read_embeddings
+from virnucpro_cli.store.names import accession
+from virnucpro_cli.store.opening import DAMAGE
+from virnucpro_cli.store.reading import (
+    EmbeddingFile,
+    Groups,
+    differences,
+    fingerprint_of,
+    is_view,
+    opened,
+    read_embeddings,
+)
 from virnucpro_cli.store.schema import (
     ABSENT,
     AFTER_TRYING,

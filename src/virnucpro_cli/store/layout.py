@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.kinds import by_residue, pooled
 from virnucpro_cli.store.disk import pwrite_all
+from virnucpro_cli.store.opening import opened_hdf5
 from virnucpro_cli.store.schema import (
     CHECKSUM_BYTES,
     ENVIRONMENT_BYTES,
@@ -166,7 +167,7 @@ def _create_view(file: Any, path: str, shape: tuple[int, ...], dtype: Any, sourc
     """A dataset that shows those of other files, one behind the other; NaN where a file is not to be found."""
     view, start = h5py.VirtualLayout(shape, dtype), 0
     for source in sources:
-        with h5py.File(source, "r", locking=False) as there:
+        with opened_hdf5(source) as there:
             size = there[path].shape
         if size[0]:
             view[start : start + size[0]] = h5py.VirtualSource(source.name, path, size, dtype)

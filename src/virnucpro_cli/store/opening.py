@@ -1,160 +1,279 @@
-"""An embeddings file opened by a command: damage is one message, and everything that its fingerprint promises is there."""
+"""An HDF5 file as it is opened: every dataset and attribute is held against the schema before anything of it is used.
+
+Nothing is allocated by what a file declares: sizes are compared with the file's length and with each other first.
+"""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from operator import getitem
-from types import MethodType
-from typing import Any, cast
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from math import prod
+from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
-from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.errors import UserError, in_a_line
-from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
-from virnucpro_cli.store.reading import ContactMaps, EmbeddingFile, Groups, read_embeddings
-from virnucpro_cli.store.schema import HDF5_MAGIC, REASONS, STATUS_NAMES, UNKNOWN
+from virnucpro_cli.store.schema import (
+    BYTES,
+    HDF5_MAGIC,
+    JSONS,
+    MOST_OBJECTS,
+    MOST_TEXT,
+    NEEDED,
+    SCHEMA,
+    TEXT,
+    WORDS,
+    field_of,
+    unfit,
+)
 
 DAMAGE = (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError)
-"""What HDF5 and other libraries raise of files that are damaged, or of something else."""
-COMPUTED_IN = ("float32", "float16", "bfloat16", "float8_e4m3fn", UNKNOWN)
-WORDS = ("model", "device", "attention", "tool_version", "created", "weights", "weights_sha256", "dtype")
-JSONS = ("fingerprint", "config", "environment", "argv", "layers", "pool", "inputs")
-"""Attributes of every file: plain ones, and those in JSON."""
+"""Kinds of errors that HDF5 and other libraries raise when they open damaged files, or something else."""
+DEPTH = 3
+HEAP_ENTRY = 16
+"""Bytes of a text in its dataset: its length (uint32), and where it is in a heap."""
 
 
-def opened(path: str) -> EmbeddingFile:
-    """The file at `path`, of which every read, now and later, tells damage as a UserError; what else goes wrong stays what it is."""
-    try:
-        with open(path, "rb") as opened:
-            ours = opened.read(8) == HDF5_MAGIC
-    except OSError as error:
-        what = (
-            f"There is no file {path}"
-            if isinstance(error, FileNotFoundError)
-            else f"{path} cannot be read: {error.strerror}"
-        )
-        raise UserError(f"{what}.", "Name a file that virnucpro embed wrote.") from None
-    if not ours:
-        raise UserError(
-            f"{path} is not an HDF5 file, or damaged at its very start.", "Name a file that virnucpro embed wrote."
-        )
-    with damage_named(path):
-        file = read_embeddings(path)
-    if "fingerprint" not in file.attributes:
-        raise UserError(f"{path} was not written by virnucpro embed.")
-    return cast(EmbeddingFile, _Guarded(file, path))
-
-
-class _Guarded:
-    """A part of a file, an EmbeddingFile first of all, and the parts that are reached through it."""
-
-    def __init__(self, part: Any, path: str):
-        self._part, self._path = part, path
-
-    def _read(self, how: Callable[..., Any], *what: Any, **options: Any) -> Any:
-        with damage_named(self._path):
-            found = how(*what, **options)
-        return _Guarded(found, self._path) if isinstance(found, PARTS) else found
-
-    def __getattr__(self, name: str) -> Any:
-        return self._read(getattr, self._part, name)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._read(getitem, self._part, key)
-
-    def __call__(self, *what: Any, **options: Any) -> Any:
-        return self._read(self._part, *what, **options)
-
-    def __len__(self) -> int:
-        return self._read(len, self._part)
-
-    def __enter__(self) -> "_Guarded":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._part.close()
-
-
-PARTS = (h5py.Group, h5py.Dataset, Groups, ContactMaps, MethodType)
-
-
-def _damaged(path: str, error: object) -> UserError:
+def damaged(path: str | Path, what: object) -> UserError:
     return UserError(
-        f"{path} is cut short or damaged: {error}.", "Copy it again from where it was whole, or embed again."
+        f"{path} is cut short or damaged: {what}.", "Copy it again from where it was whole, or embed again."
+    )
+
+
+def foreign(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} is refused: {what}.", "Only a view that virnucpro merge --virtual made may show rows of other files."
     )
 
 
 @contextmanager
-def damage_named(path: str) -> Iterator[None]:
-    """HDF5 finds some damage by itself, when it reads what the damage hit, and has a type of error for each kind."""
+def damage_named(path: str | Path, kinds: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
+    """Tell as damage what the block raises of these kinds. Only reads of the file belong into the block."""
     try:
         yield
     except UserError:
         raise
-    except DAMAGE as error:
-        raise _damaged(path, in_a_line(error)) from None
+    except kinds as error:
+        raise damaged(path, in_a_line(error)) from None
 
 
-def settings_of(file: EmbeddingFile, path: str) -> dict[str, Any]:
-    """The fingerprint, after a look at whether everything that it promises is there in its shape."""
+def opened_hdf5(path: Path) -> h5py.File:
+    """The file at `path`, which must be HDF5. Raises UserError if it cannot be opened.
+
+    A finished file is opened as h5py does by default, so that both can be open at once. A run locks the file that it fills, and
+    that lock is none of ours.
+    """
     try:
-        said = {name: json.loads(file.attributes[name]) for name in JSONS}
-        settings = said["fingerprint"]
-        said["config"]["model"]
-        for name in (*WORDS, "imported_from") if "imported" in settings else WORDS:
-            file.attributes[name]
-        assert "imported" in settings or said["inputs"], "its inputs are not named"
-        for entry in said["inputs"] + json.loads(file.attributes.get("contigs", "[]")):
-            entry["path"], entry["bytes"], entry["sha256"]
-        n, width = len(file), None
-        bool(file.complete)
-        assert settings["dtype"] in COMPUTED_IN, "unknown dtype"
-        assert settings["pool"] and settings["layers"], "its fingerprint names no pool or no layer"
-        columns = {name: len(getattr(file, name)) for name in ("status", "flags", "reason", "replaced")}
-        for name, entries in (columns | {"sequence_ids": len(file._file["sequence_ids"])}).items():
-            assert entries == n, f"{name} has {entries} entries for {n} records"
-        assert all(isinstance(name, str) for name in file.names_of(0, 1)), "sequence_ids are not text"
-        for kind in settings["pool"]:
-            rows = int(file.residue_offsets[-1]) if kind == "residue" else n
-            assert kind != "residue" or len(file.residue_offsets) == n + 1, "residue/offsets has the wrong length"
-            for layer in settings["layers"]:
-                shape = file.dataset(kind, layer).shape
-                width = width or shape[-1]
-                assert shape == (rows, width), f"{kind}/{layer} has shape {shape}, and {(rows, width)} is right"
-        for name in unmasked(settings.get("emit", ())):
-            shape = (int(file.residue_offsets[-1]), len(TOKENS)) if by_residue("unmasked", name) else (n,)
-            assert file.dataset("unmasked", name).shape == shape, f"unmasked/{name} has another shape"
-        if "contacts" in settings.get("emit", ()):
-            maps = file.contact_maps
-            assert maps is not None, "there are no contacts"
-            assert len(maps.starts) == len(maps.sizes) == len(maps.status) == n, (
-                "columns of contacts have another length"
-            )
-            ends = (maps.starts + maps.sizes.astype(np.int64) ** 2)[maps.starts >= 0]
-            assert not len(ends) or ends.max() <= len(maps.values), "contacts/values is too short"
-        for name in ("id", "long", "invalid", "max_residues", "dedup", "store_dtype", "input_sha256", "weights_sha256"):
-            settings[name]
-        assert settings["long"] != "window" or "overlap" in settings, "its fingerprint has windows and no overlap"
-    except (KeyError, ValueError, TypeError, AttributeError, AssertionError, IndexError, OSError) as error:
-        raise _damaged(path, error) from None
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a file.", "Name a file that virnucpro embed wrote.")
+        with open(path, "rb") as start:
+            ours = start.read(len(HDF5_MAGIC)) == HDF5_MAGIC
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}.", "Name a file that virnucpro embed wrote."
+        ) from None
+    if not ours:
+        raise UserError(
+            f"{path} is not an HDF5 file, or damaged at its very start.", "Name a file that virnucpro embed wrote."
+        )
+    ways: list[dict[str, bool]] = [{}, {"locking": False}]
+    with damage_named(path):
+        first, second = ways if path.suffix != ".partial" else ways[::-1]
+        with suppress(OSError):
+            return h5py.File(path, "r", **first)
+        return h5py.File(path, "r", **second)
+
+
+# --- attributes ------------------------------------------------------------------------------------------------------
+
+
+def attributes_of(file: h5py.File, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attributes that are single values or short arrays of numbers, and the JSON in them, read, by name.
+
+    Raises UserError if the file is none of schema 1, or for an attribute that is not as the schema says.
+    """
+    if len(file.attrs) > MOST_OBJECTS:
+        raise damaged(path, f"it has {len(file.attrs):,} attributes")
+    found: dict[str, Any] = {}
+    for name in file.attrs:
+        attribute = file.attrs.get_id(name)
+        size = attribute.get_storage_size()
+        if size > MOST_TEXT:
+            raise damaged(path, f"the attribute {name} has {size:,} bytes")
+        if attribute.shape == () or attribute.dtype.kind in "biuf":
+            found[name] = file.attrs[name]
+    if found.get("schema") != SCHEMA:
+        raise UserError(f"{path} was not written by virnucpro embed, or by one of another schema than {SCHEMA}.")
+    for name in WORDS:
+        if not isinstance(found.get(name, ""), str):
+            raise damaged(path, f"the attribute {name} is not text")
+    if not isinstance(found.get("model_layers", 0), int | np.integer):
+        raise damaged(path, "the attribute model_layers is no whole number")
+    parsed = {}
+    for key, form in JSONS.items():
+        name = key.removesuffix("?")
+        if name in found:
+            parsed[name] = _parsed(path, name, found[name])
+            if (place := unfit(parsed[name], form, whole=False)) is not None:
+                raise damaged(path, f"the attribute {f'{name}.{place}'.rstrip('.')} is not of its kind")
+    return found, parsed
+
+
+def _parsed(path: Path, name: str, text: Any) -> Any:
+    if not isinstance(text, str) or len(text) > MOST_TEXT:
+        raise damaged(path, f"the attribute {name} is not text, or too long")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise damaged(path, f"the attribute {name} is not JSON") from None
+
+
+def settings_of(path: Path, attributes: dict[str, Any], parsed: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint. Raises UserError if it, or an attribute that every file has, is not whole."""
+    if "fingerprint" not in attributes:
+        raise UserError(f"{path} was not written by virnucpro embed.")
+    settings: dict[str, Any] = parsed["fingerprint"]
+    words = (*WORDS, "imported_from") if "imported" in settings else WORDS
+    if lacking := [name for name in words if name not in attributes]:
+        raise damaged(path, f"it has no attribute {lacking[0]}")
+    if (place := unfit(parsed, JSONS)) is not None:
+        raise damaged(path, f"the attribute {place} lacks")
+    if not parsed["inputs"] and "imported" not in settings:
+        raise damaged(path, "its inputs are not named")
+    if settings["long"] == "window" and settings.get("overlap", settings["max_residues"]) >= settings["max_residues"]:
+        raise damaged(path, "the attribute fingerprint.overlap is no overlap of its windows")
     return settings
 
 
-def checked(file: EmbeddingFile, path: str) -> dict[str, Any]:
-    """As `settings_of`, for commands that take every number in the columns for what it says."""
-    settings = settings_of(file, path)
-    right = {
-        "status": file.status < len(STATUS_NAMES),
-        "reason": file.reason < len(REASONS),
-        "lengths": file.lengths >= 0,
-    }
-    if any_by_residue(settings["pool"], settings.get("emit", ())):
-        right["residue/offsets"] = np.diff(file.residue_offsets, prepend=0) >= 0
-    if file.groups is not None:
-        right["groups/of"] = file.groups.of < len(file.groups)
-    for name, each in right.items():
-        if not each.all():
-            raise _damaged(path, f"{name} has no possible number at {int(each.argmin())}")
-    return settings
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+def datasets_of(file: h5py.File, path: Path, shards: dict[str, h5py.File]) -> dict[str, h5py.Dataset]:
+    """Every dataset of the file by name, checked. shards: of a view, the files that it may show, by name.
+
+    Raises UserError for a dataset that is not as the schema says, lies outside the file, or is in another file.
+    """
+    length = os.fstat(file.id.get_vfd_handle()).st_size
+    found, sizes = {}, dict[str, int]()
+    for name, data in _walk(file, path):
+        found[name] = data
+        if name == "embeddings":  # a second name
+            continue
+        field = field_of(name)
+        _check_place(path, name, data, length, shards, known=field is not None)
+        if field is None:
+            continue
+        dtype = _word_for(data.dtype)
+        if dtype not in field.dtypes:
+            raise damaged(path, f"{name} is of {data.dtype}, not {' or '.join(field.dtypes)}")
+        if len(data.shape) != len(field.shape):
+            raise damaged(path, f"{name} has {len(data.shape)} dimensions, not {len(field.shape)}")
+        for size, letter in zip(data.shape, field.shape, strict=True):
+            _bind(path, name, size, letter, sizes)
+    if lacking := [name for name in NEEDED if name not in found]:
+        raise damaged(path, f"it has no {lacking[0]}")
+    default = found.get("embeddings")
+    if default is not None and not any(data == default for name, data in found.items() if name != "embeddings"):
+        raise damaged(path, "embeddings is no second name of a dataset")
+    return found
+
+
+def _walk(file: h5py.File, path: Path) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Datasets, by plain links alone."""
+    waiting: list[tuple[str, Any]] = [("", file)]
+    seen = 0
+    while waiting:
+        prefix, group = waiting.pop()
+        seen += len(group)
+        if seen > MOST_OBJECTS:
+            raise damaged(path, f"it has more than {MOST_OBJECTS:,} datasets")
+        for key in group:
+            name = prefix + key
+            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                raise foreign(path, f"{name} is a link to another place")
+            item = group[key]
+            if isinstance(item, h5py.Dataset):
+                yield name, item
+            elif isinstance(item, h5py.Group) and name.count("/") < DEPTH - 1:
+                waiting.append((f"{name}/", item))
+            else:
+                raise damaged(path, f"{name} is no dataset")
+
+
+def _word_for(dtype: Any) -> str:
+    if h5py.check_string_dtype(dtype) is not None:
+        return TEXT if dtype.kind == "O" else BYTES
+    return str(dtype.str) if dtype.kind in "biuf" else str(dtype)
+
+
+def _bind(path: Path, name: str, size: int, letter: str | int, sizes: dict[str, int]) -> None:
+    """Hold a size against those of the same letter."""
+    if letter == "N+1":
+        letter, size = "N", size - 1
+    right = letter if isinstance(letter, int) else sizes.setdefault(letter, size)
+    if size != right:
+        raise damaged(path, f"{name} has {size:,} entries, and {right:,} is right")
+
+
+def _check_place(
+    path: Path, name: str, data: h5py.Dataset, length: int, shards: dict[str, h5py.File], known: bool
+) -> None:
+    """Raise UserError unless the dataset's bytes are in this file, or, in a view, those of its shards."""
+    creation = data.id.get_create_plist()
+    if creation.get_external_count():
+        raise foreign(path, f"{name} has its bytes in another file")
+    layout = creation.get_layout()
+    if layout == h5py.h5d.VIRTUAL:
+        if not shards:
+            raise foreign(path, f"{name} shows another file")
+        return _check_shown(path, name, data, shards)
+    if data.shape is None:
+        raise damaged(path, f"{name} has no shape")
+    item = HEAP_ENTRY if data.dtype.kind == "O" else data.dtype.itemsize
+    declared = prod(map(int, data.shape)) * item
+    if not declared or not known:
+        return None
+    offset = data.id.get_offset() if layout == h5py.h5d.CONTIGUOUS else None
+    if offset is None:
+        raise damaged(path, f"{name} is not stored in one piece, as embed stores it")
+    if offset + declared > length:
+        raise damaged(path, f"{name} would take {declared:,} bytes from {offset:,} on, and the file has {length:,}")
+    return None
+
+
+def _check_shown(path: Path, name: str, data: h5py.Dataset, shards: dict[str, h5py.File]) -> None:
+    """Raise UserError unless a dataset of a view shows the same dataset of all shards, one behind the other."""
+    start = 0
+    shown = {source.file_name: source for source in data.virtual_sources()}
+    for shard, file in shards.items():
+        there = file.get(name)
+        size = int(there.shape[0]) if isinstance(there, h5py.Dataset) else 0
+        source = shown.pop(shard, None)
+        if size and source is None:
+            raise foreign(path, f"{name} does not show {shard}")
+        if source is not None:
+            ends = ((start, *(0 for _ in data.shape[1:])), (start + size - 1, *(n - 1 for n in data.shape[1:])))
+            if (
+                source.dset_name != name
+                or source.vspace.get_select_bounds() != ends
+                or source.vspace.get_select_npoints() != prod(there.shape)
+                or source.src_space.get_select_type() != h5py.h5s.SEL_ALL
+                or there.shape[1:] != data.shape[1:]
+                or there.dtype != data.dtype
+            ):
+                raise foreign(path, f"{name} does not show all of {shard}, in order")
+        start += size
+    if shown or start != data.shape[0]:
+        raise foreign(path, f"{name} shows other files than its shards")
+
+
+def named_layers(names: Iterable[str]) -> dict[str, list[int]]:
+    """Kind -> layers, rising, of datasets such as mean/33."""
+    found: dict[str, list[int]] = {}
+    for name in names:
+        if match := re.fullmatch(r"([a-z]+)/(-?\d+)", name):
+            found.setdefault(match[1], []).append(int(match[2]))
+    return {kind: sorted(layers) for kind, layers in found.items()}

@@ -1,7 +1,13 @@
-"""What is in the file, schema 1: codes, bits, reasons and sizes."""
+"""The file as data, schema 1: codes, bits and reasons; every dataset, attribute and setting with its type and bounds."""
 
 import errno
+import re
 from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from virnucpro_cli.alphabet import TOKENS
+from virnucpro_cli.config import CHOICES
+from virnucpro_cli.kinds import EMITS, KINDS, POOLED
 
 SCHEMA = 1
 PENDING, DONE, SKIPPED = 0, 1, 2
@@ -35,3 +41,138 @@ def blocks(n: int, size: int = NAME_BLOCK) -> Iterator[slice]:
 def whole_lines(text: bytes) -> list[str]:
     """A last line without its end is one that a power cut tore."""
     return text[: text.rfind(b"\n") + 1].decode().splitlines()
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+TEXT, BYTES = "text", "bytes"
+REAL, WHOLE = ("<f2", "<f4"), ("|i1", "<i2", "<i4", "<i8")
+LAYER = r"-?\d{1,4}"
+MOST_OBJECTS = 1 << 14
+"""Datasets and groups of a file, at most; attributes too."""
+
+
+class Field(NamedTuple):
+    """A dataset. name: a pattern; dtypes: those it may have; shape: letters are sizes that several datasets share (N records, R
+    residues, D dimensions, G groups, C contigs, V values of maps).
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    shape: tuple[str | int, ...]
+
+
+FIELDS = (
+    Field("sequence_ids", (TEXT,), ("N",)),
+    Field("lengths|replaced", ("<i4",), ("N",)),
+    Field("flags", ("<u2",), ("N",)),
+    Field("status|reason|computed_by", ("|u1",), ("N",)),
+    Field("records", ("<i8",), ("N",)),
+    Field("residue/offsets", ("<i8",), ("N+1",)),
+    Field(f"({'|'.join(POOLED)})/{LAYER}", REAL, ("N", "D")),
+    Field(f"residue/{LAYER}", REAL, ("R", "D")),
+    Field("unmasked/logits", REAL, ("R", len(TOKENS))),
+    Field("unmasked/(entropy|pseudo_perplexity)", ("<f4",), ("N",)),
+    Field("contacts/values", REAL, ("V",)),
+    Field("contacts/starts", ("<i8",), ("N",)),
+    Field("contacts/sizes", ("<i4",), ("N",)),
+    Field("contacts/status", ("|u1",), ("N",)),
+    Field("genes/(contig|begin|end|strand)", WHOLE, ("N",)),
+    Field("contigs/ids", (TEXT,), ("C",)),
+    Field("contigs/lengths", WHOLE, ("C",)),
+    Field("groups/of", ("<i8",), ("N",)),
+    Field("groups/ids", (TEXT,), ("G",)),
+    Field("groups/members", ("<i8",), ("G",)),
+    Field(f"groups/(mean|length_weighted_mean|max)/{LAYER}", REAL, ("G", "D")),
+    Field("run/(report|environments|checksum|layout)", (BYTES,), ()),
+    Field("run/sums|contacts/sums", ("<u8",), ("N",)),
+    Field("run/complete", ("|u1",), ()),
+)
+NEEDED = ("sequence_ids", "lengths", "replaced", "flags", "status", "reason", "computed_by", "run/report", "run/environments",
+          "run/checksum", "run/complete")  # fmt: skip
+"""Datasets of every file."""
+
+
+def field_of(name: str) -> Field | None:
+    """The row of FIELDS for a dataset; None for one that others added."""
+    return next((field for field in FIELDS if re.fullmatch(field.name, name)), None)
+
+
+# --- attributes and settings -----------------------------------------------------------------------------------------
+
+MOST_TEXT = 1 << 24
+"""Bytes of an attribute, at most."""
+MOST_LAYERS = 1000
+COMPUTED_IN = ("float32", "float16", "bfloat16", "float8_e4m3fn", UNKNOWN)
+WORDS = ("model", "device", "attention", "tool_version", "created", "weights", "weights_sha256", "dtype")
+"""Attributes of every file that are text."""
+
+
+class Whole(NamedTuple):
+    """A whole number within bounds."""
+
+    least: int
+    most: int
+
+
+class Distinct(NamedTuple):
+    """A list of different things of a form, at least one."""
+
+    form: Any
+
+
+Form = Any
+"""What JSON must be: a type, a Whole, the words there are (a set), [form of each], Distinct, or {key: form}; a key with ? may lack."""
+
+_SOURCE = {"path": str, "bytes": Whole(0, 1 << 62), "sha256": str}
+FINGERPRINT: dict[str, Form] = {
+    "input_sha256": [str], "weights_sha256": str, "layers": Distinct(Whole(-1, 9999)), "pool": Distinct(set(KINDS)),
+    "dtype": set(COMPUTED_IN), "store_dtype": set(CHOICES["store_dtype"]), "max_residues": Whole(1, 1 << 31),
+    "long": set(CHOICES["long"]), "invalid": set(CHOICES["invalid"]), "id": set(CHOICES["id"]), "dedup": bool,
+    "attention": str, "device": str, "overlap?": Whole(0, 1 << 31), "emit?": Distinct(set(EMITS)), "shard?": str,
+    "groups?": str, "gene_caller?": {"name": set(CHOICES["genes"]), "version": str}, "imported?": str, "unknown?": [str],
+}  # fmt: skip
+JSONS: dict[str, Form] = {
+    "fingerprint": FINGERPRINT, "config": {"model": str}, "environment": {"torch?": str}, "argv": [str],
+    "layers": Distinct(Whole(-1, 9999)), "pool": Distinct(set(KINDS)), "inputs": [_SOURCE],
+    "contigs?": [_SOURCE], "columns?": [str], "tables?": [str], "merged_from?": [str], "virtual_of?": [[str]],
+}  # fmt: skip
+"""Attributes in JSON."""
+
+
+def unfit(value: Any, form: Form, whole: bool = True) -> str | None:
+    """The place in a value that is not of the form, such as `pool`; empty for the value itself, None if all of it fits. whole: whether a
+    key that lacks does not fit.
+    """
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return ""
+        for key, each in form.items():
+            name = key.removesuffix("?")
+            if name not in value:
+                if whole and name == key:
+                    return name
+            elif (place := unfit(value[name], each, whole)) is not None:
+                return f"{name}.{place}".rstrip(".")
+        return None
+    if isinstance(form, Distinct):
+        fits = isinstance(value, list) and 0 < len(value) <= MOST_LAYERS and unfit(value, [form.form]) is None
+        return None if fits and len(set(value)) == len(value) else ""
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return ""
+        return next(
+            (
+                f"{i}.{place}".rstrip(".")
+                for i, each in enumerate(value)
+                if (place := unfit(each, form[0], whole)) is not None
+            ),
+            None,
+        )
+    if isinstance(form, Whole):
+        fits = isinstance(value, int) and not isinstance(value, bool) and form.least <= value <= form.most
+    elif isinstance(form, set):
+        fits = isinstance(value, str) and value in form
+    else:
+        fits = isinstance(value, form)
+    return None if fits else ""

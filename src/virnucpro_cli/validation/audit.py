@@ -49,7 +49,7 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     """Audit `config.against`. Raises UserError if it is not a file of ours or its input or weights cannot be found."""
     assert config.against is not None
     with store.opened(config.against) as file:
-        settings = store.settings_of(file, config.against)
+        settings = file.settings
         if file.records is not None:
             raise UserError(
                 f"{config.against} is a shard, or a view of shards: its rows are not in the order of the FASTA.",
