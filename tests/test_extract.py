@@ -1,6 +1,8 @@
 """`virnucpro extract` against fair-esm's own script, file by file: its reader, its batches, its model, its way to cut and pool."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,36 @@ def test_the_same_extract_twice_at_once_is_refused(
         patch.setattr(torch, "save", again)
         extract.run(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
     assert len(refused) == 2 and sorted(path.name for path in folder.iterdir()) == ["p0.pt", "p1.pt"]
+
+
+def test_no_file_replaces_the_weights_or_the_fasta(tmp_path: Path, tiny: Path) -> None:
+    weights_file, fasta = tmp_path / "mine.pt", tmp_path / "in.pt"
+    weights_file.write_bytes(tiny.read_bytes())
+    for name, text in (("mine", ">mine\nMKV\n"), ("in", ">in\nMKV\n")):
+        fasta.write_text(text)
+        before = weights_file.read_bytes()
+        with pytest.raises(UserError, match=f"{name}.pt would be replaced"):
+            extract.run(str(weights_file), str(fasta), str(tmp_path), ("mean",), gpu=False)
+        assert weights_file.read_bytes() == before and fasta.read_text() == text
+
+
+def test_standard_input_is_taken_as_by_embed(tmp_path: Path, tiny: Path, judge: Reference) -> None:
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text(">a b\nMKVLA\n>\nGGTRS\n")
+    command = [
+        sys.executable,
+        "-m",
+        "virnucpro_cli",
+        "extract",
+        tiny,
+        "-",
+        tmp_path / "out",
+        "--include",
+        "mean",
+        "--nogpu",
+    ]
+    subprocess.run([str(each) for each in command], input=fasta.read_bytes(), check=True)
+    assert_like_fair_esm(tmp_path / "out", by_fair_esm(judge, fasta, ("mean",), (2,), 1022))
 
 
 def test_without_a_contact_regression_the_error_says_where_it_was_looked_for(

@@ -5,6 +5,9 @@ The hidden file lies in the output directory until the tree is whole: an interru
 
 import hashlib
 import os
+import shutil
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from xopen import xopen
 from virnucpro_cli import embed, fasta, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.model import locate
 
 ENTRIES = {
     "per_tok": ("representations", "residue"),
@@ -53,6 +57,12 @@ def run(
     """
     out = out or report.console()
     folder = _folder(Path(output))
+    if path == "-" or not os.path.isfile(path):
+        with tempfile.TemporaryDirectory(prefix="virnucpro-extract-") as spool:
+            copy = _spooled(path, Path(spool))
+            return run(
+                model, copy, output, include, layers=layers, longest=longest, tokens=tokens, gpu=gpu, out=out
+            )  # fmt: skip
     kinds = tuple(kind for name, (_, kind) in ENTRIES.items() if name in include)
     settings = EmbedConfig(
         inputs=(path,), model=model, layers=layers, pool=kinds or ("bos",), dtype="fp32", store_dtype="fp32",
@@ -64,9 +74,10 @@ def run(
         / f".virnucpro-{_key(os.path.realpath(path))}-{_key(model, _state(path), kinds, layers, longest, include)}"
     )
     with _alone(own, path):
-        table = _table(path, folder)
+        table = fasta.index(fasta.open_sources([path], folder))
         labels = _labels(table, path)
         places = paths_of(labels)
+        _check_places(folder, places, [path, *locate.files_read(model)])
         moved = [i for i, label in enumerate(labels) if str(places[i]) != f"{label}.pt"]
         if moved:
             out.print(
@@ -164,10 +175,23 @@ def _key(*settings: Any) -> str:
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
 
 
-def _table(path: str, folder: Path) -> fasta.RecordTable:
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is not a file, and is read twice here.", "Save it to a file first.")
-    return fasta.index(fasta.open_sources([path], folder))
+def _spooled(path: str, spool: Path) -> str:
+    """A copy of standard input or of a pipe, which is read twice here. Raises UserError if it cannot be read."""
+    copy = spool / "standard-input.fasta"
+    try:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as source, open(copy, "wb") as into:
+            shutil.copyfileobj(source, into)
+    except OSError as error:
+        raise UserError(f"The FASTA {path} cannot be read: {error.strerror}.") from None
+    return str(copy)
+
+
+def _check_places(folder: Path, places: list[Path], read: list[str | Path]) -> None:
+    """Raise UserError if the file of a header would replace one that is read."""
+    taken = {os.path.realpath(path) for path in read}
+    for place in places:
+        if os.path.realpath(folder / place) in taken:
+            raise UserError(f"{folder / place} would be replaced, which this run reads.", "Choose another OUTDIR.")
 
 
 def _labels(table: fasta.RecordTable, path: str) -> list[str]:

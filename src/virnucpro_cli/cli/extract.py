@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     found.add_argument("model", metavar="MODEL", help="esm2_t6_8M_UR50D ..., a .pt file, or what embed --model takes")
-    found.add_argument("fasta", metavar="FASTA", help="proteins, plain or gz, bz2, xz, zst")
+    found.add_argument("fasta", metavar="FASTA", help="proteins, plain or gz, bz2, xz, zst, or - for standard input")
     found.add_argument("output", metavar="OUTDIR", help="made if it is not there")
     found.add_argument("--include", nargs="+", choices=INCLUDE, required=True, help="what the files hold")
     found.add_argument("--repr_layers", type=int, default=[-1], nargs="+", help="0 is the embedding, -1 the last layer")

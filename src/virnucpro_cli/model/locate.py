@@ -89,6 +89,18 @@ def places(spec: ModelSpec) -> list[Path]:
     return [*(newest_first or [snapshots]), *found]
 
 
+def files_read(model: str) -> list[Path]:
+    """Every file that may be read for a model: none of them may be written by the same run."""
+    spec = by_name(model)
+    found: list[Path] = []
+    for place in [Path(os.path.expanduser(model))] if spec is None else places(spec):
+        if place.is_dir():
+            found += [path for path in place.iterdir() if path.is_file()]
+        elif place.is_file():
+            found += [place, place.with_name("config.json"), place.with_name(f"{place.stem}-contact-regression.pt")]
+    return found
+
+
 def _hf_cache() -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
