@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "virnucpro_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
-    ("config", "kinds", "report", "errors"),
+    ("config", "kinds", "report", "errors", "stopping"),
     ("collate", "packing", "fasta", "alphabet", "pooling"),
     (
         "placer",

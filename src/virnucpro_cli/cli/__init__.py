@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from virnucpro_cli import __version__
+from virnucpro_cli import __version__, stopping
 from virnucpro_cli.cli import bench, embed, extract, files, layouts, look, machine, shards, validate
-from virnucpro_cli.cli.process import StopOnce, bug, fail, on_stop_signals, open_closed_streams, say, usage_or_bug
-from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USER_ERROR, Stopped, UserError
+from virnucpro_cli.cli.process import bug, fail, open_closed_streams, say, usage_or_bug
+from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USER_ERROR, UserError
 
 app = typer.Typer(
     name="virnucpro",
@@ -57,26 +57,43 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code."""
     open_closed_streams()
-    stop_once = StopOnce()
-    on_stop_signals(stop_once)
+    stopper = stopping.install()
+    code, raised = EXIT_OK, None
     try:
-        code = app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
-    except UserError as error:
-        fail(error)
-        code = EXIT_USER_ERROR
-    except typer.Abort as error:  # click's word for an EOFError
-        bug(error.__cause__ or error)
-        code = EXIT_INTERNAL
-    except Stopped as stop:
-        name = signal.Signals(stop.signum).name
-        say(
-            f"stopped by {name}; "
-            + ("what was computed is kept, and the same command resumes." if stop.resumable else "nothing was written.")
-        )
-        code = EXIT_SIGNAL_BASE + stop.signum
-    except Exception as error:  # the last resort: a bug, logged whole
-        code = usage_or_bug(error)
-    stop_once.stopped = True  # a signal that comes now finds nothing to stop
+        try:
+            code = app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
+        finally:
+            stopper.end()
+    except BaseException as error:
+        stopper.end()
+        raised = error
+    if stopper.signum is not None:  # whatever else was raised came of it
+        code = _stopped(stopper.signum, stopping.stop_in(raised))
+    elif raised is not None:
+        code = _told(raised)
     if sys.stdout is not None:
         sys.stdout.flush()
     sys.exit(code)
+
+
+def _stopped(signum: int, stop: BaseException | None) -> int:
+    """Say what became of a command that a signal stopped, and return its exit code."""
+    kept = "what was computed is kept, and the same command resumes."
+    left = kept if getattr(stop, "resumable", False) else "nothing was written."
+    if stop is None:  # it was seen when all was done
+        left = "it came too late to stop anything; the same command says what is there."
+    say(f"stopped by {signal.Signals(signum).name}; {left}")
+    return EXIT_SIGNAL_BASE + signum
+
+
+def _told(error: BaseException) -> int:
+    """Say what went wrong, and return the exit code."""
+    if isinstance(error, UserError):
+        fail(error)
+        return EXIT_USER_ERROR
+    if isinstance(error, typer.Abort):  # click's word for an EOFError
+        bug(error.__cause__ or error)
+        return EXIT_INTERNAL
+    if not isinstance(error, Exception):  # SystemExit of a library
+        raise error
+    return usage_or_bug(error)  # the last resort: a bug, logged whole

@@ -6,34 +6,14 @@ import sys
 import tempfile
 import traceback
 from contextlib import suppress
-from types import FrameType
-from typing import Any
 
-from virnucpro_cli import __version__
-from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, STOP_SIGNALS, Stopped, UserError
-
-
-class StopOnce:
-    """Turns the first signal into Stopped; later ones must not disturb the way out, which commits what is done."""
-
-    def __init__(self) -> None:
-        self.stopped = False
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if not self.stopped:
-            self.stopped = True
-            raise Stopped(signum)
-
-
-def on_stop_signals(handler: Any) -> None:
-    for signum in STOP_SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(signum, handler)
+from virnucpro_cli import __version__, stopping
+from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
 
 
 def end_at_once() -> None:
     """Signals kill a command that has nothing to put in order: HDF5 can be lost in a damaged file, where no handler gets its turn."""
-    on_stop_signals(signal.SIG_DFL)
+    stopping.on_stop_signals(signal.SIG_DFL)
 
 
 def say(*lines: str) -> None:

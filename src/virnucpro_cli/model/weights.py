@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from virnucpro_cli import stopping
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.locate import Weights
 from virnucpro_cli.model.spec import SIZES, VOCABULARY, ModelSpec
@@ -143,6 +144,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             except RuntimeError:  # the format before zip archives cannot be mapped
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise KeyError, TypeError, AssertionError and more
+        if stop := stopping.stop_in(error):
+            raise stop from None
         first = (str(error).strip() or "it ends early").splitlines()[0]
         if isinstance(error, pickle.UnpicklingError):
             raise UserError(

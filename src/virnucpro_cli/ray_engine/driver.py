@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import runner
+from virnucpro_cli import runner, stopping
 from virnucpro_cli.attention import Backend
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import STOP_SIGNALS, Stopped, UserError, in_a_line
+from virnucpro_cli.errors import STOP_SIGNALS, UserError, in_a_line
 from virnucpro_cli.kinds import any_by_residue, by_residue
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
@@ -66,7 +66,7 @@ def _stops() -> Iterator[None]:
     try:
         yield
     except SystemError as error:
-        raise (error.__cause__ if isinstance(error.__cause__, Stopped) else error) from None
+        raise (stopping.stop_in(error) or error) from None
 
 
 @dataclass

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from virnucpro_cli import stopping
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.kinds import by_residue, pooled
 from virnucpro_cli.store.disk import pwrite_all
@@ -179,12 +180,14 @@ def _create_view(file: Any, path: str, shape: tuple[int, ...], dtype: Any, sourc
 class _Reserved:
     """A file as HDF5 writes its layout into it: never made smaller, so that room once reserved stays reserved.
 
-    `error` is the first OSError of a write, which HDF5 itself reports as something else.
+    HDF5 cannot close a file after a failed write, and may close it late: it is told that all writes go well. `error` is what
+    the first of them failed with; from then on, and after `end`, nothing is written or read.
     """
 
     def __init__(self, fd: int):
         self.fd, self.at, self.size = fd, 0, 0
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
+        self.ended = False
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self.at = offset + (self.size if whence == os.SEEK_END else self.at if whence == os.SEEK_CUR else 0)
@@ -194,25 +197,32 @@ class _Reserved:
         return self.at
 
     def read(self, count: int = -1) -> bytes:
-        data = os.pread(self.fd, self.size - self.at if count < 0 else count, self.at)
-        self.at += len(data)
-        return data
+        data = bytearray(self.size - self.at if count < 0 else count)
+        return bytes(data[: self.readinto(data)])
 
     def readinto(self, buffer: Any) -> int:
-        count = os.preadv(self.fd, [buffer], self.at)
+        count = 0 if self._is_over else os.preadv(self.fd, [buffer], self.at)
         self.at += count
         return count
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
         try:
-            pwrite_all(self.fd, view, self.at)
-        except OSError as error:
-            self.error = self.error or error
-            raise
+            if not self._is_over:
+                pwrite_all(self.fd, view, self.at)
+        except BaseException as error:
+            self.error = error
         self.at += view.nbytes
         self.size = max(self.size, self.at)
         return view.nbytes
+
+    @property
+    def _is_over(self) -> bool:
+        return self.ended or self.error is not None
+
+    def end(self) -> None:
+        """The descriptor is about to be another file's."""
+        self.ended = True
 
     def truncate(self, size: int | None = None) -> int:
         self.size = self.at if size is None else size
@@ -226,17 +236,19 @@ def lay_out(fd: int, layout: Layout) -> None:
     """Write everything but embeddings, and make the file exactly as long as HDF5 says. Raises OSError."""
     file = _Reserved(fd)
     try:
-        _write_layout(file, layout)
-    except Exception:
+        with stopping.held():
+            _write_layout(file, layout)
+    finally:
+        file.end()
         if file.error is not None:
-            raise file.error from None
-        raise
+            raise file.error
     os.ftruncate(fd, file.size)
 
 
 def _write_names(file: Any, name: str, names: Names) -> None:
     dataset = file.create_dataset(name, (names.count,), h5py.string_dtype("utf-8"))
     for rows in blocks(names.count):
+        stopping.check()
         dataset[rows] = names.of(rows.start, rows.stop)
 
 

@@ -1,0 +1,121 @@
+"""Signals that stop a run, one way for all commands: at once, or at the end of a block that must not be interrupted; never lost.
+
+Python raises what a signal handler raises wherever the program is. In a callback of a compiled library, or in a destructor,
+that is swallowed, or ends the process. Such blocks are `held`; for others the handler looks again a moment later.
+"""
+
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from virnucpro_cli.errors import STOP_SIGNALS, Stopped
+
+AGAIN_SECONDS = 0.2
+
+
+class Stopper:
+    """Turns a signal into Stopped. One that is on its way out is not disturbed; one that was swallowed is raised again."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None  # of the first signal
+        self.holding = 0
+        self.over = False
+        self._raised: weakref.ref[Stopped] | None = None
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is None and not self.over:
+            self.signum = signum
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
+        if not self.holding:
+            self.check()
+
+    def again(self, signum: int, frame: FrameType | None) -> None:
+        if not self.holding:
+            self.check()
+
+    def check(self) -> None:
+        """Raise Stopped if a signal came, and none is on its way out."""
+        on_its_way = self._raised is not None and self._raised() is not None
+        if self.signum is None or self.over or on_its_way:
+            return
+        stop = Stopped(self.signum)
+        self._raised = weakref.ref(stop)
+        try:
+            raise stop
+        finally:
+            del stop  # nothing else keeps it alive when it is swallowed
+
+    def end(self) -> None:
+        """The command is over: a signal that comes now finds nothing to stop."""
+        self.over = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+_stopper: Stopper | None = None
+
+
+def install() -> Stopper:
+    """Have signals stop this process's command."""
+    global _stopper
+    _stopper = Stopper()
+    on_stop_signals(_stopper)
+    signal.signal(signal.SIGALRM, _stopper.again)
+    return _stopper
+
+
+def on_stop_signals(handler: Any) -> None:
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(signum, handler)
+
+
+def check() -> None:
+    """A safe point in a block that is held: raise what a signal asked for."""
+    if _stopper is not None and threading.current_thread() is threading.main_thread():
+        _stopper.check()
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let no signal interrupt the block; one that comes is acted upon at its end, or where the block calls `check`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no handler ever runs
+    elif _stopper is not None and not _stopper.over:
+        stopper = _stopper
+        stopper.holding += 1
+        try:
+            yield
+        finally:
+            stopper.holding -= 1
+            if not stopper.holding:
+                stopper.check()
+    else:
+        with _interrupt_held():
+            yield
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Of a program that is not ours, and has its own handler: Python's, for Ctrl-C."""
+    before, seen = signal.getsignal(signal.SIGINT), list[int]()
+    if not callable(before):
+        yield
+        return
+    try:
+        signal.signal(signal.SIGINT, lambda signum, frame: seen.append(signum))
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if seen:
+            signal.raise_signal(signal.SIGINT)
+
+
+def stop_in(error: BaseException | None) -> BaseException | None:
+    """The stop that an error was made of: compiled code turns what a signal handler raises into errors of its own."""
+    while error is not None and not isinstance(error, Stopped | KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
