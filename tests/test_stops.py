@@ -1,7 +1,7 @@
 """Signals at random moments, for every command: each stops it with its exit code, and the same command goes on from there."""
 
+import functools
 import gc
-import multiprocessing
 import os
 import random
 import signal
@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from conftest import write_model
 from test_faults import CHILDREN, datasets
-from virnucpro_cli import cli, stopping, store
+from virnucpro_cli import cli, stopping
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import STOP_SIGNALS, UserError
+from virnucpro_cli.placer import Placer
 
 CONTIGS = Path(__file__).parent.parent / "examples" / "contigs.fna"
 SHARDS = 2
@@ -70,8 +70,11 @@ def signal_handlers() -> Any:
         signal.signal(number, handler)
 
 
-def child(line: list[str], at: int, answer: Any) -> None:
-    """Run a command, with SIGTERM at the event number `at` of its Python code; answers with how many events there were."""
+def child(line: list[str], at: int, answer: Any, trap: Callable[[], None] | None = None) -> None:
+    """Run a command, with SIGTERM at the event number `at` of its Python code; answers with how many events there were.
+
+    trap: sets up another moment for the signal.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
@@ -84,7 +87,9 @@ def child(line: list[str], at: int, answer: Any) -> None:
             signal.raise_signal(signal.SIGTERM)
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.setprofile(count)
+    if trap is not None:
+        trap()
+    sys.setprofile(count if trap is None else None)
     try:
         cli.main(line)
     except SystemExit as end:
@@ -93,10 +98,10 @@ def child(line: list[str], at: int, answer: Any) -> None:
         answer.send((events, end.code, seen))
 
 
-def ran(line: list[str], at: int = 0) -> tuple[int, int, bool]:
+def ran(line: list[str], at: int = 0, trap: Callable[[], None] | None = None) -> tuple[int, int, bool]:
     """Events, exit code, and whether the command saw the signal."""
     answer, question = CHILDREN.Pipe(duplex=False)
-    process = CHILDREN.Process(target=child, args=(line, at, question))
+    process = CHILDREN.Process(target=child, args=(line, at, question, trap))
     process.start()
     process.join(120)
     if answer.poll():
@@ -107,12 +112,100 @@ def ran(line: list[str], at: int = 0) -> tuple[int, int, bool]:
 
 def prepared(there: Path, out: Path) -> Path:
     out.mkdir()
-    for n in range(1, SHARDS + 1):
-        name = f"shards.{n}-of-{SHARDS}.h5"
-        source = next(path for path in there.glob("shards*") if f"{n}" in path.name.replace("h5", "").split("of")[0])
-        os.link(source, out / source.name)
-        assert name
+    for shard in there.glob("shards*.h5"):
+        os.link(shard, out / shard.name)
     return out
+
+
+def at_the_write(number: int) -> None:
+    """A signal at a write of the layout, which HDF5 calls for."""
+    real, calls = os.pwrite, 0
+
+    def pwrite(*arguments: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    os.pwrite = pwrite
+
+
+class Dying:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def in_a_destructor() -> None:
+    """A signal where Python itself swallows what a handler raises, and prints it."""
+    begin = Placer.__init__
+
+    def placer(*arguments: Any, **more: Any) -> None:
+        Dying()
+        begin(*arguments, **more)
+
+    Placer.__init__ = placer  # type: ignore[method-assign]
+
+
+def in_compiled_code() -> None:
+    """A signal in a library whose compiled code makes an error of its own of what a handler raises."""
+    import safetensors.torch
+
+    def load_file(*_: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise SystemError("returned a result with an exception set") from error
+
+    safetensors.torch.load_file = load_file
+
+
+TRAPS: dict[str, Callable[[], None]] = {
+    **{f"write {n} of the layout": functools.partial(at_the_write, n) for n in (1, 2, 3, 5, 8, 12, 17, 23, 30)},
+    "a destructor": in_a_destructor,
+    "loading weights": in_compiled_code,
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_signal_that_a_library_would_swallow_stops_the_run_too(there: Path, tmp_path: Path, trap: str) -> None:
+    line = commands(there, tmp_path)["embed"]
+    _, code, seen = ran(line, trap=TRAPS[trap])
+    assert seen and code == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("*.new"))
+    assert ran(line)[1] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.h5"]
+
+
+@pytest.mark.parametrize("what", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stopped"])
+@pytest.mark.parametrize("number", [1, 2, 5, 12, 23])
+def test_files_opened_after_a_layout_that_failed_are_untouched(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, what: BaseException
+) -> None:
+    """In a process that lives on: no HDF5 handle writes to a descriptor that is another file's now."""
+    real, calls = os.pwrite, 0
+
+    def failing(*arguments: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise what
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing)
+        with pytest.raises((UserError, KeyboardInterrupt)) as failed:
+            embed_fasta(str(there / "in.fasta"), str(tmp_path / "out.h5"), model=str(there / "model"), device="cpu")
+    assert calls >= number and list(tmp_path.iterdir()) == []
+    opened = [open(tmp_path / f"{n}.txt", "w+b", buffering=0) for n in range(10)]  # noqa: SIM115
+    for file in opened:
+        file.write(b"mine")
+    del failed
+    gc.collect()
+    for file in opened:
+        file.seek(0)
+        assert file.read() == b"mine"
+        file.close()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from virnucpro_cli import stopping
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.kinds import by_residue, pooled
-from virnucpro_cli.store.disk import pwrite_all
 from virnucpro_cli.store.opening import opened_hdf5
 from virnucpro_cli.store.schema import (
     CHECKSUM_BYTES,
@@ -29,6 +28,7 @@ from virnucpro_cli.store.schema import (
     STATUS_NAMES,
     blocks,
 )
+from virnucpro_cli.store.sink import Sink
 
 
 @dataclass(frozen=True)
@@ -177,83 +177,26 @@ def _create_view(file: Any, path: str, shape: tuple[int, ...], dtype: Any, sourc
     file.create_virtual_dataset(path, view, fillvalue=np.nan)
 
 
-class _Reserved:
-    """A file as HDF5 writes its layout into it: never made smaller, so that room once reserved stays reserved.
-
-    HDF5 cannot close a file after a failed write, and may close it late: it is told that all writes go well. `error` is what
-    the first of them failed with; from then on, and after `end`, nothing is written or read.
-    """
-
-    def __init__(self, fd: int):
-        self.fd, self.at, self.size = fd, 0, 0
-        self.error: BaseException | None = None
-        self.ended = False
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + (self.size if whence == os.SEEK_END else self.at if whence == os.SEEK_CUR else 0)
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, count: int = -1) -> bytes:
-        data = bytearray(self.size - self.at if count < 0 else count)
-        return bytes(data[: self.readinto(data)])
-
-    def readinto(self, buffer: Any) -> int:
-        count = 0 if self._is_over else os.preadv(self.fd, [buffer], self.at)
-        self.at += count
-        return count
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        try:
-            if not self._is_over:
-                pwrite_all(self.fd, view, self.at)
-        except BaseException as error:
-            self.error = error
-        self.at += view.nbytes
-        self.size = max(self.size, self.at)
-        return view.nbytes
-
-    @property
-    def _is_over(self) -> bool:
-        return self.ended or self.error is not None
-
-    def end(self) -> None:
-        """The descriptor is about to be another file's."""
-        self.ended = True
-
-    def truncate(self, size: int | None = None) -> int:
-        self.size = self.at if size is None else size
-        return self.size
-
-    def flush(self) -> None:
-        pass
-
-
 def lay_out(fd: int, layout: Layout) -> None:
     """Write everything but embeddings, and make the file exactly as long as HDF5 says. Raises OSError."""
-    file = _Reserved(fd)
+    sink = Sink(fd)
     try:
         with stopping.held():
-            _write_layout(file, layout)
+            _write_layout(sink, layout)
     finally:
-        file.end()
-        if file.error is not None:
-            raise file.error
-    os.ftruncate(fd, file.size)
+        sink.end()
+    os.ftruncate(fd, sink.size)
 
 
-def _write_names(file: Any, name: str, names: Names) -> None:
+def _write_names(file: Any, name: str, names: Names, sink: Sink) -> None:
     dataset = file.create_dataset(name, (names.count,), h5py.string_dtype("utf-8"))
-    for rows in blocks(names.count):
+    for rows in sink.each(blocks(names.count)):
         stopping.check()
         dataset[rows] = names.of(rows.start, rows.stop)
 
 
-def _write_layout(room: _Reserved, layout: Layout) -> None:
-    with h5py.File(room, "w") as file:
+def _write_layout(sink: Sink, layout: Layout) -> None:
+    with h5py.File(sink, "w") as file:
         for key, value in (layout.attributes | layout.extra.attributes).items():
             file.attrs[key] = value
         file.attrs["columns"] = json.dumps(list(layout.extra.columns))
@@ -262,9 +205,9 @@ def _write_layout(room: _Reserved, layout: Layout) -> None:
         file.attrs["status_names"] = json.dumps(dict(enumerate(STATUS_NAMES)))
         file.attrs["flag_names"] = json.dumps(FLAG_NAMES)
         file.attrs["reason_names"] = json.dumps(dict(enumerate(REASONS)))
-        for name, values in layout.columns.items():
+        for name, values in sink.each(layout.columns.items()):
             if isinstance(values, Names):
-                _write_names(file, name, values)
+                _write_names(file, name, values, sink)
             else:
                 _create_contiguous(file, name, values.shape, values.dtype)
                 file[name][...] = values
