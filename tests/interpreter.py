@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+OLDEST = "3.9"
+"""Triton whose interpreter computes fp8 (3.8 does not)."""
+
 
 def prepare() -> None:
     """Before the first kernel is imported."""

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 from virnucpro_cli import config
-from virnucpro_cli.config import EmbedConfig, resolve
+from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.errors import UserError
 
 
@@ -16,6 +16,15 @@ def toml(tmp_path: Path, text: str) -> str:
     path = tmp_path / "run.toml"
     path.write_text(text)
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [("float16", "fp16"), ("half", "fp16"), ("float32", "fp32"), ("bfloat16", "bf16"), ("fp16", "fp16")],
+)
+def test_a_dtype_may_have_the_name_that_pytorch_gives_it(given: str, stored: str) -> None:
+    assert EmbedConfig(dtype=given).dtype == stored
+    assert resolve(ValidateConfig, None, {"dtype": given}).dtype == stored
 
 
 def test_defaults_give_way_to_the_file_and_the_file_to_flags(tmp_path: Path) -> None:

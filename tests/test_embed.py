@@ -74,6 +74,22 @@ def assert_same(found: NDArray[Any], expected: torch.Tensor | NDArray[Any], tole
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_the_callers_arithmetic_is_as_it_was(
+    precision: str, make_fasta: Make, tiny_model: Path, tmp_path: Path
+) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    try:
+        matmul.fp32_precision = cudnn.conv.fp32_precision = precision
+        matmul.allow_bf16_reduced_precision_reduction = True
+        embed_fasta(make_fasta([20]), tmp_path / "out.h5", model=str(tiny_model), device="cpu")
+        assert matmul.fp32_precision == cudnn.conv.fp32_precision == precision
+        assert matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
+
+
 def test_row_i_is_record_i_and_equals_fair_esm(
     tmp_path: Path, make_fasta: Make, embed: Embed, reference: Reference
 ) -> None:

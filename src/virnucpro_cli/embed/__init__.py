@@ -100,7 +100,8 @@ def embed_fasta(
     inputs: one path or several; options: the fields of `EmbedConfig`, e.g. `model="demo", pool=("mean", "bos")`.
     Raises UserError for what the caller can put right.
     """
-    return run(resolve(EmbedConfig, None, {"quiet": True, **options, "inputs": inputs, "output": output}))
+    with runner.as_before():
+        return run(resolve(EmbedConfig, None, {"quiet": True, **options, "inputs": inputs, "output": output}))
 
 
 # --- computing ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, install_command
 from virnucpro_cli.genes.codons import GAP
 from virnucpro_cli.genes.found import Found
 
@@ -16,7 +16,7 @@ def _library() -> Any:
     except ImportError:
         raise UserError(
             "--genes pyrodigal-gv needs the package pyrodigal-gv, which is not installed.",
-            "pip install 'virnucpro[contigs]', or choose --genes six-frame.",
+            f"{install_command('contigs')}, or choose --genes six-frame.",
         ) from None
     return pyrodigal_gv, pyrodigal
 

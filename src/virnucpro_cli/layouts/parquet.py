@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, install_command
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.layouts.layout import Entry, Layout, Selection
 from virnucpro_cli.store import REASONS, STATUS_NAMES
@@ -21,7 +21,7 @@ def _pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError("Parquet files need pyarrow.", "pip install 'virnucpro[parquet]'") from None
+        raise UserError("Parquet files need pyarrow.", install_command("parquet")) from None
     return pyarrow
 
 

