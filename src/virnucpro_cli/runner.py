@@ -271,7 +271,8 @@ def keep_freed_memory() -> None:
 @contextmanager
 def as_before() -> Iterator[None]:
     """Put back, for a caller's own process, what a run changes in it: precision of the BLAS, and glibc's thresholds."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     names = [(matmul, "fp32_precision"), (cudnn.conv, "fp32_precision"), (cudnn.rnn, "fp32_precision"),
              (matmul, "allow_fp16_reduced_precision_reduction"), (matmul, "allow_bf16_reduced_precision_reduction")]  # fmt: skip
     before = [getattr(place, name) for place, name in names]

@@ -385,6 +385,6 @@ def verified(weights: Weights) -> Weights:
                 f"Remove {weights.files[0].parent} and run again, or give its path with --model to use it as it is.",
             )
         if not all(pins):
-            note = f"no published SHA-256 is known for {weights.place}: its content is not compared with anything"
-            weights = replace(weights, notes=(*weights.notes, note))
+            unknown = f"no published SHA-256 is known for {weights.place}: its content is not compared with anything"
+            weights = replace(weights, notes=(*weights.notes, unknown))
     return replace(weights, sha256=sha)
