@@ -30,6 +30,9 @@ LARGEST = 1 << 24
 MOST_WORKERS = 256
 CHUNKS = (300, 500)
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
+PATHS = ("inputs", "output", "model", "contacts_for", "group_table", "cache", "qc", "report", "fasta", "against",
+         "golden", "write_golden", "plot", "save_config")  # fmt: skip
+"""Fields in which a leading ~ stands for the home folder."""
 PEERS = ("fair-esm", "transformers", "esm-efficient", "faesm")
 
 
@@ -291,7 +294,7 @@ def resolve(kind: type[Any], toml: str | None, flags: dict[str, Any]) -> Any:
 
 def _from_toml(kind: type[Any], path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"The config file {path} cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -328,6 +331,8 @@ def _fitting(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, A
         wanted = SPECIAL_TYPES.get(key) or (str if several or default is None else type(default),)
         items = value if several and isinstance(value, list | tuple) else (value,)
         items = tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in items)
+        if key in PATHS:
+            items = tuple(os.path.expanduser(item) if isinstance(item, str) else item for item in items)
         if any(not isinstance(item, wanted) or (isinstance(item, bool) and bool not in wanted) for item in items):
             names = " or ".join(t.__name__ for t in wanted)
             raise UserError(f"{where}{key} is {value!r}, and must be {'a list of' if several else 'a'} {names}.")

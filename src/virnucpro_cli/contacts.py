@@ -3,11 +3,8 @@
 Copies of a protein share its map. In a finished file, a map that is still pending is one that the device had no memory for.
 """
 
-import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 from rich.console import Console
 
-from virnucpro_cli import fasta, report, runner, store
+from virnucpro_cli import fasta, report, runner, store, tables
 from virnucpro_cli.collate import VarlenCollator
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
@@ -34,21 +31,27 @@ VALUES, STARTS, SIZES, STATUS, SUMS = (f"contacts/{name}" for name in ("values",
 COLUMNS = (STARTS, SIZES, STATUS, SUMS)
 
 
-def wanted(config: EmbedConfig, table: fasta.RecordTable) -> tuple[NDArray[np.bool_], dict[str, str]]:
-    """Whose maps are asked for, of all the input, and what of that is the fingerprint's. Raises UserError for a list that names nobody."""
+def wanted(config: EmbedConfig, table: fasta.RecordTable) -> tuple[NDArray[np.bool_], store.Extra]:
+    """Mask [N] of the records of the input that get a map, and the fingerprint entry for it.
+
+    Raises UserError for a list that names no record.
+    """
     if config.contacts_for is None:
-        return np.full(len(table), "contacts" in config.emit), {}
+        return np.full(len(table), "contacts" in config.emit), store.Extra()
     names, sha256 = _read(config.contacts_for)
-    return _named(names, table, config), {"contacts_for": sha256}
+    unknown = set(names)
+    chosen = _named(names, unknown, table, config)
+    counts = {f"names of {config.contacts_for} that no protein has": len(unknown)}
+    return chosen, store.Extra(fingerprint={"contacts_for": sha256}, counts=counts)
 
 
-def room(config: EmbedConfig, wanted: NDArray[np.bool_], fingerprint: dict[str, str], work: Work) -> store.Extra:
+def room(config: EmbedConfig, wanted: NDArray[np.bool_], work: Work) -> store.Extra:
     """Where the maps will be, if any are asked for: int64 `starts` in the flat values (-1: no map), int32 `sizes`, `status`."""
     if "contacts" not in config.emit:
         return store.Extra()
     wanted = wanted & (work.reason == 0)
     sizes = np.where(wanted, work.embedded, 0).astype(np.int32)
-    return replace(laid_out(np.where(wanted, work.unit, -1), sizes), fingerprint=fingerprint)
+    return laid_out(np.where(wanted, work.unit, -1), sizes)
 
 
 def laid_out(key: NDArray[np.int64], sizes: NDArray[np.int32]) -> store.Extra:
@@ -68,18 +71,18 @@ def laid_out(key: NDArray[np.int64], sizes: NDArray[np.int32]) -> store.Extra:
 
 def _read(path: str) -> tuple[set[str], str]:
     """The names in a file, and the SHA-256 of it."""
-    try:
-        text = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"--contacts-for {path} cannot be read: {error.strerror}.") from None
-    lines = (line.strip() for line in text.decode("utf-8", "backslashreplace").splitlines())
-    return {line for line in lines if line}, hashlib.sha256(text).hexdigest()
+    lines = tables.Lines(path)
+    names = {name.strip() for (name,) in tables.rows(lines, columns=1)}
+    return names - {""}, lines.digest.hexdigest()
 
 
-def _named(names: set[str], table: fasta.RecordTable, config: EmbedConfig) -> NDArray[np.bool_]:
+def _named(names: set[str], unknown: set[str], table: fasta.RecordTable, config: EmbedConfig) -> NDArray[np.bool_]:
+    """Mask [N] of the records that `names` holds. Names of records leave `unknown`."""
     chosen = np.zeros(len(table), np.bool_)
     for rows in store.blocks(len(table)):
-        chosen[rows] = [name in names for name in table.names(rows.start, rows.stop, config.id == "full")]
+        there = table.names(rows.start, rows.stop, config.id == "full")
+        chosen[rows] = [name in names for name in there]
+        unknown.difference_update(there)
     if not chosen.any():
         raise UserError(
             f"--contacts-for {config.contacts_for} names no protein of the input.",

@@ -1,15 +1,13 @@
 """Groups of records: which record is in which, and a row for each group, from the means of its members as they stand in the file."""
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from xopen import xopen
 
-from virnucpro_cli import fasta, store
+from virnucpro_cli import fasta, store, tables
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.packing import stretches
@@ -23,6 +21,7 @@ def of_records(config: EmbedConfig, table: fasta.RecordTable, genes: store.Extra
 
     Groups are numbered in the order of the contigs, or of their first record. Raises UserError if no record is in a group.
     """
+    counts = dict[str, int]()
     if config.group == "contig":
         of, ids, fingerprint = genes.columns["genes/contig"], genes.tables["contigs/ids"], {"groups": "contig"}
     elif config.group_regex is not None:
@@ -32,12 +31,13 @@ def of_records(config: EmbedConfig, table: fasta.RecordTable, genes: store.Extra
     elif config.group_table is not None:
         groups, sha256 = _read(config.group_table)
         fingerprint = {"groups": f"table {sha256}"}
-        of, ids = _by_name(config, table, groups.get)
+        unknown = set(groups)
+        of, ids = _by_name(config, table, lambda name: unknown.discard(name) or groups.get(name))
         _check(of, f"{config.group_table} holds the name of", config, table)
+        counts = {f"names of {config.group_table} that no protein has": len(unknown)}
     else:
         return store.Extra()
-    alone = int((of < 0).sum())
-    counts = {"groups": len(ids), "proteins in no group": alone}
+    counts |= {"groups": len(ids), "proteins in no group": int((of < 0).sum())}
     return store.Extra({"groups/of": of}, {"groups/ids": ids}, fingerprint=fingerprint, counts=counts)
 
 
@@ -121,27 +121,7 @@ def _check(of: NDArray[np.int64], what: str, config: EmbedConfig, table: fasta.R
 
 
 def _read(path: str) -> tuple[dict[str, str], str]:
-    """Name -> group of a table of two columns, and the SHA-256 of its text. Raises UserError for what is no such table."""
-    groups: dict[str, str] = {}
-    sha256 = hashlib.sha256()
-    try:
-        with xopen(path, "rb", threads=0) as lines:
-            for number, line in enumerate(lines, start=1):
-                sha256.update(line)
-                columns = line.decode("utf-8", "backslashreplace").rstrip("\r\n").split("\t")
-                if columns == [""]:
-                    continue
-                if len(columns) != 2:
-                    raise UserError(
-                        f"{path} line {number:,} has {len(columns)} columns, not two.",
-                        "A line is the name of a protein, a tab, and its group.",
-                    )
-                name, group = columns
-                if groups.setdefault(name, group) != group:
-                    raise UserError(
-                        f"{path} line {number:,} puts {name!r} into {group!r}, and an earlier one into {groups[name]!r}.",
-                        "Give each name one group.",
-                    )
-    except fasta.decoder_errors() as error:
-        raise UserError(f"The table {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    return groups, sha256.hexdigest()
+    """Name -> group of a table of two columns, and the SHA-256 of its text. Raises UserError for any other table."""
+    lines = tables.Lines(path)
+    groups = tables.by_name(lines, ((name, group) for name, group in tables.rows(lines, columns=2)), "group")
+    return groups, lines.digest.hexdigest()

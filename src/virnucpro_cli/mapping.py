@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from virnucpro_cli import __version__, pooled, qc, report, store
+from virnucpro_cli import __version__, pooled, report, store, tables
 from virnucpro_cli.config import PICTURES
 from virnucpro_cli.errors import UserError, needs
 from virnucpro_cli.kinds import POOLED
@@ -47,7 +47,7 @@ def run(
             caption.append(f"{by.title}: known of {len(data) - by.words().count(colour.NO_VALUE):,} of {len(data):,}")
         out.print(f"{method} of {pooled.count(len(data))}", style="dim")
         found = projection.project(data, method, seed)
-        names = [qc.printable(" ".join(name.split())) for name in file.names_at(data.rows)]
+        names = [tables.cell(name) for name in file.names_at(data.rows)]
         made_by = f"model {file.attributes['model']}, layer {data.layer}, {POOLED[data.kind]}; drawn by virnucpro {__version__}"
         title = f"{found.what.split(' ')[0]} of {pooled.count(len(data))} of {Path(path).name}"
         shown = drawing.Map(

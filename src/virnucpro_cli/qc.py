@@ -1,14 +1,12 @@
 """A line for each protein of an embeddings file: the table that is opened first. Needs the file alone."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli import store
-from virnucpro_cli.errors import UserError
+from virnucpro_cli import report, store, tables
 from virnucpro_cli.packing import windowed_segments
 
 COLUMNS = ("name", "status", "reason", "length", "embedded", "truncated", "windows", "replaced", "copied", "recomputed",
@@ -27,25 +25,23 @@ def write(path: str, file: store.EmbeddingFile) -> None:
     embedded = embedded_of(file, settings)
     windows = _windows(file, settings)
     nearest = _nearest(file)
-    try:
-        with Path(path).open("w", encoding="utf-8") as out:
-            print(*COLUMNS, sep="\t", file=out)
-            for rows in store.blocks(len(file)):
-                flags = file.flags[rows]
-                bits = (((flags & bit) > 0).astype(int).tolist() for bit in
-                        (store.TRUNCATED, store.COPIED, store.RECOMPUTED))  # fmt: skip
-                truncated, copied, recomputed = bits
-                lines = zip(
-                    (printable(" ".join(name.split())) for name in file.names_of(rows.start, rows.stop)),
-                    (store.STATUS_NAMES[code] for code in file.status[rows].tolist()),
-                    (store.REASONS[code] for code in file.reason[rows].tolist()),
-                    file.lengths[rows].tolist(), embedded[rows].tolist(), truncated, windows[rows].tolist(),
-                    file.replaced[rows].tolist(), copied, recomputed, _words(norms(file, rows)),
-                    _words(nearest[rows]), strict=True,
-                )  # fmt: skip
-                out.writelines("\t".join(map(str, line)) + "\n" for line in lines)
-    except OSError as error:
-        raise UserError(f"The table {path} cannot be written: {error.strerror}.", "Choose another --qc.") from None
+    with report.text_to(path) as out:
+        table = tables.writer(out)
+        table.writerow(COLUMNS)
+        for rows in store.blocks(len(file)):
+            flags = file.flags[rows]
+            bits = (((flags & bit) > 0).astype(int).tolist() for bit in
+                    (store.TRUNCATED, store.COPIED, store.RECOMPUTED))  # fmt: skip
+            truncated, copied, recomputed = bits
+            lines = zip(
+                (tables.cell(name) for name in file.names_of(rows.start, rows.stop)),
+                (store.STATUS_NAMES[code] for code in file.status[rows].tolist()),
+                (store.REASONS[code] for code in file.reason[rows].tolist()),
+                file.lengths[rows].tolist(), embedded[rows].tolist(), truncated, windows[rows].tolist(),
+                file.replaced[rows].tolist(), copied, recomputed, _words(norms(file, rows)),
+                _words(nearest[rows]), strict=True,
+            )  # fmt: skip
+            table.writerows(lines)
 
 
 def printable(name: str) -> str:

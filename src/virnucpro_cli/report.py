@@ -1,6 +1,7 @@
 """Numbers of a run and how people see them: a report as rich tables and JSON, stage clocks, and progress."""
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,9 +62,9 @@ class RunReport:
 def check_places(written: dict[str, str | None], read: Iterable[str | Path]) -> None:
     """Raise UserError unless every file to be written has a place, and none is one that is read or written otherwise.
 
-    written: option's name -> path or None.
+    written: option's name -> path, None, or `-` for standard output.
     """
-    wanted = {option: Path(path) for option, path in written.items() if path}
+    wanted = {option: Path(path) for option, path in written.items() if path and path != "-"}
     others = [Path(path) for path in read]
     for option, path in wanted.items():
         if path.is_dir() or not path.absolute().parent.is_dir():
@@ -82,12 +83,29 @@ def check_places(written: dict[str, str | None], read: Iterable[str | Path]) -> 
                 )
 
 
-def save(path: str, text: str) -> None:
-    """Write a report file. Raises UserError if that fails."""
+@contextmanager
+def text_to(path: str) -> Iterator[IO[str]]:
+    """A text file in UTF-8 for writing, or standard output for `-`. Raises UserError if it cannot be written."""
     try:
-        Path(path).write_text(text + "\n")
+        if path == "-":
+            sys.stdout.flush()
+            text = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="", write_through=True)
+            try:
+                yield text
+            finally:
+                text.detach()
+            sys.stdout.flush()
+        else:
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                yield file
     except OSError as error:
-        raise UserError(f"The report {path} cannot be written: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}.", "Choose another place.") from None
+
+
+def save(path: str, text: str) -> None:
+    """Write a report to a file, or to standard output for `-`. Raises UserError if that fails."""
+    with text_to(path) as file:
+        file.write(text + "\n")
 
 
 class Clock:

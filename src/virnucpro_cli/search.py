@@ -6,6 +6,7 @@ neither the device nor the order of a sum decides who is nearer.
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from virnucpro_cli import embed, pooled, qc, report, runner, store
+from virnucpro_cli import embed, pooled, report, runner, store, tables
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.model.esm2 import exact_arithmetic
@@ -89,13 +90,16 @@ def run(
         asked = dataclasses.replace(queries.data, size=min(QUERIES, HITS // k))
         total = len(data) * -(-len(asked) // asked.size)
         tracker = stack.enter_context(report.Tracker(report.console(on_terminal or out.quiet), total, "rows"))
-        writer.write(("\t".join(COLUMNS) + "\n").encode())
+        text = io.TextIOWrapper(writer, encoding="utf-8", newline="", write_through=True)
+        stack.callback(text.detach)
+        lines = tables.writer(text)
+        lines.writerow(COLUMNS)
         for rows, values in asked.blocks():
             own = rows if queries.own else np.full(len(rows), -1)
             found, cosines = nearest(
                 data, directions(values.astype(np.float64), mean), own, k, mean, device, tracker.advance
             )
-            _write(writer, file, queries.data.file, rows, found, cosines)
+            _write(lines, file, queries.data.file, rows, found, cosines)
     if output is not None:
         out.print(f"{output}: {pooled.count(len(queries.data), 'query', 'queries')}")
     return lacking
@@ -260,18 +264,16 @@ def _standard_output() -> Iterator[IO[bytes]]:
 
 
 def _write(
-    writer: IO[bytes], base: store.EmbeddingFile, other: store.EmbeddingFile, queries: NDArray[np.int64],
+    lines: Any, base: store.EmbeddingFile, other: store.EmbeddingFile, queries: NDArray[np.int64],
     found: NDArray[np.int64], cosines: NDArray[np.float64],
 ) -> None:  # fmt: skip
     hit = found >= 0
     hits = iter(zip(_names(base, found[hit]), base.lengths[found[hit]].tolist(), cosines[hit].tolist(), strict=True))
-    lines = []
     for name, length, count in zip(_names(other, queries), other.lengths[queries].tolist(), hit.sum(axis=1).tolist(), strict=True):  # fmt: skip
         for rank in range(1, count + 1):
             hit_name, hit_length, cosine = next(hits)
-            lines.append(f"{name}\t{hit_name}\t{rank}\t{cosine:.6f}\t{length}\t{hit_length}\n")
-    writer.write("".join(lines).encode())
+            lines.writerow((name, hit_name, rank, f"{cosine:.6f}", length, hit_length))
 
 
 def _names(file: store.EmbeddingFile, rows: NDArray[np.int64]) -> list[str]:
-    return [qc.printable(" ".join(name.split())) for name in file.names_at(rows)]
+    return [tables.cell(name) for name in file.names_at(rows)]

@@ -3,6 +3,8 @@
 Nothing heavy is imported until a command runs.
 """
 
+import os
+import re
 import signal
 import sys
 from typing import Annotated, Any
@@ -54,11 +56,18 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
         raise typer.Exit
 
 
+def at_home(argument: str) -> str:
+    """An argument with its ~ expanded where no shell does so: after `--option=`, or in quotes."""
+    option, home = re.match(r"(--[a-z-]+=|-o)?(~(?:/.*)?\Z)?", argument, re.S).groups()  # type: ignore[union-attr]
+    return (option or "") + os.path.expanduser(home) if home else argument
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code."""
     open_closed_streams()
     stopper = stopping.install()
     code, raised = EXIT_OK, None
+    arguments = [at_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     try:
         try:
             code = app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit

@@ -162,14 +162,15 @@ def decided(config: EmbedConfig, target: Target, where: Where, out: Console, clo
     with clock.stage("plan"):
         work, records = decide(table, config), None
         extra |= groups.of_records(config, table, extra)
-        with_map, maps = contacts.wanted(config, table)
+        with_map, named = contacts.wanted(config, table)
+        extra |= named
         if shard is None:
             extra |= groups.room(extra)
         else:
             records = shards.records_of(shard, work)
             table, extra, with_map = table.part(records), extra.part(records), with_map[records]
             work = decide(table, config)
-        extra |= contacts.room(config, with_map, maps, work)
+        extra |= contacts.room(config, with_map, work)
         plan = in_blocks(work.segments.length, _token_budget(config, where, spec, layers))
         layout = _layout(config, table, work, spec, layers, records, where.computed_by(len(plan) > 1), extra)
     return Recipe(config, output, shard, where, found, spec, layers, table, work, plan, layout)

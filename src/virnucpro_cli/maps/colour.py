@@ -1,13 +1,12 @@
 """What the points of a map are coloured by: numbers on a scale, or classes with a colour and a shape each."""
 
-import csv
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli import qc, store
+from virnucpro_cli import qc, store, tables
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.report import amount
 
@@ -67,7 +66,7 @@ def of(what: str, file: store.EmbeddingFile, rows: NDArray[np.int64]) -> Colour:
                 "--color is group, and the file has no groups.", "Choose length, status or FILE.tsv:column."
             )
         number, names = file.groups.of, file.groups.ids
-        return Classes("group", [qc.printable(names[i]) if i >= 0 else None for i in number[rows].tolist()])
+        return Classes("group", [tables.cell(names[i]) if i >= 0 else None for i in number[rows].tolist()])
     path, separator, column = what.rpartition(":")
     if not separator:
         raise UserError(f"--color is {what!r}.", "Choose length, status, group or FILE.tsv:column.")
@@ -80,25 +79,14 @@ def _flags(flags: int) -> str:
 
 def _column(path: str, column: str, names: list[str]) -> Colour:
     """Numbers are a scale, unless they are whole and of at most MOST_CLASSES kinds, as cluster numbers are."""
-    wanted, found = set(names), dict[str, str]()
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            header = next(lines, [])
-            if column not in header[1:]:
-                known = f"Its columns after the name: {', '.join(header[1:])}." if header[1:] else "It has no columns."
-                raise UserError(f"{path} has no column {column!r}; names are in its first.", known)
-            place = header.index(column, 1)
-            for number, line in enumerate(lines, start=2):
-                if not line or line[0] not in wanted or len(line) <= place:
-                    continue
-                if found.setdefault(line[0], line[place]) != line[place]:
-                    raise UserError(
-                        f"{path}, line {number}: {line[0]} has a second {column}.", "Leave one line for each name."
-                    )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read as a tab-separated table: {reason}.") from None
+    lines, wanted = tables.Lines(path), set(names)
+    rows = tables.rows(lines)
+    header = next(rows, [])
+    if column not in header[1:]:
+        known = f"Its columns after the name: {', '.join(header[1:])}." if header[1:] else "It has no columns."
+        raise UserError(f"{path} has no column {column!r}; names are in its first.", known)
+    place = header.index(column, 1)
+    found = tables.by_name(lines, ((row[0], row[place]) for row in rows if row[0] in wanted), column)
     values = [found.get(name, "").strip() or None for name in names]
     there = {value for value in values if value is not None}
     if not there:
@@ -109,7 +97,7 @@ def _column(path: str, column: str, names: list[str]) -> Colour:
     try:
         numbers = np.array([np.nan if value is None else float(value) for value in values])
     except ValueError:
-        return Classes(column, [None if value is None else qc.printable(value) for value in values])
+        return Classes(column, [None if value is None else tables.cell(value) for value in values])
     numbers[~np.isfinite(numbers)] = np.nan
     known = numbers[np.isfinite(numbers)]
     if len(known) == 0 or ((known == np.round(known)).all() and len(there) <= MOST_CLASSES):

@@ -3,6 +3,7 @@ do not see all of them: Okabe and Ito's for classes (https://jfly.uni-koeln.de/c
 """
 
 import html
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -10,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from virnucpro_cli import tables
 from virnucpro_cli.maps.colour import LENGTH, MOST_CLASSES, Classes, Colour, Scale
 from virnucpro_cli.maps.projection import Projection
 
@@ -210,10 +212,13 @@ def table(shown: Map, file: IO[bytes]) -> None:
     """A line for each point: name, number of the record, x, y, length, and what it is coloured by unless that is the length."""
     words = shown.words
     header = ["name", "record", "x", "y", "length", *([shown.colour.title] if words else [])]
-    file.write(("\t".join(header) + "\n").encode())
-    for i, (x, y) in enumerate(shown.projection.points.tolist()):
-        line = [shown.names[i], str(shown.rows[i]), f"{x:.6g}", f"{y:.6g}", str(shown.lengths[i])]
-        file.write(("\t".join([*line, *([words[i]] if words else [])]) + "\n").encode())
+    with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        lines = tables.writer(text)
+        lines.writerow(header)
+        for i, (x, y) in enumerate(shown.projection.points.tolist()):
+            line = [shown.names[i], shown.rows[i], f"{x:.6g}", f"{y:.6g}", shown.lengths[i]]
+            lines.writerow([*line, *([words[i]] if words else [])])
+        text.detach()
 
 
 def save(shown: Map, file: IO[bytes], path: Path) -> None:

@@ -1,0 +1,113 @@
+"""Text tables: all that people hand in are read in one way, and all for people are written in one way.
+
+UTF-8 with or without a byte order mark, any line ends, plain or compressed, tab-separated, quoted as by the csv module.
+"""
+
+import csv
+import io
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import IO, Any
+
+from xopen import xopen
+
+from virnucpro_cli import fasta
+from virnucpro_cli.errors import UserError
+
+
+class Dialect(csv.excel_tab):
+    """Strict: a quotation mark that is never closed is an error, and swallows no lines."""
+
+    lineterminator = "\n"
+    strict = True
+
+
+@dataclass
+class Lines:
+    """The lines of a text file, checked. digest: SHA-256 of the lines read so far, as UTF-8 without a byte order mark.
+
+    number: of the last line. Iteration raises UserError, which names file and line, for what cannot be read.
+    """
+
+    path: str
+    number: int = 0
+    digest: Any = field(default_factory=sha256)
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            with xopen(self.path, "rb", threads=0) as file:
+                text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+                for self.number, line in enumerate(text, start=1):
+                    self.digest.update(self._encoded(line))
+                    yield line
+        except fasta.decoder_errors() as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"The table {self.path} cannot be read: {reason}.") from None
+
+    def _encoded(self, line: str) -> bytes:
+        try:
+            data = line.encode()
+        except UnicodeEncodeError:
+            raise self.refused("is not UTF-8 text.", "Save the file as UTF-8.") from None
+        if 0 in data:
+            raise self.refused("holds a NUL byte.", "Save the file as UTF-8 text.")
+        return data
+
+    def refused(self, what: str, remedy: str) -> UserError:
+        return UserError(f"{self.path} line {self.number:,} {what}", remedy)
+
+
+def rows(lines: Lines, columns: int | None = None) -> Iterator[list[str]]:
+    """The rows of a table. Each has `columns` cells, or as many as the first; blank lines are left out.
+
+    Raises UserError, which names file and line.
+    """
+    table = csv.reader(lines, Dialect)
+    while True:
+        try:
+            row = next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise lines.refused(
+                f"is no line of a table: {error}.",
+                'A cell that begins with a quotation mark is quoted, with its quotation marks doubled: """a""" for "a".',
+            ) from None
+        if not row:
+            continue
+        columns = columns or len(row)
+        if len(row) != columns:
+            raise lines.refused(f"has {_columns(len(row))}, not {columns}.", "Separate columns with a tab.")
+        yield row
+
+
+def by_name(lines: Lines, found: Iterator[tuple[str, str]], what: str) -> dict[str, str]:
+    """Name -> value. Raises UserError if a name has two values. what: a word for the value."""
+    values: dict[str, str] = {}
+    for name, value in found:
+        if values.setdefault(name, value) != value:
+            raise lines.refused(
+                f"gives {name!r} the {what} {value!r}, and an earlier line {values[name]!r}.",
+                f"Give each name one {what}.",
+            )
+    return values
+
+
+def _columns(count: int) -> str:
+    return "1 column" if count == 1 else f"{count:,} columns"
+
+
+def writer(file: IO[str]) -> Any:
+    """A writer of rows, which pandas and spreadsheets read back."""
+    return csv.writer(file, Dialect)
+
+
+def cell(name: str) -> str:
+    """A name as it is, but for characters that would steer a terminal; tabs, line feeds and other spaces stay."""
+    return name if name.isprintable() else "".join(c if _stays(c) else "?" for c in name)
+
+
+def _stays(character: str) -> bool:
+    return character.isprintable() or character in "\t\n" or unicodedata.category(character) == "Zs"
