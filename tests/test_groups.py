@@ -242,8 +242,8 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], words: str
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("c1_1\tc1\nc2_2 c2\n", "line 2 has 1 columns"), ("c1_1\tc1\tx\n", "line 1 has 3 columns"),
-        ("c1_1\tc1\nc1_1\tc2\n", "line 2 puts 'c1_1' into 'c2', and an earlier one into 'c1'"),
+        ("c1_1\tc1\nc2_2 c2\n", "line 2 has 1 column, not 2"), ("c1_1\tc1\tx\n", "line 1 has 3 columns"),
+        ("c1_1\tc1\nc1_1\tc2\n", "line 2 gives 'c1_1' the group 'c2', and an earlier line 'c1'"),
         ("other\tc1\n", "holds the name of no protein"), ("", "holds the name of no protein"), (None, "No such file"),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
     ("config", "kinds", "report", "errors", "stopping"),
-    ("collate", "packing", "fasta", "alphabet", "pooling"),
+    ("collate", "packing", "fasta", "alphabet", "pooling", "tables"),
     (
         "placer",
         "runner",

@@ -186,7 +186,7 @@ def test_groups_of_the_file_are_colours(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("color", "words"),
     [("size", "--color is 'size'"), ("group", "has no groups"), ("nowhere.tsv:x", "cannot be read"), ("of.tsv:size", "no column"),
-     ("of.tsv:name", "no column"), ("bad.tsv:x", "no x for any protein"), ("twice.tsv:x", "second x"), ("raw.tsv:x", "cannot be read")],
+     ("of.tsv:name", "no column"), ("bad.tsv:x", "no x for any protein"), ("twice.tsv:x", "line 3 gives .p4. the x"), ("raw.tsv:x", "line 2 is not UTF-8")],
 )  # fmt: skip
 def test_a_colour_that_is_none_is_one_message(
     drawn: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, color: str, words: str

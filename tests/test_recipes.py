@@ -34,3 +34,16 @@ def test_every_recipe_runs(tmp_path: Path) -> None:
         assert ran.returncode == 0, f"{text}\n{ran.stderr}"
     assert len(BLOCKS) == 8 and (tmp_path / "neighbours.tsv").read_text().count("\n") == 1 + 40 * 5
     assert {path.name for path in tmp_path.iterdir()} >= {"features", "per-protein.h5", "per-residue.h5", "map.html"}
+
+
+@pytest.mark.parametrize("names", [["1", "007"], ["NA", "1e5"], ["x", "nan"]])
+def test_labels_of_the_recipe_keep_names_that_look_like_numbers_or_gaps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    Path("labels.tsv").write_text("".join(f"{name}\tvirus {name}\n" for name in names))
+    (line,) = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("labels = ")]
+    there: dict[str, object] = {}
+    exec(line, {"pandas": pandas}, there)
+    assert there["labels"].to_dict() == {name: f"virus {name}" for name in names}  # type: ignore[attr-defined]

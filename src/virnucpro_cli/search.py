@@ -6,7 +6,6 @@ neither the device nor the order of a sum decides who is nearer.
 
 import dataclasses
 import errno
-import io
 import json
 import os
 import sys
@@ -90,9 +89,7 @@ def run(
         asked = dataclasses.replace(queries.data, size=min(QUERIES, HITS // k))
         total = len(data) * -(-len(asked) // asked.size)
         tracker = stack.enter_context(report.Tracker(report.console(on_terminal or out.quiet), total, "rows"))
-        text = io.TextIOWrapper(writer, encoding="utf-8", newline="", write_through=True)
-        stack.callback(text.detach)
-        lines = tables.writer(text)
+        lines = stack.enter_context(tables.written_to(writer))
         lines.writerow(COLUMNS)
         for rows, values in asked.blocks():
             own = rows if queries.own else np.full(len(rows), -1)

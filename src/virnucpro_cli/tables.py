@@ -7,6 +7,7 @@ import csv
 import io
 import unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import IO, Any
@@ -102,6 +103,16 @@ def _columns(count: int) -> str:
 def writer(file: IO[str]) -> Any:
     """A writer of rows, which pandas and spreadsheets read back."""
     return csv.writer(file, Dialect)
+
+
+@contextmanager
+def written_to(file: IO[bytes]) -> Iterator[Any]:
+    """A writer of rows into a binary file, which stays open."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+    try:
+        yield writer(text)
+    finally:
+        text.detach()
 
 
 def cell(name: str) -> str:

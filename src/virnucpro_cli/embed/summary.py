@@ -48,6 +48,10 @@ def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
         summary.notes.append(gaps)
     if maps := contacts.described(layout.extra, recipe.spec, layout.store_dtype.itemsize):
         summary.notes.append(maps)
+    unknown = [
+        f"{told}: {count:,}" for told, count in layout.extra.counts.items() if count and told.startswith("names of")
+    ]
+    summary.notes.extend(unknown)
     summary.counts = _counts(table, work) | layout.extra.counts
     summary.packing = _packing(recipe.plan, work)
     summary.environment = _environment(recipe)

@@ -1,11 +1,11 @@
 """A NumPy array in one file, and beside it a table that says which rows are whose."""
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from virnucpro_cli import tables
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.layouts.layout import Entry, Layout, Selection, no_provenance
 from virnucpro_cli.store import REASONS, STATUS_NAMES
@@ -24,7 +24,7 @@ def write(selection: Selection, target: Path) -> None:
     }
     with open(target, "wb") as array, open(target.with_suffix(BESIDE), "w", newline="", encoding="utf-8") as text:
         np.lib.format.write_array_header_1_0(array, header)
-        table = csv.writer(text, "excel-tab", lineterminator="\n")
+        table = tables.writer(text)
         table.writerow(COLUMNS)
         row = 0
         for block in selection.blocks(skipped=True):
@@ -50,17 +50,20 @@ def read(path: Path) -> Iterator[Entry]:
             yield Entry(str(number), {("mean", None): row})
         return
     end = 0
-    with open(beside, newline="", encoding="utf-8") as text:
-        for line in csv.DictReader(text, dialect="excel-tab", strict=True):
-            row, kind = int(line["row"]), line.get("kind") or "mean"
-            end = row + int(line.get("rows") or 1)
-            if not 0 <= row <= end <= len(array):
-                raise ValueError(f"{beside} speaks of row {row} of {line['id']!r}, and there are {len(array):,}")
-            yield Entry(
-                line["id"], {(kind, int(line["layer"]) if line.get("layer") else None): array[row:end] if kind == "residue" else array[row]},
-                length=int(line["length"]) if line.get("length") else None,
-                skipped=line.get("reason") or "" if line.get("status") == "skipped" else "",
-            )  # fmt: skip
+    table = tables.rows(tables.Lines(str(beside)))
+    header = next(table, [])
+    if not {"row", "id"} <= set(header):
+        raise ValueError(f"{beside} has no columns row and id")
+    for line in (dict(zip(header, cells, strict=True)) for cells in table):
+        row, kind = int(line["row"]), line.get("kind") or "mean"
+        end = row + int(line.get("rows") or 1)
+        if not 0 <= row <= end <= len(array):
+            raise ValueError(f"{beside} speaks of row {row} of {line['id']!r}, and there are {len(array):,}")
+        yield Entry(
+            line["id"], {(kind, int(line["layer"]) if line.get("layer") else None): array[row:end] if kind == "residue" else array[row]},
+            length=int(line["length"]) if line.get("length") else None,
+            skipped=line.get("reason") or "" if line.get("status") == "skipped" else "",
+        )  # fmt: skip
     if end != len(array):
         raise ValueError(f"{beside} ends at row {end:,}, and there are {len(array):,}")
 

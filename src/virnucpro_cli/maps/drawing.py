@@ -3,7 +3,6 @@ do not see all of them: Okabe and Ito's for classes (https://jfly.uni-koeln.de/c
 """
 
 import html
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -212,13 +211,11 @@ def table(shown: Map, file: IO[bytes]) -> None:
     """A line for each point: name, number of the record, x, y, length, and what it is coloured by unless that is the length."""
     words = shown.words
     header = ["name", "record", "x", "y", "length", *([shown.colour.title] if words else [])]
-    with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
-        lines = tables.writer(text)
+    with tables.written_to(file) as lines:
         lines.writerow(header)
         for i, (x, y) in enumerate(shown.projection.points.tolist()):
             line = [shown.names[i], shown.rows[i], f"{x:.6g}", f"{y:.6g}", shown.lengths[i]]
             lines.writerow([*line, *([words[i]] if words else [])])
-        text.detach()
 
 
 def save(shown: Map, file: IO[bytes], path: Path) -> None:

@@ -143,7 +143,7 @@ def _at_path_if_any(path: Path, name: str) -> Weights | None:
             if not choice.endswith(".index.json"):
                 return Weights(name, (file,), config=path / "config.json")
             try:
-                shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+                shards = sorted(set(json.loads(file.read_bytes())["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(
                     f"{file} is not an index of weights.", "Fetch or copy the model directory again."
@@ -293,7 +293,7 @@ def _fetch_hf(spec: ModelSpec) -> None:
         raise ValueError(f"{spec.repository} has none of {', '.join(HF_FILES)}")
     wanted = [choice]
     if choice.endswith(".index.json"):
-        index = json.loads(Path(hf_hub_download(spec.repository, choice)).read_text())
+        index = json.loads(Path(hf_hub_download(spec.repository, choice)).read_bytes())
         wanted += sorted(set(index["weight_map"].values()))
     for name in wanted:
         path = Path(hf_hub_download(spec.repository, name))

@@ -108,7 +108,7 @@ _HF_CONFIG: dict[str, tuple[Any, Any]] = {
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads")
