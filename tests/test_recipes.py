@@ -43,7 +43,7 @@ def test_labels_of_the_recipe_keep_names_that_look_like_numbers_or_gaps(
     pandas = pytest.importorskip("pandas")
     monkeypatch.chdir(tmp_path)
     Path("labels.tsv").write_text("".join(f"{name}\tvirus {name}\n" for name in names))
-    (line,) = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("labels = ")]
+    lines = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("labels = ")]
     there: dict[str, object] = {}
-    exec(line, {"pandas": pandas}, there)
+    exec("\n".join(lines), {"pandas": pandas}, there)
     assert there["labels"].to_dict() == {name: f"virus {name}" for name in names}  # type: ignore[attr-defined]
