@@ -32,7 +32,7 @@ def of_records(config: EmbedConfig, table: fasta.RecordTable, genes: store.Extra
         groups, sha256 = _read(config.group_table)
         fingerprint = {"groups": f"table {sha256}"}
         unknown = set(groups)
-        of, ids = _by_name(config, table, lambda name: unknown.discard(name) or groups.get(name))
+        of, ids = _by_name(config, table, groups.get, unknown)
         _check(of, f"{config.group_table} holds the name of", config, table)
         counts = {f"names of {config.group_table} that no protein has": len(unknown)}
     else:
@@ -103,14 +103,22 @@ def _pooled(blocks: Iterator[Block], groups: int, width: int) -> tuple[NDArray[n
 
 
 def _by_name(
-    config: EmbedConfig, table: fasta.RecordTable, group_of: Callable[[str], str | None]
+    config: EmbedConfig,
+    table: fasta.RecordTable,
+    group_of: Callable[[str], str | None],
+    unknown: set[str] | None = None,
 ) -> tuple[NDArray[np.int64], Any]:
-    """The number of each record's group, -1 for none, and the names of the groups; an empty name is none."""
+    """The number of each record's group, -1 for none, and the names of the groups; an empty name is none.
+
+    unknown: names, those of records are taken out of it.
+    """
     numbers: dict[str, int] = {}
     of = np.full(len(table), -1, np.int64)
     for block in store.blocks(len(table)):
-        groups = map(group_of, table.names(block.start, block.stop, config.id == "full"))
-        of[block] = [numbers.setdefault(group, len(numbers)) if group else -1 for group in groups]
+        names = table.names(block.start, block.stop, config.id == "full")
+        of[block] = [numbers.setdefault(group, len(numbers)) if group else -1 for group in map(group_of, names)]
+        if unknown:
+            unknown.difference_update(names)
     ids = list(numbers)
     return of, store.Names(len(ids), lambda start, stop: ids[start:stop], sum(len(name.encode()) for name in ids))
 
