@@ -96,9 +96,10 @@ class Store:
             self.environments: list[str] = whole_lines(file["run/environments"][()])
 
             def note(name: str, item: Any) -> None:
-                if isinstance(item, h5py.Dataset) and item.id.get_offset() is not None:
+                if isinstance(item, h5py.Dataset) and (item.id.get_offset() is not None or item.shape[:1] == (0,)):
                     row = int(np.prod(item.shape[1:], dtype=np.int64)) * item.dtype.itemsize
-                    self.places[name] = Place(item.id.get_offset(), row, item.dtype, item.shape[0] if item.shape else 1)
+                    offset = item.id.get_offset() or 0  # HDF5 gives none to a dataset without rows
+                    self.places[name] = Place(offset, row, item.dtype, item.shape[0] if item.shape else 1)
 
             file.visititems(note)
             for kind in POOLED:  # visititems reports a dataset once, perhaps as /embeddings
