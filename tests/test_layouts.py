@@ -684,3 +684,156 @@ def test_a_key_that_several_names_come_to_is_not_given_to_the_first_of_them(tmp_
     with store.read_embeddings(tmp_path / "out.h5") as found:
         assert found.status.tolist() == [store.SKIPPED, store.DONE, store.DONE]
         assert found[1:3][:, 0].tolist() == [2, 3]
+
+
+# --- files as other tools write them ---------------------------------------------------------------------------------
+
+
+def imported(source: Path, target: Path, fasta: Path | None = None, **options: Any) -> tuple[list[str], dict[str, Any]]:
+    """Names and, by kind, the rows of what an import makes."""
+    importing.run(str(source), str(target), None, (str(fasta),) if fasta else (), overwrite=True, **options)
+    with store.read_embeddings(target) as file:
+        kinds = json.loads(file.attributes["fingerprint"])["pool"]
+        layer = file.layers[-1]
+        rows = {
+            kind: [file.residues(i, layer) for i in range(len(file))]
+            if kind == "residue"
+            else file.dataset(kind, layer)[:]
+            for kind in kinds
+        }
+        return file.names, rows
+
+
+def test_means_that_kept_a_dimension_come_in_as_means(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    with h5py.File(tmp_path / "keepdim.h5", "w") as file:
+        for i, row in enumerate(values):
+            file[f"p{i}"] = row[None]
+    (tmp_path / "in.fasta").write_text("".join(f">p{i}\nMKVLA\n" for i in range(3)))
+    for fasta in (tmp_path / "in.fasta", None):
+        _, rows = imported(tmp_path / "keepdim.h5", tmp_path / "out.h5", fasta)
+        np.testing.assert_array_equal(rows["mean"], values)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_residues_that_are_not_a_row_for_each_are_refused(tmp_path: Path, rows: int) -> None:
+    """A mean among residues, a cut protein, and rows of special tokens."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["p0"], file["p1"] = np.zeros((rows, 4), np.float32), np.zeros((4, 4), np.float32)
+    (tmp_path / "in.fasta").write_text(">p0\nMKVLA\n>p1\nMKVL\n")
+    if rows == 3:  # cut, as by another tool
+        assert [
+            len(each) for each in imported(tmp_path / "x.h5", tmp_path / "o.h5", tmp_path / "in.fasta")[1]["residue"]
+        ] == [3, 4]
+        return
+    with pytest.raises(UserError, match=f"'p0' has {rows} for 5"):
+        imported(tmp_path / "x.h5", tmp_path / "out.h5", tmp_path / "in.fasta")
+    assert not (tmp_path / "out.h5").exists()
+
+
+def test_names_with_a_slash_are_names_in_keyed_files(tmp_path: Path) -> None:
+    names = ["a/b/c", "a/b/d", "sp|P1|x", "z/9"]
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for i, name in enumerate(names):
+            file[name] = np.full(4, i, np.float32)
+    (tmp_path / "in.fasta").write_text("".join(f">{name}\nMKV\n" for name in names[::-1]))
+    assert imported(tmp_path / "x.h5", tmp_path / "out.h5")[0] == names
+    found, rows = imported(tmp_path / "x.h5", tmp_path / "out.h5", tmp_path / "in.fasta")
+    assert found == names[::-1] and rows["mean"][:, 0].tolist() == [3, 2, 1, 0]
+
+
+def database(path: Path, texts: list[str], reduced: bool, models: tuple[str, ...] = ("Rostlab/prot_t5",)) -> None:
+    """As write_h5_db of biotrainer-core 2.0 leaves it."""
+    with h5py.File(path, "w") as file:
+        for model in models:
+            for i, text in enumerate(texts):
+                key = hashlib.sha256(f"{text}_{len(text)}".encode()).hexdigest()
+                values = np.full(4 if reduced else (len(text), 4), i, np.float32)
+                data = file.create_dataset(f"{key}_{model.replace('/', '-')}", data=values, compression="gzip")
+                said = {"sequence_hash": key, "sequence_length": len(text), "embedder_name": model, "reduced": reduced}
+                data.attrs.update(said)
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_a_database_of_biotrainer_core_joins_by_sequence(tmp_path: Path, reduced: bool) -> None:
+    texts = ["MKVLA", "M", "GGTRSW"]
+    database(tmp_path / "x.h5", texts, reduced)
+    (tmp_path / "in.fasta").write_text("".join(f">p{i}\n{texts[i]}\n" for i in (2, 0, 1)))
+    names, rows = imported(tmp_path / "x.h5", tmp_path / "out.h5", tmp_path / "in.fasta")
+    assert names == ["p2", "p0", "p1"]
+    if reduced:
+        assert rows["mean"][:, 0].tolist() == [2, 0, 1]
+    else:
+        assert [each[:, 0].tolist() for each in rows["residue"]] == [[2] * 6, [0] * 5, [1]]
+    with store.read_embeddings(tmp_path / "out.h5") as file:
+        assert file.attributes["model"] == "Rostlab/prot_t5"
+
+
+def test_a_database_of_two_models_is_refused_by_their_names(tmp_path: Path) -> None:
+    database(tmp_path / "x.h5", ["MKV"], True, ("one", "two"))
+    with pytest.raises(UserError, match="several models, one and two"):
+        imported(tmp_path / "x.h5", tmp_path / "out.h5")
+
+
+@pytest.mark.parametrize("how", ["whole", "first five", "strings", "nullable"])
+def test_h5ad_files_that_anndata_wrote_come_back(made: Path, tmp_path: Path, how: str) -> None:
+    import anndata
+    import pandas
+
+    data = anndata.read_h5ad(exported(made, tmp_path / "x.h5ad", "anndata"))
+    n = 5 if how == "first five" else len(data)
+    data = data[:n].copy()
+    if how == "strings":
+        for name in ("id", "status", "reason"):
+            data.obs[name] = data.obs[name].astype(str)
+    if how == "nullable":
+        data.obs["length"] = data.obs["length"].astype("Int32")
+        data.obs["reason"] = pandas.array(data.obs["reason"].astype(str), dtype="string")
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        data.write_h5ad(tmp_path / "again.h5ad")
+    names, rows = imported(tmp_path / "again.h5ad", tmp_path / "out.h5")
+    with store.read_embeddings(made / "out.h5") as one, store.read_embeddings(tmp_path / "out.h5") as two:
+        assert names == one.names[:n] and two.lengths.tolist() == one.lengths[:n].tolist()
+        assert two.status.tolist() == one.status[:n].tolist() and two.reason.tolist() == one.reason[:n].tolist()
+        np.testing.assert_array_equal(rows["mean"], one.dataset("mean", 2)[:n])
+
+
+def test_a_hash_that_two_names_share_joins_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from virnucpro_cli.imports import joining, source
+
+    for module in (joining, source):
+        monkeypatch.setattr(module, "hash", lambda text: len(text), raising=False)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["aa"] = np.zeros(4, np.float32)
+    (tmp_path / "in.fasta").write_text(">bb\nMKV\n")
+    with pytest.raises(UserError, match="have one hash"):
+        imported(tmp_path / "x.h5", tmp_path / "out.h5", tmp_path / "in.fasta")
+    assert not list(tmp_path.glob("out.h5*"))
+
+
+def elsewhere_virtual(folder: Path) -> None:
+    layout = h5py.VirtualLayout((4,), "f4")
+    layout[:] = h5py.VirtualSource(folder / "secret.h5", "a", (4,))
+    with h5py.File(folder / "x.h5", "w") as file:
+        file.create_virtual_dataset("p", layout)
+
+
+def elsewhere_raw(folder: Path) -> None:
+    with h5py.File(folder / "x.h5", "w") as file:
+        file.create_dataset("p", (4,), "f4", external=[(str(folder / "secret.h5"), 0, 16)])
+
+
+def elsewhere_link(folder: Path) -> None:
+    with h5py.File(folder / "x.h5", "w") as file:
+        file["p"] = h5py.ExternalLink(str(folder / "secret.h5"), "a")
+
+
+@pytest.mark.parametrize("make", [elsewhere_virtual, elsewhere_raw, elsewhere_link])
+def test_values_of_other_files_are_never_imported(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["a"] = np.arange(4, dtype=np.float32)
+    make(tmp_path)
+    for name in (None, "keyed-h5", "biotrainer"):
+        with pytest.raises(UserError, match=r"x\.h5"):
+            importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), name)
+    assert not list(tmp_path.glob("out.h5*"))

@@ -3,7 +3,6 @@
 Two passes over the source: a look at what is in it, from which the file is laid out, and the rows, placed where they belong.
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.console import Console
 from virnucpro_cli import fasta, layouts, report, store
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.imports.plan import Plan, plan
-from virnucpro_cli.imports.source import Int64, batches, look, reading_of
+from virnucpro_cli.imports.source import Batch, Int64, batches, look, reading_of
 from virnucpro_cli.layouts.layout import Layout, What
 
 
@@ -39,26 +38,24 @@ def run(
         found = look(source, layout, said, layer)
     if said.get("store_dtype") == "fp16":  # in a layout of fp32: nothing is lost
         found.dtype = np.dtype(np.float16)
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent) as spool:
-        with clock.stage("read FASTA"):
-            table = (
-                fasta.index(fasta.open_sources(inputs, Path(spool)), dedup=said.get("dedup", False)) if inputs else None
+    with clock.stage("read FASTA"):
+        sources = fasta.open_sources(inputs, target.absolute().parent)
+        table = fasta.index(sources, dedup=said.get("dedup", False)) if inputs else None
+    made = plan(source, output, layout, found, said, table, model, summary.notes)
+    store.check_free_space(target, made.layout.file_bytes)
+    with report.Tracker(out, len(found), "proteins") as tracker:
+        file = _filled(target, made, batches(source, layout, found), tracker, clock)
+    try:
+        skipped = int((file.status == store.SKIPPED).sum())
+        summary.counts = {"proteins": len(file.status), "imported": len(file.status) - skipped, "skipped": skipped}
+        for code in np.unique(file.reason[file.status == store.SKIPPED]).tolist():
+            summary.notes.append(
+                f"{int((file.reason == code).sum()):,} proteins are without an embedding: {store.REASONS[code]}"
             )
-        made = plan(source, output, layout, found, said, table, model, summary.notes)
-        store.check_free_space(target, made.layout.file_bytes)
-        with report.Tracker(out, len(found), "proteins") as tracker:
-            file = _filled(target, made, batches(source, layout, found), tracker, clock)
-        try:
-            skipped = int((file.status == store.SKIPPED).sum())
-            summary.counts = {"proteins": len(file.status), "imported": len(file.status) - skipped, "skipped": skipped}
-            for code in np.unique(file.reason[file.status == store.SKIPPED]).tolist():
-                summary.notes.append(
-                    f"{int((file.reason == code).sum()):,} proteins are without an embedding: {store.REASONS[code]}"
-                )
-            summary.seconds = dict(clock.seconds)
-            summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), overwrite)
-        finally:
-            file.close()
+        summary.seconds = dict(clock.seconds)
+        summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), overwrite)
+    finally:
+        file.close()
     what = ", ".join(f"{kind}/{number}" for kind, number in found.take.values())
     out.print(f"{target}: {what} of {summary.counts['imported']:,} proteins from {source}, {layout.what}")
     for note in summary.notes:
@@ -97,7 +94,7 @@ def _make_way(target: Path, overwrite: bool) -> None:
 
 
 def _filled(
-    target: Path, made: Plan, rows: Iterator[list[dict[What, NDArray[Any]]]], tracker: report.Tracker, clock: report.Clock
+    target: Path, made: Plan, rows: Iterator[Batch], tracker: report.Tracker, clock: report.Clock
 ) -> store.Store:  # fmt: skip
     """The file with all rows in it; nothing of it is left if that fails."""
     file = store.Store.create(target, made.layout)
@@ -108,7 +105,9 @@ def _filled(
             first = 0
             for batch in rows:
                 a, b = np.searchsorted(entries, (first, first + len(batch))).tolist()
-                _place(file, made.layout, batch, records[a:b], entries[a:b] - first)
+                if made.way is not None:
+                    made.way.check(batch.entries, records[a:b], entries[a:b] - first)
+                _place(file, made.layout, batch.rows, records[a:b], entries[a:b] - first)
                 file.commit()
                 tracker.advance(len(batch))
                 first += len(batch)

@@ -1,22 +1,48 @@
 """Which entry of a source is which record of a FASTA: by its sequence, by its key, or by its name, read in one way or another."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from operator import attrgetter
 
 import numpy as np
 
 from virnucpro_cli import fasta, store
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.imports.source import READINGS, Found, Int64
-from virnucpro_cli.layouts.layout import Keys, Layout, possible
+from virnucpro_cli.layouts.layout import Entry, Keys, Layout, possible
 
 NOWHERE, SEVERAL = -1, -2
 
 
+@dataclass(frozen=True)
+class Way:
+    """How entries and records are matched: of(entry) and texts(start, stop) of records are equal where they belong together."""
+
+    how: str
+    of: Callable[[Entry], str]
+    texts: Callable[[int, int], Iterable[str]]
+
+    def check(self, entries: list[Entry], records: Int64, which: Int64) -> None:
+        """Raise UserError unless records [k] are of entries[which], by their texts and not by a hash alone."""
+        for start, stop in pairwise([0, *(np.flatnonzero(np.diff(records) != 1) + 1).tolist(), len(records)]):
+            if start == stop:
+                continue
+            first = int(records[start])
+            ours = self.texts(first, first + stop - start)
+            for record, (text, entry) in enumerate(zip(ours, which[start:stop].tolist(), strict=True), first):
+                if text != self.of(entries[entry]):
+                    raise UserError(
+                        f"Record {record + 1:,} of the FASTA and {entries[entry].name!r} have one hash by {self.how}, and differ.",
+                        "This is chance: run the import again.",
+                    )
+
+
 def joined(
     source: str, layout: Layout, found: Found, table: fasta.RecordTable, full: bool, notes: list[str]
-) -> Int64:  # fmt: skip
-    """For each record of the FASTA the entry that is its, NOWHERE, or SEVERAL where a name does not tell."""
+) -> tuple[Int64, Way]:  # fmt: skip
+    """For each record of the FASTA the entry that is its, NOWHERE, or SEVERAL where a name does not tell; and how that was found."""
 
     def hashes(read: Callable[[int, int], Iterable[str]]) -> Int64:
         every = store.blocks(len(table))
@@ -25,28 +51,41 @@ def joined(
     names = partial(table.names, full=full)
     if layout.key_of is not None and found.keyed:
         key_of = layout.key_of
-        theirs, ours, how = found.keys, hashes(lambda a, b: map(key_of, table.sequences(a, b))), "sequence"
+        way = Way("sequence", attrgetter("key"), lambda a, b: map(key_of, table.sequences(a, b)))
+        theirs, ours = found.keys, hashes(way.texts)
         best = _match(theirs, ours, by_content=True)
     else:
         ways = []
         if layout.longest and found.keyed:
-            ours = hashes(Keys(names, len(table), layout.longest))
+            keys = Way("key", attrgetter("key"), Keys(names, len(table), layout.longest))
+            ours = hashes(keys.texts)
             alike = hashes(lambda a, b: (possible(name, layout.longest) for name in names(a, b)))
-            ways.append((_all_of_a_key(_match(found.keys, ours), alike), found.keys, ours, "key"))
+            ways.append((_all_of_a_key(_match(found.keys, ours), alike), found.keys, ours, keys))
         for theirs, (how, reading) in zip(found.names, READINGS, strict=True):
-            ours = hashes(lambda a, b, reading=reading: map(reading, names(a, b)))  # type: ignore[misc]
-            ways.append((_match(theirs, ours), theirs, ours, how))
-        best, theirs, ours, how = max(ways, key=lambda way: int((way[0] >= 0).sum()))
+            read = Way(how, partial(_read_name, reading), partial(_read_names, reading, names))
+            ours = hashes(read.texts)
+            ways.append((_match(theirs, ours), theirs, ours, read))
+        best, theirs, ours, way = max(ways, key=lambda way: int((way[0] >= 0).sum()))
     if not (best >= 0).any():
         raise UserError(
-            f"None of the {len(found):,} proteins of {source} is in the FASTA, by {how}.",
+            f"None of the {len(found):,} proteins of {source} is in the FASTA, by {way.how}.",
             "Is it the FASTA that was embedded, and is --from right?",
         )
     if left_out := int((~np.isin(theirs, ours)).sum()):
         notes.append(
-            f"{left_out:,} of {len(found):,} proteins of {source} are not in the FASTA (by {how}) and are left out"
+            f"{left_out:,} of {len(found):,} proteins of {source} are not in the FASTA (by {way.how}) and are left out"
         )
-    return best
+    return best, way
+
+
+def _read_name(reading: Callable[[str], str], entry: Entry) -> str:
+    return reading(entry.name)
+
+
+def _read_names(
+    reading: Callable[[str], str], names: Callable[[int, int], list[str]], start: int, stop: int
+) -> Iterable[str]:
+    return map(reading, names(start, stop))
 
 
 def _match(theirs: Int64, ours: Int64, by_content: bool = False) -> Int64:

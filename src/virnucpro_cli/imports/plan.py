@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 import virnucpro_cli
 from virnucpro_cli import fasta, store
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.imports.joining import NOWHERE, SEVERAL, joined
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.imports.joining import NOWHERE, SEVERAL, Way, joined
 from virnucpro_cli.imports.source import Found, Int64
 from virnucpro_cli.layouts.layout import Layout
 from virnucpro_cli.policies import POLICIES, decide
@@ -28,10 +29,11 @@ UNSAID: dict[str, Any] = {"long": "full", "dedup": False}
 
 @dataclass
 class Plan:
-    """The file to make. entry_of: int64 [N], which entry's rows each record gets, or NOWHERE."""
+    """The file to make. entry_of: int64 [N], which entry's rows each record gets, or NOWHERE; way: how that was found, with a FASTA."""
 
     layout: store.Layout
     entry_of: Int64
+    way: Way | None
 
 
 @dataclass
@@ -45,6 +47,7 @@ class _Records:
     reason: NDArray[np.uint8]
     names: Callable[[int, int], list[str]]
     name_bytes: int
+    way: Way | None = None
 
 
 def plan(
@@ -70,7 +73,7 @@ def plan(
         records.names, records.name_bytes,
     )  # fmt: skip
     made.attributes.update(_attributes(source, layout, found, said, table, config))
-    return Plan(made, records.entry_of)
+    return Plan(made, records.entry_of, records.way)
 
 
 def _of_the_source(source: str, layout: Layout, found: Found, notes: list[str]) -> _Records:
@@ -96,7 +99,7 @@ def _of_the_fasta(
 ) -> _Records:  # fmt: skip
     """Its records, and for each the entry that is its."""
     full = config.id == "full"
-    entry_of = joined(source, layout, found, table, full, notes)
+    entry_of, way = joined(source, layout, found, table, full, notes)
     work = decide(table, config)
     reason, flags = work.reason, work.flags
     kept = reason == 0
@@ -108,6 +111,7 @@ def _of_the_fasta(
     told, expected = found.lengths[entry_of], table.length
     if "residue" in found.kinds:
         told, expected = _rows_of(found, entry_of), work.embedded
+        _check_rows(table, entry_of, told, full)
         flags[(entry_of >= 0) & (told < table.length)] |= store.TRUNCATED
     if wrong := int(((entry_of >= 0) & (told >= 0) & (told != expected)).sum()):
         notes.append(
@@ -115,8 +119,19 @@ def _of_the_fasta(
         )
     return _Records(
         entry_of, table.length, table.replaced, flags, reason, partial(table.names, full=full),
-        table.text_bytes - table.residues,
+        table.text_bytes - table.residues, way,
     )  # fmt: skip
+
+
+def _check_rows(table: fasta.RecordTable, entry_of: Int64, rows: Int64, full: bool) -> None:
+    """Raise UserError if a protein has more rows than residues, or one row for many: they are not a row for each residue."""
+    wrong = np.flatnonzero((entry_of >= 0) & ((rows > table.length) | ((rows == 1) & (table.length > 1))))
+    if len(wrong):
+        (name,) = table.names(int(wrong[0]), int(wrong[0]) + 1, full=full)
+        raise UserError(
+            f"{len(wrong):,} proteins do not have a row for each residue: {name!r} has {rows[wrong[0]]:,} for {table.length[wrong[0]]:,}.",
+            "Leave out rows of special tokens, and store means as [D]. Or is it another FASTA?",
+        )
 
 
 def _rows_of(found: Found, entry_of: Int64) -> Int64:

@@ -4,7 +4,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,16 +136,28 @@ def _taken(source: str, entry: Entry, said: int | None, asked: int | None) -> di
     return chosen
 
 
-def batches(source: str, layout: Layout, found: Found) -> Iterator[list[dict[What, NDArray[Any]]]]:
+@dataclass
+class Batch:
+    """Neighbouring entries, without their values, and the rows of each."""
+
+    entries: list[Entry]
+    rows: list[dict[What, NDArray[Any]]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def batches(source: str, layout: Layout, found: Found) -> Iterator[Batch]:
     """The second pass: the rows of all entries in order, in the dtype of the file."""
-    batch: list[dict[What, NDArray[Any]]] = []
+    batch = Batch([], [])
     size = 0
     with reading_of(source, layout), np.errstate(over="ignore"):
         for entry in layout.read(Path(source)):
             rows = {to: np.asarray(entry.values[what]).astype(found.dtype) for what, to in found.take.items()}
-            batch.append(rows)
+            batch.rows.append(rows)
+            batch.entries.append(replace(entry, values={}))
             size += sum(each.nbytes for each in rows.values())
             if len(batch) == BATCH or size > BATCH_BYTES:
                 yield batch
-                batch, size = [], 0
+                batch, size = Batch([], []), 0
     yield batch

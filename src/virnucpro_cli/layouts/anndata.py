@@ -5,12 +5,14 @@ the anndata package itself.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
+from virnucpro_cli.errors import needs
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.layouts import hdf5
 from virnucpro_cli.layouts.layout import Entry, Layout, Selection
@@ -65,29 +67,52 @@ def write(selection: Selection, target: Path) -> None:
             data[rows], index[rows], names[rows] = block.rows[selection.what], block.keys, block.names
 
 
+@contextmanager
+def _backed(path: Path) -> Iterator[Any]:
+    """The AnnData, with its X on disk, as its package reads it. Raises UserError if that is not installed."""
+    needs("anndata", "frames", "Reading .h5ad")
+    import anndata
+
+    with h5py.File(path, "r") as file:  # with the flags of anndata, which may have it open already
+        hdf5.check_whole(file)
+    data = anndata.read_h5ad(path, backed="r")
+    try:
+        yield data
+    finally:
+        data.file.close()
+
+
 def read(path: Path) -> Iterator[Entry]:
     """Names are obs["id"], or the index; length, status and reason are taken where they are. X is dense."""
-    kind = provenance(path).get("kind", "mean")
-    with h5py.File(path, "r", locking=False) as file:
-        obs = file["obs"]
-        if not isinstance(file["X"], h5py.Dataset):
-            raise ValueError("its X is sparse")
-        names = obs["id"] if "id" in obs else obs[obs.attrs["_index"]]
-        lengths = obs["length"][:].tolist() if "length" in obs else [None] * len(names)
-        reasons = [""] * len(names)
-        if "reason" in obs and "status" in obs:
-            words, status = (list(hdf5.texts(obs[name]["categories"])) for name in ("reason", "status"))
-            skipped = obs["status"]["codes"][:] == status.index("skipped")
-            reasons = [words[c] if s else "" for c, s in zip(obs["reason"]["codes"][:], skipped, strict=True)]
-        for name, row, length, reason in zip(hdf5.texts(names), hdf5.rows(file["X"]), lengths, reasons, strict=True):
-            yield Entry(name, {(kind, None): row}, length=length, skipped=reason)
+    with _backed(path) as data:
+        kind = _provenance(data).get("kind", "mean")
+        if not isinstance(data.X, h5py.Dataset):
+            raise ValueError("its X is sparse, or there is none")
+        names = data.obs["id"] if "id" in data.obs else data.obs_names.to_series()
+        if names.isna().any():
+            raise ValueError(f"row {int(names.isna().to_numpy().argmax())} of obs has no id")
+        columns = {
+            name: data.obs[name].astype(object).where(data.obs[name].notna(), None).tolist()
+            if name in data.obs
+            else [None] * len(names)
+            for name in ("length", "status", "reason")
+        }
+        each = zip(names.astype(str), hdf5.rows(data.X), *columns.values(), strict=True)
+        for name, row, length, status, reason in each:
+            yield Entry(
+                name, {(kind, None): row}, length=None if length is None else int(length),
+                skipped=str(reason or "") if status == "skipped" else "",
+            )  # fmt: skip
+
+
+def _provenance(data: Any) -> dict[str, Any]:
+    said = data.uns.get(hdf5.PROVENANCE, {})
+    return {name: value.item() if hasattr(value, "item") else value for name, value in said.items()}
 
 
 def provenance(path: Path) -> dict[str, Any]:
-    with h5py.File(path, "r", locking=False) as file:
-        said = file["uns"].get(hdf5.PROVENANCE, {}) if "uns" in file else {}
-        found = {name: item[()] for name, item in said.items()}
-    return {name: value.decode() if isinstance(value, bytes) else value.item() for name, value in found.items()}
+    with _backed(path) as data:
+        return _provenance(data)
 
 
 def recognises(path: Path) -> bool:

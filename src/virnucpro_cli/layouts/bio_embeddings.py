@@ -64,7 +64,11 @@ def recognises(path: Path) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in (POOLED_FILE, RESIDUE_FILE))
     first = keyed_h5.first_of(path)
-    return first is not None and first[1] and (biotrainer.is_hash(first[0], HASH_LETTERS) or first[0].isdigit())
+    return (
+        first is not None
+        and "original_id" in first[1]
+        and (biotrainer.is_hash(first[0], HASH_LETTERS) or first[0].isdigit())
+    )
 
 
 LAYOUT = Layout(

@@ -28,9 +28,10 @@ def write(selection: Selection, target: Path) -> None:
 def read(path: Path) -> Iterator[Entry]:
     kind = hdf5.provenance(path).get("kind", "mean")
     with h5py.File(path, "r", locking=False) as file:
-        if len(file["embeddings"]) != len(file["sequence_ids"]):
-            raise ValueError(f"{len(file['embeddings'])} embeddings for {len(file['sequence_ids'])} sequence_ids")
-        for name, row in zip(hdf5.texts(file["sequence_ids"]), hdf5.rows(file["embeddings"]), strict=True):
+        data, names = (hdf5.item(file, name) for name in ("embeddings", "sequence_ids"))
+        if len(data) != len(names):
+            raise ValueError(f"{len(data)} embeddings for {len(names)} sequence_ids")
+        for name, row in zip(hdf5.texts(names), hdf5.rows(data), strict=True):
             yield Entry(name, {(kind, None): row})
 
 

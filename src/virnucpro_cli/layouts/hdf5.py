@@ -13,6 +13,7 @@ from virnucpro_cli.store import HDF5_MAGIC, blocks
 from virnucpro_cli.store.sink import Sink
 
 PROVENANCE = "virnucpro"
+MOST_DEEP = 32
 
 
 @contextmanager
@@ -53,6 +54,26 @@ def has(path: Path, *names: str) -> bool:
         return False
     with h5py.File(path, "r", locking=False) as file:
         return "schema" not in file.attrs and all(name in file for name in names)
+
+
+def item(group: h5py.Group, name: str) -> Any:
+    """The group or dataset of a name. Raises ValueError if its bytes are not in this file: a link, or external or virtual storage."""
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{name!r} is a link")
+    found = group[name]
+    if isinstance(found, h5py.Dataset) and (found.is_virtual or found.external):
+        raise ValueError(f"{name!r} keeps its values in other files")
+    return found
+
+
+def check_whole(group: h5py.Group, depth: int = 0) -> None:
+    """Raise ValueError if anything below a group is kept elsewhere, or deeper than any file needs."""
+    if depth > MOST_DEEP:
+        raise ValueError(f"its groups are nested more than {MOST_DEEP} deep")
+    for name in group:
+        found = item(group, name)
+        if isinstance(found, h5py.Group):
+            check_whole(found, depth + 1)
 
 
 def texts(data: h5py.Dataset) -> Iterator[str]:

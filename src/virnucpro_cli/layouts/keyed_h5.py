@@ -27,31 +27,43 @@ def write(selection: Selection, target: Path, always_named: bool = False) -> Non
                     data.attrs["original_id"] = name
 
 
+def datasets(group: h5py.Group, above: str = "", depth: int = 0) -> Iterator[tuple[str, h5py.Dataset]]:
+    """(key, dataset) of every protein. A name with a `/` made groups of its parts."""
+    if depth > hdf5.MOST_DEEP:
+        raise ValueError(f"{above!r} is nested more than {hdf5.MOST_DEEP} deep")
+    for name in group:
+        data = hdf5.item(group, name)
+        if isinstance(data, h5py.Group):
+            yield from datasets(data, f"{above}{name}/", depth + 1)
+        elif isinstance(data, h5py.Dataset) and data.ndim in (1, 2):
+            yield above + name, data
+        else:
+            raise ValueError(f"{above + name!r} is not a dataset of [D] or [L, D]")
+
+
 def read(path: Path) -> Iterator[Entry]:
-    kind = hdf5.provenance(path).get("kind", "mean")
+    """Datasets of [1, D] are means whose first dimension was kept, unless another one has more rows or an export says residue."""
+    kind = hdf5.provenance(path).get("kind")
     with h5py.File(path, "r", locking=False) as file:
-        for key in file:
-            data = file[key]
-            if not isinstance(data, h5py.Dataset) or data.ndim not in (1, 2):
-                raise ValueError(f"{key!r} is not a dataset of [D] or [L, D]")
+        kept = kind != "residue" and all(data.ndim == 2 and len(data) == 1 for _, data in datasets(file))
+        for key, data in datasets(file):
             name = data.attrs.get("original_id", key)
             yield Entry(
                 name.decode() if isinstance(name, bytes) else str(name),
-                {("residue" if data.ndim == 2 else kind, None): data},
+                {("residue" if data.ndim == 2 and not kept else kind or "mean", None): data[0] if kept else data},
                 key,
             )
 
 
-def first_of(path: Path) -> tuple[str, bool] | None:
-    """(key, whether it has an original_id) of the first dataset, if all that is at the root looks like datasets of proteins."""
+def first_of(path: Path) -> tuple[str, set[str]] | None:
+    """(key, names of its attributes) of the first dataset, if all that is at the root looks like datasets of proteins."""
     if not hdf5.has(path):
         return None
     with h5py.File(path, "r", locking=False) as file:
-        key = next(iter(file), None)
-        data = file[key] if key is not None else None
-        if not isinstance(data, h5py.Dataset) or data.ndim not in (1, 2) or data.dtype.kind != "f":
+        key, data = next(datasets(file), (None, None))
+        if key is None or data is None or data.dtype.kind != "f":
             return None
-        return str(key), "original_id" in data.attrs
+        return key, set(data.attrs)
 
 
 def recognises(path: Path) -> bool:

@@ -55,6 +55,7 @@ def write(selection: Selection, target: Path) -> None:
 def read(path: Path) -> Iterator[Entry]:
     """scikit-bio's own writer (0.7) leaves out the last ends, which are those of the datasets."""
     with h5py.File(path, "r", locking=False) as file:
+        hdf5.check_whole(file)
         ids, data = file["id"], file["embedding"]
         kind = hdf5.provenance(path).get("kind") or ("residue" if len(data) == len(ids) else "mean")
         ends = _complete(file["idptr"][:], len(ids))
