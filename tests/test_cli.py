@@ -1,5 +1,6 @@
 """What people meet: exit codes, one clear message, help at once, and a clean stdout."""
 
+import json
 import re
 import signal
 import subprocess
@@ -123,9 +124,27 @@ def test_a_finished_run_exits_0_and_so_does_the_same_run_again(
 ) -> None:
     fasta = make_fasta([10, 20])
     first = embed_tiny(fasta)
-    assert (first.code, first.out) == (0, "") and "Throughput" in first.err
+    assert (first.code, first.out) == (0, "") and len(first.err.splitlines()) == 5
+    assert [line.split()[0] for line in first.err.splitlines()] == ["proteins", "truncated", "time", "file", "next"]
     again = embed_tiny(fasta)
     assert (again.code, again.out) == (0, "") and "already complete" in again.err
+
+
+def test_tables_of_a_run_are_shown_when_asked_for_and_in_the_report(
+    embed_tiny: Callable[..., Ran], make_fasta: Make, tmp_path: Path
+) -> None:
+    ran = embed_tiny(make_fasta([10, 20]), "--verbose", "--report", tmp_path / "r.json")
+    assert "Packing" in ran.err and "Throughput" in ran.err
+    assert json.loads((tmp_path / "r.json").read_text())["packing"]["packs"] == 1
+
+
+def test_skipped_and_odd_proteins_are_named_the_first_three(embed_tiny: Callable[..., Ran], tmp_path: Path) -> None:
+    records = [*((f"odd{i}", "MK1V") for i in range(4)), *((f"none{i}", "") for i in range(5)), ("good", "MKVL")]
+    (tmp_path / "in.fasta").write_text("".join(f">{name}\n{text}\n" for name, text in records))
+    ran = embed_tiny(tmp_path / "in.fasta")
+    assert "odd0, odd1, odd2, and 1 more" in ran.err
+    assert "5 of 10 proteins skipped, their rows are NaN: empty: none0, none1, none2, and 2 more" in ran.err
+    assert "5 of 10 proteins embedded; skipped: none0, none1, none2, and 2 more (empty)" in ran.err
 
 
 def test_skipped_records_exit_3(embed_tiny: Callable[..., Ran], make_fasta: Make) -> None:

@@ -80,6 +80,7 @@ class EmbedConfig:
     report: str | None = None
     cache: str | None = None
     cache_size: str = "50G"
+    verbose: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:

@@ -230,6 +230,9 @@ def embed(
         str | None,
         typer.Option("--config", metavar="FILE.toml", help="Options from a TOML file, table [embed]; flags win."),
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="End with tables of packing, seconds by stage and memory.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Embed protein FASTA files, or the proteins of contigs (--from contigs), into one HDF5 file, row i for record i.
@@ -246,7 +249,8 @@ def embed(
         "restart": restart or None, "retry_skipped": retry_skipped or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,
         "force_protein": force_protein or None, "from_": from_, "genes": genes, "min_aa": min_aa, "chunk": chunk,
         "group": group, "group_regex": group_regex, "group_table": group_table, "shard": shard, "cache": cache,
-        "cache_size": cache_size, "qc": qc, "report": report, "quiet": quiet or None,
+        "cache_size": cache_size, "qc": qc, "report": report, "verbose": verbose or None,
+        "quiet": quiet or None,
     }  # fmt: skip
     settings = resolve(EmbedConfig, config, flags)
     from virnucpro_cli import embed as workflow

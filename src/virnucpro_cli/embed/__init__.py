@@ -85,10 +85,12 @@ def _run(
     if store.partial_path(at.output).exists():  # left by a kill between the two steps of the renaming
         _drop_finished_partial(at.output)
     _write_qc(at.output, config)
-    out.print(report.packing_table(summary), report.throughput_table(summary))
-    for title, rows in summary.tables.items():
-        out.print(report.rows_table(title, rows))
-    out.print(f"{at.output}: {len(recipe.table):,} proteins, {report.size(at.output.stat().st_size)}")
+    if config.verbose:
+        out.print(report.packing_table(summary), report.throughput_table(summary))
+        for title, rows in summary.tables.items():
+            out.print(report.rows_table(title, rows))
+    for line in words.ending(recipe, summary, clock):
+        out.print(line)
     return _saved(summary, config)
 
 

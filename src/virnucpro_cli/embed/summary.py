@@ -2,20 +2,23 @@
 
 import platform
 import resource
+import shlex
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 import virnucpro_cli
-from virnucpro_cli import contacts, fasta, genes, report, runner, store
+from virnucpro_cli import contacts, fasta, genes, qc, report, runner, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.recipe import Recipe
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.policies import Int64, Work
+from virnucpro_cli.pooled import count
 
 SIXTEEN_BIT = {320: 2.2e14, 480: 2.8e14, 640: 3.6e14, 1280: 4.9e14, 2560: 5.6e14}
 MEASURED_FLOPS = {
@@ -29,6 +32,9 @@ MEASURED_FLOPS = {
 H100 80GB (torch 2.11, UniProt lengths) and on two threads of an AVX-512 server CPU (torch 2.13)."""
 
 MORE = 1.25
+
+SHOWN = 3
+"""Proteins that a message names, at most."""
 
 APPROXIMATE = (
     "fp8 is approximate: on real 8M weights a protein's mean is off by 4 % (median; the worst of 128 by 26 %), forty times what "
@@ -84,12 +90,14 @@ def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list
     if replaced and config.invalid == "x":
         odd = int(table.replaced.sum(dtype=np.int64))
         notes.append(
-            f"{replaced:,} of {n:,} proteins hold {odd:,} residues outside the alphabet, embedded as X (column /replaced)"
+            f"{replaced:,} of {n:,} proteins hold {odd:,} residues outside the alphabet, embedded as X (column /replaced): "
+            + named(table, table.replaced > 0, config)
         )
     for code in (store.EMPTY, store.INVALID, store.TOO_LONG):
-        count = int((work.reason == code).sum())
-        if count:
-            notes.append(f"{count:,} of {n:,} proteins skipped: {store.REASONS[code]}; their rows are NaN")
+        skipped = work.reason == code
+        if skipped.any():
+            told = f"{int(skipped.sum()):,} of {n:,} proteins skipped, their rows are NaN: {store.REASONS[code]}"
+            notes.append(f"{told}: {named(table, skipped, config)}")
     if config.pool == ("residue",):
         notes.append(
             "only per-residue rows are stored, so the file has no /embeddings; add mean, say, to --pool for one row a protein"
@@ -97,9 +105,52 @@ def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list
     repeated = _repeated_names(table, config) if config.shard is None else 0
     if repeated:
         notes.append(
-            f"{repeated:,} proteins share their name with an earlier one; all are kept, one row each, in input order"
+            f"{count(repeated)} {'shares its' if repeated == 1 else 'share their'} name with an earlier one; all are kept, one row each, in input order"
         )
     return notes
+
+
+def named(table: fasta.RecordTable, chosen: NDArray[np.bool_], config: EmbedConfig) -> str:
+    """Names of the first of the chosen records, and how many more there are. chosen: mask [N]."""
+    records = np.flatnonzero(chosen)
+    names = [table.names(i, i + 1, config.id == "full")[0] for i in records[:SHOWN].tolist()]
+    more = [f"and {len(records) - SHOWN:,} more"] if len(records) > SHOWN else []
+    shown = [qc.printable(name) or f"record {i + 1:,}" for i, name in zip(records.tolist(), names, strict=False)]
+    return ", ".join([*shown, *more])
+
+
+def ending(recipe: Recipe, summary: report.RunReport, clock: report.Clock) -> list[str]:
+    """Lines that a finished run ends with: proteins, truncated, time, file, next.
+
+    A hidden file is another command's, which speaks of it.
+    """
+    counts, output, table, config = summary.counts, recipe.output, recipe.table, recipe.config
+    with store.read_embeddings(output) as file:
+        skipped, reason = file.status == store.SKIPPED, file.reason[:]
+    done = f"{len(table) - int(skipped.sum()):,} of {count(len(table))} embedded"
+    why = {store.REASONS[code] for code in np.unique(reason[skipped]).tolist()}
+    left = f"; skipped: {named(table, skipped, config)} ({', '.join(sorted(why))})" if skipped.any() else ""
+    more = [f"{told}: {n:,}" for told, n in recipe.layout.extra.counts.items() if n and not told.startswith("names of")]
+    cut = counts["truncated"]
+    rate = f", {summary.rates['tokens/s']:,.0f} tokens/s in the model" if summary.rates else ""
+    where = " ".join(str(summary.environment[name]).removesuffix(" (auto)") for name in ("device", "dtype"))
+    file_name = shlex.quote(str(output))
+    to_do = f"virnucpro inspect {file_name}"
+    if recipe.shard is not None:
+        to_do = f"virnucpro status {shlex.quote(config.output)}"
+    elif (reason[skipped] == store.NO_MEMORY).any():
+        to_do = "the same command with --retry-skipped, where there is more memory"
+    lines = [
+        f"proteins   {'; '.join([done + left, *more])}",
+        f"truncated  {cut:,}" + ("; --long window embeds them whole" if cut else ""),
+        f"time       {report.clock_time(clock.so_far())}{rate} ({where})",
+    ]
+    hidden = output.name.startswith(".")
+    return (
+        lines
+        if hidden
+        else [*lines, f"file       {output}, {report.size(output.stat().st_size)}", f"next       {to_do}"]
+    )
 
 
 def _percent(share: float) -> str:
