@@ -468,6 +468,22 @@ def test_a_finished_file_is_not_discarded_for_what_it_lacks(small: Case, tmp_pat
     assert output.read_bytes() == before
 
 
+def test_packs_whose_rows_find_no_pinned_memory_are_halved(
+    small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, report, to_host = tmp_path / "out.h5", tmp_path / "report.json", runner._to_host
+
+    def limited(found: Embeddings, non_blocking: bool) -> Embeddings:
+        if max(len(rows) for rows in found.residue.values()) > 1024:
+            raise torch.AcceleratorError("CUDA error: out of memory\nCompile with ...")
+        return to_host(found, non_blocking)
+
+    monkeypatch.setattr(runner, "_to_host", limited)
+    small.embed(output, report=str(report), token_budget=8192)
+    small.check(output)
+    assert any("packs of at most" in note for note in json.loads(report.read_text())["notes"])
+
+
 def test_a_host_without_memory_is_as_a_device_without(
     small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

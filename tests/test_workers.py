@@ -53,18 +53,20 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 class Program:
     """`virnucpro embed` in a process of its own, with workers of its own."""
 
-    def __init__(self, case: Case, output: Path, workers: int, change: str = SLOW, *more: str):
+    def __init__(
+        self, case: Case, output: Path, workers: int, change: str = SLOW, *more: str, site: str = INTO_EVERY_WORKER
+    ):
         self.output = output
-        site = output.parent / "site"
-        site.mkdir(exist_ok=True)
-        (site / "sitecustomize.py").write_text(INTO_EVERY_WORKER.format(change=change))
+        folder = output.parent / "site"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(site.format(change=change))
         command = [
             sys.executable, "-m", "virnucpro_cli", "embed", str(case.fasta), "-o", str(output), "--model", str(case.model),
             "--device", "cpu", "--token-budget", "1024", "--pool", ",".join(KINDS), "--long", "window",
             "--max-residues", "200", "--overlap", "50", "--workers", str(workers), "--report", str(output.with_suffix(".json")),
             *more,
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(site), "ONCE": str(site / "once")}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "ONCE": str(folder / "once")}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
     @property
@@ -194,6 +196,35 @@ def test_a_killed_parent_leaves_no_worker_behind_and_no_lock(case: Case, tmp_pat
     assert workers and gone(workers, 3)
     case.embed(program.output, workers=2)
     case.check_rows(program.output)
+
+
+SLOW_TO_BEGIN = """
+import sys, time
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "torch" and sys.argv[0] == "-c":
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+"""
+
+
+@pytest.mark.parametrize("before", [None, signal.SIGSTOP], ids=["running", "stopped"])
+def test_workers_that_have_hardly_begun_end_with_their_parent(
+    case: Case, tmp_path: Path, before: signal.Signals | None
+) -> None:
+    """While they import PyTorch, which takes long on a busy machine; whatever the parent does."""
+    program = Program(case, tmp_path / "out.h5", 2, site=SLOW_TO_BEGIN)
+    deadline = time.monotonic() + 60
+    while len(program.workers) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = program.workers
+    time.sleep(0.5)
+    assert len(workers) == 2 and program.process.poll() is None
+    if before is not None:
+        os.kill(program.process.pid, before)
+    program.process.kill()
+    program.process.communicate()
+    assert gone(workers, 2)
 
 
 @pytest.mark.parametrize("moments", [4, pytest.param(200, marks=pytest.mark.soak)])

@@ -161,4 +161,7 @@ class VarlenCollator:
         return window_weights(int(self.embedded[record]), starts, window)[segment - int(first)]
 
     def _tensor(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(rows, dtype=dtype, pin_memory=self.pin)
+        try:
+            return torch.empty(rows, dtype=dtype, pin_memory=self.pin)
+        except RuntimeError:  # so little that it need not be pinned
+            return torch.empty(rows, dtype=dtype)

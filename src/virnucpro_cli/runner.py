@@ -291,12 +291,12 @@ def serial(items: Iterator[Item], collate: Collate, compute: Compute, sink: Sink
     for item in items:
         batch = collate(item)
         try:
-            found = compute(batch.to(device))
+            found = _to_host(compute(batch.to(device)), non_blocking=False)
         except (RuntimeError, MemoryError) as error:
             if not is_for_want_of_memory(error):
                 raise
             raise _TooLarge(item, (), batch.used, error) from None
-        sink(batch, _to_host(found, non_blocking=False))
+        sink(batch, found)
 
 
 def overlapped(items: Iterator[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device) -> None:
@@ -337,14 +337,16 @@ def overlapped(items: Iterator[Item], collate: Collate, compute: Compute, sink: 
                     moved = batch.to(device)
                 main.wait_stream(copy_in)
                 found = compute(moved)
-            except torch.cuda.OutOfMemoryError as error:
+                copy_out.wait_stream(main)
+                with torch.cuda.stream(copy_out):
+                    host = _to_host(found, non_blocking=True)
+                    copied = torch.cuda.Event()
+                    copied.record(copy_out)
+            except (RuntimeError, MemoryError) as error:
+                if not is_for_want_of_memory(error):
+                    raise
                 too_large = _TooLarge(item, [item for item, _ in asked], batch.used, error)
                 break
-            copy_out.wait_stream(main)
-            with torch.cuda.stream(copy_out):
-                host = _to_host(found, non_blocking=True)
-                copied = torch.cuda.Event()
-                copied.record(copy_out)
             in_flight.append((batch, host, copied, (moved, found)))  # the device tensors live until they are copied
             if len(in_flight) > IN_FLIGHT:
                 retire()
@@ -424,8 +426,9 @@ def run(
 
 
 def is_for_want_of_memory(error: Exception) -> bool:
-    """PyTorch has a type for a GPU's memory, and for the host's only words."""
-    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """PyTorch has a type for a GPU's memory, and only words for the host's, pinned or not."""
+    words = ("DefaultCPUAllocator", "CUDA error: out of memory")
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(each in str(error) for each in words)
 
 
 def _is_of_the_device(error: RuntimeError) -> bool:

@@ -4,7 +4,7 @@ The parent alone says what is done: it owns the statuses, stitches windows, and 
 others. A worker is a fresh Python that runs `main` here and inherits the descriptors that it needs.
 """
 
-import ctypes
+import mmap
 import os
 import pickle
 import resource
@@ -46,6 +46,20 @@ from virnucpro_cli.store import PENDING, Store
 LARGEST_SHARE = 256
 """Packs handed out at once, at most: what is left is dealt so that all end together, a pack each at last."""
 STOP_SECONDS = 10.0
+BOUND = """
+import ctypes, os, threading, time
+try:
+    ctypes.CDLL(None).prctl(1, 9)
+except AttributeError:
+    pass
+def end_with_parent():
+    while os.getppid() == {parent}:
+        time.sleep(0.5)
+    os.kill(os.getpid(), 9)
+threading.Thread(target=end_with_parent, daemon=True).start()
+"""
+"""A worker must not outlive its parent, however that ends: another run may soon hold the file. First of all, for PyTorch takes
+seconds to import; by the kernel where it can (PR_SET_PDEATHSIG, SIGKILL), by a look at the parent elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +273,7 @@ def _dump(job: Job, shared: IO[bytes]) -> list[int]:
 
 
 def _load(fd: int, sizes: list[int]) -> Job:
-    whole = np.memmap(os.fdopen(fd, "rb"), np.uint8, "c")
+    whole = np.frombuffer(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY), np.uint8)  # its offset is that of all workers
     at, parts = 0, []
     for size in sizes:
         parts.append(whole[at : at + size])
@@ -271,9 +285,9 @@ def _load(fd: int, sizes: list[int]) -> Job:
 
 def _start(number: int, device: torch.device, job: Job, shared: IO[bytes], sizes: list[int]) -> _Worker:
     ours, theirs = socketpair()
-    copy = os.open(f"/proc/self/fd/{shared.fileno()}", os.O_RDONLY)
+    copy = os.dup(shared.fileno())
     inherited = [theirs.fileno(), copy, job.fd, *(source.file.fileno() for source in job.table.sources)]
-    command = f"from {__name__} import main; main({theirs.fileno()}, {copy}, {os.getpid()})"
+    command = f"{BOUND.format(parent=os.getpid())}from {__name__} import main; main({theirs.fileno()}, {copy})"
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", command], pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -369,9 +383,8 @@ class _WorkerPlacer(Placer):
         self.file.post.send("used", tokens)
 
 
-def main(channel_fd: int, job_fd: int, parent: int) -> None:
+def main(channel_fd: int, job_fd: int) -> None:
     """Do the packs that come through the channel until it closes."""
-    _die_with(parent)
     for signum in STOP_SIGNALS:  # whoever sends them to all means the parent, which ends the channel
         signal.signal(signum, signal.SIG_IGN)
     channel = Connection(channel_fd)
@@ -425,13 +438,3 @@ def used_here(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         used["peak GPU memory"] = report.size(torch.cuda.max_memory_allocated(device))
     return used
-
-
-def _die_with(parent: int) -> None:
-    """A worker must not outlive a parent that was killed: another run may soon hold the file."""
-    pr_set_pdeathsig = 1
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(pr_set_pdeathsig, int(signal.SIGKILL))
-    if os.getppid() != parent:  # it went before that
-        os.kill(os.getpid(), signal.SIGKILL)
