@@ -25,6 +25,11 @@ def in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
+def printable(text: str) -> str:
+    """Text without characters that would steer a terminal, but for ends of lines."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
 def shortened(text: str) -> str:
     """A message without the middle of a word that nobody would read, and without its own middle if it is longer than any of ours."""
     text = _LONG_WORD.sub(lambda word: f"{word[0][:200]}...{word[0][-40:]}", text)

@@ -7,7 +7,7 @@ from typing import Any
 from virnucpro_cli import fasta, layouts, report, store
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.layouts import target as targets
-from virnucpro_cli.layouts.layout import Keys, Layout, Selection
+from virnucpro_cli.layouts.layout import Keys, Layout, Selection, encodable
 from virnucpro_cli.policies import POLICIES
 
 
@@ -33,7 +33,7 @@ def run(
                 with clock.stage("read FASTA"):
                     keys = _of_sequences(file, settings, named, layout.key_of, target.absolute().parent)
             else:
-                keys = Keys(file.names_of, len(file), layout.longest) if layout.longest else file.names_of
+                keys = Keys(_names(file, layout), len(file), layout.longest) if layout.longest else file.names_of
             selection = Selection(
                 file, kinds, chosen, keys, _provenance(file, settings, kinds, chosen), tracker.advance
             )
@@ -49,6 +49,13 @@ def run(
     for note in summary.notes:
         out.print(note, style="yellow")
     return summary
+
+
+def _names(file: store.EmbeddingFile, layout: Layout) -> Callable[[int, int], list[str]]:
+    """Names of a range of records; those that become names of files only with letters that this locale has."""
+    if not layout.folder:
+        return file.names_of
+    return lambda start, stop: list(map(encodable, file.names_of(start, stop)))
 
 
 def _notes(layout: Layout, selection: Selection, skipped: int) -> Iterator[str]:

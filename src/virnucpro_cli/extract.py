@@ -24,6 +24,7 @@ from xopen import xopen
 from virnucpro_cli import embed, fasta, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.layouts.layout import encodable
 from virnucpro_cli.model import locate
 
 ENTRIES = {
@@ -227,7 +228,7 @@ def paths_of(labels: list[str]) -> list[Path]:
 
 
 def _below(path: str) -> str:
-    parts = [part.replace("\0", "_") for part in path.split("/") if part not in ("", ".")]
+    parts = [encodable(part.replace("\0", "_")) for part in path.split("/") if part not in ("", ".")]
     whole = "/".join(_fitting("__" if part == ".." else part, LONGEST_NAME) for part in parts)
     return whole if len(os.fsencode(whole)) <= LONGEST_PATH else _fitting(whole.replace("/", "_"), LONGEST_NAME)
 

@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from virnucpro_cli import qc, report, store
+from virnucpro_cli.errors import printable, shortened
 from virnucpro_cli.kinds import POOLED, unmasked
 
 EXAMPLES = 3
@@ -76,7 +77,7 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
         table.add_row("groups", f"{len(file.tables['groups/ids']):,}  ({settings['groups']})")
     if bool(file.attributes.get("approximate", False)):
         table.add_row("approximate", "yes: computed in fp8")
-    table.add_row("command", " ".join(json.loads(file.attributes["argv"])))
+    table.add_row("command", shortened(" ".join(json.loads(file.attributes["argv"]))))
     return table
 
 
@@ -86,7 +87,7 @@ def _statuses(file: store.EmbeddingFile) -> Table:
     def row(what: str, chosen: Any) -> None:
         rows = np.flatnonzero(chosen)
         if len(rows):
-            first = [qc.printable(file.names_of(i, i + 1)[0]) or f"record {i + 1}" for i in rows[:EXAMPLES].tolist()]
+            first = [printable(file.names_of(i, i + 1)[0]) or f"record {i + 1}" for i in rows[:EXAMPLES].tolist()]
             table.add_row(what, f"{len(rows):,}  ({', '.join(first)}{', ...' if len(rows) > EXAMPLES else ''})")
 
     row("done", file.status == store.DONE)
@@ -140,7 +141,7 @@ def methods(file: store.EmbeddingFile) -> str:
         f"Embeddings ({_listed([kinds[kind] for kind in settings['pool']])}; {_layers(settings['layers'])}) of{rest} "
         f"{_counted(len(file), 'protein')} ({_counted(int(file.lengths.sum(dtype=np.int64)), 'residue')}) were computed with "
         f"{_model(file)} by virnucpro {file.attributes['tool_version']} on {device} in {settings['dtype']}"
-        f"{' (approximate)' if file.attributes.get('approximate', False) else ''} with PyTorch {environment['torch']}, "
+        f"{' (approximate)' if file.attributes.get('approximate', False) else ''} with PyTorch {environment.get('torch', 'of an unknown version')}, "
         f"and stored as {'float16' if settings['store_dtype'] == 'fp16' else 'float32'}."
     ]
     if "gene_caller" in settings:
@@ -156,7 +157,7 @@ def methods(file: store.EmbeddingFile) -> str:
     longest, skipped = settings["max_residues"], file.status == store.SKIPPED
     if cut := number((file.flags & store.TRUNCATED > 0) & done):
         words.append(f"{were(cut)} truncated to the first {longest:,} residues.")
-    if windowed := number((file.flags & store.WINDOWED > 0) & done):
+    if settings["long"] == "window" and (windowed := number((file.flags & store.WINDOWED > 0) & done)):
         few = windowed.endswith("protein")
         words.append(
             f"{windowed} of more than {longest:,} residues {'was' if few else 'were'} embedded in windows that overlap by at "

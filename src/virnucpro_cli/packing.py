@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,14 +79,20 @@ def whole_segments(records: Int64, lengths: Int64, longest: int | None = None) -
     return Segments(records, np.zeros(len(records), np.int32), length.astype(np.int32))
 
 
+def windows_of(lengths: NDArray[Any], window: int, overlap: int) -> Int64:
+    """Windows of each record, int64 [N]: 1 of one that is no longer than a window."""
+    lengths = lengths.astype(np.int64)
+    return np.where(
+        lengths > window, -((overlap - lengths) // (window - overlap)), 1
+    )  # ceil((L - overlap) / (W - overlap))
+
+
 def windowed_segments(records: Int64, lengths: Int64, window: int, overlap: int) -> Segments:
     """Records of up to `window` residues whole; longer ones as evenly spread windows of `window` residues.
 
     Neighbouring windows share at least `overlap` residues.
     """
-    counts = np.ones(len(lengths), np.int64)
-    long = lengths > window
-    counts[long] = -((overlap - lengths[long]) // (window - overlap))  # ceil((L - overlap) / (W - overlap))
+    counts = windows_of(lengths, window, overlap)
     record = np.repeat(records, counts)
     total = np.repeat(lengths, counts)
     count = np.repeat(counts, counts)

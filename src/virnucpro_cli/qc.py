@@ -1,13 +1,12 @@
 """A line for each protein of an embeddings file: the table that is opened first. Needs the file alone."""
 
-import json
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import report, store, tables
-from virnucpro_cli.packing import windowed_segments
+from virnucpro_cli.packing import windows_of
 
 COLUMNS = ("name", "status", "reason", "length", "embedded", "truncated", "windows", "replaced", "copied", "recomputed",
            "norm", "nearest")  # fmt: skip
@@ -21,7 +20,7 @@ def write(path: str, file: store.EmbeddingFile) -> None:
     norm: Euclidean, of the default embedding (empty if pending or skipped, or if only per-residue rows are stored);
     nearest: the distance of that embedding to the nearest other's, for at most MOST_COMPARED proteins.
     """
-    settings = json.loads(file.attributes["fingerprint"])
+    settings = file.settings
     embedded = embedded_of(file, settings)
     windows = _windows(file, settings)
     nearest = _nearest(file)
@@ -44,11 +43,6 @@ def write(path: str, file: store.EmbeddingFile) -> None:
             table.writerows(lines)
 
 
-def printable(name: str) -> str:
-    """A name without characters that would steer a terminal or break a line."""
-    return name if name.isprintable() else "".join(c if c.isprintable() else "?" for c in name)
-
-
 def embedded_of(file: store.EmbeddingFile, settings: dict[str, Any]) -> NDArray[np.int64]:
     """Residues of each record that its embedding is of (or will be)."""
     cut = (file.flags & store.TRUNCATED) > 0
@@ -58,13 +52,11 @@ def embedded_of(file: store.EmbeddingFile, settings: dict[str, Any]) -> NDArray[
 
 
 def _windows(file: store.EmbeddingFile, settings: dict[str, Any]) -> NDArray[np.int64]:
+    """Pieces of each record: 0 of a skipped one."""
     count = (file.status != store.SKIPPED).astype(np.int64)
-    windowed = np.flatnonzero(((file.flags & store.WINDOWED) > 0) & (count > 0))
-    if len(windowed):
-        segments = windowed_segments(
-            windowed, file.lengths[windowed].astype(np.int64), settings["max_residues"], settings["overlap"]
-        )
-        count[windowed] = np.bincount(segments.record, minlength=len(file))[windowed]
+    if settings["long"] == "window":
+        windowed = ((file.flags & store.WINDOWED) > 0) & (count > 0)
+        count[windowed] = windows_of(file.lengths[windowed], settings["max_residues"], settings["overlap"])
     return count
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, printable
 
 LOG_EVERY_SECONDS = 30.0
 RANGES = 8
@@ -128,7 +129,16 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-class _Stderr(Console):
+class _Console(Console):
+    """A console that shows no character which would steer a terminal, wherever the text is from."""
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        return super()._render_buffer(
+            each if each.control else Segment(printable(each.text), each.style) for each in buffer
+        )
+
+
+class _Stderr(_Console):
     """A console whose reader may go away: a lost terminal or a closed pipe must not end a run of hours."""
 
     def on_broken_pipe(self) -> None:
@@ -157,7 +167,7 @@ def console(quiet: bool = False) -> Console:
 
 def stdout() -> Console:
     """For what a command was asked to show."""
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def facts_table(title: str) -> Table:

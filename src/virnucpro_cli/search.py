@@ -5,16 +5,14 @@ neither the device nor the order of a sum decides who is nearer.
 """
 
 import dataclasses
-import errno
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +82,7 @@ def run(
         out.print(
             f"searching {pooled.count(len(data))} for {pooled.count(len(queries.data))} on {device.type}", style="dim"
         )
-        writer = stack.enter_context(_standard_output() if output is None else store.new_file(Path(output), overwrite))
+        writer = sys.stdout.buffer if output is None else stack.enter_context(store.new_file(Path(output), overwrite))
         on_terminal = output is None and sys.stdout.isatty()
         asked = dataclasses.replace(queries.data, size=min(QUERIES, HITS // k))
         total = len(data) * -(-len(asked) // asked.size)
@@ -97,7 +95,9 @@ def run(
                 data, directions(values.astype(np.float64), mean), own, k, mean, device, tracker.advance
             )
             _write(lines, file, queries.data.file, rows, found, cosines)
-    if output is not None:
+    if output is None:
+        writer.flush()
+    else:
         out.print(f"{output}: {pooled.count(len(queries.data), 'query', 'queries')}")
     return lacking
 
@@ -244,20 +244,6 @@ def _embedded(
         stop.resumable = False  # the folder goes
         raise
     return pooled.of(stack.enter_context(store.opened(config.output)), config.output)
-
-
-@contextmanager
-def _standard_output() -> Iterator[IO[bytes]]:
-    """Bytes to standard output, whose reader, `head` for one, may go before the end. What cannot be written is dropped."""
-    try:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.ENOSPC:
-            raise UserError("No space is left where standard output goes.", "Make room, and run again.") from None
 
 
 def _write(

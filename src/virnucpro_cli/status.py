@@ -20,6 +20,11 @@ def run(output: str) -> bool:
     merged = store.fingerprint_of(target) if target.exists() else None
     if merged is not None:
         out.print(f"{target} is {'complete' if merged[1] else 'not complete'}")
+    elif store.partial_path(target).exists():
+        with store.opened(store.partial_path(target)) as file:
+            out.print(f"{target} is {store.unfinished(file)}; the embed command, again, goes on")
+        if not found:
+            return False
     elif not found:
         raise UserError(f"There is neither {target} nor a shard of it.", "virnucpro embed ... --shard 1/40 makes one.")
     done = merged is not None and merged[1]

@@ -7,13 +7,14 @@ import os
 import re
 import signal
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 
 from virnucpro_cli import __version__, stopping
 from virnucpro_cli.cli import bench, embed, extract, files, layouts, look, machine, shards, validate
-from virnucpro_cli.cli.process import bug, fail, open_closed_streams, say, usage_or_bug
+from virnucpro_cli.cli.process import bug, fail, open_streams, say, usage_or_bug
 from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USER_ERROR, UserError
 
 app = typer.Typer(
@@ -64,13 +65,14 @@ def at_home(argument: str) -> str:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code."""
-    open_closed_streams()
+    open_streams()
     stopper = stopping.install()
     code, raised = EXIT_OK, None
     arguments = [at_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     try:
         try:
             code = app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
+            sys.stdout.flush()
         finally:
             stopper.end()
     except BaseException as error:
@@ -80,7 +82,7 @@ def main(arguments: list[str] | None = None) -> Any:
         code = _stopped(stopper.signum, stopping.stop_in(raised))
     elif raised is not None:
         code = _told(raised)
-    if sys.stdout is not None:
+    with suppress(UserError):
         sys.stdout.flush()
     sys.exit(code)
 

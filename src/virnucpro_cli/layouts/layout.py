@@ -1,6 +1,7 @@
 """What a layout is, and what passes between layouts and the workflows that write and read them."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -157,6 +158,15 @@ def possible(name: str, longest: int) -> str:
     if len(name.encode()) > longest:
         digest = hashlib.sha256(name.encode()).hexdigest()[:16]
         name = f"{name.encode()[: longest - 17].decode(errors='ignore')}-{digest}"
+    return name
+
+
+def encodable(name: str) -> str:
+    """The name with `_` for each letter that names of files cannot have in this locale."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return "".join(c if c.isascii() else "_" for c in name)
     return name
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli import qc, store, tables
+from virnucpro_cli import store, tables
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.report import amount
 
@@ -91,7 +91,7 @@ def _column(path: str, column: str, names: list[str]) -> Colour:
     there = {value for value in values if value is not None}
     if not there:
         raise UserError(
-            f"{path} has no {column} for any protein of the map, such as {qc.printable(names[0])}.",
+            f"{path} has no {column} for any protein of the map, such as {tables.cell(names[0])}.",
             "Its first column must hold the names as they are in the embeddings file.",
         )
     try:

@@ -75,7 +75,8 @@ class ESM2:
         self.layers: Any
         self.layers, self.norm = prepare(() if one_layer_at_a_time else range(spec.layers))
         if one_layer_at_a_time:
-            assert backend.steps is plain, "fused layers depend on those before them; this is a bug"
+            if backend.steps is not plain:
+                raise RuntimeError("fused layers depend on those before them")
             self.layers = _OnDemand(spec.layers, lambda i: prepare([i])[0][0])
         # The checkpoint's own inv_freq: it is rounded to fp16, as in training, and must not be recomputed.
         self.inv_freq = state["layers.0.self_attn.rot_emb.inv_freq"].to(device, torch.float32)

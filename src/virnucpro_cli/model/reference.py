@@ -44,7 +44,8 @@ class Reference:
             full[f"layers.{i}.self_attn.rot_emb.inv_freq"] = inv_freq
         missing, unexpected = self.model.load_state_dict(full, strict=False)
         left_over = [name for name in missing if not name.startswith(("lm_head.", "contact_head."))]
-        assert not unexpected and not left_over, (unexpected, left_over)
+        if unexpected or left_over:
+            raise RuntimeError(f"tensors that fair-esm's class does not take: {unexpected}, or lacks: {left_over}")
         if dtype != torch.float32:
             tables = torch.float64 if dtype == torch.float64 else torch.float32
             for layer in self.model.layers:

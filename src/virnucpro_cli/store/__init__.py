@@ -30,6 +30,7 @@ from virnucpro_cli.store.reading import (
     is_view,
     opened,
     read_embeddings,
+    unfinished,
 )
 from virnucpro_cli.store.schema import (
     ABSENT,

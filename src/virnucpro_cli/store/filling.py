@@ -276,8 +276,8 @@ class Store:
             return
         name = f"{kind}/{layer}"
         place = self.places[name]
-        assert len(rows) == len(values), "rows and values of different number; this is a bug"
-        assert values[0].nbytes == place.row_bytes, "values in another dtype or width than the dataset; this is a bug"
+        if len(rows) != len(values) or values[0].nbytes != place.row_bytes:
+            raise RuntimeError("values in another number, dtype or width than their rows")
         with self._lock:
             if name in self._vouched:
                 self._fresh.setdefault(name, []).append((rows, sums.of_rows(name, values)))
@@ -412,7 +412,8 @@ class Store:
 
     def _write_report(self, text: str) -> None:
         data = text.encode()
-        assert len(data) <= REPORT_BYTES, "the report outgrew its place; this is a bug"
+        if len(data) > REPORT_BYTES:
+            raise RuntimeError("the report outgrew its place")
         self._write(memoryview(data.ljust(REPORT_BYTES, b"\0")), self.places["run/report"].offset)
 
     def sign(self) -> str:

@@ -173,7 +173,8 @@ def _create_view(file: Any, path: str, shape: tuple[int, ...], dtype: Any, sourc
         if size[0]:
             view[start : start + size[0]] = h5py.VirtualSource(source.name, path, size, dtype)
         start += size[0]
-    assert start == shape[0], f"{path} has {start} rows in all, not {shape[0]}; this is a bug"
+    if start != shape[0]:
+        raise RuntimeError(f"{path} has {start} rows in all, not {shape[0]}")
     file.create_virtual_dataset(path, view, fillvalue=np.nan)
 
 

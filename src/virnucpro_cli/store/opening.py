@@ -23,6 +23,7 @@ from virnucpro_cli.store.schema import (
     MOST_OBJECTS,
     MOST_TEXT,
     NEEDED,
+    NUMBERS,
     SCHEMA,
     TEXT,
     WORDS,
@@ -108,10 +109,11 @@ def attributes_of(file: h5py.File, path: Path) -> tuple[dict[str, Any], dict[str
     if found.get("schema") != SCHEMA:
         raise UserError(f"{path} was not written by virnucpro embed, or by one of another schema than {SCHEMA}.")
     for name in WORDS:
-        if not isinstance(found.get(name, ""), str):
-            raise damaged(path, f"the attribute {name} is not text")
-    if not isinstance(found.get("model_layers", 0), int | np.integer):
-        raise damaged(path, "the attribute model_layers is no whole number")
+        if unfit(found.get(name, ""), str) is not None:
+            raise damaged(path, f"the attribute {name} is not text, or too long")
+    for name in NUMBERS:
+        if not isinstance(found.get(name, 0), int | np.integer | np.bool_):
+            raise damaged(path, f"the attribute {name} is no whole number")
     parsed = {}
     for key, form in JSONS.items():
         name = key.removesuffix("?")

@@ -56,7 +56,10 @@ def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
     try:
         with damage_named(path), opened_hdf5(path) as file:
             attributes, parsed = attributes_of(file, path)
-            return (parsed["fingerprint"], bool(file["run/complete"][()])) if "fingerprint" in attributes else None
+            complete = file["run/complete"]
+            if "fingerprint" not in attributes or complete.shape != () or complete.dtype != np.uint8:
+                return None
+            return parsed["fingerprint"], bool(complete[()])
     except UserError:
         return None
 
@@ -641,11 +644,15 @@ def _check_there(path: Path, named: str | Path) -> None:
     if not begun.is_file():
         raise UserError(f"There is no file {named}.", "Name a file that virnucpro embed wrote.")
     with EmbeddingFile(begun) as file:
-        done, n = int((file.status != PENDING).sum()), len(file)
-    raise UserError(
-        f"{named} is unfinished: {done:,} of {n:,} proteins are in {begun.name}.",
-        "Repeat the embed command, which goes on; or name that file.",
-    )
+        raise UserError(
+            f"{named} is {unfinished(file)}.", "Repeat the embed command, which goes on; or name that file."
+        )
+
+
+def unfinished(file: EmbeddingFile) -> str:
+    """Words for how far a partial file is."""
+    done = int((file.status != PENDING).sum())
+    return f"unfinished: {done:,} of {len(file):,} proteins are in {file.path.name}"
 
 
 def _reopened(path: str, identity: str) -> EmbeddingFile:

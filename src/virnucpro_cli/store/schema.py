@@ -100,12 +100,16 @@ def field_of(name: str) -> Field | None:
 
 # --- attributes and settings -----------------------------------------------------------------------------------------
 
-MOST_TEXT = 1 << 24
-"""Bytes of an attribute, at most."""
+MOST_TEXT, MOST_WORD = 1 << 24, 1 << 16
+"""Letters of an attribute, and of a text that is a name or an entry of a list, at most."""
 MOST_LAYERS = 1000
 COMPUTED_IN = ("float32", "float16", "bfloat16", "float8_e4m3fn", UNKNOWN)
 WORDS = ("model", "device", "attention", "tool_version", "created", "weights", "weights_sha256", "dtype")
 """Attributes of every file that are text."""
+
+
+NUMBERS = ("approximate", "model_layers")
+"""Attributes that are whole numbers, or yes and no."""
 
 
 class Whole(NamedTuple):
@@ -174,5 +178,5 @@ def unfit(value: Any, form: Form, whole: bool = True) -> str | None:
     elif isinstance(form, set):
         fits = isinstance(value, str) and value in form
     else:
-        fits = isinstance(value, form)
+        fits = isinstance(value, form) and (not isinstance(value, str) or len(value) <= MOST_WORD)
     return None if fits else ""

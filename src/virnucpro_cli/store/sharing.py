@@ -82,7 +82,8 @@ class Residues:
     def place(self, layer: int | str, first: int, values: NDArray[Any]) -> None:
         """Write rows [n, D], in the store dtype, from row `first` on."""
         place = self.shared.places["unmasked/logits" if layer == "logits" else f"residue/{layer}"]
-        assert values[:1].nbytes == place.row_bytes, "values in another dtype or width than the dataset; this is a bug"
+        if values[:1].nbytes != place.row_bytes:
+            raise RuntimeError("values in another dtype or width than the dataset")
         data: Any = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
         try:
             pwrite_all(self.fd, memoryview(data), place.offset + first * place.row_bytes)

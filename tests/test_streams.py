@@ -1,0 +1,109 @@
+"""Standard streams as they come: closed, full, a pipe whose reader goes, an encoding without the letters of a name; and terminals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+
+from virnucpro_cli import cli, inspect, status, store
+from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.errors import UserError
+
+RUN = f"{sys.executable} -m virnucpro_cli"
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": "/usr/bin:/bin"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("streams")
+    (folder / "in.fasta").write_text(">protéine\nMKTAYIAKQR\n>b\nMSDNGPQNQR\n>猫\nMKKLLPTAAA\n")
+    embed_fasta(folder / "in.fasta", folder / "out.h5", model=str(tiny_model), device="cpu")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("PYTHONIOENCODING=latin-1 {run} inspect out.h5 > shown.txt", 0),
+        ("{run} inspect out.h5 > /dev/full", 2),
+        ("{run} verify out.h5 > /dev/full", 2),
+        ("{run} inspect out.h5 >&-", 0),
+        ("{run} search out.h5 --query b >&-", 0),
+        ("{run} search out.h5 --query b > /dev/full", 2),
+        ("{run} --version > /dev/full", 2),
+        ("set -o pipefail; {run} inspect out.h5 | true", 0),
+        ("set -o pipefail; {run} search out.h5 --query out.h5 | head -1", 0),
+    ],
+)
+def test_a_stream_that_cannot_be_written_is_no_bug(made: Path, command: str, code: int) -> None:
+    done = subprocess.run(["bash", "-c", command.format(run=RUN)], cwd=made, capture_output=True, text=True)
+    assert done.returncode == code and "bug" not in done.stderr and "Exception" not in done.stderr, done.stderr
+    if code == 2:
+        assert done.stderr.count("error: Standard output cannot be written: No space left on device.") == 1
+
+
+def test_a_letter_that_the_console_lacks_is_escaped(made: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"PYTHONIOENCODING=latin-1 {RUN} inspect out.h5"], cwd=made, capture_output=True, check=True
+    )
+    assert "protéine".encode("latin-1") in done.stdout and rb"\u732b" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["extract {model}/model.safetensors in.fasta {to} --include mean --nogpu",
+                                     "export out.h5 --to fair-esm -o {to}"])  # fmt: skip
+def test_names_of_files_have_letters_of_the_locale(made: Path, tmp_path: Path, tiny_model: Path, command: str) -> None:
+    to = tmp_path / "tree"
+    subprocess.run([*RUN.split(), *command.format(model=tiny_model, to=to).split()], cwd=made, env=ASCII, check=True)
+    assert sorted(path.name for path in to.glob("[!.]*.pt")) == ["_.pt", "b.pt", "prot_ine.pt"]
+
+
+def test_no_character_of_a_foreign_file_steers_the_terminal(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.h5"
+    path.write_bytes((made / "out.h5").read_bytes())
+    evil = "\x1b]0;title\x07\x9b31m"
+    with h5py.File(path, "r+") as file:
+        for name in ("model", "device", "attention", "weights", "tool_version", "created"):
+            file.attrs[name] = evil
+        file.attrs["argv"] = json.dumps([evil])
+        file.attrs["inputs"] = json.dumps([{"path": evil, "bytes": 3, "sha256": evil}])
+        file["sequence_ids"][0] = evil
+    inspect.run(str(path))
+    for command in (["inspect", str(path)], ["verify", str(path)], ["search", str(path), "--query", evil]):
+        with pytest.raises(SystemExit):
+            cli.main(command)
+    shown = capsys.readouterr()
+    for text in (shown.out, shown.err):
+        assert not set("\x1b\x07\x9b") & set(text)
+    assert "?]0;title??31m" in shown.out
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "map", "search", "export"])
+def test_a_file_that_is_not_finished_is_said_to_be_so(
+    made: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = tmp_path / "out.h5.partial"
+    partial.write_bytes((made / "out.h5").read_bytes())
+    with h5py.File(partial, "r+") as file:
+        file["status"][1:] = store.PENDING
+        file["run/complete"][()] = 0
+    options = {"map": ["-o", str(tmp_path / "m.tsv")], "search": ["--query", "b"], "export": ["--to", "npy"]}
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, str(tmp_path / "out.h5"), *options.get(command, [])])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "out.h5 is unfinished: 1 of 3 proteins are in out.h5.partial" in told
+    assert "Repeat the embed command" in told
+
+
+def test_the_status_of_an_output_that_is_not_finished_says_how_far_it_is(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="neither"):
+        status.run(str(tmp_path / "out.h5"))
+    (tmp_path / "out.h5.partial").write_bytes((made / "out.h5").read_bytes())
+    assert not status.run(str(tmp_path / "out.h5"))
+    assert "out.h5 is unfinished: 3 of 3 proteins" in capsys.readouterr().out
