@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import virnucpro_cli
-from virnucpro_cli import contacts, fasta, genes, qc, report, runner, store
+from virnucpro_cli import contacts, fasta, genes, report, runner, store, tables
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.recipe import Recipe
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
@@ -115,7 +115,7 @@ def named(table: fasta.RecordTable, chosen: NDArray[np.bool_], config: EmbedConf
     records = np.flatnonzero(chosen)
     names = [table.names(i, i + 1, config.id == "full")[0] for i in records[:SHOWN].tolist()]
     more = [f"and {len(records) - SHOWN:,} more"] if len(records) > SHOWN else []
-    shown = [qc.printable(name) or f"record {i + 1:,}" for i, name in zip(records.tolist(), names, strict=False)]
+    shown = [tables.cell(name) or f"record {i + 1:,}" for i, name in zip(records.tolist(), names, strict=False)]
     return ", ".join([*shown, *more])
 
 
