@@ -27,6 +27,7 @@ from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.genes import chunks, codons, six_frame
 from virnucpro_cli.genes.found import Found
+from virnucpro_cli.model import locate
 
 CONTIGS = ROOT / "examples" / "contigs.fna"
 CODE = {
@@ -520,7 +521,8 @@ def slow(*arguments):
     return real(*arguments)
 genes._make = slow
 config = EmbedConfig(({str(CONTIGS)!r},), "out.h5", from_="contigs")
-print(len(genes.find(config, pathlib.Path("out.h5"), report.console(), report.Clock())[1].columns["genes/contig"]))
+sources = genes.fasta.open_sources(config.inputs, pathlib.Path())
+print(len(genes.find(config, sources, pathlib.Path("out.h5"), report.console(), report.Clock())[1].columns["genes/contig"]))
 """
     runs = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE) for _ in range(3)]
     said = [run.communicate(timeout=60)[0].split() for run in runs]
@@ -550,6 +552,30 @@ def test_what_is_no_contig_is_refused_and_nothing_is_left(
     with pytest.raises(UserError, match=words):
         embed_contigs(tmp_path / "in.fna", genes="six-frame")
     assert [path.name for path in tmp_path.iterdir()] == ["in.fna"]
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "words"),
+    [
+        ("group_table", None, "list"), ("group_table", "a\n", "list"), ("contacts_for", None, "list"),
+        ("inputs", None, "There is no file"), ("inputs", "", "is empty"),
+    ],
+)  # fmt: skip
+def test_all_that_is_read_is_opened_before_the_model_is_fetched_and_genes_are_looked_for(
+    embed_contigs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, text: str | None, words: str
+) -> None:  # fmt: skip
+    def too_early(*_: Any) -> None:
+        raise AssertionError("a long step before everything was opened")
+
+    monkeypatch.setattr(genes, "_make", too_early)
+    monkeypatch.setattr(genes.fasta, "index", too_early)
+    monkeypatch.setattr(locate, "fetch", too_early)
+    path = tmp_path / "list"
+    if text is not None:
+        path.write_text(text)
+    options: dict[str, Any] = {option: str(path)} | ({"emit": ("contacts",)} if option == "contacts_for" else {})
+    with pytest.raises(UserError, match=words):
+        embed_contigs(options.pop("inputs", CONTIGS), **options)
 
 
 def test_two_files_with_contigs_of_one_name_are_refused(embed_contigs: Callable[..., Path], tmp_path: Path) -> None:

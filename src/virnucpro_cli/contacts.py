@@ -31,14 +31,23 @@ VALUES, STARTS, SIZES, STATUS, SUMS = (f"contacts/{name}" for name in ("values",
 COLUMNS = (STARTS, SIZES, STATUS, SUMS)
 
 
-def wanted(config: EmbedConfig, table: fasta.RecordTable) -> tuple[NDArray[np.bool_], store.Extra]:
-    """Mask [N] of the records of the input that get a map, and the fingerprint entry for it.
+Named = tuple[set[str], str]
+"""The names in a file, and the SHA-256 of it."""
+
+
+def named(config: EmbedConfig) -> Named | None:
+    """The names of --contacts-for, None without it. Raises UserError if they cannot be read."""
+    return None if config.contacts_for is None else _read(config.contacts_for)
+
+
+def wanted(config: EmbedConfig, table: fasta.RecordTable, named: Named | None) -> tuple[NDArray[np.bool_], store.Extra]:
+    """Mask [N] of the records of the input that get a map, and the fingerprint entry for it. named: those of --contacts-for.
 
     Raises UserError for a list that names no record.
     """
-    if config.contacts_for is None:
+    if named is None:
         return np.full(len(table), "contacts" in config.emit), store.Extra()
-    names, sha256 = _read(config.contacts_for)
+    names, sha256 = named
     unknown = set(names)
     chosen = _named(names, unknown, table, config)
     counts = {f"names of {config.contacts_for} that no protein has": len(unknown)}
@@ -69,8 +78,7 @@ def laid_out(key: NDArray[np.int64], sizes: NDArray[np.int32]) -> store.Extra:
     )  # fmt: skip
 
 
-def _read(path: str) -> tuple[set[str], str]:
-    """The names in a file, and the SHA-256 of it."""
+def _read(path: str) -> Named:
     lines = tables.Lines(path)
     names = {name.strip() for (name,) in tables.rows(lines, columns=1)}
     return names - {""}, lines.digest.hexdigest()

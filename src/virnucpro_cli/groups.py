@@ -16,8 +16,19 @@ KINDS = ("mean", "length_weighted_mean", "max")
 BLOCK_BYTES = 1 << 25
 
 
-def of_records(config: EmbedConfig, table: fasta.RecordTable, genes: store.Extra) -> store.Extra:
-    """The columns and names of the groups that `config` asks for, if any; genes: what is known of the contigs.
+Named = tuple[dict[str, str], str]
+"""Name -> group of a table, and the SHA-256 of its text."""
+
+
+def named(config: EmbedConfig) -> Named | None:
+    """The table of --group-table, None without one. Raises UserError if it cannot be read, or is no table of two columns."""
+    return None if config.group_table is None else _read(config.group_table)
+
+
+def of_records(
+    config: EmbedConfig, table: fasta.RecordTable, genes: store.Extra, named: Named | None = None
+) -> store.Extra:
+    """The columns and names of the groups that `config` asks for, if any; genes: what is known of the contigs; named: the table.
 
     Groups are numbered in the order of the contigs, or of their first record. Raises UserError if no record is in a group.
     """
@@ -28,8 +39,8 @@ def of_records(config: EmbedConfig, table: fasta.RecordTable, genes: store.Extra
         find, fingerprint = re.compile(config.group_regex).search, {"groups": f"regex {config.group_regex}"}
         of, ids = _by_name(config, table, lambda name: match[1] if (match := find(name)) else None)
         _check(of, f"--group-regex {config.group_regex!r} finds a group in the name of", config, table)
-    elif config.group_table is not None:
-        groups, sha256 = _read(config.group_table)
+    elif named is not None:
+        groups, sha256 = named
         fingerprint = {"groups": f"table {sha256}"}
         unknown = set(groups)
         of, ids = _by_name(config, table, groups.get, unknown)
@@ -128,8 +139,7 @@ def _check(of: NDArray[np.int64], what: str, config: EmbedConfig, table: fasta.R
         raise UserError(f"{what} no protein.", f"Names in the input are such as {table.examples(config.id == 'full')}.")
 
 
-def _read(path: str) -> tuple[dict[str, str], str]:
-    """Name -> group of a table of two columns, and the SHA-256 of its text. Raises UserError for any other table."""
+def _read(path: str) -> Named:
     lines = tables.Lines(path)
     groups = tables.by_name(lines, ((name, group) for name, group in tables.rows(lines, columns=2)), "group")
     return groups, lines.digest.hexdigest()

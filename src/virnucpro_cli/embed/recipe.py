@@ -147,22 +147,26 @@ class Recipe:
 
 
 def decided(config: EmbedConfig, target: Target, where: Where, out: Console, clock: report.Clock) -> Recipe:
-    """Read the input and decide. Raises UserError for what the user can put right."""
+    """Read the input and decide. All that is read is opened before the first long step. Raises UserError for what the user can
+    put right.
+    """
     output, shard, whole = target
+    grouped, mapped = groups.named(config), contacts.named(config)
+    with clock.stage("index"):
+        sources = fasta.open_sources(config.inputs, output.parent)
     found = _locate(config, out)
     spec = _spec(config, found)
     layers = resolved_layers(config.layers, spec)
-    inputs, extra = genes.find(config, whole, out, clock)
+    sources, extra = genes.find(config, sources, whole, out, clock)
     with clock.stage("index"):
-        sources = fasta.open_sources(inputs, output.parent)
         table = fasta.index(
             sources, on_invalid=config.invalid, dedup=config.dedup, keep_digests=config.cache is not None
         )
     _check_protein(table, config)
     with clock.stage("plan"):
         work, records = decide(table, config), None
-        extra |= groups.of_records(config, table, extra)
-        with_map, named = contacts.wanted(config, table)
+        extra |= groups.of_records(config, table, extra, grouped)
+        with_map, named = contacts.wanted(config, table, mapped)
         extra |= named
         if shard is None:
             extra |= groups.room(extra)

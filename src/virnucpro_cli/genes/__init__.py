@@ -62,17 +62,19 @@ def check(config: EmbedConfig, output: Path) -> list[Path]:
     return [paths.proteins, paths.table]
 
 
-def find(config: EmbedConfig, output: Path, out: Console, clock: report.Clock) -> tuple[tuple[str, ...], store.Extra]:
-    """The FASTA files to embed, and what the output holds of the contigs: none, unless they are the input.
+def find(
+    config: EmbedConfig, sources: list[fasta.Source], output: Path, out: Console, clock: report.Clock
+) -> tuple[list[fasta.Source], store.Extra]:
+    """The FASTA texts to embed, and what the output holds of the contigs: none, unless they are the input.
 
     Their proteins are found now, unless an earlier run has left them. Raises UserError for what is no contig, and without any protein.
     """
     if config.from_ != "contigs":
-        return config.inputs, store.Extra()
+        return sources, store.Extra()
     paths = paths_of(output)
     caller = {"name": config.genes, **CALLERS[config.genes].settings(config)}
     with clock.stage("genes"):
-        contigs = fasta.index(fasta.open_sources(config.inputs, output.parent), dedup=False)
+        contigs = fasta.index(sources, dedup=False)
         _check(contigs)
         made_of = {"contigs_sha256": contigs.sha256, "gene_caller": caller}
         with _alone(paths, out):
@@ -83,16 +85,16 @@ def find(config: EmbedConfig, output: Path, out: Console, clock: report.Clock) -
                 out.print(f"{paths.proteins}: {len(columns['contig']):,} proteins of {len(contigs):,} contigs")
             else:
                 out.print(f"{paths.proteins} is of the same contigs and settings, and is used")
-    sources = [
+    described = [
         {"path": source.path, "bytes": source.size, "sha256": sha}
         for source, sha in zip(contigs.sources, contigs.sha256, strict=True)
     ]
     names = store.Names(len(contigs), contigs.names, contigs.text_bytes - contigs.residues)
     in_gaps = columns.pop("gaps")
-    return (str(paths.proteins),), store.Extra(
+    return fasta.open_sources([str(paths.proteins)], output.parent), store.Extra(
         columns={f"genes/{name}": values for name, values in columns.items()},
         tables={"contigs/ids": names, "contigs/lengths": contigs.length, "contigs/gaps": in_gaps},
-        attributes={"contigs": json.dumps(sources), "gene_caller": json.dumps(caller)},
+        attributes={"contigs": json.dumps(described), "gene_caller": json.dumps(caller)},
         fingerprint=made_of,
         counts={
             "contigs": len(contigs),
