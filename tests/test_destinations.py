@@ -1,17 +1,23 @@
 """What a run may write to, and what it survives losing: inputs are safe, links are followed, a dead terminal is no fault."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from virnucpro_cli import inspect, merge, report, verify
+from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.store import read_embeddings
+from virnucpro_cli.timing import plot
 
 Make = Callable[..., Path]
 
@@ -26,13 +32,13 @@ def test_an_input_is_never_overwritten(make_fasta: Make, tiny_model: Path) -> No
     assert path.read_bytes() == text
 
 
-@pytest.mark.parametrize("report", ["out.h5", "out.h5.partial", "nowhere/r.json", "."])
+@pytest.mark.parametrize("place", ["out.h5", "out.h5.partial", "nowhere/r.json", "."])
 def test_a_report_without_a_place_is_refused_before_the_work(
-    make_fasta: Make, tiny_model: Path, tmp_path: Path, report: str
+    make_fasta: Make, tiny_model: Path, tmp_path: Path, place: str
 ) -> None:
     with pytest.raises(UserError, match="report"):
         embed_fasta(
-            str(make_fasta([20])), str(tmp_path / "out.h5"), model=str(tiny_model), report=str(tmp_path / report)
+            str(make_fasta([20])), str(tmp_path / "out.h5"), model=str(tiny_model), report=str(tmp_path / place)
         )
     assert not (tmp_path / "out.h5").exists()
 
@@ -75,3 +81,108 @@ def test_a_run_outlives_its_terminal(make_fasta: Make, tiny_model: Path, tmp_pat
     assert done.returncode == 0
     with read_embeddings(out) as file:
         assert file.complete and len(file) == 2
+
+
+@pytest.mark.parametrize("option", ["report", "qc"])
+@pytest.mark.parametrize("read", ["model/config.json", "model/model.safetensors", "groups.tsv", "maps.txt", "in.fasta"])
+def test_nothing_that_a_run_reads_is_written(
+    make_fasta: Make, tiny_model: Path, tmp_path: Path, option: str, read: str
+) -> None:
+    fasta = make_fasta([20, 30])
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "groups.tsv").write_text("p0\ta\np1\tb\n")
+    (tmp_path / "maps.txt").write_text("p0\n")
+    before = (tmp_path / read).read_bytes()
+    options: dict[str, Any] = {"group_table": str(tmp_path / "groups.tsv")} if read == "groups.tsv" else {}
+    options |= {"contacts_for": str(tmp_path / "maps.txt"), "emit": ("contacts",)} if read == "maps.txt" else {}
+    run = partial(embed_fasta, str(fasta), model=str(tmp_path / "model"), device="cpu", overwrite=True, **options)
+    with pytest.raises(UserError, match="would overwrite"):
+        run(str(tmp_path / "out.h5"), **{option: str(tmp_path / read)})
+    with pytest.raises(UserError, match=r"one of the inputs|is not a regular"):
+        run(str(tmp_path / read))
+    assert (tmp_path / read).read_bytes() == before and not (tmp_path / "out.h5").exists()
+
+
+def test_a_run_does_not_write_over_its_config_file(make_fasta: Make, tiny_model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text("[embed]\nlayers = [1]\n")
+    with pytest.raises(UserError, match="would overwrite the config file"):
+        resolve(EmbedConfig, str(config), {"inputs": ("a.fa",), "output": "o.h5", "report": str(tmp_path / "run.toml")})
+
+
+def test_a_report_replaces_reports_and_nothing_else(make_fasta: Make, tiny_model: Path, tmp_path: Path) -> None:
+    fasta = str(make_fasta([20, 30]))
+    run = partial(embed_fasta, fasta, str(tmp_path / "out.h5"), model=str(tiny_model), device="cpu")
+    for option in ("report", "qc"):
+        mine = tmp_path / f"mine.{option}"
+        mine.write_text("name,label\nall,of it\n")
+        with pytest.raises(UserError, match="is no"):
+            run(**{option: str(mine)})
+        assert mine.read_text() == "name,label\nall,of it\n" and not (tmp_path / "out.h5").exists()
+    for _ in range(2):
+        run(report=str(tmp_path / "r.json"), qc=str(tmp_path / "q.tsv"))
+        assert verify.run(str(tmp_path / "out.h5"), report_path=str(tmp_path / "v.json")).passed
+    verify.run(str(tmp_path / "out.h5"), report_path=str(tmp_path / "r.json"))
+    inspect.run(str(tmp_path / "out.h5"), str(tmp_path / "q.tsv"))
+    with pytest.raises(UserError, match="is no qc of this program"):
+        inspect.run(str(tmp_path / "out.h5"), str(tmp_path / "mine.qc"))
+    run(report=str(tmp_path / "mine.report"), overwrite=True)
+    assert (tmp_path / "mine.report").read_text().startswith("{")
+
+
+def test_a_report_to_the_null_device_is_no_fault(make_fasta: Make, tiny_model: Path, tmp_path: Path) -> None:
+    embed_fasta(str(make_fasta([9])), str(tmp_path / "o.h5"), model=str(tiny_model), device="cpu", report="/dev/null")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_picture_and_a_config_of_bench_are_known_again(tmp_path: Path) -> None:
+    found = report.RunReport("bench", environment={"virnucpro": "1", "model": "m", "dtype": "fp32", "device": "cpu"})
+    found.tables["Throughput"] = [{"mode": "packed", "workload": "w", "tokens/s": 1.0}]
+    for suffix in ("png", "svg", "pdf"):
+        plot.save(found, str(tmp_path / f"p.{suffix}"))
+        report.check_places({"plot": str(tmp_path / f"p.{suffix}")}, [])
+        (tmp_path / f"mine.{suffix}").write_bytes((tmp_path / f"p.{suffix}").read_bytes().replace(b"virnucpro", b"x"))
+        with pytest.raises(UserError, match="is no plot"):
+            report.check_places({"plot": str(tmp_path / f"mine.{suffix}")}, [])
+
+
+@pytest.mark.parametrize(("name", "way"), [("x.npy", "--to npy -o"), ("x.pt", "--to fair-esm -o"), ("x.JSON", "-o ")])
+def test_a_name_of_another_format_is_refused_with_the_commands(
+    make_fasta: Make, tiny_model: Path, tmp_path: Path, name: str, way: str
+) -> None:
+    with pytest.raises(UserError, match="is HDF5, and its name says") as told:
+        embed_fasta(str(make_fasta([9])), str(tmp_path / name), model=str(tiny_model), device="cpu")
+    assert way in told.value.remedy and "x.h5" in told.value.remedy
+    assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
+
+
+def test_a_file_that_is_taken_for_a_folder_is_told(make_fasta: Make, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.h5").write_text("mine")
+    with pytest.raises(UserError, match=r"a\.h5 is not a directory") as told:
+        embed_fasta(str(make_fasta([9])), str(tmp_path / "a.h5" / "n.h5"), model=str(tiny_model), device="cpu")
+    assert "mkdir" not in told.value.remedy
+    with pytest.raises(UserError) as told:
+        report.check_places({"report": str(tmp_path / "none" / "r.json")}, [])
+    assert f"mkdir -p {tmp_path / 'none'}" in told.value.remedy
+    with pytest.raises(UserError) as told:
+        report.check_places({"report": str(tmp_path / "a.h5" / "r.json")}, [])
+    assert "mkdir" not in told.value.remedy
+
+
+def test_a_second_merge_into_one_output_is_refused(
+    make_fasta: Make, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fasta, out = str(make_fasta([9, 20, 30])), str(tmp_path / "o.h5")
+    for shard in ("1/2", "2/2"):
+        embed_fasta(fasta, out, model=str(tiny_model), device="cpu", shard=shard)
+    store_of = merge._store
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(merge, "_store", store_of)
+        with pytest.raises(UserError, match="Another merge is writing"):
+            merge.run(out, overwrite=True)
+        return store_of(*arguments)
+
+    monkeypatch.setattr(merge, "_store", meanwhile)
+    merge.run(out, overwrite=True)
+    assert sorted(path.name for path in tmp_path.glob("o.h5*")) == ["o.h5"]

@@ -331,6 +331,6 @@ def failed_gates(found: report.RunReport, config: BenchConfig) -> list[str]:
 
 def _check_places(config: BenchConfig) -> None:
     written = {"report": config.report, "plot": config.plot, "config": config.save_config}
-    report.check_places(written, config.fasta)
+    report.check_places(written, [*config.fasta, *(locate.files_read(config.model) if config.model else [])])
     if config.plot:
         needs("matplotlib", "plots", "--plot")

@@ -30,6 +30,8 @@ LARGEST = 1 << 24
 MOST_WORKERS = 256
 CHUNKS = (300, 500)
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
+WRITTEN = ("output", "report", "qc", "plot", "save_config", "write_golden")
+"""Options that name a file to write."""
 PATHS = ("inputs", "output", "model", "contacts_for", "group_table", "cache", "qc", "report", "fasta", "against",
          "golden", "write_golden", "plot", "save_config")  # fmt: skip
 """Fields in which a leading ~ stands for the home folder."""
@@ -290,6 +292,12 @@ def resolve(kind: type[Any], toml: str | None, flags: dict[str, Any]) -> Any:
     """
     values = _fitting(kind, _from_toml(kind, Path(toml)), f"The config file {toml}: ") if toml is not None else {}
     values |= _fitting(kind, {name: value for name, value in flags.items() if value is not None}, "")
+    for name in WRITTEN:
+        path = values.get(name)
+        if toml is not None and isinstance(path, str) and os.path.realpath(path) == os.path.realpath(toml):
+            raise UserError(
+                f"{_option(name)} {path} would overwrite the config file of this run.", "Choose another name."
+            )
     return kind(**values)
 
 

@@ -30,7 +30,9 @@ def run(
     summary = report.RunReport("import")
     layout = _layout_of(source, name)
     store.check_destination(target)
-    report.check_places({"output": output}, [source, *inputs])
+    store.check_hdf5_name(target)
+    beside = [Path(source).with_suffix(layout.beside)] if layout.beside else []
+    report.check_places({"output": output}, [source, *beside, *inputs])
     _make_way(target, overwrite)
     with reading_of(source, layout):
         said = layout.provenance(Path(source))

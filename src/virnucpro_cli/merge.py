@@ -4,10 +4,11 @@ Every row is copied as it is. A merge that is killed goes on with the same comma
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -21,6 +22,7 @@ from virnucpro_cli import contacts, groups, report, shards, store
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.packing import stretches
+from virnucpro_cli.store.disk import disk_error
 
 BLOCK_BYTES = 1 << 26
 FROM_THE_LAYOUT = ("schema", "status_names", "flag_names", "reason_names", "columns", "tables")
@@ -55,23 +57,22 @@ def run(
     with ExitStack() as opened:
         with clock.stage("check"):
             paths = _all_of(target, count)
-            report.check_places({"report": report_path}, [target, store.partial_path(target), *paths])
+            report.check_places({"report": report_path}, [target, store.partial_path(target), *paths], overwrite)
             parts = _opened(paths, opened)
             fingerprint = _checked(parts)
         summary.counts = {"shards": len(parts), "proteins": sum(len(part.records) for part in parts)}
         if target.exists() and not overwrite:
             there = store.fingerprint_of(target)
             if there is None or not there[1] or store.differences(there[0], fingerprint):
-                raise UserError(
-                    f"{target} exists and is not of these shards.", "Choose another name, or --overwrite it."
-                )
+                raise UserError(f"{target} exists and is not of these shards.", "Move it away, or --overwrite it.")
             with store.read_embeddings(target) as existing:
                 if bool(existing.sources) != virtual:
                     kind = "a view of these shards" if existing.sources else "the whole of these shards, not a view"
-                    raise UserError(f"{target} exists and is {kind}.", "Choose another name, or --overwrite it.")
+                    raise UserError(f"{target} exists and is {kind}.", "Move it away, or --overwrite it.")
             out.print(f"{target} is already complete: same input, model and settings.")
             summary.already_complete = True
             return summary
+        opened.enter_context(_alone(target))
         file = _view(target, parts, fingerprint) if virtual else _store(target, parts, fingerprint)
         with file.filling():
             if not file.locked:
@@ -94,6 +95,23 @@ def run(
     if report_path:
         report.save(report_path, summary.to_json())
     return summary
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Be the only merge into `output`. Raises UserError if another one is alive."""
+    path = output.with_name(f"{output.name}.merging")
+    try:
+        held, _ = store.create_locked(path)
+    except UserError:
+        raise UserError(f"Another merge is writing {output} now.", "Wait for it to end.") from None
+    except OSError as error:
+        raise disk_error(error, output, resumable=False) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(held)
 
 
 # --- what is there -------------------------------------------------------------------------------------------------

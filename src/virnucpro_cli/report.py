@@ -60,28 +60,62 @@ class RunReport:
         return dataclasses.replace(self, notes=notes, tables=tables).to_json(indent=None)
 
 
-def check_places(written: dict[str, str | None], read: Iterable[str | Path]) -> None:
+REPORTS = ("report", "qc", "plot", "config")
+"""Options whose file is replaced by the next run, if it is a report of this program."""
+BEGINNINGS = (b'{\n "command": "', b'{\n "passed": ', b"name\tstatus\treason\tlength\t", b"# virnucpro embed --config ")
+PICTURES = (b"\x89PNG", b"%PDF", b"<?xml")
+
+
+def _folder_to_make(path: Path) -> str:
+    """The command that makes a missing folder, if nothing is in its way."""
+    above = path.absolute().parent
+    while not above.exists():
+        above = above.parent
+    return (
+        f": mkdir -p {path.parent}" if above.is_dir() and not path.is_dir() and above != path.absolute().parent else ""
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is empty, or a report, a table, a picture or a configuration that this program wrote."""
+    with open(path, "rb") as file:
+        text = file.read(1 << 24)
+    return not text or text.startswith(BEGINNINGS) or (text.startswith(PICTURES) and b"virnucpro" in text)
+
+
+def check_places(written: dict[str, str | None], read: Iterable[str | Path], overwrite: bool | None = None) -> None:
     """Raise UserError unless every file to be written has a place, and none is one that is read or written otherwise.
 
-    written: option's name -> path, None, or `-` for standard output.
+    written: option's name -> path, None, or `-` for standard output; read: files, and folders of which all files are read;
+    overwrite: whether reports may replace files that are no reports, None where a command has no such option.
     """
     wanted = {option: Path(path) for option, path in written.items() if path and path != "-"}
     others = [Path(path) for path in read]
     for option, path in wanted.items():
         if path.is_dir() or not path.absolute().parent.is_dir():
-            raise UserError(f"The {option} {path} cannot be written there.", "Name a file in a folder that exists.")
+            raise UserError(
+                f"The {option} {path} cannot be written there.",
+                f"Name a file in a folder that exists{_folder_to_make(path)}.",
+            )
         if not path.exists() and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
             raise UserError(
                 f"The {option} {path} cannot be made in that folder: no permission.", "Choose another place."
             )
-        if path.exists() and (not path.is_file() or not os.access(path, os.W_OK)):
+        if path.exists() and not ((path.is_file() or path.is_char_device()) and os.access(path, os.W_OK)):
             raise UserError(f"The {option} {path} is not a file that can be written.", "Choose another name.")
         for other in [*others, *(p for name, p in wanted.items() if name != option)]:
-            if path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other)):
+            real, theirs = path.resolve(), other.resolve()
+            inside = path.exists() and other.is_dir() and real.is_relative_to(theirs)
+            if real == theirs or inside or (path.exists() and other.exists() and path.samefile(other)):
                 raise UserError(
                     f"The {option} {path} would overwrite {other}, which this run reads or writes.",
                     "Choose another name.",
                 )
+        if option in REPORTS and not overwrite and path.is_file() and not _is_ours(path):
+            way = "" if overwrite is None else ", or --overwrite it"
+            raise UserError(
+                f"The {option} {path} exists, and is no {option} of this program.", f"Choose another name{way}."
+            )
 
 
 @contextmanager

@@ -40,7 +40,8 @@ SHIPPED = ("viral_proteins.fasta", "edge_cases.fasta")
 def run(config: ValidateConfig, out: Console | None = None) -> Verdict:
     """Do what `virnucpro validate` does and return the verdict. Raises UserError for what the user can put right."""
     out = out or report.console(config.quiet)
-    read = [*config.fasta, *(path for path in (config.against, config.golden, config.model) if path)]
+    read = [*config.fasta, *(path for path in (config.against, config.golden) if path)]
+    read += map(str, locate.files_read(config.model) if config.model else [])
     report.check_places({"report": config.report, "golden file": config.write_golden}, read)
     clock = report.Clock()
     exact_arithmetic()

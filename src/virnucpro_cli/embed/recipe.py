@@ -214,17 +214,18 @@ def _check_protein(table: fasta.RecordTable, config: EmbedConfig) -> None:
 def _check_paths(output: Path, config: EmbedConfig, beside: list[Path]) -> None:
     """Nothing that is read may be written, and the report must have a place before anything is computed."""
     store.check_destination(output)
-    read = [
-        Path(name) for name in (*config.inputs, config.group_table or "-", config.contacts_for or "-") if name != "-"
-    ]
+    named = (*config.inputs, config.group_table or "-", config.contacts_for or "-")
+    read = [*(Path(name) for name in named if name != "-"), *locate.files_read(config.model)]
     if any(output.exists() and other.exists() and output.samefile(other) for other in read):
         raise UserError(
-            f"The output {output} is one of the inputs.", "Choose another name; inputs are never overwritten."
+            f"The output {output} is one of the inputs, or of the model.",
+            "Choose another name; inputs are never overwritten.",
         )
+    store.check_hdf5_name(output)
     if config.cache is not None and not config.dry_run:
         cache.check_place(config.cache)
     places = {"report": config.report, "qc": config.qc}
-    report.check_places(places, [*read, output, store.partial_path(output), *beside])
+    report.check_places(places, [*read, output, store.partial_path(output), *beside], config.overwrite)
 
 
 def _token_budget(config: EmbedConfig, where: Where, spec: ModelSpec, layers: tuple[int, ...]) -> int:

@@ -8,6 +8,7 @@ from virnucpro_cli.store.disk import (
     allow_open_files,
     check_destination,
     check_free_space,
+    check_hdf5_name,
     check_new,
     checksum,
     copy_back,

@@ -67,9 +67,34 @@ def check_destination(output: Path) -> None:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file.", "Choose another output with -o.")
     if not folder.is_dir():
+        above = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+        if not above.is_dir():
+            raise UserError(f"{above} is not a directory, and the output is to be in {folder}.", "Choose another -o.")
         raise UserError(f"The output directory {folder} does not exist.", f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"The output directory {folder} cannot be written.", "Choose another place with -o.")
+
+
+OTHER_FORMATS = {
+    ".npy": "npy", ".parquet": "parquet", ".h5ad": "anndata", ".csv": "csv", ".tsv": "tsv", ".pt": "fair-esm",
+    ".npz": "", ".pth": "", ".pkl": "", ".pickle": "", ".safetensors": "", ".zarr": "", ".json": "", ".txt": "",
+    ".fasta": "", ".fa": "", ".faa": "",
+}  # fmt: skip
+"""Suffixes of other formats, and the layout of export that writes one."""
+
+
+def check_hdf5_name(output: Path) -> None:
+    """Raise UserError if the name of an HDF5 file promises another format."""
+    layout = OTHER_FORMATS.get(output.suffix.lower())
+    if layout is None:
+        return
+    file = output.with_suffix(".h5")
+    then = (
+        f", then virnucpro export {file} --to {layout} -o {output.with_suffix('') if layout == 'fair-esm' else output}"
+    )
+    raise UserError(
+        f"The output {output} is HDF5, and its name says {output.suffix}.", f"Give -o {file}{then if layout else ''}"
+    )
 
 
 def free_space(output: Path) -> int:

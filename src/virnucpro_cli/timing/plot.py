@@ -1,5 +1,7 @@
 """Bars of throughput and of where the time goes (extra `plots`)."""
 
+from pathlib import Path
+
 from virnucpro_cli.report import RunReport
 
 
@@ -34,5 +36,6 @@ def save(found: RunReport, path: str) -> None:
     about = found.environment
     figure.suptitle(f"virnucpro {about['virnucpro']}: {about['model']}, {about['dtype']}, {about['device']}")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    said = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}.get(Path(path).suffix.lower())
+    figure.savefig(path, dpi=150, metadata={said: "virnucpro"} if said else None)
     plt.close(figure)
