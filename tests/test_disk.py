@@ -2,7 +2,9 @@
 
 import errno
 import os
+import signal
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 
 from test_faults import datasets
-from virnucpro_cli import store
+from virnucpro_cli import cli, doctor, store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import locate
 from virnucpro_cli.report import RunReport
 from virnucpro_cli.store import disk
 
@@ -151,3 +154,70 @@ def test_a_system_without_fdatasync_and_fallocate_is_done_without(
     embed()
     with store.read_embeddings(tmp_path / "out.h5") as file:
         assert file.complete and file.unaltered
+
+
+def test_without_a_home_a_model_by_its_path_runs_and_a_named_one_says_what_to_set(
+    embed: Callable[..., RunReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    embed()
+    for name in ("demo", "8M"):
+        with pytest.raises(UserError, match="no home directory") as told:
+            locate.fetch(name, print)
+        assert "XDG_CACHE_HOME" in told.value.remedy
+    findings = {finding.what: finding for finding in doctor.look()}
+    assert "XDG_CACHE_HOME" in findings["cache"].remedy
+
+
+def test_a_cache_folder_of_somebody_else_is_named_with_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(locate, "locate", lambda model: None)
+    real = os.open
+
+    def denied(path: Any, *how: Any, **more: Any) -> int:
+        if str(path).startswith(str(tmp_path)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *how, **more)
+
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(UserError, match=r"8M_UR50D\.lock cannot be made: Permission denied") as told:
+        locate.fetch("8M", print)
+    assert "XDG_CACHE_HOME" in told.value.remedy
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EACCES])
+def test_doctor_sees_a_folder_without_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    here = next(finding for finding in doctor.look() if finding.what == "this folder")
+    assert "locks" not in here.remedy
+    failing(monkeypatch, "flock", number)
+    here = next(finding for finding in doctor.look() if finding.what == "this folder")
+    assert "no file locks" in here.remedy
+
+
+@pytest.mark.parametrize("command", ["verify", "validate", "search", "bench"])
+def test_without_a_temporary_folder_a_command_says_so_with_exit_2(
+    embed: Callable[..., RunReport], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], command: str,
+) -> None:  # fmt: skip
+    embed()
+    (fasta,) = tmp_path.glob("*.fasta")
+    model = ["--model", str(tiny_model), "--device", "cpu"]
+    lines = {
+        "verify": ["verify", tmp_path / "out.h5", "--fasta", fasta],
+        "validate": ["validate", "--fasta", fasta, *model],
+        "search": ["search", tmp_path / "out.h5", "--query", fasta],
+        "bench": ["bench", *model],
+    }
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # which are pytest's
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(part) for part in lines[command]])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2, err
+    assert "nowhere" in err and "TMPDIR" in err

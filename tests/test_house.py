@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "virnucpro_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
-    ("config", "kinds", "report", "errors", "stopping"),
+    ("config", "kinds", "report", "errors", "stopping", "scratch"),
     ("collate", "packing", "fasta", "alphabet", "pooling", "tables"),
     (
         "placer",

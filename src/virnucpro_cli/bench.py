@@ -3,7 +3,6 @@
 Every figure is taken in one run, on the same sequences, through the same model code, in interleaved rounds.
 """
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import embed, report, runner
+from virnucpro_cli import embed, report, runner, scratch
 from virnucpro_cli.config import BenchConfig, EmbedConfig, resolve
 from virnucpro_cli.errors import UserError, in_a_line, needs
 from virnucpro_cli.model import locate
@@ -42,7 +41,7 @@ def run(config: BenchConfig, out: Console | None = None) -> report.RunReport:
     bench = _Bench(config, out)
     if bench.device.type == "cpu":
         runner.keep_freed_memory()  # as every run of embed does
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         for load in bench.workloads(Path(folder)):
             bench.time(load)
         bench.time_backends()

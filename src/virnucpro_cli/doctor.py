@@ -6,6 +6,7 @@ import platform
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from virnucpro_cli import attention, report, runner, shards, store
 from virnucpro_cli.errors import UserError, install_command
 from virnucpro_cli.model import locate
 from virnucpro_cli.model.spec import DEMO, SIZES
+from virnucpro_cli.store import disk
 
 DRIVER = Path("/proc/driver/nvidia/version")
 LITTLE_ROOM = 1e9
@@ -132,7 +134,11 @@ def _weights() -> Iterator[Finding]:
             continue
         absent = f"not here; embed fetches them, or ahead of time: virnucpro fetch {spec.name}"
         yield Finding(f"weights {spec.name}", found.place if found else absent)
-    cache = locate.cache_dir()
+    try:
+        cache = locate.cache_dir()
+    except UserError as error:
+        yield Finding("cache", error.what, error.remedy)
+        return
     nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
     writable = os.access(nearest, os.W_OK | os.X_OK)
     yield Finding(
@@ -153,10 +159,18 @@ def _room() -> Iterator[Finding]:
             remedy = "Little room: " + (
                 "choose another disk with -o." if what == "this folder" else "set TMPDIR to another disk."
             )
+        elif what == "this folder" and not _has_locks(folder):
+            remedy = "It has no file locks: never write one output from two runs at once, or give another -o."
         yield Finding(what, f"{folder}, {report.size(free)} free", remedy)
     lacking = [name for name in ("matplotlib",) if importlib.util.find_spec(name) is None]
     if lacking:
         yield Finding("bench --plot", f"cannot draw: matplotlib is not installed ({install_command('plots')})")
+
+
+def _has_locks(folder: Path) -> bool:
+    with suppress(OSError, UserError):
+        return disk.has_locks(folder)
+    return False
 
 
 def _batch_system() -> Iterator[Finding]:

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from virnucpro_cli import embed, pooled, report, runner, store, tables
+from virnucpro_cli import embed, pooled, report, runner, scratch, store, tables
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.model.esm2 import exact_arithmetic
@@ -224,7 +223,7 @@ def _embedded(
     dtype = runner.short_name(getattr(torch, settings["dtype"]))
     if settings["device"] != runner.resolve_device("auto").type:
         dtype = "auto"
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="virnucpro-search-"))
+    folder = stack.enter_context(scratch.folder())
     policies = {name: settings[name] for name in (*SAME, "id", "dedup") if name in settings}
     config = resolve(EmbedConfig, None, {
         "inputs": query, "output": str(Path(folder) / "queries.h5"), "model": model or json.loads(data.file.attributes["config"])["model"],

@@ -6,7 +6,6 @@ reference is in the same dtype. Packing: a protein's bits do not depend on its n
 
 import os
 import platform
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import embed, fasta, importing, layouts, report, runner
+from virnucpro_cli import embed, fasta, importing, layouts, report, runner, scratch
 from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.kinds import KINDS
@@ -66,7 +65,7 @@ def _audit(config: ValidateConfig, path: str, out: Console, clock: report.Clock)
             f"{path} is of another tool, and does not say what it was made from.",
             "Say both: --fasta FILE --model NAME.",
         )
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         copy = str(Path(folder) / "imported.h5")
         with clock.stage("import"):
             imported = importing.run(
@@ -121,7 +120,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         with clock.stage(f"reference, {name} on {on.type}"):
             return oracle.rows_of(Reference(spec, state, on, kind), sample, layers, together)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         path = fasta.write_texts(Path(folder) / "sample.fasta", sample.texts)
         fast = partial(fast_rows, config, path, layers, (spec, state, notes), verdict.notes, clock)
         kinds = "float32" if dtype == torch.float32 else f"float32 and {attention_backends.describe(dtype)}"

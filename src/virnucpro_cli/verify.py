@@ -1,13 +1,12 @@
 """The verify workflow: a finished file against its checksum and, record by record, against its FASTA. No model."""
 
-import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from virnucpro_cli import fasta, report, store
+from virnucpro_cli import fasta, report, scratch, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.policies import decide
@@ -36,7 +35,7 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
         else:
             verdict.environment["inputs"] = list(named)
             config = _settings_as_config(settings, named, path)
-            with tempfile.TemporaryDirectory() as spool:
+            with scratch.folder() as spool:
                 table = fasta.index(
                     fasta.open_sources(named, Path(spool)), on_invalid=config.invalid, dedup=config.dedup
                 )

@@ -249,14 +249,15 @@ def _end(workers: list[_Worker], placer: Placer) -> None:
 @contextmanager
 def _job_file(job: Job) -> Iterator[tuple[IO[bytes], list[int]]]:
     """The job in a nameless file, for workers to map; see `_dump`. Raises UserError if there is no room for it."""
-    with tempfile.TemporaryFile() as shared:
-        try:
-            sizes = _dump(job, shared)
-        except OSError as error:
-            raise UserError(
-                f"What the workers are to know cannot be written to {tempfile.gettempdir()}: {error.strerror}.",
-                "Make room there, set TMPDIR to another folder, or use --workers 1.",
-            ) from None
+    try:
+        shared = tempfile.TemporaryFile()  # noqa: SIM115
+        sizes = _dump(job, shared)
+    except OSError as error:
+        raise UserError(
+            f"What the workers are to know cannot be written to a temporary file: {error}.",
+            "Make room there, set TMPDIR to another folder, or use --workers 1.",
+        ) from None
+    with shared:
         yield shared, sizes
 
 

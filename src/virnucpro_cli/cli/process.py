@@ -28,13 +28,14 @@ def fail(error: UserError) -> None:
 
 
 def bug(error: BaseException) -> None:
-    with tempfile.NamedTemporaryFile("w", prefix="virnucpro-", suffix=".log", delete=False) as log:
-        log.write(f"virnucpro {__version__}: {sys.argv}\n")
-        traceback.print_exception(error, file=log)
-    say(
-        f"internal error, a bug in virnucpro: {type(error).__name__}: {error}",
-        f"The traceback is in {log.name}; please report it.",
-    )
+    what = f"internal error, a bug in virnucpro: {type(error).__name__}: {error}"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="virnucpro-", suffix=".log", delete=False) as log:
+            log.write(f"virnucpro {__version__}: {sys.argv}\n")
+            traceback.print_exception(error, file=log)
+        say(what, f"The traceback is in {log.name}; please report it.")
+    except OSError:  # no temporary folder
+        say(what, "".join(traceback.format_exception(error)), "Please report it.")
 
 
 class _StandardOutput(io.RawIOBase):

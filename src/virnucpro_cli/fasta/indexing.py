@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from virnucpro_cli import alphabet
+from virnucpro_cli import alphabet, scratch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import reading
 from virnucpro_cli.fasta.lines import invalid_residue, line_number
@@ -201,5 +200,5 @@ def refuse_unreadable(paths: Sequence[str]) -> None:
     for path in paths:
         if path == "-" or (os.path.exists(path) and not os.path.isfile(path)):
             raise UserError(f"{path} can be read only once, and here it is read again.", "Save it to a file first.")
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         index(open_sources(paths, Path(folder)), dedup=False)

