@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,7 @@ def test_neither_an_output_nor_an_input_is_overwritten(made: Path, tmp_path: Pat
 
 
 def test_nothing_is_left_of_a_search_that_fails(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(search, "nearest", lambda *_: 1 / 0)
     with pytest.raises(Exception, match="division"):
         search.run(str(made), str(made.parent / "in.fasta"), output=str(tmp_path / "hits.tsv"))
