@@ -487,7 +487,7 @@ def test_a_hidden_place_of_somebody_else_is_not_cleared(made: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("to", "options", "message"),
     [
-        ("csv", {}, "no layout 'csv'"),
+        ("yaml", {}, "no layout 'yaml'"),
         ("parquet", {"kinds": ("residue",)}, "no place for residue rows"),
         ("virnucpro", {"kinds": ("bos",)}, "no place for bos rows"),
         ("fair-esm", {"kinds": ("max",)}, "no place for max rows"),
@@ -578,7 +578,7 @@ def test_what_was_exported_comes_back_in_the_order_of_the_fasta(made: Path, tmp_
         assert all(file.reason[file.status == store.SKIPPED] > 0)
 
 
-@pytest.mark.parametrize("to", ["npy", "parquet", "anndata"])
+@pytest.mark.parametrize("to", ["npy", "parquet", "anndata", "csv", "tsv"])
 def test_tables_come_back_without_a_fasta(made: Path, tmp_path: Path, to: str) -> None:
     same(made / "out.h5", there_and_back(made, tmp_path, to, "mean", fasta=False), "mean")
 
@@ -837,3 +837,71 @@ def test_values_of_other_files_are_never_imported(tmp_path: Path, make: Callable
         with pytest.raises(UserError, match=r"x\.h5"):
             importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), name)
     assert not list(tmp_path.glob("out.h5*"))
+
+
+@pytest.mark.parametrize(("name", "layout"), [("x.csv", "csv"), ("X.Parquet", "parquet"), ("x.biotrainer.h5", "biotrainer"),
+                                              ("x.h5ad", "anndata"), ("x.npy", "npy")])  # fmt: skip
+def test_the_suffix_of_the_target_tells_its_layout(made: Path, tmp_path: Path, name: str, layout: str) -> None:
+    export.run(str(made / "out.h5"), None, str(tmp_path / name))
+    assert layouts.named(layout).recognises(tmp_path / name)
+    with pytest.raises(UserError, match="does not tell its layout"):
+        export.run(str(made / "out.h5"), None, str(tmp_path / "x.h5"))
+    with pytest.raises(UserError, match="does not tell its layout"):
+        export.run(str(made / "out.h5"), None)
+
+
+@pytest.mark.parametrize("to", ["csv", "tsv"])
+def test_pandas_reads_the_numbers_of_a_table_as_they_are(made: Path, tmp_path: Path, to: str) -> None:
+    import pandas
+
+    target = exported(made, tmp_path / f"x.{to}", to, kinds=("max",))
+    table = pandas.read_csv(
+        target, sep="," if to == "csv" else "\t", dtype={"id": str}, keep_default_na=False, na_values={"0": ""}
+    )
+    assert table["id"].tolist() == NAMES and table["status"].tolist().count("skipped") == 1
+    with store.read_embeddings(made / "out.h5") as file:
+        width, rows = file.dataset("max", 2).shape[1], file.dataset("max", 2)[:]
+    found = table.loc[DONE, [str(i) for i in range(width)]].to_numpy(np.float32)
+    np.testing.assert_array_equal(found, rows[DONE].astype(np.float32))
+
+
+@pytest.mark.parametrize("wrong", ["id,0,1\na,1\n", "id,0,1\na,1,x\n", "id,0,2\na,1,2\n", "name,0\na,1\n"])
+def test_a_wrong_line_of_a_table_is_named(tmp_path: Path, wrong: str) -> None:
+    (tmp_path / "x.csv").write_text(wrong)
+    with pytest.raises(UserError, match=r"line 2|first line"):
+        importing.run(str(tmp_path / "x.csv"), str(tmp_path / "out.h5"), "csv")
+    assert not list(tmp_path.glob("out.h5*"))
+
+
+def test_a_table_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("\ufeffid,0,1\n007,1.5,2\n")
+    names, rows = imported(tmp_path / "x.csv", tmp_path / "out.h5")
+    assert names == ["007"] and rows["mean"].tolist() == [[1.5, 2]]
+
+
+@pytest.mark.parametrize("to", ["csv", "npy", "parquet", "anndata", "keyed-h5", "broad"])
+@pytest.mark.parametrize("kind", ["mean", "length_weighted_mean", "max"])
+def test_rows_of_groups_are_rows_of_a_table(tmp_path: Path, tiny_model: Path, to: str, kind: str) -> None:
+    (tmp_path / "in.fasta").write_text(">a_1\nMKV\n>b_1\nMKVLL\n>a_2\nGGTRS\n>c_1\n\n")
+    embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(tiny_model), device="cpu", group_regex="^(.)_")
+    target = tmp_path / f"x{layouts.named(to).suffix}"
+    export.run(str(tmp_path / "out.h5"), to, str(target), (f"groups/{kind}",))
+    found = [
+        (entry.name, entry.skipped, np.asarray(row))
+        for entry in layouts.named(to).read(target)
+        for row in entry.values.values()
+    ]
+    with store.read_embeddings(tmp_path / "out.h5") as file:
+        expected = dict(zip(file.groups.ids, file.groups.rows(kind)[:], strict=True))
+    there = [name for name, skipped, _ in found if not skipped]
+    assert there == ["a", "b"]
+    for name, skipped, row in found:
+        if not skipped:
+            np.testing.assert_array_equal(row, expected[name])
+    with pytest.raises(UserError):
+        importing.run(str(target), str(tmp_path / "back.h5"))
+
+
+def test_layouts_without_room_for_groups_say_so(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no kind groups/mean"):
+        exported(made, tmp_path / "x.csv", "csv", kinds=("groups/mean",))

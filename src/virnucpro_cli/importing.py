@@ -39,6 +39,8 @@ def run(
     with clock.stage("read FASTA"):  # the cheaper of the two passes comes first
         sources = fasta.open_sources(inputs, target.absolute().parent)
         table = fasta.index(sources, dedup=said.get("dedup", False)) if inputs else None
+    if str(said.get("kind", "")).startswith("groups/"):
+        raise UserError(f"{source} holds rows of groups.", "Import the proteins; their groups are made by embed.")
     with clock.stage("look"):
         found = look(source, layout, said, layer)
     if said.get("store_dtype") == "fp16":  # in a layout of fp32: nothing is lost

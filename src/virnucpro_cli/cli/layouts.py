@@ -7,7 +7,9 @@ import typer
 from virnucpro_cli.cli.options import Overwrite, numbers
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
 
-NAMES = "npy, parquet, anndata, fair-esm, virnucpro, broad, scikit-bio, biotrainer, bio-embeddings or keyed-h5"
+NAMES = (
+    "npy, parquet, csv, tsv, anndata, fair-esm, virnucpro, broad, scikit-bio, biotrainer, bio-embeddings or keyed-h5"
+)
 EXPORT_EPILOG = (
     "Exit codes: 0 done; 2 something to put right (the message says what); 70 a bug; 128+signal after a stop."
 )
@@ -19,14 +21,20 @@ IMPORT_EPILOG = (
 
 def export(
     file: Annotated[str, typer.Argument(metavar="OUT.h5", help="A finished file that embed wrote.")],
-    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help=f"{NAMES}.")],
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="LAYOUT", help=f"{NAMES}. [default: by the suffix of -o]")
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="TARGET", help="File or folder. [default: beside OUT.h5, by its name]"),
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--kind", metavar="KIND", help="As in --pool; several for fair-esm. [default: the file's]"),
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            help="As in --pool, or groups/mean, groups/max ... for rows of groups; several for fair-esm. [default: the file's]",
+        ),
     ] = None,
     layer: Annotated[
         str | None, typer.Option("--layer", metavar="N", help="Several for fair-esm. [default: the file's]")

@@ -13,6 +13,7 @@ from virnucpro_cli.layouts import (
     npy,
     parquet,
     scikit_bio,
+    text,
     virnucpro,
 )
 from virnucpro_cli.layouts.layout import Layout
@@ -29,6 +30,8 @@ LAYOUTS = (
     biotrainer.LAYOUT,
     bio_embeddings.LAYOUT,
     keyed_h5.LAYOUT,
+    text.CSV,
+    text.TSV,
 )
 """In the order in which a file is tried: keyed_h5 is what HDF5 is that is nothing else."""
 
@@ -38,6 +41,15 @@ def named(name: str) -> Layout:
         if layout.name == name:
             return layout
     raise UserError(f"There is no layout {name!r}.", f"Choose one of {', '.join(each.name for each in LAYOUTS)}.")
+
+
+def of_suffix(target: str | None) -> Layout:
+    """The layout whose suffix a target ends in. Raises UserError if there is none."""
+    ends = [layout for layout in LAYOUTS if target and target.lower().endswith(layout.suffix)]
+    if not ends:
+        names = ", ".join(each.name for each in LAYOUTS)
+        raise UserError("The name of the target does not tell its layout.", f"Say --to LAYOUT: {names}.")
+    return max(ends, key=lambda layout: len(layout.suffix))
 
 
 def guessed(path: Path) -> Layout | None:

@@ -39,14 +39,14 @@ def _frame(file: h5py.File, name: str, columns: list[str]) -> h5py.Group:
 
 
 def write(selection: Selection, target: Path) -> None:
-    """Every protein has a row; of a skipped one it is NaN. obs_names are unique, obs["id"] is the name as it was."""
+    """Every protein has a row in fp32, as linear algebra needs; of a skipped one it is NaN. obs_names are unique, obs["id"] is the name as it was."""
     of, n = selection.file, selection.count(skipped=True)
     with hdf5.created(target) as sink:
         file = sink.file
         _encoded(file, "anndata", "0.1.0")
         for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
             _encoded(file.create_group(name), "dict", "0.1.0")
-        data = _encoded(file.create_dataset("X", (n, selection.width), selection.dtype), "array", "0.2.0")
+        data = _encoded(file.create_dataset("X", (n, selection.width), np.float32), "array", "0.2.0")
         var = _frame(file, "var", [])
         _strings(var, "_index", selection.width)[:] = [str(i) for i in range(selection.width)]
         obs = _frame(file, "obs", ["id", "length", "status", "reason", "flags", "replaced"])
