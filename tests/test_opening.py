@@ -1,7 +1,10 @@
 """Every command that opens a file tells its damage as damage, and a bug of its own as a bug."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 from virnucpro_cli import cli, export, inspect, mapping, merge, pooled, qc, search, status, verify
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
-from virnucpro_cli.store import read_embeddings
+from virnucpro_cli.store import read_embeddings, reading
 
 COMMANDS: dict[str, tuple[list[str], Any, str]] = {
     "inspect": (["--qc", "qc.tsv"], qc, "norms"),
@@ -174,3 +177,17 @@ def test_a_view_that_shows_rows_in_another_order_than_its_shards_is_refused(tmp_
         file["embeddings"] = file["mean/2"]
     with pytest.raises(UserError, match=r"does not show all of .* in order"):
         read_embeddings(tmp_path / "out.h5")
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [(lambda *_: time.sleep(60), "does not come back"), (lambda *_: os.kill(os.getpid(), signal.SIGSEGV), "crashes")],
+)
+def test_a_file_in_which_the_library_is_lost_is_told_as_damaged(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, lost: Any, words: str
+) -> None:
+    """A damaged file can make HDF5 loop or crash, where no handler of ours gets its turn."""
+    monkeypatch.setattr(reading, "datasets_of", lost)
+    monkeypatch.setattr(reading, "OPENING_SECONDS", 1)
+    with pytest.raises(UserError, match=rf"damaged: the HDF5 library {words}"):
+        inspect.run(str(copy))

@@ -242,7 +242,7 @@ def _embedded(
     except Stopped as stop:
         stop.resumable = False  # the folder goes
         raise
-    return pooled.of(stack.enter_context(store.opened(config.output)), config.output)
+    return pooled.of(stack.enter_context(store.read_embeddings(config.output)), config.output)
 
 
 def _write(

@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import h5py
-
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.layouts import hdf5, keyed_h5
 from virnucpro_cli.layouts.layout import Entry, Layout, Selection
+from virnucpro_cli.store import opened_hdf5
 
 HASH_LETTERS = 64
 
@@ -40,7 +39,7 @@ def read(path: Path) -> Iterator[Entry]:
 def _of_database(path: Path) -> Iterator[Entry]:
     """biotrainer-core 2.0 (write_h5_db): keys are HASH_MODEL, and attributes say hash, length, model, and whether rows are reduced."""
     model = ""
-    with h5py.File(path, "r", locking=False) as file:
+    with opened_hdf5(path) as file:
         for key, data in keyed_h5.datasets(file):
             said = data.attrs
             model = model or str(said["embedder_name"])
@@ -62,7 +61,7 @@ def provenance(path: Path) -> dict[str, Any]:
     """As an earlier export wrote it; of a database its model."""
     if not _is_database(path):
         return hdf5.provenance(path)
-    with h5py.File(path, "r", locking=False) as file:
+    with opened_hdf5(path) as file:
         _, first = next(keyed_h5.datasets(file))
         return {"model": str(first.attrs["embedder_name"])}
 

@@ -9,6 +9,7 @@ import numpy as np
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.layouts import hdf5
 from virnucpro_cli.layouts.layout import Entry, Layout, Selection
+from virnucpro_cli.store import opened_hdf5
 
 
 def write(selection: Selection, target: Path) -> None:
@@ -27,7 +28,7 @@ def write(selection: Selection, target: Path) -> None:
 
 def read(path: Path) -> Iterator[Entry]:
     kind = hdf5.provenance(path).get("kind", "mean")
-    with h5py.File(path, "r", locking=False) as file:
+    with opened_hdf5(path) as file:
         data, names = (hdf5.item(file, name) for name in ("embeddings", "sequence_ids"))
         if len(data) != len(names):
             raise ValueError(f"{len(data)} embeddings for {len(names)} sequence_ids")

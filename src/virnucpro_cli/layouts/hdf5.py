@@ -9,7 +9,7 @@ from typing import Any
 
 import h5py
 
-from virnucpro_cli.store import HDF5_MAGIC, blocks
+from virnucpro_cli.store import HDF5_MAGIC, blocks, opened_hdf5
 from virnucpro_cli.store.sink import Sink
 
 PROVENANCE = "virnucpro"
@@ -37,7 +37,7 @@ def mark(file: h5py.File, provenance: dict[str, Any]) -> None:
 
 
 def provenance(path: Path) -> dict[str, Any]:
-    with h5py.File(path, "r", locking=False) as file:
+    with opened_hdf5(path) as file:
         return json.loads(file.attrs.get(PROVENANCE, "{}"))
 
 
@@ -52,7 +52,7 @@ def has(path: Path, *names: str) -> bool:
     """Whether it is an HDF5 file with these at its root, and not one that embed wrote."""
     if not is_hdf5(path):
         return False
-    with h5py.File(path, "r", locking=False) as file:
+    with opened_hdf5(path) as file:
         return "schema" not in file.attrs and all(name in file for name in names)
 
 

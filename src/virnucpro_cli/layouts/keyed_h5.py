@@ -8,6 +8,7 @@ import h5py
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.layouts import hdf5
 from virnucpro_cli.layouts.layout import Entry, Layout, Selection
+from virnucpro_cli.store import opened_hdf5
 
 LONGEST_KEY = 1000
 
@@ -44,7 +45,7 @@ def datasets(group: h5py.Group, above: str = "", depth: int = 0) -> Iterator[tup
 def read(path: Path) -> Iterator[Entry]:
     """Datasets of [1, D] are means whose first dimension was kept, unless another one has more rows or an export says residue."""
     kind = hdf5.provenance(path).get("kind")
-    with h5py.File(path, "r", locking=False) as file:
+    with opened_hdf5(path) as file:
         kept = kind != "residue" and all(data.ndim == 2 and len(data) == 1 for _, data in datasets(file))
         for key, data in datasets(file):
             name = data.attrs.get("original_id", key)
@@ -59,7 +60,7 @@ def first_of(path: Path) -> tuple[str, set[str]] | None:
     """(key, names of its attributes) of the first dataset, if all that is at the root looks like datasets of proteins."""
     if not hdf5.has(path):
         return None
-    with h5py.File(path, "r", locking=False) as file:
+    with opened_hdf5(path) as file:
         key, data = next(datasets(file), (None, None))
         if key is None or data is None or data.dtype.kind != "f":
             return None

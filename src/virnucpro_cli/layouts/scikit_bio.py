@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,7 +10,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.layouts import hdf5
 from virnucpro_cli.layouts.layout import Entry, Layout, Selection
-from virnucpro_cli.store import DONE
+from virnucpro_cli.store import DONE, opened_hdf5
 
 MOST = np.iinfo(np.int32).max
 
@@ -54,7 +53,7 @@ def write(selection: Selection, target: Path) -> None:
 
 def read(path: Path) -> Iterator[Entry]:
     """scikit-bio's own writer (0.7) leaves out the last ends, which are those of the datasets."""
-    with h5py.File(path, "r", locking=False) as file:
+    with opened_hdf5(path) as file:
         hdf5.check_whole(file)
         ids, data = file["id"], file["embedding"]
         kind = hdf5.provenance(path).get("kind") or ("residue" if len(data) == len(ids) else "mean")

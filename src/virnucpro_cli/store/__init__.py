@@ -22,7 +22,7 @@ from virnucpro_cli.store.disk import (
 from virnucpro_cli.store.filling import Store
 from virnucpro_cli.store.layout import Extra, Layout, Names
 from virnucpro_cli.store.names import accession
-from virnucpro_cli.store.opening import DAMAGE
+from virnucpro_cli.store.opening import DAMAGE, opened_hdf5
 from virnucpro_cli.store.reading import (
     EmbeddingFile,
     Groups,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
@@ -13,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import Missing, UserError
+from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError
 from virnucpro_cli.kinds import KINDS, POOLED, any_by_residue, by_residue, unmasked
 from virnucpro_cli.packing import stretches
 from virnucpro_cli.store.disk import allow_open_files, checksum, partial_path
@@ -47,6 +48,12 @@ if TYPE_CHECKING:
 
     from virnucpro_cli.tensors import Rows
 STRETCH_BYTES = 1 << 26
+OPENING_SECONDS, OPENING_RATE = 30, 10_000_000
+"""Seconds that opening a file may take, and bytes of it for which there is a second more."""
+LOST: dict[int, str] = {
+    signal.SIGALRM: "does not come back", signal.SIGSEGV: "crashes", signal.SIGBUS: "crashes", signal.SIGABRT: "crashes",
+    signal.SIGFPE: "crashes",
+}  # fmt: skip
 MOST_NAMED = 10
 """Names and rows that a message lists, at most."""
 
@@ -664,8 +671,26 @@ def _reopened(path: str, identity: str) -> EmbeddingFile:
     return file
 
 
+def _try_in_a_child(path: Path) -> None:
+    """Raise UserError if HDF5 crashes or does not come back when it opens the file, as it may in a damaged one."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for each in (*LOST, *STOP_SIGNALS):
+                signal.signal(each, signal.SIG_DFL)
+            signal.alarm(OPENING_SECONDS + path.stat().st_size // OPENING_RATE)
+            with EmbeddingFile(path) as file:
+                file.names_of(0, NAME_BLOCK)
+        finally:
+            os._exit(0)  # an error is told by the process that asks
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status) and (signum := os.WTERMSIG(status)) in LOST:
+        raise damaged(path, f"the HDF5 library {LOST[signum]} when it reads it")
+
+
 def opened(path: str | Path) -> EmbeddingFile:
     """The file at `path` for a command, with all that its fingerprint promises. Raises UserError if it is not such a file."""
+    _try_in_a_child(Path(path).absolute())
     file = EmbeddingFile(path)
     with ExitStack() as closing:
         closing.push(file)
