@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import write_model
-from virnucpro_cli import cli, inspect, mapping, search, tables
+from virnucpro_cli import cli, fetch, inspect, mapping, report, search, tables
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import read_embeddings
+from virnucpro_cli.validation.verdict import Check, Verdict
 
 SMALL = ModelSpec("small", 2, 64, 4)
 BOM = b"\xef\xbb\xbf"
@@ -206,3 +208,64 @@ def main(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     assert end.value.code == 0
+
+
+# --- tables on a screen ----------------------------------------------------------------------------------------------
+
+
+def shown(table: Any, width: int = 80) -> str:
+    """A table as a terminal of this width shows it, without borders and spaces."""
+    out = Console(width=width, file=io.StringIO(), soft_wrap=True, force_terminal=True, color_system=None)
+    out.print(table)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= width
+    return "".join(c for c in text if c.isalnum() or c in "/._…")
+
+
+LONG = "/a/folder/with/a/name/that/is/longer/than/any/terminal/is/wide/proteins_of_a_whole_project_in_one_file.h5"
+
+
+def test_a_table_of_many_columns_loses_nothing_at_80_columns() -> None:
+    rows = [{"workload": f"natural{i}", **{f"rate {j} of {i % 2}": f"{i}.{j}" for j in range(11)}} for i in range(5)]
+    rows = [{name: str(row.get(name, "")) for name in rows[0]} for row in rows] + [{**rows[0], "workload": LONG}]
+    text = shown(report.rows_table("Throughput", rows))
+    for row in rows:
+        for word in row.values():
+            assert word in text
+    assert "…" not in text
+
+
+def test_tables_of_checks_lose_nothing_at_80_columns() -> None:
+    what = "a check with a description of some length, as there are"
+    checks = [
+        Check(
+            f"Part {i}", what, passed, 1.5e-7, 2.5e-6, 3.5e-5, f"record_{LONG}", "floor_is_4e4", "limit_is_5e3", "note"
+        )
+        for i, passed in enumerate((True, False, None))
+    ]
+    text = shown(Verdict("validate", checks).table())
+    for word in ("Part0", "1.5e07", "2.5e06", "3.5e05", "proteins_of_a_whole", "floor_is_4e4", "limit_is_5e3", "FAIL"):
+        assert word.replace("_", "") in text.replace("_", ""), word
+    assert "…" not in text
+
+
+def test_commands_show_whole_paths_at_80_columns(
+    tmp_path: Path, tiny_model: Path, make_fasta: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = tmp_path / ("a_long_name_" * 8)
+    folder.mkdir()
+    for number in (1, 2):
+        embed_fasta(make_fasta([20, 30]), folder / "o.h5", model=str(tiny_model), device="cpu", shard=f"{number}/2")
+    shard = sorted(folder.glob("o*.h5"))[0]
+    for command in (["inspect", str(shard)], ["status", str(folder / "o.h5")], ["verify", str(shard)]):
+        main(command)
+        ran = capsys.readouterr()
+        assert "…" not in ran.out + ran.err
+        if command[0] != "verify":
+            assert max(len(line) for line in ran.out.splitlines() if line[0] in "│┃") <= 80
+            assert shard.name in "".join(c for c in ran.out if c.isalnum() or c in "._-")
+    fetch.show()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["model", "layers", "hidden", "place"] and len(lines) == 8

@@ -1,7 +1,5 @@
 """The fetch workflow: weights into the cache ahead of time, and a list of what is where."""
 
-from rich.table import Table
-
 from virnucpro_cli import report
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import locate
@@ -19,9 +17,9 @@ def run(model: str) -> locate.Weights:
 
 
 def show() -> None:
-    """Print every known model with its place on this machine."""
-    table = Table("model", "layers", "hidden", "place")
+    """Print every known model with its place on this machine, a line for each, to standard output."""
+    print(f"{'model':<22}{'layers':>6}{'hidden':>8}  place")
     for spec in (*SIZES.values(), DEMO):
         found = locate.locate(spec.name)
-        table.add_row(spec.name, str(spec.layers), str(spec.hidden), found.place if found else "not on this machine")
-    report.console().print(table)
+        place = found.place if found else "not on this machine"
+        print(f"{spec.name:<22}{spec.layers:>6}{spec.hidden:>8}  {place}")

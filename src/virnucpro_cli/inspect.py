@@ -103,7 +103,7 @@ def _statuses(file: store.EmbeddingFile) -> Table:
 def _numbers(file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
     table = Table(title="Numbers", title_justify="left")
     for name in ("", "least", "5 %", "median", "95 %", "most"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
 
     def row(what: str, values: Any) -> None:
         if len(values):

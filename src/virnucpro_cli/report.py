@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
@@ -207,7 +208,7 @@ def stdout() -> Console:
 def facts_table(title: str) -> Table:
     """Names to the left, and what is said of each to the right."""
     table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold")
+    table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")
     return table
 
@@ -270,9 +271,8 @@ def size(count: float) -> str:
 
 
 def packing_table(report: RunReport) -> Table:
-    table = Table(title="Packing", title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    table = facts_table("Packing")
+    table.columns[1].justify = "right"
     for name, value in (report.counts | report.packing).items():
         if value or name in ("proteins", "packs"):
             table.add_row(
@@ -296,13 +296,51 @@ def where_computed(
     return rows
 
 
-def rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """One of `RunReport.tables`: words to the left, numbers to the right, shares as percentages."""
+@dataclass
+class Fitting:
+    """A table as it is where it fits the width of the console; else other tables, which say the same."""
+
+    wide: Table
+    narrow: Callable[[Callable[[Table], bool]], Iterable[Table]]  # of a test whether a table fits
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        def fits(table: Table) -> bool:
+            return Measurement.get(console, options.update(max_width=10_000), table).maximum <= options.max_width
+
+        return iter([self.wide] if fits(self.wide) else self.narrow(fits))
+
+
+def rows_table(title: str, rows: list[dict[str, Any]]) -> Fitting:
+    """One of `RunReport.tables`: words to the left, numbers to the right, shares as percentages.
+
+    Where that is too wide, rows are columns, as many side by side as fit.
+    """
     table = Table(title=title, title_justify="left")
     for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+        table.add_column(name, justify="left" if isinstance(value, str) else "right", overflow="fold")
     for row in rows:
         table.add_row(*(cell(name, value) for name, value in row.items()))
+
+    def turned(fits: Callable[[Table], bool]) -> Iterator[Table]:
+        first = 0
+        while first < len(rows):
+            several = (_turned(title, rows[first:last]) for last in range(len(rows), first, -1))
+            shown, side_by_side = next(
+                (each, count) for each, count in zip(several, range(len(rows) - first, 0, -1), strict=True)
+                if count == 1 or fits(each)
+            )  # fmt: skip
+            yield shown
+            first += side_by_side
+
+    return Fitting(table, turned)
+
+
+def _turned(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = facts_table(title)
+    for _ in rows[1:]:
+        table.add_column(overflow="fold")
+    for name in rows[0]:
+        table.add_row(name, *(cell(name, row.get(name, "")) for row in rows))
     return table
 
 
@@ -328,9 +366,8 @@ def cell(name: str, value: Any) -> str:
 
 
 def throughput_table(report: RunReport) -> Table:
-    table = Table(title="Throughput", title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    table = facts_table("Throughput")
+    table.columns[1].justify = "right"
     for name, value in report.seconds.items():
         table.add_row(name, f"{value:.2f} s")
     table.add_section()

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from virnucpro_cli.report import Fitting, facts_table
+
 
 @dataclass(frozen=True)
 class Check:
@@ -48,22 +50,42 @@ class Verdict:
         whole = {"passed": self.passed, "failed_parts": self.failed_parts, **dataclasses.asdict(self)}
         return json.dumps(_plain(whole), indent=1)
 
-    def table(self) -> Table:
-        """Columns that hold nothing are left out."""
+    def table(self) -> Fitting:
+        """Columns that hold nothing are left out. Where they do not fit, a check's numbers share a cell."""
+        return Fitting(self._wide(), lambda fits: [self._narrow()])
+
+    def _narrow(self) -> Table:
+        table = facts_table(self.command.capitalize())
+        part = ""
+        for check in self.checks:
+            if check.part != part:
+                part = check.part
+                table.add_section()
+                table.add_row(part, "FAIL" if part in self.failed_parts else "pass", style="bold")
+            numbers = (
+                ("median", _number(check.median)), ("99 %", _number(check.p99)), ("worst", _number(check.worst)),
+                ("in", check.record), ("floor", check.floor), ("limit", check.limit),
+            )  # fmt: skip
+            state = {None: check.note, True: check.note or "ok", False: f"FAIL {check.note}".rstrip()}[check.passed]
+            words = [*(f"{name} {word}" for name, word in numbers if word), state]
+            table.add_row(f"  {check.what}", ", ".join(filter(None, words)))
+        return table
+
+    def _wide(self) -> Table:
         table = Table(title=self.command.capitalize(), title_justify="left")
         columns = {
             "median": [_number(check.median) for check in self.checks],
             "99 %": [_number(check.p99) for check in self.checks],
             "worst": [_number(check.worst) for check in self.checks],
-            "in": [check.record[:28] for check in self.checks],
+            "in": [check.record for check in self.checks],
             "floor": [check.floor for check in self.checks],
             "limit": [check.limit for check in self.checks],
         }
         columns = {name: words for name, words in columns.items() if any(words)}
-        table.add_column("")
+        table.add_column("", overflow="fold")
         for name in columns:
             table.add_column(name, justify="left" if name == "in" else "right", overflow="fold")
-        table.add_column("")
+        table.add_column("", overflow="fold")
         part = ""
         for i, check in enumerate(self.checks):
             if check.part != part:
