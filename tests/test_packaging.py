@@ -56,7 +56,7 @@ def test_conda_installs_what_pip_installs(recipe: dict[str, Any]) -> None:
 
 def test_the_conda_recipe_is_of_this_version_and_licence(recipe: dict[str, Any]) -> None:
     assert recipe["package"] == {"name": PROJECT["name"], "version": PROJECT["version"]}
-    assert recipe["source"]["url"].endswith(f"virnucpro-{PROJECT['version']}.tar.gz")
+    assert (RECIPES / "bioconda" / recipe["source"]["path"]).resolve() == ROOT
     assert (recipe["about"]["license"], recipe["about"]["summary"]) == (PROJECT["license"], PROJECT["description"])
     assert (ROOT / recipe["about"]["license_file"]).is_file()
     scripts = [f"{name} = {target}" for name, target in PROJECT["scripts"].items()]
@@ -108,8 +108,7 @@ def test_the_nextflow_module_installs_this_version() -> None:
         "dependencies": [f"bioconda::virnucpro={PROJECT['version']}"],
     }
     containers = re.findall(r"'(\S*/virnucpro:\S+)'", (MODULE / "main.nf").read_text())
-    assert len(containers) == 2
-    assert all(name.endswith(f"/virnucpro:{PROJECT['version']}--pyhdfd78af_0") for name in containers)
+    assert containers == [f"biocontainers/virnucpro:{PROJECT['version']}--pyhdfd78af_0"]
 
 
 def test_the_nextflow_module_says_what_it_takes_and_gives() -> None:

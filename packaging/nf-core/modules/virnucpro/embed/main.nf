@@ -4,9 +4,7 @@ process VIRNUCPRO_EMBED {
     label 'process_gpu'
 
     conda "${moduleDir}/environment.yml"
-    container "${ workflow.containerEngine in ['singularity', 'apptainer'] && !task.ext.singularity_pull_docker_container ?
-        'https://depot.galaxyproject.org/singularity/virnucpro:0.1.0--pyhdfd78af_0' :
-        'quay.io/biocontainers/virnucpro:0.1.0--pyhdfd78af_0' }"
+    container 'biocontainers/virnucpro:0.1.0--pyhdfd78af_0'
 
     input:
     tuple val(meta), path(fasta)
