@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from virnucpro_cli import inspect, merge, report, verify
+from virnucpro_cli import importing, inspect, merge, report, verify
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
@@ -186,3 +186,12 @@ def test_a_second_merge_into_one_output_is_refused(
     monkeypatch.setattr(merge, "_store", meanwhile)
     merge.run(out, overwrite=True)
     assert sorted(path.name for path in tmp_path.glob("o.h5*")) == ["o.h5"]
+
+
+def test_an_input_link_that_leads_nowhere_is_told_as_one(tiny_model: Path, tmp_path: Path) -> None:
+    link = tmp_path / "in.fasta"
+    link.symlink_to("gone.fasta")
+    with pytest.raises(UserError, match=r"in\.fasta is a link to gone\.fasta, which is not there"):
+        embed_fasta(str(link), str(tmp_path / "o.h5"), model=str(tiny_model), device="cpu")
+    with pytest.raises(UserError, match=r"in\.fasta is a link to gone\.fasta, which is not there"):
+        importing.run(str(link), str(tmp_path / "o.h5"))

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -905,3 +906,44 @@ def test_rows_of_groups_are_rows_of_a_table(tmp_path: Path, tiny_model: Path, to
 def test_layouts_without_room_for_groups_say_so(made: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no kind groups/mean"):
         exported(made, tmp_path / "x.csv", "csv", kinds=("groups/mean",))
+
+
+KILLED_IMPORT = """
+import os, sys
+from virnucpro_cli import importing
+place = importing._place
+def killed(*arguments):
+    place(*arguments)
+    os._exit(9)
+importing._place = killed
+importing.run(sys.argv[1], sys.argv[2], None, (sys.argv[3],))
+"""
+
+
+def test_nothing_of_a_killed_import_stays_once_it_runs_again(made: Path, tmp_path: Path) -> None:
+    target = exported(made, tmp_path / "x.npy", "npy")
+    with gzip.open(tmp_path / "in.fasta.gz", "wb") as file:
+        file.write((made / "in.fasta").read_bytes())
+    before = everything(tmp_path).keys()
+    arguments = [str(target), str(tmp_path / "out.h5"), str(tmp_path / "in.fasta.gz")]
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", KILLED_IMPORT, *arguments], check=False)
+        assert done.returncode == 9
+        assert everything(tmp_path).keys() - before == {str(tmp_path / "out.h5.partial")}
+    importing.run(*arguments[:2], None, (arguments[2],))
+    assert everything(tmp_path).keys() - before == {str(tmp_path / "out.h5")}
+    same(made / "out.h5", tmp_path / "out.h5", "mean")
+
+
+def test_an_import_never_replaces_what_it_reads(made: Path, tmp_path: Path) -> None:
+    exported(made, tmp_path / "x.npy", "npy")
+    folder = exported(made, tmp_path / "tree", "fair-esm")
+    before = everything(tmp_path)
+    for source, output in ((tmp_path / "x.npy", tmp_path / "x.tsv"), (folder, folder / "long.pt"), (folder, folder)):
+        with pytest.raises(UserError):
+            importing.run(str(source), str(output), overwrite=True)
+    with pytest.raises(UserError, match="would overwrite"):
+        (tmp_path / "x.h5").symlink_to(folder / "long.pt")
+        importing.run(str(folder), str(tmp_path / "x.h5"), overwrite=True)
+    (tmp_path / "x.h5").unlink()
+    assert everything(tmp_path) == before

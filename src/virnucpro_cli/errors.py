@@ -1,5 +1,6 @@
 """What users are told when something is wrong, and the exit codes of the program."""
 
+import os
 import re
 import signal
 import sys
@@ -50,6 +51,13 @@ class Missing(UserError, KeyError):
     """There is no such record or dataset."""
 
     __str__ = Exception.__str__  # a KeyError shows its text in quotes
+
+
+def absent(path: str) -> str:
+    """The words for a path that does not open because nothing is there: a name, or a link that leads nowhere."""
+    if os.path.islink(path):
+        return f"{path} is a link to {os.readlink(path)}, which is not there"
+    return f"There is no file {path}"
 
 
 def needs(package: str, extra: str, what: str) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from virnucpro_cli import fasta, layouts, report, store
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, absent
 from virnucpro_cli.imports.plan import Plan, plan
 from virnucpro_cli.imports.source import Batch, Int64, batches, look, reading_of
 from virnucpro_cli.layouts.layout import Layout, What
@@ -69,7 +69,7 @@ def run(
 
 def _layout_of(source: str, name: str | None) -> Layout:
     if not Path(source).exists():
-        raise UserError(f"There is no {source}.", f"Paths are relative to {Path.cwd()}.")
+        raise UserError(f"{absent(source)}.", f"Paths are relative to {Path.cwd()}.")
     if name is not None:
         return layouts.named(name)
     if store.fingerprint_of(Path(source)) is not None:

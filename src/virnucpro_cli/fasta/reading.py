@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from xopen import xopen
 
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, absent
 
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 20  # the pass over one chunk stays within the L2 cache
@@ -100,7 +100,7 @@ def _open_plain(name: str, spool_dir: Path) -> IO[bytes]:
             f"{name} is a directory.", "Name the FASTA files in it, for example with a shell wildcard."
         ) from None
     except FileNotFoundError:
-        raise UserError(f"There is no file {name}.", f"Paths are relative to {Path.cwd()}.") from None
+        raise UserError(f"{absent(name)}.", f"Paths are relative to {Path.cwd()}.") from None
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}.") from None
     if name == "-" or not os.path.isfile(name):  # pipes, process substitution
