@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from safetensors.torch import save_file
 
 import interpreter
 from slurm import slurm  # noqa: F401  (a fixture)
+from virnucpro_cli.errors import STOP_SIGNALS
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 
 if not torch.cuda.is_available():
     interpreter.prepare()
+
+for _number in STOP_SIGNALS:  # ignored by nohup and by a shell's `&`, and then by every program that a test starts
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 ROOT = Path(__file__).parent.parent
 VIRAL = ROOT / "examples" / "viral_proteins.fasta"

@@ -255,10 +255,7 @@ def test_a_stopped_program_says_how_to_go_on(case: Case, tmp_path: Path, number:
     site = slowed.packs(tmp_path / "site", 0.02, "virnucpro_cli")
     path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup, around the tests, has it ignored
-    )  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     wait_for_rows(store.partial_path(output), process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)

@@ -138,3 +138,27 @@ def test_imports_point_downward(name: str) -> None:
         first = rest.split(".")[0]
         if package == "virnucpro_cli" and first in LEVEL:
             assert LEVEL[first] <= LEVEL[part], f"{name} imports {target}, which stands above it"
+
+
+def files_imported(name: str) -> set[str]:
+    """Files of the package that a file imports when it is imported itself; a package's own file where nothing in it is named further."""
+    found = set()
+    at_once = ast.Module([node for node in TREES[name].body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    for target in imported(at_once):
+        package, _, rest = target.partition(".")
+        parts = rest.split(".") if package == "virnucpro_cli" else []
+        for depth in range(len(parts), 0, -1):
+            path = "/".join(parts[:depth])
+            file = next((each for each in (f"{path}.py", f"{path}/__init__.py") if each in TREES), None)
+            if file is not None:
+                found.add(file)
+                break
+    return found - {name}
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    left = {name: files_imported(name) for name in TREES}
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    assert set(left) == set()
