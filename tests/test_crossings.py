@@ -127,7 +127,7 @@ def scenarios(draw: Callable[..., Any]) -> Scenario:
         records, tuple(decides.items()), tuple(chosen.items()), tuple(one_of(1024, 1100, 4096) for _ in range(4)),
         one_of(False, True), shards=one_of(0, 1, 2, 2, 3, 4), virtual=group is None and one_of(False, True),
         stop_after=one_of(None, 0, 1, 2), cache=cache, group=group, contigs=one_of(*[False] * 7, True),
-        workers=1, layout=one_of(None, None, "parquet", "keyed-h5", "biotrainer"),
+        workers=2 if dice.random() < 0.002 else 1, layout=one_of(None, None, "parquet", "keyed-h5", "biotrainer"),
     )  # fmt: skip
 
 
@@ -414,6 +414,11 @@ WORKERS = Scenario(
     (("pool", ("mean", "residue")), ("layers", LAYERS), ("emit", ()), ("dedup", True), ("id", "first")),
     workers=2,
 )
+SKIPPED_TWIN = Scenario(
+    tuple(Record(f"g0_p{i} of {i}", text) for i, text in enumerate(("MKVLA?MKVLA", "AAW", "C" * 20, "MKVLAXMKVLA"))),
+    (("invalid", "skip"), ("long", "truncate")),
+    (("pool", ("mean",)), ("layers", (2,)), ("emit", ()), ("dedup", True), ("id", "first")), shards=2,
+)  # fmt: skip
 EMPTY_SHARD = Scenario(
     (Record("g0_p0 of 0", "M"),), (("invalid", "x"), ("long", "truncate")),
     (("pool", ("mean", "residue")), ("layers", LAYERS), ("emit", EMITS), ("dedup", True), ("id", "first")), shards=2,
@@ -421,6 +426,7 @@ EMPTY_SHARD = Scenario(
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@example(SKIPPED_TWIN)
 @example(WORKERS)
 @example(EMPTY_SHARD)
 @given(scenarios())
