@@ -307,3 +307,26 @@ def test_every_option_is_named_in_lower_case_whatever_its_metavar(capsys: pytest
             cli.main([command, "--help"])
         names |= set(re.findall(r"(?<![\w-])--[\w-]+", capsys.readouterr().out))
     assert {"--model", "--device", "--min-cosine", "--list"} <= names and all(name == name.lower() for name in names)
+
+
+def test_the_list_of_commands_cuts_no_sentence(run: Callable[..., Ran]) -> None:
+    listed = run("--help").out
+    assert "..." not in listed.partition("Commands:")[2]
+    assert max(map(len, listed.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--long", "windw"), "window"), (("--dtype", "fp61"), "fp16"), (("--pool", "mean,bso"), "bos"),
+     (("--emit", "contact"), "contacts"), (("--attention", "tritn"), "triton")],
+)  # fmt: skip
+def test_a_misspelt_value_is_answered_with_the_nearest(
+    run: Callable[..., Ran], options: tuple[str, str], words: str
+) -> None:
+    ran = run("embed", "in.fasta", "-o", "out.h5", *options)
+    assert ran.code == 2 and f"Did you mean {words}? Choose " in ran.err
+
+
+def test_a_misspelt_command_or_option_is_answered_with_the_nearest(run: Callable[..., Ran]) -> None:
+    assert "Did you mean 'embed'?" in run("embd").err
+    assert "--dtype" in run("embed", "in.fasta", "-o", "out.h5", "--dtyp", "fp16").err

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, choose
 from virnucpro_cli.kinds import EMITS, KINDS, OF_ALL_RESIDUES, any_by_residue
 
 CHOICES = {
@@ -96,7 +96,8 @@ class EmbedConfig:
             raise UserError("--output is -, and HDF5 cannot be written to a pipe.", "Name a file, such as out.h5.")
         unknown = [kind for kind in self.pool if kind not in KINDS]
         if unknown or not self.pool:
-            raise UserError(f"--pool has {', '.join(unknown) or 'nothing'}.", f"Choose any of {', '.join(KINDS)}.")
+            remedy = choose((*unknown, "")[0], KINDS, "Choose any of")
+            raise UserError(f"--pool has {', '.join(unknown) or 'nothing'}.", remedy)
         if self.workers != "auto" and not (isinstance(self.workers, int) and 1 <= self.workers <= MOST_WORKERS):
             raise UserError(f"--workers is {self.workers}.", f"Give auto, or 1 to {MOST_WORKERS}.")
         if self.ray_address is not None and self.engine != "ray":
@@ -110,7 +111,7 @@ class EmbedConfig:
             raise UserError("--layers has nothing.", "Give numbers such as -1 or 0,6,-1.")
         unknown = [name for name in self.emit if name not in EMITS]
         if unknown:
-            raise UserError(f"--emit has {', '.join(unknown)}.", f"Choose any of {', '.join(EMITS)}.")
+            raise UserError(f"--emit has {', '.join(unknown)}.", choose(unknown[0], EMITS, "Choose any of"))
         if "contacts" in self.emit and self.engine == "ray":
             raise UserError(
                 "--emit contacts is the work of one device, not of --engine ray.", "Leave one out, or see --shard."
@@ -240,7 +241,7 @@ class BenchConfig:
             raise UserError(f"--seconds is {self.seconds}.", "Give a number of seconds above 0.")
         unknown = [name for name in self.peers if name not in PEERS]
         if unknown:
-            raise UserError(f"--peers has {', '.join(unknown)}.", f"Choose any of {', '.join(PEERS)}.")
+            raise UserError(f"--peers has {', '.join(unknown)}.", choose(unknown[0], PEERS, "Choose any of"))
         if self.min_speedup is not None and not self.unpacked and self.packed:
             raise UserError("--min-speedup compares with --unpacked.", "Give both --packed and --unpacked, or neither.")
         if self.unpacked and not self.packed and (self.min_density, self.min_speedup) != (None, None):
@@ -266,7 +267,9 @@ def _check(config: Any) -> None:
                 raise UserError(f"--{name} is {value}.", f"Give {LARGEST:,} or less.")
     for name, allowed in CHOICES.items():
         if getattr(config, name, allowed[0]) not in allowed:
-            raise UserError(f"{_option(name)} is {getattr(config, name)!r}.", f"Choose one of {', '.join(allowed)}.")
+            raise UserError(
+                f"{_option(name)} is {getattr(config, name)!r}.", choose(str(getattr(config, name)), allowed)
+            )
     for name, value in vars(config).items():
         if value == "" and name != "output":
             raise UserError(f"{_option(name)} is empty.", "Give it a value, or leave it out.")
@@ -334,7 +337,7 @@ def _fitting(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, A
     for key, value in values.items():
         key += "_" * keyword.iskeyword(key)
         if key not in fields:
-            raise UserError(f"{where}there is no option {key!r}.", f"Known: {', '.join(fields)}.")
+            raise UserError(f"{where}there is no option {key!r}.", choose(key, list(fields), "Known:"))
         default: Any = fields[key].default
         several = isinstance(default, tuple)
         wanted = SPECIAL_TYPES.get(key) or (str if several or default is None else type(default),)

@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,6 +60,12 @@ def absent(path: str) -> str:
     if os.path.islink(path):
         return f"{path} is a link to {os.readlink(path)}, which is not there"
     return f"There is no file {path}"
+
+
+def choose(given: str, allowed: Sequence[str], how: str = "Choose one of") -> str:
+    """The remedy for a word that is none of those allowed: the nearest, if any is near, and all."""
+    near = get_close_matches(given, allowed, 1)
+    return f"{f'Did you mean {near[0]}? ' if near else ''}{how} {', '.join(allowed)}."
 
 
 def needs(package: str, extra: str, what: str) -> None:

@@ -47,7 +47,8 @@ COMMANDS = (
 
 for command, epilog in COMMANDS:
     settings = extract.UNTOUCHED if command is extract.extract else None
-    app.command(command.__name__.rstrip("_"), epilog=epilog, context_settings=settings)(command)
+    whole = str(command.__doc__).partition("\n")[0]  # typer would cut it short
+    app.command(command.__name__.rstrip("_"), epilog=epilog, context_settings=settings, short_help=whole)(command)
 
 
 @app.callback(invoke_without_command=True)

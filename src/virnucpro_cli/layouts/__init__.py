@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, choose
 from virnucpro_cli.layouts import (
     anndata,
     bio_embeddings,
@@ -40,7 +40,7 @@ def named(name: str) -> Layout:
     for layout in LAYOUTS:
         if layout.name == name:
             return layout
-    raise UserError(f"There is no layout {name!r}.", f"Choose one of {', '.join(each.name for each in LAYOUTS)}.")
+    raise UserError(f"There is no layout {name!r}.", choose(name, [each.name for each in LAYOUTS]))
 
 
 def of_suffix(target: str | None) -> Layout:
