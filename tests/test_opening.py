@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -191,3 +193,13 @@ def test_a_file_in_which_the_library_is_lost_is_told_as_damaged(
     monkeypatch.setattr(reading, "OPENING_SECONDS", 1)
     with pytest.raises(UserError, match=rf"damaged: the HDF5 library {words}"):
         inspect.run(str(copy))
+
+
+def test_damage_is_told_under_optimised_python_too(copy: Path) -> None:
+    with h5py.File(copy, "r+") as file:
+        del file["replaced"]
+        file["replaced"] = np.zeros(59, np.int32)
+    done = subprocess.run(
+        [sys.executable, "-O", "-m", "virnucpro_cli", "inspect", str(copy)], capture_output=True, text=True
+    )
+    assert done.returncode == EXIT_USER_ERROR and "damaged: replaced has 59 entries, and 60 is right" in done.stderr
