@@ -121,7 +121,8 @@ def _devices() -> Iterator[Finding]:
                 why = error.what.partition("cannot run here: ")[2] or error.what
             yield Finding(f"attention {name}", why)
     yield Finding(
-        "host memory", f"{report.size(runner.free_memory(torch.device('cpu')))} free, {torch.get_num_threads()} threads"
+        "host memory",
+        f"{report.size(runner.free_memory(torch.device('cpu')))} free, {runner.describe_device(torch.device('cpu')).removeprefix('CPU, ')}",
     )
 
 

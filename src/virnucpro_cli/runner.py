@@ -141,7 +141,8 @@ def describe_device(device: torch.device, processes: int = 1) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"CPU, {threads_of(processes)} threads"
+        threads = threads_of(processes)
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     return device.type
 
 

@@ -133,7 +133,7 @@ def ending(recipe: Recipe, summary: report.RunReport, clock: report.Clock) -> li
     more = [f"{told}: {n:,}" for told, n in recipe.layout.extra.counts.items() if n and not told.startswith("names of")]
     cut = counts["truncated"]
     rate = f", {summary.rates['tokens/s']:,.0f} tokens/s in the model" if summary.rates else ""
-    where = " ".join(str(summary.environment[name]).removesuffix(" (auto)") for name in ("device", "dtype"))
+    device, dtype = (str(summary.environment[name]).removesuffix(" (auto)") for name in ("device", "dtype"))
     file_name = shlex.quote(str(output))
     to_do = f"virnucpro inspect {file_name}"
     if recipe.shard is not None:
@@ -143,7 +143,7 @@ def ending(recipe: Recipe, summary: report.RunReport, clock: report.Clock) -> li
     lines = [
         f"proteins   {'; '.join([done + left, *more])}",
         f"truncated  {cut:,}" + ("; --long window embeds them whole" if cut else ""),
-        f"time       {report.clock_time(clock.so_far())}{rate} ({where})",
+        f"time       {report.clock_time(clock.so_far())}{rate} ({device}, in {dtype})",
     ]
     hidden = output.name.startswith(".")
     return (

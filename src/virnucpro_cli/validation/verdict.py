@@ -73,6 +73,7 @@ class Verdict:
 
     def _wide(self) -> Table:
         table = Table(title=self.command.capitalize(), title_justify="left")
+        table.show_header = any(check.median is not None or check.limit for check in self.checks)
         columns = {
             "median": [_number(check.median) for check in self.checks],
             "99 %": [_number(check.p99) for check in self.checks],
