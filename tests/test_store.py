@@ -301,7 +301,7 @@ def test_a_commit_that_is_interrupted_writes_its_columns_the_second_time(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    for calls in range(4):
+    for calls in range(3):
         left[0] = calls
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", interrupted)
