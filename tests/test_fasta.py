@@ -6,7 +6,9 @@ import hashlib
 import itertools
 import lzma
 import os
+import random
 import re
+import resource
 import shutil
 import sys
 import threading
@@ -31,6 +33,7 @@ except ImportError:
 
 ESM = Alphabet.from_architecture("ESM-1b")
 COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd.compress}
+UNIPROT = Path(__file__).parent / "data" / "uniprot_5k.fasta.gz"
 AMINO = "ACDEFGHIKLMNPQRSTVWY"
 BOM = b"\xef\xbb\xbf"
 
@@ -80,7 +83,7 @@ def plainly(content: bytes) -> Facts:
     found = Facts([], [], [], [], [], [], [])
     sequences: list[bytes] = []
     at = 0
-    for number, line in enumerate(content.split(b"\n")):
+    for number, line in enumerate(content.replace(b"\r", b"\n").split(b"\n")):
         start = at
         if number == 0 and line.startswith(BOM):
             start, line = 3, line[3:]
@@ -93,7 +96,8 @@ def plainly(content: bytes) -> Facts:
             sequences[-1] += b"".join(line.split())
         at = start + len(line) + 1
     for sequence in sequences:
-        tokens = re.findall(r"<mask>|.", sequence.decode("latin-1").removesuffix("*"), re.DOTALL | re.IGNORECASE)
+        text = re.sub(r"(?<![.-])\.$", "", sequence.decode("latin-1")).removesuffix("*")
+        tokens = re.findall(r"<mask>|.", text, re.DOTALL | re.IGNORECASE)
         known = [t.lower() if len(t) > 1 else t.upper() for t in tokens if t.isascii()]
         known = [t for t in known if t in ESM.tok_to_idx]
         ids = [ESM.tok_to_idx.get(t.lower() if len(t) > 1 else t.upper(), ESM.get_idx("X")) for t in tokens]
@@ -160,6 +164,9 @@ WILD = {
     "nothing but stars": b">a\n*\n>b\n**\n>c\nX\n",
     "empty records": b">a\n>b\nMKV\n>c\n\n>d\n \n>e\n",
     "gaps": b">a\nMK-V.L\n>b\n--MK\n",
+    "stops that are dots": b">a\nMKV.\n>b\nMK.V.\n>c\nMKV..\n>d\n.\n>e\nMKV-.\n>f\nM<mask>.\n>g\nMKV*.\n>h\nMKV.*\n>i\nMKV\n.",
+    "line feeds and carriage returns": b">a\rMKV\r>b\nML\n>c\r\nMKL\r\n>d x\rMK\r\rV\n\r>e\r",
+    "carriage returns alone": b">a\rMKV\rML\r>b\rMK",
     "unknown characters": b">a\nMJJJK1234\xc3\xa9\n>b\nMXXXKXXXXXX\n>c\n<MK<\n",
     "mask tokens": b">a\nM<mask>K\n>b\nM<MA\nSK>K\n>c\n<mask><mask>*\n>d\nMXK\n",
     "a star before a mask": b">a\nM*<mask>\n>b\nMX<mask>\n",
@@ -394,7 +401,6 @@ REFUSED = {
     "utf-16": ("\ufeff>a\nMKV\n".encode("utf-16-le"), "UTF-16"),
     "utf-16, big end first": ("\ufeff>a\nMKV\n".encode("utf-16-be"), "UTF-16"),
     "utf-16 without a bom": (">a\nMKV\n".encode("utf-16-le"), "a binary file"),
-    "cr only": (b">a\rMKV\r>b\rMK\r", "CR only"),
     "plain text": (b"MKVLAGW\n", "starts with 'MKVLAGW'"),
     "fastq compressed": (gzip.compress(b"@read1\nACGT\n+\nIIII\n"), "FASTQ"),
 }
@@ -479,7 +485,7 @@ def test_an_invalid_residue_is_placed_in_its_own_file(tmp_path: Path) -> None:
 
 
 def test_a_clean_file_passes_the_strictest_reading(table_of: Callable[..., RecordTable]) -> None:
-    content = b">a J1\nMKV*\n>b\nmk-.XBUZO\n\n>c\n>d\nM<mask>K*\r\n"
+    content = b">a J1\nMKV*\n>b\nmkXBUZO.\n\n>c\n>d\nM<mask>K*\r\n"
     assert facts(table_of(content, on_invalid="error")) == plainly(content)
 
 
@@ -539,3 +545,170 @@ def test_a_file_replaced_or_deleted_after_the_index_is_still_read_as_it_was(make
     path.unlink()
     table.check_unchanged()
     assert facts(table) == plainly(content)
+
+
+# --- what is no sequence ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", [b";", b"#"])
+@pytest.mark.parametrize("ends", [b"\n", b"\r\n", b"\r"])
+def test_a_comment_is_refused_with_its_line(table_of: Callable[..., RecordTable], mark: bytes, ends: bytes) -> None:
+    lines = [b">p1 x", b"MKV", b">p2", b"MK", mark + b"a remark of fasta-pearson", b"ML", b""]
+    with pytest.raises(UserError, match=r"in\.fasta line 5 is a comment"):
+        table_of(ends.join(lines))
+
+
+def test_a_pir_file_is_refused_with_the_line_of_its_title(table_of: Callable[..., RecordTable]) -> None:
+    with pytest.raises(UserError, match=r"in\.fasta line 6 is the title of a PIR record"):
+        table_of(b">a;b\nMKV\n>P1;b\nMKV\n>P1;PROT1\nFIRST PROTEIN\nEAK\nMKF*\n")
+    assert len(table_of(b">P1;size=100\nMKVLAG\nMKV\n")) == 1, "the name alone makes no PIR"
+
+
+GAPPED = [b"MK-VL.AG", b"--MKVLAG--", b"MKVL.", b"M<mask>-KV.", b"..--", b"MKV-*", b"m-k-v-*", b"MKVLAG"]
+
+
+def test_gaps_are_counted_and_kept_as_fair_esm_has_them(table_of: Callable[..., RecordTable]) -> None:
+    content = b"".join(b">%d\n%s\n" % (i, text) for i, text in enumerate(GAPPED))
+    table = table_of(content)
+    assert facts(table) == plainly(content)
+    assert table.gaps.tolist() == [2, 4, 0, 1, 4, 1, 3, 0]
+
+
+@pytest.mark.parametrize("size", [7, 16, 1 << 20])
+@pytest.mark.parametrize(("policy", "letter"), [("strip", b""), ("x", b"j")])
+def test_a_policy_for_gaps_reads_what_a_file_without_them_says(
+    table_of: Callable[..., RecordTable],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: str,
+    letter: bytes,
+    size: int,
+) -> None:
+    """`x` reads a gap as any letter outside the alphabet."""
+    monkeypatch.setattr(fasta.reading, "READ_BYTES", size)
+    texts = [re.sub(rb"(?<![.-])\.$", b"", text) for text in GAPPED]
+    other = b"".join(b">%d\n%s\n" % (i, re.sub(rb"[.-]", letter, text)) for i, text in enumerate(texts))
+    expected = facts(table_of(other, "other.fasta"))
+    path = tmp_path / "in.fasta"
+    path.write_bytes(b"".join(b">%d\n%s\n" % (i, text) for i, text in enumerate(GAPPED)))
+    table = fasta.index(fasta.open_sources([str(path)], tmp_path), gaps=policy)
+    found = facts(table)
+    assert (found.ids, found.lengths, found.replaced) == (expected.ids, expected.lengths, expected.replaced)
+    assert found.unique_of == expected.unique_of
+    assert table.gaps.tolist() == [2, 4, 0, 1, 4, 1, 3, 0]
+    assert table.tokens(np.arange(len(table))).tolist() == [i for ids in expected.ids for i in ids]
+
+
+@pytest.mark.parametrize("options", [{"gaps": "error"}, {"on_invalid": "error"}])
+def test_gaps_that_are_errors_are_named_with_line_and_column(tmp_path: Path, options: dict[str, str]) -> None:
+    path = tmp_path / "in.fasta"
+    path.write_bytes(b">t1\nMKVL.\n>t2\nMK\nV.LA\n")
+    with pytest.raises(UserError, match=r"record 't2', line 5, column 2: '\.' is not a residue") as caught:
+        fasta.index(fasta.open_sources([str(path)], tmp_path), **options)
+    assert "--gaps strip" in caught.value.remedy
+
+
+DICE = random.Random(0)
+CONTIG = "".join(DICE.choices("ACGT", k=600))
+PROTEIN = "".join(DICE.choices("ACDEFGHIKLMNPQRSTVWY", k=600))
+NUCLEOTIDES = {
+    "plain": CONTIG,
+    "aligned": "".join(c + "-" * DICE.randrange(4) for c in CONTIG),
+    "ambiguous": "".join(DICE.choice("RYSWKMBDHV") if i % 4 == 0 else c for i, c in enumerate(CONTIG)),
+    "masked": "".join("X" if i % 5 < 3 else c for i, c in enumerate(CONTIG)),
+    "unknown": CONTIG[:100] + "N" * 500,
+    "dotted": CONTIG.replace("A", "."),
+}
+
+
+@pytest.mark.parametrize("text", NUCLEOTIDES.values(), ids=NUCLEOTIDES.keys())
+def test_nucleotides_are_known_by_their_letters_alone(table_of: Callable[..., RecordTable], text: str) -> None:
+    table = table_of(f">a\n{text}\n>b\n{text[::-1]}\n".encode())
+    assert table.nucleotide_share[0] >= fasta.NUCLEOTIDE_SHARE
+    assert table.nucleotide_like.tolist() == [0, 1]
+    among = table_of(f">p\n{PROTEIN}\n>a\n{text}\n>q\n{PROTEIN[::-1]}\n".encode())
+    assert among.nucleotide_share[0] < fasta.NUCLEOTIDE_SHARE and among.nucleotide_like.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "text", ["GAGAGSGAGAGY" * 20, "-" * 600 + "MKVLE", "X" * 400, "MKV", "ACGT", PROTEIN, "A" * 10]
+)
+def test_proteins_of_few_kinds_of_letters_are_no_nucleotides(table_of: Callable[..., RecordTable], text: str) -> None:
+    table = table_of(f">a\n{text}\n>p\n{PROTEIN}\n".encode())
+    assert table.nucleotide_like.tolist() == [] and table.nucleotide_share[0] < fasta.NUCLEOTIDE_SHARE
+
+
+def test_no_real_protein_looks_like_nucleotides() -> None:
+    assert read(UNIPROT).nucleotide_like.tolist() == []
+
+
+# --- every byte, and files as they are --------------------------------------------------------------------------------
+
+BEHIND = {"text": b">behind\nMKV\n", "zeros": bytes(12), "another": None}
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+@pytest.mark.parametrize("what", BEHIND)
+def test_what_lies_behind_a_stream_is_read_or_refused(
+    table_of: Callable[..., RecordTable], kind: str, what: str
+) -> None:
+    """Zeros may follow a stream of xz or gzip. Nothing else but a stream may follow one."""
+    half = PLAIN.index(b"\n>", len(PLAIN) // 2) + 1
+    first, second = COMPRESS[kind](PLAIN[:half]), COMPRESS[kind](PLAIN[half:])
+    if what == "another":
+        assert facts(table_of(first + second)) == plainly(PLAIN)
+        damaged = bytearray(second)
+        damaged[len(second) // 2] ^= 0xFF
+        content = first + bytes(damaged) if kind != "zst" else first + second[:-3]
+    elif what == "zeros" and kind in ("xz", "gz"):
+        padding = BEHIND[what] or b""
+        assert facts(table_of(first + padding + second + padding)) == plainly(PLAIN)
+        return
+    else:
+        content = first + second + (BEHIND[what] or b"")
+    with pytest.raises(UserError, match="is damaged"):
+        table_of(content)
+
+
+def test_a_zstandard_file_may_begin_with_a_frame_without_content(table_of: Callable[..., RecordTable]) -> None:
+    frame = bytes.fromhex("502a4d18") + (4).to_bytes(4, "little") + b"size"
+    assert facts(table_of(frame + COMPRESS["zst"](PLAIN) + frame)) == plainly(PLAIN)
+
+
+def test_more_files_than_may_be_open_are_read(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.fa{'.gz' * (i % 2)}" for i in range(300)]
+    for i, path in enumerate(paths):
+        text = b">p%d\nMKV%s\n" % (i, b"ACDEFGHIKL"[: i % 10])
+        path.write_bytes(gzip.compress(text) if i % 2 else text)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, limits[1]))
+    try:
+        table = read(*paths)
+        assert table.names(0, 300) == [f"p{i}" for i in range(300)]
+        assert [len(ids) for ids in table.token_ids(np.arange(300))] == [3 + i % 10 for i in range(300)]
+        table.check_unchanged()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_change_with_its_time_put_back_is_noticed_and_a_new_link_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "in.fasta"
+    path.write_bytes(b">a\nMKV\n")
+    table, status = read(path), path.stat()
+    os.link(path, tmp_path / "link")
+    table.check_unchanged()
+    path.write_bytes(b">a\nMKL\n")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UserError, match="was changed while it was being read"):
+        table.check_unchanged()
+
+
+def test_spooling_leaves_room_on_the_disk(
+    table_of: Callable[..., RecordTable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([1 << 40, 1 << 20])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
+    monkeypatch.setattr(fasta.reading, "READ_BYTES", 64)
+    with pytest.raises(UserError, match=r"in\.fasta cannot be spooled to .*GB are free there"):
+        table_of(gzip.compress(b">a\n" + b"M" * 20_000))

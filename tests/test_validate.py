@@ -24,7 +24,7 @@ from virnucpro_cli.kinds import KINDS, POOLED
 from virnucpro_cli.model import reference
 from virnucpro_cli.store import DONE, read_embeddings
 from virnucpro_cli.validate import validate_model
-from virnucpro_cli.validation import agreement, oracle
+from virnucpro_cli.validation import agreement, oracle, plain_reader
 from virnucpro_cli.validation.verdict import Verdict
 
 pytestmark = pytest.mark.demo
@@ -37,7 +37,7 @@ def proteins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nine proteins of 1 to 157 residues, odd ones among them."""
     path = tmp_path_factory.mktemp("validate") / "nine.fasta"
     short = [record for record in read_fasta(VIRAL) if len(record[1]) < 160][:33:8]
-    edges = [(reference.name_of(header), text.decode()) for header, text in reference.records(str(EDGES))][1:8:2]
+    edges = [(plain_reader.name_of(header), text.decode()) for header, text in plain_reader.records(str(EDGES))][1:8:2]
     path.write_text("".join(f">{name}\n{text.strip()}\n" for name, text in [*short, *edges]))
     return path
 

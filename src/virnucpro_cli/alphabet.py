@@ -4,7 +4,7 @@ Everything here is a 256-entry table for `bytes.translate`; white space is dropp
 own code. Ids are those of fair-esm's `Alphabet.from_architecture("ESM-1b")`.
 """
 
-from typing import Final
+from typing import Final, NamedTuple
 
 TOKENS: Final = (
     "<cls>", "<pad>", "<eos>", "<unk>",
@@ -52,16 +52,49 @@ TOKEN_IDS: Final = bytes(code if code < len(TOKENS) else X for code in CODES)
 NUCLEOTIDE_CODES: Final = frozenset(CODES[byte] for byte in b"ACGTUN")
 
 
-def token_ids(text: bytes, length: int) -> bytes:
+IUPAC_CODES: Final = frozenset(CODES[byte] for byte in b"ACGTUNRYSWKMBDHV")
+GAPS: Final = b"-."
+LETTERS_BUT_GAPS: Final = bytes(byte for byte in range(256) if byte not in GAPS)
+DASH: Final = TOKENS.index("-")
+DOT: Final = TOKENS.index(".")
+
+
+class Letters(NamedTuple):
+    """How gaps are read. codes: as CODES; ids: as TOKEN_IDS; dropped: bytes that are no part of a sequence."""
+
+    codes: bytes
+    ids: bytes
+    dropped: bytes
+
+
+def letters(gaps: str = "keep") -> Letters:
+    """The tables of a policy for gaps: `strip` drops them, `x` reads them as X; `keep` and `error` have them as tokens (fair-esm)."""
+    if gaps == "strip":
+        return Letters(
+            bytes(SPACE if byte in GAPS else code for byte, code in enumerate(CODES)), TOKEN_IDS, WHITE_SPACE + GAPS
+        )
+    if gaps == "x":
+        codes = bytes(INVALID if byte in GAPS else code for byte, code in enumerate(CODES))
+        return Letters(codes, bytes(code if code < len(TOKENS) else X for code in codes), WHITE_SPACE)
+    return KEEP
+
+
+KEEP: Final = Letters(CODES, TOKEN_IDS, WHITE_SPACE)
+
+
+def token_ids(text: bytes, length: int, letters: Letters = KEEP) -> bytes:
     """The first `length` token ids of raw sequence text: white space dropped, `<mask>` one token, no cls or eos.
 
-    A trailing `*` falls off because `length` does not count it.
+    A trailing `*` or `.` falls off because `length` does not count it.
     """
     if b"<" in text:
-        return _token_ids_with_masks(text)[:length]
-    return text.translate(TOKEN_IDS, WHITE_SPACE)[:length]
+        pieces = text.translate(None, letters.dropped).lower().split(MASK_TEXT)
+        return bytes([MASK]).join(piece.translate(letters.ids) for piece in pieces)[:length]
+    return text.translate(letters.ids, letters.dropped)[:length]
 
 
-def _token_ids_with_masks(text: bytes) -> bytes:
-    pieces = text.translate(None, WHITE_SPACE).lower().split(MASK_TEXT)
-    return bytes([MASK]).join(piece.translate(TOKEN_IDS) for piece in pieces)
+def without_stop(text: bytes) -> bytes:
+    """A sequence without the stop at its end: one `*`, or one `.` that is no gap among gaps (gffread)."""
+    if text.endswith(b".") and text[-2:-1] not in (b"-", b"."):
+        text = text[:-1]
+    return text.removesuffix(b"*")

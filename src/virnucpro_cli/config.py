@@ -18,6 +18,7 @@ CHOICES = {
     "attention": ("auto", "triton", "torch_varlen", "flash_attn", "efficient", "sdpa"),
     "long": ("truncate", "full", "window", "skip", "error"),
     "invalid": ("x", "error", "skip"),
+    "gaps": ("keep", "strip", "x", "error"),
     "id": ("first", "full"),
     "engine": ("local", "ray"),
     "write": ("driver", "worker"),
@@ -62,6 +63,7 @@ class EmbedConfig:
     long: str = "truncate"
     overlap: int = 256
     invalid: str = "x"
+    gaps: str = "keep"
     id: str = "first"
     dedup: bool = True
     overwrite: bool = False

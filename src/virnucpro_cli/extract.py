@@ -4,6 +4,7 @@ The hidden file lies in the output directory until the tree is whole: an interru
 """
 
 import hashlib
+import io
 import os
 import shutil
 import sys
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from xopen import xopen
 
 from virnucpro_cli import embed, fasta, report, store
 from virnucpro_cli.config import EmbedConfig
@@ -199,8 +199,8 @@ def _labels(table: fasta.RecordTable, path: str) -> list[str]:
     """The whole header of every record; of an empty one `seqnum` and the number of its line, as in fair-esm."""
     labels = table.names(0, len(table), full=True)
     if "" in labels:
-        with xopen(path, "rb", threads=0) as lines:
-            headers = [number for number, line in enumerate(lines) if line.startswith(b">")]
+        with open(path, "rb") as raw, io.TextIOWrapper(fasta.decompressed(raw), "latin-1") as lines:
+            headers = [number for number, line in enumerate(lines) if line.startswith(">")]
         labels = [label or f"seqnum{line:09d}" for label, line in zip(labels, headers, strict=True)]
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:

@@ -12,7 +12,7 @@ from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.packing import Segments, whole_segments, windowed_segments
 
 Int64 = NDArray[np.int64]
-POLICIES = ("max_residues", "long", "overlap", "invalid", "id", "dedup")
+POLICIES = ("max_residues", "long", "overlap", "invalid", "gaps", "id", "dedup")
 """What decides, besides the sequences, what becomes of each record; overlap: of `--long window` only."""
 
 

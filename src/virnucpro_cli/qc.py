@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import report, store, tables
 from virnucpro_cli.packing import windows_of
 
-COLUMNS = ("name", "status", "reason", "length", "embedded", "truncated", "windows", "replaced", "copied", "recomputed",
+COLUMNS = ("name", "status", "reason", "length", "embedded", "truncated", "windows", "replaced", "gaps", "copied", "recomputed",
            "norm", "nearest")  # fmt: skip
 MOST_COMPARED = 10_000
 """Proteins up to which each is compared with every other."""
@@ -23,7 +23,7 @@ def write(path: str, file: store.EmbeddingFile) -> None:
     settings = file.settings
     embedded = embedded_of(file, settings)
     windows = _windows(file, settings)
-    nearest = _nearest(file)
+    nearest, gaps = _nearest(file), file.columns.get("gaps", np.zeros(len(file), np.int32))
     with report.text_to(path) as out:
         table = tables.writer(out)
         table.writerow(COLUMNS)
@@ -37,7 +37,7 @@ def write(path: str, file: store.EmbeddingFile) -> None:
                 (store.STATUS_NAMES[code] for code in file.status[rows].tolist()),
                 (store.REASONS[code] for code in file.reason[rows].tolist()),
                 file.lengths[rows].tolist(), embedded[rows].tolist(), truncated, windows[rows].tolist(),
-                file.replaced[rows].tolist(), copied, recomputed, _words(norms(file, rows)),
+                file.replaced[rows].tolist(), gaps[rows].tolist(), copied, recomputed, _words(norms(file, rows)),
                 _words(nearest[rows]), strict=True,
             )  # fmt: skip
             table.writerows(lines)

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import IO, Any
 
-from xopen import xopen
-
 from virnucpro_cli import fasta
 from virnucpro_cli.errors import UserError
 
@@ -38,7 +36,7 @@ class Lines:
 
     def __iter__(self) -> Iterator[str]:
         try:
-            with xopen(self.path, "rb", threads=0) as file:
+            with open(self.path, "rb") as raw, fasta.decompressed(raw) as file:
                 text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
                 for self.number, line in enumerate(text, start=1):
                     self.digest.update(self._encoded(line))

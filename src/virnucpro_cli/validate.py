@@ -29,7 +29,7 @@ from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.store import RECOMPUTED, fingerprint_of, read_embeddings
-from virnucpro_cli.validation import audit, gates, golden, invariance, oracle
+from virnucpro_cli.validation import audit, gates, golden, invariance, oracle, plain_reader
 from virnucpro_cli.validation.oracle import Rows, Sample
 from virnucpro_cli.validation.verdict import Verdict
 
@@ -161,10 +161,10 @@ def choose(paths: Sequence[str], config: ValidateConfig) -> tuple[Sample, list[s
     """A length-stratified sample of the records of FASTA files by the plain reader, and notes on what is left out."""
     lengths, odd, in_golden = [], [], []
     for header, text in _every(paths):
-        _, length, replaced = reference.clean(text)
+        _, length, replaced = plain_reader.clean(text)
         lengths.append(length)
         odd.append(oracle.oddities(text, replaced))
-        in_golden.append(reference.name_of(header) in golden.RECORDS)
+        in_golden.append(plain_reader.name_of(header) in golden.RECORDS)
     embedded = np.minimum(np.asarray(lengths, np.int64), config.max_residues)
     fit = np.flatnonzero((embedded > 0) & (embedded <= oracle.LONGEST))
     if len(fit) < 2:
@@ -183,15 +183,15 @@ def choose(paths: Sequence[str], config: ValidateConfig) -> tuple[Sample, list[s
     names, texts, tokens = [], [], []
     for number, (header, text) in enumerate(_every(paths)):
         if number in chosen:
-            names.append(reference.name_of(header) or f"record {number + 1}")
+            names.append(plain_reader.name_of(header) or f"record {number + 1}")
             texts.append(text)
-            tokens.append(reference.encode(reference.clean(text)[0], config.max_residues))
+            tokens.append(reference.encode(plain_reader.clean(text)[0], config.max_residues))
     return Sample(names, texts, tokens), notes
 
 
 def _every(paths: Iterable[str]) -> Iterable[tuple[bytes, bytes]]:
     for path in paths:
-        yield from reference.records(path)
+        yield from plain_reader.records(path)
 
 
 def fast_rows(

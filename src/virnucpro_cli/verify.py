@@ -10,7 +10,7 @@ from virnucpro_cli import fasta, report, scratch, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.policies import decide
-from virnucpro_cli.validation import audit
+from virnucpro_cli.validation import audit, plain_reader
 from virnucpro_cli.validation.verdict import Check, Verdict
 
 FILE, INPUT, ROWS = "File", "FASTA", "Rows"
@@ -37,11 +37,15 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
             config = _settings_as_config(settings, named, path)
             with scratch.folder() as spool:
                 table = fasta.index(
-                    fasta.open_sources(named, Path(spool)), on_invalid=config.invalid, dedup=config.dedup
+                    fasta.open_sources(named, Path(spool)),
+                    on_invalid=config.invalid,
+                    gaps=config.gaps,
+                    dedup=config.dedup,
                 )
                 if (records := file.records) is not None and ((records >= 0) & (records < len(table))).all():
                     table = table.part(records)
                 checks, unit = _of_the_input(file, settings, table, config, unit)
+                checks += _by_the_plain_reader(file, named, config)
             verdict.checks += checks
         out.print("reading every row", style="dim")
         verdict.checks += [replace(check, part=ROWS) for check in audit.stored(file, settings, unit)]
@@ -76,6 +80,32 @@ def _settings_as_config(settings: dict[str, Any], inputs: tuple[str, ...], path:
         return EmbedConfig(inputs, "none.h5", **{name: value for name, value in settings.items() if name in known})
     except UserError as error:
         raise UserError(f"{path} is damaged: {error.what}", "Copy it again, or embed again.") from None
+
+
+def _by_the_plain_reader(file: store.EmbeddingFile, inputs: tuple[str, ...], config: EmbedConfig) -> list[Check]:
+    """Names, lengths and replaced residues once more, by a reader that shares no code with the index."""
+    every = ((header, text) for path in inputs for header, text in plain_reader.records(path))
+    numbers = range(len(file)) if file.records is None else file.records.tolist()
+    wrong = {"names": 0, "lengths": 0, "replaced residues": 0}
+    at, missing = -1, 0
+    for rows in store.blocks(len(file)):
+        names = file.names_of(rows.start, rows.stop)
+        for name, number, row in zip(names, numbers[rows], range(rows.start, rows.stop), strict=True):
+            header, text = b"", None
+            while at < number and (record := next(every, None)) is not None:
+                (header, text), at = record, at + 1
+            if text is None or at != number:
+                missing += 1
+                continue
+            _, length, replaced = plain_reader.clean(text, config.gaps)
+            wrong["names"] += plain_reader.name_of(header, config.id == "full") != name
+            wrong["lengths"] += length != file.lengths[row]
+            wrong["replaced residues"] += replaced != file.replaced[row]
+    more = file.records is None and next(every, None) is not None
+    return [
+        _check(INPUT, "records, by a second reader", bool(missing or more), "another number of them"),
+        *(_check(INPUT, f"{what}, by a second reader", bool(n), f"{n:,} differ") for what, n in wrong.items()),
+    ]
 
 
 def _of_the_input(

@@ -287,7 +287,8 @@ def _load(fd: int, sizes: list[int]) -> Job:
 def _start(number: int, device: torch.device, job: Job, shared: IO[bytes], sizes: list[int]) -> _Worker:
     ours, theirs = socketpair()
     copy = os.dup(shared.fileno())
-    inherited = [theirs.fileno(), copy, job.fd, *(source.file.fileno() for source in job.table.sources)]
+    spools = {source.spool.fileno() for source in job.table.sources if source.spool is not None}
+    inherited = [theirs.fileno(), copy, job.fd, *spools]
     command = f"{BOUND.format(parent=os.getpid())}from {__name__} import main; main({theirs.fileno()}, {copy})"
     try:
         process = subprocess.Popen(

@@ -135,6 +135,14 @@ def embed(
             help="Residues outside the alphabet: x (embed as X), error or skip. [default: x]",
         ),
     ] = None,
+    gaps: Annotated[
+        str | None,
+        typer.Option(
+            "--gaps",
+            metavar="HOW",
+            help="Gaps (- and .): keep (embed as tokens, as fair-esm does), strip, x (embed as X) or error. [default: keep]",
+        ),
+    ] = None,
     id: Annotated[
         str | None,
         typer.Option(
@@ -245,7 +253,7 @@ def embed(
         "emit": None if emit is None else tuple(dict.fromkeys(part.strip() for part in emit.split(","))),
         "contacts_for": contacts_for, "dtype": dtype, "store_dtype": store_dtype, "device": device, "workers": budget(workers), "engine": engine, "ray_address": ray_address, "write": write, "attention": attention,
         "token_budget": budget(token_budget), "max_residues": max_residues, "long": long, "overlap": overlap,
-        "invalid": invalid, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
+        "invalid": invalid, "gaps": gaps, "id": id, "dedup": False if no_dedup else None, "overwrite": overwrite or None,
         "restart": restart or None, "retry_skipped": retry_skipped or None, "dry_run": dry_run or None, "preallocate": False if no_preallocate else None,
         "force_protein": force_protein or None, "from_": from_, "genes": genes, "min_aa": min_aa, "chunk": chunk,
         "group": group, "group_regex": group_regex, "group_table": group_table, "shard": shard, "cache": cache,

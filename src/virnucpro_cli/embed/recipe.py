@@ -160,9 +160,14 @@ def decided(config: EmbedConfig, target: Target, where: Where, out: Console, clo
     sources, extra = genes.find(config, sources, whole, out, clock)
     with clock.stage("index"):
         table = fasta.index(
-            sources, on_invalid=config.invalid, dedup=config.dedup, keep_digests=config.cache is not None
+            sources,
+            on_invalid=config.invalid,
+            gaps=config.gaps,
+            dedup=config.dedup,
+            keep_digests=config.cache is not None,
         )
-    _check_protein(table, config)
+    _check_protein(table, config, out)
+    extra |= _gaps(table, config)
     with clock.stage("plan"):
         work, records = decide(table, config), None
         extra |= groups.of_records(config, table, extra, grouped)
@@ -202,13 +207,28 @@ def resolved_layers(requested: tuple[int, ...], spec: ModelSpec) -> tuple[int, .
         raise UserError(f"--layers: {error} of {spec.name}.", "0 is the embedding, -1 the last layer.") from None
 
 
-def _check_protein(table: fasta.RecordTable, config: EmbedConfig) -> None:
+def _gaps(table: fasta.RecordTable, config: EmbedConfig) -> store.Extra:
+    """The column of gaps, where there are any, and the policy in the fingerprint, where it changes rows."""
+    changed = {"gaps": config.gaps} if config.gaps in ("strip", "x") else {}
+    return store.Extra({"gaps": table.gaps} if table.gaps.any() else {}, fingerprint=changed)
+
+
+def _check_protein(table: fasta.RecordTable, config: EmbedConfig, out: Console) -> None:
+    """Raise UserError for a file of nucleotides; name the first of single records that look like some."""
     for source, share in zip(table.sources, table.nucleotide_share, strict=True):
         if share >= fasta.NUCLEOTIDE_SHARE and config.from_ == "proteins" and not config.force_protein:
             raise UserError(
-                f"{source.path} looks like nucleotides: {share:.1%} of its residues are A, C, G, T, U or N.",
+                f"{source.path} looks like nucleotides: {share:.1%} of its letters are A, C, G, T, U, N or their ambiguity codes.",
                 "Say --from contigs to find its proteins first, or --force-protein if these are proteins.",
             )
+    like = table.nucleotide_like
+    if len(like) and not config.force_protein:
+        first = ", ".join(repr(table.names(i, i + 1, config.id == "full")[0]) for i in like[:3].tolist())
+        out.print(
+            f"{len(like):,} of {len(table):,} records look like nucleotides and are embedded as proteins: {first}"
+            f"{' ...' if len(like) > 3 else ''}; --force-protein says that they are proteins",
+            style="yellow",
+        )
 
 
 def _check_paths(output: Path, config: EmbedConfig, beside: list[Path]) -> None:

@@ -77,6 +77,13 @@ def has_more_memory(there: dict[str, int], here: dict[str, int]) -> bool:
     return any(size > MORE * there[name] for name, size in here.items() if name in there)
 
 
+GAPS = {
+    "keep": "embedded as tokens, as fair-esm does; --gaps strip leaves them out",
+    "strip": "left out",
+    "x": "embedded as X",
+}
+
+
 def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list[str]:
     n = len(table)
     notes = []
@@ -93,6 +100,10 @@ def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list
             f"{replaced:,} of {n:,} proteins hold {odd:,} residues outside the alphabet, embedded as X (column /replaced): "
             + named(table, table.replaced > 0, config)
         )
+    gapped = int((table.gaps > 0).sum())
+    if gapped:
+        letters, how = int(table.gaps.sum(dtype=np.int64)), GAPS[config.gaps]
+        notes.append(f"{gapped:,} of {n:,} proteins hold gaps, {letters:,} letters - or ., {how} (column /gaps)")
     for code in (store.EMPTY, store.INVALID, store.TOO_LONG):
         skipped = work.reason == code
         if skipped.any():
@@ -177,6 +188,7 @@ def _counts(table: fasta.RecordTable, work: Work) -> dict[str, int]:
         "truncated": flagged(store.TRUNCATED),
         "windowed": flagged(store.WINDOWED),
         "with replaced residues": int((table.replaced > 0).sum()),
+        "with gaps": int((table.gaps > 0).sum()),
         "copied from an identical one": flagged(store.COPIED),
         "tokens saved by copying": int(
             (work.embedded.astype(np.int64) + SPECIAL_TOKENS)[(work.flags & store.COPIED) > 0].sum()

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,35 +19,53 @@ from virnucpro_cli.fasta.lines import invalid_residue, line_number
 from virnucpro_cli.fasta.reading import HEAD_BYTES, Source, open_sources
 from virnucpro_cli.fasta.table import RecordTable
 
-NUCLEOTIDE_SHARE = 0.95
+NUCLEOTIDE_SHARE, AMBIGUOUS_SHARE = 0.95, 0.5
+"""Of the letters of nucleotides: ACGTUN, or these and the other codes of IUPAC if ACGTUN are half and C and T or U are among them."""
+FEWEST_LETTERS, LOOKED_AT = 20, 32
+_PIR = re.compile(rb"(?:^|\n)>(?:P1|F1|DL|DC|RL|RC|N1|N3|XX);[^\n]*\n([^\n]*)(?=\n)")
 
 
 def index(
-    sources: list[Source], *, on_invalid: str = "x", dedup: bool = True, keep_digests: bool = False
+    sources: list[Source], *, on_invalid: str = "x", gaps: str = "keep", dedup: bool = True, keep_digests: bool = False
 ) -> RecordTable:
     """Read every byte once and return the record table.
 
     on_invalid: "x" counts residues outside the alphabet (they will embed as X); "error" raises UserError with file,
-    record, line and column of the first. Raises UserError on NUL bytes and on a `>` inside a sequence line.
+    record, line and column of the first. gaps: see `alphabet.letters`; they are counted, and "error" refuses the first, as
+    on_invalid "error" does if they are kept. Raises UserError on NUL bytes, comment lines, PIR, and on a `>` inside a
+    sequence line.
     """
-    offsets, lengths, replaced, digests, shas = [], [], [], [], []
-    shares = []
+    offsets, lengths, replaced, gap_counts, digests, shas = [], [], [], [], [], []
+    shares, nucleotide_like, records = [], [], 0
+    letters = alphabet.letters(gaps)
+    no_gaps = gaps == "error" or (on_invalid == "error" and gaps == "keep")
     for source in sources:
         sha = hashlib.sha256()
-        nucleotides = residues = 0
+        nucleotides = count = 0
         for chunk, at in _chunks(source, sha):
-            part = _index_chunk(chunk, source, at)
+            _refuse_other_formats(chunk, source, at)
+            part = _index_chunk(chunk, source, at, gaps, letters)
+            if no_gaps and part.gaps.any():
+                first = at + int(part.offset[np.flatnonzero(part.gaps)[0]])
+                raise invalid_residue(source, first, alphabet.letters("x").codes)
             if on_invalid == "error" and part.replaced.any():
-                raise invalid_residue(source, at + int(part.offset[np.flatnonzero(part.replaced)[0]]))
+                first = at + int(part.offset[np.flatnonzero(part.replaced)[0]])
+                raise invalid_residue(source, first, letters.codes)
             offsets.append(part.offset + (source.base + at))
             lengths.append(part.length)
             replaced.append(part.replaced)
+            gap_counts.append(part.gaps)
             digests.append(part.digests)
             nucleotides += part.nucleotides
-            residues += int(part.length.sum())
+            count += part.letters
+            nucleotide_like.append(part.nucleotide_like + records)
+            records += len(part.length)
         shas.append(sha.hexdigest())
-        shares.append(nucleotides / residues if residues else 0.0)
-        source.check_unchanged()
+        share = nucleotides / count if count else 0.0
+        if AMBIGUOUS_SHARE <= share < NUCLEOTIDE_SHARE:
+            share = max(share, _ambiguous_share(source, count))
+        shares.append(share)
+        source.check_unchanged(shas[-1])
 
     length = _joined(lengths, np.int32)
     replaced_counts = _joined(replaced, np.int32)
@@ -56,7 +75,8 @@ def index(
         unique_of = _first_of_equal(digest)
     return RecordTable(
         sources, shas, _joined(offsets, np.int64), length, replaced_counts, unique_of, shares,
-        digest if keep_digests else None,
+        digest if keep_digests else None, read_as=letters, gaps=_joined(gap_counts, np.int32),
+        nucleotide_like=_joined(nucleotide_like, np.int64),
     )  # fmt: skip
 
 
@@ -68,15 +88,16 @@ def _chunks(source: Source, sha: Any) -> Iterator[tuple[bytes, int]]:
     """Whole records, about READ_BYTES at a time, each with its offset in the source. The first byte is a `>`."""
     start, mark = 0, -1
     while mark < 0:  # a BOM or blank lines; that a `>` follows was checked at the opening
-        head = source.read(start, min(HEAD_BYTES, source.size - start))
+        head = source.read_raw(start, min(HEAD_BYTES, source.size - start))
         mark = head.find(b">")
         skipped = head if mark < 0 else head[:mark]
         sha.update(skipped)
         start += len(skipped)
     carried, at, position, want = b"", start, start, reading.READ_BYTES
     while position < source.size:
-        fresh = source.read(position, min(want, source.size - position))
-        sha.update(fresh)
+        raw = source.read_raw(position, min(want, source.size - position))
+        sha.update(raw)
+        fresh = raw.replace(b"\r", b"\n")
         position += len(fresh)
         nul = fresh.find(b"\0")
         if nul >= 0:
@@ -99,14 +120,85 @@ class _Part:
     offset: NDArray[np.int64]
     length: NDArray[np.int64]
     replaced: NDArray[np.int64]
+    gaps: NDArray[np.int64]
     digests: bytes
     nucleotides: int
+    letters: int  # that are no gap and no X
+    nucleotide_like: NDArray[np.int64]
 
 
+def _refuse_other_formats(chunk: bytes, source: Source, at: int) -> None:
+    """Raise UserError for lines that are no sequence: comments, and the titles of PIR."""
+    for mark in (b"\n;", b"\n#"):
+        if (place := chunk.find(mark)) >= 0:
+            raise UserError(
+                f"{source.path} line {line_number(source, at + place + 1):,} is a comment: it begins with {mark[1:].decode()!r}.",
+                f"Take such lines out: grep -v '^{mark[1:].decode()}' {source.path} > without-comments.fasta",
+            )
+    if b";" not in chunk:
+        return
+    for found in _PIR.finditer(chunk):
+        end = chunk.find(b"\n>", found.end())
+        text = chunk[found.end() : end if end >= 0 else len(chunk)].rstrip()
+        if text.endswith(b"*") or found[1].strip(b"-.*").translate(alphabet.CODES).strip(
+            bytes(range(len(alphabet.TOKENS)))
+        ):
+            raise UserError(
+                f"{source.path} line {line_number(source, at + found.start(1)):,} is the title of a PIR record, and no sequence.",
+                "Convert the file to FASTA, with Biopython for instance: SeqIO.convert('in.pir', 'pir', 'out.fasta', 'fasta').",
+            )
+
+
+_IS_IUPAC = bytes(code in alphabet.IUPAC_CODES for code in range(256))
+_IS_NO_LETTER = bytes(code in (alphabet.X, alphabet.DASH, alphabet.DOT) for code in range(256))
+
+
+def _ambiguous_share(source: Source, letters: int) -> float:
+    """Share of the codes of IUPAC among the letters of a source; 0 if it has no C, or no T and U."""
+    iupac, seen = 0, b""
+    for chunk, _ in _chunks(source, hashlib.sha256()):
+        body = re.sub(rb"(?:^|(?<=\n))>[^\n]*\n?", b"", chunk).translate(alphabet.CODES)
+        iupac += body.translate(_IS_IUPAC).count(1)
+        seen = bytes(set(seen) | set(body))
+    has = set(seen)
+    there = alphabet.CODES[ord("C")] in has and has & {alphabet.CODES[ord("T")], alphabet.CODES[ord("U")]}
+    return iupac / letters if there else 0.0
+
+
+def _nucleotide_like(stream: NDArray[np.uint8], begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which records look like nucleotides, by all of their letters; a look at the first ones leaves out most proteins."""
+    if not len(stream):
+        return np.empty(0, np.int64)
+    at = begin[:, None] + np.arange(LOOKED_AT)
+    inside = at < end[:, None]
+    first = stream[np.minimum(at, len(stream) - 1)]
+    odd = inside & ~_LIKE[first]
+    found = []
+    for record in np.flatnonzero(
+        (odd.sum(axis=1) <= inside.sum(axis=1) / 4) & (end - begin >= FEWEST_LETTERS)
+    ).tolist():
+        body = stream[begin[record] : end[record]].tobytes()
+        letters = len(body) - body.translate(_IS_NO_LETTER).count(1)
+        core, iupac = (body.translate(table).count(1) for table in (_IS_NUCLEOTIDE, _IS_IUPAC))
+        mixed = (
+            core >= AMBIGUOUS_SHARE * letters
+            and iupac >= NUCLEOTIDE_SHARE * letters
+            and _C in body
+            and (_T in body or _U in body)
+        )
+        if letters >= FEWEST_LETTERS and (core >= NUCLEOTIDE_SHARE * letters or mixed):
+            found.append(record)
+    return np.asarray(found, np.int64)
+
+
+_C, _T, _U = (alphabet.CODES[byte : byte + 1] for byte in b"CTU")
 _IS_NUCLEOTIDE = bytes(code in alphabet.NUCLEOTIDE_CODES for code in range(256))
 
 
-def _index_chunk(chunk: bytes, source: Source, at: int) -> _Part:
+_LIKE = np.frombuffer(bytes(a or b for a, b in zip(_IS_IUPAC, _IS_NO_LETTER, strict=True)), np.bool_)
+
+
+def _index_chunk(chunk: bytes, source: Source, at: int, gaps: str, letters: alphabet.Letters) -> _Part:
     text = np.frombuffer(chunk, np.uint8)
     line_start = np.append(0, np.flatnonzero(text == ord("\n")) + 1)
     if line_start[-1] == len(text):
@@ -130,41 +222,80 @@ def _index_chunk(chunk: bytes, source: Source, at: int) -> _Part:
 
     begin = np.cumsum(length) - length
     end = begin + length
+    stream, begin, end, gap_counts = _gaps(stream, begin, end, gaps)
     replaced = np.zeros(len(header), np.int64)
-    marked: dict[int, tuple[bytes, int]] = {}
-    special = stream >= alphabet.INVALID
+    marked: dict[int, tuple[bytes, int, int]] = {}
+    special, stops = stream >= alphabet.INVALID, 0
     if special.any():
         where = np.flatnonzero(special)
         record = np.searchsorted(end, where, side="right")
         code = stream[where]
         last_star = (code == alphabet.STAR) & (where == end[record] - 1)
         end[record[last_star]] -= 1
+        stops = int(last_star.sum())
         replaced += np.bincount(record[~last_star], minlength=len(header))
         for number in np.unique(record[code >= alphabet.LESS]).tolist():
             start = int(line_start[header[number]])
             stop = int(line_start[header[number + 1]]) if number + 1 < len(header) else len(chunk)
-            marked[number] = _ids_with_masks(chunk[start:stop], source, at + start)
+            marked[number] = _ids_with_masks(chunk[start:stop], source, at + start, letters)
         stream = np.where(special, np.uint8(alphabet.X), stream)
 
     body = stream.tobytes()
     nucleotides = int(np.count_nonzero(np.frombuffer(body.translate(_IS_NUCLEOTIDE), np.bool_)))
     view = memoryview(body)
     digest = xxhash.xxh3_128_digest
-    for number, (ids, _) in marked.items():  # the letters of `<mask>` are none
+    for number, (ids, *_) in marked.items():  # the letters of `<mask>` are none
         nucleotides += ids.translate(_IS_NUCLEOTIDE).count(1) - body[begin[number] : end[number]].translate(
             _IS_NUCLEOTIDE
         ).count(1)
     digests = [digest(view[a:b]) for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
+    like = _nucleotide_like(np.frombuffer(body, np.uint8), begin, end)
     length = end - begin
-    for number, (ids, count) in marked.items():
-        digests[number], length[number], replaced[number] = digest(ids), len(ids), count
-    return _Part(line_start[header], length, replaced, b"".join(digests), nucleotides)
+    for number, (ids, count, gap_count) in marked.items():
+        digests[number], length[number], replaced[number], gap_counts[number] = digest(ids), len(ids), count, gap_count
+    odd = sum(
+        body.count(alphabet.X, begin[number], end[number]) - ids.count(alphabet.X)
+        for number, (ids, *_) in marked.items()
+    )
+    kept_gaps = 0 if gaps in ("strip", "x") else int(gap_counts.sum())
+    letter_count = int(length.sum()) - kept_gaps - body.count(alphabet.X) + stops + odd
+    return _Part(line_start[header], length, replaced, gap_counts, b"".join(digests), nucleotides, letter_count, like)
 
 
-def _ids_with_masks(text: bytes, source: Source, at: int) -> tuple[bytes, int]:
-    """Token ids and count of replaced residues of a record (header included) whose sequence holds `<` or `>`."""
+def _gaps(
+    stream: NDArray[np.uint8], begin: NDArray[np.int64], end: NDArray[np.int64], policy: str
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Count the gaps of each record, and apply the policy to them: the stream, where records begin and end in it, and counts.
+
+    One `.` at the end that follows a residue is a stop, and falls off.
+    """
+    counts = np.zeros(len(begin), np.int64)
+    is_gap = (stream == alphabet.DASH) | (stream == alphabet.DOT)
+    if not is_gap.any():
+        return stream, begin, end, counts
+    where = np.flatnonzero(is_gap)
+    record = np.searchsorted(end, where, side="right")
+    stop = (stream[where] == alphabet.DOT) & (where == end[record] - 1) & ~(is_gap[where - 1] & (where > begin[record]))
+    ends = end.copy()
+    ends[record[stop]] -= 1
+    where, record = where[~stop], record[~stop]
+    counts += np.bincount(record, minlength=len(begin))
+    if policy == "strip":
+        kept = np.ones(len(stream), np.bool_)
+        kept[where] = False
+        begin, ends = begin - np.searchsorted(where, begin), ends - np.searchsorted(where, ends)
+        return stream[kept], begin, ends, counts
+    if policy == "x":
+        stream = stream.copy()
+        stream[where] = alphabet.INVALID
+    return stream, begin, ends, counts
+
+
+def _ids_with_masks(text: bytes, source: Source, at: int, letters: alphabet.Letters) -> tuple[bytes, int, int]:
+    """Token ids, and counts of replaced residues and of gaps, of a record (header included) whose sequence holds `<` or `>`."""
     raw = text[text.find(b"\n") + 1 :]
-    text_only = raw.translate(None, alphabet.WHITE_SPACE).lower().removesuffix(b"*")
+    gaps = alphabet.without_stop(raw.translate(None, alphabet.WHITE_SPACE)).translate(None, alphabet.LETTERS_BUT_GAPS)
+    text_only = alphabet.without_stop(raw.translate(None, letters.dropped).lower())
     plain = text_only.replace(alphabet.MASK_TEXT, b"")
     if b">" in plain:
         line = line_number(source, at)
@@ -174,8 +305,8 @@ def _ids_with_masks(text: bytes, source: Source, at: int) -> tuple[bytes, int]:
             "Two files were probably joined without a final newline; put a line break before that '>'.",
         )
     length = len(plain) + text_only.count(alphabet.MASK_TEXT)
-    codes = np.frombuffer(plain.translate(alphabet.CODES), np.uint8)
-    return alphabet.token_ids(raw, length), int(np.count_nonzero(codes >= alphabet.INVALID))
+    codes = np.frombuffer(plain.translate(letters.codes), np.uint8)
+    return alphabet.token_ids(raw, length, letters), int(np.count_nonzero(codes >= alphabet.INVALID)), len(gaps)
 
 
 def _first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +15,14 @@ from virnucpro_cli.fasta.reading import Source
 
 AHEAD, MOST_AHEAD, FEWEST_AHEAD = 1 << 23, 1 << 27, 32  # bytes, bytes, records
 NEWLINE = ord("\n")
-TOKENS_OR_SPACE = np.frombuffer(
-    bytes(
-        code if code in (alphabet.SPACE, alphabet.LESS) else token
-        for code, token in zip(alphabet.CODES, alphabet.TOKEN_IDS, strict=True)
-    ),
-    np.uint8,
-)
+
+
+@cache
+def _tokens_or_space(letters: alphabet.Letters) -> NDArray[np.uint8]:
+    pairs = zip(letters.codes, letters.ids, strict=True)
+    return np.frombuffer(
+        bytes(code if code in (alphabet.SPACE, alphabet.LESS) else token for code, token in pairs), np.uint8
+    )
 
 
 class _Stretch(NamedTuple):
@@ -41,7 +43,8 @@ class RecordTable:
 
     offset: int64 [N], of each `>` in the concatenated sources; length: int32 [N], residues after white space and one
     trailing `*` are dropped; replaced: int32 [N], residues outside the alphabet;
-    unique_of: int64 [N], the first record with the same residues (itself if none came before).
+    unique_of: int64 [N], the first record with the same residues (itself if none came before). read_as: how gaps are read;
+    gaps: int32 [N], how many there are. nucleotide_like: int64, numbers of records that look like nucleotides; of the whole input only.
     """
 
     sources: list[Source]
@@ -50,9 +53,12 @@ class RecordTable:
     length: NDArray[np.int32]
     replaced: NDArray[np.int32]
     unique_of: NDArray[np.int64]
-    nucleotide_share: list[float]  # of each source's residues, how many are A, C, G, T, U or N
+    nucleotide_share: list[float]  # of each source's letters, without gaps and X
     digest: NDArray[np.uint64] | None = None  # [N, 2], hash of the residues, if it was asked for
     following: NDArray[np.int64] | None = None  # of a part of the input: offset of what comes after each record
+    read_as: alphabet.Letters = alphabet.KEEP
+    gaps: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    nucleotide_like: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     _near: _Stretch = field(default=NOTHING, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -79,6 +85,7 @@ class RecordTable:
         return RecordTable(
             self.sources, self.sha256, self.offset[records], self.length[records], self.replaced[records], first,
             self.nucleotide_share, None if self.digest is None else self.digest[records], self._following(records),
+            self.read_as, self.gaps[records],
         )  # fmt: skip
 
     def _following(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -110,7 +117,7 @@ class RecordTable:
         step = np.zeros(len(text) + 1, np.int8)
         step[start] += 1
         step[np.minimum(newline[np.searchsorted(newline, start)], end)] -= 1  # where the header ends
-        codes = TOKENS_OR_SPACE[text]
+        codes = _tokens_or_space(self.read_as)[text]
         codes[np.cumsum(step[:-1], dtype=np.int8) > 0] = alphabet.SPACE
         if (codes == alphabet.LESS).any():  # a `<mask>`, perhaps: many bytes for one token
             return np.frombuffer(b"".join(self.token_ids(records)), np.uint8)
@@ -129,7 +136,7 @@ class RecordTable:
         found = []
         for (source, at, size), length in zip(self._spans(records), self.length[records].tolist(), strict=True):
             text = source.read(at, size)
-            ids = alphabet.token_ids(text[text.find(b"\n") + 1 :], length) if length else b""
+            ids = alphabet.token_ids(text[text.find(b"\n") + 1 :], length, self.read_as) if length else b""
             if len(ids) != length:
                 raise source.changed()
             found.append(ids)
@@ -139,7 +146,7 @@ class RecordTable:
         """The sequence of each record as it stands, but for case: upper; without white space and a trailing `*`."""
         for (source, at, size), length in zip(self._spans(records), self.length[records].tolist(), strict=True):
             text = source.read(at, size)
-            yield text[text.find(b"\n") + 1 :].translate(None, alphabet.WHITE_SPACE).upper()[:length] if length else b""
+            yield text[text.find(b"\n") + 1 :].translate(None, self.read_as.dropped).upper()[:length] if length else b""
 
     def _text(self, records: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """The text of the records, headers included, one behind the other, and where each begins."""
@@ -201,8 +208,8 @@ class RecordTable:
             whole = text.tobytes()
             for a, b in itertools.pairwise([*begin.tolist(), len(whole)]):
                 header = whole.find(b"\n", a, b)
-                yield whole[header + 1 : b].translate(None, alphabet.WHITE_SPACE) if header >= 0 else b""
+                yield whole[header + 1 : b].translate(None, self.read_as.dropped) if header >= 0 else b""
 
     def check_unchanged(self) -> None:
-        for source in self.sources:
-            source.check_unchanged()
+        for source, sha256 in zip(self.sources, self.sha256, strict=True):
+            source.check_unchanged(sha256)

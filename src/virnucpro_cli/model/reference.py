@@ -1,22 +1,17 @@
-"""The oracle: fair-esm's own ESM2 class, one unpadded sequence at a time, and the plainest FASTA reader there is.
+"""The oracle: fair-esm's own ESM2 class, one unpadded sequence at a time.
 
 Shares no code with the fast path, so that it can judge it.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import IO, Any
 
 import torch
 from esm.data import Alphabet
 from esm.model.esm2 import ESM2 as FairESM2
 from esm.rotary_embedding import RotaryEmbedding
-from xopen import xopen
 
 from virnucpro_cli.model.spec import ModelSpec
-
-RESIDUES = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
 
 
 class Reference:
@@ -89,50 +84,3 @@ class _WideRotary(RotaryEmbedding):
     def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         wide = super().forward(q.to(self.inv_freq.dtype), k.to(self.inv_freq.dtype))
         return wide[0].to(q.dtype), wide[1].to(k.dtype)
-
-
-def records(path: str, sha: "hashlib._Hash | None" = None) -> Iterator[tuple[bytes, bytes]]:
-    """(header without `>`, raw text of the lines joined) of every record, plain or compressed; feeds `sha` every byte."""
-    header: bytes | None = None
-    lines: list[bytes] = []
-    with open(path, "rb") as raw, _plain(raw) as file:
-        for line in file:
-            if sha is not None:
-                sha.update(line)
-            if line.startswith(b">") or (header is None and line.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b">"):
-                if header is not None:
-                    yield header, b"".join(lines)
-                header = line.partition(b">")[2].strip()
-                lines = []
-            else:
-                lines.append(line)
-    if header is not None:
-        yield header, b"".join(lines)
-
-
-def _plain(file: IO[bytes]) -> Any:
-    """The file's text; its first bytes say whether it is compressed, not its name."""
-    magic = file.read(6)
-    file.seek(0)
-    packed = magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"))
-    return xopen(file, "rb", threads=0) if packed else file
-
-
-def name_of(header: bytes, full: bool = False) -> str:
-    """A record's name: its header up to the first white space, or all of it."""
-    word = header if full else b"".join(header.split(None, 1)[:1])
-    return word.decode("utf-8", "backslashreplace")
-
-
-def clean(text: bytes) -> tuple[str, int, int]:
-    """What of a record's text is embedded, the number of its residues, and how many of those were replaced by X.
-
-    White space and one trailing `*` are dropped, lower case is raised, `<mask>` is one token, and what is outside
-    the alphabet becomes X.
-    """
-    upper = text.translate(None, b"\n\r \t\v\f").removesuffix(b"*").upper()
-    pieces = upper.decode("latin-1").split("<MASK>")
-    replaced = sum(letter not in RESIDUES for piece in pieces for letter in piece)
-    if replaced:
-        pieces = ["".join(letter if letter in RESIDUES else "X" for letter in piece) for piece in pieces]
-    return "<mask>".join(pieces), sum(map(len, pieces)) + len(pieces) - 1, replaced

@@ -78,6 +78,7 @@ FIELDS = (
     Field("contacts/sizes", ("<i4",), ("N",)),
     Field("contacts/status", ("|u1",), ("N",)),
     Field("genes/(contig|begin|end|strand)", WHOLE, ("N",)),
+    Field("gaps", ("<i4",), ("N",)),
     Field("contigs/ids", (TEXT,), ("C",)),
     Field("contigs/lengths", WHOLE, ("C",)),
     Field("groups/of", ("<i8",), ("N",)),
@@ -133,7 +134,7 @@ FINGERPRINT: dict[str, Form] = {
     "input_sha256": [str], "weights_sha256": str, "layers": Distinct(Whole(-1, 9999)), "pool": Distinct(set(KINDS)),
     "dtype": set(COMPUTED_IN), "store_dtype": set(CHOICES["store_dtype"]), "max_residues": Whole(1, 1 << 31),
     "long": set(CHOICES["long"]), "invalid": set(CHOICES["invalid"]), "id": set(CHOICES["id"]), "dedup": bool,
-    "attention": str, "device": str, "overlap?": Whole(0, 1 << 31), "emit?": Distinct(set(EMITS)), "shard?": str,
+    "attention": str, "device": str, "overlap?": Whole(0, 1 << 31), "gaps?": set(CHOICES["gaps"]), "emit?": Distinct(set(EMITS)), "shard?": str,
     "groups?": str, "gene_caller?": {"name": set(CHOICES["genes"]), "version": str}, "imported?": str, "unknown?": [str],
 }  # fmt: skip
 JSONS: dict[str, Form] = {

@@ -22,7 +22,7 @@ from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.packing import window_weights, windowed_segments
-from virnucpro_cli.validation import agreement, gates, oracle
+from virnucpro_cli.validation import agreement, gates, oracle, plain_reader
 from virnucpro_cli.validation.verdict import Check, Verdict
 
 STORED_FP16 = 5e-4
@@ -67,7 +67,7 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
             ) from None
         out.print(f"reading {', '.join(paths)}", style="dim")
         with clock.stage("read FASTA"):
-            table = _read(paths, settings["id"])
+            table = _read(paths, settings["id"], settings.get("gaps", "keep"))
         found = weights_of(file, config.against, config.model, out)
         device = runner.resolve_device(config.reference_device, "--reference-device")
         verdict = Verdict("validate --against")
@@ -118,13 +118,13 @@ def weights_of(file: store.EmbeddingFile, path: str, named: str | None, out: Con
         ) from None
 
 
-def _read(paths: tuple[str, ...], id_policy: str) -> _Table:
+def _read(paths: tuple[str, ...], id_policy: str, gaps: str) -> _Table:
     shas, names, lengths, replaced, odd, digests = [], [], [], [], [], []
     for path in paths:
         sha = hashlib.sha256()
-        for header, text in reference.records(path, sha):
-            cleaned, length, wrong = reference.clean(text)
-            names.append(reference.name_of(header, id_policy == "full"))
+        for header, text in plain_reader.records(path, sha):
+            cleaned, length, wrong = plain_reader.clean(text, gaps)
+            names.append(plain_reader.name_of(header, id_policy == "full"))
             lengths.append(length)
             replaced.append(wrong)
             odd.append(oracle.oddities(text, wrong))
@@ -308,12 +308,14 @@ def _of_the_values(
     limit = config.max_rel_l2 or gates.MAX_REL_L2[compute] + (STORED_FP16 if settings["store_dtype"] == "fp16" else 0)
     compared: dict[tuple[str, int], list[tuple[float, float, str]]] = {}
     wanted = set(rows.tolist())
-    every = (record for path in paths for record in reference.records(path))
+    every = (record for path in paths for record in plain_reader.records(path))
     for row, (_, text) in enumerate(every):
         if row not in wanted:
             continue
         mine: dict[str, Any] = {"row": row, "name": table.names[row], "residues": int(table.lengths[row])}
-        for layer, expected in _expected(reference.clean(text)[0], settings["layers"], settings, judge).items():
+        for layer, expected in _expected(
+            plain_reader.clean(text, settings.get("gaps", "keep"))[0], settings["layers"], settings, judge
+        ).items():
             for kind in settings["pool"]:
                 found = file.residues(row, layer) if kind == "residue" else file.dataset(kind, layer)[row]
                 a, b = np.asarray(found, np.float64), expected[kind]

@@ -1,0 +1,93 @@
+"""Compressed bytes to plain ones, every stream of a file: gz, bz2, xz and zst, known by their first bytes."""
+
+import bz2
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from xopen import xopen
+
+BLOCK_BYTES, MOST_AT_ONCE = 1 << 20, 1 << 24
+MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
+SKIPPABLE = tuple(bytes([0x50 + i, 0x2A, 0x4D, 0x18]) for i in range(16))
+"""First bytes of a frame without content, with which pzstd begins (RFC 8878, section 3.1.2)."""
+LONGEST_MAGIC = 6
+
+
+def kind_of(first: bytes) -> str | None:
+    """gz, bz2, xz or zst by the first bytes of a file; None of plain text."""
+    if first.startswith(SKIPPABLE):
+        return "zst"
+    return next((kind for magic, kind in MAGIC.items() if first.startswith(magic)), None)
+
+
+def decompressed(file: IO[bytes]) -> IO[bytes]:
+    """The plain bytes of a seekable file at its beginning, compressed or not.
+
+    Reading raises one of `decoder_errors()` where a stream is damaged, cut, or followed by bytes that are no stream.
+    """
+    first = file.read(LONGEST_MAGIC)
+    file.seek(0)
+    kind = kind_of(first)
+    if kind is None:
+        return file
+    if kind == "bz2":
+        return io.BufferedReader(_Plain(_every_stream(file, bz2.BZ2Decompressor, padded=False)), BLOCK_BYTES)
+    if kind == "xz":
+        streams = _every_stream(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padded=True)
+        return io.BufferedReader(_Plain(streams), BLOCK_BYTES)
+    opened: Any = xopen(file, "rb", threads=0, format=kind)
+    return opened
+
+
+def decoder_errors() -> tuple[type[Exception], ...]:
+    """What the decompressors raise on damaged data; which of them are installed depends on the platform."""
+    errors: list[type[Exception]] = [EOFError, OSError, ValueError, zlib.error, lzma.LZMAError]
+    for module, name in (("isal.isal_zlib", "error"), ("zlib_ng.zlib_ng", "error"),
+                         ("backports.zstd", "ZstdError"), ("compression.zstd", "ZstdError"),
+                         ("zstandard", "ZstdError")):  # fmt: skip
+        found = sys.modules.get(module)
+        if found is not None and hasattr(found, name):
+            errors.append(getattr(found, name))
+    return tuple(errors)
+
+
+def _every_stream(file: IO[bytes], new: Callable[[], Any], padded: bool) -> Iterator[bytes]:
+    """The standard library's own files end at what follows a stream without saying so. padded: zeros may follow one."""
+    decoder, begun, left = new(), False, b""
+    while data := left or file.read(BLOCK_BYTES):
+        left = b""
+        if padded and not begun:
+            data = data.lstrip(b"\0")
+        if data:
+            begun = True
+            yield decoder.decompress(data, MOST_AT_ONCE)
+            while not (decoder.eof or decoder.needs_input):
+                yield decoder.decompress(b"", MOST_AT_ONCE)
+        if decoder.eof:
+            left, decoder, begun = decoder.unused_data, new(), False
+    if begun:
+        raise EOFError("the last stream is cut short")
+
+
+class _Plain(io.RawIOBase):
+    """Blocks of bytes as a file to read."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self._blocks, self._block = blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._block:
+            if (block := next(self._blocks, None)) is None:
+                return 0
+            self._block = memoryview(block)
+        size = min(len(buffer), len(self._block))
+        buffer[:size] = self._block[:size]
+        self._block = self._block[size:]
+        return size
