@@ -146,6 +146,16 @@ def test_a_named_backend_that_cannot_run_is_an_error_with_the_reason(name: str) 
     assert ("not installed" if missing else "NVIDIA GPU, and this run is on cpu") in message
 
 
+def test_torch_varlen_is_refused_where_another_flash_attention_stands_in_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch_varlen, "is_nvidia", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert torch_varlen.refusal(CPU, torch.float16) is None
+    monkeypatch.setattr(torch_varlen, "current_flash_attention_impl", lambda: "FA3")
+    assert "FA3" in str(torch_varlen.refusal(CPU, torch.float16))
+
+
 def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(UserError) as caught:
         attention.resolve("flash3", CPU, torch.float32)

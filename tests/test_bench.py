@@ -1,6 +1,7 @@
 """`virnucpro bench`: fair baselines that compute the same thing, gates that bite, files that can be used."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.report import RunReport
-from virnucpro_cli.timing import modes, workload
+from virnucpro_cli.timing import limits, modes, workload
 from virnucpro_cli.validation.agreement import relative_l2
 
 Bench = Callable[..., RunReport]
@@ -178,3 +179,10 @@ def test_peers_are_timed_and_absent_ones_named(run: Bench) -> None:
 def test_what_the_user_gets_wrong_is_named(run: Bench, options: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         run(**options)
+
+
+def test_the_profilers_own_lines_do_not_reach_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(64, 64)
+    assert sum(limits.breakdown(lambda: x @ x, torch.device("cpu")).values()) > 0
+    os.write(2, b"heard again\n")
+    assert capfd.readouterr().err == "heard again\n"

@@ -447,6 +447,7 @@ def test_more_layers_than_the_config_says_are_refused(state: State, tmp_path: Pa
     [
         ("layer_norm_eps", 1e-12), ("position_embedding_type", "absolute"), ("token_dropout", False),
         ("emb_layer_norm_before", True), ("hidden_act", "gelu_new"), ("vocab_size", 64), ("model_type", "bert"),
+        ("is_decoder", True), ("mask_token_id", 31),
     ],
 )  # fmt: skip
 def test_a_config_that_is_not_esm2s_is_refused(key: str, value: object, state: State, tmp_path: Path) -> None:
@@ -620,6 +621,7 @@ def test_a_file_in_the_cache_that_is_another_model_is_an_error(home: Path, state
 def test_the_sha256_is_the_files_and_is_remembered_until_the_file_changes(
     home: Path, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(locate, "SETTLED_NS", 0)
     path = safetensors(home / "bare.safetensors", state)
     found = locate.locate(str(path))
     assert found is not None
@@ -635,6 +637,24 @@ def test_the_sha256_is_the_files_and_is_remembered_until_the_file_changes(
     content[-1] ^= 1
     path.write_bytes(content)
     assert locate.verified(found).sha256 == hashlib.sha256(content).hexdigest() and len(hashed) == 1
+
+
+def test_a_file_that_was_written_just_now_is_hashed_again_the_next_time(home: Path, state: State) -> None:
+    """Coarse times of a file system may not tell a second change from the first."""
+    found = locate.locate(str(safetensors(home / "bare.safetensors", state)))
+    assert found is not None and locate.verified(found).sha256
+    assert list((home / "xdg" / "virnucpro" / "sha256").iterdir()) == []
+
+
+def test_weights_that_change_between_hash_and_use_are_refused(home: Path, state: State) -> None:
+    path = safetensors(home / "bare.safetensors", state)
+    found = locate.locate(str(path))
+    assert found is not None
+    found = locate.verified(found)
+    weights.load(found)
+    save_again(path, state | {"layers.1.fc1.bias": state["layers.1.fc1.bias"] + 1})
+    with pytest.raises(UserError, match="was changed after it was looked at"):
+        weights.load(found)
 
 
 def test_the_sha256_of_shards_covers_each_of_them(home: Path, state: State) -> None:

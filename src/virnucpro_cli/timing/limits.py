@@ -1,8 +1,11 @@
 """What the device can do: the rate of the model's own GEMMs, of one large GEMM and of a copy, and where a forward's time goes."""
 
+import os
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +94,7 @@ def breakdown(call: Callable[[], object], device: torch.device) -> dict[str, flo
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _no_standard_error():
         warnings.simplefilter("ignore")  # the profiler's talk about cycles
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
             call()
@@ -101,6 +104,20 @@ def breakdown(call: Callable[[], object], device: torch.device) -> dict[str, flo
         spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
         shares[_kind(event.key.lower())] += spent
     return shares
+
+
+@contextmanager
+def _no_standard_error() -> Iterator[None]:
+    """Hide the lines that the profiler's library writes by itself, past Python."""
+    sys.stderr.flush()
+    with open(os.devnull, "wb") as nowhere:
+        before = os.dup(2)
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def _kind(name: str) -> str:
