@@ -22,7 +22,7 @@ from esm.data import Alphabet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from virnucpro_cli import fasta
+from virnucpro_cli import fasta, tables
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import RecordTable
 
@@ -712,3 +712,26 @@ def test_spooling_leaves_room_on_the_disk(
     monkeypatch.setattr(fasta.reading, "READ_BYTES", 64)
     with pytest.raises(UserError, match=r"in\.fasta cannot be spooled to .*GB are free there"):
         table_of(gzip.compress(b">a\n" + b"M" * 20_000))
+
+
+# Streams of compressed files, and pipes of tables
+
+
+def test_padding_of_xz_comes_in_fours(table_of: Callable[..., RecordTable]) -> None:
+    half = PLAIN.index(b"\n>", len(PLAIN) // 2) + 1
+    streams = [lzma.compress(PLAIN[:half]), lzma.compress(PLAIN[half:])]
+    assert facts(table_of(bytes(8).join(streams) + bytes(4))) == plainly(PLAIN)
+    for damaged in (bytes(3).join(streams), b"".join(streams) + bytes(5)):
+        with pytest.raises(UserError, match=r"in\.fasta is damaged"):
+            table_of(damaged)
+
+
+@pytest.mark.parametrize("kind", ["plain", *COMPRESS])
+def test_a_text_table_may_come_through_a_pipe(tmp_path: Path, kind: str) -> None:
+    text = b"a\tx\nb\ty\n"
+    pipe = tmp_path / "groups.tsv"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=[COMPRESS.get(kind, bytes)(text)], daemon=True)
+    writer.start()
+    assert list(tables.Lines(str(pipe))) == ["a\tx\n", "b\ty\n"]
+    writer.join()

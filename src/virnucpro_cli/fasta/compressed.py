@@ -25,13 +25,11 @@ def kind_of(first: bytes) -> str | None:
 
 
 def decompressed(file: IO[bytes]) -> IO[bytes]:
-    """The plain bytes of a seekable file at its beginning, compressed or not.
+    """The plain bytes of a buffered file or pipe at its beginning, compressed or not.
 
     Reading raises one of `decoder_errors()` where a stream is damaged, cut, or followed by bytes that are no stream.
     """
-    first = file.read(LONGEST_MAGIC)
-    file.seek(0)
-    kind = kind_of(first)
+    kind = kind_of(file.peek(LONGEST_MAGIC)[:LONGEST_MAGIC])  # type: ignore[attr-defined]
     if kind is None:
         return file
     if kind == "bz2":
@@ -56,12 +54,15 @@ def decoder_errors() -> tuple[type[Exception], ...]:
 
 
 def _every_stream(file: IO[bytes], new: Callable[[], Any], padded: bool) -> Iterator[bytes]:
-    """The standard library's own files end at what follows a stream without saying so. padded: zeros may follow one."""
-    decoder, begun, left = new(), False, b""
+    """The standard library's own files end at what follows a stream without saying so. padded: zeros may follow one, in fours."""
+    decoder, begun, left, zeros = new(), False, b"", 0
     while data := left or file.read(BLOCK_BYTES):
         left = b""
         if padded and not begun:
+            zeros += len(data) - len(data.lstrip(b"\0"))
             data = data.lstrip(b"\0")
+            if data and zeros % 4:
+                raise EOFError(f"{zeros:,} bytes of padding are no multiple of four")
         if data:
             begun = True
             yield decoder.decompress(data, MOST_AT_ONCE)
@@ -69,8 +70,8 @@ def _every_stream(file: IO[bytes], new: Callable[[], Any], padded: bool) -> Iter
                 yield decoder.decompress(b"", MOST_AT_ONCE)
         if decoder.eof:
             left, decoder, begun = decoder.unused_data, new(), False
-    if begun:
-        raise EOFError("the last stream is cut short")
+    if begun or zeros % 4:
+        raise EOFError("the last stream or its padding is cut short")
 
 
 class _Plain(io.RawIOBase):
