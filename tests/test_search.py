@@ -1,5 +1,6 @@
 """The nearest rows are the nearest: against every pair in fp64, whatever the blocks, the ties and the gaps; and real homologs."""
 
+import json
 import random
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from conftest import VIRAL, read_fasta, write_model
 from virnucpro_cli import cli, search, store
@@ -195,6 +197,20 @@ def test_contigs_as_a_query_are_told_what_finds_their_proteins(made: Path, tmp_p
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_queries_of_another_number_of_heads_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">a\nMKTAYIAKQR\n>b\nMKTLLVAG\n")
+    folder = write_model(tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in state.items() if "inv_freq" not in k}, folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text())
+    embed_fasta(tmp_path / "in.fasta", tmp_path / "four.h5", model=str(folder), device="cpu")
+    (folder / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 2}))
+    embed_fasta(tmp_path / "in.fasta", tmp_path / "two.h5", model=str(folder), device="cpu")
+    for query in ("two.h5", "in.fasta"):
+        with pytest.raises(UserError, match="other weights"):
+            hits(tmp_path / "four.h5", tmp_path / query)
 
 
 def test_queries_of_other_weights_are_refused(made: Path, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def _is_hdf5(path: str) -> bool:
 def _of_file(data: Pooled, database: str, query: str, stack: ExitStack, out: Console) -> Pooled:
     other = stack.enter_context(store.opened(query))
     ours, theirs = data.file.settings, other.settings
-    if ours["weights_sha256"] != theirs["weights_sha256"]:
+    if _other_model(ours, theirs):
         raise UserError(
             f"{query} was made with other weights than {database}.", "Embed the queries with the same --model."
         )
@@ -242,7 +242,19 @@ def _embedded(
     except Stopped as stop:
         stop.resumable = False  # the folder goes
         raise
-    return pooled.of(stack.enter_context(store.read_embeddings(config.output)), config.output)
+    file = stack.enter_context(store.read_embeddings(config.output))
+    if _other_model(settings, file.settings):
+        raise UserError(
+            f"{database} was made with other weights than those of {found.place}: their heads differ.",
+            "Put the config.json back that the weights had then.",
+        )
+    return pooled.of(file, config.output)
+
+
+def _other_model(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether the weights or, where both files say it, the number of attention heads differ."""
+    heads = {settings["heads"] for settings in (ours, theirs) if "heads" in settings}
+    return ours["weights_sha256"] != theirs["weights_sha256"] or len(heads) > 1
 
 
 def _write(
