@@ -330,3 +330,19 @@ def test_a_misspelt_value_is_answered_with_the_nearest(
 def test_a_misspelt_command_or_option_is_answered_with_the_nearest(run: Callable[..., Ran]) -> None:
     assert "Did you mean 'embed'?" in run("embd").err
     assert "--dtype" in run("embed", "in.fasta", "-o", "out.h5", "--dtyp", "fp16").err
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+@pytest.mark.parametrize(
+    "option", ["--token-budget=", "--workers=", "--cache-size=", "--shard=1/", "--model=random:8M:", "--layers=", "--report=", "-o"]
+)  # fmt: skip
+def test_a_number_that_nobody_would_type_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, digits: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.fasta").write_text(">a\nMKV\n")
+    model = [] if "--model" in option else ["--model", "random:8M:1"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["embed", "in.fasta", "-o", "out.h5", "--dry-run", *model, option + "9" * digits])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and len(said) < 2500 and "internal error" not in said

@@ -284,7 +284,7 @@ def _check(config: Any) -> None:
 
 def bytes_of(size: str) -> int:
     """Bytes of a size such as 500M or 1.5T (of 1000). Raises UserError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMGT]?)B?", size)
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)([kMGT]?)B?", size)
     if not match:
         raise UserError(f"--cache-size is {size!r}.", "Give a number of bytes, such as 50G or 500M.")
     return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))

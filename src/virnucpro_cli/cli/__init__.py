@@ -3,6 +3,7 @@
 Nothing heavy is imported until a command runs.
 """
 
+import errno
 import os
 import re
 import signal
@@ -106,6 +107,9 @@ def _told(error: BaseException) -> int:
     if isinstance(error, typer.Abort):  # click's word for an EOFError
         bug(error.__cause__ or error)
         return EXIT_INTERNAL
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        fail(UserError(f"No file can have the name {error.filename!r}: it is too long.", "Give a shorter one."))
+        return EXIT_USER_ERROR
     if not isinstance(error, Exception):  # SystemExit of a library
         raise error
     return usage_or_bug(error)  # the last resort: a bug, logged whole

@@ -1,5 +1,6 @@
 """Options that several commands share, and how their texts are read."""
 
+import re
 from typing import Annotated
 
 import typer
@@ -23,4 +24,4 @@ def numbers(text: str | None, option: str = "--layers") -> tuple[int, ...] | Non
 
 
 def budget(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isascii() and text.isdigit() else text
+    return int(text) if text is not None and re.fullmatch("[0-9]{1,18}", text) else text

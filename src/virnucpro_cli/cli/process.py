@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from virnucpro_cli import __version__, stopping
-from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError, printable
+from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError, printable, shortened
 
 
 def end_at_once() -> None:
@@ -28,7 +28,7 @@ def fail(error: UserError) -> None:
 
 
 def bug(error: BaseException) -> None:
-    what = f"internal error, a bug in virnucpro: {type(error).__name__}: {error}"
+    what = f"internal error, a bug in virnucpro: {type(error).__name__}: {shortened(str(error))}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="virnucpro-", suffix=".log", delete=False) as log:
             log.write(f"virnucpro {__version__}: {sys.argv}\n")

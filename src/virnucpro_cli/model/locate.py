@@ -74,7 +74,7 @@ def locate(model: str) -> Weights | None:
     if model.startswith(RANDOM_PREFIX):
         size, _, seed = model.removeprefix(RANDOM_PREFIX).partition(":")
         spec = by_name(size)
-        if spec is None or not (seed or "0").isdecimal():
+        if spec is None or len(seed) > 18 or not (seed or "0").isdecimal():
             raise _unknown_model(model)
         return Weights(model, (), spec, seed=int(seed or 0), sha256=f"random:{spec.name}:{int(seed or 0)}")
     spec = by_name(model)
