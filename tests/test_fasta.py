@@ -550,7 +550,7 @@ def test_a_file_replaced_or_deleted_after_the_index_is_still_read_as_it_was(make
 # --- what is no sequence ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mark", [b";", b"#"])
+@pytest.mark.parametrize("mark", [b";", b"#", b"!"])
 @pytest.mark.parametrize("ends", [b"\n", b"\r\n", b"\r"])
 def test_a_comment_is_refused_with_its_line(table_of: Callable[..., RecordTable], mark: bytes, ends: bytes) -> None:
     lines = [b">p1 x", b"MKV", b">p2", b"MK", mark + b"a remark of fasta-pearson", b"ML", b""]

@@ -129,7 +129,7 @@ class _Part:
 
 def _refuse_other_formats(chunk: bytes, source: Source, at: int) -> None:
     """Raise UserError for lines that are no sequence: comments, and the titles of PIR."""
-    for mark in (b"\n;", b"\n#"):
+    for mark in (b"\n;", b"\n#", b"\n!"):
         if (place := chunk.find(mark)) >= 0:
             raise UserError(
                 f"{source.path} line {line_number(source, at + place + 1):,} is a comment: it begins with {mark[1:].decode()!r}.",
