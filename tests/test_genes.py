@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, read_fasta
 from test_faults import CHILDREN, child, one_thread  # noqa: F401  (one_thread is in force here too)
-from virnucpro_cli import genes, merge, shards, store, verify
+from virnucpro_cli import genes, inspect, merge, shards, store, verify
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
@@ -631,3 +631,10 @@ def test_a_stop_while_genes_are_found_leaves_nothing(tmp_path: Path, tiny_model:
     said = run.communicate(timeout=60)[1].decode()
     assert run.returncode == 130 and "Traceback" not in said and "stopped by SIGINT" in said
     assert [path.name for path in tmp_path.iterdir()] == ["in.fna"]
+
+
+def test_the_methods_cite_who_predicts_the_genes(embed_contigs: Callable[..., Path]) -> None:
+    with store.read_embeddings(embed_contigs(CONTIGS)) as file:
+        assert "Larralde (J. Open Source Softw. 7, 4296, 2022)" in inspect.methods(file)
+    with store.read_embeddings(embed_contigs(CONTIGS, genes="six-frame", overwrite=True)) as file:
+        assert "Larralde" not in inspect.methods(file)

@@ -121,6 +121,9 @@ def _numbers(file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
     return table
 
 
+GENES_PAPERS = "Pyrodigal is by Larralde (J. Open Source Softw. 7, 4296, 2022), its models of viruses by Camargo et al. (Nat. Biotechnol. 42, 1303-1312, 2024)."
+
+
 def methods(file: store.EmbeddingFile) -> str:
     """A paragraph that says how the embeddings were made, for a Methods section."""
     settings = file.settings
@@ -155,6 +158,8 @@ def methods(file: store.EmbeddingFile) -> str:
             }[caller["name"]]
         )
     longest, skipped = settings["max_residues"], file.status == store.SKIPPED
+    if "gene_caller" in settings and settings["gene_caller"]["name"] == "pyrodigal-gv":
+        words.append(GENES_PAPERS)
     if cut := number((file.flags & store.TRUNCATED > 0) & done):
         words.append(f"{were(cut)} truncated to the first {longest:,} residues.")
     if settings["long"] == "window" and (windowed := number((file.flags & store.WINDOWED > 0) & done)):
