@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import hashlib
+import io
 import itertools
 import lzma
 import os
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -335,6 +337,28 @@ def test_a_flipped_byte_in_a_compressed_file_is_an_error(table_of: Callable[...,
     damaged[len(damaged) // 2] ^= 0xFF
     with pytest.raises(UserError, match=rf"in\.fasta\.{kind} is damaged"):
         table_of(bytes(damaged), f"in.fasta.{kind}")
+
+
+class Trickle(io.RawIOBase):
+    """A pipe that gives one byte a read."""
+
+    def __init__(self, content: bytes):
+        self.left = iter(content)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        byte = bytes(itertools.islice(self.left, 1))
+        buffer[: len(byte)] = byte
+        return len(byte)
+
+
+@pytest.mark.parametrize("pack", [bytes, *COMPRESS.values()], ids=["plain", *COMPRESS])
+@pytest.mark.parametrize("content", [PLAIN, b">a", b""], ids=["long", "short", "empty"])
+def test_a_pipe_that_gives_a_byte_at_a_time_is_known_by_content(pack: Callable[[bytes], bytes], content: bytes) -> None:
+    with fasta.decompressed(io.BufferedReader(Trickle(pack(content)))) as file:
+        assert file.read() == content
 
 
 @pytest.mark.parametrize("content", [PLAIN, gzip.compress(PLAIN)], ids=["plain", "gz"])

@@ -3,9 +3,12 @@
 import bz2
 import io
 import lzma
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from typing import IO, Any
 
 from xopen import xopen
@@ -29,7 +32,12 @@ def decompressed(file: IO[bytes]) -> IO[bytes]:
 
     Reading raises one of `decoder_errors()` where a stream is damaged, cut, or followed by bytes that are no stream.
     """
-    kind = kind_of(file.peek(LONGEST_MAGIC)[:LONGEST_MAGIC])  # type: ignore[attr-defined]
+    first = file.read(LONGEST_MAGIC)  # a pipe may show fewer bytes to a peek
+    if file.seekable():
+        file.seek(-len(first), os.SEEK_CUR)
+    else:
+        file = io.BufferedReader(_Plain(chain([first], iter(partial(file.read, BLOCK_BYTES), b""))), BLOCK_BYTES)
+    kind = kind_of(first)
     if kind is None:
         return file
     if kind == "bz2":
