@@ -579,6 +579,24 @@ def test_what_was_exported_comes_back_in_the_order_of_the_fasta(made: Path, tmp_
         assert all(file.reason[file.status == store.SKIPPED] > 0)
 
 
+@pytest.mark.parametrize("gaps", ["keep", "strip", "x"])
+@pytest.mark.parametrize("to", ["parquet", "keyed-h5", "biotrainer"])
+def test_rows_of_aligned_proteins_come_back_as_they_were_read(
+    tmp_path: Path, tiny_model: Path, to: str, gaps: str
+) -> None:
+    (tmp_path / "in.fasta").write_text(">a\nMK-VLAGWYKK\n>b\nMKV.LWWG\n>c\nMKVLAA\n>d\nMKVLAGWYKK\n")
+    embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(tiny_model), device="cpu", gaps=gaps)
+    export.run(str(tmp_path / "out.h5"), to, str(tmp_path / "there"))
+    importing.run(
+        str(tmp_path / "there"), str(tmp_path / "back.h5"), None, (str(tmp_path / "in.fasta"),), str(tiny_model), None
+    )
+    with store.read_embeddings(tmp_path / "out.h5") as file, store.read_embeddings(tmp_path / "back.h5") as back:
+        np.testing.assert_array_equal(back[:], file[:])
+        assert back.lengths.tolist() == file.lengths.tolist()
+        assert back.columns["gaps"][:].tolist() == file.columns["gaps"][:].tolist() == [1, 1, 0, 0]
+    assert verify.run(str(tmp_path / "back.h5")).passed
+
+
 @pytest.mark.parametrize("to", ["npy", "parquet", "anndata", "csv", "tsv"])
 def test_tables_come_back_without_a_fasta(made: Path, tmp_path: Path, to: str) -> None:
     same(made / "out.h5", there_and_back(made, tmp_path, to, "mean", fasta=False), "mean")

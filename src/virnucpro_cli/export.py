@@ -156,7 +156,7 @@ def _of_sequences(
         raise UserError(
             f"This layout knows proteins by their sequences, and the FASTA{where}.", "Say where it is: --fasta FILE"
         )
-    table = fasta.index(fasta.open_sources(inputs, spool), dedup=False)
+    table = fasta.index(fasta.open_sources(inputs, spool), gaps=settings.get("gaps", "keep"), dedup=False)
     if settings["input_sha256"] != table.sha256:
         raise UserError(f"{', '.join(inputs)} is not what was embedded.", "Say where that is: --fasta FILE")
     if file.sources:

@@ -38,7 +38,8 @@ def run(
         said = layout.provenance(Path(source))
     with clock.stage("read FASTA"):  # the cheaper of the two passes comes first
         sources = fasta.open_sources(inputs, target.absolute().parent)
-        table = fasta.index(sources, dedup=said.get("dedup", False)) if inputs else None
+        policies = {"gaps": said.get("gaps", "keep"), "dedup": said.get("dedup", False)}
+        table = fasta.index(sources, **policies) if inputs else None
     if str(said.get("kind", "")).startswith("groups/"):
         raise UserError(f"{source} holds rows of groups.", "Import the proteins; their groups are made by embed.")
     with clock.stage("look"):

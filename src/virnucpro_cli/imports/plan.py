@@ -67,10 +67,11 @@ def plan(
         if said.get("input_sha256") and said["input_sha256"].split(",") != table.sha256:
             notes.append("the FASTA is not the one that was embedded: its content differs")
     offsets = np.append(0, np.cumsum(_rows_of(found, records.entry_of))) if "residue" in found.kinds else None
+    columns = {"gaps": table.gaps} if table is not None and table.gaps.any() else {}
     made = store.Layout(
         found.hidden, found.layers, found.kinds, found.dtype, records.lengths, records.replaced, records.flags,
         np.where(records.reason > 0, store.SKIPPED, store.PENDING).astype(np.uint8), records.reason, offsets,
-        records.names, records.name_bytes,
+        records.names, records.name_bytes, extra=store.Extra(columns),
     )  # fmt: skip
     made.attributes.update(_attributes(source, layout, found, said, table, config))
     return Plan(made, records.entry_of, records.way)
