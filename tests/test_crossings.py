@@ -113,7 +113,8 @@ def scenarios(draw: Callable[..., Any]) -> Scenario:
     kept = draw(st.lists(st.booleans(), min_size=24, max_size=24))
     records = tuple(itertools.compress(every, kept)) or (every[0],)
     long = one_of("truncate", "truncate", "window", "window", "full", "full", "skip", "error")
-    decides = {"invalid": one_of("x", "skip", "skip", "skip", "error"), "long": long}
+    gaps = one_of("keep", "keep", "keep", "strip", "strip", "x", "error")
+    decides = {"invalid": one_of("x", "skip", "skip", "skip", "error"), "gaps": gaps, "long": long}
     pool = some_of(tuple(kind for kind in KINDS if long != "window" or kind not in OF_ALL_RESIDUES), 1)
     emit = some_of(EMITS) if long != "window" else ()
     cache = one_of(None, "cold", "warm", "of another file") if not emit and "residue" not in pool else None
@@ -157,6 +158,12 @@ class Runs:
         embed_fasta(fasta, output, **given | options)
 
     def alone(self, text: str, decides: tuple[tuple[str, Any], ...]) -> Alone:
+        """What is known of a record; of a policy for gaps by a text that has none, with a letter outside the alphabet for `x`."""
+        gaps = dict(decides).get("gaps")
+        if gaps in ("strip", "x"):
+            text = re.sub(r"(?<![.-])\.$", "", text)
+            text = re.sub("[-.]", "" if gaps == "strip" else "J", text)
+            decides = tuple({**dict(decides), "gaps": "keep"}.items())
         key = text, decides
         if key not in self.known:
             self.known[key] = self._alone(text, dict(decides))
