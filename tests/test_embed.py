@@ -1,5 +1,6 @@
 """The embed workflow on real files: which row holds what, whatever packing, policy or history."""
 
+import csv
 import gzip
 import json
 import os
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from conftest import read_fasta, relative_l2, write_model
-from virnucpro_cli import placer, runner, store
+from virnucpro_cli import cli, placer, runner, store, verify
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.fasta import reading
 from virnucpro_cli.kinds import KINDS, OF_ALL_RESIDUES, POOLED
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.reference import Reference
@@ -602,3 +604,51 @@ def test_a_run_refuses_the_output_that_another_run_is_writing(interrupted: tuple
             embed(fasta, output, **options)
     assert os.path.samestat(os.fstat(theirs.fd), os.stat(store.partial_path(output)))
     theirs.close()
+
+
+def test_gaps_and_nucleotides_among_proteins_are_told_counted_and_in_the_table(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text(
+        ">a\nMK-VL-AGE\n>b\nMKVLAGE\n>gene\n" + "ACGT" * 10 + "\n>c\nMKVLAGEF.\n>d\n" + "MKVLAGEFIPQ" * 9 + "\n"
+    )
+    command = ["embed", str(fasta), "-o", str(tmp_path / "o.h5"), "--model", str(tiny_model), "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--qc", str(tmp_path / "qc.tsv"), "--report", str(tmp_path / "r.json")])
+    said = " ".join(capsys.readouterr().err.split())
+    assert stop.value.code == 0
+    assert "1 of 5 proteins hold gaps, 2 letters - or ., embedded as tokens, as fair-esm does; --gaps strip" in said
+    assert "1 of 5 records look like nucleotides and are embedded as proteins: 'gene'" in said
+    with open(tmp_path / "qc.tsv", newline="") as table:
+        assert [row["gaps"] for row in csv.DictReader(table, delimiter="\t")] == ["2", "0", "0", "0", "0"]
+    assert json.loads((tmp_path / "r.json").read_text())["counts"]["with gaps"] == 1
+    with read_embeddings(tmp_path / "o.h5") as file:
+        assert file.columns["gaps"].tolist() == [2, 0, 0, 0, 0] and file.lengths.tolist() == [9, 7, 40, 8, 99]
+        kept = file[0]
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--gaps", "strip"])
+    assert "gaps: keep there, strip now" in capsys.readouterr().err.replace("None", "keep")
+    embed_fasta(fasta, tmp_path / "s.h5", model=str(tiny_model), device="cpu", gaps="strip")
+    with read_embeddings(tmp_path / "s.h5") as file:
+        assert np.array_equal(file[0], file[1]) and not np.array_equal(file[0], kept)
+        assert file.lengths[0] == 7 and file.flags[1] & store.COPIED
+    assert verify.run(str(tmp_path / "s.h5")).passed and verify.run(str(tmp_path / "o.h5")).passed
+
+
+def test_a_second_reader_of_verify_finds_what_the_index_would_not(
+    make_fasta: Make, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index that joins two records, in embed and in verify alike, does not vouch for itself."""
+    real = reading.Source.read_raw
+
+    def joining(self: Any, start: int, size: int) -> bytes:
+        return real(self, start, size).replace(b"\n>p2\n", b"\nAAAA")
+
+    fasta = make_fasta([20, 30, 40, 50])
+    with monkeypatch.context() as patch:
+        patch.setattr(reading.Source, "read_raw", joining)
+        embed_fasta(fasta, tmp_path / "out.h5", model=str(tiny_model), device="cpu")
+        verdict = verify.run(str(tmp_path / "out.h5"))
+    failed = {check.what for check in verdict.checks if not check.passed}
+    assert "records, by a second reader" in failed and not any("second" not in what for what in failed)
