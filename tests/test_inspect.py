@@ -87,9 +87,9 @@ def test_verify_names_what_was_changed(copy: Path, change: Callable[[Any], None]
 def test_verify_compares_with_the_fasta_that_is_named(copy: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.fasta"
     other.write_text(FASTA.replace(">b\n", ">bb\n"))
-    assert failed(copy, str(other)) == {"content (SHA-256)", "ids"}
+    assert failed(copy, str(other)) == {"content (SHA-256)", "ids", "names, by a second reader"}
     other.write_text(FASTA + ">more\nMK\n")
-    assert failed(copy, str(other)) == {"content (SHA-256)", "records"}
+    assert failed(copy, str(other)) == {"content (SHA-256)", "records", "records, by a second reader"}
 
 
 def test_verify_without_the_fasta_says_that_it_was_not_compared(copy: Path, made: Path, tmp_path: Path) -> None:
