@@ -472,6 +472,11 @@ def test_a_mark_inside_a_sequence_line_is_an_error_with_record_and_line(
         table_of(b">a\nMKV\n" * before + b">a\nMK\n>b two\nMKV>c\nMKV\n")
 
 
+def test_a_byte_order_mark_of_a_joined_file_is_named(table_of: Callable[..., RecordTable]) -> None:
+    with pytest.raises(UserError, match=r"record 'a' \(line 1\) has a '>' inside.*\n.*byte order mark"):
+        table_of(b">a\nMKV\n" + BOM + b">b\nMK\n")
+
+
 INVALID = {
     "one letter": (b">a\nMKV\n>b x\nMKJV\n", "'b'", 4, 3, "J"),
     "the second line": (b">a\nMKV\nMKV1\n", "'a'", 3, 4, "1"),

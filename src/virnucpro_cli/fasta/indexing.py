@@ -302,7 +302,9 @@ def _ids_with_masks(text: bytes, source: Source, at: int, letters: alphabet.Lett
         name = text[1:].split(None, 1)[:1]
         raise UserError(
             f"{source.path}: record {b''.join(name).decode('utf-8', 'replace')!r} (line {line}) has a '>' inside a sequence line.",
-            "Two files were probably joined without a final newline; put a line break before that '>'.",
+            "A byte order mark stands before that '>', at the start of a file that was joined to another; take it out."
+            if reading.BOM + b">" in text
+            else "Two files were probably joined without a final newline; put a line break before that '>'.",
         )
     length = len(plain) + text_only.count(alphabet.MASK_TEXT)
     codes = np.frombuffer(plain.translate(letters.codes), np.uint8)
