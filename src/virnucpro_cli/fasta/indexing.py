@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from virnucpro_cli import alphabet, scratch
@@ -43,7 +44,7 @@ def index(
         sha = hashlib.sha256()
         nucleotides = count = 0
         for chunk, at in _chunks(source, sha):
-            _refuse_other_formats(chunk, source, at)
+            _refuse_pir(chunk, source, at)
             part = _index_chunk(chunk, source, at, gaps, letters)
             if no_gaps and part.gaps.any():
                 first = at + int(part.offset[np.flatnonzero(part.gaps)[0]])
@@ -127,14 +128,18 @@ class _Part:
     nucleotide_like: NDArray[np.int64]
 
 
-def _refuse_other_formats(chunk: bytes, source: Source, at: int) -> None:
-    """Raise UserError for lines that are no sequence: comments, and the titles of PIR."""
-    for mark in (b"\n;", b"\n#", b"\n!"):
-        if (place := chunk.find(mark)) >= 0:
-            raise UserError(
-                f"{source.path} line {line_number(source, at + place + 1):,} is a comment: it begins with {mark[1:].decode()!r}.",
-                f"Take such lines out: grep -v '^{mark[1:].decode()}' {source.path} > without-comments.fasta",
-            )
+_IS_COMMENT = np.isin(np.arange(256), list(b";#!"))
+
+
+def _comment(source: Source, offset: int, mark: str) -> UserError:
+    return UserError(
+        f"{source.path} line {line_number(source, offset):,} is a comment: it begins with {mark!r}.",
+        f"Take such lines out: grep -v '^{mark}' {source.path} > without-comments.fasta",
+    )
+
+
+def _refuse_pir(chunk: bytes, source: Source, at: int) -> None:
+    """Raise UserError for the title of a PIR record, which is no sequence."""
     if b";" not in chunk:
         return
     for found in _PIR.finditer(chunk):
@@ -169,14 +174,16 @@ def _nucleotide_like(stream: NDArray[np.uint8], begin: NDArray[np.int64], end: N
     """Which records look like nucleotides, by all of their letters; a look at the first ones leaves out most proteins."""
     if not len(stream):
         return np.empty(0, np.int64)
-    at = begin[:, None] + np.arange(LOOKED_AT)
-    inside = at < end[:, None]
-    first = stream[np.minimum(at, len(stream) - 1)]
-    odd = inside & ~_LIKE[first]
+    windows = sliding_window_view(np.append(stream, np.zeros(LOOKED_AT, np.uint8)), LOOKED_AT)
+    first = _WEIGHT[windows[begin]]
+    length = end - begin
+    if (short := length < LOOKED_AT).any():
+        first[short] *= np.arange(LOOKED_AT) < length[short, None]
+    counts = first.sum(axis=1, dtype=np.uint32)
+    core, odd, letters = counts & 63, counts >> 6 & 63, counts >> 12
+    likely = (8 * odd <= LOOKED_AT) & (5 * core >= 2 * letters) & (length >= FEWEST_LETTERS)
     found = []
-    for record in np.flatnonzero(
-        (odd.sum(axis=1) <= inside.sum(axis=1) / 4) & (end - begin >= FEWEST_LETTERS)
-    ).tolist():
+    for record in np.flatnonzero(likely).tolist():
         body = stream[begin[record] : end[record]].tobytes()
         letters = len(body) - body.translate(_IS_NO_LETTER).count(1)
         core, iupac = (body.translate(table).count(1) for table in (_IS_NUCLEOTIDE, _IS_IUPAC))
@@ -195,7 +202,11 @@ _C, _T, _U = (alphabet.CODES[byte : byte + 1] for byte in b"CTU")
 _IS_NUCLEOTIDE = bytes(code in alphabet.NUCLEOTIDE_CODES for code in range(256))
 
 
-_LIKE = np.frombuffer(bytes(a or b for a, b in zip(_IS_IUPAC, _IS_NO_LETTER, strict=True)), np.bool_)
+_WEIGHT = np.array(
+    [0 if gap else 0x1001 if core else 0x1000 if iupac else 0x1040
+     for gap, core, iupac in zip(_IS_NO_LETTER, _IS_NUCLEOTIDE, _IS_IUPAC, strict=True)], np.uint32,
+)  # fmt: skip
+"""Token id -> what adds up to counts of six bits: ACGTUN, letters that are no code of IUPAC, letters that are no gap and no X."""
 
 
 def _index_chunk(chunk: bytes, source: Source, at: int, gaps: str, letters: alphabet.Letters) -> _Part:
@@ -203,7 +214,11 @@ def _index_chunk(chunk: bytes, source: Source, at: int, gaps: str, letters: alph
     line_start = np.append(0, np.flatnonzero(text == ord("\n")) + 1)
     if line_start[-1] == len(text):
         line_start = line_start[:-1]
-    is_header = text[line_start] == ord(">")
+    first = text[line_start]
+    if _IS_COMMENT[first].any():
+        line = int(np.flatnonzero(_IS_COMMENT[first])[0])
+        raise _comment(source, at + int(line_start[line]), chr(first[line]))
+    is_header = first == ord(">")
     line_length = np.diff(line_start, append=len(text))
     header = np.flatnonzero(is_header)
 
