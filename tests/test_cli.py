@@ -138,6 +138,27 @@ def test_tables_of_a_run_are_shown_when_asked_for_and_in_the_report(
     assert json.loads((tmp_path / "r.json").read_text())["packing"]["packs"] == 1
 
 
+def test_one_protein_is_counted_as_one(run: Callable[..., Ran], embed_tiny: Callable[..., Ran], tmp_path: Path) -> None:
+    """A protein of 1,200 residues with an odd letter, a gap and no neighbour, through embed, merge, search and inspect."""
+    (tmp_path / "in.fasta").write_text(f">one\nM1K-{'LE' * 600}\n")
+    output, said = tmp_path / "out.h5", []
+    ran = embed_tiny(tmp_path / "in.fasta", "--shard", "1/1")
+    assert "1 of 1 protein truncated" in ran.err and "1 of 1 protein embedded" in ran.err
+    assert "1 of 1 protein with 1 residue outside the alphabet" in ran.err
+    assert "1 of 1 protein with gaps, 1 letter - or ." in ran.err
+    said.append(ran)
+    said.append(run("merge", output))
+    assert "1 protein of 1 shard, " in said[-1].err
+    said.append(run("search", output, "--query", "one", "-o", tmp_path / "hits.tsv"))
+    assert "The mean of 1 protein says little" in said[-1].err and "hits.tsv: 1 query" in said[-1].err
+    said += [run("inspect", output), run("status", output)]
+    assert [each.code for each in said] == [0] * len(said)
+    text = " ".join(each.out + each.err for each in said)
+    assert not re.findall(
+        r"(?<![\d,.])1 (?:of 1 )?(?:proteins|shards|residues|letters|queries|records|files|threads)\b", text
+    )
+
+
 def test_skipped_and_odd_proteins_are_named_the_first_three(embed_tiny: Callable[..., Ran], tmp_path: Path) -> None:
     records = [*((f"odd{i}", "MK1V") for i in range(4)), *((f"none{i}", "") for i in range(5)), ("good", "MKVL")]
     (tmp_path / "in.fasta").write_text("".join(f">{name}\n{text}\n" for name, text in records))

@@ -173,7 +173,7 @@ def test_what_there_is_no_memory_for_is_left_out_and_tried_again(
         patch.setattr(contacts.model_contacts, "bytes_needed", lambda spec, n: real(spec, n) if n < 100 else 1 << 60)
         with pytest.raises(SystemExit) as stop:
             cli.main(command)
-    assert stop.value.code == 3 and "1 proteins have no contact map: out of memory" in capsys.readouterr().err
+    assert stop.value.code == 3 and "1 protein without a contact map: out of memory" in capsys.readouterr().err
     with read_embeddings(tmp_path / "out.h5") as file:
         assert file.complete and file.contacts(1).shape == (0, 0) and len(file.contacts(2)) == 60
         assert file.contact_maps is not None and np.isnan(file.contact_maps.raw(1)).all()

@@ -618,8 +618,8 @@ def test_gaps_and_nucleotides_among_proteins_are_told_counted_and_in_the_table(
         cli.main([*command, "--qc", str(tmp_path / "qc.tsv"), "--report", str(tmp_path / "r.json")])
     said = " ".join(capsys.readouterr().err.split())
     assert stop.value.code == 0
-    assert "1 of 5 proteins hold gaps, 2 letters - or ., embedded as tokens, as fair-esm does; --gaps strip" in said
-    assert "1 of 5 records look like nucleotides and are embedded as proteins: 'gene'" in said
+    assert "1 of 5 proteins with gaps, 2 letters - or ., embedded as tokens, as fair-esm does; --gaps strip" in said
+    assert "1 of 5 records like nucleotides, and embedded as proteins: 'gene'" in said
     with open(tmp_path / "qc.tsv", newline="") as table:
         assert [row["gaps"] for row in csv.DictReader(table, delimiter="\t")] == ["2", "0", "0", "0", "0"]
     assert json.loads((tmp_path / "r.json").read_text())["counts"]["with gaps"] == 1

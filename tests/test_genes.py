@@ -292,8 +292,7 @@ def test_no_gene_lies_in_or_across_a_run_of_n_and_the_real_ones_are_found(
             counts = file.report["counts"]
             assert (counts["contigs with gaps"], counts["bases in gaps"]) == (2, 3500)
             assert any(
-                "2 of 3 contigs have gaps (50 or more N in a row), of 3,500 bases" in note
-                for note in file.report["notes"]
+                "2 of 3 contigs with gaps (50 or more N in a row), 3,500 bases" in note for note in file.report["notes"]
             )
 
 

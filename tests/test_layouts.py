@@ -612,7 +612,7 @@ def test_rows_follow_their_names_into_a_fasta_of_another_order(made: Path, tmp_p
         assert file.names == [*(NAMES[i] for i in order), "new"] and file.attributes["model"] == "650M"
         np.testing.assert_array_equal(file.dataset("mean", 2)[:4], [rows(i) for i in order])
         assert store.REASONS[file.reason[4]] == "not in what was imported" and np.isnan(file[4]).all()
-    assert any("are left out" in note for note in summary.notes)
+    assert any("left out" in note for note in summary.notes)
 
 
 def test_a_uniprot_file_joins_by_accession(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_query_that_is_skipped_has_no_hits_and_the_exit_code_says_so(
     with pytest.raises(SystemExit) as ended:
         cli.main(["search", str(made), "--query", str(tmp_path / "q.fasta"), "-k", "1"])
     told = capsys.readouterr()
-    assert ended.value.code == 3 and "1 protein of the query were skipped" in told.err
+    assert ended.value.code == 3 and "1 protein of the query skipped" in told.err
     assert [line.split("\t")[0] for line in told.out.splitlines()] == ["query", "one"]
 
 

@@ -244,7 +244,7 @@ def test_a_shard_is_checked_against_its_part_of_the_fasta(three: Path) -> None:
 
 def test_status_says_what_is_complete_partial_and_missing(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.run(str(three))
-    assert "3 of 3 shards are complete; virnucpro merge" in capsys.readouterr().out
+    assert "3 of 3 shards complete; virnucpro merge" in capsys.readouterr().out
     shards.path(three, Shard(1, 3)).unlink()
     path = shards.path(three, Shard(2, 3))
     path.rename(store.partial_path(path))
@@ -254,7 +254,7 @@ def test_status_says_what_is_complete_partial_and_missing(three: Path, capsys: p
     with pytest.raises(SystemExit) as ended:
         cli.main(["status", str(three)])
     out = capsys.readouterr().out
-    assert ended.value.code == 1 and "missing" in out and "partial, 7" in out and "1 of 3 shards are complete" in out
+    assert ended.value.code == 1 and "missing" in out and "partial, 7" in out and "1 of 3 shards complete" in out
     damaged = shards.path(three, Shard(3, 3))
     damaged.write_bytes(damaged.read_bytes()[:9000])
     assert not status.run(str(three)) and "damaged, remove it" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def test_the_array_script_is_warned_requeued_and_merged(slurm: Slurm, tmp_path: 
     slurm.wait("the merge did not come about", lambda: output.exists() and not slurm.states(), 40)
     case.check_rows(output)
     told = (slurm.folder / f"slurm-{job}_2.out").read_text()
-    assert "stopped by SIGUSR1" in told and " of 134 proteins are there already" in told, told
+    assert "stopped by SIGUSR1" in told and " of 134 proteins there already" in told, told
     assert "resuming" in told and ": 0 of 134" not in told and "Traceback" not in told, told
 
 

@@ -95,7 +95,7 @@ def test_a_file_that_is_not_finished_is_said_to_be_so(
     with pytest.raises(SystemExit) as ended:
         cli.main([command, str(tmp_path / "out.h5"), *options.get(command, [])])
     told = capsys.readouterr().err
-    assert ended.value.code == 2 and "out.h5 is unfinished: 1 of 3 proteins are in out.h5.partial" in told
+    assert ended.value.code == 2 and "out.h5 is unfinished: 1 of 3 proteins in out.h5.partial" in told
     assert "Repeat the embed command" in told
 
 

@@ -18,7 +18,7 @@ import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import embed, report, runner, scratch
 from virnucpro_cli.config import BenchConfig, EmbedConfig, resolve
-from virnucpro_cli.errors import UserError, in_a_line, needs
+from virnucpro_cli.errors import UserError, counted, in_a_line, needs
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
@@ -126,7 +126,9 @@ class _Bench:
 
     def time(self, load: Workload) -> None:
         """All ways through one workload, in interleaved rounds; then the limits, the stages and a whole `embed`."""
-        self.out.print(f"{load.name}: {len(load.segments):,} records, {int(load.sizes.sum()):,} tokens", style="dim")
+        self.out.print(
+            f"{load.name}: {counted(len(load.segments), 'record')}, {int(load.sizes.sum()):,} tokens", style="dim"
+        )
         ways: list[Mode] = []
         best_packed = None
         if self.packed_wanted:

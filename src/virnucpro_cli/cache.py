@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import report, store
 from virnucpro_cli.config import EmbedConfig, bytes_of
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.policies import Work
 from virnucpro_cli.store.disk import sync_folder
@@ -112,8 +112,8 @@ class Cache:
         cached = (self.file.flags & store.CACHED) > 0
         length = self.work.segments.length[cached[self.work.segments.record]].astype(np.int64)
         counts = {"from the cache": int(cached.sum()), "tokens saved by the cache": int((length + 2).sum())}
-        self.note("{:,} of {:,} proteins ({:,} tokens) are from the cache {}".format(
-            counts["from the cache"], len(cached), counts["tokens saved by the cache"], self.root))  # fmt: skip
+        self.note("{:,} of {} ({}) from the cache {}".format(
+            counts["from the cache"], counted(len(cached), "protein"), counted(counts["tokens saved by the cache"], "token"), self.root))  # fmt: skip
         return counts
 
     def publish(self) -> None:
@@ -131,7 +131,7 @@ class Cache:
         size = len(rows) * (24 + sum(self.datasets.values())) + 4096
         if size > self.most:
             self.note(
-                f"{len(rows):,} proteins not put into the cache {self.root}: their {report.size(size)} are more than --cache-size"
+                f"{counted(len(rows), 'protein')} not put into the cache {self.root}: {report.size(size)} are more than --cache-size"
             )
             return
         try:

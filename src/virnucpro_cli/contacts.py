@@ -16,7 +16,7 @@ from rich.console import Console
 from virnucpro_cli import fasta, report, runner, store, tables
 from virnucpro_cli.collate import VarlenCollator
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.model import contacts as model_contacts
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
@@ -107,7 +107,7 @@ def described(extra: store.Extra, spec: ModelSpec, itemsize: int) -> str | None:
     longest = int(sizes.max())
     return (
         f"contacts: {report.size(extra.values[VALUES] * itemsize)} of maps; one protein at a time in fp32, up to "
-        f"{report.size(model_contacts.bytes_needed(spec, longest))} of memory beside the weights (for {longest:,} residues)"
+        f"{report.size(model_contacts.bytes_needed(spec, longest))} of memory beside the weights (for {counted(longest, 'residue')})"
     )
 
 

@@ -33,6 +33,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
+def counted(n: int, one: str, several: str = "") -> str:
+    """`1,234 proteins`, `1 protein`; several: the plural, if it is no `s` at the end."""
+    return f"{n:,} {one if n == 1 else several or one + 's'}"
+
+
 def shortened(text: str) -> str:
     """A message without the middle of a word that nobody would read, and without its own middle if it is longer than any of ours."""
     text = _LONG_WORD.sub(lambda word: f"{word[0][:200]}...{word[0][-40:]}", text)

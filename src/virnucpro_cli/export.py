@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from virnucpro_cli import fasta, layouts, report, store
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.groups import KINDS as GROUP_KINDS
 from virnucpro_cli.layouts import target as targets
 from virnucpro_cli.layouts.layout import Keys, Layout, Selection, encodable
@@ -99,10 +99,10 @@ def _notes(layout: Layout, selection: Selection, skipped: int, unit: str) -> Ite
         kept = "are there, with NaN in place of an embedding" if layout.holds_skipped else "are left out"
         yield f"{skipped:,} {unit} {'that embed had skipped' if unit == 'proteins' else 'without a member'} {kept}"
     if selection.shared:
-        yield f"{selection.shared:,} proteins share the dataset of an earlier one of the same sequence, whose name it has"
+        yield f"{counted(selection.shared, 'protein')} in the dataset of an earlier one of the same sequence, under its name"
     if isinstance(selection.keys, Keys) and selection.keys.changed:
         shown = ", ".join(f"{name!r} is {key!r}" for name, key in selection.keys.examples)
-        yield f"{selection.keys.changed:,} names were changed to be possible and unique: {shown}"
+        yield f"{counted(selection.keys.changed, 'name')} changed to be possible and unique: {shown}"
 
 
 def _chosen(

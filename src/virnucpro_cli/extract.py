@@ -23,7 +23,7 @@ from rich.console import Console
 
 from virnucpro_cli import embed, fasta, report, store
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.layouts.layout import encodable
 from virnucpro_cli.model import locate
 
@@ -82,7 +82,7 @@ def run(
         moved = [i for i, label in enumerate(labels) if str(places[i]) != f"{label}.pt"]
         if moved:
             out.print(
-                f"{len(moved):,} headers are no names of files in {folder}; the first, {labels[moved[0]][:80]!r}, is in {places[moved[0]]}",
+                f"{counted(len(moved), 'header')} impossible as names of files in {folder}; the first, {labels[moved[0]][:80]!r}, is in {places[moved[0]]}",
                 style="yellow",
             )
         _discard_others(own)
@@ -91,9 +91,9 @@ def run(
         done = _write(hidden, include, labels, places, own.with_suffix(".tmp"), out)
         hidden.unlink(missing_ok=True)
     written = Written(int(done.sum()), int((~done).sum()))
-    out.print(f"{folder}: {written.files:,} files")
+    out.print(f"{folder}: {counted(written.files, 'file')}")
     if written.skipped:
-        out.print(f"{written.skipped:,} proteins have no file: they are empty, or not finite", style="yellow")
+        out.print(f"{counted(written.skipped, 'protein')} without a file: empty, or not finite", style="yellow")
     return written
 
 
@@ -106,7 +106,7 @@ def _write(
             done = file.status == store.DONE
             if file.contact_maps is not None and file.contact_maps.pending:
                 raise UserError(
-                    f"The contacts of {file.contact_maps.pending:,} proteins do not fit the memory of the device.",
+                    f"The contacts of {counted(file.contact_maps.pending, 'protein')} do not fit the memory of the device.",
                     "Use a smaller --truncation_seq_length or a larger device, or leave contacts out.",
                 )
             for rows in store.blocks(len(file), BLOCK):
@@ -205,7 +205,7 @@ def _labels(table: fasta.RecordTable, path: str) -> list[str]:
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise UserError(
-            f"{len(twice):,} headers of {path} occur more than once, the first of them {twice[0][:80]!r}; each is the name of a file.",
+            f"{path} has {counted(len(twice), 'header')} more than once, first {twice[0][:80]!r}; a header is the name of a file.",
             "Make them differ, or use virnucpro embed, which keeps one row for each record.",
         )
     return labels

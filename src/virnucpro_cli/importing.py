@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from virnucpro_cli import fasta, layouts, report, store
-from virnucpro_cli.errors import UserError, absent
+from virnucpro_cli.errors import UserError, absent, counted
 from virnucpro_cli.imports.plan import Plan, plan
 from virnucpro_cli.imports.source import Batch, Int64, batches, look, reading_of
 from virnucpro_cli.layouts.layout import Layout, What
@@ -55,14 +55,14 @@ def run(
         summary.counts = {"proteins": len(file.status), "imported": len(file.status) - skipped, "skipped": skipped}
         for code in np.unique(file.reason[file.status == store.SKIPPED]).tolist():
             summary.notes.append(
-                f"{int((file.reason == code).sum()):,} proteins are without an embedding: {store.REASONS[code]}"
+                f"{counted(int((file.reason == code).sum()), 'protein')} without an embedding: {store.REASONS[code]}"
             )
         summary.seconds = dict(clock.seconds)
         summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), overwrite)
     finally:
         file.close()
     what = ", ".join(f"{kind}/{number}" for kind, number in found.take.values())
-    out.print(f"{target}: {what} of {summary.counts['imported']:,} proteins from {source}, {layout.what}")
+    out.print(f"{target}: {what} of {counted(summary.counts['imported'], 'protein')} from {source}, {layout.what}")
     for note in summary.notes:
         out.print(note, style="yellow")
     return summary

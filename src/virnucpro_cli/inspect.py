@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from virnucpro_cli import qc, report, store
-from virnucpro_cli.errors import printable, shortened
+from virnucpro_cli.errors import counted, printable, shortened
 from virnucpro_cli.kinds import POOLED, unmasked
 
 EXAMPLES = 3
@@ -32,7 +32,7 @@ def run(path: str, qc_path: str | None = None) -> None:
         else:
             pending = int((file.status == store.PENDING).sum())
             out.print(
-                f"Not complete: {pending:,} of {len(file):,} proteins pending. The command of its run, again, goes on."
+                f"Not complete: {pending:,} of {counted(len(file), 'protein')} pending. The command of its run, again, goes on."
             )
         if qc_path:
             qc.write(qc_path, file)
@@ -45,7 +45,7 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
     table.add_row("size", report.size(Path(path).stat().st_size))
     if file.sources:
         shown = f"{file.sources[0].name} to {file.sources[-1].name}"
-        table.add_row("a view of", f"{len(file.sources):,} shards, {shown}; rows in their order, see /records")
+        table.add_row("a view of", f"{counted(len(file.sources), 'shard')}, {shown}; rows in their order, see /records")
     table.add_row("proteins", f"{len(file):,}")
     for kind in settings["pool"]:
         for layer in settings["layers"]:
@@ -59,14 +59,18 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
     if file.contact_maps is not None:
         maps = file.contact_maps
         left_out = f", {maps.pending:,} more left out: out of memory" if file.complete and maps.pending else ""
-        table.add_row("/contacts", f"maps of {maps.done:,} proteins, {report.size(maps.values.nbytes)}{left_out}")
+        table.add_row(
+            "/contacts", f"maps of {counted(maps.done, 'protein')}, {report.size(maps.values.nbytes)}{left_out}"
+        )
     table.add_section()
     for name in ("model", "dtype", "attention", "device", "weights", "weights_sha256", "created", "tool_version"):
         table.add_row(name, str(file.attributes[name]))
     if len(file.environments) > 1:
         counts = np.bincount(file.computed_by[file.status == store.DONE], minlength=len(file.environments))
         for environment, count in zip(file.environments, counts.tolist(), strict=False):
-            table.add_row(f"{count:,} proteins computed by", ", ".join(f"{k} {v}" for k, v in environment.items()))
+            table.add_row(
+                f"{counted(count, 'protein')} computed by", ", ".join(f"{k} {v}" for k, v in environment.items())
+            )
     for entry in file.inputs:
         table.add_row("input", f"{entry['path']} ({report.size(entry['bytes'])}, SHA-256 {entry['sha256'][:16]}...)")
     for entry in json.loads(file.attributes.get("contigs", "[]")):
@@ -135,24 +139,25 @@ def methods(file: store.EmbeddingFile) -> str:
     rest = "" if done.all() else f" {int(done.sum()):,} of"
 
     def number(chosen: Any) -> str:
-        return _counted(int(np.count_nonzero(chosen)), "protein")
+        n = int(np.count_nonzero(chosen))
+        return counted(n, "protein") if n else ""
 
     def were(counted: str) -> str:
         return f"{counted} {'were' if counted.endswith('s') else 'was'}"
 
     words = [
         f"Embeddings ({_listed([kinds[kind] for kind in settings['pool']])}; {_layers(settings['layers'])}) of{rest} "
-        f"{_counted(len(file), 'protein')} ({_counted(int(file.lengths.sum(dtype=np.int64)), 'residue')}) were computed with "
+        f"{counted(len(file), 'protein')} ({counted(int(file.lengths.sum(dtype=np.int64)), 'residue')}) were computed with "
         f"{_model(file)} by virnucpro {file.attributes['tool_version']} on {device} in {settings['dtype']}"
         f"{' (approximate)' if file.attributes.get('approximate', False) else ''} with PyTorch {environment.get('torch', 'of an unknown version')}, "
         f"and stored as {'float16' if settings['store_dtype'] == 'fp16' else 'float32'}."
     ]
     if "gene_caller" in settings:
-        caller, contigs = settings["gene_caller"], _counted(len(file.tables["contigs/ids"]), "contig")
+        caller, contigs = settings["gene_caller"], counted(len(file.tables["contigs/ids"]), "contig")
         words.append(
             {
                 "pyrodigal-gv": f"The proteins were predicted from {contigs} by pyrodigal-gv {caller['version']} in its metagenomic mode.",
-                "six-frame": f"The proteins are the open reading frames of at least {caller.get('min_aa')} residues, from stop to stop in six "
+                "six-frame": f"The proteins are the open reading frames of at least {counted(caller.get('min_aa', 0), 'residue')}, from stop to stop in six "
                 f"frames, of {contigs}.",
                 "virnucpro": f"The proteins are the frames without a stop codon of chunks of {caller.get('chunk')} bases, of {contigs}.",
             }[caller["name"]]
@@ -161,12 +166,12 @@ def methods(file: store.EmbeddingFile) -> str:
     if "gene_caller" in settings and settings["gene_caller"]["name"] == "pyrodigal-gv":
         words.append(GENES_PAPERS)
     if cut := number((file.flags & store.TRUNCATED > 0) & done):
-        words.append(f"{were(cut)} truncated to the first {longest:,} residues.")
+        words.append(f"{were(cut)} truncated to the first {counted(longest, 'residue')}.")
     if settings["long"] == "window" and (windowed := number((file.flags & store.WINDOWED > 0) & done)):
         few = windowed.endswith("protein")
         words.append(
-            f"{windowed} of more than {longest:,} residues {'was' if few else 'were'} embedded in windows that overlap by at "
-            f"least {settings['overlap']:,} residues, and blended."
+            f"{windowed} of more than {counted(longest, 'residue')} {'was' if few else 'were'} embedded in windows that overlap by at "
+            f"least {counted(settings['overlap'], 'residue')}, and blended."
         )
     if replaced := number((file.replaced > 0) & done):
         words.append(f"In {replaced}, residues outside the alphabet were embedded as X.")
@@ -179,11 +184,6 @@ def methods(file: store.EmbeddingFile) -> str:
         ]
         words.append(f"{were(given_up)} not embedded ({'; '.join(reasons)}).")
     return " ".join(words)
-
-
-def _counted(count: int, what: str) -> str:
-    """`1,234 proteins`; nothing for none."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}" if count else ""
 
 
 def _listed(words: list[str]) -> str:

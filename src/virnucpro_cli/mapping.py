@@ -8,7 +8,7 @@ from rich.console import Console
 
 from virnucpro_cli import __version__, pooled, report, store, tables
 from virnucpro_cli.config import PICTURES
-from virnucpro_cli.errors import UserError, needs
+from virnucpro_cli.errors import UserError, counted, needs
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.maps import colour, drawing, projection
 
@@ -29,7 +29,7 @@ def run(
         if len(data) < projection.FEWEST:
             left_out = f" ({lacking})" if lacking else ""
             raise UserError(
-                f"{path} holds {pooled.count(len(data), 'embedded protein', 'embedded proteins')}{left_out}.",
+                f"{path} holds {counted(len(data), 'embedded protein')}{left_out}.",
                 f"A map needs {projection.FEWEST} or more.",
             )
         caption = []
@@ -45,18 +45,18 @@ def run(
         by = colour.of(color, file, data.rows)
         if colour.NO_VALUE in by.words():
             caption.append(f"{by.title}: known of {len(data) - by.words().count(colour.NO_VALUE):,} of {len(data):,}")
-        out.print(f"{method} of {pooled.count(len(data))}", style="dim")
+        out.print(f"{method} of {counted(len(data), 'protein')}", style="dim")
         found = projection.project(data, method, seed)
         names = [tables.cell(name) for name in file.names_at(data.rows)]
         made_by = f"model {file.attributes['model']}, layer {data.layer}, {POOLED[data.kind]}; drawn by virnucpro {__version__}"
-        title = f"{found.what.split(' ')[0]} of {pooled.count(len(data))} of {Path(path).name}"
+        title = f"{found.what.split(' ')[0]} of {counted(len(data), 'protein')} of {Path(path).name}"
         shown = drawing.Map(
             found, by, data.rows, names, file.lengths[data.rows], title, [found.what, made_by, *caption],
             seed,
         )  # fmt: skip
         with store.new_file(target, overwrite) as opened:
             drawing.save(shown, opened, target)
-    out.print(f"{target}: {pooled.count(len(data))}, {report.size(target.stat().st_size)}")
+    out.print(f"{target}: {counted(len(data), 'protein')}, {report.size(target.stat().st_size)}")
     return shown
 
 

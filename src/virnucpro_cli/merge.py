@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import contacts, groups, report, shards, store
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.packing import stretches
 from virnucpro_cli.store.disk import disk_error
@@ -90,7 +90,7 @@ def run(
             )
             summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), overwrite)
     out.print(
-        f"{target}: {summary.counts['proteins']:,} proteins of {len(parts)} shards, {report.size(target.stat().st_size)}"
+        f"{target}: {counted(summary.counts['proteins'], 'protein')} of {counted(len(parts), 'shard')}, {report.size(target.stat().st_size)}"
     )
     if report_path:
         report.save(report_path, summary.to_json())
@@ -134,7 +134,7 @@ def _all_of(output: Path, count: int | None) -> list[Path]:
     if lacking:
         named = ", ".join(map(str, lacking[:10])) + (f" and {len(lacking) - 10} more" if len(lacking) > 10 else "")
         raise UserError(
-            f"{len(lacking)} of {count} shards of {output} are missing or not finished: {named}.",
+            f"{len(lacking)} of {counted(count, 'shard')} of {output} missing or not finished: {named}.",
             "Run them again with their --shard; virnucpro status shows how far each is.",
         )
     return [there[n] for n in range(1, count + 1)]

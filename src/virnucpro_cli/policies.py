@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import store
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.packing import Segments, whole_segments, windowed_segments
 
@@ -40,7 +40,7 @@ def decide(table: RecordTable, config: EmbedConfig) -> Work:
     if config.long == "error" and is_long.any():
         example = int(np.flatnonzero(is_long)[0])
         raise UserError(
-            f"{int(is_long.sum())} proteins are longer than {config.max_residues} residues; "
+            f"{counted(int(is_long.sum()), 'protein')} longer than {counted(config.max_residues, 'residue')}; "
             f"the first is {table.names(example, example + 1)[0]!r} with {lengths[example]:,}.",
             "Choose --long truncate, full, window or skip, or a larger --max-residues.",
         )
@@ -52,7 +52,7 @@ def decide(table: RecordTable, config: EmbedConfig) -> Work:
     if not len(kept) and table.following is None:  # of a part of the input it may be so
         what = "holds no residues" if not lengths.any() else "leaves nothing to embed: every record is skipped"
         files = ", ".join(source.path for source in table.sources)
-        raise UserError(f"The input {files} {what} ({n:,} records).", "Check the input, --long and --invalid.")
+        raise UserError(f"The input {files} {what} ({counted(n, 'record')}).", "Check the input, --long and --invalid.")
 
     unit = np.arange(n)
     _, first, group = np.unique(table.unique_of[kept], return_index=True, return_inverse=True)

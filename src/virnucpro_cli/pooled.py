@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import store
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.kinds import POOLED
 
 BLOCK = 4096
@@ -57,9 +57,4 @@ def lacking(data: Pooled) -> str:
     n, pending = len(data.file), int((data.file.status == store.PENDING).sum())
     skipped = n - len(data) - pending
     parts = [f"{skipped:,} skipped"] * (skipped > 0) + [f"{pending:,} not computed yet"] * (pending > 0)
-    return f"{', '.join(parts)} of {count(n)}" if parts else ""
-
-
-def count(n: int, one: str = "protein", several: str = "proteins") -> str:
-    """`1,234 proteins`, `1 protein`."""
-    return f"{n:,} {one if n == 1 else several}"
+    return f"{', '.join(parts)} of {counted(n, 'protein')}" if parts else ""

@@ -14,7 +14,7 @@ from virnucpro_cli import runner, store
 from virnucpro_cli.attention import Backend
 from virnucpro_cli.collate import VarlenCollator
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import in_a_line
+from virnucpro_cli.errors import counted, in_a_line
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2
@@ -54,12 +54,14 @@ def second_pass(
 
     if len(unfit) and backend is not None:
         own = backend
-        note(f"{_proteins(unfit)} too large for {runner.describe_device(device)}: once more in parts of {PART:,} rows")
+        note(
+            f"{counted(len(unfit), 'protein')} too large for {runner.describe_device(device)}: once more in parts of {PART:,} rows"
+        )
         unfit, overflowed = again(unfit, lambda: ESM2(spec, state, dtype, device, own).in_parts(PART))
         broken = np.union1d(broken, overflowed)
     if len(broken) and dtype != wide:
         name = attention_backends.describe(dtype)
-        note(f"{_proteins(broken)} had values that are not finite in {name}: once more in float32")
+        note(f"{counted(len(broken), 'protein')} had values that are not finite in {name}: once more in float32")
         whole = runner.free_memory(device) > 1.25 * 4 * spec.parameters
         exact = attention_backends.resolve("auto", device, wide)
         placer.flag = store.RECOMPUTED
@@ -72,17 +74,19 @@ def second_pass(
         unfit = np.union1d(unfit, too_large)
     fits = _fit_the_host(unfit, placer, spec)
     if fits.any() and (device, dtype) != (CPU, wide):
-        note(f"{_proteins(unfit[fits])} once more in float32 on the CPU, which takes its time")
+        note(f"{counted(len(unfit[fits]), 'protein')} once more in float32 on the CPU, which takes its time")
         there = attention_backends.resolve("auto", CPU, wide)
         placer.flag = store.RECOMPUTED
         placer.file.compute_in(environment_of(CPU, wide, there))
         still, overflowed = again(unfit[fits], lambda: ESM2(spec, state, wide, CPU, there))
         unfit, broken = np.union1d(unfit[~fits], still), np.union1d(broken, overflowed)
     if len(unfit):
-        note(f"{_proteins(unfit)} skipped: out of memory; the same command where there is more tries them again")
+        note(
+            f"{counted(len(unfit), 'protein')} skipped: out of memory; the same command where there is more tries them again"
+        )
         placer.give_up(unfit, store.NO_MEMORY)
     if len(broken):
-        note(f"{_proteins(broken)} skipped: not finite in float32 or in what is stored")
+        note(f"{counted(len(broken), 'protein')} skipped: not finite in float32 or in what is stored")
         placer.give_up(broken, store.NOT_FINITE)
 
 
@@ -114,7 +118,3 @@ def _taken(placer: Placer) -> tuple[Int64, Int64]:
     unfit, broken = (np.unique(np.asarray(each, np.int64)) for each in (placer.unfit, placer.broken))
     placer.unfit, placer.broken = [], []
     return unfit[pending[unfit]], broken[pending[broken]]
-
-
-def _proteins(records: Int64) -> str:
-    return f"{len(records):,} protein{'' if len(records) == 1 else 's'}"

@@ -19,7 +19,7 @@ import virnucpro_cli
 from virnucpro_cli import attention
 from virnucpro_cli.collate import PackedBatch
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.errors import UserError, counted, in_a_line
 from virnucpro_cli.kinds import unmasked
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.scores import Scorer, TokenHead
@@ -79,7 +79,7 @@ def resolve_device(name: str, option: str = "--device") -> torch.device:
         device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         if device.index >= torch.cuda.device_count():
             raise UserError(
-                f"{option} {name}: this host has {torch.cuda.device_count()} visible GPUs, numbered from 0."
+                f"{option} {name}: this host has {counted(torch.cuda.device_count(), 'visible GPU')}, numbered from 0."
             )
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (5, 0):
             raise UserError(

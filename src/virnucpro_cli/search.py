@@ -20,7 +20,7 @@ from rich.console import Console
 
 from virnucpro_cli import embed, pooled, report, runner, scratch, store, tables
 from virnucpro_cli.config import EmbedConfig, resolve
-from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.model.esm2 import exact_arithmetic
 from virnucpro_cli.pooled import Pooled
 from virnucpro_cli.validation import audit
@@ -70,16 +70,17 @@ def run(
         if left_out := pooled.lacking(data):
             out.print(f"not searched: {left_out}", style="yellow")
         if len(data) < FEW and not raw:
-            out.print(f"The mean of {pooled.count(len(data))} says little; --raw does without.", style="yellow")
+            out.print(f"The mean of {counted(len(data), 'protein')} says little; --raw does without.", style="yellow")
         queries = _queries(data, database, query, model, force_protein, stack, out)
         lacking = len(queries.data.file) - len(queries.data) if not queries.own else 0
         if lacking:
-            out.print(f"{pooled.count(lacking)} of the query were skipped, and have no hits", style="yellow")
+            out.print(f"{counted(lacking, 'protein')} of the query skipped, without hits", style="yellow")
         device = runner.resolve_device("auto")
         exact_arithmetic()
         mean = np.zeros(data.array.shape[1]) if raw else data.mean()
         out.print(
-            f"searching {pooled.count(len(data))} for {pooled.count(len(queries.data))} on {device.type}", style="dim"
+            f"searching {counted(len(data), 'protein')} for {counted(len(queries.data), 'protein')} on {device.type}",
+            style="dim",
         )
         writer = sys.stdout.buffer if output is None else stack.enter_context(store.new_file(Path(output), overwrite))
         on_terminal = output is None and sys.stdout.isatty()
@@ -97,7 +98,7 @@ def run(
     if output is None:
         writer.flush()
     else:
-        out.print(f"{output}: {pooled.count(len(queries.data), 'query', 'queries')}")
+        out.print(f"{output}: {counted(len(queries.data), 'query', 'queries')}")
     return lacking
 
 

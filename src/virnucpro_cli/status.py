@@ -6,7 +6,7 @@ import numpy as np
 from rich.table import Table
 
 from virnucpro_cli import report, shards, store
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 
 
 def run(output: str) -> bool:
@@ -30,7 +30,7 @@ def run(output: str) -> bool:
     done = merged is not None and merged[1]
     for count, files in sorted(found.items()):
         complete = 0
-        table = Table(title=f"{target} in {count} shards", title_justify="left")
+        table = Table(title=f"{target} in {counted(count, 'shard')}", title_justify="left")
         for name in ("shard", "state", "proteins", "skipped", "file"):
             table.add_column(
                 name, justify="right" if name in ("shard", "proteins", "skipped") else "left", overflow="fold"
@@ -43,7 +43,7 @@ def run(output: str) -> bool:
         ready = (
             f"virnucpro merge {target}" if complete == count else "those that are not: the command of their run, again"
         )
-        out.print(f"{complete:,} of {count:,} shards are complete; {ready}")
+        out.print(f"{complete:,} of {counted(count, 'shard')} complete; {ready}")
         done = done or complete == count
     return done
 

@@ -100,7 +100,7 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def _interrupt_held() -> Iterator[None]:
-    """Of a program that is not ours, and has its own handler: Python's, for Ctrl-C."""
+    """Hold Ctrl-C back in a program that is not ours, and give it to its own handler afterwards."""
     before, seen = signal.getsignal(signal.SIGINT), list[int]()
     if not callable(before):
         yield

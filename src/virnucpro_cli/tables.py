@@ -13,7 +13,7 @@ from hashlib import sha256
 from typing import IO, Any
 
 from virnucpro_cli import fasta
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 
 
 class Dialect(csv.excel_tab):
@@ -78,7 +78,7 @@ def rows(lines: Lines, columns: int | None = None) -> Iterator[list[str]]:
             continue
         columns = columns or len(row)
         if len(row) != columns:
-            raise lines.refused(f"has {_columns(len(row))}, not {columns}.", "Separate columns with a tab.")
+            raise lines.refused(f"has {counted(len(row), 'column')}, not {columns}.", "Separate columns with a tab.")
         yield row
 
 
@@ -92,10 +92,6 @@ def by_name(lines: Lines, found: Iterator[tuple[str, str]], what: str) -> dict[s
                 f"Give each name one {what}.",
             )
     return values
-
-
-def _columns(count: int) -> str:
-    return "1 column" if count == 1 else f"{count:,} columns"
 
 
 def writer(file: IO[str]) -> Any:

@@ -21,7 +21,7 @@ import virnucpro_cli
 from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import embed, fasta, importing, layouts, report, runner, scratch
 from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
-from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
@@ -109,14 +109,14 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         "dtype": runner.describe_dtype(dtype),
         "attention": backend.name,
         "reference": f"fair-esm in float32 on {runner.describe_device(reference_device)}, eager, one at a time",
-        "sample": f"{len(sample)} proteins, {int(sample.lengths.sum()):,} residues, seed {config.seed}",
+        "sample": f"{counted(len(sample), 'protein')}, {counted(int(sample.lengths.sum()), 'residue')}, seed {config.seed}",
         "inputs": list(config.fasta) or "the proteins that ship with virnucpro",
         "layers": list(layers),
     }
 
     def reference_rows(on: torch.device, kind: torch.dtype, together: int = 1) -> Rows:
         name = attention_backends.describe(kind)
-        out.print(f"reference: {len(sample)} proteins in {name} on {on.type}", style="dim")
+        out.print(f"reference: {counted(len(sample), 'protein')} in {name} on {on.type}", style="dim")
         with clock.stage(f"reference, {name} on {on.type}"):
             return oracle.rows_of(Reference(spec, state, on, kind), sample, layers, together)
 
@@ -124,7 +124,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         path = fasta.write_texts(Path(folder) / "sample.fasta", sample.texts)
         fast = partial(fast_rows, config, path, layers, (spec, state, notes), verdict.notes, clock)
         kinds = "float32" if dtype == torch.float32 else f"float32 and {attention_backends.describe(dtype)}"
-        out.print(f"embed: {len(sample)} proteins in {kinds} on {device.type}", style="dim")
+        out.print(f"embed: {counted(len(sample), 'protein')} in {kinds} on {device.type}", style="dim")
         fast32 = fast("fp32")
         own = fast32 if dtype == torch.float32 else fast(config.dtype)
         truth = reference_rows(reference_device, torch.float32)
@@ -173,7 +173,7 @@ def choose(paths: Sequence[str], config: ValidateConfig) -> tuple[Sample, list[s
     if (embedded > oracle.LONGEST).any():
         count = int((embedded > oracle.LONGEST).sum())
         notes.append(
-            f"{count:,} proteins of more than {oracle.LONGEST:,} residues left out: eager attention does not fit"
+            f"{counted(count, 'protein')} of more than {oracle.LONGEST:,} residues left out: eager attention does not fit"
         )
     chosen = set(
         fit[oracle.stratified(embedded[fit], np.asarray(odd, np.uint16)[fit], config.sample, config.seed)].tolist()
@@ -220,7 +220,7 @@ def fast_rows(
     with read_embeddings(output) as file:
         if (file.flags & RECOMPUTED).any():
             notes.append(
-                f"{int(((file.flags & RECOMPUTED) > 0).sum())} proteins overflowed in {dtype} and were recomputed in fp32"
+                f"{counted(int(((file.flags & RECOMPUTED) > 0).sum()), 'protein')} recomputed in fp32, after an overflow in {dtype}"
             )
         rows: Rows = {(kind, layer): file.dataset(kind, layer)[:] for kind in KINDS for layer in layers}
     os.unlink(output)

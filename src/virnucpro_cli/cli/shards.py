@@ -7,7 +7,7 @@ import typer
 from virnucpro_cli.cli.options import Overwrite, ReportFile
 from virnucpro_cli.errors import EXIT_GATE_FAILED, EXIT_SOME_SKIPPED
 
-STATUS_EPILOG = "Exit codes: 0 all shards are complete; 1 some are not; 2 there are none."
+STATUS_EPILOG = "Exit codes: 0 all shards, or the output itself, are complete; 1 something is not; 2 there are none."
 
 
 def status(output: Annotated[str, typer.Argument(metavar="OUT.h5", help="What embed was given as -o.")]) -> None:

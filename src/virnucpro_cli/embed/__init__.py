@@ -17,7 +17,7 @@ from virnucpro_cli import cache, contacts, groups, qc, ray_engine, report, rescu
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import summary as words
 from virnucpro_cli.embed.recipe import Recipe, attributes, computed_at, decided, resolved_layers, target, where
-from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.kinds import unmasked
 from virnucpro_cli.model import contacts as contact_head
 from virnucpro_cli.model import locate, scores
@@ -153,7 +153,7 @@ def _fill(run: _Run, fingerprint: dict[str, Any]) -> None:
         if left_out:
             summary.counts["contact maps left out"] = left_out
             run.tell(
-                f"{left_out:,} proteins have no contact map: out of memory; the same command where there is more tries them again"
+                f"{counted(left_out, 'protein')} without a contact map: out of memory; the same command where there is more tries them again"
             )
     with clock.stage("finish"):
         file.commit()
@@ -251,12 +251,14 @@ def _to_be_retried(output: Path, summary: report.RunReport, config: EmbedConfig,
     more = not config.restart and words.has_more_memory(had, summary.memory) and _has_room(output)
     if not (begun or more or config.retry_skipped):
         out.print(
-            f"{output}: {missed:,} proteins were skipped for want of memory; --retry-skipped tries them again, as does "
+            f"{output}: {counted(missed, 'protein')} skipped for want of memory; --retry-skipped tries again, as does "
             "the same command where more is free",
             style="yellow",
         )
         return False
-    out.print(f"{output}: {missed:,} proteins had been skipped for want of memory, and are tried again", style="yellow")
+    out.print(
+        f"{output}: {counted(missed, 'protein')} skipped before for want of memory, now tried again", style="yellow"
+    )
     summary.counts.pop("contact maps left out", None)
     if not begun and not config.restart:
         store.copy_back(output)
@@ -294,7 +296,7 @@ def _open_store(
             )
         file = _resumed(output, layout, summary, out)
         done = int((file.status == store.DONE).sum())
-        out.print(f"resuming {partial_file}: {done:,} of {len(table):,} proteins are there already")
+        out.print(f"resuming {partial_file}: {done:,} of {counted(len(table), 'protein')} there already")
         summary.counts["resumed proteins"] = done
         return file
     if partial_file.exists():
@@ -309,7 +311,7 @@ def _resumed(output: Path, layout: store.Layout, summary: report.RunReport, out:
     file = store.Store.resume(output)
     try:
         if lost := file.recheck(layout):
-            note = f"{lost:,} proteins are not in {file.path} as they were committed, and are computed again: see to the disk"
+            note = f"{counted(lost, 'protein')} not in {file.path} as they were committed, and computed again: see to the disk"
             out.print(note, style="yellow")
             summary.notes.append(note)
     except BaseException:

@@ -17,7 +17,7 @@ from virnucpro_cli import attention as attention_backends
 from virnucpro_cli import cache, contacts, fasta, genes, groups, ray_engine, report, runner, shards, store
 from virnucpro_cli.attention import Backend
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.kinds import any_by_residue, unmasked
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
@@ -225,7 +225,7 @@ def _check_protein(table: fasta.RecordTable, config: EmbedConfig, out: Console) 
     if len(like) and not config.force_protein:
         first = ", ".join(repr(table.names(i, i + 1, config.id == "full")[0]) for i in like[:3].tolist())
         out.print(
-            f"{len(like):,} of {len(table):,} records look like nucleotides and are embedded as proteins: {first}"
+            f"{len(like):,} of {counted(len(table), 'record')} like nucleotides, and embedded as proteins: {first}"
             f"{' ...' if len(like) > 3 else ''}; --force-protein says that they are proteins",
             style="yellow",
         )

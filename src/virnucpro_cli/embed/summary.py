@@ -15,10 +15,10 @@ import virnucpro_cli
 from virnucpro_cli import contacts, fasta, genes, report, runner, store, tables
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.recipe import Recipe
+from virnucpro_cli.errors import counted
 from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
 from virnucpro_cli.placer import Placer
 from virnucpro_cli.policies import Int64, Work
-from virnucpro_cli.pooled import count
 
 SIXTEEN_BIT = {320: 2.2e14, 480: 2.8e14, 640: 3.6e14, 1280: 4.9e14, 2560: 5.6e14}
 MEASURED_FLOPS = {
@@ -49,7 +49,9 @@ def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
     if where.dtype == torch.float8_e4m3fn:
         summary.notes.append(APPROXIMATE)
     if recipe.shard is not None:
-        summary.notes.insert(0, f"shard {recipe.shard}: {len(table):,} proteins of the input, into {recipe.output}")
+        summary.notes.insert(
+            0, f"shard {recipe.shard}: {counted(len(table), 'protein')} of the input, into {recipe.output}"
+        )
     if gaps := genes.noted(config, layout.extra.counts):
         summary.notes.append(gaps)
     if maps := contacts.described(layout.extra, recipe.spec, layout.store_dtype.itemsize):
@@ -91,23 +93,27 @@ def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list
     if truncated.any():
         unseen = int((table.length[truncated] - work.embedded[truncated]).sum(dtype=np.int64)) / max(table.residues, 1)
         notes.append(
-            f"{int(truncated.sum()):,} of {n:,} proteins truncated, {_percent(unseen)} of residues not seen; --long window embeds them whole"
+            f"{int(truncated.sum()):,} of {counted(n, 'protein')} truncated, {_percent(unseen)} of residues not seen; --long window embeds them whole"
         )
     replaced = int((table.replaced > 0).sum())
     if replaced and config.invalid == "x":
         odd = int(table.replaced.sum(dtype=np.int64))
         notes.append(
-            f"{replaced:,} of {n:,} proteins hold {odd:,} residues outside the alphabet, embedded as X (column /replaced): "
+            f"{replaced:,} of {counted(n, 'protein')} with {counted(odd, 'residue')} outside the alphabet, embedded as X (column /replaced): "
             + named(table, table.replaced > 0, config)
         )
     gapped = int((table.gaps > 0).sum())
     if gapped:
         letters, how = int(table.gaps.sum(dtype=np.int64)), GAPS[config.gaps]
-        notes.append(f"{gapped:,} of {n:,} proteins hold gaps, {letters:,} letters - or ., {how} (column /gaps)")
+        notes.append(
+            f"{gapped:,} of {counted(n, 'protein')} with gaps, {counted(letters, 'letter')} - or ., {how} (column /gaps)"
+        )
     for code in (store.EMPTY, store.INVALID, store.TOO_LONG):
         skipped = work.reason == code
         if skipped.any():
-            told = f"{int(skipped.sum()):,} of {n:,} proteins skipped, their rows are NaN: {store.REASONS[code]}"
+            told = (
+                f"{int(skipped.sum()):,} of {counted(n, 'protein')} skipped, their rows are NaN: {store.REASONS[code]}"
+            )
             notes.append(f"{told}: {named(table, skipped, config)}")
     if config.pool == ("residue",):
         notes.append(
@@ -116,7 +122,7 @@ def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list
     repeated = _repeated_names(table, config) if config.shard is None else 0
     if repeated:
         notes.append(
-            f"{count(repeated)} {'shares its' if repeated == 1 else 'share their'} name with an earlier one; all are kept, one row each, in input order"
+            f"{counted(repeated, 'protein')} {'shares its' if repeated == 1 else 'share their'} name with an earlier one; all are kept, one row each, in input order"
         )
     return notes
 
@@ -138,7 +144,7 @@ def ending(recipe: Recipe, summary: report.RunReport, clock: report.Clock) -> li
     counts, output, table, config = summary.counts, recipe.output, recipe.table, recipe.config
     with store.read_embeddings(output) as file:
         skipped, reason = file.status == store.SKIPPED, file.reason[:]
-    done = f"{len(table) - int(skipped.sum()):,} of {count(len(table))} embedded"
+    done = f"{len(table) - int(skipped.sum()):,} of {counted(len(table), 'protein')} embedded"
     why = {store.REASONS[code] for code in np.unique(reason[skipped]).tolist()}
     left = f"; skipped: {named(table, skipped, config)} ({', '.join(sorted(why))})" if skipped.any() else ""
     more = [f"{told}: {n:,}" for told, n in recipe.layout.extra.counts.items() if n and not told.startswith("names of")]
@@ -215,9 +221,9 @@ def _environment(recipe: Recipe) -> dict[str, Any]:
     def chosen(value: str, asked: Any) -> str:
         return f"{value} (auto)" if asked == "auto" else value
 
-    shared = f"{len(devices)} processes on {', '.join(map(str, dict.fromkeys(devices)))}"
+    shared = f"{counted(len(devices), 'process', 'processes')} on {', '.join(map(str, dict.fromkeys(devices)))}"
     if config.engine == "ray":
-        shared = f"{len(devices)} actors of Ray at the start"
+        shared = f"{counted(len(devices), 'actor')} of Ray at the start"
     return {
         "virnucpro": virnucpro_cli.__version__,
         "torch": place.torch,

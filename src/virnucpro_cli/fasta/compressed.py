@@ -50,7 +50,7 @@ def decompressed(file: IO[bytes]) -> IO[bytes]:
 
 
 def decoder_errors() -> tuple[type[Exception], ...]:
-    """What the decompressors raise on damaged data; which of them are installed depends on the platform."""
+    """Errors of the decompressors on damaged data. The platform decides which decompressors are installed."""
     errors: list[type[Exception]] = [EOFError, OSError, ValueError, zlib.error, lzma.LZMAError]
     for module, name in (("isal.isal_zlib", "error"), ("zlib_ng.zlib_ng", "error"),
                          ("backports.zstd", "ZstdError"), ("compression.zstd", "ZstdError"),

@@ -21,7 +21,7 @@ from virnucpro_cli.fasta.reading import HEAD_BYTES, Source, open_sources
 from virnucpro_cli.fasta.table import RecordTable
 
 NUCLEOTIDE_SHARE, AMBIGUOUS_SHARE = 0.95, 0.5
-"""Of the letters of nucleotides: ACGTUN, or these and the other codes of IUPAC if ACGTUN are half and C and T or U are among them."""
+"""Least share of the letters of nucleotides: ACGTUN, or these and the other codes of IUPAC if ACGTUN are half and C and T or U are among them."""
 FEWEST_LETTERS, LOOKED_AT = 20, 32
 _PIR = re.compile(rb"(?:^|\n)>(?:P1|F1|DL|DC|RL|RC|N1|N3|XX);[^\n]*\n([^\n]*)(?=\n)")
 

@@ -112,7 +112,7 @@ class _Open:
         self.accepted: dict[Source, State] = {}
 
     def descriptor(self, source: Source) -> int:
-        """Of the file as it was opened first; the caller holds the lock. Raises UserError if another is there."""
+        """Descriptor of the file as it was opened first; the caller holds the lock. Raises UserError if another is there."""
         if source in self._files:
             self._files.move_to_end(source)
             return self._files[source].fileno()

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from virnucpro_cli import fasta, report, store
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.genes import chunks, codons, pyrodigal_gv, six_frame
 from virnucpro_cli.genes.found import Found
 from virnucpro_cli.store import disk
@@ -82,7 +82,9 @@ def find(
             if columns is None:
                 _check_free(paths, config)
                 columns = _make(paths, contigs, config, made_of, out)
-                out.print(f"{paths.proteins}: {len(columns['contig']):,} proteins of {len(contigs):,} contigs")
+                out.print(
+                    f"{paths.proteins}: {counted(len(columns['contig']), 'protein')} of {counted(len(contigs), 'contig')}"
+                )
             else:
                 out.print(f"{paths.proteins} is of the same contigs and settings, and is used")
     described = [
@@ -106,11 +108,11 @@ def find(
 
 
 def noted(config: EmbedConfig, counts: dict[str, int]) -> str | None:
-    """What became of the gaps of the contigs, in words; None without any."""
+    """A sentence on the gaps of the contigs; None without any."""
     if not counts.get("bases in gaps"):
         return None
     return (
-        f"{counts['contigs with gaps']:,} of {counts['contigs']:,} contigs have gaps ({codons.GAP} or more N in a row), of "
+        f"{counts['contigs with gaps']:,} of {counted(counts['contigs'], 'contig')} with gaps ({codons.GAP} or more N in a row), "
         f"{counts['bases in gaps']:,} bases in all: {CALLERS[config.genes].GAPS}"
     )
 
@@ -205,7 +207,7 @@ def _make(
         if not contig:
             inputs = ", ".join(source.path for source in contigs.sources)
             raise UserError(
-                f"No protein was found in the {len(contigs):,} contigs of {inputs} by --genes {config.genes}.",
+                f"No protein was found in the {counted(len(contigs), 'contig')} of {inputs} by --genes {config.genes}.",
                 "Are they long enough? --genes six-frame with a small --min-aa finds the most.",
             )
         columns: dict[str, Any] = {"contig": contig, "begin": begin, "end": end, "strand": strand, "gaps": gaps}

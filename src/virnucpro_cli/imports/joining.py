@@ -9,7 +9,7 @@ from operator import attrgetter
 import numpy as np
 
 from virnucpro_cli import fasta, store
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.imports.source import READINGS, Found, Int64
 from virnucpro_cli.layouts.layout import Entry, Keys, Layout, possible
 
@@ -68,12 +68,12 @@ def joined(
         best, theirs, ours, way = max(ways, key=lambda way: int((way[0] >= 0).sum()))
     if not (best >= 0).any():
         raise UserError(
-            f"None of the {len(found):,} proteins of {source} is in the FASTA, by {way.how}.",
+            f"None of the {counted(len(found), 'protein')} of {source} is in the FASTA, by {way.how}.",
             "Is it the FASTA that was embedded, and is --from right?",
         )
     if left_out := int((~np.isin(theirs, ours)).sum()):
         notes.append(
-            f"{left_out:,} of {len(found):,} proteins of {source} are not in the FASTA (by {way.how}) and are left out"
+            f"{left_out:,} of {counted(len(found), 'protein')} of {source} not in the FASTA (by {way.how}), and left out"
         )
     return best, way
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import virnucpro_cli
 from virnucpro_cli import fasta, store
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.imports.joining import NOWHERE, SEVERAL, Way, joined
 from virnucpro_cli.imports.source import Found, Int64
 from virnucpro_cli.layouts.layout import Layout
@@ -115,9 +115,7 @@ def _of_the_fasta(
         _check_rows(table, entry_of, told, full)
         flags[(entry_of >= 0) & (told < table.length)] |= store.TRUNCATED
     if wrong := int(((entry_of >= 0) & (told >= 0) & (told != expected)).sum()):
-        notes.append(
-            f"{wrong:,} proteins have another length than in the FASTA: were they cut, or is it another FASTA?"
-        )
+        notes.append(f"{counted(wrong, 'protein')} of another length than in the FASTA: cut, or is it another FASTA?")
     return _Records(
         entry_of, table.length, table.replaced, flags, reason, partial(table.names, full=full),
         table.text_bytes - table.residues, way,
@@ -130,7 +128,7 @@ def _check_rows(table: fasta.RecordTable, entry_of: Int64, rows: Int64, full: bo
     if len(wrong):
         (name,) = table.names(int(wrong[0]), int(wrong[0]) + 1, full=full)
         raise UserError(
-            f"{len(wrong):,} proteins do not have a row for each residue: {name!r} has {rows[wrong[0]]:,} for {table.length[wrong[0]]:,}.",
+            f"{counted(len(wrong), 'protein')} without a row for each residue: {name!r} has {rows[wrong[0]]:,} for {table.length[wrong[0]]:,}.",
             "Leave out rows of special tokens, and store means as [D]. Or is it another FASTA?",
         )
 

@@ -28,7 +28,7 @@ def is_hash(key: str, letters: int) -> bool:
 
 
 def read(path: Path) -> Iterator[Entry]:
-    """Its keys may be names as well (store_by_hash=False): then they join by name. A database of biotrainer-core is read too."""
+    """Entries of a file; keys that are names (store_by_hash=False) join by name. A database of biotrainer-core is read too."""
     if _is_database(path):
         yield from _of_database(path)
         return
@@ -58,7 +58,7 @@ def _is_database(path: Path) -> bool:
 
 
 def provenance(path: Path) -> dict[str, Any]:
-    """As an earlier export wrote it; of a database its model."""
+    """Provenance as an earlier export wrote it; of a database its model."""
     if not _is_database(path):
         return hdf5.provenance(path)
     with opened_hdf5(path) as file:

@@ -1,4 +1,4 @@
-"""What the layouts in HDF5 share: a way to write that HDF5 survives, the provenance in an attribute, a look at what is at the root."""
+"""Parts that the layouts in HDF5 share: a way to write that HDF5 survives, the provenance in an attribute, a look at what is at the root."""
 
 import json
 import os

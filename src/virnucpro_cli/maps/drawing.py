@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import tables
+from virnucpro_cli.errors import counted
 from virnucpro_cli.maps.colour import LENGTH, MOST_CLASSES, Classes, Colour, Scale
 from virnucpro_cli.maps.projection import Projection
 
@@ -195,7 +196,7 @@ def _hover(shown: Map) -> list[str]:
     """What a page says of each point."""
     words, title = shown.words, html.escape(shown.colour.title)
     return [
-        f"<b>{html.escape(name)}</b><br>{length:,} residues"
+        f"<b>{html.escape(name)}</b><br>{counted(length, 'residue')}"
         + (f"<br>{title}: {html.escape(words[i])}" if words else "")
         for i, (name, length) in enumerate(zip(shown.names, shown.lengths.tolist(), strict=True))
     ]

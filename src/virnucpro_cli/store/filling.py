@@ -311,7 +311,7 @@ class Store:
             self._write(data[a:b], offset)
 
     def _write_column(self, name: str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """As `_write_rows`, for a column that this process alone writes: near rows go out in one write, with those between them."""
+        """Write rows, see `_write_rows`, for a column that this process alone writes: near rows go out in one write, with those between them."""
         place = self.places[name]
         near = NEAR_BYTES // place.row_bytes
         starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - near - 1) > near)

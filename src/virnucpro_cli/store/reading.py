@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError
+from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError, counted
 from virnucpro_cli.kinds import KINDS, POOLED, any_by_residue, by_residue, unmasked
 from virnucpro_cli.packing import stretches
 from virnucpro_cli.store.disk import allow_open_files, checksum, partial_path
@@ -311,7 +311,7 @@ class EmbeddingFile:
 
     def __repr__(self) -> str:
         state = "" if self.complete else ", not complete"
-        return f"<EmbeddingFile {str(self.path)!r}: {len(self):,} proteins, {self.default or 'residues alone'}{state}>"
+        return f"<EmbeddingFile {str(self.path)!r}: {counted(len(self), 'protein')}, {self.default or 'residues alone'}{state}>"
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a record of that name, or of that accession."""
@@ -448,7 +448,7 @@ class EmbeddingFile:
         return rows
 
     def rows(self, name: str) -> list[int]:
-        """As `find`; raises UserError, which is a KeyError too, if there is none."""
+        """Records of a name, see `find`. Raises UserError, which is a KeyError too, if there is none."""
         if not (found := self.find(name)):
             raise Missing(f"{self.path} has no record {name!r}.", "Its names are in file.names.")
         return found
@@ -659,7 +659,7 @@ def _check_there(path: Path, named: str | Path) -> None:
 def unfinished(file: EmbeddingFile) -> str:
     """Words for how far a partial file is."""
     done = int((file.status != PENDING).sum())
-    return f"unfinished: {done:,} of {len(file):,} proteins are in {file.path.name}"
+    return f"unfinished: {done:,} of {counted(len(file), 'protein')} in {file.path.name}"
 
 
 def _reopened(path: str, identity: str) -> EmbeddingFile:

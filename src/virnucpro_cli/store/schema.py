@@ -127,7 +127,7 @@ class Distinct(NamedTuple):
 
 
 Form = Any
-"""What JSON must be: a type, a Whole, the words there are (a set), [form of each], Distinct, or {key: form}; a key with ? may lack."""
+"""A form that JSON must have: a type, a Whole, the words there are (a set), [form of each], Distinct, or {key: form}; a key with ? may lack."""
 
 _SOURCE = {"path": str, "bytes": Whole(0, 1 << 62), "sha256": str}
 FINGERPRINT: dict[str, Form] = {

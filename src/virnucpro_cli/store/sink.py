@@ -57,7 +57,7 @@ class Sink:
         return view.nbytes
 
     def readinto(self, into: Any) -> int:
-        """What is in the file, with zeros behind its end, and over it what could not be written."""
+        """Bytes of the file with zeros behind its end, and over them those that could not be written."""
         there = b"" if self._ended else os.pread(self._fd, len(into), self._at)
         found = bytearray(there.ljust(len(into), b"\0"))
         for offset, data in self._after:

@@ -16,7 +16,7 @@ from rich.console import Console
 import virnucpro_cli
 from virnucpro_cli import fasta, report, runner, store
 from virnucpro_cli.config import ValidateConfig
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.kinds import any_by_residue, by_residue, pooled, unmasked
 from virnucpro_cli.model import locate, reference
 from virnucpro_cli.model import weights as model_weights
@@ -97,8 +97,8 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
         spec, state, notes = model_weights.load(found)
         verdict.notes += notes
         judge = Reference(spec, state, device)
-        verdict.environment["sample"] = f"{len(rows):,} of {len(file):,} rows, seed {config.seed}"
-        out.print(f"reference: {len(rows):,} of {len(file):,} proteins in fp32 on {device.type}", style="dim")
+        verdict.environment["sample"] = f"{len(rows):,} of {counted(len(file), 'row')}, seed {config.seed}"
+        out.print(f"reference: {len(rows):,} of {counted(len(file), 'protein')} in fp32 on {device.type}", style="dim")
         with clock.stage("reference"):
             verdict.checks += _of_the_values(file, table, paths, rows, settings, judge, config, verdict.records)
     return verdict
@@ -151,7 +151,7 @@ def _of_the_file(
         _check(
             "complete",
             not file.complete or pending > 0,
-            f"run/complete is {int(file.complete)}, {pending:,} rows pending",
+            f"run/complete is {int(file.complete)}, {counted(pending, 'row')} pending",
         ),
         _check("input", settings["input_sha256"] != table.sha256, "the FASTA is not the one that was embedded"),
         _check(
@@ -159,7 +159,9 @@ def _of_the_file(
             settings["weights_sha256"] not in (found.sha256, store.UNKNOWN),
             f"{found.place} are not those of the run",
         ),
-        _check("records", len(table.names) != len(file), f"{len(table.names):,} in the FASTA, {len(file):,} rows"),
+        _check(
+            "records", len(table.names) != len(file), f"{len(table.names):,} in the FASTA, {counted(len(file), 'row')}"
+        ),
         _check("/embeddings", file.default != default, f"it is {file.default}, and should be {default}"),
         *_attributes(file, settings),
     ]
@@ -203,7 +205,9 @@ def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, A
         return (file.flags & bit) > 0
 
     def rows(what: str, wrong: NDArray[np.bool_]) -> Check:
-        first = f"{int(wrong.sum()):,} rows, the first {int(wrong.argmax())} ({table.names[int(wrong.argmax())]})"
+        first = (
+            f"{counted(int(wrong.sum()), 'row')}, the first {int(wrong.argmax())} ({table.names[int(wrong.argmax())]})"
+        )
         return _check(what, bool(wrong.any()), first)
 
     names = np.asarray([a != b for a, b in zip(table.names, file.names, strict=True)], np.bool_)
@@ -285,11 +289,11 @@ def _sampled(
     fits = (piece <= longest) & (table.lengths > 0)
     done = (file.status == store.DONE) & (table.lengths > 0)
     if left_out := int((done & ~fits).sum()):
-        verdict.notes.append(f"{left_out:,} proteins of more than {longest:,} residues not compared: {why}")
+        verdict.notes.append(f"{counted(left_out, 'protein')} of more than {longest:,} residues not compared: {why}")
     overflowed = np.flatnonzero(fits & (file.status == store.SKIPPED) & (file.reason == store.NOT_FINITE))
     if len(overflowed):
         verdict.notes.append(
-            f"{len(overflowed):,} rows are NaN because the run found them not finite; the first are checked"
+            f"{counted(len(overflowed), 'row')} NaN, since the run found them not finite; the first are checked"
         )
     able = np.flatnonzero(done & fits)
     if not len(able):

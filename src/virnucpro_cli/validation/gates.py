@@ -9,6 +9,7 @@ import torch
 
 from virnucpro_cli import runner
 from virnucpro_cli.config import ValidateConfig
+from virnucpro_cli.errors import counted
 from virnucpro_cli.kinds import KINDS, POOLED
 from virnucpro_cli.validation import agreement, oracle
 from virnucpro_cli.validation.oracle import Rows, Sample
@@ -178,7 +179,7 @@ class _Run:
                 here = oracle.Errors(errors.error[inside[errors.owner]], errors.owner[inside[errors.owner]])
                 below = floor.error[inside[floor.owner]]
                 yield _error_check(
-                    self.part, f"{kind}, {label} residues ({int(inside.sum())} proteins)", here, self.sample,
+                    self.part, f"{kind}, {label} residues ({counted(int(inside.sum()), 'protein')})", here, self.sample,
                     floor=f"{np.median(below):.1e} / {below.max():.1e}",
                 )  # fmt: skip
 

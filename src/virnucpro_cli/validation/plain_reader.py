@@ -45,7 +45,7 @@ def name_of(header: bytes, full: bool = False) -> str:
 
 
 def clean(text: bytes, gaps: str = "keep") -> tuple[str, int, int]:
-    """What of a record's text is embedded, the number of its residues, and how many of those were replaced by X.
+    """Text of a record that is embedded, the number of its residues, and how many of those were replaced by X.
 
     White space, one trailing `*`, and one trailing `.` that follows a residue are dropped, lower case is raised, `<mask>`
     is one token, and what is outside the alphabet becomes X. gaps: `strip` drops `-` and `.`, `x` makes them X.
