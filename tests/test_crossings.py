@@ -83,6 +83,7 @@ class Scenario:
     shards: int = 0
     virtual: bool = False
     stop_after: int | None = None
+    merge_stops_after: int | None = None
     cache: str | None = None
     group: str | None = None
     contigs: bool = False
@@ -127,7 +128,7 @@ def scenarios(draw: Callable[..., Any]) -> Scenario:
     return Scenario(
         records, tuple(decides.items()), tuple(chosen.items()), tuple(one_of(1024, 1100, 4096) for _ in range(4)),
         one_of(False, True), shards=one_of(0, 1, 2, 2, 3, 4), virtual=group is None and one_of(False, True),
-        stop_after=one_of(None, 0, 1, 2), cache=cache, group=group, contigs=one_of(*[False] * 7, True),
+        stop_after=one_of(None, 0, 1, 2), merge_stops_after=one_of(None, 0, 1, 3), cache=cache, group=group, contigs=one_of(*[False] * 7, True),
         workers=2 if dice.random() < 0.002 else 1, layout=one_of(None, None, "parquet", "keyed-h5", "biotrainer"),
     )  # fmt: skip
 
@@ -234,6 +235,24 @@ def stopped_after(packs: int | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def merge_stopped_after(blocks: int | None) -> Iterator[None]:
+    """A stop of `merge` by a signal when that many small blocks, and one more, were copied; None: no stop."""
+    with pytest.MonkeyPatch.context() as patch:
+        if blocks is not None:
+            real = merge._copied
+
+            def stopping(*of: Any) -> Iterator[int]:
+                for number, rows in enumerate(real(*of)):
+                    if number == blocks:
+                        raise Stopped(signal.SIGTERM)
+                    yield rows
+
+            patch.setattr(merge, "_copied", stopping)
+            patch.setattr(merge, "BLOCK_BYTES", 512)
+        yield
+
+
 def embedded(runs: Runs, scenario: Scenario, folder: Path) -> tuple[Path, Path]:
     """Do what the scenario says. Returns the FASTA of proteins and the file of all of them. Raises UserError."""
     fasta, output = folder / "in.fasta", folder / "out.h5"
@@ -273,7 +292,11 @@ def embedded(runs: Runs, scenario: Scenario, folder: Path) -> tuple[Path, Path]:
         except Stopped:
             runs.embed(fasta, output, **more, token_budget=scenario.budgets[-1])
     if scenario.shards:
-        merge.run(str(output), virtual=scenario.virtual)
+        try:
+            with merge_stopped_after(scenario.merge_stops_after):
+                merge.run(str(output), virtual=scenario.virtual)
+        except Stopped:
+            merge.run(str(output), virtual=scenario.virtual)
     return (genes.paths_of(output).proteins if scenario.contigs else fasta), output
 
 
