@@ -2,8 +2,10 @@
 
 import dataclasses
 import keyword
+import math
 import os
 import re
+import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,13 @@ SYNONYMS = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16
 """Names of dtypes as PyTorch has them; the short ones are stored."""
 LARGEST = 1 << 24
 MOST_WORKERS = 256
+ABOVE_0, FINITE = math.ulp(0.0), sys.float_info.max
+LIMITS = {
+    "max_residues": (1, LARGEST), "overlap": (0, LARGEST), "min_aa": (1, LARGEST), "sample": (2, 1 << 63),
+    "seed": (0, 1 << 63), "min_cosine": (-1, 1), "max_rel_l2": (ABOVE_0, FINITE), "seconds": (ABOVE_0, 86400),
+    "min_speedup": (ABOVE_0, FINITE), "min_density": (0, 1),
+}  # fmt: skip
+"""The least and the largest number that an option takes."""
 CHUNKS = (300, 500)
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 WRITTEN = ("output", "report", "qc", "plot", "save_config", "write_golden")
@@ -142,8 +151,6 @@ class EmbedConfig:
         for name, caller in (("min_aa", "six-frame"), ("chunk", "virnucpro")):
             if name in given and self.genes != caller:
                 raise UserError(f"{_option(name)} is of --genes {caller}.", "Leave it out.")
-        if self.min_aa < 1:
-            raise UserError(f"--min-aa is {self.min_aa}.", "Give 1 or more.")
         if self.chunk not in CHUNKS:
             raise UserError(f"--chunk is {self.chunk}.", f"Choose one of {', '.join(map(str, CHUNKS))}.")
 
@@ -197,12 +204,6 @@ class ValidateConfig:
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.sample < 2:
-            raise UserError(f"--sample is {self.sample}.", "Give 2 or more.")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}.", "Give 0 or more.")
-        if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:
-            raise UserError(f"--min-cosine is {self.min_cosine}.", "Give a cosine, such as 0.999.")
         of_the_file = ("layers", "dtype", "max_residues", "attention", "token_budget", "golden", "write_golden")
         given = [name for name in of_the_file if getattr(self, name) != getattr(ValidateConfig, name)]
         if self.against and given:
@@ -211,8 +212,6 @@ class ValidateConfig:
             )
         if (self.golden or self.write_golden) and self.fasta:
             raise UserError("Goldens are of proteins that ship with virnucpro.", "Leave --fasta out.")
-        if self.max_rel_l2 is not None and not self.max_rel_l2 > 0:
-            raise UserError(f"--max-rel-l2 is {self.max_rel_l2}.", "Give a relative error above 0, such as 1e-2.")
 
 
 @dataclass(frozen=True)
@@ -239,8 +238,6 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         _check(self)
-        if not 0 < self.seconds <= 86400:
-            raise UserError(f"--seconds is {self.seconds}.", "Give a number of seconds above 0.")
         unknown = [name for name in self.peers if name not in PEERS]
         if unknown:
             raise UserError(f"--peers has {', '.join(unknown)}.", choose(unknown[0], PEERS, "Choose any of"))
@@ -263,10 +260,12 @@ def _check(config: Any) -> None:
         if isinstance(given := getattr(config, name, None), str) and given in SYNONYMS:
             object.__setattr__(config, name, SYNONYMS[given])
     budgets = config.token_budget if isinstance(config.token_budget, tuple) else (config.token_budget,)
-    for name, values in (("token-budget", budgets), ("max-residues", (config.max_residues,))):
-        for value in values:
-            if isinstance(value, int) and value > LARGEST:
-                raise UserError(f"--{name} is {value}.", f"Give {LARGEST:,} or less.")
+    for name, (least, most) in LIMITS.items():
+        value = getattr(config, name, None)
+        if value is not None and not least <= value <= most:  # NaN is in no range
+            lower = "above 0" if least == ABOVE_0 else f"from {least:,}"
+            upper = "and finite" if most == FINITE else f"to {most:,}"
+            raise UserError(f"{_option(name)} is {value}.", f"Give a number {lower} {upper}.")
     for name, allowed in CHOICES.items():
         if getattr(config, name, allowed[0]) not in allowed:
             raise UserError(
@@ -276,10 +275,8 @@ def _check(config: Any) -> None:
         if value == "" and name != "output":
             raise UserError(f"{_option(name)} is empty.", "Give it a value, or leave it out.")
     for budget in budgets:
-        if budget != "auto" and (not isinstance(budget, int) or budget < 1024):
-            raise UserError(f"--token-budget is {budget}.", "Give auto or a number of tokens, 1024 or more.")
-    if config.max_residues < 1:
-        raise UserError(f"--max-residues is {config.max_residues}.", "Give 1 or more.")
+        if budget != "auto" and not (isinstance(budget, int) and 1024 <= budget <= LARGEST):
+            raise UserError(f"--token-budget is {budget}.", f"Give auto or a number of tokens, 1024 to {LARGEST:,}.")
 
 
 def bytes_of(size: str) -> int:

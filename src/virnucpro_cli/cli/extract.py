@@ -1,19 +1,31 @@
 """virnucpro extract, with the arguments of fair-esm's scripts/extract.py, which only argparse understands."""
 
 import argparse
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from virnucpro_cli.errors import EXIT_SOME_SKIPPED
+from virnucpro_cli.errors import EXIT_SOME_SKIPPED, UserError, shortened
 
 UNTOUCHED = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": list[str]()}
+OF_EMBED = {
+    "--layers": "--repr_layers",
+    "--token-budget": "--toks_per_batch",
+    "--max-residues": "--truncation_seq_length",
+}
+"""Options of embed that have another name here."""
 INCLUDE = ("mean", "per_tok", "bos", "contacts")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
         super().add_usage(usage, actions, groups, "Usage: ")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(shortened(message))
 
 
 def _positive(text: str) -> int:
@@ -24,7 +36,7 @@ def _positive(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of fair-esm's extract.py, with their defaults."""
-    found = argparse.ArgumentParser(
+    found = _Parser(
         "virnucpro extract",
         description="Write what fair-esm's extract.py writes: OUTDIR/{header}.pt for each protein, in fp32.",
         epilog="Existing files are replaced, as extract.py does. An interrupted run is resumed by the same command.\n"
@@ -45,6 +57,10 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def _renamed(text: str) -> str:
+    return re.sub("|".join(OF_EMBED), lambda option: OF_EMBED[option[0]], text)
+
+
 def extract(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="MODEL FASTA OUTDIR --include KIND...")] = None,
 ) -> None:
@@ -52,9 +68,12 @@ def extract(
     chosen = parser().parse_args(arguments or [])
     from virnucpro_cli import extract as workflow
 
-    written = workflow.run(
-        chosen.model, chosen.fasta, chosen.output, tuple(chosen.include), layers=tuple(chosen.repr_layers),
-        longest=chosen.truncation_seq_length, tokens=chosen.toks_per_batch, gpu=not chosen.nogpu,
-    )  # fmt: skip
+    try:
+        written = workflow.run(
+            chosen.model, chosen.fasta, chosen.output, tuple(chosen.include), layers=tuple(chosen.repr_layers),
+            longest=chosen.truncation_seq_length, tokens=chosen.toks_per_batch, gpu=not chosen.nogpu,
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(_renamed(error.what), _renamed(error.remedy)) from None
     if written.skipped:
         raise typer.Exit(EXIT_SOME_SKIPPED)
