@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -392,6 +393,46 @@ def save_again(path: Path, state: State) -> None:
     save_file(state, path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
+
+
+OF_THE_SPEC = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "tied": "tie_word_embeddings",
+}
+"""What is read of a model's configuration, and where it stands in config.json."""
+
+
+def another(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    return value + "x" if isinstance(value, str) else value // 2 or value + 1
+
+
+def test_every_word_of_a_configuration_decides_the_identity_or_is_refused(
+    home: Path, state: State, make_fasta: Callable[..., Path]
+) -> None:
+    """A field of the spec that is new has no name in config.json here: say what changes when it changes."""
+    heads = {name: each for name, each in weights.random_heads(TINY).items() if name.startswith("lm_head")}
+    untied = {"lm_head.decoder.weight": state["embed_tokens.weight"] + 1}
+    folder, fasta = hf_folder(home / "hf", tie_word_embeddings=False), make_fasta([20, 30])
+    save_file(state | heads | untied, folder / "model.safetensors")
+    read = set(weights._read_config(folder / "config.json")) | {each.name for each in dataclasses.fields(ModelSpec)}
+    assert read - {"name"} == set(OF_THE_SPEC)
+
+    config = json.loads((folder / "config.json").read_text())
+    options: dict[str, Any] = {"model": str(folder), "device": "cpu", "emit": ("entropy",)}
+    embed_fasta(fasta, home / "out.h5", **options)
+    before = (home / "out.h5").read_bytes()
+    for key in (*OF_THE_SPEC.values(), *weights._HF_CONFIG):
+        there = config.get(key, weights._HF_CONFIG.get(key, (None,))[0])
+        (folder / "config.json").write_text(json.dumps({**config, key: another(there)}))
+        with pytest.raises(UserError):
+            embed_fasta(fasta, home / "out.h5", **options)
+        assert (home / "out.h5").read_bytes() == before, key
+    (folder / "config.json").write_text(json.dumps(config))
+    assert embed_fasta(fasta, home / "out.h5", **options).already_complete
 
 
 @pytest.mark.parametrize("change", ["heads", "weights", "inv_freq", "untied", "contact regression"])
