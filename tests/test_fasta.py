@@ -704,18 +704,30 @@ def test_a_zstandard_file_may_begin_with_a_frame_without_content(table_of: Calla
     assert facts(table_of(frame + COMPRESS["zst"](PLAIN) + frame)) == plainly(PLAIN)
 
 
-def test_more_files_than_may_be_open_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", [24, 100])
+def test_more_files_than_may_be_open_are_read(tmp_path: Path, room: int) -> None:
     paths = [tmp_path / f"{i}.fa{'.gz' * (i % 2)}" for i in range(300)]
     for i, path in enumerate(paths):
         text = b">p%d\nMKV%s\n" % (i, b"ACDEFGHIKL"[: i % 10])
         path.write_bytes(gzip.compress(text) if i % 2 else text)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + room, limits[1]))
     try:
         table = read(*paths)
         assert table.names(0, 300) == [f"p{i}" for i in range(300)]
         assert [len(ids) for ids in table.token_ids(np.arange(300))] == [3 + i % 10 for i in range(300)]
         table.check_unchanged()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_file_that_may_not_be_opened_any_more_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">a\nMKV\n")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(UserError, match="ulimit -n"):
+            read(tmp_path / "in.fasta")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     """The options of fair-esm's extract.py, with their defaults."""
     found = _Parser(
         "virnucpro extract",
-        description="Write what fair-esm's extract.py writes: OUTDIR/{header}.pt for each protein, in fp32.",
+        description="Write what fair-esm's extract.py writes: OUTDIR/{header}.pt for each\nprotein, in fp32.",
         epilog="Existing files are replaced, as extract.py does. An interrupted run is resumed\nby the same command.\n"
         "Exit codes: 0 all done; 2 something to put right; 3 finished, but some records\nare empty and have no file.",
         formatter_class=_Help,

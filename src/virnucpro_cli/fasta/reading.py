@@ -1,7 +1,9 @@
 """FASTA texts to read: the user's files, or copies in a nameless file of what is compressed or comes through a pipe."""
 
+import errno
 import hashlib
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -22,6 +24,8 @@ BOM = b"\xef\xbb\xbf"
 SPOOL_RESERVE = 1 << 28
 """Bytes that spooling leaves free on a disk, for everybody else and for the output."""
 MOST_OPEN = 64
+SHARE_OF_OPEN = 4
+"""One in so many of the files that a process may open is the user's; the others are for libraries and the output."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,10 @@ class _Open:
         if source in self._files:
             self._files.move_to_end(source)
             return self._files[source].fileno()
-        while len(self._files) >= MOST_OPEN:
+        may_be_open, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if may_be_open == resource.RLIM_INFINITY:
+            may_be_open = SHARE_OF_OPEN * MOST_OPEN
+        while self._files and len(self._files) >= min(MOST_OPEN, may_be_open // SHARE_OF_OPEN):
             self._files.popitem(last=False)[1].close()
         file = _opened(source.place)
         assert source.state is not None
@@ -181,7 +188,8 @@ def _opened(name: str) -> IO[bytes]:
     except FileNotFoundError:
         raise UserError(f"{absent(name)}.", f"Paths are relative to {Path.cwd()}.") from None
     except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}.") from None
+        remedy = "Let this process open more files: ulimit -n 1024" if error.errno == errno.EMFILE else ""
+        raise UserError(f"{name} cannot be read: {error.strerror}.", remedy) from None
 
 
 def _new_spool(folder: Path) -> IO[bytes]:
