@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from virnucpro_cli import importing, inspect, merge, report, verify
-from virnucpro_cli.config import EmbedConfig, resolve
+from virnucpro_cli import export, importing, inspect, mapping, merge, report, search, validate, verify
+from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import locate
+from virnucpro_cli.model.spec import DEMO
 from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.timing import plot
 
@@ -101,6 +103,63 @@ def test_nothing_that_a_run_reads_is_written(
     with pytest.raises(UserError, match=r"one of the inputs|is not a regular"):
         run(str(tmp_path / read))
     assert (tmp_path / read).read_bytes() == before and not (tmp_path / "out.h5").exists()
+
+
+OF_A_VIEW: dict[str, Callable[[str, str, str], Any]] = {
+    "search x": lambda view, fasta, to: search.run(view, fasta, 1, output=to, overwrite=True),
+    "map x.tsv": lambda view, fasta, to: mapping.run(view, to, "pca", overwrite=True),
+    "export x.npy": lambda view, fasta, to: export.run(view, "npy", to, overwrite=True),
+    "inspect x": lambda view, fasta, to: inspect.run(view, to),
+    "verify x": lambda view, fasta, to: verify.run(view, report_path=to),
+}
+"""A command that reads a view of shards, and how its output must be named."""
+
+
+@pytest.mark.parametrize("command", OF_A_VIEW)
+def test_no_command_writes_over_what_it_reads_through_a_view(
+    make_fasta: Make, tiny_model: Path, tmp_path: Path, command: str
+) -> None:
+    fasta, view = str(make_fasta([20, 30, 40, 50])), str(tmp_path / "view.h5")
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    for shard in ("1/2", "2/2"):
+        embed_fasta(fasta, view, model=str(model), device="cpu", shard=shard)
+    merge.run(view, virtual=True)
+    read = [Path(view), *tmp_path.glob("view*1*2.h5"), *(model.iterdir() if command == "search x" else [])]
+    assert len(read) == 2 + 2 * (command == "search x")
+    before = [path.read_bytes() for path in read]
+    output = tmp_path / command.split()[1]
+    for path in read:
+        output.unlink(missing_ok=True)
+        output.symlink_to(path)
+        with pytest.raises(UserError, match="would overwrite"):
+            OF_A_VIEW[command](view, fasta, str(output))
+    assert before == [path.read_bytes() for path in read]
+
+
+def test_goldens_do_not_land_on_the_model_that_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    weights = locate.places(DEMO)[0] / "pytorch_model.bin"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    with pytest.raises(UserError, match="would overwrite"):
+        validate.run(ValidateConfig(write_golden=str(weights), device="cpu"))
+    assert weights.read_bytes() == b"weights"
+
+
+def test_nothing_in_the_cache_is_written_as_an_output(make_fasta: Make, tiny_model: Path, tmp_path: Path) -> None:
+    fasta, cache = str(make_fasta([20, 30])), tmp_path / "rows"
+    run = partial(embed_fasta, fasta, model=str(tiny_model), device="cpu", cache=str(cache), overwrite=True)
+    run(tmp_path / "out.h5")
+    kept = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    assert kept
+    for path in kept:
+        (tmp_path / "link.h5").symlink_to(path)
+        with pytest.raises(UserError, match="of the cache"):
+            run(tmp_path / "link.h5")
+        (tmp_path / "link.h5").unlink()
+        with pytest.raises(UserError, match="would overwrite"):
+            run(tmp_path / "more.h5", report=str(path))
+    assert kept == {path: path.read_bytes() for path in kept}
 
 
 def test_a_run_does_not_write_over_its_config_file(make_fasta: Make, tiny_model: Path, tmp_path: Path) -> None:

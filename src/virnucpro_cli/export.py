@@ -36,7 +36,7 @@ def run(
         if kinds[0].startswith(OF_GROUPS):
             rows = _GroupRows(file, kinds[0])
         named = inputs or tuple(entry["path"] for entry in file.inputs)
-        targets.check(target, layout, [path, *named], overwrite)
+        targets.check(target, layout, [path, *map(str, file.sources), *named], overwrite)
         with report.Tracker(out, len(rows), "rows") as tracker:
             if layout.key_of:
                 with clock.stage("read FASTA"):

@@ -21,7 +21,7 @@ def run(path: str, qc_path: str | None = None) -> None:
     with store.opened(path) as file:
         settings = file.settings
         inputs = [entry["path"] for entry in file.inputs]
-        report.check_places({"qc": qc_path}, [path, *inputs])
+        report.check_places({"qc": qc_path}, [path, *file.sources, *inputs])
         out.print(_contents(path, file, settings))
         out.print(_statuses(file))
         out.print(_numbers(file, settings))

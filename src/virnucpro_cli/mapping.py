@@ -24,6 +24,7 @@ def run(
     target = Path(output)
     _check(path, target, color, sample, seed, overwrite)
     with store.opened(path) as file:
+        report.check_places({"output": output}, file.sources)
         data = pooled.of(file, path, kind, layer)
         lacking = pooled.lacking(data)
         if len(data) < projection.FEWEST:

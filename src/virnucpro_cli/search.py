@@ -5,7 +5,6 @@ neither the device nor the order of a sum decides who is nearer.
 """
 
 import dataclasses
-import json
 import os
 import sys
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from rich.console import Console
 from virnucpro_cli import embed, pooled, report, runner, scratch, store, tables
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import Stopped, UserError, counted
+from virnucpro_cli.model import locate
 from virnucpro_cli.model.esm2 import exact_arithmetic
 from virnucpro_cli.pooled import Pooled
 from virnucpro_cli.validation import audit
@@ -64,6 +64,7 @@ def run(
         store.check_new(Path(output), overwrite)
     with ExitStack() as stack:
         file = stack.enter_context(store.opened(database))
+        report.check_places({"output": output}, [*file.sources, *locate.files_read(audit.model_of(file, model))])
         data = pooled.of(file, database, kind, layer)
         if not len(data):
             raise UserError(f"{database} holds no embedded protein.", "Its proteins were skipped, or not computed yet.")
@@ -72,6 +73,7 @@ def run(
         if len(data) < FEW and not raw:
             out.print(f"The mean of {counted(len(data), 'protein')} says little; --raw does without.", style="yellow")
         queries = _queries(data, database, query, model, force_protein, stack, out)
+        report.check_places({"output": output}, queries.data.file.sources)
         lacking = len(queries.data.file) - len(queries.data) if not queries.own else 0
         if lacking:
             out.print(f"{counted(lacking, 'protein')} of the query skipped, without hits", style="yellow")
@@ -227,7 +229,7 @@ def _embedded(
     folder = stack.enter_context(scratch.folder())
     policies = {name: settings[name] for name in (*SAME, "id", "dedup") if name in settings}
     config = resolve(EmbedConfig, None, {
-        "inputs": query, "output": str(Path(folder) / "queries.h5"), "model": model or json.loads(data.file.attributes["config"])["model"],
+        "inputs": query, "output": str(Path(folder) / "queries.h5"), "model": audit.model_of(data.file, model),
         "layers": data.layer, "pool": data.kind, "dtype": dtype, "store_dtype": settings["store_dtype"], "quiet": True, "force_protein": force_protein, **policies,
     })  # fmt: skip
     out.print(f"embedding {'standard input' if query == '-' else query} with {found.place}", style="dim")

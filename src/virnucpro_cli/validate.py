@@ -33,6 +33,7 @@ from virnucpro_cli.validation import audit, gates, golden, invariance, oracle, p
 from virnucpro_cli.validation.oracle import Rows, Sample
 from virnucpro_cli.validation.verdict import Verdict
 
+DEFAULT_MODEL = "demo"
 SHIPPED = ("viral_proteins.fasta", "edge_cases.fasta")
 
 
@@ -40,7 +41,7 @@ def run(config: ValidateConfig, out: Console | None = None) -> Verdict:
     """Do what `virnucpro validate` does and return the verdict. Raises UserError for what the user can put right."""
     out = out or report.console(config.quiet)
     read = [*config.fasta, *(path for path in (config.against, config.golden) if path)]
-    read += map(str, locate.files_read(config.model) if config.model else [])
+    read += map(str, locate.files_read(config.model or DEFAULT_MODEL))
     report.check_places({"report": config.report, "golden file": config.write_golden}, read)
     clock = report.Clock()
     exact_arithmetic()
@@ -88,7 +89,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
     dtype = runner.resolve_dtype(config.dtype, device)
     backend = attention_backends.resolve(config.attention, device, dtype)
     reference_device = runner.resolve_device(config.reference_device, "--reference-device")
-    found = locate.verified(locate.fetch(config.model or "demo", lambda text: out.print(text)))
+    found = locate.verified(locate.fetch(config.model or DEFAULT_MODEL, lambda text: out.print(text)))
     with clock.stage("load model"):
         spec, state, notes = model_weights.load(found)
     layers = embed.resolved_layers(config.layers or (0, spec.layers // 2, spec.layers), spec)

@@ -23,7 +23,7 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
     with store.opened(path) as file:
         settings = file.settings
         named = inputs or tuple(entry["path"] for entry in file.inputs)
-        report.check_places({"report": report_path}, [path, *named])
+        report.check_places({"report": report_path}, [path, *file.sources, *named])
         verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
         verdict.checks += _of_the_file(file)
         unit = np.arange(len(file))

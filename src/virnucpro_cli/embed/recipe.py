@@ -236,16 +236,19 @@ def _check_paths(output: Path, config: EmbedConfig, beside: list[Path]) -> None:
     store.check_destination(output)
     named = (*config.inputs, config.group_table or "-", config.contacts_for or "-")
     read = [*(Path(name) for name in named if name != "-"), *locate.files_read(config.model)]
-    if any(output.exists() and other.exists() and output.samefile(other) for other in read):
+    cached = [Path(config.cache).resolve()] if config.cache is not None else []
+    if any(output.exists() and other.exists() and output.samefile(other) for other in read) or any(
+        output.exists() and output.resolve().is_relative_to(folder) for folder in cached
+    ):
         raise UserError(
-            f"The output {output} is one of the inputs, or of the model.",
+            f"The output {output} is one of the inputs, of the model or of the cache.",
             "Choose another name; inputs are never overwritten.",
         )
     store.check_hdf5_name(output)
     if config.cache is not None and not config.dry_run:
         cache.check_place(config.cache)
     places = {"report": config.report, "qc": config.qc}
-    report.check_places(places, [*read, output, store.partial_path(output), *beside], config.overwrite)
+    report.check_places(places, [*read, *cached, output, store.partial_path(output), *beside], config.overwrite)
 
 
 def _token_budget(config: EmbedConfig, where: Where, spec: ModelSpec, layers: tuple[int, ...]) -> int:

@@ -58,7 +58,8 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
         paths = config.fasta or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))
         if not paths:
             raise UserError(f"{config.against} does not say what was embedded.", "Name it: --fasta FILE")
-        report.check_places({"report": config.report}, [config.against, *paths])
+        model = model_of(file, config.model)
+        report.check_places({"report": config.report}, [config.against, *paths, *locate.files_read(model)])
         try:
             fasta.refuse_unreadable(paths)
         except UserError as error:
@@ -104,9 +105,14 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     return verdict
 
 
+def model_of(file: store.EmbeddingFile, named: str | None) -> str:
+    """The model that is named, or else the one that the run of the file was given."""
+    return named or str(json.loads(file.attributes["config"])["model"])
+
+
 def weights_of(file: store.EmbeddingFile, path: str, named: str | None, out: Console) -> locate.Weights:
     """The weights that are named, or else those that the file at `path` names; whether they are its own is for the caller."""
-    model = named or json.loads(file.attributes["config"])["model"]
+    model = model_of(file, named)
     try:
         return locate.verified(locate.fetch(model, lambda text: out.print(text)))
     except UserError as error:
