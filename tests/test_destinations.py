@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from virnucpro_cli import export, importing, inspect, mapping, merge, report, search, validate, verify
+from virnucpro_cli import export, extract, importing, inspect, mapping, merge, report, search, status, validate, verify
 from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
@@ -245,6 +245,57 @@ def test_a_second_merge_into_one_output_is_refused(
     monkeypatch.setattr(merge, "_store", meanwhile)
     merge.run(out, overwrite=True)
     assert sorted(path.name for path in tmp_path.glob("o.h5*")) == ["o.h5"]
+
+
+LINKED: dict[str, Callable[[Path, str], Any]] = {
+    "inspect": lambda there, link: inspect.run(link),
+    "verify": lambda there, link: verify.run(link),
+    "search": lambda there, link: search.run(link, "p0"),
+    "search --query": lambda there, link: search.run(str(there), link),
+    "map": lambda there, link: mapping.run(link, f"{there}.tsv", "pca"),
+    "map --color": lambda there, link: mapping.run(str(there), f"{there}.tsv", "pca", f"{link}:host"),
+    "export": lambda there, link: export.run(link, "npy"),
+    "extract": lambda there, link: extract.run("random:8M:1", link, f"{there}.d", ("mean",)),
+    "validate --against": lambda there, link: validate.run(ValidateConfig(against=link)),
+    "embed --model": lambda there, link: embed_fasta(there.with_name("in.fasta"), f"{there}.new.h5", model=link),
+    "embed --config": lambda there, link: resolve(EmbedConfig, link, {}),
+}
+"""What opens a file that is a link to nothing."""
+
+
+@pytest.mark.parametrize("command", LINKED)
+def test_a_link_that_leads_nowhere_is_told_as_one_by_every_command(
+    make_fasta: Make, tiny_model: Path, tmp_path: Path, command: str
+) -> None:
+    embed_fasta(str(make_fasta([20, 30, 40])), tmp_path / "out.h5", model=str(tiny_model), device="cpu")
+    link = tmp_path / "link"
+    link.symlink_to("gone")
+    with pytest.raises(UserError, match=r"link is a link to gone, which is not there"):
+        LINKED[command](tmp_path / "out.h5", str(link))
+
+
+def test_an_output_link_that_leads_nowhere_is_written_where_it_leads(
+    make_fasta: Make, tiny_model: Path, tmp_path: Path
+) -> None:
+    fasta = str(make_fasta([20, 30, 40]))
+    links = {}
+    for name in ("shards.h5", "imported.h5", "tree"):
+        links[name] = tmp_path / f"link-{name}"
+        links[name].symlink_to(name)
+    for shard in ("1/2", "2/2"):
+        embed_fasta(fasta, links["shards.h5"], model=str(tiny_model), device="cpu", shard=shard)
+    assert status.run(str(links["shards.h5"]))
+    merge.run(str(links["shards.h5"]))
+    export.run(str(tmp_path / "shards.h5"), "npy", str(tmp_path / "rows.npy"))
+    importing.run(str(tmp_path / "rows.npy"), str(links["imported.h5"]), inputs=(fasta,))
+    extract.run(str(tiny_model), fasta, str(links["tree"]), ("mean",), gpu=False)
+    assert all(link.is_symlink() for link in links.values()) and (tmp_path / "tree" / "p0.pt").is_file()
+    for name in ("shards.h5", "imported.h5"):
+        with read_embeddings(tmp_path / name) as file:
+            assert file.complete and len(file) == 3
+    (tmp_path / "far").symlink_to("no/folder/x")
+    with pytest.raises(UserError, match="cannot be written there"):
+        verify.run(str(tmp_path / "shards.h5"), report_path=str(tmp_path / "far"))
 
 
 def test_an_input_link_that_leads_nowhere_is_told_as_one(tiny_model: Path, tmp_path: Path) -> None:

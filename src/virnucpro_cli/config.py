@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from virnucpro_cli.errors import UserError, choose
+from virnucpro_cli.errors import UserError, choose, unread
 from virnucpro_cli.kinds import EMITS, KINDS, OF_ALL_RESIDUES, any_by_residue
 
 CHOICES = {
@@ -307,7 +307,7 @@ def _from_toml(kind: type[Any], path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
-        raise UserError(f"The config file {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"The config file {unread(str(path), error)}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"The config file {path} is not TOML: {error}.") from None
     command = kind.__name__.removesuffix("Config").lower()

@@ -67,6 +67,12 @@ def absent(path: str) -> str:
     return f"There is no file {path}"
 
 
+def unread(path: str, error: OSError) -> str:
+    """The words for a path that exists by its name and does not open: a link that leads nowhere, or what the system says."""
+    lost = isinstance(error, FileNotFoundError) and os.path.islink(path)
+    return absent(path) if lost else f"{path} cannot be read: {error.strerror}"
+
+
 def choose(given: str, allowed: Sequence[str], how: str = "Choose one of") -> str:
     """The remedy for a word that is none of those allowed: the nearest, if any is near, and all."""
     near = get_close_matches(given, allowed, 1)

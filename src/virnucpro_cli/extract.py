@@ -23,7 +23,7 @@ from rich.console import Console
 
 from virnucpro_cli import embed, fasta, report, store
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import Stopped, UserError, counted
+from virnucpro_cli.errors import Stopped, UserError, counted, unread
 from virnucpro_cli.layouts.layout import encodable
 from virnucpro_cli.model import locate
 
@@ -125,7 +125,7 @@ def _write(
 
 def _folder(folder: Path) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.resolve().mkdir(parents=True, exist_ok=True)  # a link may name a folder that is not there yet
     except OSError as error:
         raise UserError(f"The directory {folder} cannot be made: {error.strerror}.", "Choose another OUTDIR.") from None
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -168,7 +168,7 @@ def _state(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise UserError(f"The FASTA {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"The FASTA {unread(path, error)}.") from None
     return status.st_size, status.st_mtime_ns
 
 
@@ -183,7 +183,7 @@ def _spooled(path: str, spool: Path) -> str:
         with sys.stdin.buffer if path == "-" else open(path, "rb") as source, open(copy, "wb") as into:
             shutil.copyfileobj(source, into)
     except OSError as error:
-        raise UserError(f"The FASTA {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"The FASTA {unread(path, error)}.") from None
     return str(copy)
 
 

@@ -26,7 +26,7 @@ def run(
     """Import `source`, of the layout `name` or of what it looks like. inputs: the FASTA that was embedded; model, layer: what made
     the rows, where the source does not say it (or which of its layers to take). Raises UserError for what cannot be.
     """
-    out, clock, target = out or report.console(), report.Clock(), Path(output)
+    out, clock, target = out or report.console(), report.Clock(), store.behind(Path(output))
     summary = report.RunReport("import")
     layout = _layout_of(source, name)
     store.check_destination(target)

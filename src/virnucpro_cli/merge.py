@@ -50,7 +50,7 @@ def run(
     """Merge the shards of `output`; count: of how many, if there are several sets; virtual: into a view of them, which holds no
     rows of its own and has them in the order of the shards. Raises UserError for what is missing or differs.
     """
-    target = Path(output)
+    target = store.behind(Path(output))
     store.check_destination(target)
     out, clock = report.console(), report.Clock()
     summary = report.RunReport("merge")

@@ -93,7 +93,7 @@ def check_places(written: dict[str, str | None], read: Iterable[str | Path], ove
     wanted = {option: Path(path) for option, path in written.items() if path and path != "-"}
     others = [Path(path) for path in read]
     for option, path in wanted.items():
-        if path.is_dir() or not path.absolute().parent.is_dir():
+        if path.is_dir() or not path.absolute().parent.is_dir() or not path.resolve().parent.is_dir():
             raise UserError(
                 f"The {option} {path} cannot be written there.",
                 f"Name a file in a folder that exists{_folder_to_make(path)}.",

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from virnucpro_cli import embed, pooled, report, runner, scratch, store, tables
 from virnucpro_cli.config import EmbedConfig, resolve
-from virnucpro_cli.errors import Stopped, UserError, counted
+from virnucpro_cli.errors import Stopped, UserError, absent, counted, unread
 from virnucpro_cli.model import locate
 from virnucpro_cli.model.esm2 import exact_arithmetic
 from virnucpro_cli.pooled import Pooled
@@ -168,6 +168,8 @@ def _queries(
 ) -> Queries:  # fmt: skip
     """What the word after --query stands for. A file of that name comes before a protein of that name."""
     if query != "-" and not os.path.exists(query):
+        if os.path.islink(query):
+            raise UserError(f"The query {absent(query)}.", "Put the file there, or name another.")
         named = data.file.find(query)
         if not named:
             raise UserError(
@@ -190,7 +192,7 @@ def _is_hdf5(path: str) -> bool:
         with open(path, "rb") as file:
             return file.read(len(store.HDF5_MAGIC)) == store.HDF5_MAGIC
     except OSError as error:
-        raise UserError(f"The query {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"The query {unread(path, error)}.") from None
 
 
 def _of_file(data: Pooled, database: str, query: str, stack: ExitStack, out: Console) -> Pooled:

@@ -14,7 +14,7 @@ def run(output: str) -> bool:
 
     Raises UserError if there is neither a shard nor the output itself.
     """
-    target = Path(output)
+    target = store.behind(Path(output))
     out = report.stdout()
     found = shards.files_of(target)
     merged = store.fingerprint_of(target) if target.exists() else None

@@ -13,7 +13,7 @@ from hashlib import sha256
 from typing import IO, Any
 
 from virnucpro_cli import fasta
-from virnucpro_cli.errors import UserError, counted
+from virnucpro_cli.errors import UserError, counted, unread
 
 
 class Dialect(csv.excel_tab):
@@ -42,8 +42,12 @@ class Lines:
                     self.digest.update(self._encoded(line))
                     yield line
         except fasta.decoder_errors() as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"The table {self.path} cannot be read: {reason}.") from None
+            words = (
+                unread(str(self.path), error)
+                if isinstance(error, OSError) and error.strerror
+                else f"{self.path} cannot be read: {error}"
+            )
+            raise UserError(f"The table {words}.") from None
 
     def _encoded(self, line: str) -> bytes:
         try:

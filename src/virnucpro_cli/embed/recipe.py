@@ -41,9 +41,7 @@ def target(config: EmbedConfig) -> Target:
         raise UserError(
             "An input FASTA and an output file are needed.", "virnucpro embed proteins.fasta -o embeddings.h5"
         )
-    output = Path(config.output)
-    if output.is_symlink():
-        output = output.resolve()  # the file that it names, not the link
+    output = store.behind(Path(config.output))
     shard, whole = None if config.shard is None else shards.parse(config.shard), output
     if config.shard is not None and shard is not None:
         shards.check_one_set(config.shard, shard, whole)

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, absent
 from virnucpro_cli.model.spec import PUBLISHED_SHA256, SHORT_NAMES, ModelSpec, by_name
 from virnucpro_cli.store import disk
 
@@ -81,6 +81,8 @@ def locate(model: str) -> Weights | None:
     if spec is None or (model.lower() not in _plain_names() and Path(model).exists()):
         path = Path(os.path.expanduser(model))
         if not path.exists():
+            if path.is_symlink():
+                raise UserError(f"The model {absent(str(path))}.", "Put the weights there, or name them with --model.")
             raise _unknown_model(model)
         return _at_path(path, str(path))
     for place in places(spec):

@@ -6,6 +6,7 @@ disk: rows are synced before the status bytes that vouch for them. The file is `
 
 from virnucpro_cli.store.disk import (
     allow_open_files,
+    behind,
     check_destination,
     check_free_space,
     check_hdf5_name,

@@ -55,8 +55,14 @@ def partial_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def behind(output: Path) -> Path:
+    """The file that a link names, whether it is there or not; else the path itself."""
+    return output.resolve() if output.is_symlink() else output
+
+
 def check_destination(output: Path) -> None:
     """Raise UserError unless `output` could be created or replaced where it is."""
+    output = behind(output)
     folder = output.parent
     if output.is_dir():
         raise UserError(f"The output {output} is a directory.", "Name a file, such as out.h5.")
@@ -421,5 +427,5 @@ def check_new(output: Path, overwrite: bool) -> None:
 def new_file(output: Path, overwrite: bool) -> Iterator[IO[bytes]]:
     """A file that gets its name when it is whole and on disk, and that is gone if the block fails; see `check_new`."""
     check_new(output, overwrite)
-    with written_whole(output.resolve() if output.is_symlink() else output, overwrite) as file:
+    with written_whole(behind(output), overwrite) as file:
         yield file

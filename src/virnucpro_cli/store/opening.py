@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.errors import UserError, in_a_line, unread
 from virnucpro_cli.store.schema import (
     BYTES,
     HDF5_MAGIC,
@@ -73,9 +73,7 @@ def opened_hdf5(path: Path) -> h5py.File:
         with open(path, "rb") as start:
             ours = start.read(len(HDF5_MAGIC)) == HDF5_MAGIC
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}.", "Name a file that virnucpro embed wrote."
-        ) from None
+        raise UserError(f"{unread(str(path), error)}.", "Name a file that virnucpro embed wrote.") from None
     if not ours:
         raise UserError(
             f"{path} is not an HDF5 file, or damaged at its very start.", "Name a file that virnucpro embed wrote."

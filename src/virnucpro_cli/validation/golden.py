@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from virnucpro_cli.config import ValidateConfig
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, absent
 from virnucpro_cli.model import locate
 from virnucpro_cli.validation import agreement
 from virnucpro_cli.validation.gates import SEMANTICS_GATES
@@ -39,6 +39,8 @@ def check(config: ValidateConfig, found: locate.Weights, fast: Rows, truth: Rows
         with safe_open(config.golden, "np") as file:
             about = file.metadata() or {}
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise UserError(f"{absent(config.golden)}.", "virnucpro validate --write-golden FILE makes one.") from None
     except Exception as cause:  # of safetensors: damaged or absent
         raise UserError(f"The golden file {config.golden} cannot be read: {cause}.") from None
     wrong = ["records"] if about.get("records") != json.dumps(RECORDS) else []
