@@ -404,3 +404,14 @@ def test_every_public_name_is_in_the_readme_with_its_parameters() -> None:
 
 def test_types_are_part_of_the_package() -> None:
     assert (ROOT / "src" / "virnucpro_cli" / "py.typed").is_file()
+
+
+def test_names_are_strings_however_they_are_asked_for(
+    make_fasta: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    embed_fasta(make_fasta([9, 8, 7, 6, 5]), tmp_path / "out.h5", model=str(tiny_model), device="cpu")
+    with read_embeddings(tmp_path / "out.h5") as file:
+        names = file.names
+        assert names[3] == names[np.int64(3)] == names[-2] == "p3" and type(names[np.int32(3)]) is str
+        assert names[2:5] == ["p2", "p3", "p4"] and all(type(name) is str for name in names)
+        assert file.names_at(np.array([4, 0])) == ["p4", "p0"] and len(names) == len(file)
