@@ -159,11 +159,11 @@ class Runs:
         embed_fasta(fasta, output, **given | options)
 
     def alone(self, text: str, decides: tuple[tuple[str, Any], ...]) -> Alone:
-        """What is known of a record; of a policy for gaps by a text that has none, with a letter outside the alphabet for `x`."""
+        """What is known of a record; of a policy for gaps by a text that has none, with X for `x`."""
         gaps = dict(decides).get("gaps")
         if gaps in ("strip", "x"):
             text = re.sub(r"(?<![.-])\.$", "", text)
-            text = re.sub("[-.]", "" if gaps == "strip" else "J", text)
+            text = re.sub("[-.]", "" if gaps == "strip" else "X", text)
             decides = tuple({**dict(decides), "gaps": "keep"}.items())
         key = text, decides
         if key not in self.known:

@@ -1,6 +1,7 @@
 """What a run may write to, and what it survives losing: inputs are safe, links are followed, a dead terminal is no fault."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -305,3 +306,40 @@ def test_an_input_link_that_leads_nowhere_is_told_as_one(tiny_model: Path, tmp_p
         embed_fasta(str(link), str(tmp_path / "o.h5"), model=str(tiny_model), device="cpu")
     with pytest.raises(UserError, match=r"in\.fasta is a link to gone\.fasta, which is not there"):
         importing.run(str(link), str(tmp_path / "o.h5"))
+
+
+def test_a_file_of_others_with_the_name_of_a_lock_is_never_removed(
+    make_fasta: Make, tiny_model: Path, tmp_path: Path
+) -> None:
+    """What this program makes and removes is known by being empty, or by a name that has its own in it."""
+    proteins, contigs = make_fasta([20, 30]), tmp_path / "contigs.fna"
+    contigs.write_text(">c\n" + "ATGGCTAAAGTTCTGGGTGAA" * 20 + "\n")
+    options = {"model": str(tiny_model), "device": "cpu"}
+    embed_fasta(proteins, tmp_path / "out.h5", **options)
+    for shard in ("1/2", "2/2"):
+        embed_fasta(proteins, tmp_path / "s.h5", **options, shard=shard)
+    commands: dict[str, Callable[[], Any]] = {
+        "s.h5.merging": lambda: merge.run(str(tmp_path / "s.h5")),
+        "c.proteins.faa.lock": lambda: embed_fasta(
+            contigs, tmp_path / "c.h5", **options, from_="contigs", genes="six-frame"
+        ),
+        ".x.npy.virnucpro-partial.lock": lambda: export.run(str(tmp_path / "out.h5"), "npy", str(tmp_path / "x.npy")),
+    }
+    for name, command in commands.items():
+        (tmp_path / name).write_text("theirs")
+        with pytest.raises(UserError, match=f"{re.escape(name)} is in the way"):
+            command()
+        assert (tmp_path / name).read_text() == "theirs"
+        (tmp_path / name).unlink()
+        command()
+    (tmp_path / "p.h5.partial.new").write_text("theirs")
+    embed_fasta(proteins, tmp_path / "p.h5", **options)
+    assert (tmp_path / "p.h5.partial.new").read_text() == "theirs"
+
+
+def test_a_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    script = f"cd {tmp_path}/gone && rmdir ../gone && {sys.executable} -m virnucpro_cli status {tmp_path}/out.h5"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "The current folder is not there any more" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -159,6 +159,21 @@ def test_no_header_leaves_the_directory(tmp_path: Path, tiny: Path, capsys: pyte
     assert "impossible as names of files" in capsys.readouterr().err
 
 
+def test_a_label_that_is_anothers_folder_is_a_file_beside_it() -> None:
+    first, second = paths_of(["a", "a.pt/b"])
+    assert second == Path("a.pt/b.pt") and first not in second.parents and first.parent == Path(".")
+
+
+def test_a_link_in_the_directory_leads_no_file_out_of_it(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "away").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").symlink_to("../away")
+    (tmp_path / "in.fasta").write_text(">a/x\nMKVLA\n")
+    with pytest.raises(UserError, match="leads out of"):
+        extract.run(str(tiny_model), str(tmp_path / "in.fasta"), str(tmp_path / "out"), ("mean",), gpu=False)
+    assert not list((tmp_path / "away").iterdir())
+
+
 @given(
     st.lists(
         st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(codec="utf-8", exclude_characters="\n"))), unique=True

@@ -11,6 +11,7 @@ import random
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from virnucpro_cli import fasta, tables
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import RecordTable
+from virnucpro_cli.fasta.compressed import PROGRAMS
 
 try:
     from compression import zstd  # Python 3.14
@@ -587,24 +589,39 @@ def test_a_comment_is_refused_with_its_line(table_of: Callable[..., RecordTable]
         table_of(ends.join(lines))
 
 
+@pytest.mark.parametrize("kind", ["plain", *COMPRESS])
+@pytest.mark.parametrize("ends", [b"\n", b"\r"])
+def test_the_remedy_for_comments_leaves_a_file_without_them(tmp_path: Path, kind: str, ends: bytes) -> None:
+    text = ends.join([b">p1", b"MKV", b"# a remark", b">p2", b"ML", b""])
+    path = tmp_path / "in.fasta"
+    path.write_bytes(COMPRESS[kind](text) if kind != "plain" else text)
+    with pytest.raises(UserError, match="is a comment") as caught:
+        fasta.index(fasta.open_sources([str(path)], tmp_path))
+    if kind != "plain" and shutil.which(PROGRAMS[kind]) is None:
+        pytest.skip(f"{PROGRAMS[kind]} is not installed")
+    subprocess.run(caught.value.remedy.partition(": ")[2], shell=True, cwd=tmp_path, check=True)
+    clean = fasta.index(fasta.open_sources([str(tmp_path / "without-comments.fasta")], tmp_path))
+    assert clean.length.tolist() == [3, 2]
+
+
 def test_a_pir_file_is_refused_with_the_line_of_its_title(table_of: Callable[..., RecordTable]) -> None:
     with pytest.raises(UserError, match=r"in\.fasta line 6 is the title of a PIR record"):
         table_of(b">a;b\nMKV\n>P1;b\nMKV\n>P1;PROT1\nFIRST PROTEIN\nEAK\nMKF*\n")
     assert len(table_of(b">P1;size=100\nMKVLAG\nMKV\n")) == 1, "the name alone makes no PIR"
 
 
-GAPPED = [b"MK-VL.AG", b"--MKVLAG--", b"MKVL.", b"M<mask>-KV.", b"..--", b"MKV-*", b"m-k-v-*", b"MKVLAG"]
+GAPPED = [b"MK-VL.AG", b"--MKVLAG--", b"MKVL.", b"M<mask>-KV.", b"..--", b"MKV-*", b"m-k-v-*", b"MKVLAG", b".", b"-"]
 
 
 def test_gaps_are_counted_and_kept_as_fair_esm_has_them(table_of: Callable[..., RecordTable]) -> None:
     content = b"".join(b">%d\n%s\n" % (i, text) for i, text in enumerate(GAPPED))
     table = table_of(content)
     assert facts(table) == plainly(content)
-    assert table.gaps.tolist() == [2, 4, 0, 1, 4, 1, 3, 0]
+    assert table.gaps.tolist() == [2, 4, 0, 1, 4, 1, 3, 0, 0, 1]
 
 
 @pytest.mark.parametrize("size", [7, 16, 1 << 20])
-@pytest.mark.parametrize(("policy", "letter"), [("strip", b""), ("x", b"j")])
+@pytest.mark.parametrize(("policy", "letter"), [("strip", b""), ("x", b"x")])
 def test_a_policy_for_gaps_reads_what_a_file_without_them_says(
     table_of: Callable[..., RecordTable],
     tmp_path: Path,
@@ -613,7 +630,7 @@ def test_a_policy_for_gaps_reads_what_a_file_without_them_says(
     letter: bytes,
     size: int,
 ) -> None:
-    """`x` reads a gap as any letter outside the alphabet."""
+    """`x` reads a gap as X, which is in the alphabet: --invalid has nothing to say of it."""
     monkeypatch.setattr(fasta.reading, "READ_BYTES", size)
     texts = [re.sub(rb"(?<![.-])\.$", b"", text) for text in GAPPED]
     other = b"".join(b">%d\n%s\n" % (i, re.sub(rb"[.-]", letter, text)) for i, text in enumerate(texts))
@@ -624,7 +641,7 @@ def test_a_policy_for_gaps_reads_what_a_file_without_them_says(
     found = facts(table)
     assert (found.ids, found.lengths, found.replaced) == (expected.ids, expected.lengths, expected.replaced)
     assert found.unique_of == expected.unique_of
-    assert table.gaps.tolist() == [2, 4, 0, 1, 4, 1, 3, 0]
+    assert table.gaps.tolist() == [2, 4, 0, 1, 4, 1, 3, 0, 0, 1]
     assert table.tokens(np.arange(len(table))).tolist() == [i for ids in expected.ids for i in ids]
 
 
@@ -747,12 +764,20 @@ def test_a_change_with_its_time_put_back_is_noticed_and_a_new_link_is_none(tmp_p
 def test_spooling_leaves_room_on_the_disk(
     table_of: Callable[..., RecordTable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = iter([1 << 40, 1 << 20])
+    free = iter([1 << 40, 1 << 40, 1 << 20])
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
     monkeypatch.setattr(fasta.reading, "READ_BYTES", 64)
-    with pytest.raises(UserError, match=r"in\.fasta cannot be spooled to .*GB are free there"):
+    with pytest.raises(UserError, match=r"in\.fasta cannot be spooled to .*MB are free there"):
         table_of(gzip.compress(b">a\n" + b"M" * 20_000))
+
+
+def test_a_small_disk_is_enough_for_a_small_file(
+    table_of: Callable[..., RecordTable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100 << 20))
+    assert len(table_of(gzip.compress(b">a\nMKV\n"))) == 1
 
 
 # Streams of compressed files, and pipes of tables

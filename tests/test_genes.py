@@ -623,7 +623,7 @@ def test_a_stop_while_genes_are_found_leaves_nothing(tmp_path: Path, tiny_model:
     (tmp_path / "in.fna").write_text("".join(f">c{i}\n{dna}\n" for i in range(40)))
     command = [sys.executable, "-m", "virnucpro_cli", "embed", "in.fna", "-o", "out.h5", "--from", "contigs"]
     run = subprocess.Popen([*command, "--model", str(tiny_model)], cwd=tmp_path, stderr=subprocess.PIPE)
-    while not (tmp_path / "out.proteins.faa.new").exists():
+    while not (tmp_path / "out.proteins.faa.virnucpro-new").exists():
         assert run.poll() is None
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)

@@ -294,6 +294,21 @@ def test_a_full_disk_is_one_message_of_the_target_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["mean", "residue"])
+def test_scikit_bio_knows_a_protein_by_a_letter_for_each_residue(tiny_model: Path, tmp_path: Path, kind: str) -> None:
+    path, out = tmp_path / "in.fasta", tmp_path / "out.h5"
+    path.write_text(">stop\nMKV.\n>masked\nM<mask>V\n>gap\nM-V\n>star\nMKVL*\n")
+    embed_fasta(path, out, model=str(tiny_model), device="cpu", pool=("mean", "residue"))
+    target, back = tmp_path / "x.skbio.h5", tmp_path / "back.h5"
+    export.run(str(out), "scikit-bio", str(target), (kind,))
+    keys = [entry.key for entry in layouts.named("scikit-bio").read(target)]
+    assert keys == ["MKV", "MXV", "M-V", "MKVL"]
+    importing.run(str(target), str(back), "scikit-bio", (str(path),))
+    with store.read_embeddings(out) as file, store.read_embeddings(back) as again:
+        assert (again.status == store.DONE).all()
+        np.testing.assert_allclose(again.dataset(kind, 2)[:], file.dataset(kind, 2)[:], rtol=1e-3)
+
+
 FOLDERS = [layout.name for layout in layouts.LAYOUTS if layout.folder]
 
 

@@ -5,6 +5,7 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_a_signal_that_a_library_would_swallow_stops_the_run_too(there: Path, tm
     line = commands(there, tmp_path)["embed"]
     _, code, seen = ran(line, trap=TRAPS[trap])
     assert seen and code == 128 + signal.SIGTERM
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(tmp_path.glob("*new"))
     assert ran(line)[1] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.h5"]
 
@@ -231,3 +232,19 @@ def test_a_signal_at_any_moment_stops_any_command_and_the_same_command_goes_on(
         if name in ("embed", "contigs", "merge", "import"):
             first, second = datasets(path), datasets(out / path.name)
             assert all(first[each].tobytes() == second[each].tobytes() for each in first)
+
+
+@pytest.mark.parametrize("place", ["virnucpro_cli.cli.at_home", "virnucpro_cli.cli._check_current_folder"])
+def test_a_stop_before_the_command_has_begun_is_orderly(place: str) -> None:
+    module, _, name = place.rpartition(".")
+    program = f"import os, {module} as m; m.{name} = lambda *a: os.kill(os.getpid(), 15); m.main(['status', 'x'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 143 and "stopped by SIGTERM" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_interrupt_while_the_program_is_imported_is_no_traceback() -> None:
+    program = "import sys; sys.modules['typer'] = None; import virnucpro_cli.__main__ as m; import builtins; real = builtins.__import__\n"
+    program += "def stopping(name, *of):\n    if name == 'typer': raise KeyboardInterrupt\n    return real(name, *of)\n"
+    program += "builtins.__import__ = stopping; m.main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and done.stderr == "stopped by SIGINT; nothing was written.\n"

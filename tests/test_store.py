@@ -434,7 +434,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> Non
 
 def test_a_second_writer_leaves_the_first_ones_unfinished_layout_alone(tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
-    new = tmp_path / "out.h5.partial.new"
+    new = tmp_path / "out.h5.partial.virnucpro-new"
     with open(new, "w") as theirs:
         fcntl.flock(theirs, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="Another run"):
@@ -444,7 +444,7 @@ def test_a_second_writer_leaves_the_first_ones_unfinished_layout_alone(tmp_path:
 
 def test_an_abandoned_layout_is_no_obstacle(tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
-    (tmp_path / "out.h5.partial.new").write_bytes(b"\x89HDF half a layout" * 1000)
+    (tmp_path / "out.h5.partial.virnucpro-new").write_bytes(b"\x89HDF half a layout" * 1000)
     Store.create(output, layout()).close()
     assert [p.name for p in tmp_path.iterdir()] == ["out.h5.partial"]
 

@@ -54,6 +54,8 @@ NUCLEOTIDE_CODES: Final = frozenset(CODES[byte] for byte in b"ACGTUN")
 
 IUPAC_CODES: Final = frozenset(CODES[byte] for byte in b"ACGTUNRYSWKMBDHV")
 GAPS: Final = b"-."
+NO_GAPS: Final = bytes(INVALID if byte in GAPS else code for byte, code in enumerate(CODES))
+"""As CODES, for those who have gaps as letters outside the alphabet."""
 LETTERS_BUT_GAPS: Final = bytes(byte for byte in range(256) if byte not in GAPS)
 DASH: Final = TOKENS.index("-")
 DOT: Final = TOKENS.index(".")
@@ -74,7 +76,7 @@ def letters(gaps: str = "keep") -> Letters:
             bytes(SPACE if byte in GAPS else code for byte, code in enumerate(CODES)), TOKEN_IDS, WHITE_SPACE + GAPS
         )
     if gaps == "x":
-        codes = bytes(INVALID if byte in GAPS else code for byte, code in enumerate(CODES))
+        codes = bytes(X if byte in GAPS else code for byte, code in enumerate(CODES))
         return Letters(codes, bytes(code if code < len(TOKENS) else X for code in codes), WHITE_SPACE)
     return KEEP
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from virnucpro_cli import embed, fasta, report, store
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import Stopped, UserError, counted, unread
+from virnucpro_cli.errors import Busy, Stopped, UserError, counted, unread
 from virnucpro_cli.layouts.layout import encodable
 from virnucpro_cli.model import locate
 
@@ -138,7 +138,7 @@ def _alone(own: Path, path: str) -> Iterator[None]:
     """Hold the lock of this run's hidden files. Raises UserError if another process has it."""
     try:
         held, _ = store.create_locked(own.with_suffix(".lock"))
-    except UserError:
+    except Busy:
         raise UserError(f"Another extract of {path} is writing into {own.parent} now.", "Wait for it to end.") from None
     try:
         yield
@@ -188,8 +188,13 @@ def _spooled(path: str, spool: Path) -> str:
 
 
 def _check_places(folder: Path, places: list[Path], read: list[str | Path]) -> None:
-    """Raise UserError if the file of a header would replace one that is read."""
-    taken = {os.path.realpath(path) for path in read}
+    """Raise UserError if the file of a header would replace one that is read, or lies outside of the folder."""
+    taken, inside = {os.path.realpath(path) for path in read}, folder.resolve()
+    for parent in sorted({place.parent for place in places}):
+        if not (folder / parent).resolve().is_relative_to(inside):
+            raise UserError(
+                f"{folder / parent} leads out of {folder}.", "Take the link away, or choose another OUTDIR."
+            )
     for place in places:
         if os.path.realpath(folder / place) in taken:
             raise UserError(f"{folder / place} would be replaced, which this run reads.", "Choose another OUTDIR.")
@@ -216,10 +221,10 @@ def paths_of(labels: list[str]) -> list[Path]:
 
     A label that would leave the directory, or is too long for a file's name, is changed as little as that needs.
     """
-    taken: set[str] = set()
+    paths = [_below(f"{label}.pt") for label in labels]
+    taken = {parent.as_posix() for path in paths for parent in Path(path).parents}  # no file can have a folder's name
     found = []
-    for label in labels:
-        path = _below(f"{label}.pt")
+    for label, path in zip(labels, paths, strict=True):
         if path in taken:
             path = f"{path[:-3]}-{_short_hash(label)}.pt"
         taken.add(path)

@@ -74,7 +74,7 @@ def _layout_of(source: str, name: str | None) -> Layout:
     if name is not None:
         return layouts.named(name)
     if store.fingerprint_of(Path(source)) is not None:
-        raise UserError(f"{source} is already a file of embed's.")
+        raise UserError(f"{source} is already a file of embed's.", "Nothing is to be imported: use it as it is.")
     layout = layouts.guessed(Path(source))
     if layout is None:
         raise UserError(

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import contacts, groups, report, shards, store
-from virnucpro_cli.errors import UserError, counted
+from virnucpro_cli.errors import Busy, UserError, counted
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.packing import stretches
 from virnucpro_cli.store.disk import disk_error
@@ -103,7 +103,7 @@ def _alone(output: Path) -> Iterator[None]:
     path = output.with_name(f"{output.name}.merging")
     try:
         held, _ = store.create_locked(path)
-    except UserError:
+    except Busy:
         raise UserError(f"Another merge is writing {output} now.", "Wait for it to end.") from None
     except OSError as error:
         raise disk_error(error, output, resumable=False) from None

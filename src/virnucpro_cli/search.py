@@ -192,7 +192,9 @@ def _is_hdf5(path: str) -> bool:
         with open(path, "rb") as file:
             return file.read(len(store.HDF5_MAGIC)) == store.HDF5_MAGIC
     except OSError as error:
-        raise UserError(f"The query {unread(path, error)}.") from None
+        raise UserError(
+            f"The query {unread(path, error)}.", "Give a FASTA file, a file of embed, or a protein's name."
+        ) from None
 
 
 def _of_file(data: Pooled, database: str, query: str, stack: ExitStack, out: Console) -> Pooled:

@@ -70,9 +70,10 @@ def main(arguments: list[str] | None = None) -> Any:
     open_streams()
     stopper = stopping.install()
     code, raised = EXIT_OK, None
-    arguments = [at_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     try:
         try:
+            _check_current_folder()
+            arguments = [at_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
             code = app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
             sys.stdout.flush()
         finally:
@@ -87,6 +88,16 @@ def main(arguments: list[str] | None = None) -> Any:
     with suppress(UserError):
         sys.stdout.flush()
     sys.exit(code)
+
+
+def _check_current_folder() -> None:
+    """Raise UserError if it is gone, without which no relative name means anything, and some libraries end the process."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError(
+            "The current folder is not there any more.", "cd to one that is, and run the command again."
+        ) from None
 
 
 def _stopped(signum: int, stop: BaseException | None) -> int:

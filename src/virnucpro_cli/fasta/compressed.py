@@ -18,6 +18,8 @@ MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f
 SKIPPABLE = tuple(bytes([0x50 + i, 0x2A, 0x4D, 0x18]) for i in range(16))
 """First bytes of a frame without content, with which pzstd begins (RFC 8878, section 3.1.2)."""
 LONGEST_MAGIC = 6
+PROGRAMS = {"gz": "gzip", "bz2": "bzip2", "xz": "xz", "zst": "zstd"}
+"""Each prints the plain bytes of a file with -dc."""
 
 
 def kind_of(first: bytes) -> str | None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import alphabet, scratch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import reading
+from virnucpro_cli.fasta.compressed import LONGEST_MAGIC, PROGRAMS, kind_of
 from virnucpro_cli.fasta.lines import invalid_residue, line_number
 from virnucpro_cli.fasta.reading import HEAD_BYTES, Source, open_sources
 from virnucpro_cli.fasta.table import RecordTable
@@ -48,7 +50,7 @@ def index(
             part = _index_chunk(chunk, source, at, gaps, letters)
             if no_gaps and part.gaps.any():
                 first = at + int(part.offset[np.flatnonzero(part.gaps)[0]])
-                raise invalid_residue(source, first, alphabet.letters("x").codes)
+                raise invalid_residue(source, first, alphabet.NO_GAPS, kept=gaps == "keep")
             if on_invalid == "error" and part.replaced.any():
                 first = at + int(part.offset[np.flatnonzero(part.replaced)[0]])
                 raise invalid_residue(source, first, letters.codes)
@@ -134,8 +136,19 @@ _IS_COMMENT = np.isin(np.arange(256), list(b";#!"))
 def _comment(source: Source, offset: int, mark: str) -> UserError:
     return UserError(
         f"{source.path} line {line_number(source, offset):,} is a comment: it begins with {mark!r}.",
-        f"Take such lines out: grep -v '^{mark}' {source.path} > without-comments.fasta",
+        f"Take such lines out: {_lines_of(source)}grep -v '^{mark}' > without-comments.fasta",
     )
+
+
+def _lines_of(source: Source) -> str:
+    """The start of a command that takes lines out of a source, whatever compresses the file and ends its lines."""
+    try:
+        with open(source.path, "rb") as file:
+            program = PROGRAMS.get(kind_of(file.read(LONGEST_MAGIC)) or "")
+    except OSError:  # a pipe
+        return ""
+    shown = f"{program} -dc {shlex.quote(source.path)} | " if program else f"< {shlex.quote(source.path)} "
+    return shown + ("tr '\\r' '\\n' | " if b"\r" in source.read_raw(0, min(HEAD_BYTES, source.size)) else "")
 
 
 def _refuse_pir(chunk: bytes, source: Source, at: int) -> None:
@@ -302,7 +315,7 @@ def _gaps(
         return stream[kept], begin, ends, counts
     if policy == "x":
         stream = stream.copy()
-        stream[where] = alphabet.INVALID
+        stream[where] = alphabet.X
     return stream, begin, ends, counts
 
 

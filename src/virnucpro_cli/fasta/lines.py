@@ -40,8 +40,10 @@ def name_of(text: bytes) -> str:
     return b"".join(b"".join(header).split(None, 1)[:1]).decode("utf-8", "backslashreplace")
 
 
-def invalid_residue(source: Source, offset: int, codes: bytes = alphabet.CODES) -> UserError:
-    """The first letter of the record at `offset` that is no residue by `codes` (see `alphabet.CODES`)."""
+def invalid_residue(source: Source, offset: int, codes: bytes = alphabet.CODES, kept: bool = False) -> UserError:
+    """The first letter of the record at `offset` that is no residue by `codes` (see `alphabet.CODES`). kept: gaps are refused although
+    --gaps keeps them.
+    """
     line, text = line_number(source, offset), record_text(source, offset)
     name, pending = name_of(text), None
     masked = _MASK_IN_TEXT.sub(lambda mask: re.sub(rb"\S", b"X", mask[0]), text)
@@ -50,17 +52,20 @@ def invalid_residue(source: Source, offset: int, codes: bytes = alphabet.CODES) 
             if code == alphabet.SPACE:
                 continue
             if pending is not None:  # a star that turned out not to be the last residue
-                return _not_a_residue(source, name, *pending)
+                return _not_a_residue(source, name, *pending, kept)
             if code == alphabet.STAR:
                 pending = (number, column, "*")
             elif code >= alphabet.INVALID:
-                return _not_a_residue(source, name, number, column, row[column - 1 :][:1].decode("latin-1"))
+                return _not_a_residue(source, name, number, column, row[column - 1 :][:1].decode("latin-1"), kept)
     raise AssertionError("an invalid residue was counted but not found; this is a bug")
 
 
-def _not_a_residue(source: Source, name: str, line: int, column: int, shown: str) -> UserError:
+def _not_a_residue(source: Source, name: str, line: int, column: int, shown: str, kept: bool) -> UserError:
     if shown in "-.":
-        remedy = "Use --gaps strip (leave gaps out), x (embed them as X) or keep (embed them as fair-esm does)."
+        remedy = "Use --gaps strip (leave gaps out) or x (embed them as X)"
+        remedy += (
+            "; --invalid error refuses those that are kept." if kept else ", or keep (embed them as fair-esm does)."
+        )
     else:
         remedy = "Correct the file, or use --invalid x (embed such residues as X) or --invalid skip."
     return UserError(

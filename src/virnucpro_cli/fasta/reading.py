@@ -22,7 +22,7 @@ HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 20  # the pass over one chunk stays within the L2 cache
 BOM = b"\xef\xbb\xbf"
 SPOOL_RESERVE = 1 << 28
-"""Bytes that spooling leaves free on a disk, for everybody else and for the output."""
+"""Bytes that spooling leaves free on a disk, for everybody else and for the output; a small disk's half."""
 MOST_OPEN = 64
 SHARE_OF_OPEN = 4
 """One in so many of the files that a process may open is the user's; the others are for libraries and the output."""
@@ -219,14 +219,14 @@ def _copy(file: IO[bytes], name: str, spool: IO[bytes], folder: Path, piped: boo
 
 
 def _append(stream: IO[bytes], name: str, spool: IO[bytes], folder: Path) -> None:
-    size = 0
+    size, reserve = 0, min(SPOOL_RESERVE, shutil.disk_usage(folder).free // 2)
     try:
         while block := stream.read(READ_BYTES):
-            if not size % (64 * READ_BYTES) and (free := shutil.disk_usage(folder).free) < SPOOL_RESERVE:
+            if not size % (8 * READ_BYTES) and (free := shutil.disk_usage(folder).free) < reserve:
                 raise _no_spool(
                     name,
                     folder,
-                    f"its text has more than {size / 1e9:,.1f} GB, and only {free / 1e9:,.2f} GB are free there",
+                    f"its text has more than {size / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free there",
                 )
             spool.write(block)
             size += len(block)
@@ -250,7 +250,7 @@ def _check_is_fasta(source: Source) -> None:
     if text.startswith(b">") and b"\0" not in head:
         return
     if source.size == 0 or not text:
-        raise UserError(f"{source.path} is empty: it holds no FASTA record.")
+        raise UserError(f"{source.path} is empty: it holds no FASTA record.", "Is it the file that was meant?")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         kind, remedy = "UTF-16 text", "Save it as plain text or UTF-8."
     elif b"\0" in head:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from virnucpro_cli.alphabet import MASK_TEXT, without_stop
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.layouts import hdf5
@@ -16,8 +17,8 @@ MOST = np.iinfo(np.int32).max
 
 
 def key_of(sequence: bytes) -> str:
-    """The residues that are embedded: upper case, without a trailing `*`."""
-    return sequence.removesuffix(b"*").upper().decode("latin-1")
+    """A letter for each residue that is embedded: upper case, without a stop at the end, X for `<mask>`."""
+    return without_stop(sequence).upper().replace(MASK_TEXT.upper(), b"X").decode("latin-1")
 
 
 def write(selection: Selection, target: Path) -> None:

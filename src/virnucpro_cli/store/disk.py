@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import Busy, UserError
 from virnucpro_cli.store.schema import CHECKSUM_BLOCK, CHECKSUM_BYTES, NO_SPACE
 
 OTHER_FILES = 256
@@ -46,6 +46,10 @@ REFUSALS: dict[str, tuple[tuple[int, ...], str]] = {
 """Calls that not every file system has: what those without them say, and what a run does then. Anything else ends a run (exit 2)."""
 
 
+NEW = ".virnucpro-new"
+"""Suffix of a file that is being made. Whatever has such a name is this program's; a lock is known by being empty."""
+
+
 def refused(call: str, error: OSError) -> bool:
     """Whether the file system does not have this call."""
     return error.errno in REFUSALS[call][0]
@@ -66,7 +70,7 @@ def check_destination(output: Path) -> None:
     folder = output.parent
     if output.is_dir():
         raise UserError(f"The output {output} is a directory.", "Name a file, such as out.h5.")
-    if len(os.fsencode(output.name)) + len(".partial.new") > 255:
+    if len(os.fsencode(output.name)) + len(f".partial{NEW}") > 255:
         raise UserError(
             f"The output name {output.name[:40]}... is too long for its .partial.", "Choose a shorter name."
         )
@@ -227,11 +231,9 @@ def lock(fd: int, path: Path) -> bool:
     try:
         locked = _flock(fd, path)
     except BlockingIOError:
-        raise UserError(
-            f"Another run is writing {path} now.", "Wait for it, or choose another output with -o."
-        ) from None
+        raise Busy(f"Another run is writing {path} now.", "Wait for it, or choose another output with -o.") from None
     if not is_the_file(path, os.fstat(fd)):
-        raise UserError(f"{path} was finished or replaced by another run just now.", "Run the command again.")
+        raise Busy(f"{path} was finished or replaced by another run just now.", "Run the command again.")
     return locked
 
 
@@ -245,6 +247,10 @@ def alone(path: Path, say: Callable[[str], None], waiting: str, remedy: str = ""
     try:
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            if os.fstat(fd).st_size:
+                os.close(fd)
+                fd = -1
+                raise _in_the_way(path)
             try:
                 locked = _flock(fd, path)
             except BlockingIOError:
@@ -268,6 +274,10 @@ def alone(path: Path, say: Callable[[str], None], waiting: str, remedy: str = ""
             os.close(fd)
 
 
+def _in_the_way(path: Path) -> UserError:
+    return UserError(f"{path} is in the way, and not this program's: its locks are empty.", "Move it away.")
+
+
 def open_existing(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR)
@@ -279,9 +289,10 @@ def open_existing(path: Path) -> int:
 
 
 def create_locked(path: Path) -> tuple[int, bool]:
-    """Create a file that did not exist and lock it; what a killed layout left under its name is removed first.
+    """Create a file that did not exist and lock it; what a killed process left under its name is removed first.
 
-    Returns its descriptor, and whether the file system has locks.
+    Returns its descriptor, and whether the file system has locks. Raises UserError if another process holds it, and for a file that
+    is not this program's.
     """
     while True:
         try:
@@ -290,6 +301,8 @@ def create_locked(path: Path) -> tuple[int, bool]:
             old = open_existing(path)
             try:
                 lock(old, path)
+                if os.fstat(old).st_size and not path.name.endswith(NEW):
+                    raise _in_the_way(path)
                 os.unlink(path)
             finally:
                 os.close(old)
@@ -305,7 +318,7 @@ def create_locked(path: Path) -> tuple[int, bool]:
 @contextmanager
 def written_whole(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     """A file to write that gets its name when all of it is on disk; replace: even if another has it. Raises UserError if that fails."""
-    new = path.with_name(path.name + ".new")
+    new = path.with_name(path.name + NEW)
     try:
         fd, _ = create_locked(new)
         with os.fdopen(fd, "wb") as file:

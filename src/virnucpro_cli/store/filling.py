@@ -20,6 +20,7 @@ from virnucpro_cli.kinds import POOLED, by_residue
 from virnucpro_cli.packing import ranges, stretches
 from virnucpro_cli.store import sums
 from virnucpro_cli.store.disk import (
+    NEW,
     checksum,
     create_locked,
     disk_error,
@@ -116,7 +117,7 @@ class Store:
     def create(cls, output: Path, layout: Layout, preallocate: bool = True) -> "Store":
         """Lay the file out under a name that no run resumes, make it whole and durable, then call it `.partial`."""
         partial = partial_path(output)
-        new = partial.with_name(partial.name + ".new")
+        new = partial.with_name(partial.name + NEW)
         fd = -1
         try:
             fd, locked = create_locked(new)
@@ -138,7 +139,7 @@ class Store:
             os.fsync(fd)
             if not is_the_file(new, os.fstat(fd)):  # where there are no locks
                 raise UserError(f"Another run is writing {new} now.", "Wait for it, or choose another output with -o.")
-            os.rename(new, partial)  # whoever holds .new is the only one who can make a .partial
+            os.rename(new, partial)  # whoever holds the new name is the only one who can make a .partial
             sync_folder(partial.parent)
             store.path = partial
             return store

@@ -105,7 +105,10 @@ def attributes_of(file: h5py.File, path: Path) -> tuple[dict[str, Any], dict[str
         if attribute.shape == () or attribute.dtype.kind in "biuf":
             found[name] = file.attrs[name]
     if found.get("schema") != SCHEMA:
-        raise UserError(f"{path} was not written by virnucpro embed, or by one of another schema than {SCHEMA}.")
+        raise UserError(
+            f"{path} was not written by virnucpro embed, or by one of another schema than {SCHEMA}.",
+            "Give a file that embed, merge or import wrote; virnucpro import reads those of other tools.",
+        )
     for name in WORDS:
         if unfit(found.get(name, ""), str) is not None:
             raise damaged(path, f"the attribute {name} is not text, or too long")

@@ -53,9 +53,11 @@ def clean(text: bytes, gaps: str = "keep") -> tuple[str, int, int]:
     upper = text.translate(None, b"\n\r \t\v\f" + (b"-." if gaps == "strip" else b"")).upper()
     if upper[-1:] == b"." and upper[-2:-1] not in (b".", b"-"):
         upper = upper[:-1]
-    pieces = upper.removesuffix(b"*").decode("latin-1").split("<MASK>")
-    residues = RESIDUES.replace(".-", "") if gaps == "x" else RESIDUES
-    replaced = sum(letter not in residues for piece in pieces for letter in piece)
+    upper = upper.removesuffix(b"*")
+    if gaps == "x":
+        upper = upper.translate(bytes.maketrans(b"-.", b"XX"))
+    pieces = upper.decode("latin-1").split("<MASK>")
+    replaced = sum(letter not in RESIDUES for piece in pieces for letter in piece)
     if replaced:
-        pieces = ["".join(letter if letter in residues else "X" for letter in piece) for piece in pieces]
+        pieces = ["".join(letter if letter in RESIDUES else "X" for letter in piece) for piece in pieces]
     return "<mask>".join(pieces), sum(map(len, pieces)) + len(pieces) - 1, replaced
