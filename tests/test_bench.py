@@ -136,7 +136,7 @@ def test_gates_fail_by_name_and_with_exit_code_1(
 
     found = run()
     assert bench.failed_gates(found, BenchConfig(min_speedup=0.001, min_density=0.1)) == []
-    assert len(bench.failed_gates(found, BenchConfig(min_speedup=1e9, min_density=1.1))) == 2
+    assert len(bench.failed_gates(found, BenchConfig(min_speedup=1e9, min_density=1.0))) == 2
     fasta = str(tmp_path / "in.fasta")
     command = ["bench", "--model", str(tiny_model), "--device", "cpu", "--seconds", "0.01", "--fasta", fasta]
     with pytest.raises(SystemExit) as stopped:

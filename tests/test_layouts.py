@@ -971,12 +971,13 @@ def test_nothing_of_a_killed_import_stays_once_it_runs_again(made: Path, tmp_pat
 def test_an_import_never_replaces_what_it_reads(made: Path, tmp_path: Path) -> None:
     exported(made, tmp_path / "x.npy", "npy")
     folder = exported(made, tmp_path / "tree", "fair-esm")
+    keyed = exported(made, tmp_path / "keyed.h5", "keyed-h5")
     before = everything(tmp_path)
     for source, output in ((tmp_path / "x.npy", tmp_path / "x.tsv"), (folder, folder / "long.pt"), (folder, folder)):
         with pytest.raises(UserError):
             importing.run(str(source), str(output), overwrite=True)
     with pytest.raises(UserError, match="would overwrite"):
-        (tmp_path / "x.h5").symlink_to(folder / "long.pt")
-        importing.run(str(folder), str(tmp_path / "x.h5"), overwrite=True)
+        (tmp_path / "x.h5").symlink_to(keyed)
+        importing.run(str(keyed), str(tmp_path / "x.h5"), overwrite=True)
     (tmp_path / "x.h5").unlink()
     assert everything(tmp_path) == before
