@@ -26,7 +26,10 @@ def _pyarrow() -> Any:
 
 
 def write(selection: Selection, target: Path) -> None:
-    """Columns id, length, status, reason, flags, embedding; skipped proteins have no embedding (null)."""
+    """Columns id, length, status, reason, flags, embedding; the embedding of a skipped protein is NaN.
+
+    It is not null, since pyarrow before 26 cannot read, and before 25 cannot write, lists of fixed size that are.
+    """
     pa = _pyarrow()
     file, width = selection.file, selection.width
     number = pa.from_numpy_dtype(selection.dtype)
@@ -38,11 +41,10 @@ def write(selection: Selection, target: Path) -> None:
     with pa.parquet.ParquetWriter(target, schema) as out:
         for block in selection.blocks(skipped=True):
             rows, values = slice(int(block.numbers[0]), int(block.numbers[-1]) + 1), block.rows[selection.what]
-            without = np.isnan(values).all(axis=1)
             columns = [
                 block.names, file.lengths[rows], [STATUS_NAMES[s] for s in file.status[rows]],
                 [REASONS[r] for r in file.reason[rows]], file.flags[rows],
-                pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width, mask=pa.array(without)),
+                pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width),
             ]  # fmt: skip
             out.write_table(
                 pa.table([pa.array(c) if not isinstance(c, pa.Array) else c for c in columns], schema=schema)
