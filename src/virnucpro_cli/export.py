@@ -96,8 +96,8 @@ def _names(file: store.EmbeddingFile, layout: Layout) -> Callable[[int, int], li
 
 def _notes(layout: Layout, selection: Selection, skipped: int, unit: str) -> Iterator[str]:
     if skipped:
-        kept = "are there, with NaN in place of an embedding" if layout.holds_skipped else "are left out"
-        yield f"{counted(skipped, unit.removesuffix("s"))} {'that embed had skipped' if unit == 'proteins' else 'without a member'} {kept}"
+        kept = "there, with NaN in place of an embedding" if layout.holds_skipped else "left out"
+        yield f"{counted(skipped, unit.removesuffix('s'))} {'that embed had skipped' if unit == 'proteins' else 'without a member'} {kept}"
     if selection.shared:
         yield f"{counted(selection.shared, 'protein')} in the dataset of an earlier one of the same sequence, under its name"
     if isinstance(selection.keys, Keys) and selection.keys.changed:
