@@ -18,11 +18,12 @@ import numpy as np
 from markdown import table
 from numpy.typing import NDArray
 
-from virnucpro_cli import fasta, report, shards
-from virnucpro_cli.packing import SPECIAL_TOKENS, Plan, in_blocks, whole_segments
-from virnucpro_cli.policies import Work
-from virnucpro_cli.timing import workload
-from virnucpro_cli.workers import LARGEST_SHARE
+from virnucpro_cli import fasta, report
+from virnucpro_cli.benchmark import workload
+from virnucpro_cli.engine.workers import LARGEST_SHARE
+from virnucpro_cli.plan import shards
+from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, in_blocks, whole_segments
+from virnucpro_cli.plan.policies import Work
 
 RATE = {"natural": 359e3, "fragments": 387e3}  # tokens/s of a GPU, whole packs
 INDEX = {"natural": 4.1e-6, "fragments": 1.43e-6}  # s a record: .0162 s for 3,935 records; 14.3 s for 10^7

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli import attention, report, runner
-from virnucpro_cli.collate import query_tiles
-from virnucpro_cli.kernels import fused, plain
-from virnucpro_cli.kernels.attention import attention as short_attention
-from virnucpro_cli.kernels.norm import quantised_norm, row_scale
+from virnucpro_cli import report
+from virnucpro_cli.benchmark import limits, modes, workload
+from virnucpro_cli.engine import runner
+from virnucpro_cli.engine.collate import query_tiles
+from virnucpro_cli.model import attention, weights
 from virnucpro_cli.model import spec as specs
-from virnucpro_cli.model import weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.kernels import fused, plain
+from virnucpro_cli.model.kernels.attention import attention as short_attention
+from virnucpro_cli.model.kernels.norm import quantised_norm, row_scale
 from virnucpro_cli.model.spec import stream_dtype
-from virnucpro_cli.timing import limits, modes, workload
 
 DEVICE = torch.device("cuda")
 F32 = torch.float32

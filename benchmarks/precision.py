@@ -17,16 +17,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli import attention, fasta, runner, validate
-from virnucpro_cli.collate import VarlenCollator
+from virnucpro_cli import fasta
 from virnucpro_cli.config import ValidateConfig
-from virnucpro_cli.kernels import plain
-from virnucpro_cli.model import locate, weights
+from virnucpro_cli.engine import runner
+from virnucpro_cli.engine.collate import VarlenCollator
+from virnucpro_cli.model import attention, locate, weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
-from virnucpro_cli.model.reference import Reference
-from virnucpro_cli.packing import first_fit_decreasing, whole_segments
-from virnucpro_cli.pooling import Pooler
-from virnucpro_cli.validation import agreement, invariance, oracle
+from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.pooling import Pooler
+from virnucpro_cli.plan.packing import first_fit_decreasing, whole_segments
+from virnucpro_cli.validation import agreement, invariance, oracle, validate
+from virnucpro_cli.validation.reference import Reference
 
 
 class WideResidual(ESM2):

@@ -19,8 +19,8 @@ import torch
 from scaling import write_model
 
 from virnucpro_cli import report, store
+from virnucpro_cli.benchmark.workload import RESIDUES
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.timing.workload import RESIDUES
 
 BLOCK = 100_000
 TINY = ModelSpec("tiny", 1, 16, 2)

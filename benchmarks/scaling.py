@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import save_file
 
 from virnucpro_cli import fasta, report
+from virnucpro_cli.benchmark import workload
 from virnucpro_cli.model import spec as specs
 from virnucpro_cli.model import weights
-from virnucpro_cli.timing import workload
 
 
 def write_model(spec, folder):

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from virnucpro_cli import fasta
-from virnucpro_cli.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
 from virnucpro_cli.model.esm2 import ESM2
-from virnucpro_cli.packing import Plan, Segments
-from virnucpro_cli.pooling import Embeddings, Pooler
+from virnucpro_cli.model.pooling import Embeddings, Pooler
+from virnucpro_cli.plan.packing import Plan, Segments
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli import pooling
-from virnucpro_cli.attention import sdpa
-from virnucpro_cli.collate import PackedBatch, VarlenCollator
-from virnucpro_cli.kernels import plain
-from virnucpro_cli.model import esm2
+from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.model import esm2, pooling
+from virnucpro_cli.model.attention import sdpa
 from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.store import Store
 
 Mistake = Callable[[pytest.MonkeyPatch], None]

@@ -11,11 +11,11 @@ import torch
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from virnucpro_cli import attention
-from virnucpro_cli.attention import sdpa, torch_varlen, triton
-from virnucpro_cli.collate import PackedBatch, query_tiles
+from virnucpro_cli.engine.collate import PackedBatch, query_tiles
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.kernels import plain
+from virnucpro_cli.model import attention
+from virnucpro_cli.model.attention import sdpa, torch_varlen, triton
+from virnucpro_cli.model.kernels import plain
 
 CPU = torch.device("cpu")
 HEADS = 3
@@ -165,7 +165,7 @@ def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:
 
 def test_kernels_that_do_not_work_here_are_passed_over_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Hopper node without a C compiler, which Triton needs."""
-    trial = pytest.importorskip("virnucpro_cli.kernels.trial")
+    trial = pytest.importorskip("virnucpro_cli.model.kernels.trial")
     monkeypatch.setattr(triton, "is_nvidia", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
@@ -187,7 +187,7 @@ def test_kernels_that_do_not_work_here_are_passed_over_with_a_note(monkeypatch: 
 
 
 def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = pytest.importorskip("virnucpro_cli.kernels.trial")
+    trial = pytest.importorskip("virnucpro_cli.model.kernels.trial")
     fused = trial.fused
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     trial.try_out(CPU, torch.float16)

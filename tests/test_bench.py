@@ -13,14 +13,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conftest import TINY
-from virnucpro_cli import attention, bench, cli
-from virnucpro_cli.bench import bench_model
+from virnucpro_cli import cli
+from virnucpro_cli.benchmark import bench, limits, modes, workload
+from virnucpro_cli.benchmark.bench import bench_model
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import weights
+from virnucpro_cli.model import attention, weights
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.report import RunReport
-from virnucpro_cli.timing import limits, modes, workload
 from virnucpro_cli.validation.agreement import relative_l2
 
 Bench = Callable[..., RunReport]

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from test_faults import datasets, one_thread  # noqa: F401  (in force here too)
-from virnucpro_cli import runner, store
+from virnucpro_cli import store
 from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.engine import runner
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.report import RunReport
 
@@ -210,7 +211,7 @@ def test_a_cache_that_fails_at_the_end_costs_no_row(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("virnucpro_cli.cache.Cache._write", full)
+    monkeypatch.setattr("virnucpro_cli.features.cache.Cache._write", full)
     found = bench.embed(make_fasta(LENGTHS), "1.h5")
     assert any("was not added to" in note for note in found.notes) and (bench.folder / "1.h5").exists()
 

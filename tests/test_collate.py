@@ -12,16 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virnucpro_cli import fasta
-from virnucpro_cli.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import RecordTable
-from virnucpro_cli.packing import (
-    Segments,
-    first_fit_decreasing,
-    whole_segments,
-    window_weights,
-    windowed_segments,
-)
+from virnucpro_cli.plan.packing import Segments, first_fit_decreasing, whole_segments, window_weights, windowed_segments
 
 ESM = Alphabet.from_architecture("ESM-1b")
 MANY = [1, 7, 30, 30, 55, 200, 2, 90, 33, 61, 5, 450] * 4

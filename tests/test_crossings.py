@@ -20,9 +20,13 @@ from safetensors.torch import load_file, save_file
 
 from conftest import TINY, write_model
 from test_faults import one_thread  # noqa: F401  (in force here too)
-from virnucpro_cli import export, genes, importing, merge, placer, runner, store
+from virnucpro_cli import store
+from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.engine import placer, runner
 from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.exchange import export, importing
+from virnucpro_cli.features import contigs as genes
 from virnucpro_cli.kinds import EMITS, KINDS, OF_ALL_RESIDUES, POOLED, UNMASKED
 from virnucpro_cli.model import weights
 

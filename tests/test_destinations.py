@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from virnucpro_cli import export, extract, importing, inspect, mapping, merge, report, search, status, validate, verify
+from virnucpro_cli import report
+from virnucpro_cli.benchmark import plot
+from virnucpro_cli.cluster import merge, status
 from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.exchange import export, extract, importing
+from virnucpro_cli.explore import inspect, mapping, search
 from virnucpro_cli.model import locate
 from virnucpro_cli.model.spec import DEMO
 from virnucpro_cli.store import read_embeddings
-from virnucpro_cli.timing import plot
+from virnucpro_cli.validation import validate, verify
 
 Make = Callable[..., Path]
 

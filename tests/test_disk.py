@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from test_faults import datasets
-from virnucpro_cli import cli, doctor, store
+from virnucpro_cli import cli, store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.machine import doctor
 from virnucpro_cli.model import locate
 from virnucpro_cli.report import RunReport
 from virnucpro_cli.store import disk

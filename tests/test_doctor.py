@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from virnucpro_cli import cli, doctor, runner
+from virnucpro_cli import cli
+from virnucpro_cli.engine import runner
+from virnucpro_cli.machine import doctor
 
 
 @pytest.fixture(autouse=True)

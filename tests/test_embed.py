@@ -16,17 +16,19 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from conftest import read_fasta, relative_l2, write_model
-from virnucpro_cli import cli, placer, runner, store, verify
+from virnucpro_cli import cli, store
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.engine import placer, runner
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import reading
 from virnucpro_cli.kinds import KINDS, OF_ALL_RESIDUES, POOLED
 from virnucpro_cli.model import locate, weights
-from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.report import RunReport
 from virnucpro_cli.store import read_embeddings
+from virnucpro_cli.validation import verify
+from virnucpro_cli.validation.reference import Reference
 
 ALL = KINDS
 OF_WINDOWS = tuple(kind for kind in KINDS if kind not in OF_ALL_RESIDUES)

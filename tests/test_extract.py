@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import VIRAL, relative_l2
-from virnucpro_cli import cli, extract
+from virnucpro_cli import cli
 from virnucpro_cli.errors import Stopped, UserError
-from virnucpro_cli.extract import paths_of
+from virnucpro_cli.exchange import extract
+from virnucpro_cli.exchange.extract import paths_of
 from virnucpro_cli.model import locate, weights
-from virnucpro_cli.model.reference import Reference
+from virnucpro_cli.validation.reference import Reference
 
 Make = Callable[..., Path]
 EVERYTHING = ("mean", "per_tok", "bos", "contacts")

@@ -21,12 +21,13 @@ import torch
 
 import slowed
 from conftest import write_model
-from virnucpro_cli import placer, runner, store
-from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli import store
 from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.engine import placer, runner
+from virnucpro_cli.engine.collate import PackedBatch
 from virnucpro_cli.errors import STOP_SIGNALS, UserError
 from virnucpro_cli.model.esm2 import ESM2
-from virnucpro_cli.pooling import Embeddings
+from virnucpro_cli.model.pooling import Embeddings
 from virnucpro_cli.store import disk as disk_calls
 
 KINDS = ("mean", "bos", "residue")

@@ -21,13 +21,18 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, read_fasta
 from test_faults import CHILDREN, child, one_thread  # noqa: F401  (one_thread is in force here too)
-from virnucpro_cli import genes, inspect, merge, shards, store, verify
+from virnucpro_cli import store
+from virnucpro_cli.cluster import merge
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.genes import chunks, codons, six_frame
-from virnucpro_cli.genes.found import Found
+from virnucpro_cli.explore import inspect
+from virnucpro_cli.features import contigs as genes
+from virnucpro_cli.features.contigs import chunks, codons, six_frame
+from virnucpro_cli.features.contigs.found import Found
 from virnucpro_cli.model import locate
+from virnucpro_cli.plan import shards
+from virnucpro_cli.validation import verify
 
 CONTIGS = ROOT / "examples" / "contigs.fna"
 CODE = {

@@ -19,21 +19,22 @@ from safetensors.torch import save_file
 
 import packs
 from conftest import ROOT, VIRAL, read_fasta, relative_l2, write_model
-from virnucpro_cli import attention, embed, report, runner, store
-from virnucpro_cli.bench import bench_model
-from virnucpro_cli.collate import VarlenCollator
+from virnucpro_cli import embed, report, store
+from virnucpro_cli.benchmark.bench import bench_model
+from virnucpro_cli.engine import runner
+from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import index, open_sources
 from virnucpro_cli.kinds import EMITS, KINDS, UNMASKED
-from virnucpro_cli.model import locate, weights
+from virnucpro_cli.model import attention, locate, weights
 from virnucpro_cli.model import spec as specs
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
-from virnucpro_cli.model.reference import Reference
-from virnucpro_cli.packing import first_fit_decreasing, rungs, whole_segments
-from virnucpro_cli.pooling import Pooler
+from virnucpro_cli.model.pooling import Pooler
+from virnucpro_cli.plan.packing import first_fit_decreasing, rungs, whole_segments
 from virnucpro_cli.store import read_embeddings
-from virnucpro_cli.validate import validate_model
 from virnucpro_cli.validation import gates
+from virnucpro_cli.validation.reference import Reference
+from virnucpro_cli.validation.validate import validate_model
 
 pytestmark = pytest.mark.gpu
 

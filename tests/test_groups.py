@@ -17,10 +17,15 @@ from hypothesis import strategies as st
 
 from test_faults import CHILDREN, child, one_thread  # noqa: F401  (one_thread is in force here too)
 from test_genes import CONTIGS, contents
-from virnucpro_cli import groups, merge, packing, placer, shards, store, verify
+from virnucpro_cli import store
+from virnucpro_cli.cluster import merge
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.engine import placer
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.features import groups
+from virnucpro_cli.plan import packing, shards
+from virnucpro_cli.validation import verify
 
 NAMED = r"^(c\d+)_"
 LAYERS = (0, 2)

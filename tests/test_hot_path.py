@@ -12,15 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import ROOT
 from packs import one_pack
 from virnucpro_cli import fasta
-from virnucpro_cli.attention import Backend
-from virnucpro_cli.collate import PackedBatch
-from virnucpro_cli.kernels import plain
+from virnucpro_cli.engine.collate import PackedBatch
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model import weights
+from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.pooling import Embeddings, Pooler
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.packing import first_fit_decreasing
-from virnucpro_cli.pooling import Embeddings, Pooler
+from virnucpro_cli.plan.packing import first_fit_decreasing
 
 VIEWS = {"view", "slice", "unsqueeze", "split", "select", "t", "transpose", "as_strided", "expand", "detach", "alias", "_unsafe_view", "split_with_sizes", "unbind", "permute", "squeeze", "chunk", "flatten"}  # fmt: skip
 WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_to_copy_to_host"}

@@ -13,51 +13,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
     ("config", "kinds", "report", "errors", "stopping", "scratch"),
-    ("collate", "packing", "fasta", "alphabet", "pooling", "tables"),
-    (
-        "placer",
-        "runner",
-        "store",
-        "policies",
-        "model",
-        "attention",
-        "kernels",
-        "genes",
-        "groups",
-        "frames",
-        "tensors",
-        "layouts",
-    ),
-    (
-        "validation",
-        "timing",
-        "workers",
-        "ray_engine",
-        "rescue",
-        "shards",
-        "qc",
-        "pooled",
-        "maps",
-        "imports",
-        "cache",
-        "contacts",
-    ),
-    (
-        "embed",
-        "fetch",
-        "bench",
-        "validate",
-        "inspect",
-        "verify",
-        "merge",
-        "status",
-        "doctor",
-        "mapping",
-        "search",
-        "export",
-        "importing",
-    ),
-    ("extract",),
+    ("fasta", "alphabet", "tables", "plan", "store", "model", "engine"),
+    ("machine", "features"),
+    ("cluster", "embed"),
+    ("exchange", "validation"),
+    ("benchmark", "explore"),
     ("cli",),
     ("__main__",),
 )
@@ -109,24 +69,24 @@ def test_typer_is_imported_by_the_command_line_only() -> None:
 
 
 def test_h5py_is_imported_by_the_store_only() -> None:
-    assert all(name.startswith(("store/", "layouts/")) for name in importers_of("h5py"))
+    assert all(name.startswith(("store/", "exchange/layouts/")) for name in importers_of("h5py"))
 
 
 def test_flash_attn_is_imported_by_its_adapter_only() -> None:
-    assert importers_of("flash_attn") == {"attention/flash_attn.py"}
+    assert importers_of("flash_attn") == {"model/attention/flash_attn.py"}
 
 
 def test_cuda_streams_and_events_are_the_runners() -> None:
     streams = [f"torch.cuda.{name}" for name in ("Stream", "Event", "stream", "current_stream")]
-    assert users_of(*streams) == {"runner.py"}
+    assert users_of(*streams) == {"engine/runner.py"}
 
 
 def test_the_environment_is_read_only_for_weights_and_for_batch_systems() -> None:
-    assert users_of("os.environ", "os.getenv", "os.putenv") == {"model/locate.py", "shards.py"}
+    assert users_of("os.environ", "os.getenv", "os.putenv") == {"model/locate.py", "plan/shards.py"}
 
 
 def test_fair_esm_is_the_oracle_and_a_peer_to_time_and_nothing_else() -> None:
-    assert importers_of("esm") == {"model/reference.py", "timing/peers.py"}
+    assert importers_of("esm") == {"validation/reference.py", "benchmark/peers.py"}
 
 
 @pytest.mark.parametrize("name", [name for name in TREES if name != "__init__.py"])

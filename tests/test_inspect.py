@@ -11,10 +11,12 @@ import h5py
 import numpy as np
 import pytest
 
-from virnucpro_cli import cli, inspect, store, verify
+from virnucpro_cli import cli, store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.explore import inspect
 from virnucpro_cli.store import read_embeddings
+from virnucpro_cli.validation import verify
 
 FASTA = (
     ">a first\nMKVLAGW\n>b\nMKVLAGWMKVLAGW\n>copy\nMKVLAGW\n>empty\n\n>odd\nMK*LAG\n>long\n" + "ACDEFGHIKL" * 20 + "\n"

@@ -11,17 +11,17 @@ import interpreter
 from conftest import TINY, relative_l2
 from packs import embeddings, one_pack, random_protein
 from test_attention import batch_of
-from virnucpro_cli.attention import Backend, sdpa, triton
-from virnucpro_cli.kernels import plain
 from virnucpro_cli.model import weights
+from virnucpro_cli.model.attention import Backend, sdpa, triton
 from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.packing import SPECIAL_TOKENS
+from virnucpro_cli.plan.packing import SPECIAL_TOKENS
 
 pytest.importorskip(
     "triton", None if torch.cuda.is_available() else interpreter.OLDEST, reason="the interpreter needs triton>=3.9"
 )
-from virnucpro_cli.kernels import attention, e4m3, fused, linear, norm
+from virnucpro_cli.model.kernels import attention, e4m3, fused, linear, norm
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -19,11 +19,14 @@ import numpy as np
 import pytest
 import torch
 
-from virnucpro_cli import export, importing, inspect, layouts, store, verify
+from virnucpro_cli import store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.layouts.layout import possible
-from virnucpro_cli.store import reading
+from virnucpro_cli.exchange import export, importing, layouts
+from virnucpro_cli.exchange.layouts.layout import possible
+from virnucpro_cli.explore import inspect
+from virnucpro_cli.store import reader as reading
+from virnucpro_cli.validation import verify
 
 LONG = "n" * 300
 RECORDS = (
@@ -833,7 +836,7 @@ def test_h5ad_files_that_anndata_wrote_come_back(made: Path, tmp_path: Path, how
 
 
 def test_a_hash_that_two_names_share_joins_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from virnucpro_cli.imports import joining, source
+    from virnucpro_cli.exchange.imports import joining, source
 
     for module in (joining, source):
         monkeypatch.setattr(module, "hash", lambda text: len(text), raising=False)

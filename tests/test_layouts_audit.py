@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from test_layouts import embedded, exported
-from virnucpro_cli import layouts
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.validate import validate_model
+from virnucpro_cli.exchange import layouts
+from virnucpro_cli.validation.validate import validate_model
 
 
 @pytest.fixture(scope="module")

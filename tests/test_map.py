@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from virnucpro_cli import cli, errors, mapping, store
+from virnucpro_cli import cli, errors, store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.explore import mapping
+from virnucpro_cli.explore.default_rows import Pooled
+from virnucpro_cli.explore.maps import colour, projection
 from virnucpro_cli.kinds import POOLED
-from virnucpro_cli.maps import colour, projection
-from virnucpro_cli.pooled import Pooled
 from virnucpro_cli.store import read_embeddings
 
 Make = Callable[..., Path]

@@ -11,12 +11,12 @@ import torch
 from conftest import TINY, VIRAL, read_fasta, relative_l2
 from packs import among_strangers, embeddings, of_segment, one_pack, random_protein
 from sabotage import MISTAKES
-from virnucpro_cli import alphabet, attention
-from virnucpro_cli.model import weights
+from virnucpro_cli import alphabet
+from virnucpro_cli.model import attention, weights
 from virnucpro_cli.model.esm2 import ESM2
-from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.packing import SMALLEST_RUNG
+from virnucpro_cli.plan.packing import SMALLEST_RUNG
+from virnucpro_cli.validation.reference import Reference
 
 GATE, RESIDUE_GATE = 1e-5, 2e-5
 LAYERS = (0, 3, 6)

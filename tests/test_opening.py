@@ -16,17 +16,23 @@ import h5py
 import numpy as np
 import pytest
 
-from virnucpro_cli import cli, export, inspect, mapping, merge, pooled, qc, search, status, verify
+from virnucpro_cli import cli
+from virnucpro_cli.cluster import merge, status
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
-from virnucpro_cli.store import read_embeddings, reading
+from virnucpro_cli.exchange import export
+from virnucpro_cli.explore import default_rows, inspect, mapping, search
+from virnucpro_cli.features import qc
+from virnucpro_cli.store import read_embeddings
+from virnucpro_cli.store import reader as reading
+from virnucpro_cli.validation import verify
 
 COMMANDS: dict[str, tuple[list[str], Any, str]] = {
     "inspect": (["--qc", "qc.tsv"], qc, "norms"),
     "map": (["-o", "map.tsv", "--method", "pca"], mapping.projection, "project"),
     "search": (["--query", "p1", "-o", "hits.tsv"], search, "nearest"),
     "search for a fasta": (["--query", "in.fasta", "-k", "60", "-o", "hits.tsv"], search.embed, "run"),
-    "search the mean": (["--query", "p1", "-o", "hits.tsv"], pooled.Pooled, "mean"),
+    "search the mean": (["--query", "p1", "-o", "hits.tsv"], default_rows.Pooled, "mean"),
     "export": (["--to", "parquet", "-o", "out.parquet"], export, "Selection"),
     "export of keys": (["--to", "keyed-h5", "-o", "keyed.h5"], export.Keys, "__call__"),
     "verify": ([], verify, "decide"),

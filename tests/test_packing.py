@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import read_fasta
-from virnucpro_cli.packing import (
+from virnucpro_cli.plan.packing import (
     SPECIAL_TOKENS,
     Segments,
     first_fit_decreasing,

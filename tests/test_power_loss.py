@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from test_faults import Case, one_thread  # noqa: F401  (in force here too)
-from virnucpro_cli import placer, store
+from virnucpro_cli import store
+from virnucpro_cli.engine import placer
 
 SECTOR = 512
 CUTS = 100

@@ -21,18 +21,19 @@ import yaml
 
 import slowed
 from conftest import ROOT, write_model
-from virnucpro_cli import cli, fasta, report, runner, store
-from virnucpro_cli.collate import VarlenCollator
+from virnucpro_cli import cli, fasta, report, store
+from virnucpro_cli.cluster.ray import actor as actors
+from virnucpro_cli.cluster.ray import driver, messages
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.engine import runner
+from virnucpro_cli.engine.collate import VarlenCollator
+from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.packing import in_blocks
-from virnucpro_cli.placer import Placer
-from virnucpro_cli.policies import decide
-from virnucpro_cli.ray_engine import actor as actors
-from virnucpro_cli.ray_engine import driver, messages
+from virnucpro_cli.plan.packing import in_blocks
+from virnucpro_cli.plan.policies import decide
 from virnucpro_cli.store import sharing
 
 ray = pytest.importorskip("ray")

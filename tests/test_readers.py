@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 
 import virnucpro_cli
 from conftest import ROOT, VIRAL
-from virnucpro_cli import errors, merge
+from virnucpro_cli import errors
+from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.store import EmbeddingFile, read_embeddings
-from virnucpro_cli.tensors import padded
+from virnucpro_cli.store.tensors import padded
 
 README = (ROOT / "README.md").read_text()
 
@@ -65,7 +66,7 @@ def test_an_array_of_nothing_is_empty(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def test_names_are_found_and_given_by_number_as_in_the_file(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("virnucpro_cli.store.reading.NAME_BLOCK", 2)
+    monkeypatch.setattr("virnucpro_cli.store.reader.NAME_BLOCK", 2)
     with read_embeddings(made) as file:
         assert [file.find(name) for name in ("a", "é", "z")] == [[0, 2], [4], []]
         rows = np.array([4, 0, 4, 3, 1])

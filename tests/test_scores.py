@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from conftest import read_fasta, relative_l2, write_model
-from virnucpro_cli import cli, merge, store, verify
+from virnucpro_cli import cli, store
+from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import locate, weights
-from virnucpro_cli.model.reference import Reference, encode
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import read_embeddings
+from virnucpro_cli.validation import verify
+from virnucpro_cli.validation.reference import Reference, encode
 
 Make = Callable[..., Path]
 SMALL = ModelSpec("small", 2, 64, 4)

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from conftest import VIRAL, read_fasta, write_model
-from virnucpro_cli import cli, search, store
+from virnucpro_cli import cli, store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.pooled import Pooled
+from virnucpro_cli.explore import search
+from virnucpro_cli.explore.default_rows import Pooled
 
 Make = Callable[..., Path]
 CPU = torch.device("cpu")

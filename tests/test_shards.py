@@ -16,12 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_faults import CHILDREN, Case, datasets, one_thread  # noqa: F401  (in force here too)
-from virnucpro_cli import cli, merge, shards, status, store, verify
+from virnucpro_cli import cli, store
+from virnucpro_cli.cluster import merge, status
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import index, open_sources
-from virnucpro_cli.policies import decide
-from virnucpro_cli.shards import Shard
+from virnucpro_cli.plan import shards
+from virnucpro_cli.plan.policies import decide
+from virnucpro_cli.plan.shards import Shard
+from virnucpro_cli.validation import verify
 
 
 def slurm(index: int, first: int, last: int, count: int, step: int = 1) -> dict[str, str]:

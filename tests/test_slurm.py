@@ -6,8 +6,9 @@ from pathlib import Path
 from conftest import ROOT
 from slurm import Slurm
 from test_faults import Case, datasets
-from virnucpro_cli import shards, store
-from virnucpro_cli.shards import Shard
+from virnucpro_cli import store
+from virnucpro_cli.plan import shards
+from virnucpro_cli.plan.shards import Shard
 
 EXAMPLES = ROOT / "examples" / "slurm"
 

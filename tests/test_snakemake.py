@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT
 from slurm import Slurm
 from test_faults import Case, one_thread  # noqa: F401  (in force here too)
-from virnucpro_cli import shards, store
-from virnucpro_cli.shards import Shard
+from virnucpro_cli import store
+from virnucpro_cli.plan import shards
+from virnucpro_cli.plan.shards import Shard
 
 EXAMPLES = ROOT / "examples" / "snakemake"
 PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"

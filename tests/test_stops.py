@@ -18,8 +18,8 @@ from conftest import write_model
 from test_faults import CHILDREN, datasets
 from virnucpro_cli import cli, stopping
 from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import STOP_SIGNALS, UserError
-from virnucpro_cli.placer import Placer
 
 CONTIGS = Path(__file__).parent.parent / "examples" / "contigs.fna"
 SHARDS = 2

@@ -8,9 +8,11 @@ from pathlib import Path
 import h5py
 import pytest
 
-from virnucpro_cli import cli, inspect, status, store
+from virnucpro_cli import cli, store
+from virnucpro_cli.cluster import status
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.explore import inspect
 
 RUN = f"{sys.executable} -m virnucpro_cli"
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": "/usr/bin:/bin"}

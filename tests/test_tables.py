@@ -13,10 +13,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import write_model
-from virnucpro_cli import cli, fetch, inspect, mapping, report, search, tables
+from virnucpro_cli import cli, report, tables
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.explore import inspect, mapping, search
+from virnucpro_cli.machine import fetch
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import read_embeddings

@@ -18,13 +18,12 @@ from sabotage import (  # fmt: skip
     tanh_gelu_in_16_bit,
     wrong_constant_in_16_bit,
 )
-from virnucpro_cli import embed, validate
+from virnucpro_cli import embed
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import KINDS, POOLED
-from virnucpro_cli.model import reference
 from virnucpro_cli.store import DONE, read_embeddings
-from virnucpro_cli.validate import validate_model
-from virnucpro_cli.validation import agreement, oracle, plain_reader
+from virnucpro_cli.validation import agreement, oracle, plain_reader, reference, validate
+from virnucpro_cli.validation.validate import validate_model
 from virnucpro_cli.validation.verdict import Verdict
 
 pytestmark = pytest.mark.demo

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, write_model
-from virnucpro_cli import merge
+from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import locate, scores, weights

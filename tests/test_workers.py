@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from test_faults import KINDS, Case, one_thread  # noqa: F401  (in force here too)
-from virnucpro_cli import runner, store, workers
+from virnucpro_cli import store
+from virnucpro_cli.engine import runner, workers
 from virnucpro_cli.errors import UserError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
 
 INTO_EVERY_WORKER = """
 import os, sys, time
-if any("virnucpro_cli.workers" in argument for argument in sys.orig_argv):
+if any("virnucpro_cli.engine.workers" in argument for argument in sys.orig_argv):
     from virnucpro_cli import placer, runner
     placer.COMMIT_SECONDS = 0.1
     serial = runner.serial
@@ -271,7 +272,7 @@ def test_when_the_disk_fails_the_workers_end_with_the_run(
     start = workers._start
     monkeypatch.setattr(workers, "_start", lambda *arguments: begun.append(start(*arguments)) or begun[-1])
     monkeypatch.setattr(os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-    monkeypatch.setattr("virnucpro_cli.placer.COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr("virnucpro_cli.engine.placer.COMMIT_SECONDS", 0.0)
     with pytest.raises(UserError, match="Input/output"):
         case.embed(tmp_path / "out.h5", workers=2)
     assert len(begun) == 2 and all(worker.process.poll() is not None for worker in begun)

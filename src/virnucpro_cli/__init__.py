@@ -5,11 +5,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from virnucpro_cli.bench import bench_model
+    from virnucpro_cli.benchmark.bench import bench_model
     from virnucpro_cli.config import EmbedConfig
     from virnucpro_cli.embed import embed_fasta
     from virnucpro_cli.store import EmbeddingFile, read_embeddings
-    from virnucpro_cli.validate import validate_model
+    from virnucpro_cli.validation.validate import validate_model
 
 try:
     __version__ = version("virnucpro")
@@ -23,8 +23,8 @@ _HOME = {
     "EmbeddingFile": "store",
     "embed_fasta": "embed",
     "read_embeddings": "store",
-    "validate_model": "validate",
-    "bench_model": "bench",
+    "validate_model": "validation.validate",
+    "bench_model": "benchmark.bench",
 }
 
 

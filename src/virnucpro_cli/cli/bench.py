@@ -79,7 +79,7 @@ def bench(
         "report": report, "plot": plot, "save_config": save_config, "quiet": quiet or None,
     }  # fmt: skip
     settings = resolve(BenchConfig, config, flags)
-    from virnucpro_cli import bench as workflow
+    from virnucpro_cli.benchmark import bench as workflow
 
     found = workflow.run(settings)
     missed = workflow.failed_gates(found, settings)

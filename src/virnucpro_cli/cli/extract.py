@@ -66,7 +66,7 @@ def extract(
 ) -> None:
     """Write the .pt files of fair-esm's extract.py, with its arguments."""
     chosen = parser().parse_args(arguments or [])
-    from virnucpro_cli import extract as workflow
+    from virnucpro_cli.exchange import extract as workflow
 
     try:
         written = workflow.run(

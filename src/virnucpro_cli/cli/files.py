@@ -14,7 +14,7 @@ def inspect(
     qc: QcFile = None,
 ) -> None:
     """Show what is in an embeddings file and how complete it is, with a sentence for your Methods."""
-    from virnucpro_cli import inspect as workflow
+    from virnucpro_cli.explore import inspect as workflow
 
     end_at_once()
     workflow.run(file, qc)
@@ -37,7 +37,7 @@ def verify(
 
     It needs no model; whether the values are ESM-2's is told by: virnucpro validate --against OUT.h5.
     """
-    from virnucpro_cli import verify as workflow
+    from virnucpro_cli.validation import verify as workflow
 
     end_at_once()
     verdict = workflow.run(file, tuple(fasta or ()), report)

@@ -50,7 +50,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write embeddings in the layout of another tool."""
-    from virnucpro_cli import export as workflow
+    from virnucpro_cli.exchange import export as workflow
 
     kinds = tuple(kind.split(",")) if kind else ()
     workflow.run(file, to, output, kinds, numbers(layer, "--layer") or (), tuple(fasta or ()), overwrite)
@@ -75,7 +75,7 @@ def import_(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a file like embed's, of embeddings in the layout of another tool."""
-    from virnucpro_cli import importing as workflow
+    from virnucpro_cli.exchange import importing as workflow
 
     summary = workflow.run(source, output, layout, tuple(fasta or ()), model, layer, overwrite)
     if summary.counts["skipped"]:

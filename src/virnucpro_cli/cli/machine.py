@@ -11,7 +11,7 @@ DOCTOR_EPILOG = "Exit codes: 0 nothing stands in the way of a run; 1 something d
 
 def doctor() -> None:
     """Show what a run would find on this machine: driver, GPUs, kernels, weights, disks, batch system; and what to do."""
-    from virnucpro_cli import doctor as workflow
+    from virnucpro_cli.machine import doctor as workflow
 
     if not workflow.run():
         raise typer.Exit(EXIT_GATE_FAILED)
@@ -26,7 +26,7 @@ def fetch(
     ] = False,
 ) -> None:
     """Put weights into the cache ahead of time, for compute nodes without internet access."""
-    from virnucpro_cli import fetch as workflow
+    from virnucpro_cli.machine import fetch as workflow
 
     if list_models:
         workflow.show()

@@ -12,7 +12,7 @@ STATUS_EPILOG = "Exit codes: 0 all shards, or the output itself, are complete; 1
 
 def status(output: Annotated[str, typer.Argument(metavar="OUT.h5", help="What embed was given as -o.")]) -> None:
     """Show which shards of an output are complete, partial or missing."""
-    from virnucpro_cli import status as workflow
+    from virnucpro_cli.cluster import status as workflow
 
     if not workflow.run(output):
         raise typer.Exit(EXIT_GATE_FAILED)
@@ -40,7 +40,7 @@ def merge(
     report: ReportFile = None,
 ) -> None:
     """Make one file, in the order of the FASTA, of all shards of an output. They must all be complete, and parts of one run."""
-    from virnucpro_cli import merge as workflow
+    from virnucpro_cli.cluster import merge as workflow
 
     merged = workflow.run(output, of, overwrite, report, virtual)
     if merged.counts.get("skipped") and not merged.already_complete:

@@ -98,7 +98,7 @@ def validate(
         "write_golden": write_golden, "report": report, "quiet": quiet or None,
     }  # fmt: skip
     settings = resolve(ValidateConfig, config, flags)
-    from virnucpro_cli import validate as workflow
+    from virnucpro_cli.validation import validate as workflow
 
     verdict = workflow.run(settings)
     print("PASS" if verdict.passed else f"FAIL: {'; '.join(verdict.failed_parts)}")

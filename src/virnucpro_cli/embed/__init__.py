@@ -13,20 +13,23 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from virnucpro_cli import cache, contacts, groups, qc, ray_engine, report, rescue, runner, store, workers
+from virnucpro_cli import report, store
+from virnucpro_cli.cluster import ray as ray_engine
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import summary as words
 from virnucpro_cli.embed.recipe import Recipe, attributes, computed_at, decided, resolved_layers, target, where
+from virnucpro_cli.engine import runner, second_pass, workers
+from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import Stopped, UserError, counted
+from virnucpro_cli.features import cache, contacts, groups, qc
+from virnucpro_cli.features.contacts import head as contact_head
 from virnucpro_cli.kinds import unmasked
-from virnucpro_cli.model import contacts as contact_head
 from virnucpro_cli.model import locate, scores
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.packing import subset, worst_first
-from virnucpro_cli.placer import Placer
-from virnucpro_cli.policies import Int64
+from virnucpro_cli.plan.packing import subset, worst_first
+from virnucpro_cli.plan.policies import Int64
 
 __all__ = ["embed_fasta", "resolved_layers", "run"]
 
@@ -144,7 +147,7 @@ def _fill(run: _Run, fingerprint: dict[str, Any]) -> None:
     placer = Placer(file, table, work, recipe.plan, config, todo, clock, pin)
     _forward(run, packs, placer)
     if placer.broken or placer.unfit:
-        rescue.second_pass(
+        second_pass.second_pass(
             placer, run.found, recipe.layers, config, where.dtype, where.device, where.backend, computed_at, run.tell
         )
     if "contacts" in config.emit:

@@ -13,18 +13,22 @@ import torch
 from rich.console import Console
 
 import virnucpro_cli
-from virnucpro_cli import attention as attention_backends
-from virnucpro_cli import cache, contacts, fasta, genes, groups, ray_engine, report, runner, shards, store
-from virnucpro_cli.attention import Backend
+from virnucpro_cli import fasta, report, store
+from virnucpro_cli.cluster import ray as ray_engine
 from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.engine import runner
 from virnucpro_cli.errors import UserError, counted
+from virnucpro_cli.features import cache, contacts, contigs, groups
+from virnucpro_cli.features.contacts.head import regression_beside
 from virnucpro_cli.kinds import any_by_residue, unmasked
+from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.contacts import regression_beside
+from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, by_name, resolve_layers
-from virnucpro_cli.packing import Plan, in_blocks
-from virnucpro_cli.policies import Int64, Work, decide
+from virnucpro_cli.plan import shards
+from virnucpro_cli.plan.packing import Plan, in_blocks
+from virnucpro_cli.plan.policies import Int64, Work, decide
 
 
 class Target(NamedTuple):
@@ -46,7 +50,7 @@ def target(config: EmbedConfig) -> Target:
     if config.shard is not None and shard is not None:
         shards.check_one_set(config.shard, shard, whole)
         output = shards.path(output, shard)
-    _check_paths(output, config, genes.check(config, whole))
+    _check_paths(output, config, contigs.check(config, whole))
     if output.exists() and not (config.overwrite or config.dry_run) and store.fingerprint_of(output) is None:
         raise UserError(
             f"{output} exists and was not written by virnucpro embed.", "Choose another -o, or --overwrite it."
@@ -155,7 +159,7 @@ def decided(config: EmbedConfig, target: Target, where: Where, out: Console, clo
     found = _locate(config, out)
     spec = _spec(config, found)
     layers = resolved_layers(config.layers, spec)
-    sources, extra = genes.find(config, sources, whole, out, clock)
+    sources, extra = contigs.find(config, sources, whole, out, clock)
     with clock.stage("index"):
         table = fasta.index(
             sources,

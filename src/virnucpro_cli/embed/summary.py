@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import virnucpro_cli
-from virnucpro_cli import contacts, fasta, genes, report, runner, store, tables
+from virnucpro_cli import fasta, report, store, tables
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.recipe import Recipe
+from virnucpro_cli.engine import runner
+from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted
-from virnucpro_cli.packing import SPECIAL_TOKENS, Plan
-from virnucpro_cli.placer import Placer
-from virnucpro_cli.policies import Int64, Work
+from virnucpro_cli.features import contacts, contigs
+from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan
+from virnucpro_cli.plan.policies import Int64, Work
 
 SIXTEEN_BIT = {320: 2.2e14, 480: 2.8e14, 640: 3.6e14, 1280: 4.9e14, 2560: 5.6e14}
 MEASURED_FLOPS = {
@@ -52,7 +54,7 @@ def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
         summary.notes.insert(
             0, f"shard {recipe.shard}: {counted(len(table), 'protein')} of the input, into {recipe.output}"
         )
-    if gaps := genes.noted(config, layout.extra.counts):
+    if gaps := contigs.noted(config, layout.extra.counts):
         summary.notes.append(gaps)
     if maps := contacts.described(layout.extra, recipe.spec, layout.store_dtype.itemsize):
         summary.notes.append(maps)

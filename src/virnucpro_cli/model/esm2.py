@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from virnucpro_cli import alphabet
-from virnucpro_cli.attention import Attention, Backend
-from virnucpro_cli.collate import PackedBatch
-from virnucpro_cli.kernels import plain
-from virnucpro_cli.kernels.plain import Layer
+from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.model.attention import Attention, Backend
+from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.kernels.plain import Layer
+from virnucpro_cli.model.pooling import Embeddings, Pooler
 from virnucpro_cli.model.spec import ModelSpec, stream_dtype
-from virnucpro_cli.pooling import Embeddings, Pooler
 
 OnLayer = Callable[[int, torch.Tensor], None]
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli.collate import PackedBatch
+from virnucpro_cli.engine.collate import PackedBatch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.locate import Weights
+from virnucpro_cli.model.pooling import Embeddings, Pooler, mean_over_residues
 from virnucpro_cli.model.spec import LAYER_NORM_EPS
 from virnucpro_cli.model.weights import DECODER, LM_HEAD, State
-from virnucpro_cli.pooling import Embeddings, Pooler, mean_over_residues
 
 AMINO_ACIDS = slice(4, 24)
 """The 20 of them, in the alphabet of 33 tokens."""

@@ -4,6 +4,7 @@ HDF5 never writes to the file again, so a kill at any moment leaves it readable.
 disk: rows are synced before the status bytes that vouch for them. The file is `OUT.partial` until it is complete.
 """
 
+from virnucpro_cli.store.checked import DAMAGE, opened_hdf5
 from virnucpro_cli.store.disk import (
     allow_open_files,
     behind,
@@ -20,11 +21,9 @@ from virnucpro_cli.store.disk import (
     partial_path,
     without_lock,
 )
-from virnucpro_cli.store.filling import Store
 from virnucpro_cli.store.layout import Extra, Layout, Names
 from virnucpro_cli.store.names import accession
-from virnucpro_cli.store.opening import DAMAGE, opened_hdf5
-from virnucpro_cli.store.reading import (
+from virnucpro_cli.store.reader import (
     EmbeddingFile,
     Groups,
     differences,
@@ -65,3 +64,4 @@ from virnucpro_cli.store.schema import (
     blocks,
 )
 from virnucpro_cli.store.sharing import Residues, SharedFile, share_file
+from virnucpro_cli.store.writer import Store

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import stopping
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.kinds import by_residue, pooled
-from virnucpro_cli.store.opening import opened_hdf5
+from virnucpro_cli.store.checked import opened_hdf5
 from virnucpro_cli.store.schema import (
     CHECKSUM_BYTES,
     ENVIRONMENT_BYTES,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import by_residue
 from virnucpro_cli.store.disk import disk_error, pwrite_all, sync_data
-from virnucpro_cli.store.filling import Place, Store
+from virnucpro_cli.store.writer import Place, Store
 
 
 class SharedFile(NamedTuple):

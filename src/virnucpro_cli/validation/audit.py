@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import virnucpro_cli
-from virnucpro_cli import fasta, report, runner, store
+from virnucpro_cli import fasta, report, store
 from virnucpro_cli.config import ValidateConfig
+from virnucpro_cli.engine import runner
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.kinds import any_by_residue, by_residue, pooled, unmasked
-from virnucpro_cli.model import locate, reference
+from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.reference import Reference
-from virnucpro_cli.packing import window_weights, windowed_segments
-from virnucpro_cli.validation import agreement, gates, oracle, plain_reader
+from virnucpro_cli.plan.packing import window_weights, windowed_segments
+from virnucpro_cli.validation import agreement, gates, oracle, plain_reader, reference
+from virnucpro_cli.validation.reference import Reference
 from virnucpro_cli.validation.verdict import Check, Verdict
 
 STORED_FP16 = 5e-4

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from virnucpro_cli import runner
 from virnucpro_cli.config import ValidateConfig
+from virnucpro_cli.engine import runner
 from virnucpro_cli.errors import counted
 from virnucpro_cli.kinds import KINDS, POOLED
 from virnucpro_cli.validation import agreement, oracle

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from virnucpro_cli import fasta, runner
-from virnucpro_cli.collate import PackedBatch, VarlenCollator
+from virnucpro_cli import fasta
 from virnucpro_cli.config import ValidateConfig
+from virnucpro_cli.engine import runner
+from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model.esm2 import ESM2
-from virnucpro_cli.model.reference import Reference
-from virnucpro_cli.packing import SMALLEST_RUNG, SPECIAL_TOKENS, arranged, rungs, whole_segments
-from virnucpro_cli.pooling import Embeddings, Pooler
+from virnucpro_cli.model.pooling import Embeddings, Pooler
+from virnucpro_cli.plan.packing import SMALLEST_RUNG, SPECIAL_TOKENS, arranged, rungs, whole_segments
 from virnucpro_cli.validation import agreement, gates
 from virnucpro_cli.validation.oracle import Rows, Sample
+from virnucpro_cli.validation.reference import Reference
 from virnucpro_cli.validation.verdict import Check
 
 PACKING = "Packing: the same bits in any company"

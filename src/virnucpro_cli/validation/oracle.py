@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from virnucpro_cli.kinds import KINDS
-from virnucpro_cli.model.reference import Reference
 from virnucpro_cli.validation import agreement
+from virnucpro_cli.validation.reference import Reference
 
 Float64 = NDArray[np.float64]
 Rows = dict[tuple[str, int], NDArray[np.floating]]

@@ -1,0 +1,127 @@
+"""What the device can do: the rate of the model's own GEMMs, of one large GEMM and of a copy, and where a forward's time goes."""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from virnucpro_cli.benchmark.modes import synchronize
+from virnucpro_cli.model.spec import ModelSpec
+
+GEMM_NAMES = (
+    "gemm",
+    "_linear",
+    "nvjet",
+    "xmma",
+    "cutlass_80",
+    "cutlass3x",
+    "addmm",
+    "aten::mm",
+    "linear_pointwise",
+    "splitkreduce",
+)
+ATTENTION_NAMES = ("flash", "fmha", "attention", "varlen")
+POOL_NAMES = ("segment_reduce",)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """gemm_floor: tokens/s if a forward were nothing but its GEMMs at this number of rows; rates in FLOP/s and bytes/s."""
+
+    rows: int
+    gemm_floor: float
+    gemm_rate: float
+    peak_gemm_rate: float
+    copy_rate: float
+
+
+def measure(spec: ModelSpec, dtype: torch.dtype, device: torch.device, rows: int) -> Limits:
+    """Time the four GEMMs of a layer at `rows` rows, a large square one, and a copy."""
+    d = spec.hidden
+    seconds = flops = 0.0
+    linear = linear_e4m3 if dtype == torch.float8_e4m3fn else F.linear
+    for columns, out in ((d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)):
+        x = torch.randn(rows, columns, device=device).to(dtype)
+        w = (torch.randn(out, columns, device=device) * columns**-0.5).to(dtype)
+        b = torch.randn(out, device=device).to(dtype)
+        seconds += best_of(lambda x=x, w=w, b=b: linear(x, w, b), device)  # type: ignore[misc]
+        flops += 2.0 * rows * columns * out
+    side = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(side, side, device=device).to(dtype)
+    peak = 2.0 * side**3 / best_of(lambda: linear(a, a), device)
+    return Limits(rows, rows / (seconds * spec.layers), flops / seconds, peak, copy_rate(device))
+
+
+def linear_e4m3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The product as cuBLAS does it in e4m3, without a bias."""
+    one = torch.ones((), device=x.device)
+    return torch._scaled_mm(x, weight.T, one, one, out_dtype=torch.float16, use_fast_accum=True)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second of a large copy on the device, read and written."""
+    source = torch.empty(1 << (29 if device.type == "cuda" else 26), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2.0 * source.numel() / best_of(lambda: target.copy_(source), device)
+
+
+def best_of(call: Callable[[], object], device: torch.device, least: float = 0.02, repeats: int = 5) -> float:
+    """Seconds of one call: median of a few timed groups, each at least `least` seconds long, after a warm-up."""
+    call()
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    count = max(1, int(least / max(time.perf_counter() - started, 1e-6)))
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        synchronize(device)
+        times.append((time.perf_counter() - started) / count)
+    return sorted(times)[len(times) // 2]
+
+
+def breakdown(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds of a call by kind of work (device time on CUDA): GEMM, attention, pooling, everything else."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.type == "cuda"
+    with warnings.catch_warnings(), _no_standard_error():
+        warnings.simplefilter("ignore")  # the profiler's talk about cycles
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
+            call()
+            synchronize(device)
+    shares = {"GEMM": 0.0, "attention": 0.0, "pool": 0.0, "the rest": 0.0}
+    for event in trace.key_averages():
+        spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        shares[_kind(event.key.lower())] += spent
+    return shares
+
+
+@contextmanager
+def _no_standard_error() -> Iterator[None]:
+    """Hide the lines that the profiler's library writes by itself, past Python."""
+    sys.stderr.flush()
+    with open(os.devnull, "wb") as nowhere:
+        before = os.dup(2)
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+def _kind(name: str) -> str:
+    for kind, words in (("attention", ATTENTION_NAMES), ("GEMM", GEMM_NAMES), ("pool", POOL_NAMES)):
+        if any(word in name for word in words):
+            return kind
+    return "the rest"

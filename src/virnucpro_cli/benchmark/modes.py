@@ -1,0 +1,160 @@
+"""Ways to batch a workload, through the same model code: packed, and padded as scripts do it, in file order or sorted."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from virnucpro_cli import alphabet
+from virnucpro_cli.benchmark.workload import Workload
+from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.pooling import Pooler
+from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, first_fit_decreasing
+
+Int64 = NDArray[np.int64]
+FILE_ORDER, SORTED = "padded, file order", "padded, sorted by length"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way through a workload. run() computes the mean of the last layer of every record, batches already on the
+    device, and returns them in record order, float32 [n, D], when all is done.
+    """
+
+    name: str
+    batches: int
+    rows: int  # computed
+    used: int  # that belong to a record
+    run: Callable[[], torch.Tensor]
+
+    @property
+    def density(self) -> float:
+        return self.used / self.rows
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def packed(model: ESM2, workload: Workload, token_budget: int) -> tuple[Mode, Plan, VarlenCollator, list[PackedBatch]]:
+    plan = first_fit_decreasing(workload.segments.length, token_budget)
+    embedded = np.zeros(len(workload.table), np.int32)
+    embedded[workload.segments.record] = workload.segments.length
+    collate = VarlenCollator(workload.table, workload.segments, embedded, plan, pin=model.device.type == "cuda")
+    host = [collate(pack) for pack in range(len(plan))]
+    batches = [batch.to(model.device) for batch in host]
+    order = torch.from_numpy(np.argsort(plan.segments)).to(model.device)
+
+    def run() -> torch.Tensor:
+        rows = torch.cat([mean_of_last(model, batch) for batch in batches])[order]
+        synchronize(model.device)
+        return rows
+
+    mode = Mode(f"packed, budget {token_budget:,}", len(plan), int(plan.rung.sum()), int(plan.tokens.sum()), run)
+    return mode, plan, collate, host
+
+
+def mean_of_last(model: ESM2, batch: PackedBatch) -> torch.Tensor:
+    last = model.spec.layers
+    return model.embed(batch, (last,), Pooler(("mean",), torch.float16)).pooled["mean", last]
+
+
+def padded(model: ESM2, workload: Workload, token_budget: int, by_length: bool) -> Mode:
+    """Padded batches. In file order: as many records a batch as make the padded tokens of a batch average at most the
+    budget. Sorted by length: as many as fit the budget.
+    """
+    sizes = workload.sizes
+    groups = sorted_groups(sizes, token_budget) if by_length else file_order_groups(sizes, token_budget)
+    texts = workload.token_ids()
+    batches = [_PaddedBatch.of(group, sizes, texts, model.device) for group in groups]
+    order = torch.from_numpy(np.argsort(np.concatenate(groups))).to(model.device)
+
+    def run() -> torch.Tensor:
+        means: list[torch.Tensor] = []
+        for batch in batches:
+            model.with_attention(batch.attention).forward(
+                batch.flat, (model.spec.layers,), partial(_keep, means, batch)
+            )
+        rows = torch.cat(means)[order]
+        synchronize(model.device)
+        return rows
+
+    rows = sum(len(group) * int(sizes[group].max()) for group in groups)
+    return Mode(SORTED if by_length else FILE_ORDER, len(groups), rows, int(sizes.sum()), run)
+
+
+def _keep(means: list[torch.Tensor], batch: "_PaddedBatch", layer: int, hidden: torch.Tensor) -> None:
+    means.append(batch.mean(hidden))
+
+
+def file_order_groups(sizes: Int64, token_budget: int) -> list[Int64]:
+    """Batches of one size in file order, the largest size whose padded tokens average at most the budget."""
+    records = np.arange(len(sizes))
+    best = 1
+    for count in range(1, len(sizes) + 1):
+        starts = np.arange(0, len(sizes), count)
+        widest = np.maximum.reduceat(sizes, starts)
+        whole = np.diff(np.append(starts, len(sizes)))
+        if (widest * whole).mean() > token_budget:
+            break
+        best = count
+    return np.split(records, np.arange(best, len(sizes), best))
+
+
+def sorted_groups(sizes: Int64, token_budget: int) -> list[Int64]:
+    """Batches in falling order of length, each of as many records as fit the budget when padded to its first."""
+    order = np.argsort(-sizes, kind="stable")
+    groups, at = [], 0
+    while at < len(order):
+        count = max(token_budget // int(sizes[order[at]]), 1)
+        groups.append(order[at : at + count])
+        at += count
+    return groups
+
+
+@dataclass(frozen=True)
+class _PaddedBatch:
+    """B records padded to L tokens, as the flat rows that the model's forward takes."""
+
+    flat: PackedBatch
+    shape: tuple[int, int]
+    mask: torch.Tensor | None  # bool [B, 1, 1, L], None if nothing is padded
+    residues: torch.Tensor  # float32 [B, L, 1], 1 / residues at residues, else 0
+
+    @staticmethod
+    def of(group: Int64, sizes: Int64, texts: list[bytes], device: torch.device) -> "_PaddedBatch":
+        width = int(sizes[group].max())
+        tokens = np.full((len(group), width), alphabet.PAD, np.int32)
+        inside = np.zeros((len(group), width, 1), np.float32)
+        for row, record in enumerate(group.tolist()):
+            size = int(sizes[record])
+            tokens[row, 0], tokens[row, size - 1] = alphabet.CLS, alphabet.EOS
+            tokens[row, 1 : size - 1] = np.frombuffer(texts[record], np.uint8)
+            inside[row, 1 : size - 1] = 1 / (size - SPECIAL_TOKENS)
+        lengths = np.full(len(group), width)
+        flat = PackedBatch(
+            torch.from_numpy(tokens.ravel()).to(device),
+            torch.from_numpy(np.tile(np.arange(width, dtype=np.int32), len(group))).to(device),
+            torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)).to(device),
+            torch.ones(len(group), device=device), torch.empty(0, 3, dtype=torch.int32, device=device), None, None, group, lengths, width,
+        )  # fmt: skip
+        real = torch.from_numpy(tokens != alphabet.PAD).to(device)
+        mask = None if bool(real.all()) else real[:, None, None, :]
+        return _PaddedBatch(flat, (len(group), width), mask, torch.from_numpy(inside).to(device))
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float
+    ) -> torch.Tensor:
+        """PyTorch's scaled dot-product attention with a key mask, as padded scripts call it."""
+        qs, ks, vs = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))
+        mixed = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=self.mask, scale=scale)
+        return mixed.transpose(1, 2).flatten(0, 1).contiguous()
+
+    def mean(self, hidden: torch.Tensor) -> torch.Tensor:
+        return (hidden.unflatten(0, self.shape).float() * self.residues).sum(1)

@@ -1,0 +1,60 @@
+"""File layouts of other tools: a module for each, which writes and reads it. Adding a layout is adding a module and a line here."""
+
+from pathlib import Path
+
+from virnucpro_cli.errors import UserError, choose
+from virnucpro_cli.exchange.layouts import (
+    anndata,
+    bio_embeddings,
+    biotrainer,
+    broad,
+    fair_esm,
+    keyed_h5,
+    npy,
+    parquet,
+    scikit_bio,
+    text,
+    virnucpro,
+)
+from virnucpro_cli.exchange.layouts.layout import Layout
+from virnucpro_cli.store import DAMAGE
+
+LAYOUTS = (
+    npy.LAYOUT,
+    parquet.LAYOUT,
+    anndata.LAYOUT,
+    fair_esm.LAYOUT,
+    virnucpro.LAYOUT,
+    broad.LAYOUT,
+    scikit_bio.LAYOUT,
+    biotrainer.LAYOUT,
+    bio_embeddings.LAYOUT,
+    keyed_h5.LAYOUT,
+    text.CSV,
+    text.TSV,
+)
+"""In the order in which a file is tried: keyed_h5 is what HDF5 is that is nothing else."""
+
+
+def named(name: str) -> Layout:
+    for layout in LAYOUTS:
+        if layout.name == name:
+            return layout
+    raise UserError(f"There is no layout {name!r}.", choose(name, [each.name for each in LAYOUTS]))
+
+
+def of_suffix(target: str | None) -> Layout:
+    """The layout whose suffix a target ends in. Raises UserError if there is none."""
+    ends = [layout for layout in LAYOUTS if target and target.lower().endswith(layout.suffix)]
+    if not ends:
+        names = ", ".join(each.name for each in LAYOUTS)
+        raise UserError("The name of the target does not tell its layout.", f"Say --to LAYOUT: {names}.")
+    return max(ends, key=lambda layout: len(layout.suffix))
+
+
+def guessed(path: Path) -> Layout | None:
+    """The layout of what is at the path; None if it is of none, or damaged."""
+    try:
+        return next((layout for layout in LAYOUTS if layout.recognises(path)), None)
+    except DAMAGE:
+        return None

@@ -1,0 +1,45 @@
+"""The files of fair-esm's extract.py: a folder with a .pt for each protein, any kinds and layers in it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from virnucpro_cli.exchange.layouts import pt
+from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, no_provenance
+
+GROUPS = {"residue": "representations", "mean": "mean_representations", "bos": "bos_representations"}
+LONGEST_NAME = 200
+
+
+def write(selection: Selection, target: Path) -> None:
+    target.mkdir()
+    for block in selection.blocks():
+        for _, name, key, values in block.each():
+            content: dict[str, Any] = {"label": name}
+            for (kind, layer), rows in values.items():
+                content.setdefault(GROUPS[kind], {})[layer] = pt.tensor(rows)
+            pt.save(content, target / f"{key}.pt")
+
+
+def read(path: Path) -> Iterator[Entry]:
+    for file in [path] if path.is_file() else sorted(path.rglob("*.pt")):  # names with a / are in folders of their own
+        found = pt.load(file)
+        values = {
+            (kind, layer): pt.array(rows)
+            for kind, group in GROUPS.items()
+            for layer, rows in found.get(group, {}).items()
+        }
+        if not values:
+            raise ValueError(f"{file.name} holds none of {', '.join(GROUPS.values())}")
+        yield Entry(str(found.get("label", file.stem)), values, file.stem)
+
+
+def recognises(path: Path) -> bool:
+    first = next(path.rglob("*.pt"), None) if path.is_dir() else path if path.suffix == ".pt" else None
+    return first is not None and first.is_file() and "label" in pt.load(first)
+
+
+LAYOUT = Layout(
+    "fair-esm", "fair-esm's extract.py, a .pt file per protein in a folder", ".fair-esm", tuple(GROUPS),
+    write, read, no_provenance, recognises, folder=True, several=True, longest=LONGEST_NAME,
+)  # fmt: skip

@@ -1,0 +1,86 @@
+"""A NumPy array in one file, and beside it a table that says which rows are whose."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from virnucpro_cli import tables
+from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, no_provenance
+from virnucpro_cli.kinds import KINDS
+from virnucpro_cli.store import REASONS, STATUS_NAMES
+
+BESIDE = ".tsv"
+COLUMNS = ("row", "rows", "id", "length", "status", "reason", "flags", "kind", "layer")
+
+
+def write(selection: Selection, target: Path) -> None:
+    """row: the first of a protein's, counted from 0; rows: how many, 1 of a pooled embedding; flags: the bits of embed's file."""
+    file, (kind, layer) = selection.file, selection.what
+    header = {
+        "descr": selection.dtype.str,
+        "fortran_order": False,
+        "shape": (selection.rows(skipped=True), selection.width),
+    }
+    with open(target, "wb") as array, open(target.with_suffix(BESIDE), "w", newline="", encoding="utf-8") as text:
+        np.lib.format.write_array_header_1_0(array, header)
+        table = tables.writer(text)
+        table.writerow(COLUMNS)
+        row = 0
+        for block in selection.blocks(skipped=True):
+            block.rows[kind, layer].tofile(array)
+            for number, name, size in zip(block.numbers.tolist(), block.names, block.sizes.tolist(), strict=True):
+                table.writerow((
+                    row, size, name, file.lengths[number], STATUS_NAMES[file.status[number]],
+                    REASONS[file.reason[number]], file.flags[number], kind, layer,
+                ))  # fmt: skip
+                row += size
+
+
+def read(path: Path) -> Iterator[Entry]:
+    """Without the table, rows are named by their numbers."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise ValueError(
+            f"it is an array of {array.dtype} of shape {array.shape}, not [N, D] of floating-point numbers"
+        )
+    beside = path.with_suffix(BESIDE)
+    if not beside.is_file():
+        for number, row in enumerate(array):
+            yield Entry(str(number), {("mean", None): row})
+        return
+    end = 0
+    table = tables.rows(tables.Lines(str(beside)))
+    header = next(table, [])
+    if not {"row", "id"} <= set(header):
+        raise ValueError(f"{beside} has no columns row and id")
+    for line in (dict(zip(header, cells, strict=True)) for cells in table):
+        row, kind = int(line["row"]), line.get("kind") or "mean"
+        end = row + int(line.get("rows") or 1)
+        if not 0 <= row <= end <= len(array):
+            raise ValueError(f"{beside} speaks of row {row} of {line['id']!r}, and there are {len(array):,}")
+        yield Entry(
+            line["id"], {(kind, int(line["layer"]) if line.get("layer") else None): array[row:end] if kind == "residue" else array[row]},
+            length=int(line["length"]) if line.get("length") else None,
+            skipped=line.get("reason") or "" if line.get("status") == "skipped" else "",
+        )  # fmt: skip
+    if end != len(array):
+        raise ValueError(f"{beside} ends at row {end:,}, and there are {len(array):,}")
+
+
+def is_table(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.readline(1000) == ("\t".join(COLUMNS) + "\n").encode()
+
+
+def recognises(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(6) == b"\x93NUMPY"
+
+
+LAYOUT = Layout(
+    "npy", "a NumPy array, and a table of its rows beside it", ".npy", KINDS,
+    write, read, no_provenance, recognises, holds_skipped=True, beside=BESIDE, is_beside=is_table,
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""A look at a finished file: its contents, its neighbours, its map."""

@@ -1,0 +1,83 @@
+"""Contacts as fair-esm predicts them: a logistic regression on the attention maps of every layer and head, one protein at a time.
+
+The maps are materialised a layer at a time and added up at once, so that memory holds those of one layer.
+"""
+
+from pathlib import Path
+
+import torch
+
+from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model.attention import Backend
+from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.locate import Weights
+from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.model.weights import CONTACT_HEAD, State, heads_in, read_tensors
+
+MAPS_AT_ONCE = 4
+
+
+class Contacts:
+    """The contact head over an fp32 forward in plain steps. state: with the tensors of the contact head."""
+
+    def __init__(self, spec: ModelSpec, state: State, device: torch.device):
+        exact_arithmetic()
+        backend = Backend("contacts", self._attention, plain)
+        self.model = ESM2(spec, state, torch.float32, device, backend)
+        self.weight = state[f"{CONTACT_HEAD}.weight"].to(device, torch.float32).view(spec.layers, spec.heads)
+        self.bias = state[f"{CONTACT_HEAD}.bias"].to(device, torch.float32)
+        self.found: list[torch.Tensor] = []
+
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+        """Probabilities float32 [L, L] of a batch of one protein, on the host."""
+        try:
+            self.model.forward(batch.to(self.model.device), (self.model.spec.layers,), lambda layer, hidden: None)
+            logits = torch.stack(self.found).sum(dim=0, dtype=torch.float64)
+            return (logits + self.bias).sigmoid().float().cpu()
+        finally:
+            self.found = []
+
+    def _attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float
+    ) -> torch.Tensor:
+        """Attention of the one segment; this layer's share of the logits [L, L] is kept (fair-esm modules.py, ContactPredictionHead)."""
+        (length,) = batch.lengths.tolist()
+        q, k, v = (x[:length].transpose(0, 1) for x in (q, k, v))  # [H, length, Dh]
+        maps = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
+        out = torch.zeros(len(batch.tokens), *q.shape[::2], device=q.device)
+        out[:length] = (maps @ v).transpose(0, 1)
+        maps = maps[:, 1:-1, 1:-1]  # of residues
+        maps = maps + maps.transpose(1, 2)
+        rows = maps.sum(dim=2, keepdim=True)
+        maps -= rows * rows.transpose(1, 2) / rows.sum(dim=1, keepdim=True)  # average product correction
+        self.found.append(torch.einsum("h,hij->ij", self.weight[len(self.found)], maps))
+        return out
+
+
+def bytes_needed(spec: ModelSpec, residues: int) -> int:
+    """Of memory beside the weights, for a protein of so many residues."""
+    return 4 * (residues + 2) ** 2 * (MAPS_AT_ONCE * spec.heads + 3 * spec.layers)
+
+
+def regression_beside(found: Weights) -> list[Path]:
+    """Where fair-esm keeps the contact regression of a checkpoint, if it is not in it."""
+    return [path.with_name(f"{path.stem}-contact-regression.pt") for path in found.files[:1]]
+
+
+def with_contact_head(state: State, spec: ModelSpec, found: Weights) -> State:
+    """The state with the contact head: its own, or that of the file which fair-esm keeps beside its own. Raises UserError."""
+    if f"{CONTACT_HEAD}.weight" in state:
+        return state
+    beside = regression_beside(found)
+    for path in filter(Path.is_file, beside):
+        head = heads_in(read_tensors(path), spec)
+        if f"{CONTACT_HEAD}.weight" in head:
+            return state | head
+        raise UserError(f"{path} is not the contact regression of {spec.name}.", "Fetch or copy it again.")
+    looked = ", ".join([f"{CONTACT_HEAD}.* in {found.place}", *map(str, beside)])
+    raise UserError(
+        f"The weights of {found.name} have no contact regression; looked for {looked}.",
+        f"Put fair-esm's {spec.name}-contact-regression.pt there, use HuggingFace's weights, or leave contacts out.",
+    )

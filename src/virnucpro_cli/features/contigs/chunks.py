@@ -1,0 +1,61 @@
+"""VirNucPro's own front end: contigs in overlapping chunks, and of each the frames without a stop codon."""
+
+from typing import Any
+
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.features.contigs.codons import STOP, residues_at, reverse_complement
+from virnucpro_cli.features.contigs.found import Found, record
+
+
+def settings(config: EmbedConfig) -> dict[str, Any]:
+    return {"version": "2", "chunk": config.chunk}
+
+
+def chunks(n: int, size: int) -> list[tuple[int, int]]:
+    """[start, stop) of the chunks of a contig of n bases: ceil(n / size) of `size` bases each, in order, the last often shorter.
+
+    What they are longer together than the contig is divided by their number: each chunk after the first begins so many bases
+    (the integer part) before the end of the one before it, and the first ones one base more, as many as there are bases left
+    when each has had that. There may be more bases left than chunks; the last one ends at the end of the contig all the same.
+    A contig shorter than `size` is one chunk. These are the chunks of VirNucPro's own program, for all lengths tried.
+    """
+    count = -(-n // size)
+    each, rest = divmod(count * size - n, max(count, 1))
+    starts = [k * (size - each) - min(k, each + rest) for k in range(count)]
+    return [(start, min(start + size, n)) for start in starts]
+
+
+GAPS = "their codons yield no residue, and what lies on both sides of one is joined, as by VirNucPro's own program"
+
+
+class Caller:
+    """Names are `CONTIG_chunk_K` with K from 1, then F1, F2, F3 or R1, R2, R3 (frames of the chunk's reverse complement).
+
+    Standard genetic code; a codon with an ambiguous base yields no residue at all; a frame that holds a stop codon, be it the last,
+    is dropped. Left open by that description and chosen here: lower case counts as upper case and U as T; a frame without any
+    residue is dropped too; coordinates are of all codons of the frame, those that yield nothing included.
+    """
+
+    def __init__(self, config: EmbedConfig):
+        self._size = config.chunk
+
+    def __call__(self, name: str, sequence: bytes) -> Found:
+        n, texts, places = len(sequence), [], []
+        forward = residues_at(sequence).tobytes()
+        backward = residues_at(reverse_complement(sequence)).tobytes()
+        for number, (start, stop) in enumerate(chunks(n, self._size), start=1):
+            for letter, strand, every, a, b in (
+                ("F", 1, forward, start, stop),
+                ("R", -1, backward, n - stop, n - start),
+            ):
+                for frame in range(3):
+                    codons = every[a + frame : max(b - 2, 0) : 3]
+                    residues = codons.replace(b"X", b"")
+                    if STOP in codons or not residues:
+                        continue
+                    begin, end = a + frame + 1, a + frame + 3 * len(codons)
+                    if strand < 0:
+                        begin, end = n + 1 - end, n + 1 - begin
+                    texts.append(record(f"{name}_chunk_{number}{letter}{frame + 1}", begin, end, strand, residues))
+                    places.append((begin, end, strand))
+        return Found.of(b"".join(texts), places)

@@ -1,0 +1,145 @@
+"""Groups of records: which record is in which, and a row for each group, from the means of its members as they stand in the file."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli import fasta, store, tables
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.plan.packing import stretches
+
+KINDS = ("mean", "length_weighted_mean", "max")
+BLOCK_BYTES = 1 << 25
+
+
+Named = tuple[dict[str, str], str]
+"""Name -> group of a table, and the SHA-256 of its text."""
+
+
+def named(config: EmbedConfig) -> Named | None:
+    """The table of --group-table, None without one. Raises UserError if it cannot be read, or is no table of two columns."""
+    return None if config.group_table is None else _read(config.group_table)
+
+
+def of_records(
+    config: EmbedConfig, table: fasta.RecordTable, genes: store.Extra, named: Named | None = None
+) -> store.Extra:
+    """The columns and names of the groups that `config` asks for, if any; genes: what is known of the contigs; named: the table.
+
+    Groups are numbered in the order of the contigs, or of their first record. Raises UserError if no record is in a group.
+    """
+    counts = dict[str, int]()
+    if config.group == "contig":
+        of, ids, fingerprint = genes.columns["genes/contig"], genes.tables["contigs/ids"], {"groups": "contig"}
+    elif config.group_regex is not None:
+        find, fingerprint = re.compile(config.group_regex).search, {"groups": f"regex {config.group_regex}"}
+        of, ids = _by_name(config, table, lambda name: match[1] if (match := find(name)) else None)
+        _check(of, f"--group-regex {config.group_regex!r} finds a group in the name of", config, table)
+    elif named is not None:
+        groups, sha256 = named
+        fingerprint = {"groups": f"table {sha256}"}
+        unknown = set(groups)
+        of, ids = _by_name(config, table, groups.get, unknown)
+        _check(of, f"{config.group_table} holds the name of", config, table)
+        counts = {f"names of {config.group_table} that no protein has": len(unknown)}
+    else:
+        return store.Extra()
+    counts |= {"groups": len(ids), "proteins in no group": int((of < 0).sum())}
+    return store.Extra({"groups/of": of}, {"groups/ids": ids}, fingerprint=fingerprint, counts=counts)
+
+
+def room(extra: store.Extra) -> store.Extra:
+    """Where the rows of the groups will be, if there are groups."""
+    ids = extra.tables.get("groups/ids")
+    if ids is None:
+        return store.Extra()
+    members, rows = "groups/members", {f"groups/{kind}": len(ids) for kind in KINDS}
+    return store.Extra(tables={members: np.zeros(len(ids), np.int64)}, rows=rows, changing=frozenset((members,)))
+
+
+def fill(file: store.Store) -> None:
+    """Place the rows of all groups, if the file has room for them. Every record must have been placed and marked.
+
+    Members are added up in float64 in the order of their numbers, a block after the other, so that the bits depend on nothing but
+    the rows in the file. length_weighted_mean weights a protein by its whole length, as in /lengths. A group without members is NaN.
+    """
+    if "groups/members" not in file.places:
+        return
+    file.commit()
+    with store.read_embeddings(file.path) as there:
+        assert there.groups is not None
+        of, count, lengths = there.groups.of, len(there.groups), there.lengths.astype(np.float64)
+    members = np.flatnonzero((file.status == store.DONE) & (of >= 0))
+    members = members[np.argsort(of[members], kind="stable")]
+    bounds = np.searchsorted(of[members], np.arange(count + 1))
+    file.place("groups", "members", np.arange(count), np.diff(bounds))
+    for layer in (name.rpartition("/")[2] for name in file.places if name.startswith("groups/mean/")):
+        dtype = file.places[f"mean/{layer}"].dtype
+        width = file.places[f"mean/{layer}"].row_bytes // dtype.itemsize
+        at_once = max(1, BLOCK_BYTES // (8 * width))
+        for first, last in stretches(bounds, count, at_once):
+            rows = members[bounds[first] : bounds[last]]
+            blocks = (rows[block] for block in store.blocks(len(rows), at_once))
+            values = ((of[block] - first, lengths[block], file.read(f"mean/{layer}", block)) for block in blocks)
+            for kind, found in zip(KINDS, _pooled(values, last - first, width), strict=True):
+                file.place(f"groups/{kind}", layer, np.arange(first, last), found.astype(dtype))
+
+
+Block = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[Any]]
+
+
+def _pooled(blocks: Iterator[Block], groups: int, width: int) -> tuple[NDArray[np.float64], ...]:
+    """Of each group the mean, the mean weighted by length, and the maximum, [groups, width].
+
+    blocks: of members, sorted by group: group, length, values [n, width].
+    """
+    total, weighted = np.zeros((groups, width)), np.zeros((groups, width))
+    most = np.full((groups, width), -np.inf)
+    number, weight = np.zeros((groups, 1)), np.zeros((groups, 1))
+    for group, length, rows in blocks:
+        values = rows.astype(np.float64)
+        starts = np.flatnonzero(np.diff(group, prepend=-1))
+        which = group[starts]
+        total[which] += np.add.reduceat(values, starts)
+        weighted[which] += np.add.reduceat(values * length[:, None], starts)
+        most[which] = np.maximum(most[which], np.maximum.reduceat(values, starts))
+        number[which, 0] += np.diff(starts, append=len(group))
+        weight[which, 0] += np.add.reduceat(length, starts)
+    with np.errstate(invalid="ignore"):
+        return total / number, weighted / weight, np.where(number > 0, most, np.nan)
+
+
+def _by_name(
+    config: EmbedConfig,
+    table: fasta.RecordTable,
+    group_of: Callable[[str], str | None],
+    unknown: set[str] | None = None,
+) -> tuple[NDArray[np.int64], Any]:
+    """The number of each record's group, -1 for none, and the names of the groups; an empty name is none.
+
+    unknown: names, those of records are taken out of it.
+    """
+    numbers: dict[str, int] = {}
+    of = np.full(len(table), -1, np.int64)
+    for block in store.blocks(len(table)):
+        names = table.names(block.start, block.stop, config.id == "full")
+        of[block] = [numbers.setdefault(group, len(numbers)) if group else -1 for group in map(group_of, names)]
+        if unknown:
+            unknown.difference_update(names)
+    ids = list(numbers)
+    return of, store.Names(len(ids), lambda start, stop: ids[start:stop], sum(len(name.encode()) for name in ids))
+
+
+def _check(of: NDArray[np.int64], what: str, config: EmbedConfig, table: fasta.RecordTable) -> None:
+    if not (of >= 0).any():
+        raise UserError(f"{what} no protein.", f"Names in the input are such as {table.examples(config.id == 'full')}.")
+
+
+def _read(path: str) -> Named:
+    lines = tables.Lines(path)
+    groups = tables.by_name(lines, ((name, group) for name, group in tables.rows(lines, columns=2)), "group")
+    return groups, lines.digest.hexdigest()

@@ -1,0 +1,31 @@
+"""Scaled dot-product attention, the CPU path and any other device's: a call per run of equally long segments on the CPU.
+
+Elsewhere it is a call per segment, since there the number of equally long neighbours may choose the kernel.
+"""
+
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+
+from virnucpro_cli.engine.collate import PackedBatch
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
+    out = torch.empty_like(q)
+    at = 0
+    lengths = batch.lengths.tolist()  # the planner puts equal lengths side by side
+    runs = ((length, sum(1 for _ in group)) for length, group in groupby(lengths))
+    for length, count in runs if q.device.type == "cpu" else ((length, 1) for length in lengths):
+        rows = slice(at, at + count * length)
+        qs, ks, vs = (
+            x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
+        )  # [count, H, length, Dh]
+        mixed = F.scaled_dot_product_attention(qs, ks, vs, scale=scale)
+        out[rows] = mixed.transpose(1, 2).flatten(0, 1)
+        at += count * length
+    return out

@@ -1,0 +1,33 @@
+"""PyTorch's built-in variable-length FlashAttention-2. No compiler, no package; the default on sm80 and newer."""
+
+import torch
+from torch.nn.attention import current_flash_attention_impl
+
+from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.model.attention import describe, is_nvidia
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not is_nvidia(device):
+        return f"it needs an NVIDIA GPU, and this run is on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 or bf16, not {describe(dtype)}"
+    if (other := current_flash_attention_impl()) not in (None, "FA2"):
+        return f"it is FlashAttention-2, and this process has put {other} in its place"
+    return None
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
+    """Call the FlashAttention operator itself.
+
+    `torch.nn.attention.varlen.varlen_attn` may take cuDNN instead on Hopper and Blackwell: in PyTorch 2.14 if the longest
+    segment of the pack exceeds 128 tokens, in 2.15 whenever it can. Neighbours would then choose a protein's kernel.
+    """
+    bounds, longest = batch.cu_seqlens, batch.max_seqlen
+    dropout, causal, debug = 0.0, False, False
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, longest, longest, dropout, causal, debug, scale=scale
+    )[0]

@@ -1,0 +1,72 @@
+"""Variable-length attention for short sequences: tiles of 64 queries of one segment, where FlashAttention-2 takes 128.
+
+A program owns 64 queries of one segment and one head. The segment's last, partly filled block of keys comes first, by
+plain masked loads that are all in flight at once; the full blocks follow through the tensor memory accelerator. The order of
+keys depends on the segment's length alone, so a segment's result is the same wherever it stands.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from virnucpro_cli.engine.collate import QUERY_TILE
+
+KEYS = 32
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _attention(
+    q, k, v, keys, values, out, tiles, scale, stride, heads,
+    HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % heads
+    tile = tiles + 3 * (tl.program_id(0) // heads)
+    first, start, stop = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    d, query, key = tl.arange(0, WIDE), tl.arange(0, QUERIES), tl.arange(0, KEYS)
+    tail = start + (stop - start - 1) // KEYS * KEYS
+    valid = (query < stop - first)[:, None] & (d < HEAD_DIM)[None, :]
+    there = (key < stop - tail)[:, None] & (d < HEAD_DIM)[None, :]
+    column = head * HEAD_DIM
+    at = tail.to(tl.int64) * stride + column + key[:, None] * stride + d[None, :]
+    q_tile = tl.load(
+        q + first.to(tl.int64) * stride + column + query[:, None] * stride + d[None, :], mask=valid, other=0.0
+    )
+    k_tile = tl.load(k + at, mask=there, other=0.0)
+    v_tile = tl.load(v + at, mask=there, other=0.0)
+    score = tl.where((key < stop - tail)[None, :], tl.dot(q_tile, k_tile.T), float("-inf"))
+    top = tl.max(score, 1) * scale
+    weight = tl.exp2(score * scale - top[:, None])
+    sums = weight  # added up over the keys at the end
+    acc = tl.dot(weight.to(v_tile.dtype), v_tile)
+    for row in range(start, tail, KEYS):
+        k_tile = keys.load([row, column])
+        v_tile = values.load([row, column])
+        score = tl.dot(q_tile, k_tile.T)  # columns of the next head meet zeros in q
+        new = tl.maximum(top, tl.max(score, 1) * scale)
+        weight = tl.exp2(score * scale - new[:, None])
+        shrink = tl.exp2(top - new)
+        sums = sums * shrink[:, None] + weight
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * shrink[:, None])
+        top = new
+    width = heads * HEAD_DIM
+    to = out + first.to(tl.int64) * width + column + query[:, None] * width + d[None, :]
+    tl.store(to, (acc / tl.sum(sums, 1)[:, None]).to(out.dtype.element_ty), mask=valid)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor, scale: float) -> torch.Tensor:
+    """q, k, v [T, H, Dh], heads adjacent, rows equally far apart; tiles int32 [n, 3] of `collate.query_tiles`."""
+    rows, heads, head_dim = q.shape
+    wide = max(16, triton.next_power_of_2(head_dim))
+    out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)
+    block = [KEYS, wide]
+
+    def blocks(x: torch.Tensor) -> TensorDescriptor:
+        return TensorDescriptor(x, [rows, heads * head_dim], [x.stride(0), 1], block)
+
+    _attention[(heads * len(tiles),)](
+        q, k, v, blocks(k), blocks(v), out, tiles, scale * LOG2_E, q.stride(0), heads,
+        head_dim, wide, QUERY_TILE, KEYS, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out

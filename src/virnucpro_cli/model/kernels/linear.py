@@ -1,0 +1,258 @@
+"""Linear layers on Hopper, in 16 bit or e4m3, whose result is finished before it leaves the chip: by the rest of the
+LayerNorm before them, and GELU, or the rotary embedding of q and k, or by adding it to the residual stream.
+
+One persistent kernel: tiles of x and W come through the tensor memory accelerator, three deep; a tile of the result is
+finished in fp32 and stored a column block after the other. Every row is computed in the same order wherever it stands.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from virnucpro_cli.model.kernels.norm import quantised_norm, row_scale
+from virnucpro_cli.model.kernels.plain import Pair
+
+ROWS, COLUMNS, DEPTH_BYTES = 128, 256, 128
+"""Tile of the result, and how much of the inner dimension is loaded at a time."""
+GELU, TURN_BY_TILE, TURN_BY_ROW, ADD = 1, 2, 3, 4
+TURN_COLUMNS = COLUMNS // 4
+Rotary = tuple[torch.Tensor, torch.Tensor, int]
+
+
+@triton.jit
+def gelu(x):
+    """x Phi(x) by the error function: the upper tail Phi(-u) is exp(-u^2/2) times a polynomial, within 8e-7 of exact.
+
+    Coefficients: least maximum error of u Phi(-u), absolute above .02 and relative below, on [0, 5.5].
+    """
+    u = tl.minimum(tl.abs(x), 5.5, propagate_nan=tl.PropagateNan.ALL)  # what is not a number must stay so
+    tail = -3.6391029425431043e-06 * u + 8.116065873764455e-05
+    tail = tail * u - 0.0008034128113649786
+    tail = tail * u + 0.004725824575871229
+    tail = tail * u - 0.018815776333212852
+    tail = tail * u + 0.05534086376428604
+    tail = tail * u - 0.12888199090957642
+    tail = tail * u + 0.24870029091835022
+    tail = tail * u - 0.3987570106983185
+    tail = tail * u + 0.49999263882637024
+    return tl.maximum(x, 0.0) - u * (tl.exp2(u * (u * -0.7213475204444817)) * tail)
+
+
+@triton.jit
+def _turn(acc, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    first, second = tl.split(tl.reshape(acc, (ROWS, COLUMNS // 2, 2)))
+    return tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _vectors(shift, bias, column, COLUMNS: tl.constexpr):
+    c = column + tl.arange(0, COLUMNS)
+    return tl.load(shift + c), tl.load(bias + c)  # not masked: they are as long as the tiles are wide
+
+
+@triton.jit
+def _finish(
+    acc, vectors, y, scale, unit, cos, sin, table, positions, row, column, rows, rotated,
+    EPILOGUE: tl.constexpr, FOLDED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    shift, bias = vectors
+    if FOLDED:
+        acc = (acc + shift[None, :]) * scale[:, None] + bias[None, :]
+    elif EPILOGUE == 4:
+        acc = acc * unit
+    else:
+        acc = acc * unit + bias[None, :]
+    if EPILOGUE == 1:
+        acc = gelu(acc)
+        if not FOLDED:
+            acc = acc * shift[None, :]
+    elif EPILOGUE != 4 and column < rotated:
+        c = column + tl.arange(0, COLUMNS)
+        turned = (c < rotated)[None, :]  # v may begin among these columns
+        if EPILOGUE == 2:
+            found = _turn(acc, cos, sin, ROWS, COLUMNS)
+            acc = found if ALIGNED else tl.where(turned, found, acc)
+        else:
+            r = row + tl.arange(0, ROWS)
+            position = tl.load(positions + r, mask=r < rows, other=0)
+            turn = tl.load(table + position[:, None] * HEAD_DIM + (c % HEAD_DIM)[None, :], mask=turned, other=0.0)
+            own_cos, own_sin = tl.split(tl.reshape(turn, (ROWS, COLUMNS // 2, 2)))
+            acc = tl.where(turned, _turn(acc, own_cos, own_sin, ROWS, COLUMNS), acc)
+    if EPILOGUE == 4:
+        y.atomic_add([row, column], acc.to(y.dtype))
+    else:
+        y.store([row, column], acc.to(y.dtype))
+
+
+@triton.jit
+def _halves(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _linear(
+    x, w, y, scales, shift, bias, table, positions, rows, columns, depth, rotated, unit, programs,
+    EPILOGUE: tl.constexpr, FOLDED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    tiles_down, tiles_across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    in_group = 8 * tiles_across  # eight tiles of rows share the weights that are in the cache
+    quarter: tl.constexpr = COLUMNS // 4
+    ahead: tl.constexpr = (
+        EPILOGUE == 1
+    )  # there are registers to load the next vectors early; the rotary tables leave none
+    for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, programs, flatten=True):
+        group = tile // in_group * 8
+        size = min(tiles_down - group, 8)
+        row = (group + tile % in_group % size) * ROWS
+        column = tile % in_group // size * COLUMNS
+        if EPILOGUE == 2:  # asked for here, to have come when the product is there
+            cos, sin = tl.split(tl.reshape(table.load([row, 0]), (ROWS, quarter // 2, 2)))
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, depth, DEPTH):
+            acc = tl.dot(x.load([row, k]), w.load([column, k]).T, acc)
+        scale = row + tl.arange(0, ROWS)
+        if FOLDED:
+            scale = tl.load(scales + scale)
+        if EPILOGUE != 2:
+            cos, sin = scale, scale
+        left, right = _halves(acc, ROWS, COLUMNS)
+        quarters = _halves(left, ROWS, COLUMNS // 2) + _halves(right, ROWS, COLUMNS // 2)
+        vectors = _vectors(shift, bias, column, quarter)
+        for part in tl.static_range(4):
+            if ahead and part < 3:
+                following = _vectors(shift, bias, column + (part + 1) * quarter, quarter)
+            _finish(quarters[part], vectors, y, scale, unit, cos, sin, table, positions, row, column + part * quarter, rows, rotated, EPILOGUE, FOLDED, HEAD_DIM, ALIGNED, ROWS, quarter)  # fmt: skip
+            if part < 3:
+                vectors = following if ahead else _vectors(shift, bias, column + (part + 1) * quarter, quarter)
+
+
+class Folded(NamedTuple):
+    """LayerNorm of x + offset and the linear layer after it as one product: (x weight^T + shift) row_scale + bias.
+
+    weight [M, K] in 16 bit: W diag(gamma), each row less its mean, which takes the mean out of x; shift = weight offset and
+    bias = b + W beta, float32, `whole_tiles` of [M]; offset float32 [K].
+    """
+
+    offset: torch.Tensor
+    weight: torch.Tensor
+    shift: torch.Tensor
+    bias: torch.Tensor
+
+
+class Quantised(NamedTuple):
+    """The same in e4m3: (quantised LayerNorm weight^T) unit + bias; a GELU of it, quantised as well, times grain.
+
+    What is quantised is LayerNorm(x + offset) without its weight and bias, times `step`. weight [M, K] in e4m3:
+    W diag(gamma) / (step unit); bias and grain float32, `whole_tiles` of [M]. See `e4m3` for how the scales are chosen.
+    """
+
+    offset: torch.Tensor
+    weight: torch.Tensor
+    grain: torch.Tensor
+    bias: torch.Tensor
+    step: float
+    unit: float
+
+
+class QuantisedSum(NamedTuple):
+    """A linear layer without bias whose result, x weight^T unit, is added to the residual stream. weight [M, K] in e4m3."""
+
+    weight: torch.Tensor
+    unit: float
+
+
+def fold(norm: Pair, linear: Pair, offset: torch.Tensor, dtype: torch.dtype) -> Folded:
+    """All float32; folded in float64, then rounded. A mean of the offset, which LayerNorm would remove, goes here."""
+    (gamma, beta), (weight, bias) = norm, linear
+    offset, wide = offset.double() - offset.double().mean(), weight.double()
+    scaled = wide * gamma
+    rounded = (scaled - scaled.mean(1, keepdim=True)).to(dtype)
+    shift, bias = rounded.double() @ offset, bias + wide @ beta.double()
+    return Folded(offset.float(), rounded, whole_tiles(shift), whole_tiles(bias))
+
+
+def whole_tiles(columns: torch.Tensor) -> torch.Tensor:
+    """One number a column, as float32, with zeros up to the end of the last tile."""
+    return F.pad(columns.float(), (0, -len(columns) % COLUMNS))
+
+
+def gelu_linear(x: torch.Tensor, layer: Folded | Quantised) -> torch.Tensor:
+    """x [T, K] to gelu of the layer [T, M]: in the dtype of x, or in e4m3 if the layer is."""
+    return _normed(x, layer, GELU, layer.weight.dtype, layer.bias, layer.bias, 16, 0)
+
+
+def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rotary:
+    """Interleaved cosines and sines, float32, the positions, and the head dimension.
+
+    Where heads fill blocks of 64 columns, the table is of rows, as a tile wants it: [T, 64]. Else of positions: [L, Dh].
+    """
+    table = torch.stack((cos, sin), dim=-1).flatten(1)
+    head_dim = table.shape[1]
+    if TURN_COLUMNS % head_dim == 0:
+        table = table.index_select(0, positions).repeat(1, TURN_COLUMNS // head_dim)
+    return table, positions, head_dim
+
+
+def rotary_linear(x: torch.Tensor, layer: Folded | Quantised, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+    """x [T, K] to q, k, v [T, H, Dh]; q and k, the first two thirds of the layer, rotated in fp32 and interleaved."""
+    table, positions, head_dim = rotary
+    rotated = 2 * (len(layer.weight) // 3)
+    if TURN_COLUMNS % head_dim == 0:
+        blocks = TensorDescriptor.from_tensor(table, [ROWS, TURN_COLUMNS])
+        out = _normed(x, layer, TURN_BY_TILE, x.dtype, blocks, positions, head_dim, rotated)
+    else:
+        out = _normed(x, layer, TURN_BY_ROW, x.dtype, table, positions, head_dim, rotated)
+    return out.view(len(x), 3, -1, head_dim).unbind(1)
+
+
+def add_linear(x: torch.Tensor, inner: torch.Tensor, layer: QuantisedSum) -> None:
+    """x [T, M] += the layer of inner [T, K], which is in e4m3."""
+    unused = _vector(x.device)
+    _launch(ADD, inner, layer.weight, x, None, unused, unused, layer.unit, unused, unused, 16, 0)
+
+
+@lru_cache
+def _vector(device: torch.device) -> torch.Tensor:
+    return torch.zeros(COLUMNS, device=device)
+
+
+def _normed(
+    x: torch.Tensor, layer: Folded | Quantised, epilogue: int, dtype: torch.dtype,
+    table: torch.Tensor | TensorDescriptor, positions: torch.Tensor, head_dim: int, rotated: int,
+) -> torch.Tensor:  # fmt: skip
+    y = torch.empty(len(x), len(layer.weight), dtype=dtype, device=x.device)
+    if isinstance(layer, Folded):
+        scales, source, shift, unit = row_scale(x, layer.offset), x, layer.shift, 1.0
+    else:
+        scales, source, shift, unit = None, quantised_norm(x, layer.offset, layer.step), layer.grain, layer.unit
+    _launch(epilogue, source, layer.weight, y, scales, shift, layer.bias, unit, table, positions, head_dim, rotated)
+    return y
+
+
+def _launch(
+    epilogue: int, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, scales: torch.Tensor | None,
+    shift: torch.Tensor, bias: torch.Tensor, unit: float,
+    table: torch.Tensor | TensorDescriptor, positions: torch.Tensor, head_dim: int, rotated: int,
+) -> None:  # fmt: skip
+    (rows, depth), columns, block = x.shape, len(weight), DEPTH_BYTES // x.itemsize
+    tiles = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS)
+    programs = min(_processors(x.device), tiles)
+    _linear[(programs,)](
+        TensorDescriptor.from_tensor(x, [ROWS, block]), TensorDescriptor.from_tensor(weight, [COLUMNS, block]),
+        TensorDescriptor.from_tensor(y, [ROWS, COLUMNS // 4]), bias if scales is None else scales, shift, bias,
+        table, positions, rows, columns, depth, rotated, unit, programs,
+        epilogue, scales is not None, head_dim, rotated % (COLUMNS // 4) == 0, ROWS, COLUMNS, block,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -1,0 +1,107 @@
+"""Hidden rows of a packed batch to what is stored: pooled and residue rows, accumulated in float64 on the device.
+
+Every sum runs over one segment's rows in order, so its bits do not depend on what else is in the pack.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from virnucpro_cli.engine.collate import PackedBatch
+
+
+@dataclass
+class Embeddings:
+    """What one batch yields. pooled: (kind, layer) -> float32 [n, D], ("unmasked", score) -> float32 [n]; residue: layer -> [T, D] (logits -> [T, 33]) in the store dtype, or
+    float32 already multiplied by the blending weights where the batch has windows; finite: bool [n], whether all
+    that is stored of a segment is finite after the cast to the store dtype.
+    """
+
+    pooled: dict[tuple[str, Any], torch.Tensor] = field(default_factory=dict)
+    residue: dict[Any, torch.Tensor] = field(default_factory=dict)
+    finite: torch.Tensor | None = None
+
+
+def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Mean over the residues of each segment (no `<cls>`, no `<eos>`), float32 [n, D]; windows: their weighted share."""
+    rows = hidden.float()
+    if batch.weights is not None:
+        rows = rows * batch.weights[:, None]
+    return mean_over_residues(rows, batch).float()
+
+
+def bos(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The `<cls>` row of each segment, float32 [n, D]."""
+    return hidden.index_select(0, batch.cu_seqlens[:-1]).float()
+
+
+def eos(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The `<eos>` row of each segment, float32 [n, D]."""
+    return hidden.index_select(0, batch.cu_seqlens[1:] - 1).float()
+
+
+def maximum(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The largest value of each channel over the residues of each segment, float32 [n, D]. Not of windows."""
+    return _over_residues("max", hidden.float(), batch)
+
+
+def deviation(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Population standard deviation over the residues of each segment, float32 [n, D], in two passes. Not of windows."""
+    wide = _wide(hidden.float())
+    mean = mean_over_residues(wide, batch)
+    rows = torch.arange(len(hidden), dtype=batch.cu_seqlens.dtype, device=hidden.device)
+    owner = torch.bucketize(rows, batch.cu_seqlens[1:-1], right=True)  # of filler, the last segment: it is in no sum
+    centred = mean.index_select(0, owner).sub_(wide).square_()
+    return mean_over_residues(centred, batch).sqrt().float()
+
+
+POOLS = {"mean": mean, "bos": bos, "eos": eos, "max": maximum, "std": deviation}
+
+
+def residues(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype) -> torch.Tensor:
+    """All T rows, in the store dtype; float32 and weighted if the batch has windows, which are added up on the host."""
+    if batch.weights is None:
+        return hidden.to(store_dtype, copy=True)  # the next layer overwrites hidden
+    return hidden.float() * batch.weights[:, None]
+
+
+def mean_over_residues(rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Of the rows [T, m] of each segment, accumulated in float64, [n, m]."""
+    return _over_residues("sum", _wide(rows), batch) / batch.divisor[:, None]
+
+
+def _over_residues(reduction: str, rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    # Offsets alternate residues with the <eos><cls> between two segments; every second sum is kept.
+    bounds = torch.stack((batch.cu_seqlens[:-1] + 1, batch.cu_seqlens[1:] - 1), dim=1).flatten()
+    return torch.segment_reduce(rows, reduction, offsets=bounds, axis=0, unsafe=True)[::2]
+
+
+def _wide(rows: torch.Tensor) -> torch.Tensor:
+    """In float64 (which Apple GPUs lack): a sum adds row after row, and in float32 that error would exceed the forward's."""
+    return rows if rows.device.type == "mps" else rows.double()
+
+
+class Pooler:
+    """Collects what was asked of each layer as the forward passes it; nothing of a layer outlives the call."""
+
+    def __init__(self, kinds: tuple[str, ...], store_dtype: torch.dtype):
+        self.kinds, self.store_dtype = kinds, store_dtype
+
+    def add(self, into: Embeddings, layer: int, hidden: torch.Tensor, batch: PackedBatch) -> None:
+        for kind, pool in POOLS.items():
+            if kind in self.kinds:
+                rows = pool(hidden, batch)
+                into.pooled[kind, layer] = rows
+                self._note_finite(into, rows.to(self.store_dtype).isfinite().all(dim=1))
+        if "residue" in self.kinds:
+            self._keep(into, layer, residues(hidden, batch, self.store_dtype), batch)
+
+    def _keep(self, into: Embeddings, name: int | str, rows: torch.Tensor, batch: PackedBatch) -> None:
+        into.residue[name] = rows
+        broken = ~rows.to(self.store_dtype).isfinite().all(dim=1, keepdim=True)
+        self._note_finite(into, _over_residues("sum", broken.float(), batch)[:, 0] == 0)
+
+    @staticmethod
+    def _note_finite(into: Embeddings, finite: torch.Tensor) -> None:
+        into.finite = finite if into.finite is None else into.finite & finite

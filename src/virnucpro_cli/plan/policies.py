@@ -1,0 +1,74 @@
+"""The user's policies applied to the record table: what is skipped, cut or copied, and the segments that follow. Integers only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli import store
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.errors import UserError, counted
+from virnucpro_cli.fasta import RecordTable
+from virnucpro_cli.plan.packing import Segments, whole_segments, windowed_segments
+
+Int64 = NDArray[np.int64]
+POLICIES = ("max_residues", "long", "overlap", "invalid", "gaps", "id", "dedup")
+"""What decides, besides the sequences, what becomes of each record; overlap: of `--long window` only."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be embedded: per-record decisions, and the segments and packs that follow from them.
+
+    unit: int64 [N], the record that is computed in a record's stead (itself unless identical to an earlier one);
+    embedded: int32 [N], residues that are embedded.
+    """
+
+    unit: Int64
+    embedded: NDArray[np.int32]
+    flags: NDArray[np.uint16]
+    status: NDArray[np.uint8]
+    reason: NDArray[np.uint8]
+    segments: Segments
+
+
+def decide(table: RecordTable, config: EmbedConfig) -> Work:
+    """Apply the policies: which records are skipped, how long ones are cut, which are copies. No bytes are read."""
+    n = len(table)
+    lengths = table.length.astype(np.int64)
+    is_long = lengths > config.max_residues
+    if config.long == "error" and is_long.any():
+        example = int(np.flatnonzero(is_long)[0])
+        raise UserError(
+            f"{counted(int(is_long.sum()), 'protein')} longer than {counted(config.max_residues, 'residue')}; "
+            f"the first is {table.names(example, example + 1)[0]!r} with {lengths[example]:,}.",
+            "Choose --long truncate, full, window or skip, or a larger --max-residues.",
+        )
+    reason = np.zeros(n, np.uint8)
+    reason[is_long & (config.long == "skip")] = store.TOO_LONG
+    reason[(table.replaced > 0) & (config.invalid == "skip")] = store.INVALID
+    reason[lengths == 0] = store.EMPTY
+    kept = np.flatnonzero(reason == 0)
+    if not len(kept) and table.following is None:  # of a part of the input it may be so
+        what = "holds no residues" if not lengths.any() else "leaves nothing to embed: every record is skipped"
+        files = ", ".join(source.path for source in table.sources)
+        raise UserError(f"The input {files} {what} ({counted(n, 'record')}).", "Check the input, --long and --invalid.")
+
+    unit = np.arange(n)
+    _, first, group = np.unique(table.unique_of[kept], return_index=True, return_inverse=True)
+    unit[kept] = kept[first][group]
+
+    kept_residues = np.minimum(lengths, config.max_residues) if config.long == "truncate" else lengths
+    embedded = np.where(reason == 0, kept_residues, 0)
+    flags = np.zeros(n, np.uint16)
+    flags[(reason == 0) & (embedded < lengths)] |= store.TRUNCATED
+    flags[table.replaced > 0] |= store.REPLACED
+    flags[unit != np.arange(n)] |= store.COPIED
+    compute = kept[unit[kept] == kept]
+    if config.long == "window":
+        flags[(reason == 0) & is_long] |= store.WINDOWED
+        segments = windowed_segments(compute, lengths[compute], config.max_residues, config.overlap)
+    else:
+        segments = whole_segments(compute, embedded[compute])
+    status = np.where(reason == 0, store.PENDING, store.SKIPPED).astype(np.uint8)
+    return Work(unit, embedded.astype(np.int32), flags, status, reason, segments)

@@ -1,0 +1,704 @@
+"""An embeddings file as its readers see it."""
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError, counted
+from virnucpro_cli.kinds import KINDS, POOLED, any_by_residue, by_residue, unmasked
+from virnucpro_cli.plan.packing import stretches
+from virnucpro_cli.store.checked import (
+    HEAP_ENTRY,
+    attributes_of,
+    damage_named,
+    damaged,
+    datasets_of,
+    named_layers,
+    opened_hdf5,
+    settings_of,
+)
+from virnucpro_cli.store.disk import allow_open_files, checksum, partial_path
+from virnucpro_cli.store.names import NameIndex, accession
+from virnucpro_cli.store.schema import (
+    DONE,
+    NAME_BLOCK,
+    ONLY_PLACE,
+    PENDING,
+    REASONS,
+    STATUS_NAMES,
+    blocks,
+    unfit,
+    whole_lines,
+)
+
+if TYPE_CHECKING:
+    import anndata
+    import pandas
+    import polars
+
+    from virnucpro_cli.store.tensors import Rows
+STRETCH_BYTES = 1 << 26
+OPENING_SECONDS, OPENING_RATE = 30, 10_000_000
+"""Seconds that opening a file may take, and bytes of it for which there is a second more."""
+LOST: dict[int, str] = {
+    signal.SIGALRM: "does not come back", signal.SIGSEGV: "crashes", signal.SIGBUS: "crashes", signal.SIGABRT: "crashes",
+    signal.SIGFPE: "crashes",
+}  # fmt: skip
+MOST_NAMED = 10
+"""Names and rows that a message lists, at most."""
+
+
+def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
+    """(fingerprint, complete) of a file that this program wrote; None if it is something else."""
+    try:
+        with damage_named(path), opened_hdf5(path) as file:
+            attributes, parsed = attributes_of(file, path)
+            complete = file["run/complete"]
+            if "fingerprint" not in attributes or complete.shape != () or complete.dtype != np.uint8:
+                return None
+            return parsed["fingerprint"], bool(complete[()])
+    except UserError:
+        return None
+
+
+def is_view(path: Path) -> bool:
+    """Whether a file shows the rows of shards, finished or not."""
+    with opened_hdf5(path) as file:
+        return "virtual_of" in file.attrs
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints in words, but for ONLY_PLACE."""
+    keys = sorted((theirs.keys() | ours.keys()) - set(ONLY_PLACE))
+    keys = [key for key in keys if theirs.get(key) != ours.get(key)]
+    words = {
+        "contigs_sha256": "the content of the contigs differs",
+        "input_sha256": "the content of the input differs",
+        "weights_sha256": "the model's weights differ",
+    }
+    return [words.get(key, f"{key}: {theirs.get(key)} there, {ours.get(key)} now") for key in keys]
+
+
+class Dataset(h5py.Dataset):
+    """An h5py dataset that tells damage which a read finds, and shards of a view that were replaced, as a UserError."""
+
+    def __init__(self, data: h5py.Dataset, reading: Callable[[], AbstractContextManager[None]]):
+        super().__init__(data.id)
+        self._reading = reading
+
+    def __getitem__(self, args: Any, new_dtype: Any = None) -> Any:
+        with self._reading():
+            return super().__getitem__(args, new_dtype)
+
+
+class Groups:
+    """Groups of records. of: int64 [N], the group of each record, -1 for none."""
+
+    def __init__(self, file: "EmbeddingFile"):
+        self._file = file
+        self.of: NDArray[np.int64] = file.at("groups/of")[:]
+
+    def __len__(self) -> int:
+        return len(self._file.at("groups/ids"))
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Names of the groups."""
+        return self._file.texts("groups/ids", 0, len(self))
+
+    @property
+    def members(self) -> NDArray[np.int64]:
+        """int64 [G]: records of each group that were embedded."""
+        return self._file.at("groups/members")[:]
+
+    def rows(self, kind: str = "mean", layer: int | None = None) -> h5py.Dataset:
+        """A row for each group, [G, D]: mean, length_weighted_mean or max of its members' means. NaN for a group without members."""
+        return self._file.at(f"groups/{kind}/{self._file.layer(layer)}")
+
+    def to_pandas(self, kind: str = "mean", layer: int | None = None) -> "pandas.DataFrame":
+        """Groups that have members: name (the index), members, and a column float32 for each dimension, "0", "1" ..."""
+        from virnucpro_cli.store import frames
+
+        return frames.groups_to_pandas(self, kind, layer)
+
+
+class ContactMaps:
+    """Contact maps of records. values: all of them, flat; starts: int64 [N], where each record's begins, -1 for none; sizes: int32 [N],
+    its residues; status: uint8 [N], of codes as /status.
+    """
+
+    def __init__(self, file: "EmbeddingFile"):
+        self.values: h5py.Dataset = file.at("contacts/values")
+        self.starts: NDArray[np.int64] = file.at("contacts/starts")[:]
+        self.sizes: NDArray[np.int32] = file.at("contacts/sizes")[:]
+        self.status: NDArray[np.uint8] = file.at("contacts/status")[:]
+
+    @property
+    def done(self) -> int:
+        return int((self.status == DONE).sum())
+
+    @property
+    def pending(self) -> int:
+        return int((self.status == PENDING).sum())
+
+    def of(self, row: int) -> NDArray[Any]:
+        """The map [L, L] of a record; empty if it has none."""
+        return self.raw(row) if self.status[row] == DONE else self.values[:0].reshape(0, 0)
+
+    def raw(self, row: int) -> NDArray[Any]:
+        """What is in the place of a record's map [L, L], whatever its status."""
+        size, first = int(self.sizes[row]), int(self.starts[row])
+        return self.values[first : first + size * size].reshape(size, size)
+
+
+class EmbeddingFile:
+    """An embeddings file opened for reading. Rows are in FASTA order; a record's number is its identity.
+
+    `file[3]`, `file[10:20]`, `file["P12345"]` give rows of the default embedding (the `/embeddings` link). Opening holds every dataset
+    and attribute against the schema. Raises UserError for what is no such file, or is damaged.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).absolute()
+        _check_there(self.path, path)
+        self._file = opened_hdf5(self.path)
+        self._shards: dict[str, h5py.File] = {}
+        try:
+            with damage_named(self.path):
+                self.attributes, self._parsed = attributes_of(self._file, self.path)
+                self._open_shards()
+                self._data = datasets_of(self._file, self.path, self._shards)
+                self._read_columns()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_columns(self) -> None:
+        """Every record's columns, and whether each number in them is possible."""
+        self.lengths: NDArray[np.int32] = self._data["lengths"][:]
+        self.status: NDArray[np.uint8] = self._data["status"][:]
+        self.flags: NDArray[np.uint16] = self._data["flags"][:]
+        self.reason: NDArray[np.uint8] = self._data["reason"][:]
+        self.replaced: NDArray[np.int32] = self._data["replaced"][:]
+        possible = {
+            "status": self.status < len(STATUS_NAMES),
+            "reason": self.reason < len(REASONS),
+            "lengths": self.lengths >= 0,
+            "replaced": self.replaced >= 0,
+        }
+        if "records" in self._data:
+            possible["records"] = self._data["records"][:] >= 0
+        if "groups/ids" in self._data and "groups/of" in self._data:
+            possible["groups/of"] = self._data["groups/of"][:] < len(self._data["groups/ids"])
+        if "residue/offsets" in self._data:
+            offsets, rows = self._data["residue/offsets"][:], self._rows_of_residues()
+            possible["residue/offsets"] = np.diff(offsets, prepend=0) >= 0
+            if offsets[0] != 0 or (rows is not None and offsets[-1] != rows):
+                raise damaged(self.path, f"residue/offsets ends at {offsets[-1]:,} of {rows or 0:,} rows")
+        elif self._rows_of_residues() is not None:
+            raise damaged(self.path, "it has no residue/offsets")
+        if any(name.startswith("contacts/") for name in self._data):
+            starts, sizes, room = (self._data[f"contacts/{name}"] for name in ("starts", "sizes", "values"))
+            sides = sizes[:].astype(np.int64)
+            possible["contacts/sizes"] = (sides >= 0) & (sides < 1 << 31)
+            possible["contacts/starts"] = (starts[:] < 0) | (
+                (starts[:] <= len(room)) & (sides**2 <= len(room) - starts[:])
+            )
+            possible["contacts/status"] = self._data["contacts/status"][:] < len(STATUS_NAMES)
+        for name, each in possible.items():
+            if not each.all():
+                raise damaged(self.path, f"{name} has no possible number at {int(each.argmin())}")
+        for kind, names in (("columns", self._parsed.get("columns", [])), ("tables", self._parsed.get("tables", []))):
+            for name in names:
+                data = self._data.get(name)
+                if data is None or data.ndim != 1 or (kind == "columns" and len(data) != len(self)):
+                    raise damaged(self.path, f"{name}, of its {kind}, lacks or has another size")
+
+    def _rows_of_residues(self) -> int | None:
+        """Rows of each dataset by residue; None if there is none."""
+        found = (
+            len(data)
+            for name, data in self._data.items()
+            if by_residue(*name.partition("/")[::2]) and name != "residue/offsets"
+        )
+        return next(found, None)
+
+    def _open_shards(self) -> None:
+        """Of a view, the shards that it shows, all there and what they were; HDF5 would give NaN for what is missing."""
+        shown = self._parsed.get("virtual_of", [])
+        if any(len(entry) != 2 or Path(entry[0]).name != entry[0] for entry in shown):
+            raise damaged(self.path, "virtual_of names no files of its folder")
+        if shown and (most := allow_open_files(len(shown))):  # HDF5 takes a shard that it cannot open for a missing one
+            raise UserError(
+                f"{self.path} shows rows of {len(shown):,} files, and this process may open {most:,}.",
+                "Raise the limit (ulimit -n), or merge without --virtual.",
+            )
+        locking = bool(self._file.id.get_access_plist().get_file_locking()[0])
+        for name, recorded in shown:
+            path = self.path.resolve().parent / name
+            try:
+                self._shards[name] = shard = h5py.File(path, "r", **({} if locking else {"locking": False}))
+                attributes_of(shard, path)
+                found = datasets_of(shard, path, {})["run/checksum"][()].decode("ascii", "replace")
+            except (OSError, UserError):
+                found = None
+            if found != recorded:
+                raise self._another(path)
+        self._as_opened = {name: _inode(shard.id.get_vfd_handle()) for name, shard in self._shards.items()}
+
+    def _another(self, path: Path) -> UserError:
+        return UserError(
+            f"{self.path} shows rows of {path}, which is {'another file now' if path.exists() else 'missing'}.",
+            "Put the shard back beside it, or merge again with --overwrite.",
+        )
+
+    @property
+    def sources(self) -> list[Path]:
+        """Shards that a view shows."""
+        return [self.path.resolve().parent / name for name in self._shards]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Tell damage that a read finds; and, of a view, a shard that was replaced, for HDF5 opens it by its name."""
+        with damage_named(self.path, (OSError, UnicodeDecodeError)):
+            yield
+        for path, opened in zip(self.sources, self._as_opened.values() if self._shards else (), strict=True):
+            if not path.exists() or _inode(path) != opened:
+                raise self._another(path)
+
+    def at(self, name: str) -> Dataset:
+        """The dataset of that name in the file. Raises UserError if there is none."""
+        if name not in self._data:
+            raise Missing(f"{self.path} has no dataset {name}.", f"It has {', '.join(sorted(self._data))}.")
+        return Dataset(self._data[name], self._reading)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The fingerprint: what the values depend on. Raises UserError if the file lacks anything that it promises."""
+        settings = settings_of(self.path, self.attributes, self._parsed)
+        emit = settings.get("emit", ())
+        promised = [f"{kind}/{layer}" for kind in settings["pool"] for layer in settings["layers"]]
+        promised += [f"unmasked/{name}" for name in unmasked(emit)] + ["contacts/values"] * ("contacts" in emit)
+        promised += ["residue/offsets"] * any_by_residue(settings["pool"], emit)
+        if lacking := [name for name in promised if name not in self._data]:
+            raise damaged(self.path, f"it has no {lacking[0]}")
+        stored = np.dtype(np.float16 if settings["store_dtype"] == "fp16" else np.float32)
+        if other := [
+            name
+            for name in promised
+            if name.startswith(KINDS) and name != "residue/offsets" and self._data[name].dtype != stored
+        ]:
+            raise damaged(self.path, f"{other[0]} is of {self._data[other[0]].dtype}, not {stored}")
+        if not self.environments:
+            raise damaged(self.path, "run/environments is empty")
+        return settings
+
+    @cached_property
+    def inputs(self) -> list[dict[str, Any]]:
+        """Files that were embedded: path, bytes and sha256 of each."""
+        inputs: list[dict[str, Any]] = self._parsed["inputs"]
+        return inputs
+
+    def __repr__(self) -> str:
+        state = "" if self.complete else ", not complete"
+        return f"<EmbeddingFile {str(self.path)!r}: {counted(len(self), 'protein')}, {self.default or 'residues alone'}{state}>"
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a record of that name, or of that accession."""
+        return isinstance(name, str) and bool(self.find(name))
+
+    def keys(self) -> list[str]:
+        """Names of all records in order."""
+        return self.names
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __enter__(self) -> "EmbeddingFile":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in (self._file, *self._shards.values()):
+            file.close()
+
+    @property
+    def complete(self) -> bool:
+        return int(self.at("run/complete")[()]) == 1
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Numbers of the run, as the command's --report has them."""
+        with damage_named(self.path, (ValueError, RecursionError)):
+            found: dict[str, Any] = json.loads(self.at("run/report")[()])
+        return found
+
+    @property
+    def records(self) -> NDArray[np.int64] | None:
+        """Number of each row's record in the input, of a shard or a view of shards; None of another file, where that is the row's own."""
+        return self.at("records")[:] if "records" in self._data else None
+
+    @property
+    def computed_by(self) -> NDArray[np.uint8]:
+        """Number in `environments` of what computed each record; it counts where a row is done."""
+        return self.at("computed_by")[:]
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """Device, attention backend and versions of the runs that filled this file: one, unless it was resumed elsewhere."""
+        with damage_named(self.path, (ValueError, RecursionError)):
+            found = [json.loads(line) for line in whole_lines(self.at("run/environments")[()])]
+        if (place := unfit(found, [dict])) is not None:
+            raise damaged(self.path, f"run/environments is not as it was written, in line {place}")
+        return found
+
+    @property
+    def checksum_of_the_run(self) -> str:
+        """The checksum when embed had finished; empty before."""
+        text: bytes = self.at("run/checksum")[()]
+        return text.decode("ascii", "replace")
+
+    @property
+    def unaltered(self) -> bool:
+        """Whether its bytes, and those of the shards that it shows, are those that embed wrote; reads all of them."""
+        if self.checksum_of_the_run != self.checksum():
+            return False
+        for path in self.sources:
+            with EmbeddingFile(path) as shard:
+                if not shard.unaltered:
+                    return False
+        return True
+
+    def checksum(self) -> str:
+        """The checksum of the file as it is now."""
+        offsets = [self._data[f"run/{name}"].id.get_offset() for name in ("checksum", "complete")]
+        with self._reading():
+            return checksum(self._file.id.get_vfd_handle(), *offsets)
+
+    @property
+    def identity(self) -> str:
+        """Words that tell this file from another that takes its name later."""
+        created, settings = (str(self.attributes.get(name)) for name in ("created", "fingerprint"))
+        return f"{self.checksum_of_the_run} {len(self)} {created} {hashlib.sha256(settings.encode()).hexdigest()}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (str(self.path), self.identity)
+
+    def texts(self, name: str, start: int, stop: int) -> list[str]:
+        """A range of a dataset of text. Together they are no longer than the file, whatever their entries say."""
+        data = self.at(name)
+        start, stop = max(0, start), min(len(data), stop)
+        if start >= stop:
+            return []
+        with self._reading():
+            fd = self._file.id.get_vfd_handle()
+            entries = os.pread(fd, HEAP_ENTRY * (stop - start), data.id.get_offset() + HEAP_ENTRY * start)
+            if np.frombuffer(entries, "<u4")[::4].sum(dtype=np.int64) > os.fstat(fd).st_size:
+                raise damaged(self.path, f"{name} has longer texts than the file")
+            found: list[str] = data.asstr()[start:stop].tolist()
+        return found
+
+    def names_of(self, start: int, stop: int) -> list[str]:
+        """The names of a range of records, read from the file."""
+        return self.texts("sequence_ids", start, stop)
+
+    def names_at(self, rows: NDArray[np.int64]) -> list[str]:
+        """The names of some records, in that order; the file's names are read in blocks, not held."""
+        found: dict[int, str] = {}
+        block_of = rows // NAME_BLOCK
+        for block in np.unique(block_of).tolist():
+            wanted = np.unique(rows[block_of == block])
+            names = self.names_of(int(wanted[0]), int(wanted[-1]) + 1)
+            found |= {row: names[row - int(wanted[0])] for row in wanted.tolist()}
+        return [found[row] for row in rows.tolist()]
+
+    @cached_property
+    def _by_name(self) -> NameIndex:
+        return NameIndex(len(self), self.names_of, self.names_at)
+
+    @cached_property
+    def _by_accession(self) -> NameIndex:
+        return NameIndex(len(self), self.names_of, self.names_at, accession)
+
+    def find(self, name: str) -> list[int]:
+        """Every record of that name, else of that accession, in order; empty if there is none. Holds 16 bytes a record.
+
+        Raises UserError for an accession in several names.
+        """
+        if rows := self._by_name(name):
+            return rows
+        rows = self._by_accession(name)
+        names = list(dict.fromkeys(self.names_at(np.array(rows[:MOST_NAMED], np.int64))))
+        if len(names) > 1:
+            raise UserError(
+                f"{name} is the accession of several names in {self.path}: {', '.join(names)}.", "Give the whole name."
+            )
+        return rows
+
+    def rows(self, name: str) -> list[int]:
+        """Records of a name, see `find`. Raises UserError, which is a KeyError too, if there is none."""
+        if not (found := self.find(name)):
+            raise Missing(f"{self.path} has no record {name!r}.", "Its names are in file.names.")
+        return found
+
+    @cached_property
+    def names(self) -> list[str]:
+        return self.names_of(0, len(self))
+
+    @property
+    def layers(self) -> list[int]:
+        return list(self._parsed.get("layers") or [])
+
+    def layer(self, number: int | None = None) -> int:
+        """A layer by its number, or counted from the model's last, -1, as with --layers; by default the last one stored.
+
+        Raises UserError for a negative one if the file does not tell the depth of its model.
+        """
+        if number is None or number in self.layers:
+            return self.layers[-1] if number is None else number
+        if number >= 0:
+            return number
+        depth = self._depth
+        if depth is None:
+            raise Missing(
+                f"{self.path} does not say how many layers its model has.",
+                f"It has layers {', '.join(map(str, self.layers))}.",
+            )
+        return depth + 1 + number
+
+    @property
+    def _depth(self) -> int | None:
+        """The number of the model's last layer; None if neither an attribute nor the run's --layers tells it."""
+        asked = self._parsed.get("config", {}).get("layers")
+        last = self.layers[-1] if isinstance(asked, list) and -1 in asked else None
+        return int(self.attributes["model_layers"]) if "model_layers" in self.attributes else last
+
+    @cached_property
+    def default(self) -> str | None:
+        """What `/embeddings` is, such as mean/33; None if it is absent or nothing of the run's."""
+        there = self._data.get("embeddings")
+        names = [f"{kind}/{layer}" for kind in POOLED for layer in self.layers]
+        return next((name for name in names if there is not None and self._data.get(name) == there), None)
+
+    @property
+    def residue_offsets(self) -> NDArray[np.int64]:
+        """int64 [N + 1]; needs `--pool residue` or `--emit logits`."""
+        if "residue/offsets" not in self._data:
+            raise Missing(
+                f"{self.path} holds no rows of residues.", "It was made without --pool residue and --emit logits."
+            )
+        return self.at("residue/offsets")[:]
+
+    @property
+    def groups(self) -> Groups | None:
+        """None of a file made without one of the --group options."""
+        return Groups(self) if "groups/of" in self._data else None
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Columns that not every file has, by name: genes/contig, genes/begin, genes/end, genes/strand, groups/of."""
+        return {name: self.at(name)[:] for name in self._parsed.get("columns", [])}
+
+    @property
+    def tables(self) -> dict[str, h5py.Dataset]:
+        """Datasets of other things than records, by name: contigs/ids, contigs/lengths, groups/ids, groups/members."""
+        return {name: self.at(name) for name in self._parsed.get("tables", [])}
+
+    def what(self, kind: str | None = None, layer: int | None = None) -> tuple[str, int]:
+        """Kind and layer of a dataset: by default those of /embeddings. Raises UserError if the file has no such dataset."""
+        if kind is None:
+            if self.default is None:
+                raise Missing(
+                    f"{self.path} holds rows of residues alone.", "Use residues(row), or to_torch('residue')."
+                )
+            kind = self.default.partition("/")[0]
+        number = self.layer(layer)
+        if f"{kind}/{number}" not in self._data:
+            there = named_layers(self._data)
+            have = [f"{each} ({', '.join(map(str, there[each]))})" for each in KINDS if each in there]
+            raise Missing(
+                f"{self.path} has no {kind} of layer {number}.", f"It has these kinds and layers: {', '.join(have)}."
+            )
+        return kind, number
+
+    def dataset(self, kind: str | None = None, layer: int | str | None = None) -> h5py.Dataset:
+        """The h5py dataset of a pooling kind and layer (default: the last requested); ("unmasked", "entropy") gives a score.
+
+        Negative layers are as with --layers. Raises UserError if there is no such dataset.
+        """
+        if isinstance(layer, str):
+            return self.at(f"{kind}/{layer}")
+        if kind is None and layer is None and "embeddings" in self._data:
+            return self.at("embeddings")
+        return self.at("{}/{}".format(*self.what(kind, layer)))
+
+    def array(self, kind: str | None = None, layer: int | None = None) -> NDArray[Any]:
+        """A dataset (see `dataset`) as a read-only memory map: [N, D], or [sum L, D] of residues. Nothing is copied, and it
+        stays good when the file is closed, or another takes its name. Of a view of shards it is a copy.
+        """
+        data = self.dataset(kind, layer)
+        offset = data.id.get_offset()
+        if offset is None:  # it is empty, or has its place in other files
+            return data[:]
+        with os.fdopen(os.dup(self._file.id.get_vfd_handle()), "rb") as opened:
+            return np.memmap(opened, data.dtype, "r", offset, data.shape)
+
+    def to_torch(self, kind: str | None = None, layer: int | None = None) -> "Rows":
+        """A `torch.utils.data.Dataset` of (row, record number) of each record that is done; see `tensors.Rows`."""
+        from virnucpro_cli.store.tensors import Rows
+
+        return Rows(self, kind, layer)
+
+    def to_pandas(self, kind: str | None = None, layer: int | None = None) -> "pandas.DataFrame":
+        """A data frame: name (the index, not made unique), length, status, and a column for each dimension, "0", "1" ..."""
+        from virnucpro_cli.store import frames
+
+        return frames.to_pandas(self, kind, layer)
+
+    def to_polars(self, kind: str | None = None, layer: int | None = None) -> "polars.DataFrame":
+        """A data frame: name, length, status, embedding (an array of D)."""
+        from virnucpro_cli.store import frames
+
+        return frames.to_polars(self, kind, layer)
+
+    def to_anndata(self, kind: str | None = None, layer: int | None = None) -> "anndata.AnnData":
+        """X float32 [N, D]; obs has name, length and status, and its index the names made unique; uns says what made it."""
+        from virnucpro_cli.store import frames
+
+        return frames.to_anndata(self, kind, layer)
+
+    def stretches(self, kind: str) -> Iterator[slice]:
+        """All records, one stretch after the other, each of about 64 MB of rows of that kind in fp32 (or a single record)."""
+        rows = max(1, min(NAME_BLOCK, STRETCH_BYTES // (4 * self.dataset(kind, self.layers[0]).shape[1])))
+        offsets = self.residue_offsets if kind == "residue" else np.arange(len(self) + 1)
+        return (slice(*each) for each in stretches(offsets, len(self), rows))
+
+    def __getitem__(self, key: int | slice | str | list[int] | NDArray[Any]) -> NDArray[Any]:
+        if isinstance(key, str | int | np.integer):
+            return self.dataset()[self._row(key)]
+        if (
+            isinstance(key, list | np.ndarray) and np.asarray(key).dtype != np.bool_
+        ):  # h5py wants them increasing and distinct
+            distinct, back = np.unique(np.asarray(key), return_inverse=True)
+            return self.dataset()[distinct][back]
+        return self.dataset()[key]
+
+    def __iter__(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """(name, row) of every record, in order."""
+        for rows in blocks(len(self)):
+            yield from zip(self.names_of(rows.start, rows.stop), self.dataset()[rows], strict=True)
+
+    def logits(self, key: int | str) -> NDArray[Any]:
+        """Logits [L, 33] of a record's residues (empty if it was skipped); needs `--emit logits`."""
+        return self._of_residues("unmasked", "logits", key)
+
+    @cached_property
+    def contact_maps(self) -> ContactMaps | None:
+        """None of a file made without `--emit contacts`."""
+        return ContactMaps(self) if "contacts/values" in self._data else None
+
+    def contacts(self, key: int | str) -> NDArray[Any]:
+        """Probabilities of contact [L, L] of a record's residues (empty if it has none); needs `--emit contacts`."""
+        maps = self.contact_maps
+        if maps is None:
+            raise Missing(f"{self.path} holds no contacts: it was made without --emit contacts.")
+        return maps.of(self._row(key))
+
+    def residues(self, key: int | str, layer: int | None = None) -> NDArray[Any]:
+        """Per-residue array [L, D] of a record (empty if it was skipped); needs `--pool residue`."""
+        return self._of_residues("residue", layer, key)
+
+    def _of_residues(self, kind: str, layer: int | str | None, key: int | str) -> NDArray[Any]:
+        data, row = self.dataset(kind, layer), self._row(key)
+        first, last = self.at("residue/offsets")[row : row + 2]
+        return data[first:last]
+
+    def _row(self, key: int | str | np.integer[Any]) -> int:
+        if not isinstance(key, str):
+            return range(len(self))[int(key)]
+        rows = self.rows(key)
+        if len(rows) > 1:
+            raise Missing(
+                f"{len(rows):,} records of {self.path} are named {key!r}: {', '.join(map(str, rows[:MOST_NAMED]))}"
+                f"{' ...' if len(rows) > MOST_NAMED else ''}.",
+                f"Choose by number; file.rows({key!r}) gives all of them.",
+            )
+        return rows[0]
+
+
+def _inode(file: int | Path) -> tuple[int, int]:
+    found = os.stat(file)
+    return found.st_dev, found.st_ino
+
+
+def _check_there(path: Path, named: str | Path) -> None:
+    """Raise UserError if there is no such file; a run that has not finished it is named."""
+    if os.path.lexists(path):
+        return
+    begun = partial_path(path)
+    if not begun.is_file():
+        raise UserError(f"There is no file {named}.", "Name a file that virnucpro embed wrote.")
+    with EmbeddingFile(begun) as file:
+        raise UserError(
+            f"{named} is {unfinished(file)}.", "Repeat the embed command, which goes on; or name that file."
+        )
+
+
+def unfinished(file: EmbeddingFile) -> str:
+    """Words for how far a partial file is."""
+    done = int((file.status != PENDING).sum())
+    return f"unfinished: {done:,} of {counted(len(file), 'protein')} in {file.path.name}"
+
+
+def _reopened(path: str, identity: str) -> EmbeddingFile:
+    """The file that was pickled. Raises UserError if another has its name now."""
+    file = EmbeddingFile(path)
+    if file.identity != identity:
+        file.close()
+        raise UserError(f"{path} is another file than the one that was opened.", "Open it again, and send that.")
+    return file
+
+
+def _try_in_a_child(path: Path) -> None:
+    """Raise UserError if HDF5 crashes or does not come back when it opens the file, as it may in a damaged one."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for each in (*LOST, *STOP_SIGNALS):
+                signal.signal(each, signal.SIG_DFL)
+            signal.alarm(OPENING_SECONDS + path.stat().st_size // OPENING_RATE)
+            with EmbeddingFile(path) as file:
+                file.names_of(0, NAME_BLOCK)
+        finally:
+            os._exit(0)  # an error is told by the process that asks
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status) and (signum := os.WTERMSIG(status)) in LOST:
+        raise damaged(path, f"the HDF5 library {LOST[signum]} when it reads it")
+
+
+def opened(path: str | Path) -> EmbeddingFile:
+    """The file at `path` for a command, with all that its fingerprint promises. Raises UserError if it is not such a file."""
+    _try_in_a_child(Path(path).absolute())
+    file = EmbeddingFile(path)
+    with ExitStack() as closing:
+        closing.push(file)
+        file.settings  # noqa: B018  (it raises)
+        closing.pop_all()
+    return file
+
+
+def read_embeddings(path: str | Path) -> EmbeddingFile:
+    """Open an embeddings file. No torch needed."""
+    return EmbeddingFile(path)
