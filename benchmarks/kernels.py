@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from virnucpro_cli import report
+from virnucpro_cli.batch import query_tiles
 from virnucpro_cli.benchmark import limits, modes, workload
-from virnucpro_cli.engine import runner
-from virnucpro_cli.engine.collate import query_tiles
+from virnucpro_cli.engine import devices
 from virnucpro_cli.model import attention, weights
 from virnucpro_cli.model import spec as specs
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
@@ -33,7 +33,7 @@ F32 = torch.float32
 
 def rows_of(name):
     """The token budget that a run would choose."""
-    return runner.auto_token_budget(DEVICE.type, runner.free_memory(DEVICE), specs.by_name(name).hidden, 0)
+    return devices.auto_token_budget(DEVICE.type, devices.free_memory(DEVICE), specs.by_name(name).hidden, 0)
 
 
 def microseconds(call):
@@ -187,7 +187,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=2)
     options = parser.parse_args()
     exact_arithmetic()
-    dtype, out = runner.DTYPES[options.dtype], report.console(False)
+    dtype, out = devices.DTYPES[options.dtype], report.console(False)
     copy_rate = limits.copy_rate(DEVICE)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, copy {copy_rate / 1e12:.2f} TB/s"

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from virnucpro_cli import fasta
 from virnucpro_cli.config import ValidateConfig
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.model import attention, locate, weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
@@ -50,7 +50,7 @@ class WideResidual(ESM2):
 def models(name, device, dtypes):
     spec, state, _ = weights.load(locate.verified(locate.fetch(name, print)))
     for short in dtypes:
-        dtype = runner.DTYPES[short]
+        dtype = devices.DTYPES[short]
         backend = attention.resolve("torch_varlen" if device.type == "cuda" else "auto", device, dtype)
         yield short, "same", ESM2(spec, state, dtype, device, backend)
         if dtype != torch.float32:
@@ -116,7 +116,7 @@ if __name__ == "__main__":
     parser.add_argument("--proteins", type=int, default=1000)
     options = parser.parse_args()
     exact_arithmetic()
-    on = runner.resolve_device(options.device)
+    on = devices.resolve_device(options.device)
     errors(on, options.dtypes.split(","), options.sample)
     generator = np.random.default_rng(0)
     natural = np.clip(generator.lognormal(5.8, 0.75, options.proteins), 30, 1022).astype(int)

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from virnucpro_cli import fasta
-from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.batch import Embeddings, PackedBatch
+from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.model.esm2 import ESM2
-from virnucpro_cli.model.pooling import Embeddings, Pooler
+from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import Plan, Segments
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.batch import PackedBatch
+from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.model import esm2, pooling
 from virnucpro_cli.model.attention import sdpa
 from virnucpro_cli.model.esm2 import ESM2

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from virnucpro_cli.engine.collate import PackedBatch, query_tiles
+from virnucpro_cli.batch import PackedBatch, query_tiles
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import attention
 from virnucpro_cli.model.attention import sdpa, torch_varlen, triton

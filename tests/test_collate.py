@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virnucpro_cli import fasta
-from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.batch import PackedBatch
+from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.plan.packing import Segments, first_fit_decreasing, whole_segments, window_weights, windowed_segments

@@ -14,7 +14,7 @@ from conftest import VIRAL, read_fasta, write_model
 from virnucpro_cli import cli, store
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.features import contacts
 from virnucpro_cli.model import locate, weights
@@ -328,7 +328,7 @@ def test_the_models_own_memory_may_be_lacking(tmp_path: Path, make_fasta: Make, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contacts.model_contacts.Contacts, "__init__", full)
         assert embed(make_fasta(LENGTHS), tmp_path / "out.h5", model)["contact maps left out"] == len(LENGTHS) - 1
-    assert runner.is_for_want_of_memory(MemoryError())
+    assert devices.is_for_want_of_memory(MemoryError())
 
 
 def test_a_map_that_is_not_as_it_was_stored_is_computed_again(model: Path, tmp_path: Path) -> None:

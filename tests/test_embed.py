@@ -19,7 +19,7 @@ from conftest import read_fasta, relative_l2, write_model
 from virnucpro_cli import cli, store
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.embed import embed_fasta
-from virnucpro_cli.engine import placer, runner
+from virnucpro_cli.engine import devices, placer
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import reading
 from virnucpro_cli.kinds import KINDS, OF_ALL_RESIDUES, POOLED
@@ -516,9 +516,9 @@ def test_other_input_or_weights_on_a_complete_file_are_refused_by_name(
 
 
 def test_weights_that_do_not_fit_the_memory_are_refused() -> None:
-    runner.check_room(torch.device("cpu"), 1, "The weights")
+    devices.check_room(torch.device("cpu"), 1, "The weights")
     with pytest.raises(UserError, match="GB are free on CPU"):
-        runner.check_room(torch.device("cpu"), 1 << 60, "The weights")
+        devices.check_room(torch.device("cpu"), 1 << 60, "The weights")
 
 
 def test_overwrite_replaces_a_complete_file(tmp_path: Path, make_fasta: Make, embed: Embed) -> None:

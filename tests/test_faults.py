@@ -22,12 +22,11 @@ import torch
 import slowed
 from conftest import write_model
 from virnucpro_cli import store
+from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.embed import embed_fasta
-from virnucpro_cli.engine import placer, runner
-from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.engine import devices, placer, runner
 from virnucpro_cli.errors import STOP_SIGNALS, UserError
 from virnucpro_cli.model.esm2 import ESM2
-from virnucpro_cli.model.pooling import Embeddings
 from virnucpro_cli.store import disk as disk_calls
 
 KINDS = ("mean", "bos", "residue")
@@ -520,17 +519,17 @@ def test_memory_that_a_container_leaves_is_what_counts(tmp_path: Path) -> None:
     job = root / "slurm" / "job_7"
     job.mkdir(parents=True)
     own.write_text("0::/slurm/job_7\n")
-    assert runner._left_by_cgroups(own, root) == float("inf")
+    assert devices._left_by_cgroups(own, root) == float("inf")
     for folder, limit, used in ((job, "max", 10), (job.parent, "5000", 2000), (root, "9000", 1000)):
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text(f"{used}\n")
-    assert runner._left_by_cgroups(own, root) == 3000
+    assert devices._left_by_cgroups(own, root) == 3000
     old = root / "memory" / "docker"
     old.mkdir(parents=True)
     (old / "memory.limit_in_bytes").write_text("700\n")
     (old / "memory.usage_in_bytes").write_text("100\n")
     own.write_text("4:memory:/docker\n3:cpu:/docker\n")
-    assert runner._left_by_cgroups(own, root) == 600
+    assert devices._left_by_cgroups(own, root) == 600
 
 
 def test_a_protein_too_large_for_the_device_is_computed_on_the_cpu_in_fp32(

@@ -21,7 +21,7 @@ import packs
 from conftest import ROOT, VIRAL, read_fasta, relative_l2, write_model
 from virnucpro_cli import embed, report, store
 from virnucpro_cli.benchmark.bench import bench_model
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices, runner
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import index, open_sources
@@ -53,7 +53,7 @@ def model_of(name: str, dtype: str, backend: str = "auto") -> ESM2:
     exact_arithmetic()
     device = torch.device("cuda", 0)
     spec, state = state_of(name)
-    return ESM2(spec, state, runner.DTYPES[dtype], device, attention.resolve(backend, device, runner.DTYPES[dtype]))
+    return ESM2(spec, state, devices.DTYPES[dtype], device, attention.resolve(backend, device, devices.DTYPES[dtype]))
 
 
 @lru_cache(maxsize=1)
@@ -224,11 +224,11 @@ def test_no_neighbour_chooses_the_kernel_of_attention(name: str, dtype: str, hea
     """A protein has the same bits beside strangers of 100 and of 2,000 residues, few and many, as long as it or not."""
     device, generator = torch.device("cuda", 0), random.Random(3)
     try:
-        backend = attention.resolve(name, device, runner.DTYPES[dtype])
+        backend = attention.resolve(name, device, devices.DTYPES[dtype])
     except UserError as refusal:
         pytest.skip(str(refusal))
     torch.manual_seed(0)
-    own = [torch.randn(72, 4, head_dim, device=device, dtype=runner.DTYPES[dtype]) for _ in range(3)]
+    own = [torch.randn(72, 4, head_dim, device=device, dtype=devices.DTYPES[dtype]) for _ in range(3)]
     found = []
     for number, others in enumerate(([], [100], [2000], [2000, 100], [70] * 3, [70] * 200, [2000] * 7)):
         folder = tmp_path / str(number)
@@ -236,7 +236,7 @@ def test_no_neighbour_chooses_the_kernel_of_attention(name: str, dtype: str, hea
         sequences = [packs.random_protein(n, generator) for n in (*others, 70)]
         batch = packs.one_pack(folder, sequences, 16384).to(device)
         at = batch.used - 72
-        rows = [torch.randn(16384, 4, head_dim, device=device, dtype=runner.DTYPES[dtype]) for _ in range(3)]
+        rows = [torch.randn(16384, 4, head_dim, device=device, dtype=devices.DTYPES[dtype]) for _ in range(3)]
         for all_rows, its in zip(rows, own, strict=True):
             all_rows[at : at + 72] = its
         found.append(backend.attention(*rows, batch, head_dim**-0.5)[at : at + 72].cpu())
@@ -250,14 +250,14 @@ def test_every_backend_computes_the_same_attention(dtype: str, bound: float, hea
     sequences = [packs.random_protein(n, generator) for n in (1, 7, 64, 64, 129, 300)]
     batch = packs.one_pack(tmp_path, sequences, 1024).to(torch.device("cuda", 0))
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1024, 4, head_dim, device="cuda", dtype=runner.DTYPES[dtype]) for _ in range(3))
+    q, k, v = (torch.randn(1024, 4, head_dim, device="cuda", dtype=devices.DTYPES[dtype]) for _ in range(3))
     scale = head_dim**-0.5
     expected = attention.resolve("sdpa", batch.tokens.device, torch.float32)[1](
         q.double(), k.double(), v.double(), batch, scale
     )
     for name in attention.BACKENDS:
         try:
-            run = attention.resolve(name, batch.tokens.device, runner.DTYPES[dtype])[1]
+            run = attention.resolve(name, batch.tokens.device, devices.DTYPES[dtype])[1]
         except Exception:
             continue
         found = run(q, k, v, batch, scale)

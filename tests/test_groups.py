@@ -24,7 +24,8 @@ from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine import placer
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.features import groups
-from virnucpro_cli.plan import packing, shards
+from virnucpro_cli.plan import shards
+from virnucpro_cli.store import schema
 from virnucpro_cli.validation import verify
 
 NAMED = r"^(c\d+)_"
@@ -153,9 +154,9 @@ def test_a_group_larger_than_a_block_is_added_up_block_by_block() -> None:
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 12))
 @settings(deadline=None)
-def test_stretches_cover_everything_once_and_stay_small(sizes: list[int], rows: int) -> None:
+def test_chunks_cover_everything_once_and_stay_small(sizes: list[int], rows: int) -> None:
     offsets = np.append(0, np.cumsum(sizes, dtype=np.int64))
-    found = list(packing.stretches(offsets, len(sizes), rows))
+    found = list(schema.chunks(offsets, len(sizes), rows))
     assert [i for start, stop in found for i in range(start, stop)] == list(range(len(sizes)))
     assert all(stop - start == 1 or offsets[stop] - offsets[start] <= rows >= stop - start for start, stop in found)
 

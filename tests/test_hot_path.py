@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import ROOT
 from packs import one_pack
 from virnucpro_cli import fasta
-from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.kernels import plain
-from virnucpro_cli.model.pooling import Embeddings, Pooler
+from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import first_fit_decreasing
 

@@ -1,7 +1,8 @@
-"""The arrows of DESIGN section 2: imports point downward, and each heavy library has one home."""
+"""How the house is built: packages in one order, no circle of files, and one home for each heavy library."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,12 @@ from conftest import ROOT
 PACKAGE = ROOT / "src" / "virnucpro_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-LAYERS = (
-    ("config", "kinds", "report", "errors", "stopping", "scratch"),
-    ("fasta", "alphabet", "tables", "plan", "store", "model", "engine"),
-    ("machine", "features"),
-    ("cluster", "embed"),
-    ("exchange", "validation"),
-    ("benchmark", "explore"),
-    ("cli",),
-    ("__main__",),
-)
-LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+ORDER = (
+    "errors", "alphabet", "kinds", "stopping", "scratch", "config", "report",
+    "store", "fasta", "tables", "plan", "batch", "model", "engine", "machine", "features", "cluster", "embed",
+    "exchange", "validation", "benchmark", "explore", "cli", "__main__",
+)  # fmt: skip
+"""A file imports from its own package and from those before it."""
 
 
 def name_of(path: Path) -> str:
@@ -89,36 +85,38 @@ def test_fair_esm_is_the_oracle_and_a_peer_to_time_and_nothing_else() -> None:
     assert importers_of("esm") == {"validation/reference.py", "benchmark/peers.py"}
 
 
+def file_of(target: str) -> str | None:
+    """The file of the package that an imported name stands in, or is; None for what is not of the package."""
+    package, _, rest = target.partition(".")
+    parts = rest.split(".") if package == "virnucpro_cli" else []
+    for depth in range(len(parts), 0, -1):
+        path = "/".join(parts[:depth])
+        for file in (f"{path}.py", f"{path}/__init__.py"):
+            if file in TREES:
+                return file
+    return None
+
+
+IMPORTS = {
+    name: {file for target in imported(tree) if (file := file_of(target)) not in (None, name)}
+    for name, tree in TREES.items()
+}
+"""What each file imports, wherever in it the import stands."""
+
+
+def package_of(name: str) -> str:
+    return name.removesuffix(".py").split("/")[0]
+
+
 @pytest.mark.parametrize("name", [name for name in TREES if name != "__init__.py"])
-def test_imports_point_downward(name: str) -> None:
-    part = name.removesuffix(".py").split("/")[0]
-    assert part in LEVEL, f"{name} has no place in the house: add it to LAYERS"
-    for target in imported(TREES[name]):
-        package, _, rest = target.partition(".")
-        first = rest.split(".")[0]
-        if package == "virnucpro_cli" and first in LEVEL:
-            assert LEVEL[first] <= LEVEL[part], f"{name} imports {target}, which stands above it"
-
-
-def files_imported(name: str) -> set[str]:
-    """Files of the package that a file imports when it is imported itself; a package's own file where nothing in it is named further."""
-    found = set()
-    at_once = ast.Module([node for node in TREES[name].body if isinstance(node, ast.Import | ast.ImportFrom)], [])
-    for target in imported(at_once):
-        package, _, rest = target.partition(".")
-        parts = rest.split(".") if package == "virnucpro_cli" else []
-        for depth in range(len(parts), 0, -1):
-            path = "/".join(parts[:depth])
-            file = next((each for each in (f"{path}.py", f"{path}/__init__.py") if each in TREES), None)
-            if file is not None:
-                found.add(file)
-                break
-    return found - {name}
+def test_imports_point_to_packages_that_come_before(name: str) -> None:
+    assert package_of(name) in ORDER, f"{name} has no place in the house: add its package to ORDER"
+    allowed = ORDER[: ORDER.index(package_of(name)) + 1]
+    assert {file for file in IMPORTS[name] if package_of(file) not in allowed} == set()
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    left = {name: files_imported(name) for name in TREES}
-    while free := [name for name, targets in left.items() if not targets & left.keys()]:
-        for name in free:
-            del left[name]
-    assert set(left) == set()
+    try:
+        TopologicalSorter(IMPORTS).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")

@@ -75,7 +75,7 @@ def rows(made: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture(params=[1 << 26, 1], ids=["one stretch", "a record at a time"])
-def stretches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "STRETCH_BYTES", request.param)
 
 
@@ -84,7 +84,7 @@ def exported(made: Path, target: Path, to: str, **options: Any) -> Any:
     return target
 
 
-pytestmark = pytest.mark.usefixtures("stretches")
+pytestmark = pytest.mark.usefixtures("chunks")
 
 
 # --- each layout, read by its own reader -----------------------------------------------------------------------------

@@ -10,10 +10,11 @@ import torch
 from conftest import relative_l2
 from packs import one_pack, random_protein
 from virnucpro_cli import fasta
-from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.batch import Embeddings, PackedBatch
+from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.kinds import KINDS, POOLED
 from virnucpro_cli.model import pooling
-from virnucpro_cli.model.pooling import Embeddings, Pooler
+from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import first_fit_decreasing, windowed_segments
 
 D = 24

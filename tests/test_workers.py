@@ -15,7 +15,7 @@ import torch
 
 from test_faults import KINDS, Case, one_thread  # noqa: F401  (in force here too)
 from virnucpro_cli import store
-from virnucpro_cli.engine import runner, workers
+from virnucpro_cli.engine import devices, runner, workers
 from virnucpro_cli.errors import UserError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
@@ -306,10 +306,10 @@ def test_an_input_that_changes_meanwhile_is_refused(case: Case, tmp_path: Path) 
 
 def test_devices_are_one_a_process_and_shared_in_turn() -> None:
     cpu = torch.device("cpu")
-    assert runner.resolve_devices("cpu", "auto") == ([cpu], [])
-    assert runner.resolve_devices("cpu", 3) == ([cpu] * 3, [])
+    assert devices.resolve_devices("cpu", "auto") == ([cpu], [])
+    assert devices.resolve_devices("cpu", 3) == ([cpu] * 3, [])
     with pytest.raises(UserError, match="--device"):
-        runner.resolve_devices("cuda:0,", "auto")
+        devices.resolve_devices("cuda:0,", "auto")
 
 
 def test_gpus_of_one_kind_are_used_and_others_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,10 +321,10 @@ def test_gpus_of_one_kind_are_used_and_others_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4" if device.index == 3 else "H100")
     gpus = [torch.device("cuda", i) for i in range(4)]
     for name in ("auto", "cuda"):
-        found, notes = runner.resolve_devices(name, "auto")
+        found, notes = devices.resolve_devices(name, "auto")
         assert found == gpus[:3] and "only the 3 of 4 GPUs that are H100" in notes[0]
-    assert runner.resolve_devices("cuda:0,2", "auto") == ([gpus[0], gpus[2]], [])
-    assert runner.resolve_devices("cuda:1", "auto") == ([gpus[1]], [])
-    assert runner.resolve_devices("cuda:1,2", 4)[0] == [gpus[1], gpus[2]] * 2
+    assert devices.resolve_devices("cuda:0,2", "auto") == ([gpus[0], gpus[2]], [])
+    assert devices.resolve_devices("cuda:1", "auto") == ([gpus[1]], [])
+    assert devices.resolve_devices("cuda:1,2", 4)[0] == [gpus[1], gpus[2]] * 2
     with pytest.raises(UserError, match="names a GPU twice"):
-        runner.resolve_devices("cuda:1,1", "auto")
+        devices.resolve_devices("cuda:1,1", "auto")

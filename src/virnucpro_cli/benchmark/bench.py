@@ -20,7 +20,7 @@ from virnucpro_cli.benchmark import limits, modes, peers, workload
 from virnucpro_cli.benchmark.modes import Mode
 from virnucpro_cli.benchmark.workload import Workload
 from virnucpro_cli.config import BenchConfig, EmbedConfig, resolve
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted, in_a_line, needs
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
@@ -41,7 +41,7 @@ def run(config: BenchConfig, out: Console | None = None) -> report.RunReport:
     exact_arithmetic()
     bench = _Bench(config, out)
     if bench.device.type == "cpu":
-        runner.keep_freed_memory()  # as every run of embed does
+        devices.keep_freed_memory()  # as every run of embed does
     with scratch.folder() as folder:
         for load in bench.workloads(Path(folder)):
             bench.time(load)
@@ -52,7 +52,7 @@ def run(config: BenchConfig, out: Console | None = None) -> report.RunReport:
 
 def bench_model(**options: Any) -> report.RunReport:
     """Benchmark from Python; options: the fields of `BenchConfig`, e.g. `model="150M", seconds=20`."""
-    with runner.as_before():
+    with devices.as_before():
         return run(resolve(BenchConfig, None, {"quiet": True, **options}))
 
 
@@ -61,17 +61,17 @@ class _Bench:
 
     def __init__(self, config: BenchConfig, out: Console):
         self.config, self.out = config, out
-        self.device = runner.resolve_device(config.device)
-        self.dtype = runner.resolve_dtype(config.dtype, self.device)
+        self.device = devices.resolve_device(config.device)
+        self.dtype = devices.resolve_dtype(config.dtype, self.device)
         self.backend = attention_backends.resolve(config.attention, self.device, self.dtype)
         name = config.model or ("esm2_t6_8M_UR50D" if self.device.type == "cpu" else "esm2_t33_650M_UR50D")
         found = locate.locate(name) or locate.locate(f"{locate.RANDOM_PREFIX}{name}")
         assert found is not None
-        out.print(f"loading {name} on {runner.describe_device(self.device)}", style="dim")
+        out.print(f"loading {name} on {devices.describe_device(self.device)}", style="dim")
         if found.seed is not None:
             assert found.spec is not None
             weights = found.spec.parameters * (4 + self.dtype.itemsize)
-            runner.check_room(self.device, weights, f"Random weights of {found.spec.name}")
+            devices.check_room(self.device, weights, f"Random weights of {found.spec.name}")
             state = model_weights.random_state(found.spec, found.seed, self.device)
             note = "random weights: speed does not depend on their values"
             self.loaded: embed.Loaded = (found.spec, state, (note,))
@@ -79,7 +79,7 @@ class _Bench:
             self.loaded = model_weights.load(found)
         self.found, self.spec = found, self.loaded[0]
         self.model = ESM2(self.spec, self.loaded[1], self.dtype, self.device, self.backend)
-        auto = runner.auto_token_budget(self.device.type, runner.free_memory(self.device), self.spec.hidden, 0)
+        auto = devices.auto_token_budget(self.device.type, devices.free_memory(self.device), self.spec.hidden, 0)
         self.budgets = [auto if budget == "auto" else int(budget) for budget in config.token_budget]
         self.report = report.RunReport("bench", notes=[*self.loaded[2], *self.backend.notes])
         self.report.environment = {
@@ -87,8 +87,8 @@ class _Bench:
             "torch": torch.__version__,
             "model": f"{self.spec.name} ({self.spec.layers} layers of {self.spec.hidden})",
             "weights": found.place,
-            "device": runner.describe_device(self.device),
-            "dtype": runner.describe_dtype(self.dtype),
+            "device": devices.describe_device(self.device),
+            "dtype": devices.describe_dtype(self.dtype),
             "attention": self.backend.name,
             "date": time.strftime("%Y-%m-%d"),
             "config": asdict(config),
@@ -300,7 +300,7 @@ class _Bench:
             name = self.config.model or self.spec.name
             report.save(
                 self.config.save_config,
-                f"# virnucpro embed --config {self.config.save_config}\n# measured on {runner.describe_device(self.device)}, "
+                f"# virnucpro embed --config {self.config.save_config}\n# measured on {devices.describe_device(self.device)}, "
                 f'{self.report.environment["date"]}\n[embed]\nmodel = "{name}"\ndtype = "{self.config.dtype}"\n'
                 f'attention = "{best}"\ntoken_budget = {self.best_budget}',
             )

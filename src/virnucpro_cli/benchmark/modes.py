@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from virnucpro_cli import alphabet
+from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.benchmark.workload import Workload
-from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, first_fit_decreasing

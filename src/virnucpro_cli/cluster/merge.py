@@ -23,8 +23,8 @@ from virnucpro_cli.errors import Busy, UserError, counted
 from virnucpro_cli.features import contacts, groups
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.plan import shards
-from virnucpro_cli.plan.packing import stretches
 from virnucpro_cli.store.disk import disk_error
+from virnucpro_cli.store.schema import chunks
 
 BLOCK_BYTES = 1 << 26
 FROM_THE_LAYOUT = ("schema", "status_names", "flag_names", "reason_names", "columns", "tables")
@@ -332,7 +332,7 @@ def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) 
     width = max(file.places[f"{kind}/{layer}"].row_bytes for kind, layer in kinds) if n else 1
     offsets = _offsets(parts, n)
     file.keep_environments()
-    for start, stop in stretches(offsets, n, max(1, BLOCK_BYTES // width)):
+    for start, stop in chunks(offsets, n, max(1, BLOCK_BYTES // width)):
         rows = np.arange(start, stop)
         pending = file.status[rows] == store.PENDING
         if pending.any():

@@ -18,7 +18,7 @@ from virnucpro_cli.cluster import ray as ray_engine
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import summary as words
 from virnucpro_cli.embed.recipe import Recipe, attributes, computed_at, decided, resolved_layers, target, where
-from virnucpro_cli.engine import runner, second_pass, workers
+from virnucpro_cli.engine import devices, runner, second_pass, workers
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.features import cache, contacts, groups, qc
@@ -64,7 +64,7 @@ def _run(
     assert recipe.found is not None
     if cluster is None:
         needed = recipe.spec.parameters * recipe.where.dtype.itemsize
-        runner.check_room(recipe.where.device, needed, f"The weights of {recipe.spec.name}")
+        devices.check_room(recipe.where.device, needed, f"The weights of {recipe.spec.name}")
     with clock.stage("load model"):
         found = locate.verified(recipe.found)
         if config.emit:
@@ -105,7 +105,7 @@ def embed_fasta(
     inputs: one path or several; options: the fields of `EmbedConfig`, e.g. `model="demo", pool=("mean", "bos")`.
     Raises UserError for what the caller can put right.
     """
-    with runner.as_before():
+    with devices.as_before():
         return run(resolve(EmbedConfig, None, {"quiet": True, **options, "inputs": inputs, "output": output}))
 
 
@@ -186,10 +186,10 @@ def _forward(run: _Run, packs: Int64, placer: Placer) -> None:
         elif compute is None:
             job = workers.Job(
                 config, run.found, recipe.layers, where.dtype, where.place.attention, recipe.table, recipe.work, plan,
-                placer.todo, file.output, file.path, file.fd, runner.threads_of(len(where.devices)),
+                placer.todo, file.output, file.path, file.fd, devices.threads_of(len(where.devices)),
             )  # fmt: skip
-            devices = where.devices[: len(packs)]
-            run.summary.tables["Workers"] = workers.run(job, packs, devices, placer, tell)
+            on = where.devices[: len(packs)]
+            run.summary.tables["Workers"] = workers.run(job, packs, on, placer, tell)
         else:
             with clock.stage("forward"):
                 placer.started = time.perf_counter()

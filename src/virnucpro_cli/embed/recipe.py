@@ -16,7 +16,7 @@ import virnucpro_cli
 from virnucpro_cli import fasta, report, store
 from virnucpro_cli.cluster import ray as ray_engine
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features import cache, contacts, contigs, groups
 from virnucpro_cli.features.contacts.head import regression_beside
@@ -66,7 +66,7 @@ class Where:
     `Cluster.of_the_driver`).
     """
 
-    place: runner.Place
+    place: devices.Place
     devices: list[torch.device]
     device: torch.device
     backend: Backend | None
@@ -97,12 +97,12 @@ def where(
             place = cluster.first_place(out.print)
         device, backend = cluster.of_the_driver()
         return Where(place, [device] * cluster.room(), device, backend, cluster.dtype, cluster)
-    devices, notes = runner.resolve_devices(config.device, config.workers)
-    devices = devices[:1] if alone else devices
-    dtype = runner.resolve_dtype(config.dtype, devices[0])
-    backend = attention_backends.resolve(config.attention, devices[0], dtype)
-    place = runner.place_of(devices[0], backend)
-    return Where(place, devices, devices[0], backend, dtype, notes=tuple(notes))
+    each, notes = devices.resolve_devices(config.device, config.workers)
+    each = each[:1] if alone else each
+    dtype = devices.resolve_dtype(config.dtype, each[0])
+    backend = attention_backends.resolve(config.attention, each[0], dtype)
+    place = devices.place_of(each[0], backend)
+    return Where(place, each, each[0], backend, dtype, notes=tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _token_budget(config: EmbedConfig, where: Where, spec: ModelSpec, layers: tu
     stored = 4 * (spec.hidden * len(layers) * ("residue" in config.pool) + VOCABULARY * ("logits" in config.emit))
     sharing = where.devices.count(where.device) if where.cluster is None else 1
     weight_bytes = spec.parameters * where.dtype.itemsize
-    return runner.auto_token_budget(where.place.kind, where.place.free, spec.hidden, weight_bytes, stored, sharing)
+    return devices.auto_token_budget(where.place.kind, where.place.free, spec.hidden, weight_bytes, stored, sharing)
 
 
 def _layout(
@@ -276,10 +276,10 @@ def _layout(
                         unmasked=unmasked(config.emit), extra=extra)  # fmt: skip
 
 
-def _computed_by(place: runner.Place, dtype: torch.dtype, device: torch.device, processes: int = 1) -> str:
+def _computed_by(place: devices.Place, dtype: torch.dtype, device: torch.device, processes: int = 1) -> str:
     """What the bits of a row depend on besides its input, in a line of JSON. processes: that share a device of this host."""
     return json.dumps({
-        "device": place.device if processes == 1 else runner.describe_device(device, processes),
+        "device": place.device if processes == 1 else devices.describe_device(device, processes),
         "dtype": attention_backends.describe(dtype),
         "attention": place.attention,
         "torch": place.torch,
@@ -288,7 +288,7 @@ def _computed_by(place: runner.Place, dtype: torch.dtype, device: torch.device, 
 
 
 def computed_at(device: torch.device, dtype: torch.dtype, backend: Backend) -> str:
-    return _computed_by(runner.place_of(device, backend), dtype, device)
+    return _computed_by(devices.place_of(device, backend), dtype, device)
 
 
 def attributes(

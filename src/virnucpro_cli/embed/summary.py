@@ -15,7 +15,7 @@ import virnucpro_cli
 from virnucpro_cli import fasta, report, store, tables
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.recipe import Recipe
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted
 from virnucpro_cli.features import contacts, contigs
@@ -70,9 +70,9 @@ def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
     return summary
 
 
-def free_memory(place: runner.Place) -> dict[str, int]:
+def free_memory(place: devices.Place) -> dict[str, int]:
     """Bytes that this run may take of its device and its host, as far as anybody says."""
-    free = {"free device memory": place.free, "free host memory": runner.free_memory(torch.device("cpu"))}
+    free = {"free device memory": place.free, "free host memory": devices.free_memory(torch.device("cpu"))}
     return {name: int(size) for name, size in free.items() if np.isfinite(size)}
 
 
@@ -218,22 +218,22 @@ def _packing(plan: Plan, work: Work) -> dict[str, float]:
 
 def _environment(recipe: Recipe) -> dict[str, Any]:
     config, spec, where = recipe.config, recipe.spec, recipe.where
-    place, devices = where.place, where.devices
+    place, each = where.place, where.devices
 
     def chosen(value: str, asked: Any) -> str:
         return f"{value} (auto)" if asked == "auto" else value
 
-    shared = f"{counted(len(devices), 'process', 'processes')} on {', '.join(map(str, dict.fromkeys(devices)))}"
+    shared = f"{counted(len(each), 'process', 'processes')} on {', '.join(map(str, dict.fromkeys(each)))}"
     if config.engine == "ray":
-        shared = f"{counted(len(devices), 'actor')} of Ray at the start"
+        shared = f"{counted(len(each), 'actor')} of Ray at the start"
     return {
         "virnucpro": virnucpro_cli.__version__,
         "torch": place.torch,
         "python": platform.python_version(),
         "model": f"{spec.name} ({spec.layers} layers of {spec.hidden})",
         "device": chosen(place.device, config.device),
-        **({"workers": chosen(shared, config.workers)} if len(devices) > 1 or config.engine == "ray" else {}),
-        "dtype": chosen(runner.describe_dtype(where.dtype), config.dtype),
+        **({"workers": chosen(shared, config.workers)} if len(each) > 1 or config.engine == "ray" else {}),
+        "dtype": chosen(devices.describe_dtype(where.dtype), config.dtype),
         "attention": chosen(place.attention, config.attention),
         "token budget": chosen(f"{recipe.plan.token_budget:,}", config.token_budget),
     }
@@ -290,7 +290,7 @@ def describe_plan(summary: report.RunReport, recipe: Recipe, out: Console) -> No
     kind, count = ("CPU thread", torch.get_num_threads())
     if "H100" in place.device:
         kind, count = "H100", recipe.where.gpus
-    name = runner.short_name(recipe.where.dtype)
+    name = devices.short_name(recipe.where.dtype)
     by_width = MEASURED_FLOPS.get((kind, name), {}) if kind == "H100" or place.kind == "cpu" else {}
     rate = max((rate for width, rate in by_width.items() if width <= spec.hidden), default=None)
     summary.counts["output bytes (estimate)"] = layout.file_bytes

@@ -1,6 +1,5 @@
 """Host side of a pack: the text of its segments to one `PackedBatch`, the only batch format there is."""
 
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -8,61 +7,11 @@ import torch
 from numpy.typing import NDArray
 
 from virnucpro_cli import alphabet
-from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, Segments, ranges, rung_of, window_weights
-
-QUERY_TILE = 64
+from virnucpro_cli.batch import PackedBatch, query_tiles
+from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, Segments, rung_of, window_weights
 
 Item = int | np.int64 | NDArray[np.int64]
 """A pack by its number in the plan, or segments that make up one."""
-
-
-def query_tiles(cu_seqlens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tiles of at most QUERY_TILE rows of one segment: [m, 3] of first row, the segment's first row, the row past its end."""
-    lengths = np.diff(cu_seqlens)
-    counts = -(-lengths // QUERY_TILE)
-    segment = np.repeat(np.arange(len(lengths)), counts)
-    within = ranges(np.zeros(len(counts), np.int64), counts)
-    start = cu_seqlens[segment]
-    return np.stack((start + within * QUERY_TILE, start, cu_seqlens[segment + 1]), axis=1)
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """n segments, each `<cls> residues <eos>`, one behind the other in T rows; rows past `cu_seqlens[-1]` are filler.
-
-    Tensors: tokens int32 [T]; positions int32 [T], restarting at 0; cu_seqlens int32 [n + 1]; divisor float32 [n],
-    residues that the mean divides by; query_tiles int32 [m, 3], see the function; mask_ratio float32 [T] or None,
-    `1 - masked share` of each row's segment, only where a `<mask>` occurs; weights float32 [T] or None, blending weights,
-    only where a window of a long record occurs.
-    Host: segments int64 [n], their numbers; lengths int64 [n], tokens of each; max_seqlen.
-    """
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    cu_seqlens: torch.Tensor
-    divisor: torch.Tensor
-    query_tiles: torch.Tensor
-    mask_ratio: torch.Tensor | None
-    weights: torch.Tensor | None
-    segments: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    max_seqlen: int
-
-    @property
-    def used(self) -> int:
-        """Rows that belong to a segment; known on the host, so that reading it never waits for the device."""
-        return int(self.lengths.sum())
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        """The batch with its tensors on `device`; asynchronous from pinned memory."""
-
-        def move(tensor: torch.Tensor | None) -> Any:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return replace(
-            self, tokens=move(self.tokens), positions=move(self.positions), cu_seqlens=move(self.cu_seqlens),
-            divisor=move(self.divisor), query_tiles=move(self.query_tiles), mask_ratio=move(self.mask_ratio), weights=move(self.weights),
-        )  # fmt: skip
 
 
 class Texts(Protocol):

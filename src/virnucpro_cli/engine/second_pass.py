@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import store
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices, runner
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted, in_a_line
@@ -56,14 +56,14 @@ def second_pass(
     if len(unfit) and backend is not None:
         own = backend
         note(
-            f"{counted(len(unfit), 'protein')} too large for {runner.describe_device(device)}: once more in parts of {PART:,} rows"
+            f"{counted(len(unfit), 'protein')} too large for {devices.describe_device(device)}: once more in parts of {PART:,} rows"
         )
         unfit, overflowed = again(unfit, lambda: ESM2(spec, state, dtype, device, own).in_parts(PART))
         broken = np.union1d(broken, overflowed)
     if len(broken) and dtype != wide:
         name = attention_backends.describe(dtype)
         note(f"{counted(len(broken), 'protein')} had values that are not finite in {name}: once more in float32")
-        whole = runner.free_memory(device) > 1.25 * 4 * spec.parameters
+        whole = devices.free_memory(device) > 1.25 * 4 * spec.parameters
         exact = attention_backends.resolve("auto", device, wide)
         placer.flag = store.RECOMPUTED
         placer.file.compute_in(environment_of(device, wide, exact))
@@ -93,7 +93,7 @@ def second_pass(
 
 def _fit_the_host(records: Int64, placer: Placer, spec: ModelSpec) -> NDArray[np.bool_]:
     """Which records the host's memory surely has room for in fp32: a row takes some 20 times its width at most."""
-    room = runner.free_memory(CPU) - 4 * spec.parameters
+    room = devices.free_memory(CPU) - 4 * spec.parameters
     return 24 * 4 * spec.hidden * placer.work.embedded[records].astype(np.int64) < room
 
 

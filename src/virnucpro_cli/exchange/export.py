@@ -84,7 +84,7 @@ class _GroupRows:
     def dataset(self, kind: str, layer: int) -> Any:
         return self._groups.rows(self._kind, layer)
 
-    def stretches(self, kind: str) -> Iterator[slice]:
+    def chunks(self, kind: str) -> Iterator[slice]:
         return store.blocks(len(self), 4096)
 
 

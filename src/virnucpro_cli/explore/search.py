@@ -19,7 +19,7 @@ from rich.console import Console
 
 from virnucpro_cli import embed, report, scratch, store, tables
 from virnucpro_cli.config import EmbedConfig, resolve
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import Stopped, UserError, absent, counted, unread
 from virnucpro_cli.explore import default_rows
 from virnucpro_cli.explore.default_rows import Pooled
@@ -79,7 +79,7 @@ def run(
         lacking = len(queries.data.file) - len(queries.data) if not queries.own else 0
         if lacking:
             out.print(f"{counted(lacking, 'protein')} of the query skipped, without hits", style="yellow")
-        device = runner.resolve_device("auto")
+        device = devices.resolve_device("auto")
         exact_arithmetic()
         mean = np.zeros(data.array.shape[1]) if raw else data.mean()
         out.print(
@@ -229,8 +229,8 @@ def _embedded(
             f"{database} was made with other weights than those of {found.place}.",
             f"Say where the weights of SHA-256 {settings['weights_sha256'][:16]}... are: --model PATH.",
         )
-    dtype = runner.short_name(getattr(torch, settings["dtype"]))
-    if settings["device"] != runner.resolve_device("auto").type:
+    dtype = devices.short_name(getattr(torch, settings["dtype"]))
+    if settings["device"] != devices.resolve_device("auto").type:
         dtype = "auto"
     folder = stack.enter_context(scratch.folder())
     policies = {name: settings[name] for name in (*SAME, "id", "dedup") if name in settings}

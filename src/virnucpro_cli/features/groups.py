@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import fasta, store, tables
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.plan.packing import stretches
+from virnucpro_cli.store.schema import chunks
 
 KINDS = ("mean", "length_weighted_mean", "max")
 BLOCK_BYTES = 1 << 25
@@ -81,7 +81,7 @@ def fill(file: store.Store) -> None:
         dtype = file.places[f"mean/{layer}"].dtype
         width = file.places[f"mean/{layer}"].row_bytes // dtype.itemsize
         at_once = max(1, BLOCK_BYTES // (8 * width))
-        for first, last in stretches(bounds, count, at_once):
+        for first, last in chunks(bounds, count, at_once):
             rows = members[bounds[first] : bounds[last]]
             blocks = (rows[block] for block in store.blocks(len(rows), at_once))
             values = ((of[block] - first, lengths[block], file.read(f"mean/{layer}", block)) for block in blocks)

@@ -14,7 +14,7 @@ import torch
 
 import virnucpro_cli
 from virnucpro_cli import report, store
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, install_command
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model.spec import DEMO, SIZES
@@ -103,15 +103,15 @@ def _devices() -> Iterator[Finding]:
             remedy,
         )
     try:
-        devices, notes = runner.resolve_devices("auto", "auto")
+        each, notes = devices.resolve_devices("auto", "auto")
     except UserError as error:
         yield Finding("a run uses", error.what, error.remedy or "Name a --device.")
         return
-    device = devices[0]
-    dtype = runner.resolve_dtype("auto", device)
+    device = each[0]
+    dtype = devices.resolve_dtype("auto", device)
     backend = attention.resolve("auto", device, dtype)
     yield Finding(
-        "a run uses", f"{len(devices)} x {runner.describe_device(device)}, {attention.describe(dtype)}, attention {backend.name}",
+        "a run uses", f"{len(each)} x {devices.describe_device(device)}, {attention.describe(dtype)}, attention {backend.name}",
         "; ".join([*notes, *backend.notes]),
     )  # fmt: skip
     for name in attention.BACKENDS:
@@ -124,7 +124,7 @@ def _devices() -> Iterator[Finding]:
             yield Finding(f"attention {name}", why)
     yield Finding(
         "host memory",
-        f"{report.size(runner.free_memory(torch.device('cpu')))} free, {runner.describe_device(torch.device('cpu')).removeprefix('CPU, ')}",
+        f"{report.size(devices.free_memory(torch.device('cpu')))} free, {devices.describe_device(torch.device('cpu')).removeprefix('CPU, ')}",
     )
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from virnucpro_cli import alphabet
-from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.model.attention import Attention, Backend
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.kernels.plain import Layer
-from virnucpro_cli.model.pooling import Embeddings, Pooler
+from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.model.spec import ModelSpec, stream_dtype
 
 OnLayer = Callable[[int, torch.Tensor], None]

@@ -3,24 +3,9 @@
 Every sum runs over one segment's rows in order, so its bits do not depend on what else is in the pack.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 
-from virnucpro_cli.engine.collate import PackedBatch
-
-
-@dataclass
-class Embeddings:
-    """What one batch yields. pooled: (kind, layer) -> float32 [n, D], ("unmasked", score) -> float32 [n]; residue: layer -> [T, D] (logits -> [T, 33]) in the store dtype, or
-    float32 already multiplied by the blending weights where the batch has windows; finite: bool [n], whether all
-    that is stored of a segment is finite after the cast to the store dtype.
-    """
-
-    pooled: dict[tuple[str, Any], torch.Tensor] = field(default_factory=dict)
-    residue: dict[Any, torch.Tensor] = field(default_factory=dict)
-    finite: torch.Tensor | None = None
+from virnucpro_cli.batch import Embeddings, PackedBatch
 
 
 def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

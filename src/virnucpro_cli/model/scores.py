@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.locate import Weights
-from virnucpro_cli.model.pooling import Embeddings, Pooler, mean_over_residues
+from virnucpro_cli.model.pooling import Pooler, mean_over_residues
 from virnucpro_cli.model.spec import LAYER_NORM_EPS
 from virnucpro_cli.model.weights import DECODER, LM_HEAD, State
 

@@ -4,7 +4,6 @@ Everything is decided here before anything is computed: a plan is a pure functio
 token budget, so a resumed run, a second device or another host each work through a subset of the same plan.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -112,18 +111,6 @@ def window_weights(total: int, starts: tuple[int, ...], window: int) -> list[NDA
     for start in starts:
         norm[start : start + window] += ramp
     return [(ramp / norm[start : start + window]).astype(np.float32) for start in starts]
-
-
-def stretches(offsets: Int64, n: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges [start, stop) of n things that have rows offsets[i]:offsets[i + 1] each: at most so many things and rows together,
-    and at least one thing.
-    """
-    start = 0
-    while start < n:
-        upto = int(np.searchsorted(offsets, offsets[start] + rows, side="right")) - 1
-        stop = min(n, start + rows, max(start + 1, upto))
-        yield start, stop
-        start = stop
 
 
 def rungs(token_budget: int) -> list[int]:

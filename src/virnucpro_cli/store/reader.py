@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError, counted
 from virnucpro_cli.kinds import KINDS, POOLED, any_by_residue, by_residue, unmasked
-from virnucpro_cli.plan.packing import stretches
+from virnucpro_cli.store import frames
 from virnucpro_cli.store.checked import (
     HEAP_ENTRY,
     attributes_of,
@@ -37,6 +37,7 @@ from virnucpro_cli.store.schema import (
     REASONS,
     STATUS_NAMES,
     blocks,
+    chunks,
     unfit,
     whole_lines,
 )
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     import pandas
     import polars
 
-    from virnucpro_cli.store.tensors import Rows
+    from virnucpro_cli.store.tensors import Found, Rows
 STRETCH_BYTES = 1 << 26
 OPENING_SECONDS, OPENING_RATE = 30, 10_000_000
 """Seconds that opening a file may take, and bytes of it for which there is a second more."""
@@ -127,9 +128,9 @@ class Groups:
 
     def to_pandas(self, kind: str = "mean", layer: int | None = None) -> "pandas.DataFrame":
         """Groups that have members: name (the index), members, and a column float32 for each dimension, "0", "1" ..."""
-        from virnucpro_cli.store import frames
-
-        return frames.groups_to_pandas(self, kind, layer)
+        there = self.members > 0
+        labels = {"name": np.array(self.ids, object)[there], "members": self.members[there]}
+        return frames.to_pandas(labels, self.rows(kind, layer)[:][there])
 
 
 class ContactMaps:
@@ -556,34 +557,46 @@ class EmbeddingFile:
             return np.memmap(opened, data.dtype, "r", offset, data.shape)
 
     def to_torch(self, kind: str | None = None, layer: int | None = None) -> "Rows":
-        """A `torch.utils.data.Dataset` of (row, record number) of each record that is done; see `tensors.Rows`."""
+        """A `torch.utils.data.Dataset` of (row, record number) of each record that is done: skipped ones, whose rows are NaN, are
+        left out. A worker opens the file again, and refuses another that has its name by then.
+        """
         from virnucpro_cli.store.tensors import Rows
 
-        return Rows(self, kind, layer)
+        what = self.what("residue" if kind is None and self.default is None else kind, layer)
+        again = partial(_rows_again, str(self.path), self.identity, *what)
+        return Rows(np.flatnonzero(self.status == DONE), _rows_of(self, *what), again)
 
     def to_pandas(self, kind: str | None = None, layer: int | None = None) -> "pandas.DataFrame":
         """A data frame: name (the index, not made unique), length, status, and a column for each dimension, "0", "1" ..."""
-        from virnucpro_cli.store import frames
-
-        return frames.to_pandas(self, kind, layer)
+        return frames.to_pandas(*self._labelled(kind, layer))
 
     def to_polars(self, kind: str | None = None, layer: int | None = None) -> "polars.DataFrame":
         """A data frame: name, length, status, embedding (an array of D)."""
-        from virnucpro_cli.store import frames
-
-        return frames.to_polars(self, kind, layer)
+        return frames.to_polars(*self._labelled(kind, layer))
 
     def to_anndata(self, kind: str | None = None, layer: int | None = None) -> "anndata.AnnData":
         """X float32 [N, D]; obs has name, length and status, and its index the names made unique; uns says what made it."""
-        from virnucpro_cli.store import frames
+        labels, values = self._labelled(kind, layer)
+        if "position" in labels:
+            raise UserError("An AnnData has a row for each protein, not for each residue.", "Use to_pandas('residue').")
+        keys = ("model", "weights_sha256", "dtype", "tool_version")
+        return frames.to_anndata(labels, values, {key: str(self.attributes[key]) for key in keys})
 
-        return frames.to_anndata(self, kind, layer)
+    def _labelled(self, kind: str | None, layer: int | None) -> tuple[frames.Labels, NDArray[Any]]:
+        """Names, lengths and statuses, or names and positions, and the rows that they belong to."""
+        kind, layer = self.what(kind, layer)
+        if kind == "residue":
+            labels = frames.positions(self.names, self.residue_offsets)
+        else:
+            status = np.array(STATUS_NAMES)[self.status].tolist()
+            labels = {"name": self.names, "length": self.lengths, "status": status}
+        return labels, self.array(kind, layer)
 
-    def stretches(self, kind: str) -> Iterator[slice]:
+    def chunks(self, kind: str) -> Iterator[slice]:
         """All records, one stretch after the other, each of about 64 MB of rows of that kind in fp32 (or a single record)."""
         rows = max(1, min(NAME_BLOCK, STRETCH_BYTES // (4 * self.dataset(kind, self.layers[0]).shape[1])))
         offsets = self.residue_offsets if kind == "residue" else np.arange(len(self) + 1)
-        return (slice(*each) for each in stretches(offsets, len(self), rows))
+        return (slice(*each) for each in chunks(offsets, len(self), rows))
 
     def __getitem__(self, key: int | slice | str | list[int] | NDArray[Any]) -> NDArray[Any]:
         if isinstance(key, str | int | np.integer):
@@ -669,6 +682,16 @@ def _reopened(path: str, identity: str) -> EmbeddingFile:
         file.close()
         raise UserError(f"{path} is another file than the one that was opened.", "Open it again, and send that.")
     return file
+
+
+def _rows_of(file: EmbeddingFile, kind: str, layer: int) -> "Found":
+    """Rows of a dataset, and where those of each record begin if they are of residues."""
+    return file.array(kind, layer), file.residue_offsets if kind == "residue" else None
+
+
+def _rows_again(path: str, identity: str, kind: str, layer: int) -> "Found":
+    with _reopened(path, identity) as file:
+        return _rows_of(file, kind, layer)
 
 
 def _try_in_a_child(path: Path) -> None:

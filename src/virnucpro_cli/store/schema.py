@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.config import CHOICES
 from virnucpro_cli.kinds import EMITS, KINDS, POOLED
@@ -31,6 +34,18 @@ LAYOUT_BYTES = 32
 ONLY_PLACE = ("attention", "device")
 """Fingerprint keys that change how values round and nothing else: a run may go on elsewhere, and the file says which rows did."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def chunks(offsets: NDArray[np.int64], n: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges [start, stop) of n records that have the rows offsets[i]:offsets[i + 1] each (int64 [n + 1]): at most `rows` records
+    and rows together, and at least one record.
+    """
+    start = 0
+    while start < n:
+        upto = int(np.searchsorted(offsets, offsets[start] + rows, side="right")) - 1
+        stop = min(n, start + rows, max(start + 1, upto))
+        yield start, stop
+        start = stop
 
 
 def blocks(n: int, size: int = NAME_BLOCK) -> Iterator[slice]:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.errors import Stopped, UserError, in_a_line
 from virnucpro_cli.kinds import POOLED, by_residue
-from virnucpro_cli.plan.packing import ranges, stretches
 from virnucpro_cli.store import sums
 from virnucpro_cli.store.checked import DAMAGE
 from virnucpro_cli.store.disk import (
@@ -46,6 +45,7 @@ from virnucpro_cli.store.schema import (
     REPORT_BYTES,
     SKIPPED,
     blocks,
+    chunks,
     whole_lines,
 )
 
@@ -187,7 +187,7 @@ class Store:
                 raise ValueError("its names or columns are not those that were laid out")
         lost, n = 0, len(self.status)
         offsets = np.arange(n + 1) if self._offsets is None else self._offsets
-        for start, stop in stretches(offsets, n, COMPARED_ROWS):
+        for start, stop in chunks(offsets, n, COMPARED_ROWS):
             rows = np.arange(start, stop)
             states = [self.read(name, rows)[:, 0] for name in STATES]
             expected, vouched = self._state_sums(*states), states[0] != PENDING
@@ -231,7 +231,8 @@ class Store:
             return records, None
         assert self._offsets is not None
         counts = self._offsets[records + 1] - self._offsets[records]
-        return ranges(self._offsets[records], counts), counts
+        first = self._offsets[records]
+        return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum()), counts
 
     def _state_sums(self, status: Any, flags: Any, reason: Any, computed_by: Any) -> NDArray[np.uint64]:
         lines = np.zeros(MOST_ENVIRONMENTS + 1, np.uint64)

@@ -16,7 +16,7 @@ from rich.console import Console
 import virnucpro_cli
 from virnucpro_cli import fasta, report, store
 from virnucpro_cli.config import ValidateConfig
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.kinds import any_by_residue, by_residue, pooled, unmasked
 from virnucpro_cli.model import locate
@@ -71,7 +71,7 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
         with clock.stage("read FASTA"):
             table = _read(paths, settings["id"], settings.get("gaps", "keep"))
         found = weights_of(file, config.against, config.model, out)
-        device = runner.resolve_device(config.reference_device, "--reference-device")
+        device = devices.resolve_device(config.reference_device, "--reference-device")
         verdict = Verdict("validate --against")
         verdict.environment = {
             "file": config.against,
@@ -86,7 +86,7 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
             "virnucpro": virnucpro_cli.__version__,
             "torch": torch.__version__,
             "fair-esm": version("fair-esm"),
-            "reference": f"fair-esm in float32 on {runner.describe_device(device)}, eager, one at a time",
+            "reference": f"fair-esm in float32 on {devices.describe_device(device)}, eager, one at a time",
         }
         verdict.checks += _of_the_file(file, table, settings, found)
         if len(table.names) != len(file):
@@ -313,7 +313,7 @@ def _of_the_values(
     file: store.EmbeddingFile, table: _Table, paths: tuple[str, ...], rows: NDArray[np.int64],
     settings: dict[str, Any], judge: Reference, config: ValidateConfig, records: list[dict[str, Any]],
 ) -> list[Check]:  # fmt: skip
-    known = {str(dtype).removeprefix("torch."): short for short, dtype in runner.DTYPES.items()}
+    known = {str(dtype).removeprefix("torch."): short for short, dtype in devices.DTYPES.items()}
     compute = known.get(settings["dtype"], "fp16")  # of another tool's file, where it is not known
     min_cosine = gates.MIN_COSINE[compute] if config.min_cosine is None else config.min_cosine
     limit = config.max_rel_l2 or gates.MAX_REL_L2[compute] + (STORED_FP16 if settings["store_dtype"] == "fp16" else 0)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from virnucpro_cli.config import ValidateConfig
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import counted
 from virnucpro_cli.kinds import KINDS, POOLED
 from virnucpro_cli.validation import agreement, oracle
@@ -69,7 +69,7 @@ def precision(
     dtype: torch.dtype,
 ) -> list[Check]:  # fmt: skip
     """The run's own dtype against the noise floor: what the reference itself loses in that dtype, run plainly."""
-    short, last = runner.short_name(dtype), layers[-1]
+    short, last = devices.short_name(dtype), layers[-1]
     median_limit = MAX_MEDIAN_REL_L2.get(short)
     part = f"Precision: embed in {short} against its noise floor"
     if median_limit is not None:

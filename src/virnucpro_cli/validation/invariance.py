@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from virnucpro_cli import fasta
+from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.config import ValidateConfig
-from virnucpro_cli.engine import runner
-from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.engine import devices, runner
+from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model.esm2 import ESM2
-from virnucpro_cli.model.pooling import Embeddings, Pooler
+from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import SMALLEST_RUNG, SPECIAL_TOKENS, arranged, rungs, whole_segments
 from virnucpro_cli.validation import agreement, gates
 from virnucpro_cli.validation.oracle import Rows, Sample
@@ -124,7 +125,7 @@ def _bitwise(name: str, differing: int, compared: int, worst: float, model: ESM2
 def bound_of(model: ESM2) -> float:
     """The largest relative difference that packing may make: none on CUDA and CPU, roundoff where that is not promised."""
     promised = model.device.type in ("cuda", "cpu") and model.spec.head_dim >= 16
-    return 0.0 if promised else gates.MAX_REL_L2[runner.short_name(model.dtype)]
+    return 0.0 if promised else gates.MAX_REL_L2[devices.short_name(model.dtype)]
 
 
 def _contamination(

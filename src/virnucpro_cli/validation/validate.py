@@ -20,7 +20,7 @@ from rich.console import Console
 import virnucpro_cli
 from virnucpro_cli import embed, fasta, report, scratch
 from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.exchange import importing, layouts
 from virnucpro_cli.kinds import KINDS
@@ -82,15 +82,15 @@ def _audit(config: ValidateConfig, path: str, out: Console, clock: report.Clock)
 
 def validate_model(**options: Any) -> Verdict:
     """Validate from Python; options: the fields of `ValidateConfig`, e.g. `model="650M", fasta="my.fasta"`."""
-    with runner.as_before():
+    with devices.as_before():
         return run(resolve(ValidateConfig, None, {"quiet": True, **options}))
 
 
 def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
-    device = runner.resolve_device(config.device)
-    dtype = runner.resolve_dtype(config.dtype, device)
+    device = devices.resolve_device(config.device)
+    dtype = devices.resolve_dtype(config.dtype, device)
     backend = attention_backends.resolve(config.attention, device, dtype)
-    reference_device = runner.resolve_device(config.reference_device, "--reference-device")
+    reference_device = devices.resolve_device(config.reference_device, "--reference-device")
     found = locate.verified(locate.fetch(config.model or DEFAULT_MODEL, lambda text: out.print(text)))
     with clock.stage("load model"):
         spec, state, notes = model_weights.load(found)
@@ -108,10 +108,10 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         "model": f"{found.name} ({spec.layers} layers of {spec.hidden})",
         "weights": found.place,
         "weights_sha256": found.sha256,
-        "device": runner.describe_device(device),
-        "dtype": runner.describe_dtype(dtype),
+        "device": devices.describe_device(device),
+        "dtype": devices.describe_dtype(dtype),
         "attention": backend.name,
-        "reference": f"fair-esm in float32 on {runner.describe_device(reference_device)}, eager, one at a time",
+        "reference": f"fair-esm in float32 on {devices.describe_device(reference_device)}, eager, one at a time",
         "sample": f"{counted(len(sample), 'protein')}, {counted(int(sample.lengths.sum()), 'residue')}, seed {config.seed}",
         "inputs": list(config.fasta) or "the proteins that ship with virnucpro",
         "layers": list(layers),
@@ -205,7 +205,7 @@ def fast_rows(
     attention = config.attention
     if dtype == "fp32":  # a backend named for the run's own dtype may not know fp32
         try:
-            attention_backends.resolve(attention, runner.resolve_device(config.device), torch.float32)
+            attention_backends.resolve(attention, devices.resolve_device(config.device), torch.float32)
         except UserError:
             attention = "auto"
     output = path.with_name(f"{dtype}.h5")

@@ -14,17 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from virnucpro_cli import store
+from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.cluster.ray.messages import Looked, Returned, Rows, Share
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.engine import runner
-from virnucpro_cli.engine.collate import PackedBatch, VarlenCollator
+from virnucpro_cli.engine import devices, runner
+from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.engine.workers import Lost, used_here
 from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
-from virnucpro_cli.model.pooling import Embeddings
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import ranges
 
@@ -85,9 +85,9 @@ class Actor:
         """Raises UserError for a device or backend that is not to be had here."""
         torch.set_num_threads(self.threads)
         exact_arithmetic()
-        self.device = runner.resolve_device(self.name)
+        self.device = devices.resolve_device(self.name)
         self.backend = attention_backends.resolve(self.config.attention, self.device, self.dtype)
-        return Looked(runner.place_of(self.device, self.backend), _node_id())
+        return Looked(devices.place_of(self.device, self.backend), _node_id())
 
     def load(self, weights: locate.Weights, layers: tuple[int, ...], shared: store.SharedFile | None = None) -> bool:
         """Begin with the weights that are on this node; False if the same are not there."""
@@ -110,7 +110,7 @@ class Actor:
         spec, state, _ = loaded
         with warnings.catch_warnings(action="ignore"):  # that those in Ray's store cannot be written
             state = {key: torch.as_tensor(each) for key, each in state.items()}
-        runner.check_room(self.device, spec.parameters * self.dtype.itemsize, f"The weights of {spec.name}")
+        devices.check_room(self.device, spec.parameters * self.dtype.itemsize, f"The weights of {spec.name}")
         model = ESM2(spec, state, self.dtype, self.device, self.backend)
         Thread(target=self._compute, args=(runner.compute_with(model, layers, self.config),), daemon=True).start()
         return True
@@ -190,7 +190,7 @@ class Actor:
             self._done.unfit.append(int(numbers[collator.segments_of(item)[0]]))
 
     def _sink(self, batch: PackedBatch, found: Embeddings) -> None:
-        store_dtype = runner.store_dtype(self.config.store_dtype)
+        store_dtype = devices.store_dtype(self.config.store_dtype)
         if batch.weights is None:  # whole proteins leave as they are stored
             found.pooled = {
                 key: rows if key[0] == "unmasked" else rows.to(store_dtype) for key, rows in found.pooled.items()

@@ -17,7 +17,7 @@ from virnucpro_cli import stopping
 from virnucpro_cli.cluster.ray.actor import AHEAD, Actor
 from virnucpro_cli.cluster.ray.messages import Looked, Returned, share_of
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.engine.workers import Lost, idle, undone
 from virnucpro_cli.errors import STOP_SIGNALS, UserError, in_a_line, install_command
@@ -112,10 +112,10 @@ class Cluster:
         smallest = min((n for n in cpus if n), default=1)
         share = sum(cpus) // config.workers if isinstance(config.workers, int) else smallest
         self.threads = max(1, min(share, smallest, torch.get_num_threads() if not config.ray_address else smallest))
-        self.dtype = runner.resolve_dtype(config.dtype, torch.device(self.device))
+        self.dtype = devices.resolve_dtype(config.dtype, torch.device(self.device))
         self.members: dict[Any, _Member] = {}  # by the reference of each call that was not answered
         self.all: list[_Member] = []
-        self.place: runner.Place | None = None
+        self.place: devices.Place | None = None
 
     def __enter__(self) -> "Cluster":
         return self
@@ -148,9 +148,13 @@ class Cluster:
     def of_the_driver(self) -> tuple[torch.device, Backend | None]:
         """What this process has for a second pass: a device like the actors', or a CPU."""
         with suppress(UserError):
-            device = runner.resolve_device(self.device)
+            device = devices.resolve_device(self.device)
             backend = attention_backends.resolve(self.config.attention, device, self.dtype)
-            if self.place is not None and device.type == "cuda" and runner.describe_device(device) == self.place.device:
+            if (
+                self.place is not None
+                and device.type == "cuda"
+                and devices.describe_device(device) == self.place.device
+            ):
                 return device, backend
         return torch.device("cpu"), None
 
@@ -169,7 +173,7 @@ class Cluster:
         member.asked += 1
 
     @_stops()
-    def first_place(self, say: Callable[[str], None]) -> runner.Place:
+    def first_place(self, say: Callable[[str], None]) -> devices.Place:
         """Where the first actor is. Waits for it, and says so; raises UserError if the cluster has no room for one, or it fails there."""
         what = "GPU" if self.device == "cuda" else "CPU"
         if not self.room():
@@ -187,7 +191,7 @@ class Cluster:
             raise _told_by(error) or UserError(
                 f"No actor could be started on the Ray cluster: {in_a_line(error)}", "Look at ray status and its logs."
             ) from None
-        assert isinstance(self.place, runner.Place)
+        assert isinstance(self.place, devices.Place)
         if self.place.virnucpro != virnucpro_cli.__version__:
             raise UserError(
                 f"virnucpro is {self.place.virnucpro} on {self.place.node}, and {virnucpro_cli.__version__} here.",
@@ -207,7 +211,7 @@ class Cluster:
         """
         return _Round(self, packs, plan, placer, weights, layers, note).run()
 
-    def check(self, place: runner.Place) -> None:
+    def check(self, place: devices.Place) -> None:
         """Raise UserError for a node whose rows would not be like those of the first."""
         assert self.place is not None
         for name, what in (

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from virnucpro_cli.engine.devices import Place
 from virnucpro_cli.engine.placer import Placer
-from virnucpro_cli.engine.runner import Place
 from virnucpro_cli.engine.workers import Lost
 from virnucpro_cli.plan.packing import Plan, Segments, ranges
 

@@ -96,7 +96,7 @@ class Selection:
         """The records in order, a stretch after the other; skipped ones, with rows that are NaN, if they are wanted."""
         residues = "residue" in self.kinds
         offsets = self.file.residue_offsets if residues else None
-        for stretch in self.file.stretches("residue" if residues else self.kinds[0]):
+        for stretch in self.file.chunks("residue" if residues else self.kinds[0]):
             start, stop = stretch.start, stretch.stop
             wanted = np.ones(stop - start, np.bool_) if skipped else self.file.status[stretch] == DONE
             sizes = np.ones(stop - start, np.int64) if offsets is None else np.diff(offsets[start : stop + 1])

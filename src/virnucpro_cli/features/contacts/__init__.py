@@ -15,7 +15,7 @@ from rich.console import Console
 
 from virnucpro_cli import fasta, report, store, tables
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.engine.placer import COMMIT_SECONDS
 from virnucpro_cli.errors import UserError, counted
@@ -144,7 +144,7 @@ def fill(
         for record, sharing_it in zip(first, sharing, strict=True):
             size = int(sizes[record])
             batch = collate(np.searchsorted(work.segments.record, work.unit[[record]]))
-            fits = model_contacts.bytes_needed(spec, size) < runner.free_memory(device)
+            fits = model_contacts.bytes_needed(spec, size) < devices.free_memory(device)
             values = _or_none(predict, batch) if predict is not None and fits else None
             is_finite = values is not None and bool(values.isfinite().all())
             place(file, int(starts[record]), size, values.numpy() if values is not None and is_finite else None)
@@ -202,7 +202,7 @@ def _or_none(make: Callable[..., Made], *arguments: Any) -> Made | None:
     try:
         return make(*arguments)
     except (RuntimeError, MemoryError) as error:
-        if not runner.is_for_want_of_memory(error):
+        if not devices.is_for_want_of_memory(error):
             raise
         return None
 

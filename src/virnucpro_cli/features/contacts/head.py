@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.errors import UserError
 
 BROKEN = "its kernels do not work here"

@@ -2,7 +2,7 @@
 
 import torch
 
-from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.model.attention import describe, is_nvidia
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.batch import PackedBatch
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.attention import current_flash_attention_impl
 
-from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.model.attention import describe, is_nvidia
 
 

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
-from virnucpro_cli.engine.collate import PackedBatch
+from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.errors import in_a_line
 from virnucpro_cli.model.attention import BROKEN, describe, is_nvidia
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from virnucpro_cli.engine.collate import QUERY_TILE
+from virnucpro_cli.batch import QUERY_TILE
 
 KEYS = 32
 LOG2_E = 1.4426950408889634
