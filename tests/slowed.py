@@ -6,7 +6,7 @@ SITE = """
 import sys
 if any({word!r} in argument for argument in sys.orig_argv):
     import time
-    from virnucpro_cli import runner
+    from virnucpro_cli.engine import runner
     compute_with = runner.compute_with
     def slow(*of):
         compute = compute_with(*of)

@@ -170,7 +170,7 @@ def test_a_folder_with_other_things_in_it_is_no_cache(bench: Bench, make_fasta: 
 def test_a_kill_while_publishing_leaves_nothing_that_is_used(bench: Bench, make_fasta: Make) -> None:
     fasta = make_fasta(LENGTHS)
     killed = (
-        "import os, signal\nfrom virnucpro_cli import cache\nfrom virnucpro_cli.embed import embed_fasta\n"
+        "import os, signal\nfrom virnucpro_cli.features import cache\nfrom virnucpro_cli.embed import embed_fasta\n"
         "cache.os.rename = lambda a, b, real=os.rename: os.kill(os.getpid(), 9) if str(b).endswith('.rows') else real(a, b)\n"
         f"embed_fasta({str(fasta)!r}, {str(bench.folder / '1.h5')!r}, model={str(bench.model)!r}, device='cpu', "
         f"max_residues=200, cache={str(bench.cache)!r})"

@@ -25,7 +25,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange import export, importing, layouts
 from virnucpro_cli.exchange.layouts.layout import possible
 from virnucpro_cli.explore import inspect
-from virnucpro_cli.store import reader as reading
+from virnucpro_cli.store import reader
 from virnucpro_cli.validation import verify
 
 LONG = "n" * 300
@@ -76,7 +76,7 @@ def rows(made: Path) -> Callable[..., Any]:
 
 @pytest.fixture(params=[1 << 26, 1], ids=["one stretch", "a record at a time"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "STRETCH_BYTES", request.param)
+    monkeypatch.setattr(reader, "STRETCH_BYTES", request.param)
 
 
 def exported(made: Path, target: Path, to: str, **options: Any) -> Any:
@@ -433,8 +433,9 @@ def test_a_table_beside_the_target_that_is_not_exports_is_not_replaced(made: Pat
 
 KILLED = """
 import os, sys
-from virnucpro_cli import export, store
-from virnucpro_cli.layouts import target
+from virnucpro_cli import store
+from virnucpro_cli.exchange import export
+from virnucpro_cli.exchange.layouts import target
 
 names_of, taken = store.EmbeddingFile.names_of, target._take_the_place_of
 def killed(self, start, stop):
@@ -461,12 +462,12 @@ export.run(*sys.argv[1:4], overwrite=True)
 def test_nothing_of_a_killed_export_stays_once_it_runs_again(
     made: Path, tmp_path: Path, to: str, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "STRETCH_BYTES", 1)
+    monkeypatch.setattr(reader, "STRETCH_BYTES", 1)
     target = exported(made, tmp_path / f"x{layouts.named(to).suffix}", to)
     before = everything(tmp_path)
     for _ in range(2):
         script = KILLED.replace(
-            "import os", "import os\nfrom virnucpro_cli.store import reading; reading.STRETCH_BYTES = 1\nimport os", 1
+            "import os", "import os\nfrom virnucpro_cli.store import reader; reader.STRETCH_BYTES = 1\nimport os", 1
         )
         done = subprocess.run(
             [sys.executable, "-c", script, str(made / "out.h5"), to, str(target), moment], check=False
@@ -946,7 +947,7 @@ def test_layouts_without_room_for_groups_say_so(made: Path, tmp_path: Path) -> N
 
 KILLED_IMPORT = """
 import os, sys
-from virnucpro_cli import importing
+from virnucpro_cli.exchange import importing
 place = importing._place
 def killed(*arguments):
     place(*arguments)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 INTO_EVERY_WORKER = """
 import os, sys, time
 if any("virnucpro_cli.engine.workers" in argument for argument in sys.orig_argv):
-    from virnucpro_cli import placer, runner
+    from virnucpro_cli.engine import placer, runner
     placer.COMMIT_SECONDS = 0.1
     serial = runner.serial
     def changed(packs, collate, compute, sink, device):
