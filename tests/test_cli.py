@@ -1,6 +1,7 @@
 """What people meet: exit codes, one clear message, help at once, and a clean stdout."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,7 +16,9 @@ import torch
 
 from conftest import ROOT
 from virnucpro_cli import __version__, cli, embed
-from virnucpro_cli.errors import STOP_SIGNALS
+from virnucpro_cli.config import BenchConfig, EmbedConfig, ValidateConfig
+from virnucpro_cli.config.options import fields_of
+from virnucpro_cli.errors import STOP_SIGNALS, UserError
 from virnucpro_cli.store import read_embeddings
 
 Make = Callable[..., Path]
@@ -367,3 +370,48 @@ def test_a_number_that_nobody_would_type_is_refused_in_a_line(
         cli.main(["embed", "in.fasta", "-o", "out.h5", "--dry-run", *model, option + "9" * digits])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and len(said) < 2500 and "internal error" not in said
+
+
+# --- options are the fields of the configurations ---------------------------------------------------------------------
+
+
+CONFIGURATIONS = (EmbedConfig, ValidateConfig, BenchConfig)
+
+
+def help_of(command: str, columns: int = 80) -> str:
+    environment = {**os.environ, "COLUMNS": str(columns)}
+    return subprocess.check_output(
+        [sys.executable, "-m", "virnucpro_cli", command, "--help"], text=True, env=environment
+    )
+
+
+def test_the_help_of_embed_begins_with_what_most_people_need() -> None:
+    headings = re.split(r"^(\w[\w ]*):\n", help_of("embed"), flags=re.MULTILINE)
+    assert headings[1::2][:2] == ["Arguments", "Most used"]
+    assert re.findall(r"--[a-z-]+", headings[4])[:1] == ["--output"]
+    assert len(re.findall(r"^  (?:-., )?--", headings[4], re.MULTILINE)) == 5
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("command", ["embed", "validate", "bench"])
+def test_help_fits_the_terminal(command: str, columns: int) -> None:
+    assert max(map(len, help_of(command, columns).splitlines())) <= columns
+
+
+@pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda config: config.__name__)
+def test_every_field_is_an_option_and_every_word_that_it_may_be_stands_in_its_help(config: type[Any]) -> None:
+    text = " ".join(help_of(config.__name__.removesuffix("Config").lower()).split()).replace("- ", "-")
+    for name, field in fields_of(config).items():
+        assert field.metavar in text if name == "inputs" else f"{field.flag} " in text, name
+        assert field.option.help == "As in embed." or all(str(word) in text for word in field.option.choices), name
+
+
+@pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda config: config.__name__)
+def test_a_word_or_number_that_no_option_may_be_is_refused_by_the_fields_name(config: type[Any]) -> None:
+    for name, field in fields_of(config).items():
+        bad: Any = "nothing like it" if field.option.choices else None
+        if field.option.least is not None:
+            bad = field.option.least - 1 if field.option.least >= 1 else float("nan")
+        if bad is not None:
+            with pytest.raises(UserError, match=f"{field.flag} (is|has) {bad!r}|{field.flag} (is|has) {bad}"):
+                config(**{name: (bad,) if field.several else bad})

@@ -1,8 +1,9 @@
 """virnucpro: protein FASTA to ESM-2 embeddings, packed, resumable and checked."""
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+__version__: str
 
 if TYPE_CHECKING:
     from virnucpro_cli.benchmark.bench import bench_model
@@ -10,11 +11,6 @@ if TYPE_CHECKING:
     from virnucpro_cli.embed import embed_fasta
     from virnucpro_cli.store import EmbeddingFile, read_embeddings
     from virnucpro_cli.validation.validate import validate_model
-
-try:
-    __version__ = version("virnucpro")
-except PackageNotFoundError:  # run from a source tree
-    __version__ = "0+source"
 
 __all__ = ["EmbedConfig", "EmbeddingFile", "bench_model", "embed_fasta", "read_embeddings", "validate_model"]
 
@@ -30,6 +26,18 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that reading a file needs no torch."""
+    if name == "__version__":
+        globals()[name] = _version()
+        return globals()[name]
     if name in _HOME:
         return getattr(import_module(f"virnucpro_cli.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("virnucpro")
+    except PackageNotFoundError:  # run from a source tree
+        return "0+source"

@@ -13,8 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
-from virnucpro_cli import __version__, stopping
+import virnucpro_cli
+from virnucpro_cli import stopping
 from virnucpro_cli.cli import bench, embed, extract, files, layouts, look, machine, shards, validate
+from virnucpro_cli.cli.options import InPanels
 from virnucpro_cli.cli.process import bug, fail, open_streams, say, usage_or_bug
 from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USER_ERROR, UserError
 
@@ -49,13 +51,15 @@ COMMANDS = (
 for command, epilog in COMMANDS:
     settings = extract.UNTOUCHED if command is extract.extract else None
     whole = str(command.__doc__).partition("\n")[0]  # typer would cut it short
-    app.command(command.__name__.rstrip("_"), epilog=epilog, context_settings=settings, short_help=whole)(command)
+    app.command(command.__name__.rstrip("_"), cls=InPanels, epilog=epilog, context_settings=settings, short_help=whole)(
+        command
+    )
 
 
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if version:
-        print(f"virnucpro {__version__}")
+        print(f"virnucpro {virnucpro_cli.__version__}")
         raise typer.Exit
 
 

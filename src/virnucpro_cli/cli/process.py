@@ -9,7 +9,8 @@ import traceback
 from contextlib import suppress
 from typing import Any
 
-from virnucpro_cli import __version__, stopping
+import virnucpro_cli
+from virnucpro_cli import stopping
 from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError, printable, shortened
 
 
@@ -31,7 +32,7 @@ def bug(error: BaseException) -> None:
     what = f"internal error, a bug in virnucpro: {type(error).__name__}: {shortened(str(error))}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="virnucpro-", suffix=".log", delete=False) as log:
-            log.write(f"virnucpro {__version__}: {sys.argv}\n")
+            log.write(f"virnucpro {virnucpro_cli.__version__}: {sys.argv}\n")
             traceback.print_exception(error, file=log)
         say(what, f"The traceback is in {log.name}; please report it.")
     except OSError:  # no temporary folder

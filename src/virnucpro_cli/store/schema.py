@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli.alphabet import TOKENS
-from virnucpro_cli.config import CHOICES
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.config.options import choices_of
 from virnucpro_cli.kinds import EMITS, KINDS, POOLED
 
 SCHEMA = 1
@@ -145,12 +146,18 @@ Form = Any
 """A form that JSON must have: a type, a Whole, the words there are (a set), [form of each], Distinct, or {key: form}; a key with ? may lack."""
 
 _SOURCE = {"path": str, "bytes": Whole(0, 1 << 62), "sha256": str}
+
+
+def _choices(name: str) -> set[str]:
+    return set(choices_of(EmbedConfig, name))
+
+
 FINGERPRINT: dict[str, Form] = {
     "input_sha256": [str], "weights_sha256": str, "layers": Distinct(Whole(-1, 9999)), "pool": Distinct(set(KINDS)),
-    "dtype": set(COMPUTED_IN), "store_dtype": set(CHOICES["store_dtype"]), "max_residues": Whole(1, 1 << 31),
-    "long": set(CHOICES["long"]), "invalid": set(CHOICES["invalid"]), "id": set(CHOICES["id"]), "dedup": bool,
-    "attention": str, "device": str, "overlap?": Whole(0, 1 << 31), "gaps?": set(CHOICES["gaps"]), "emit?": Distinct(set(EMITS)), "shard?": str,
-    "groups?": str, "gene_caller?": {"name": set(CHOICES["genes"]), "version": str}, "imported?": str, "unknown?": [str],
+    "dtype": set(COMPUTED_IN), "store_dtype": _choices("store_dtype"), "max_residues": Whole(1, 1 << 31),
+    "long": _choices("long"), "invalid": _choices("invalid"), "id": _choices("id"), "dedup": bool,
+    "attention": str, "device": str, "overlap?": Whole(0, 1 << 31), "gaps?": _choices("gaps"), "emit?": Distinct(set(EMITS)), "shard?": str,
+    "groups?": str, "gene_caller?": {"name": _choices("genes"), "version": str}, "imported?": str, "unknown?": [str],
 }  # fmt: skip
 JSONS: dict[str, Form] = {
     "fingerprint": FINGERPRINT, "config": {"model": str}, "environment": {"torch?": str}, "argv": [str],
