@@ -173,7 +173,7 @@ def test_what_there_is_no_memory_for_is_left_out_and_tried_again(
         "contacts",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        real = contacts.model_contacts.bytes_needed
+        real = contacts.head.bytes_needed
         patch.setattr(contacts.model_contacts, "bytes_needed", lambda spec, n: real(spec, n) if n < 100 else 1 << 60)
         with pytest.raises(SystemExit) as stop:
             cli.main(command)
@@ -194,9 +194,9 @@ def test_memory_that_ends_midway_leaves_out_one_map(tmp_path: Path, make_fasta: 
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return real(self, batch)
 
-    real = contacts.model_contacts.Contacts.__call__
+    real = contacts.head.Contacts.__call__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contacts.model_contacts.Contacts, "__call__", scarce)
+        patch.setattr(contacts.head.Contacts, "__call__", scarce)
         assert embed(make_fasta([50, 130, 60]), tmp_path / "out.h5", model)["contact maps left out"] == 1
     with read_embeddings(tmp_path / "out.h5") as file:
         assert [len(file.contacts(row)) for row in range(3)] == [50, 0, 60]
@@ -326,7 +326,7 @@ def test_the_models_own_memory_may_be_lacking(tmp_path: Path, make_fasta: Make, 
         raise MemoryError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contacts.model_contacts.Contacts, "__init__", full)
+        patch.setattr(contacts.head.Contacts, "__init__", full)
         assert embed(make_fasta(LENGTHS), tmp_path / "out.h5", model)["contact maps left out"] == len(LENGTHS) - 1
     assert devices.is_for_want_of_memory(MemoryError())
 

@@ -30,7 +30,7 @@ RANGES = 8
 @dataclass
 class RunReport:
     """What a run did. Sections of plain numbers and words; `seconds` by stage, `rates` per second of the forward stage;
-    tables: what `bench` compared, title -> rows of columns.
+    tables: what `bench` compared, title -> rows of columns; missed: things that were asked for, and are not in the file.
     """
 
     command: str
@@ -42,6 +42,7 @@ class RunReport:
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     already_complete: bool = False
+    missed: int = 0
     checksum: str = ""  # of the file, see store.checksum
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 

@@ -20,7 +20,5 @@ def embed(settings: EmbedConfig) -> None:
     """
     from virnucpro_cli import embed as workflow
 
-    summary = workflow.run(settings)
-    missed = summary.counts.get("skipped") or summary.counts.get("contact maps left out")
-    if missed and not (settings.dry_run or summary.already_complete):
+    if workflow.run(settings).missed:
         raise typer.Exit(EXIT_SOME_SKIPPED)

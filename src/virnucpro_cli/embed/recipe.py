@@ -14,17 +14,15 @@ from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import fasta, report, store
-from virnucpro_cli.cluster import ray as ray_engine
 from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.embed.engines import Computing
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
-from virnucpro_cli.features import cache, contacts, contigs, groups
-from virnucpro_cli.features.contacts.head import regression_beside
+from virnucpro_cli.features.feature import Feature
 from virnucpro_cli.kinds import any_by_residue, unmasked
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, by_name, resolve_layers
 from virnucpro_cli.plan import shards
 from virnucpro_cli.plan.packing import Plan, in_blocks
@@ -39,7 +37,7 @@ class Target(NamedTuple):
     whole: Path
 
 
-def target(config: EmbedConfig) -> Target:
+def target(config: EmbedConfig, features: list[Feature]) -> Target:
     """Raises UserError if nothing can be written there."""
     if not config.inputs or not config.output:
         raise UserError(
@@ -50,59 +48,12 @@ def target(config: EmbedConfig) -> Target:
     if config.shard is not None and shard is not None:
         shards.check_one_set(config.shard, shard, whole)
         output = shards.path(output, shard)
-    _check_paths(output, config, contigs.check(config, whole))
+    _check_paths(output, whole, config, features)
     if output.exists() and not (config.overwrite or config.dry_run) and store.fingerprint_of(output) is None:
         raise UserError(
             f"{output} exists and was not written by virnucpro embed.", "Choose another -o, or --overwrite it."
         )
     return Target(output, shard, whole)
-
-
-@dataclass(frozen=True)
-class Where:
-    """Where packs are computed: in this process, in several of this host, or by the actors of a Ray cluster.
-
-    devices: of each process, or of each actor that there is room for; device and backend: of this process (see
-    `Cluster.of_the_driver`).
-    """
-
-    place: devices.Place
-    devices: list[torch.device]
-    device: torch.device
-    backend: Backend | None
-    dtype: torch.dtype
-    cluster: ray_engine.Cluster | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def gpus(self) -> int:
-        return len(set(self.devices)) if self.cluster is None else len(self.devices)
-
-    @property
-    def processes(self) -> int:
-        """Those that share the devices of this host."""
-        return len(self.devices) if self.cluster is None else 1
-
-    def computed_by(self, several: bool) -> str:
-        """What the bits of a row depend on besides its input, in a line of JSON. several: whether there is work for all processes."""
-        return _computed_by(self.place, self.dtype, self.device, self.processes if several else 1)
-
-
-def where(
-    config: EmbedConfig, alone: bool, cluster: ray_engine.Cluster | None, out: Console, clock: report.Clock
-) -> Where:
-    """alone: in one process, whatever is asked for. Raises UserError for a device or backend that is not to be had."""
-    if cluster is not None:
-        with clock.stage("start workers"):
-            place = cluster.first_place(out.print)
-        device, backend = cluster.of_the_driver()
-        return Where(place, [device] * cluster.room(), device, backend, cluster.dtype, cluster)
-    each, notes = devices.resolve_devices(config.device, config.workers)
-    each = each[:1] if alone else each
-    dtype = devices.resolve_dtype(config.dtype, each[0])
-    backend = attention_backends.resolve(config.attention, each[0], dtype)
-    place = devices.place_of(each[0], backend)
-    return Where(place, each, each[0], backend, dtype, notes=tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -112,7 +63,7 @@ class Recipe:
     config: EmbedConfig
     output: Path
     shard: shards.Shard | None
-    where: Where
+    computing: Computing
     found: locate.Weights | None
     spec: ModelSpec
     layers: tuple[int, ...]
@@ -120,6 +71,7 @@ class Recipe:
     work: Work
     plan: Plan
     layout: store.Layout
+    features: list[Feature]
 
     def fingerprint(self, found: locate.Weights) -> dict[str, Any]:
         """What the values depend on. found: the weights, with their SHA-256."""
@@ -129,8 +81,8 @@ class Recipe:
             policy["overlap"] = config.overlap
         if config.emit:
             policy["emit"] = list(config.emit)
-        if "contacts" in config.emit and (beside := [path for path in regression_beside(found) if path.is_file()]):
-            policy["contact_regression_sha256"] = locate.sha256_of(beside)
+        for feature in self.features:
+            policy |= feature.fingerprint(found)
         if self.shard is not None:
             policy["shard"] = str(self.shard)
         return {
@@ -139,52 +91,59 @@ class Recipe:
             "heads": self.spec.heads,
             "layers": list(self.layers),
             "pool": list(config.pool),
-            "dtype": attention_backends.describe(self.where.dtype),
+            "dtype": attention_backends.describe(self.computing.dtype),
             "store_dtype": config.store_dtype,
             **policy,
-            "attention": self.where.place.attention,
-            "device": self.where.place.kind,
+            "attention": self.computing.place.attention,
+            "device": self.computing.place.kind,
             **self.layout.extra.fingerprint,
         }
 
 
-def decided(config: EmbedConfig, target: Target, where: Where, out: Console, clock: report.Clock) -> Recipe:
+def decided(
+    config: EmbedConfig,
+    features: list[Feature],
+    target: Target,
+    computing: Computing,
+    out: Console,
+    clock: report.Clock,
+) -> Recipe:
     """Read the input and decide. All that is read is opened before the first long step. Raises UserError for what the user can
     put right.
     """
     output, shard, whole = target
-    grouped, mapped = groups.named(config), contacts.named(config)
     with clock.stage("index"):
         sources = fasta.open_sources(config.inputs, output.parent)
     found = _locate(config, out)
     spec = _spec(config, found)
     layers = resolved_layers(config.layers, spec)
-    sources, extra = contigs.find(config, sources, whole, out, clock)
+    extra = store.Extra()
+    for feature in features:
+        sources, more = feature.sources(sources, whole, out, clock)
+        extra |= more
     with clock.stage("index"):
         table = fasta.index(
             sources,
             on_invalid=config.invalid,
             gaps=config.gaps,
             dedup=config.dedup,
-            keep_digests=config.cache is not None,
+            keep_digests=any(feature.needs_digests for feature in features),
         )
     _check_protein(table, config, out)
     extra |= _gaps(table, config)
     with clock.stage("plan"):
         work, records = decide(table, config), None
-        extra |= groups.of_records(config, table, extra, grouped)
-        with_map, named = contacts.wanted(config, table, mapped)
-        extra |= named
-        if shard is None:
-            extra |= groups.room(extra)
-        else:
+        for feature in features:
+            extra |= feature.of_input(table, extra)
+        if shard is not None:
             records = shards.records_of(shard, work)
-            table, extra, with_map = table.part(records), extra.part(records), with_map[records]
+            table, extra = table.part(records), extra.part(records)
             work = decide(table, config)
-        extra |= contacts.room(config, with_map, work)
-        plan = in_blocks(work.segments.length, _token_budget(config, where, spec, layers))
-        layout = _layout(config, table, work, spec, layers, records, where.computed_by(len(plan) > 1), extra)
-    return Recipe(config, output, shard, where, found, spec, layers, table, work, plan, layout)
+        for feature in features:
+            extra |= feature.of_part(records, work, extra)
+        plan = in_blocks(work.segments.length, _token_budget(config, computing, spec, layers))
+        layout = _layout(config, table, work, spec, layers, records, computing.computed_by(len(plan) > 1), extra)
+    return Recipe(config, output, shard, computing, found, spec, layers, table, work, plan, layout, features)
 
 
 def _locate(config: EmbedConfig, out: Console) -> locate.Weights | None:
@@ -233,33 +192,34 @@ def _check_protein(table: fasta.RecordTable, config: EmbedConfig, out: Console) 
         )
 
 
-def _check_paths(output: Path, config: EmbedConfig, beside: list[Path]) -> None:
+def _check_paths(output: Path, whole: Path, config: EmbedConfig, features: list[Feature]) -> None:
     """Nothing that is read may be written, and the report must have a place before anything is computed."""
     store.check_destination(output)
-    named = (*config.inputs, config.group_table or "-", config.contacts_for or "-")
+    named = [*config.inputs, *(name for feature in features for name in feature.reads())]
     read = [*(Path(name) for name in named if name != "-"), *locate.files_read(config.model)]
-    cached = [Path(config.cache).resolve()] if config.cache is not None else []
-    if any(output.exists() and other.exists() and output.samefile(other) for other in read) or any(
-        output.exists() and output.resolve().is_relative_to(folder) for folder in cached
-    ):
+    beside = [path for feature in features for path in feature.writes(whole)]
+    if output.exists() and any(_is_of(output, other) for other in read if other.exists()):
         raise UserError(
             f"The output {output} is one of the inputs, of the model or of the cache.",
             "Choose another name; inputs are never overwritten.",
         )
     store.check_hdf5_name(output)
-    if config.cache is not None and not config.dry_run:
-        cache.check_place(config.cache)
     places = {"report": config.report, "qc": config.qc}
-    report.check_places(places, [*read, *cached, output, store.partial_path(output), *beside], config.overwrite)
+    report.check_places(places, [*read, output, store.partial_path(output), *beside], config.overwrite)
 
 
-def _token_budget(config: EmbedConfig, where: Where, spec: ModelSpec, layers: tuple[int, ...]) -> int:
+def _is_of(output: Path, read: Path) -> bool:
+    """Whether an output that is there is a file that is read, or in a folder that is."""
+    return output.samefile(read) or (read.is_dir() and output.resolve().is_relative_to(read.resolve()))
+
+
+def _token_budget(config: EmbedConfig, computing: Computing, spec: ModelSpec, layers: tuple[int, ...]) -> int:
     if config.token_budget != "auto":
         return int(config.token_budget)
     stored = 4 * (spec.hidden * len(layers) * ("residue" in config.pool) + VOCABULARY * ("logits" in config.emit))
-    sharing = where.devices.count(where.device) if where.cluster is None else 1
-    weight_bytes = spec.parameters * where.dtype.itemsize
-    return devices.auto_token_budget(where.place.kind, where.place.free, spec.hidden, weight_bytes, stored, sharing)
+    weight_bytes = spec.parameters * computing.dtype.itemsize
+    place = computing.place
+    return devices.auto_token_budget(place.kind, place.free, spec.hidden, weight_bytes, stored, computing.sharing)
 
 
 def _layout(
@@ -274,21 +234,6 @@ def _layout(
     return store.Layout(spec.hidden, layers, config.pool, dtype, table.length, table.replaced, work.flags, work.status,
                         work.reason, offsets, names, table.text_bytes - table.residues, records, environment,
                         unmasked=unmasked(config.emit), extra=extra)  # fmt: skip
-
-
-def _computed_by(place: devices.Place, dtype: torch.dtype, device: torch.device, processes: int = 1) -> str:
-    """What the bits of a row depend on besides its input, in a line of JSON. processes: that share a device of this host."""
-    return json.dumps({
-        "device": place.device if processes == 1 else devices.describe_device(device, processes),
-        "dtype": attention_backends.describe(dtype),
-        "attention": place.attention,
-        "torch": place.torch,
-        "virnucpro": place.virnucpro,
-    })  # fmt: skip
-
-
-def computed_at(device: torch.device, dtype: torch.dtype, backend: Backend) -> str:
-    return _computed_by(devices.place_of(device, backend), dtype, device)
 
 
 def attributes(

@@ -18,7 +18,6 @@ from virnucpro_cli.embed.recipe import Recipe
 from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted
-from virnucpro_cli.features import contacts, contigs
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan
 from virnucpro_cli.plan.policies import Int64, Work
 
@@ -46,18 +45,17 @@ APPROXIMATE = (
 
 def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
     """The report as far as it is known before anything is computed."""
-    config, table, work, where, layout = recipe.config, recipe.table, recipe.work, recipe.where, recipe.layout
-    summary = report.RunReport("embed", notes=[*_warnings(table, work, config), *where.notes, *where.place.notes])
-    if where.dtype == torch.float8_e4m3fn:
+    config, table, work, computing, layout = recipe.config, recipe.table, recipe.work, recipe.computing, recipe.layout
+    summary = report.RunReport(
+        "embed", notes=[*_warnings(table, work, config), *computing.notes, *computing.place.notes]
+    )
+    if computing.dtype == torch.float8_e4m3fn:
         summary.notes.append(APPROXIMATE)
     if recipe.shard is not None:
         summary.notes.insert(
             0, f"shard {recipe.shard}: {counted(len(table), 'protein')} of the input, into {recipe.output}"
         )
-    if gaps := contigs.noted(config, layout.extra.counts):
-        summary.notes.append(gaps)
-    if maps := contacts.described(layout.extra, recipe.spec, layout.store_dtype.itemsize):
-        summary.notes.append(maps)
+    summary.notes += [note for each in recipe.features if (note := each.note(layout, recipe.spec))]
     unknown = [
         f"{told}: {count:,}" for told, count in layout.extra.counts.items() if count and told.startswith("names of")
     ]
@@ -65,7 +63,7 @@ def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
     summary.counts = _counts(table, work) | layout.extra.counts
     summary.packing = _packing(recipe.plan, work)
     summary.environment = _environment(recipe)
-    summary.memory = free_memory(where.place)
+    summary.memory = free_memory(computing.place)
     summary.seconds = clock.seconds
     return summary
 
@@ -217,23 +215,20 @@ def _packing(plan: Plan, work: Work) -> dict[str, float]:
 
 
 def _environment(recipe: Recipe) -> dict[str, Any]:
-    config, spec, where = recipe.config, recipe.spec, recipe.where
-    place, each = where.place, where.devices
+    config, spec, computing = recipe.config, recipe.spec, recipe.computing
+    place, several = computing.place, len(computing.devices) > 1 or config.engine == "ray"
 
     def chosen(value: str, asked: Any) -> str:
         return f"{value} (auto)" if asked == "auto" else value
 
-    shared = f"{counted(len(each), 'process', 'processes')} on {', '.join(map(str, dict.fromkeys(each)))}"
-    if config.engine == "ray":
-        shared = f"{counted(len(each), 'actor')} of Ray at the start"
     return {
         "virnucpro": virnucpro_cli.__version__,
         "torch": place.torch,
         "python": platform.python_version(),
         "model": f"{spec.name} ({spec.layers} layers of {spec.hidden})",
         "device": chosen(place.device, config.device),
-        **({"workers": chosen(shared, config.workers)} if len(each) > 1 or config.engine == "ray" else {}),
-        "dtype": chosen(devices.describe_dtype(where.dtype), config.dtype),
+        **({"workers": chosen(computing.described(), config.workers)} if several else {}),
+        "dtype": chosen(devices.describe_dtype(computing.dtype), config.dtype),
         "attention": chosen(place.attention, config.attention),
         "token budget": chosen(f"{recipe.plan.token_budget:,}", config.token_budget),
     }
@@ -271,26 +266,27 @@ def fill_rates(
             "segments/s": segments / forward,
         }
     summary.memory["peak host memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if recipe.where.device.type == "cuda":
-        summary.memory["peak GPU memory"] = torch.cuda.max_memory_allocated(recipe.where.device)
+    if recipe.computing.device.type == "cuda":
+        summary.memory["peak GPU memory"] = torch.cuda.max_memory_allocated(recipe.computing.device)
     if len(file.environments) > 1:
         summary.tables["Computed by"] = report.where_computed(
             file.environments, file.computed_by, file.status == store.DONE
         )
     summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
+    summary.missed += summary.counts["skipped"]
     summary.counts["recomputed in fp32"] = int(((file.flags & store.RECOMPUTED) > 0).sum())
 
 
 def describe_plan(summary: report.RunReport, recipe: Recipe, out: Console) -> None:
     """What a dry run prints, and adds to the report."""
     table, work, plan, layout, spec = recipe.table, recipe.work, recipe.plan, recipe.layout, recipe.spec
-    place, found = recipe.where.place, recipe.found
+    place, found = recipe.computing.place, recipe.found
     length = work.segments.length.astype(np.float64) + SPECIAL_TOKENS
     flops = spec.flops(float(plan.rung.sum()), float((length**2).sum()), max(recipe.layers))
     kind, count = ("CPU thread", torch.get_num_threads())
     if "H100" in place.device:
-        kind, count = "H100", recipe.where.gpus
-    name = devices.short_name(recipe.where.dtype)
+        kind, count = "H100", recipe.computing.gpus
+    name = devices.short_name(recipe.computing.dtype)
     by_width = MEASURED_FLOPS.get((kind, name), {}) if kind == "H100" or place.kind == "cpu" else {}
     rate = max((rate for width, rate in by_width.items() if width <= spec.hidden), default=None)
     summary.counts["output bytes (estimate)"] = layout.file_bytes

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import report, store
 from virnucpro_cli.config import EmbedConfig, bytes_of
 from virnucpro_cli.errors import UserError, counted
+from virnucpro_cli.features.feature import Feature, Run
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.plan.policies import Work
 from virnucpro_cli.store.disk import sync_folder
@@ -71,6 +72,31 @@ class _Segment:
             hasher.update(self.whole[block].data)
         if hasher.digest() != self.whole[-CHECK_BYTES:].tobytes():
             raise Damaged
+
+
+class CachedRows(Feature):
+    """Rows that another run with this cache has computed, and those of this run for the next."""
+
+    needs_digests = True
+
+    def reads(self) -> list[str]:
+        return [str(Path(self.config.cache or "").resolve())]
+
+    def writes(self, whole: Path) -> list[Path]:
+        if self.config.cache is not None and not self.config.dry_run:
+            check_place(self.config.cache)
+        return []
+
+    def before(self, run: Run) -> None:
+        assert run.table.digest is not None
+        settings = {key: value for key, value in run.fingerprint.items() if key not in run.layout.extra.fingerprint}
+        environment, digest = run.layout.environment, run.table.digest
+        self.shared = Cache(run.config, settings, environment, run.file, run.work, digest, run.tell)
+        with run.clock.stage("cache"):
+            run.summary.counts |= self.shared.take()
+
+    def finish(self, run: Run) -> None:
+        self.shared.publish()
 
 
 class Cache:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from virnucpro_cli import fasta, store, tables
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.features.feature import Feature, Run
+from virnucpro_cli.plan.policies import Work
 from virnucpro_cli.store.schema import chunks
 
 KINDS = ("mean", "length_weighted_mean", "max")
@@ -20,9 +22,25 @@ Named = tuple[dict[str, str], str]
 """Name -> group of a table, and the SHA-256 of its text."""
 
 
-def named(config: EmbedConfig) -> Named | None:
-    """The table of --group-table, None without one. Raises UserError if it cannot be read, or is no table of two columns."""
-    return None if config.group_table is None else _read(config.group_table)
+class Groups(Feature):
+    """A row for each group of proteins."""
+
+    def __init__(self, config: EmbedConfig):
+        """Raises UserError if the table of --group-table cannot be read, or is no table of two columns."""
+        super().__init__(config)
+        self.named = None if config.group_table is None else _read(config.group_table)
+
+    def reads(self) -> list[str]:
+        return [self.config.group_table] if self.config.group_table is not None else []
+
+    def of_input(self, table: fasta.RecordTable, extra: store.Extra) -> store.Extra:
+        return of_records(self.config, table, extra, self.named)
+
+    def of_part(self, records: NDArray[np.int64] | None, work: Work, extra: store.Extra) -> store.Extra:
+        return room(extra) if records is None else store.Extra()  # a shard has no rows of groups, which merge makes
+
+    def finish(self, run: Run) -> None:
+        fill(run.file)
 
 
 def of_records(

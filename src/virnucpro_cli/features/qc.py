@@ -1,17 +1,33 @@
 """A line for each protein of an embeddings file: the table that is opened first. Needs the file alone."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import report, store, tables
+from virnucpro_cli.errors import Stopped
+from virnucpro_cli.features.feature import Feature
 from virnucpro_cli.plan.packing import windows_of
 
 COLUMNS = ("name", "status", "reason", "length", "embedded", "truncated", "windows", "replaced", "gaps", "copied", "recomputed",
            "norm", "nearest")  # fmt: skip
 MOST_COMPARED = 10_000
 """Proteins up to which each is compared with every other."""
+
+
+class Table(Feature):
+    """The table of --qc."""
+
+    def written(self, output: Path) -> None:
+        assert self.config.qc is not None
+        try:
+            with store.read_embeddings(output) as file:
+                write(self.config.qc, file)
+        except Stopped as stop:
+            stop.resumable = True  # the file is complete: the same command writes the table alone
+            raise
 
 
 def write(path: str, file: store.EmbeddingFile) -> None:

@@ -19,7 +19,9 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.engine.placer import COMMIT_SECONDS
 from virnucpro_cli.errors import UserError, counted
-from virnucpro_cli.features.contacts import head as model_contacts
+from virnucpro_cli.features.contacts import head
+from virnucpro_cli.features.contacts.head import regression_beside
+from virnucpro_cli.features.feature import Feature, Loaded, Run
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.spec import ModelSpec
@@ -30,15 +32,57 @@ Made = TypeVar("Made")
 BLOCK = 1 << 22  # values placed at a time
 VALUES, STARTS, SIZES, STATUS, SUMS = (f"contacts/{name}" for name in ("values", "starts", "sizes", "status", "sums"))
 COLUMNS = (STARTS, SIZES, STATUS, SUMS)
+LEFT_OUT = "contact maps left out"
 
 
 Named = tuple[set[str], str]
 """The names in a file, and the SHA-256 of it."""
 
 
-def named(config: EmbedConfig) -> Named | None:
-    """The names of --contacts-for, None without it. Raises UserError if they cannot be read."""
-    return None if config.contacts_for is None else _read(config.contacts_for)
+class Contacts(Feature):
+    """A contact map of each protein, or of those that a list names."""
+
+    def __init__(self, config: EmbedConfig):
+        """Raises UserError if the list of --contacts-for cannot be read."""
+        super().__init__(config)
+        self.named = None if config.contacts_for is None else _read(config.contacts_for)
+        self.wanted = np.zeros(0, np.bool_)
+
+    def reads(self) -> list[str]:
+        return [self.config.contacts_for] if self.config.contacts_for is not None else []
+
+    def of_input(self, table: fasta.RecordTable, extra: store.Extra) -> store.Extra:
+        self.wanted, named = wanted(self.config, table, self.named)
+        return named
+
+    def of_part(self, records: NDArray[np.int64] | None, work: Work, extra: store.Extra) -> store.Extra:
+        return room(self.wanted if records is None else self.wanted[records], work)
+
+    def note(self, layout: store.Layout, spec: ModelSpec) -> str | None:
+        return described(layout.extra, spec, layout.store_dtype.itemsize)
+
+    def fingerprint(self, found: locate.Weights) -> dict[str, Any]:
+        beside = [path for path in regression_beside(found) if path.is_file()]
+        return {"contact_regression_sha256": locate.sha256_of(beside)} if beside else {}
+
+    def check_weights(self, loaded: Loaded, found: locate.Weights) -> None:
+        spec, state, _ = loaded
+        head.with_contact_head(state, spec, found)
+
+    def lacking(self, file: store.EmbeddingFile) -> dict[str, int]:
+        maps = file.contact_maps
+        return {LEFT_OUT: maps.pending} if maps is not None and maps.pending else {}
+
+    def after(self, run: Run) -> None:
+        with run.clock.stage("contacts"):
+            left_out = fill(run.file, run.table, run.work, run.plan, run.found, run.device, run.out)
+        if left_out:
+            run.summary.counts[LEFT_OUT] = left_out
+            run.summary.missed += left_out
+            run.tell(
+                f"{counted(left_out, 'protein')} without a contact map: out of memory; the same command where there is more "
+                "tries them again"
+            )
 
 
 def wanted(config: EmbedConfig, table: fasta.RecordTable, named: Named | None) -> tuple[NDArray[np.bool_], store.Extra]:
@@ -47,7 +91,7 @@ def wanted(config: EmbedConfig, table: fasta.RecordTable, named: Named | None) -
     Raises UserError for a list that names no record.
     """
     if named is None:
-        return np.full(len(table), "contacts" in config.emit), store.Extra()
+        return np.ones(len(table), np.bool_), store.Extra()
     names, sha256 = named
     unknown = set(names)
     chosen = _named(names, unknown, table, config)
@@ -55,10 +99,8 @@ def wanted(config: EmbedConfig, table: fasta.RecordTable, named: Named | None) -
     return chosen, store.Extra(fingerprint={"contacts_for": sha256}, counts=counts)
 
 
-def room(config: EmbedConfig, wanted: NDArray[np.bool_], work: Work) -> store.Extra:
-    """Where the maps will be, if any are asked for: int64 `starts` in the flat values (-1: no map), int32 `sizes`, `status`."""
-    if "contacts" not in config.emit:
-        return store.Extra()
+def room(wanted: NDArray[np.bool_], work: Work) -> store.Extra:
+    """Where the maps will be: int64 `starts` in the flat values (-1: no map), int32 `sizes`, `status`. wanted: mask [N]."""
     wanted = wanted & (work.reason == 0)
     sizes = np.where(wanted, work.embedded, 0).astype(np.int32)
     return laid_out(np.where(wanted, work.unit, -1), sizes)
@@ -108,7 +150,7 @@ def described(extra: store.Extra, spec: ModelSpec, itemsize: int) -> str | None:
     longest = int(sizes.max())
     return (
         f"contacts: {report.size(extra.values[VALUES] * itemsize)} of maps; one protein at a time in fp32, up to "
-        f"{report.size(model_contacts.bytes_needed(spec, longest))} of memory beside the weights (for {counted(longest, 'residue')})"
+        f"{report.size(head.bytes_needed(spec, longest))} of memory beside the weights (for {counted(longest, 'residue')})"
     )
 
 
@@ -135,8 +177,8 @@ def fill(
         return left_out
 
     spec, state, _ = model_weights.load(found)
-    state = model_contacts.with_contact_head(state, spec, found)
-    predict = _or_none(model_contacts.Contacts, spec, state, device)
+    state = head.with_contact_head(state, spec, found)
+    predict = _or_none(head.Contacts, spec, state, device)
     collate = VarlenCollator(table, work.segments, work.embedded, plan, pin=device.type == "cuda")
     ready: list[tuple[NDArray[np.int64], int]] = []
     committed = time.perf_counter()
@@ -144,7 +186,7 @@ def fill(
         for record, sharing_it in zip(first, sharing, strict=True):
             size = int(sizes[record])
             batch = collate(np.searchsorted(work.segments.record, work.unit[[record]]))
-            fits = model_contacts.bytes_needed(spec, size) < devices.free_memory(device)
+            fits = head.bytes_needed(spec, size) < devices.free_memory(device)
             values = _or_none(predict, batch) if predict is not None and fits else None
             is_finite = values is not None and bool(values.isfinite().all())
             place(file, int(starts[record]), size, values.numpy() if values is not None and is_finite else None)

@@ -24,6 +24,8 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features.contigs import chunks, codons, pyrodigal_gv, six_frame
 from virnucpro_cli.features.contigs.found import Found
+from virnucpro_cli.features.feature import Feature
+from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import disk
 
 CALLERS: dict[str, Any] = {"pyrodigal-gv": pyrodigal_gv, "six-frame": six_frame, "virnucpro": chunks}
@@ -49,10 +51,23 @@ def paths_of(output: Path) -> Paths:
     return Paths(*(output.with_name(f"{output.stem}.proteins.{ending}") for ending in ("faa", "npz")))
 
 
+class Contigs(Feature):
+    """The proteins of contigs, which are embedded instead of the input."""
+
+    def writes(self, whole: Path) -> list[Path]:
+        return check(self.config, whole)
+
+    def sources(
+        self, sources: list[fasta.Source], whole: Path, out: Console, clock: report.Clock
+    ) -> tuple[list[fasta.Source], store.Extra]:
+        return find(self.config, sources, whole, out, clock)
+
+    def note(self, layout: store.Layout, spec: ModelSpec) -> str | None:
+        return noted(self.config, layout.extra.counts)
+
+
 def check(config: EmbedConfig, output: Path) -> list[Path]:
     """The files that will be written beside the output. Raises UserError if they cannot be, or the caller is not installed."""
-    if config.from_ != "contigs":
-        return []
     CALLERS[config.genes].settings(config)
     paths = paths_of(output)
     for path in (paths.proteins, paths.table):
@@ -65,12 +80,10 @@ def check(config: EmbedConfig, output: Path) -> list[Path]:
 def find(
     config: EmbedConfig, sources: list[fasta.Source], output: Path, out: Console, clock: report.Clock
 ) -> tuple[list[fasta.Source], store.Extra]:
-    """The FASTA texts to embed, and what the output holds of the contigs: none, unless they are the input.
+    """The FASTA texts of the contigs' proteins, and what the output holds of the contigs.
 
-    Their proteins are found now, unless an earlier run has left them. Raises UserError for what is no contig, and without any protein.
+    The proteins are found now, unless an earlier run has left them. Raises UserError for what is no contig, and without any protein.
     """
-    if config.from_ != "contigs":
-        return sources, store.Extra()
     paths = paths_of(output)
     caller = {"name": config.genes, **CALLERS[config.genes].settings(config)}
     with clock.stage("genes"):
