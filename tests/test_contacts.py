@@ -174,7 +174,7 @@ def test_what_there_is_no_memory_for_is_left_out_and_tried_again(
     ]
     with pytest.MonkeyPatch.context() as patch:
         real = contacts.head.bytes_needed
-        patch.setattr(contacts.model_contacts, "bytes_needed", lambda spec, n: real(spec, n) if n < 100 else 1 << 60)
+        patch.setattr(contacts.head, "bytes_needed", lambda spec, n: real(spec, n) if n < 100 else 1 << 60)
         with pytest.raises(SystemExit) as stop:
             cli.main(command)
     assert stop.value.code == 3 and "1 protein without a contact map: out of memory" in capsys.readouterr().err
