@@ -356,6 +356,16 @@ def test_a_misspelt_command_or_option_is_answered_with_the_nearest(run: Callable
     assert "--dtype" in run("embed", "in.fasta", "-o", "out.h5", "--dtyp", "fp16").err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["merge", "out.h5", "--virtual"], "--virtual is no longer supported: merge copies rows")],
+)
+def test_an_option_of_an_earlier_version_is_refused_and_the_way_without_it_named(
+    run: Callable[..., Ran], arguments: list[str], words: str
+) -> None:
+    assert_user_error(run(*arguments), words)
+
+
 @pytest.mark.parametrize("digits", [400, 5000])
 @pytest.mark.parametrize(
     "option", ["--token-budget=", "--workers=", "--cache-size=", "--shard=1/", "--model=random:8M:", "--layers=", "--report=", "-o"]

@@ -85,7 +85,6 @@ class Scenario:
     budgets: tuple[int, ...] = (1024, 1024, 1024, 1024)
     crlf: bool = False
     shards: int = 0
-    virtual: bool = False
     stop_after: int | None = None
     merge_stops_after: int | None = None
     cache: str | None = None
@@ -131,7 +130,7 @@ def scenarios(draw: Callable[..., Any]) -> Scenario:
         chosen["contacts_for"] = "names.txt"
     return Scenario(
         records, tuple(decides.items()), tuple(chosen.items()), tuple(one_of(1024, 1100, 4096) for _ in range(4)),
-        one_of(False, True), shards=one_of(0, 1, 2, 2, 3, 4), virtual=group is None and one_of(False, True),
+        one_of(False, True), shards=one_of(0, 1, 2, 2, 3, 4),
         stop_after=one_of(None, 0, 1, 2), merge_stops_after=one_of(None, 0, 1, 3), cache=cache, group=group, contigs=one_of(*[False] * 7, True),
         workers=2 if dice.random() < 0.002 else 1, layout=one_of(None, None, "parquet", "keyed-h5", "biotrainer"),
     )  # fmt: skip
@@ -298,9 +297,9 @@ def embedded(runs: Runs, scenario: Scenario, folder: Path) -> tuple[Path, Path]:
     if scenario.shards:
         try:
             with merge_stopped_after(scenario.merge_stops_after):
-                merge.run(str(output), virtual=scenario.virtual)
+                merge.run(str(output))
         except Stopped:
-            merge.run(str(output), virtual=scenario.virtual)
+            merge.run(str(output))
     return (genes.paths_of(output).proteins if scenario.contigs else fasta), output
 
 
@@ -366,7 +365,7 @@ def check(runs: Runs, scenario: Scenario) -> None:
         if scenario.group is not None:
             check_groups(file, [file.names[row] for row in range(len(file))], scenario)
     runs.compared += 1
-    if scenario.layout is not None and not scenario.virtual:
+    if scenario.layout is not None:
         check_exchanged(scenario, fasta, output, folder)
 
 

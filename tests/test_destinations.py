@@ -110,44 +110,41 @@ def test_nothing_that_a_run_reads_is_written(
     assert (tmp_path / read).read_bytes() == before and not (tmp_path / "out.h5").exists()
 
 
-OF_A_VIEW: dict[str, Callable[[str, str, str], Any]] = {
-    "search x": lambda view, fasta, to: search.run(view, fasta, 1, output=to, overwrite=True),
-    "map x.tsv": lambda view, fasta, to: mapping.run(view, to, "pca", overwrite=True),
-    "export x.npy": lambda view, fasta, to: export.run(view, "npy", to, overwrite=True),
-    "inspect x": lambda view, fasta, to: inspect.run(view, to),
-    "verify x": lambda view, fasta, to: verify.run(view, report_path=to),
+READERS: dict[str, Callable[[str, str, str], Any]] = {
+    "search x": lambda file, fasta, to: search.run(file, fasta, 1, output=to, overwrite=True),
+    "map x.tsv": lambda file, fasta, to: mapping.run(file, to, "pca", overwrite=True),
+    "export x.npy": lambda file, fasta, to: export.run(file, "npy", to, overwrite=True),
+    "inspect x": lambda file, fasta, to: inspect.run(file, to),
+    "verify x": lambda file, fasta, to: verify.run(file, report_path=to),
 }
-"""A command that reads a view of shards, and how its output must be named."""
+"""A command that reads a file, and how its output must be named."""
 
 
-@pytest.mark.parametrize("command", OF_A_VIEW)
-def test_no_command_writes_over_what_it_reads_through_a_view(
-    make_fasta: Make, tiny_model: Path, tmp_path: Path, command: str
-) -> None:
-    fasta, view = str(make_fasta([20, 30, 40, 50])), str(tmp_path / "view.h5")
+@pytest.mark.parametrize("command", READERS)
+def test_no_command_writes_over_what_it_reads(make_fasta: Make, tiny_model: Path, tmp_path: Path, command: str) -> None:
+    fasta, file = str(make_fasta([20, 30, 40, 50])), str(tmp_path / "out.h5")
     model = shutil.copytree(tiny_model, tmp_path / "model")
-    for shard in ("1/2", "2/2"):
-        embed_fasta(fasta, view, model=str(model), device="cpu", shard=shard)
-    merge.run(view, virtual=True)
-    read = [Path(view), *tmp_path.glob("view*1*2.h5"), *(model.iterdir() if command == "search x" else [])]
-    assert len(read) == 2 + 2 * (command == "search x")
+    embed_fasta(fasta, file, model=str(model), device="cpu")
+    read = [Path(file), *(model.iterdir() if command == "search x" else [])]
     before = [path.read_bytes() for path in read]
     output = tmp_path / command.split()[1]
     for path in read:
         output.unlink(missing_ok=True)
         output.symlink_to(path)
         with pytest.raises(UserError, match="would overwrite"):
-            OF_A_VIEW[command](view, fasta, str(output))
+            READERS[command](file, fasta, str(output))
     assert before == [path.read_bytes() for path in read]
 
 
-def test_goldens_do_not_land_on_the_model_that_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_does_not_land_on_the_model_that_is_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     weights = locate.places(DEMO)[0] / "pytorch_model.bin"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
     with pytest.raises(UserError, match="would overwrite"):
-        validate.run(ValidateConfig(write_golden=str(weights), device="cpu"))
+        validate.run(ValidateConfig(report=str(weights), device="cpu"))
     assert weights.read_bytes() == b"weights"
 
 

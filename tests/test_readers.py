@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 import virnucpro_cli
 from conftest import ROOT, VIRAL
 from virnucpro_cli import errors
-from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.store import EmbeddingFile, read_embeddings
@@ -131,19 +130,6 @@ def test_a_pickled_reader_is_the_same_file_or_refuses(
     replace()
     with pytest.raises(UserError, match="is another file than the one that was opened"):
         pickle.loads(sent)
-
-
-def test_a_shard_that_is_replaced_behind_an_open_view_is_refused(tmp_path: Path, tiny_model: Path) -> None:
-    (tmp_path / "in.fasta").write_text("".join(f">p{i}\nMKV{'LAGW' * i}\n" for i in range(6)))
-    settings: dict[str, Any] = {"model": str(tiny_model), "device": "cpu"}
-    for shard in ("1/2", "2/2"):
-        embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", shard=shard, **settings)
-    merge.run(str(tmp_path / "out.h5"), virtual=True)
-    with read_embeddings(tmp_path / "out.h5") as file:
-        (tmp_path / "in.fasta").write_text("".join(f">q{i}\nWKV{'LWGW' * i}\n" for i in range(6)))
-        embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", shard="1/2", overwrite=True, **settings)
-        with pytest.raises(UserError, match="another file now"):
-            file[:]
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

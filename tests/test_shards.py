@@ -378,94 +378,9 @@ def test_rows_that_a_shard_had_no_memory_for_stay_skipped_also_in_a_resumed_merg
     assert np.array_equal(datasets(three)["mean/2"][others], small.datasets["mean/2"][others], equal_nan=True)
 
 
-# --- a view of the shards ---------------------------------------------------------------------------------------------
-
-
-def test_a_view_shows_the_single_runs_rows_shard_after_shard(
-    small: Case, three: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    merged = merge.run(str(three), virtual=True)
-    assert merged.counts == {"shards": 3, "proteins": 62, "skipped": 1}
-    assert three.stat().st_size < 1 << 17, "the report's and the environments' room, mostly"
-    monkeypatch.chdir("/")
-    expected = small.datasets
-    with store.read_embeddings(three) as file:
-        records = file.records
-        assert records is not None and sorted(records.tolist()) == list(range(62))
-        for name in ("mean/2", "bos/2"):
-            found = file.dataset(*name.split("/"))[:]
-            np.testing.assert_array_equal(found, expected[name][records])
-            np.testing.assert_array_equal(file.array(*name.split("/")), found)
-        for row, record in enumerate(records.tolist()):
-            first, last = expected["residue/offsets"][record : record + 2]
-            np.testing.assert_array_equal(file.residues(row), expected["residue/2"][first:last])
-        np.testing.assert_array_equal(file["long"], expected["mean/2"][60])
-        assert file.complete and file.unaltered and len(file.sources) == 3
-    assert verify.run(str(three)).passed
-    assert merge.run(str(three), virtual=True).already_complete
-    with pytest.raises(UserError, match="is a view of these shards"):
-        merge.run(str(three))
-    merge.run(str(three), overwrite=True)
-    small.check(three)
-
-
-def test_a_view_is_refused_when_a_shard_is_missing_or_another(small: Case, three: Path) -> None:
-    merge.run(str(three), virtual=True)
-    path = shards.path(three, Shard(2, 3))
-    path.rename(three.parent / "elsewhere")
-    with pytest.raises(UserError, match=r"shard-0002-of-0003\.h5, which is missing"):
-        store.read_embeddings(three)
-    with h5py.File(three) as file:
-        assert np.isnan(file["mean/2"][:]).any(axis=1).sum() > 15, "other readers see NaN, not a row of zeros"
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["inspect", str(three)])
-    assert stop.value.code == 2
-    path.write_bytes(shards.path(three, Shard(1, 3)).read_bytes())
-    with pytest.raises(UserError, match="another file now"):
-        store.read_embeddings(three)
-    path.unlink()
-    (three.parent / "elsewhere").rename(path)
-    with h5py.File(path, "r+") as file:
-        file["mean/2"][1] += 1
-    with store.read_embeddings(three) as view:
-        assert not view.unaltered, "its own bytes are whole, those that it shows are not"
-    assert not verify.run(str(three)).passed
-
-
-def test_a_view_that_was_interrupted_is_made_again_and_goes_on_as_nothing_else(small: Case, three: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.Store, "finish", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
-        with pytest.raises(UserError, match="stopped"):
-            merge.run(str(three), virtual=True)
-    assert store.partial_path(three).exists()
-    with pytest.raises(UserError, match="is of something else"):
-        merge.run(str(three))
-    with pytest.raises(UserError, match="is not a partial output"):
-        small.embed(three)
-    merge.run(str(three), virtual=True)
-    assert verify.run(str(three)).passed and not store.partial_path(three).exists()
-
-
-def test_a_view_of_more_files_than_may_be_open_is_refused_and_the_limit_raised_where_it_can_be(
-    three: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    merge.run(str(three), virtual=True)
+def test_a_merge_may_open_as_many_files_as_it_has_shards(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raised: list[Any] = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (50, 1000))
-    store.read_embeddings(three).close()
+    merge.run(str(three))
     assert raised == [(259, 1000)]
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (50, 60))
-    with pytest.raises(UserError, match="shows rows of 3 files, and this process may open 60"):
-        store.read_embeddings(three)
-
-
-def test_what_a_view_cannot_be_is_said(small: Case, three: Path) -> None:
-    store.partial_path(three).write_bytes(b"x")
-    with pytest.raises(UserError, match="has not ended"):
-        merge.run(str(three), virtual=True)
-    store.partial_path(three).unlink()
-    shards.path(three, Shard(3, 3)).unlink()
-    with pytest.raises(UserError, match="missing or not finished: 3"):
-        merge.run(str(three), virtual=True)
-    assert not three.exists()

@@ -18,6 +18,7 @@ from virnucpro_cli import stopping
 from virnucpro_cli.cli import bench, embed, extract, files, layouts, look, machine, shards, validate
 from virnucpro_cli.cli.options import InPanels
 from virnucpro_cli.cli.process import bug, fail, open_streams, say, usage_or_bug
+from virnucpro_cli.config.removed import refuse_removed
 from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USER_ERROR, UserError
 
 app = typer.Typer(
@@ -77,8 +78,7 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         try:
             _check_current_folder()
-            arguments = [at_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-            code = app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
+            code = _called([at_home(each) for each in (sys.argv[1:] if arguments is None else arguments)])
             sys.stdout.flush()
         finally:
             stopper.end()
@@ -102,6 +102,15 @@ def _check_current_folder() -> None:
         raise UserError(
             "The current folder is not there any more.", "cd to one that is, and run the command again."
         ) from None
+
+
+def _called(arguments: list[str]) -> int:
+    """The exit code of a command. Raises UserError for an option that an earlier version had."""
+    try:
+        return app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
+    except Exception as error:
+        refuse_removed(getattr(error, "option_name", None) or "")
+        raise
 
 
 def _stopped(signum: int, stop: BaseException | None) -> int:

@@ -29,19 +29,12 @@ def merge(
     of: Annotated[
         int | None, typer.Option("--of", metavar="N", help="How many shards, if there are sets of several numbers.")
     ] = None,
-    virtual: Annotated[
-        bool,
-        typer.Option(
-            "--virtual",
-            help="A small file that shows the rows where they are, shard after shard (/records has their numbers).",
-        ),
-    ] = False,
     overwrite: Overwrite = False,
     report: ReportFile = None,
 ) -> None:
     """Make one file, in the order of the FASTA, of all shards of an output. They must all be complete, and parts of one run."""
     from virnucpro_cli.cluster import merge as workflow
 
-    merged = workflow.run(output, of, overwrite, report, virtual)
+    merged = workflow.run(output, of, overwrite, report)
     if merged.counts.get("skipped") and not merged.already_complete:
         raise typer.Exit(EXIT_SOME_SKIPPED)

@@ -47,11 +47,8 @@ def run(
     count: int | None = None,
     overwrite: bool = False,
     report_path: str | None = None,
-    virtual: bool = False,
 ) -> report.RunReport:
-    """Merge the shards of `output`; count: of how many, if there are several sets; virtual: into a view of them, which holds no
-    rows of its own and has them in the order of the shards. Raises UserError for what is missing or differs.
-    """
+    """Merge the shards of `output`; count: of how many, if there are several sets. Raises UserError for what is missing or differs."""
     target = store.behind(Path(output))
     store.check_destination(target)
     out, clock = report.console(), report.Clock()
@@ -67,24 +64,19 @@ def run(
             there = store.fingerprint_of(target)
             if there is None or not there[1] or store.differences(there[0], fingerprint):
                 raise UserError(f"{target} exists and is not of these shards.", "Move it away, or --overwrite it.")
-            with store.read_embeddings(target) as existing:
-                if bool(existing.sources) != virtual:
-                    kind = "a view of these shards" if existing.sources else "the whole of these shards, not a view"
-                    raise UserError(f"{target} exists and is {kind}.", "Move it away, or --overwrite it.")
             out.print(f"{target} is already complete: same input, model and settings.")
             summary.already_complete = True
             return summary
         opened.enter_context(_alone(target))
-        file = _view(target, parts, fingerprint) if virtual else _store(target, parts, fingerprint)
+        file = _store(target, parts, fingerprint)
         with file.filling():
             if not file.locked:
                 out.print(store.without_lock(file.path), style="yellow")
-            if not virtual:
-                with clock.stage("copy"), report.Tracker(out, max(1, len(file.status)), "proteins") as tracker:
-                    for rows in _copied(parts, file, fingerprint):
-                        tracker.advance(rows)
-                    _copy_contacts(parts, file)
-                groups.fill(file)
+            with clock.stage("copy"), report.Tracker(out, max(1, len(file.status)), "proteins") as tracker:
+                for rows in _copied(parts, file, fingerprint):
+                    tracker.advance(rows)
+                _copy_contacts(parts, file)
+            groups.fill(file)
             summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
             summary.seconds = dict(clock.seconds)
             summary.tables["Computed by"] = report.where_computed(
@@ -191,10 +183,10 @@ def _checked(parts: list[_Part]) -> dict[str, Any]:
 
 def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> store.Store:
     """The partial file of an earlier merge, or a new one: all columns final, and every row that is to be copied pending."""
-    begun, layout = store.partial_path(output), _layout(parts, fingerprint, to_copy=True)
+    begun, layout = store.partial_path(output), _layout(parts, fingerprint)
     if begun.exists():
         there = store.fingerprint_of(begun)
-        if there is None or store.is_view(begun) or store.differences(there[0], fingerprint):
+        if there is None or store.differences(there[0], fingerprint):
             raise UserError(f"{begun} is of something else.", "Move it away.")
         file = store.Store.resume(output)
         try:
@@ -207,28 +199,8 @@ def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> sto
     return store.Store.create(output, layout)
 
 
-def _view(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> store.Store:
-    """A new partial file whose rows are those of the shards, one shard behind the other."""
-    if "groups" in fingerprint:
-        raise UserError("Rows of groups are made from all shards.", "Merge without --virtual.")
-    begun = store.partial_path(output)
-    if begun.exists():
-        if store.fingerprint_of(begun) is None or not store.is_view(begun):
-            raise UserError(f"{begun} is of a merge or run that has not ended.", "End it, or move the file away.")
-        store.discard_partial(output)
-    ends = np.cumsum([len(part.records) for part in parts])
-    behind = [
-        replace(part, records=np.arange(end - len(part.records), end)) for part, end in zip(parts, ends, strict=True)
-    ]
-    layout = _layout(behind, fingerprint, to_copy=False)
-    shown = json.dumps([(part.path.name, part.file.checksum_of_the_run) for part in parts])
-    layout.attributes["virtual_of"] = shown
-    records = np.concatenate([part.records for part in parts])
-    return store.Store.create(output, replace(layout, records=records, sources=tuple(part.path for part in parts)))
-
-
-def _layout(parts: list[_Part], fingerprint: dict[str, Any], to_copy: bool) -> store.Layout:
-    """Of the whole: all columns as they are in the parts, but that what is to be copied is pending."""
+def _layout(parts: list[_Part], fingerprint: dict[str, Any]) -> store.Layout:
+    """Layout of the merged file. Columns are copied from the shards; rows still to be copied are pending."""
     n = sum(len(part.records) for part in parts)
 
     def column(name: str) -> NDArray[Any]:
@@ -249,10 +221,10 @@ def _layout(parts: list[_Part], fingerprint: dict[str, Any], to_copy: bool) -> s
     offsets = _offsets(parts, n) if _by_residue(fingerprint) else None
     layout = store.Layout(
         spec.shape[1], tuple(fingerprint["layers"]), tuple(fingerprint["pool"]), spec.dtype, column("lengths"),
-        column("replaced"), column("flags"), np.where(to_copy & (status == store.DONE), store.PENDING, status).astype(np.uint8),
+        column("replaced"), column("flags"), np.where(status == store.DONE, store.PENDING, status).astype(np.uint8),
         column("reason"), offsets, names, 0, None, "\n".join(environments),
         computed_by, unmasked(fingerprint.get("emit", ())), _attributes(parts, fingerprint),
-        _extra(parts, n, to_copy),
+        _extra(parts, n),
     )  # fmt: skip
     layout.attributes["merged_from"] = json.dumps([part.path.name for part in parts])
     copied = sum(
@@ -261,7 +233,7 @@ def _layout(parts: list[_Part], fingerprint: dict[str, Any], to_copy: bool) -> s
     return replace(layout, name_bytes=max(0, sum(part.path.stat().st_size for part in parts) - copied))
 
 
-def _extra(parts: list[_Part], n: int, to_copy: bool) -> store.Extra:
+def _extra(parts: list[_Part], n: int) -> store.Extra:
     """Columns gathered, tables as the first shard has them, and room for the rows of groups."""
 
     def gathered(name: str) -> NDArray[Any]:
@@ -275,10 +247,10 @@ def _extra(parts: list[_Part], n: int, to_copy: bool) -> store.Extra:
 
     tables = {name: table(name, data) for name, data in parts[0].file.tables.items()}
     extra = store.Extra({name: gathered(name) for name in parts[0].columns if name not in contacts.COLUMNS}, tables)
-    return extra | groups.room(extra) | _contacts(parts, n, to_copy)
+    return extra | groups.room(extra) | _contacts(parts, n)
 
 
-def _contacts(parts: list[_Part], n: int, to_copy: bool) -> store.Extra:
+def _contacts(parts: list[_Part], n: int) -> store.Extra:
     """Room for the maps of all parts, if they have any."""
     if parts[0].file.contact_maps is None:
         return store.Extra()
@@ -289,11 +261,7 @@ def _contacts(parts: list[_Part], n: int, to_copy: bool) -> store.Extra:
         key[part.records] = np.where(maps.starts < 0, -1, maps.starts + before)
         sizes[part.records] = maps.sizes
         before += len(maps.values)
-    room = contacts.laid_out(key, sizes)
-    if not to_copy:
-        for part in parts:
-            room.columns[contacts.STATUS][part.records] = part.columns[contacts.STATUS]
-    return room
+    return contacts.laid_out(key, sizes)
 
 
 def _copy_contacts(parts: list[_Part], file: store.Store) -> None:

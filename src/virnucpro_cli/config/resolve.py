@@ -6,7 +6,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from virnucpro_cli.config.options import fields_of
+from virnucpro_cli.config.options import fields_of, flag_of
+from virnucpro_cli.config.removed import refuse_removed
 from virnucpro_cli.errors import UserError, choose
 
 
@@ -48,6 +49,7 @@ def _fitting(config: type[Any], values: dict[str, Any], where: str) -> dict[str,
     fields, fitting = fields_of(config), {}
     for key, value in values.items():
         key += "_" * keyword.iskeyword(key)
+        refuse_removed(flag_of(key))
         if key not in fields:
             raise UserError(f"{where}there is no option {key!r}.", choose(key, list(fields), "Known:"))
         fitting[key] = fields[key].fitting(_as_text(value, fields[key].option.path), where)

@@ -179,9 +179,9 @@ def _to_be_retried(recipe: Recipe, summary: report.RunReport, out: Console) -> b
         summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
         missed = int(((file.status == store.SKIPPED) & (file.reason == store.NO_MEMORY)).sum())
         lacking = {name: n for feature in recipe.features for name, n in feature.lacking(file).items()}
-        shown, had = bool(file.sources), file.report.get("memory", {})
+        had = file.report.get("memory", {})
     missed += sum(lacking.values())
-    if not missed or shown:  # the shards' own commands try theirs again
+    if not missed:
         return False
     begun = store.partial_path(output).exists() and not config.restart
     more = not config.restart and words.has_more_memory(had, summary.memory) and _has_room(output)
@@ -220,7 +220,7 @@ def _open_store(
     partial_file = store.partial_path(output)
     if partial_file.exists() and not config.restart:
         there = store.fingerprint_of(partial_file)
-        if there is None or store.is_view(partial_file):
+        if there is None:
             raise UserError(
                 f"{partial_file} is not a partial output of virnucpro.", "Move it away, or discard it with --restart."
             )

@@ -37,7 +37,7 @@ def run(
         if kinds[0].startswith(OF_GROUPS):
             rows = _GroupRows(file, kinds[0])
         named = inputs or tuple(entry["path"] for entry in file.inputs)
-        targets.check(target, layout, [path, *map(str, file.sources), *named], overwrite)
+        targets.check(target, layout, [path, *named], overwrite)
         with report.Tracker(out, len(rows), "rows") as tracker:
             if layout.key_of:
                 with clock.stage("read FASTA"):
@@ -160,11 +160,6 @@ def _of_sequences(
     table = fasta.index(fasta.open_sources(inputs, spool), gaps=settings.get("gaps", "keep"), dedup=False)
     if settings["input_sha256"] != table.sha256:
         raise UserError(f"{', '.join(inputs)} is not what was embedded.", "Say where that is: --fasta FILE")
-    if file.sources:
-        raise UserError(
-            f"{file.path} is a view of shards, whose rows are not in the order of the FASTA, and this layout needs the sequences.",
-            "Export the shards, or a file that virnucpro merge made without --virtual.",
-        )
     if file.records is not None:
         table = table.part(file.records)
     return lambda start, stop: [key_of(sequence) for sequence in table.sequences(start, stop)]

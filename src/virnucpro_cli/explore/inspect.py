@@ -22,7 +22,7 @@ def run(path: str, qc_path: str | None = None) -> None:
     with store.opened(path) as file:
         settings = file.settings
         inputs = [entry["path"] for entry in file.inputs]
-        report.check_places({"qc": qc_path}, [path, *file.sources, *inputs])
+        report.check_places({"qc": qc_path}, [path, *inputs])
         out.print(_contents(path, file, settings))
         out.print(_statuses(file))
         out.print(_numbers(file, settings))
@@ -44,9 +44,6 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
     done = int((file.status != store.PENDING).sum())
     table.add_row("complete", "yes" if file.complete else f"no: {done / max(len(file), 1):.1%} of the proteins")
     table.add_row("size", report.size(Path(path).stat().st_size))
-    if file.sources:
-        shown = f"{file.sources[0].name} to {file.sources[-1].name}"
-        table.add_row("a view of", f"{counted(len(file.sources), 'shard')}, {shown}; rows in their order, see /records")
     table.add_row("proteins", f"{len(file):,}")
     for kind in settings["pool"]:
         for layer in settings["layers"]:

@@ -25,7 +25,6 @@ def run(
     target = Path(output)
     _check(path, target, color, sample, seed, overwrite)
     with store.opened(path) as file:
-        report.check_places({"output": output}, file.sources)
         data = default_rows.of(file, path, kind, layer)
         lacking = default_rows.lacking(data)
         if len(data) < projection.FEWEST:

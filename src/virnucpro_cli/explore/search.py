@@ -66,7 +66,7 @@ def run(
         store.check_new(Path(output), overwrite)
     with ExitStack() as stack:
         file = stack.enter_context(store.opened(database))
-        report.check_places({"output": output}, [*file.sources, *locate.files_read(audit.model_of(file, model))])
+        report.check_places({"output": output}, [*locate.files_read(audit.model_of(file, model))])
         data = default_rows.of(file, database, kind, layer)
         if not len(data):
             raise UserError(f"{database} holds no embedded protein.", "Its proteins were skipped, or not computed yet.")
@@ -75,7 +75,6 @@ def run(
         if len(data) < FEW and not raw:
             out.print(f"The mean of {counted(len(data), 'protein')} says little; --raw does without.", style="yellow")
         queries = _queries(data, database, query, model, force_protein, stack, out)
-        report.check_places({"output": output}, queries.data.file.sources)
         lacking = len(queries.data.file) - len(queries.data) if not queries.own else 0
         if lacking:
             out.print(f"{counted(lacking, 'protein')} of the query skipped, without hits", style="yellow")

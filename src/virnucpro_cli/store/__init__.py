@@ -28,7 +28,6 @@ from virnucpro_cli.store.reader import (
     Groups,
     differences,
     fingerprint_of,
-    is_view,
     opened,
     read_embeddings,
     unfinished,

@@ -45,9 +45,7 @@ def damaged(path: str | Path, what: object) -> UserError:
 
 
 def foreign(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path} is refused: {what}.", "Only a view that virnucpro merge --virtual made may show rows of other files."
-    )
+    return UserError(f"{path} is refused: {what}.", "A file that virnucpro embed wrote holds all of its rows.")
 
 
 @contextmanager
@@ -104,6 +102,11 @@ def attributes_of(file: h5py.File, path: Path) -> tuple[dict[str, Any], dict[str
             raise damaged(path, f"the attribute {name} has {size:,} bytes")
         if attribute.shape == () or attribute.dtype.kind in "biuf":
             found[name] = file.attrs[name]
+    if "virtual_of" in found:  # of an earlier version
+        raise UserError(
+            f"{path} is a view, which shows rows of shards.",
+            "Merge the shards without --virtual: virnucpro merge --overwrite.",
+        )
     if found.get("schema") != SCHEMA:
         raise UserError(
             f"{path} was not written by virnucpro embed, or by one of another schema than {SCHEMA}.",
@@ -154,8 +157,8 @@ def settings_of(path: Path, attributes: dict[str, Any], parsed: dict[str, Any]) 
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 
-def datasets_of(file: h5py.File, path: Path, shards: dict[str, h5py.File]) -> dict[str, h5py.Dataset]:
-    """Every dataset of the file by name, checked. shards: of a view, the files that it may show, by name.
+def datasets_of(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
+    """Every dataset of the file by name, checked.
 
     Raises UserError for a dataset that is not as the schema says, lies outside the file, or is in another file.
     """
@@ -166,7 +169,7 @@ def datasets_of(file: h5py.File, path: Path, shards: dict[str, h5py.File]) -> di
         if name == "embeddings":  # a second name
             continue
         field = field_of(name)
-        _check_place(path, name, data, length, shards, known=field is not None)
+        _check_place(path, name, data, length, known=field is not None)
         if field is None:
             continue
         dtype = _word_for(data.dtype)
@@ -221,56 +224,25 @@ def _bind(path: Path, name: str, size: int, letter: str | int, sizes: dict[str, 
         raise damaged(path, f"{name} has {size:,} entries, and {right:,} is right")
 
 
-def _check_place(
-    path: Path, name: str, data: h5py.Dataset, length: int, shards: dict[str, h5py.File], known: bool
-) -> None:
-    """Raise UserError unless the dataset's bytes are in this file, or, in a view, those of its shards."""
+def _check_place(path: Path, name: str, data: h5py.Dataset, length: int, known: bool) -> None:
+    """Raise UserError unless the dataset's bytes are in this file."""
     creation = data.id.get_create_plist()
     if creation.get_external_count():
         raise foreign(path, f"{name} has its bytes in another file")
     layout = creation.get_layout()
     if layout == h5py.h5d.VIRTUAL:
-        if not shards:
-            raise foreign(path, f"{name} shows another file")
-        return _check_shown(path, name, data, shards)
+        raise foreign(path, f"{name} shows another file")
     if data.shape is None:
         raise damaged(path, f"{name} has no shape")
     item = HEAP_ENTRY if data.dtype.kind == "O" else data.dtype.itemsize
     declared = prod(map(int, data.shape)) * item
     if not declared or not known:
-        return None
+        return
     offset = data.id.get_offset() if layout == h5py.h5d.CONTIGUOUS else None
     if offset is None:
         raise damaged(path, f"{name} is not stored in one piece, as embed stores it")
     if offset + declared > length:
         raise damaged(path, f"{name} would take {declared:,} bytes from {offset:,} on, and the file has {length:,}")
-    return None
-
-
-def _check_shown(path: Path, name: str, data: h5py.Dataset, shards: dict[str, h5py.File]) -> None:
-    """Raise UserError unless a dataset of a view shows the same dataset of all shards, one behind the other."""
-    start = 0
-    shown = {source.file_name: source for source in data.virtual_sources()}
-    for shard, file in shards.items():
-        there = file.get(name)
-        size = int(there.shape[0]) if isinstance(there, h5py.Dataset) else 0
-        source = shown.pop(shard, None)
-        if size and source is None:
-            raise foreign(path, f"{name} does not show {shard}")
-        if source is not None:
-            ends = ((start, *(0 for _ in data.shape[1:])), (start + size - 1, *(n - 1 for n in data.shape[1:])))
-            if (
-                source.dset_name != name
-                or source.vspace.get_select_bounds() != ends
-                or source.vspace.get_select_npoints() != prod(there.shape)
-                or source.src_space.get_select_type() != h5py.h5s.SEL_ALL
-                or there.shape[1:] != data.shape[1:]
-                or there.dtype != data.dtype
-            ):
-                raise foreign(path, f"{name} does not show all of {shard}, in order")
-        start += size
-    if shown or start != data.shape[0]:
-        raise foreign(path, f"{name} shows other files than its shards")
 
 
 def named_layers(names: Iterable[str]) -> dict[str, list[int]]:

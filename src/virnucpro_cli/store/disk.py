@@ -122,13 +122,12 @@ def check_free_space(output: Path, needed: int) -> None:
         )
 
 
-def allow_open_files(count: int) -> int | None:
-    """Let this process open so many files besides those it needs anyway. Returns how many it may, in all, if that is not enough."""
+def allow_open_files(count: int) -> None:
+    """Let this process open so many files besides those it needs anyway, as far as its limit can be raised."""
     needed, (soft, hard) = count + OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)
     most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return most if most < needed else None
 
 
 def copy_back(output: Path) -> None:

@@ -4,9 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -16,7 +14,6 @@ from numpy.typing import NDArray
 from virnucpro_cli import stopping
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.kinds import by_residue, pooled
-from virnucpro_cli.store.checked import opened_hdf5
 from virnucpro_cli.store.schema import (
     CHECKSUM_BYTES,
     ENVIRONMENT_BYTES,
@@ -94,7 +91,6 @@ class Layout:
     unmasked: tuple[str, ...] = ()  # datasets of /unmasked: logits by residue in the store dtype, scores float32 (N)
     attributes: dict[str, Any] = field(default_factory=dict)
     extra: Extra = field(default_factory=Extra)
-    sources: tuple[Path, ...] = ()  # in the same folder: what is to be filled is a view of theirs, one behind the other
 
     @property
     def filled(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -132,8 +128,6 @@ class Layout:
     @property
     def data_bytes(self) -> int:
         """Bytes of what is filled later."""
-        if self.sources:
-            return 0
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.filled.values())
 
     @property
@@ -162,20 +156,6 @@ def _create_contiguous(file: Any, path: str, shape: tuple[int, ...], dtype: Any)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
     h5py.h5d.create(group.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, creation)
-
-
-def _create_view(file: Any, path: str, shape: tuple[int, ...], dtype: Any, sources: tuple[Path, ...]) -> None:
-    """A dataset that shows those of other files, one behind the other; NaN where a file is not to be found."""
-    view, start = h5py.VirtualLayout(shape, dtype), 0
-    for source in sources:
-        with opened_hdf5(source) as there:
-            size = there[path].shape
-        if size[0]:
-            view[start : start + size[0]] = h5py.VirtualSource(source.name, path, size, dtype)
-        start += size[0]
-    if start != shape[0]:
-        raise RuntimeError(f"{path} has {start} rows in all, not {shape[0]}")
-    file.create_virtual_dataset(path, view, fillvalue=np.nan)
 
 
 def lay_out(fd: int, layout: Layout) -> None:
@@ -212,9 +192,8 @@ def _write_layout(sink: Sink, layout: Layout) -> None:
             else:
                 _create_contiguous(file, name, values.shape, values.dtype)
                 file[name][...] = values
-        create = partial(_create_view, sources=layout.sources) if layout.sources else _create_contiguous
         for name, (shape, dtype) in layout.filled.items():
-            create(file, name, shape, dtype)
+            _create_contiguous(file, name, shape, dtype)
         if kinds := pooled(layout.kinds):
             file["embeddings"] = file[kinds[0]][str(layout.layers[-1])]
         texts = {"report": b"{}", "environments": layout.environment.encode() + b"\n", "checksum": b"", "layout": b""}

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from virnucpro_cli.store.checked import (
     opened_hdf5,
     settings_of,
 )
-from virnucpro_cli.store.disk import allow_open_files, checksum, partial_path
+from virnucpro_cli.store.disk import checksum, partial_path
 from virnucpro_cli.store.names import NameIndex, accession
 from virnucpro_cli.store.schema import (
     DONE,
@@ -72,12 +72,6 @@ def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
         return None
 
 
-def is_view(path: Path) -> bool:
-    """Whether a file shows the rows of shards, finished or not."""
-    with opened_hdf5(path) as file:
-        return "virtual_of" in file.attrs
-
-
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """What differs between two fingerprints in words, but for ONLY_PLACE."""
     keys = sorted((theirs.keys() | ours.keys()) - set(ONLY_PLACE))
@@ -91,14 +85,14 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 class Dataset(h5py.Dataset):
-    """An h5py dataset that tells damage which a read finds, and shards of a view that were replaced, as a UserError."""
+    """An h5py dataset that tells damage which a read finds as a UserError."""
 
-    def __init__(self, data: h5py.Dataset, reading: Callable[[], AbstractContextManager[None]]):
+    def __init__(self, data: h5py.Dataset, path: Path):
         super().__init__(data.id)
-        self._reading = reading
+        self._path = path
 
     def __getitem__(self, args: Any, new_dtype: Any = None) -> Any:
-        with self._reading():
+        with _read_of(self._path):
             return super().__getitem__(args, new_dtype)
 
 
@@ -173,12 +167,10 @@ class EmbeddingFile:
         self.path = Path(path).absolute()
         _check_there(self.path, path)
         self._file = opened_hdf5(self.path)
-        self._shards: dict[str, h5py.File] = {}
         try:
             with damage_named(self.path):
                 self.attributes, self._parsed = attributes_of(self._file, self.path)
-                self._open_shards()
-                self._data = datasets_of(self._file, self.path, self._shards)
+                self._data = datasets_of(self._file, self.path)
                 self._read_columns()
         except BaseException:
             self.close()
@@ -234,54 +226,11 @@ class EmbeddingFile:
         )
         return next(found, None)
 
-    def _open_shards(self) -> None:
-        """Of a view, the shards that it shows, all there and what they were; HDF5 would give NaN for what is missing."""
-        shown = self._parsed.get("virtual_of", [])
-        if any(len(entry) != 2 or Path(entry[0]).name != entry[0] for entry in shown):
-            raise damaged(self.path, "virtual_of names no files of its folder")
-        if shown and (most := allow_open_files(len(shown))):  # HDF5 takes a shard that it cannot open for a missing one
-            raise UserError(
-                f"{self.path} shows rows of {len(shown):,} files, and this process may open {most:,}.",
-                "Raise the limit (ulimit -n), or merge without --virtual.",
-            )
-        locking = bool(self._file.id.get_access_plist().get_file_locking()[0])
-        for name, recorded in shown:
-            path = self.path.resolve().parent / name
-            try:
-                self._shards[name] = shard = h5py.File(path, "r", **({} if locking else {"locking": False}))
-                attributes_of(shard, path)
-                found = datasets_of(shard, path, {})["run/checksum"][()].decode("ascii", "replace")
-            except (OSError, UserError):
-                found = None
-            if found != recorded:
-                raise self._another(path)
-        self._as_opened = {name: _inode(shard.id.get_vfd_handle()) for name, shard in self._shards.items()}
-
-    def _another(self, path: Path) -> UserError:
-        return UserError(
-            f"{self.path} shows rows of {path}, which is {'another file now' if path.exists() else 'missing'}.",
-            "Put the shard back beside it, or merge again with --overwrite.",
-        )
-
-    @property
-    def sources(self) -> list[Path]:
-        """Shards that a view shows."""
-        return [self.path.resolve().parent / name for name in self._shards]
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Tell damage that a read finds; and, of a view, a shard that was replaced, for HDF5 opens it by its name."""
-        with damage_named(self.path, (OSError, UnicodeDecodeError)):
-            yield
-        for path, opened in zip(self.sources, self._as_opened.values() if self._shards else (), strict=True):
-            if not path.exists() or _inode(path) != opened:
-                raise self._another(path)
-
     def at(self, name: str) -> Dataset:
         """The dataset of that name in the file. Raises UserError if there is none."""
         if name not in self._data:
             raise Missing(f"{self.path} has no dataset {name}.", f"It has {', '.join(sorted(self._data))}.")
-        return Dataset(self._data[name], self._reading)
+        return Dataset(self._data[name], self.path)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -332,8 +281,7 @@ class EmbeddingFile:
         self.close()
 
     def close(self) -> None:
-        for file in (self._file, *self._shards.values()):
-            file.close()
+        self._file.close()
 
     @property
     def complete(self) -> bool:
@@ -348,7 +296,7 @@ class EmbeddingFile:
 
     @property
     def records(self) -> NDArray[np.int64] | None:
-        """Number of each row's record in the input, of a shard or a view of shards; None of another file, where that is the row's own."""
+        """Number of each row's record in the input, of a shard; None of another file, where that is the row's own."""
         return self.at("records")[:] if "records" in self._data else None
 
     @property
@@ -373,19 +321,13 @@ class EmbeddingFile:
 
     @property
     def unaltered(self) -> bool:
-        """Whether its bytes, and those of the shards that it shows, are those that embed wrote; reads all of them."""
-        if self.checksum_of_the_run != self.checksum():
-            return False
-        for path in self.sources:
-            with EmbeddingFile(path) as shard:
-                if not shard.unaltered:
-                    return False
-        return True
+        """Whether its bytes are those that embed wrote; reads all of them."""
+        return self.checksum_of_the_run == self.checksum()
 
     def checksum(self) -> str:
         """The checksum of the file as it is now."""
         offsets = [self._data[f"run/{name}"].id.get_offset() for name in ("checksum", "complete")]
-        with self._reading():
+        with _read_of(self.path):
             return checksum(self._file.id.get_vfd_handle(), *offsets)
 
     @property
@@ -403,7 +345,7 @@ class EmbeddingFile:
         start, stop = max(0, start), min(len(data), stop)
         if start >= stop:
             return []
-        with self._reading():
+        with _read_of(self.path):
             fd = self._file.id.get_vfd_handle()
             entries = os.pread(fd, HEAP_ENTRY * (stop - start), data.id.get_offset() + HEAP_ENTRY * start)
             if np.frombuffer(entries, "<u4")[::4].sum(dtype=np.int64) > os.fstat(fd).st_size:
@@ -547,11 +489,11 @@ class EmbeddingFile:
 
     def array(self, kind: str | None = None, layer: int | None = None) -> NDArray[Any]:
         """A dataset (see `dataset`) as a read-only memory map: [N, D], or [sum L, D] of residues. Nothing is copied, and it
-        stays good when the file is closed, or another takes its name. Of a view of shards it is a copy.
+        stays good when the file is closed, or another takes its name.
         """
         data = self.dataset(kind, layer)
         offset = data.id.get_offset()
-        if offset is None:  # it is empty, or has its place in other files
+        if offset is None:  # it is empty
             return data[:]
         with os.fdopen(os.dup(self._file.id.get_vfd_handle()), "rb") as opened:
             return np.memmap(opened, data.dtype, "r", offset, data.shape)
@@ -651,9 +593,9 @@ class EmbeddingFile:
         return rows[0]
 
 
-def _inode(file: int | Path) -> tuple[int, int]:
-    found = os.stat(file)
-    return found.st_dev, found.st_ino
+def _read_of(path: Path) -> AbstractContextManager[None]:
+    """A block that reads an open file: damage that it finds is told."""
+    return damage_named(path, (OSError, UnicodeDecodeError))
 
 
 def _check_there(path: Path, named: str | Path) -> None:

@@ -162,7 +162,7 @@ FINGERPRINT: dict[str, Form] = {
 JSONS: dict[str, Form] = {
     "fingerprint": FINGERPRINT, "config": {"model": str}, "environment": {"torch?": str}, "argv": [str],
     "layers": Distinct(Whole(-1, 9999)), "pool": Distinct(set(KINDS)), "inputs": [_SOURCE],
-    "contigs?": [_SOURCE], "columns?": [str], "tables?": [str], "merged_from?": [str], "virtual_of?": [[str]],
+    "contigs?": [_SOURCE], "columns?": [str], "tables?": [str], "merged_from?": [str],
 }  # fmt: skip
 """Attributes in JSON."""
 

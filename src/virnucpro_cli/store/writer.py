@@ -132,10 +132,9 @@ class Store:
                 reserve(fd, os.fstat(fd).st_size)
             store = cls(output, new, fd)
             store.locked = locked
-            if not layout.sources:
-                for rows in blocks(len(store.status)):
-                    store._begin(layout, np.arange(rows.start, rows.stop))
-                store._write(memoryview(store._sum_of_the_rest(layout)), store.places["run/layout"].offset)
+            for rows in blocks(len(store.status)):
+                store._begin(layout, np.arange(rows.start, rows.stop))
+            store._write(memoryview(store._sum_of_the_rest(layout)), store.places["run/layout"].offset)
             os.fsync(fd)
             if not is_the_file(new, os.fstat(fd)):  # where there are no locks
                 raise UserError(f"Another run is writing {new} now.", "Wait for it, or choose another output with -o.")

@@ -53,7 +53,7 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
         settings = file.settings
         if file.records is not None:
             raise UserError(
-                f"{config.against} is a shard, or a view of shards: its rows are not in the order of the FASTA.",
+                f"{config.against} is a shard: its rows are not in the order of the FASTA.",
                 "Audit a file that virnucpro merge made; virnucpro verify checks a shard.",
             )
         paths = config.fasta or tuple(entry["path"] for entry in json.loads(file.attributes["inputs"]))

@@ -23,13 +23,11 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
     with store.opened(path) as file:
         settings = file.settings
         named = inputs or tuple(entry["path"] for entry in file.inputs)
-        report.check_places({"report": report_path}, [path, *file.sources, *named])
+        report.check_places({"report": report_path}, [path, *named])
         verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
         verdict.checks += _of_the_file(file)
         unit = np.arange(len(file))
-        if file.sources:
-            verdict.notes.append("a view of shards is not compared with the FASTA: run virnucpro verify on each shard")
-        elif not inputs and not (named and all(Path(name).is_file() for name in named)):
+        if not inputs and not (named and all(Path(name).is_file() for name in named)):
             where = f"at {', '.join(named)}" if named else "known"
             verdict.notes.append(f"the FASTA is not {where}: not compared; say where it is with --fasta")
         else:

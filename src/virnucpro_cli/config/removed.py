@@ -1,0 +1,13 @@
+"""Options and values of earlier versions, and the way without them."""
+
+from virnucpro_cli.errors import UserError
+
+REMOVED = {
+    "--virtual": "merge copies rows into one file, so leave it out",
+}
+
+
+def refuse_removed(word: str) -> None:
+    """Raise UserError for an option or a value that earlier versions knew."""
+    if word in REMOVED:
+        raise UserError(f"{word} is no longer supported: {REMOVED[word]}.")
