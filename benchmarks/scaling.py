@@ -56,7 +56,6 @@ def write_fasta(load, count, folder):
 ENGINES = {
     "local": [],
     "Ray": ["--engine", "ray"],
-    "Ray, actors write": ["--engine", "ray", "--write", "worker"],
     "Ray, driver without GPU": ["--engine", "ray", "--ray-address", "auto"],
 }
 
@@ -141,7 +140,6 @@ def main():
                 runs = [(count, False, "local") for count in counts]
                 if options.ray:
                     runs += [(count, False, "Ray") for count in counts]
-                    runs += [(count, False, "Ray, actors write") for count in counts if options.residue]
                     runs += [(count, False, "Ray, driver without GPU") for count in counts if options.no_gpu_driver]
                 if load == "fragments" and not options.no_kill and max(counts) > 1:
                     runs.append((max(counts), True, "local"))

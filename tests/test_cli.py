@@ -358,7 +358,10 @@ def test_a_misspelt_command_or_option_is_answered_with_the_nearest(run: Callable
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["merge", "out.h5", "--virtual"], "--virtual is no longer supported: merge copies rows")],
+    [
+        (["merge", "out.h5", "--virtual"], "--virtual is no longer supported: merge copies rows"),
+        (["embed", "in.fasta", "-o", "out.h5", "--write=worker"], "--write is no longer supported: the driver writes"),
+    ],
 )
 def test_an_option_of_an_earlier_version_is_refused_and_the_way_without_it_named(
     run: Callable[..., Ran], arguments: list[str], words: str

@@ -1,6 +1,5 @@
 """The Ray engine on real clusters of several nodes: the bits of one process, whoever is killed."""
 
-import errno
 import json
 import os
 import random
@@ -34,7 +33,6 @@ from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import decide
-from virnucpro_cli.store import sharing
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -138,23 +136,21 @@ def fill_of(partial: Path) -> int:
         return int((file["mean/4"][:] != 0).any(axis=1).sum())
 
 
-@pytest.mark.parametrize("write", ["driver", "worker"])
-def test_two_nodes_give_the_bits_of_one_process(case: Case, cluster: Cluster, tmp_path: Path, write: str) -> None:
-    found = Driver(case, tmp_path / "out.h5", cluster.ray.address, "--write", write).ended()
+def test_two_nodes_give_the_bits_of_one_process(case: Case, cluster: Cluster, tmp_path: Path) -> None:
+    found = Driver(case, tmp_path / "out.h5", cluster.ray.address).ended()
     case.check(tmp_path / "out.h5")
     (nodes,) = found["tables"]["Nodes"]  # all of this host, by its name
     assert nodes["actors"] == 2 and nodes["tokens"] == found["counts"]["tokens"]
 
 
-@pytest.mark.parametrize("write", ["driver", "worker"])
 def test_a_node_an_actor_and_the_driver_are_killed_and_no_row_is_lost(
-    case: Case, cluster: Cluster, tmp_path: Path, write: str
+    case: Case, cluster: Cluster, tmp_path: Path
 ) -> None:
-    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address, "--write", write)
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
     driver.wait_for_rows()
     driver.process.kill()
     driver.process.wait()
-    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address, "--write", write)
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
     driver.wait_for_rows()
     cluster.ray.remove_node(cluster.nodes[0], allow_graceful=False)
     os.kill(cluster.actors()[0], signal.SIGKILL)
@@ -267,94 +263,6 @@ def test_an_actor_that_fails_says_so_and_answers_every_call(
         assert "fell off the bus" in answer.lost.error.what
 
 
-def shared_file(case: Case, output: Path, config: EmbedConfig) -> tuple[Placer, store.Store, Any]:
-    """A file as a driver begins it, and what an actor is told of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "run", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
-        with pytest.raises(UserError, match="stopped"):
-            embed_fasta(case.fasta, output, model=str(case.model), **OPTIONS)
-    file = store.Store.resume(output)
-    placer = placer_of(case, config)
-    placer.file = file
-    return placer, file, store.share_file(file)
-
-
-def test_an_actor_writes_rows_of_residues_where_they_belong(case: Case, actor: Any, tmp_path: Path) -> None:
-    config = EmbedConfig(inputs=(str(case.fasta),), output="x.h5", engine="ray", write="worker", **OPTIONS)
-    placer, file, shared = shared_file(case, tmp_path / "out.h5", config)
-    assert actor.load(locate.verified(locate.fetch(str(case.model), print)), (4,), shared)
-    plan = placer.collator.plan
-    answers = [actor.work(messages.share_of([i], plan, placer, with_rows=True)) for i in range(len(plan))]
-    rows = [rows for answer in [*answers, actor.finish()] for rows in answer.rows]
-    sent = {int(n) for each in rows if each.residue for n in each.segments}
-    segments = placer.work.segments
-    windows = {int(n) for n in np.flatnonzero(segments.length != placer.work.embedded[segments.record])}
-    assert windows <= sent < set(range(len(segments))), "those of packs with windows come to the driver"
-    written = np.setdiff1d(segments.record, segments.record[sorted(sent)])
-    with h5py.File(case.expected) as expected, store.read_embeddings(file.path) as found:
-        for row in placer.rows_of(written)[0].tolist():
-            first, last = expected["residue/offsets"][row : row + 2]
-            assert np.array_equal(found.residues(row), expected["residue/4"][first:last]), row
-    file.close()
-
-
-def test_an_actor_writes_nothing_of_what_is_done_already(case: Case, tmp_path: Path) -> None:
-    config = EmbedConfig(inputs=(str(case.fasta),), output="x.h5", engine="ray", write="worker", **OPTIONS)
-    placer, file, _ = shared_file(case, tmp_path / "out.h5", config)
-    records = placer.work.segments.record[placer.collator.plan.pack(0)]
-    placer.todo[records[::2]] = False
-    share = messages.share_of([0], placer.collator.plan, placer, with_rows=True)
-    assert share.rows is not None and share.row_ends is not None
-    counts = np.diff(share.row_ends, prepend=0)
-    assert ((counts > 0) == placer.todo[np.unique(records)]).all() and (counts == 0).any()
-    file.close()
-
-
-def test_rows_are_not_written_by_several_hosts_where_they_would_be_lost(tmp_path: Path) -> None:
-    mounts, there = tmp_path / "mounts", tmp_path / "data" / "x.h5.partial"
-    there.parent.mkdir()
-    mounts.write_text(f"disk / ext4 rw 0 0\nserver:/x {tmp_path} lustre rw 0 0\nserver:/y {tmp_path}/dat nfs4 rw 0 0\n")
-    sharing.refuse_by_pages(there, mounts)
-    mounts.write_text(f"{mounts.read_text()}server:/z {there.parent} nfs4 rw 0 0\n")
-    with pytest.raises(UserError, match="is on nfs4"):
-        sharing.refuse_by_pages(there, mounts)
-
-
-def test_a_file_that_is_not_the_drivers_is_not_written(case: Case, actor: Any, tmp_path: Path) -> None:
-    config = EmbedConfig(inputs=(str(case.fasta),), output="x.h5", engine="ray", write="worker", **OPTIONS)
-    _, file, shared = shared_file(case, tmp_path / "out.h5", config)
-    found = locate.verified(locate.fetch(str(case.model), print))
-    file.sign()  # another run took it up since
-    for path in (shared.path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="does not have this run's"):
-            actor.load(found, (4,), shared._replace(path=path))
-    file.close()
-
-
-def test_a_full_disk_under_an_actor_stops_the_run_and_vouches_for_nothing(
-    case: Case, actor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    config = EmbedConfig(inputs=(str(case.fasta),), output="x.h5", engine="ray", write="worker", **OPTIONS)
-    placer, file, shared = shared_file(case, tmp_path / "out.h5", config)
-    whole = next(i for i in range(len(placer.collator.plan)) if placer.collator(i).weights is None)
-    assert actor.load(locate.verified(locate.fetch(str(case.model), print)), (4,), shared)
-    monkeypatch.setattr(os, "fdatasync", full)
-    actor.work(messages.share_of([whole], placer.collator.plan, placer, with_rows=True))
-    for answer in (actor.finish(), actor.finish()):  # it is never forgotten: what came later would be vouched for
-        assert answer.lost is not None and answer.lost.fatal and not answer.rows and not answer.ended
-        assert "No space is left" in answer.lost.error.what
-    file.close()
-
-
-@pytest.mark.parametrize("options", [{"write": "worker"}, {"write": "worker", "engine": "ray"}, {"write": "nobody"}])
-def test_who_writes_is_asked_only_where_it_can_be(case: Case, tmp_path: Path, options: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="--write"):
-        embed_fasta(case.fasta, tmp_path / "out.h5", model=str(case.model), **options)
-
-
 def test_a_cluster_of_this_host_starts_by_itself_and_the_report_says_when_the_driver_is_the_limit(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,7 +275,7 @@ def test_a_cluster_of_this_host_starts_by_itself_and_the_report_says_when_the_dr
         torch.set_num_threads(threads)
     case.check(tmp_path / "out.h5")
     (said,) = (note for note in made.notes if "is the limit" in note)
-    assert "--write worker" in said and "--shard" in said
+    assert "--shard" in said
 
 
 def test_without_ray_the_remedy_is_told(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

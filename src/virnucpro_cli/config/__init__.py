@@ -11,7 +11,7 @@ from typing import Any
 from virnucpro_cli.config.options import ABOVE_0, FINITE, fields_of, flag_of, option
 from virnucpro_cli.config.resolve import resolve as resolve
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.kinds import EMITS, KINDS, OF_ALL_RESIDUES, any_by_residue
+from virnucpro_cli.kinds import EMITS, KINDS, OF_ALL_RESIDUES
 
 SYNONYMS = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float8": "fp8"}
 """Names of dtypes as PyTorch has them; the short ones are stored."""
@@ -148,10 +148,6 @@ class EmbedConfig:
     ray_address: str | None = option(
         None, CLUSTER, "auto or HOST:PORT of a running cluster.", "ADDRESS", said="start one here"
     )
-    write: str = option(
-        "driver", CLUSTER, "On a Ray cluster, who writes rows of residues: driver, or worker, where all nodes share the file system of -o.",
-        choices=("driver", "worker"),
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         _check(self)
@@ -195,11 +191,6 @@ class EmbedConfig:
     def _check_cluster(self) -> None:
         if self.ray_address is not None and self.engine != "ray":
             raise UserError("--ray-address has a meaning with --engine ray only.", "Add --engine ray.")
-        if self.write == "worker" and (self.engine != "ray" or not any_by_residue(self.pool, self.emit)):
-            raise UserError(
-                "--write worker is of rows of residues on a Ray cluster.",
-                "Add --engine ray, and residue to --pool or logits to --emit; or leave it out.",
-            )
         if "contacts" in self.emit and self.engine == "ray":
             raise UserError(
                 "--emit contacts is the work of one device, not of --engine ray.", "Leave one out, or see --shard."

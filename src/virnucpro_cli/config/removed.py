@@ -4,6 +4,7 @@ from virnucpro_cli.errors import UserError
 
 REMOVED = {
     "--virtual": "merge copies rows into one file, so leave it out",
+    "--write": "the driver writes every row, and where that is the limit, --shard has a file for each job",
 }
 
 

@@ -123,14 +123,6 @@ class Placer:
         source = np.repeat(np.arange(len(records)), counts)
         return self._members[ranges(first, counts)], source
 
-    def residue_rows(self, records: Int64, wanted: NDArray[np.bool_]) -> tuple[Int64, Int64]:
-        """The first of the rows of residues of the given units and their copies, none of units that are not wanted, and where each
-        unit's end in that list."""
-        assert self._offsets is not None
-        rows, source = self.rows_of(records)
-        rows, source = rows[wanted[source]], source[wanted[source]]
-        return self._offsets[rows], np.searchsorted(source, np.arange(len(records)), side="right")
-
     def _place_whole(self, record: Int64, chosen: Int64, batch: Packed, found: Found) -> None:
         rows, source = self.rows_of(record[chosen])
         for (kind, layer), values in found.pooled.items():

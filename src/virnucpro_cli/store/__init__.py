@@ -62,5 +62,4 @@ from virnucpro_cli.store.schema import (
     WINDOWED,
     blocks,
 )
-from virnucpro_cli.store.sharing import Residues, SharedFile, share_file
 from virnucpro_cli.store.writer import Store

@@ -1,8 +1,6 @@
 """A laid-out file, filled by `pwrite`: rows, then the status bytes that vouch for them, each synced; and its end."""
 
-import json
 import os
-import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -433,14 +431,6 @@ class Store:
         if len(data) > REPORT_BYTES:
             raise RuntimeError("the report outgrew its place")
         self._write(memoryview(data.ljust(REPORT_BYTES, b"\0")), self.places["run/report"].offset)
-
-    def sign(self) -> str:
-        """Put a word that nobody else knows in the report's place, and return it: who reads it there sees this file."""
-        word = json.dumps({"being filled": secrets.token_hex(16)})
-        with self._lock:
-            self._write_report(word)
-            self._sync()
-        return word
 
     def publish(self, overwrite: bool) -> None:
         """Give the file its final name; without overwrite, it may take the place of the file that it replaces and of no other."""

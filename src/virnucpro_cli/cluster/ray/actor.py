@@ -1,6 +1,5 @@
 """An actor: a model on a device of some node."""
 
-import platform
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from virnucpro_cli import store
 from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.cluster.ray.messages import Looked, Returned, Rows, Share
 from virnucpro_cli.config import EmbedConfig
@@ -77,9 +75,6 @@ class Actor:
         self.config, self.name, self.dtype, self.threads = config, device, dtype, threads
         self._shares: SimpleQueue[tuple[Share, Event] | Event] = SimpleQueue()
         self._done, self._lock = Returned(), Lock()
-        # Of whole proteins: where a segment's rows of residues are to be written.
-        self._rows: dict[int, NDArray[np.int64]] = {}
-        self._file: store.Residues | None = None
 
     def look(self) -> Looked:
         """Raises UserError for a device or backend that is not to be had here."""
@@ -89,7 +84,7 @@ class Actor:
         self.backend = attention_backends.resolve(self.config.attention, self.device, self.dtype)
         return Looked(devices.place_of(self.device, self.backend), _node_id())
 
-    def load(self, weights: locate.Weights, layers: tuple[int, ...], shared: store.SharedFile | None = None) -> bool:
+    def load(self, weights: locate.Weights, layers: tuple[int, ...]) -> bool:
         """Begin with the weights that are on this node; False if the same are not there."""
         try:
             there = all(Path(file).is_file() for file in weights.files)
@@ -98,15 +93,10 @@ class Actor:
                 return False
         except (UserError, OSError):
             return False
-        return self.take(model_weights.load(here), layers, shared)
+        return self.take(model_weights.load(here), layers)
 
-    def take(
-        self, loaded: tuple[ModelSpec, dict[str, Any], tuple[str, ...]], layers: tuple[int, ...],
-        shared: store.SharedFile | None = None,
-    ) -> bool:  # fmt: skip
-        """Begin with weights that were sent. shared: the file, to write rows of residues into. Raises UserError if it is not here."""
-        if shared is not None:
-            self._file = store.Residues(shared, platform.node())
+    def take(self, loaded: tuple[ModelSpec, dict[str, Any], tuple[str, ...]], layers: tuple[int, ...]) -> bool:
+        """Begin with weights that were sent."""
         spec, state, _ = loaded
         with warnings.catch_warnings(action="ignore"):  # that those in Ray's store cannot be written
             state = {key: torch.as_tensor(each) for key, each in state.items()}
@@ -118,10 +108,6 @@ class Actor:
     def work(self, share: Share) -> Returned:
         """Take a share on; answered when all of it is begun, with what was done by then."""
         begun = Event()
-        if share.rows is not None and share.row_ends is not None:
-            whole = share.segments.length == share.embedded[share.segments.record]
-            rows = np.split(share.rows, share.row_ends[:-1])
-            self._rows |= {int(share.numbers[i]): rows[share.segments.record[i]] for i in np.flatnonzero(whole)}
         self._shares.put((share, begun))
         begun.wait()
         return self._taken()
@@ -139,12 +125,6 @@ class Actor:
         with self._lock:
             done = self._done
             self._done = Returned(lost=done.lost)
-        if self._file is not None:
-            try:
-                self._file.sync()
-            except UserError as error:
-                done.rows, done.lost = [], Lost(error, fatal=True)
-                self._lose(done.lost)
         done.used = used_here(self.device)
         return done
 
@@ -196,25 +176,9 @@ class Actor:
                 key: rows if key[0] == "unmasked" else rows.to(store_dtype) for key, rows in found.pooled.items()
             }
         assert found.finite is not None
-        if self._file is not None and batch.weights is None:
-            self._write(self._file, batch, found)
-            found.residue = {}
         rows = Rows(
             batch.segments, batch.lengths, {key: each.numpy() for key, each in found.pooled.items()},
             {layer: each[: batch.used].numpy() for layer, each in found.residue.items()}, found.finite.numpy(),
         )  # fmt: skip
         with self._lock:
             self._done.rows.append(rows)
-
-    def _write(self, file: store.Residues, batch: PackedBatch, found: Embeddings) -> None:
-        """Write the rows of residues of whole proteins to their places, and to those of their copies."""
-        assert found.finite is not None
-        ends = np.cumsum(batch.lengths).tolist()
-        residue = {layer: each.numpy() for layer, each in found.residue.items()}
-        for number, size, end, finite in zip(
-            batch.segments.tolist(), batch.lengths.tolist(), ends, found.finite.tolist(), strict=True
-        ):
-            rows = self._rows.pop(number)
-            for row in rows.tolist() if finite else ():
-                for layer, values in residue.items():
-                    file.place(layer, row, values[end - size + 1 : end - 1])

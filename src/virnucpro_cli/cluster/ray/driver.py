@@ -21,13 +21,12 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.engine.workers import Lost, idle, undone
 from virnucpro_cli.errors import STOP_SIGNALS, UserError, in_a_line, install_command
-from virnucpro_cli.kinds import any_by_residue, by_residue
+from virnucpro_cli.kinds import by_residue
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.plan.packing import Plan
-from virnucpro_cli.store import SharedFile, share_file
 
 LARGEST_SHARE = 16
 MOST_RETURNED = 1 << 28
@@ -239,9 +238,6 @@ class _Round:
         self.plan, self.placer, self.weights, self.layers = plan, placer, weights, layers
         self.waiting = deque(packs.tolist())
         self.largest = max(1, min(LARGEST_SHARE, MOST_RETURNED // max(1, self._bytes_of_a_pack())))
-        self.sharing: SharedFile | None = None
-        if cluster.config.write == "worker":
-            self.sharing = share_file(placer.file)
         self.lost: set[int] = set()
         self.retired: set[int] = set()  # their nodes are to be taken away, and they have nothing left to do
         self.alone = False
@@ -270,8 +266,10 @@ class _Round:
         seconds = time.perf_counter() - self.began
         self.placer.clock.seconds["forward"] = seconds
         if self.receiving > LIMITED * seconds:
-            residues = any_by_residue(cluster.config.pool, cluster.config.emit)
-            self.note(_limited(self.receiving / seconds, residues and self.sharing is None))
+            share = self.receiving / seconds
+            self.note(
+                f"the driver took and wrote rows for {share:.0%} of the time: its network or disk is the limit; --shard has no such limit"
+            )
         return _by_node(cluster.all, self.lost, self.began, seconds)
 
     def _living(self) -> list[_Member]:
@@ -317,12 +315,12 @@ class _Round:
         if isinstance(result, Looked):
             member.node, member.node_id = result.place.node, result.node
             self.cluster.check(result.place)
-            call(member, member.handle.load.remote(self.weights, self.layers, self.sharing))
+            call(member, member.handle.load.remote(self.weights, self.layers))
         elif result is False:  # the weights are not on its node
             if self.shipped is None:
                 spec, state, notes = model_weights.load(self.weights)
                 self.shipped = self.ray.put((spec, {key: each.numpy() for key, each in state.items()}, notes))
-            call(member, member.handle.take.remote(self.shipped, self.layers, self.sharing))
+            call(member, member.handle.take.remote(self.shipped, self.layers))
         elif result is True:
             member.ready = True
             if not self.began:
@@ -370,9 +368,7 @@ class _Round:
             count = min(-(-len(self.waiting) // (3 * AHEAD * max(1, len(self._living())))), self.largest)
             share = [self.waiting.popleft() for _ in range(count)]
             member.packs += share
-            self.cluster.call(
-                member, member.handle.work.remote(share_of(share, self.plan, self.placer, self.sharing is not None))
-            )
+            self.cluster.call(member, member.handle.work.remote(share_of(share, self.plan, self.placer)))
         if member.packs and not member.asked:  # there is no more for it now: it is to end those it has begun
             member.ending = True
             self.cluster.call(member, member.handle.finish.remote())
@@ -387,20 +383,10 @@ class _Round:
     def _bytes_of_a_pack(self) -> int:
         """About what its rows take on their way back."""
         rows = len(self.placer.work.segments) / max(len(self.plan), 1)
-        config, residues = self.cluster.config, self.plan.token_budget
-        if config.write == "worker" and config.long != "window":
-            residues = 0  # they stay where they are computed
         return int(sum(
-            place.row_bytes * (residues if by_residue(*name.partition("/")[::2]) else rows)
+            place.row_bytes * (self.plan.token_budget if by_residue(*name.partition("/")[::2]) else rows)
             for name, place in self.placer.file.places.items()
         ))  # fmt: skip
-
-
-def _limited(share: float, could_share: bool) -> str:
-    remedy = (
-        "; --write worker lets actors write rows of residues on a file system that all share" if could_share else ""
-    )
-    return f"the driver took and wrote rows for {share:.0%} of the time: its network or disk is the limit{remedy}; --shard has no such limit"
 
 
 def _told_by(error: Exception) -> UserError | None:

@@ -24,8 +24,6 @@ class Share(NamedTuple):
     """Some packs, whole: the plan of them with its own numbers, and the tokens of their records.
 
     tokens: uint8, one record behind the other, `lengths` int32 of each; numbers: int64, of each segment in the whole plan.
-    rows: where the actor is to write rows of residues itself, the number of the first row for each record and each of its copies;
-    record i has those from row_ends[i - 1] to row_ends[i].
     """
 
     tokens: NDArray[np.uint8]
@@ -34,8 +32,6 @@ class Share(NamedTuple):
     segments: Segments
     plan: Plan
     numbers: NDArray[np.int64]
-    rows: NDArray[np.int64] | None = None
-    row_ends: NDArray[np.int64] | None = None
 
 
 class Rows(NamedTuple):
@@ -64,7 +60,7 @@ class Returned:
     lost: Lost | None = None
 
 
-def share_of(packs: Sequence[int], plan: Plan, placer: Placer, with_rows: bool = False) -> Share:
+def share_of(packs: Sequence[int], plan: Plan, placer: Placer) -> Share:
     """Everything that an actor needs to know of some packs; windows come with those they are blended with."""
     segments, table = placer.work.segments, placer.table
     parts = [plan.pack(pack) for pack in packs]
@@ -74,7 +70,6 @@ def share_of(packs: Sequence[int], plan: Plan, placer: Placer, with_rows: bool =
     counts = last - first
     numbers = ranges(first, counts)
     table.check_unchanged()
-    rows, row_ends = placer.residue_rows(records, placer.todo[records]) if with_rows else (None, None)
     return Share(
         table.tokens(records), table.length[records], placer.work.embedded[records],
         Segments(np.repeat(np.arange(len(records)), counts), segments.start[numbers], segments.length[numbers]),
@@ -82,5 +77,5 @@ def share_of(packs: Sequence[int], plan: Plan, placer: Placer, with_rows: bool =
             np.searchsorted(numbers, wanted), np.append(0, np.cumsum([len(part) for part in parts])),
             plan.rung[list(packs)], plan.tokens[list(packs)], plan.token_budget,
         ),
-        numbers, rows, row_ends,
+        numbers,
     )  # fmt: skip
