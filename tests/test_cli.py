@@ -361,6 +361,7 @@ def test_a_misspelt_command_or_option_is_answered_with_the_nearest(run: Callable
     [
         (["merge", "out.h5", "--virtual"], "--virtual is no longer supported: merge copies rows"),
         (["embed", "in.fasta", "-o", "out.h5", "--write=worker"], "--write is no longer supported: the driver writes"),
+        (["validate", "--write-golden", "g"], "--write-golden is no longer supported: golden files are no more"),
     ],
 )
 def test_an_option_of_an_earlier_version_is_refused_and_the_way_without_it_named(

@@ -110,3 +110,10 @@ def test_options_from_python_may_be_paths_and_single_values() -> None:
         resolve(EmbedConfig, None, {"modle": "8M"})
     with pytest.raises(UserError, match="layers"):
         resolve(EmbedConfig, None, {"layers": "last"})
+
+
+def test_an_option_of_an_earlier_version_is_refused_in_a_file_and_from_python(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--write is no longer supported: .*--shard"):
+        resolve(EmbedConfig, toml(tmp_path, '[embed]\nwrite = "worker"\n'), {"inputs": ("x",), "output": "o.h5"})
+    with pytest.raises(UserError, match="--golden is no longer supported"):
+        resolve(ValidateConfig, None, {"golden": "g"})

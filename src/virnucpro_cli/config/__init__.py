@@ -263,22 +263,14 @@ class ValidateConfig:
     token_budget: int | str = option("auto", COMPUTE, "As in embed.", "N", least=1024, most=LARGEST)
     max_residues: int = _max_residues("As in embed.")
     reference_device: str = option("cpu", COMPUTE, "Where fair-esm runs; cuda for large models.", "DEVICE")
-    golden: str | None = option(
-        None, INPUT, "Compare with rows that --write-golden stored.", "FILE", path=True, said="none"
-    )
-    write_golden: str | None = option(
-        None, OUTPUT, "Store fair-esm's rows of three shipped proteins.", "FILE", written=True, said="none"
-    )
     report: str | None = _report()
     quiet: bool = _quiet("the verdict")
 
     def __post_init__(self) -> None:
         _check(self)
-        given = _given(self, "layers", "dtype", "max_residues", "attention", "token_budget", "golden", "write_golden")
+        given = _given(self, "layers", "dtype", "max_residues", "attention", "token_budget")
         if self.against and given:
             raise UserError(f"{flag_of(given[0])} has no meaning with --against.", "The file says how it was made.")
-        if (self.golden or self.write_golden) and self.fasta:
-            raise UserError("Goldens are of proteins that ship with virnucpro.", "Leave --fasta out.")
 
 
 @dataclass(frozen=True)

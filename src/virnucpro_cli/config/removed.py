@@ -5,6 +5,9 @@ from virnucpro_cli.errors import UserError
 REMOVED = {
     "--virtual": "merge copies rows into one file, so leave it out",
     "--write": "the driver writes every row, and where that is the limit, --shard has a file for each job",
+    **dict.fromkeys(
+        ("--golden", "--write-golden"), "golden files are no more, and validate --report FILE.json has every number"
+    ),
 }
 
 

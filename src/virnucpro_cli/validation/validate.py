@@ -30,7 +30,7 @@ from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.store import RECOMPUTED, fingerprint_of, read_embeddings
-from virnucpro_cli.validation import audit, gates, golden, invariance, oracle, plain_reader, reference
+from virnucpro_cli.validation import audit, gates, invariance, oracle, plain_reader, reference
 from virnucpro_cli.validation.oracle import Rows, Sample
 from virnucpro_cli.validation.reference import Reference
 from virnucpro_cli.validation.verdict import Verdict
@@ -42,9 +42,9 @@ SHIPPED = ("viral_proteins.fasta", "edge_cases.fasta")
 def run(config: ValidateConfig, out: Console | None = None) -> Verdict:
     """Do what `virnucpro validate` does and return the verdict. Raises UserError for what the user can put right."""
     out = out or report.console(config.quiet)
-    read = [*config.fasta, *(path for path in (config.against, config.golden) if path)]
+    read = [*config.fasta, *([config.against] if config.against else [])]
     read += map(str, locate.files_read(config.model or DEFAULT_MODEL))
-    report.check_places({"report": config.report, "golden file": config.write_golden}, read)
+    report.check_places({"report": config.report}, read)
     clock = report.Clock()
     exact_arithmetic()
     verdict = _audit(config, config.against, out, clock) if config.against else _validate(config, out, clock)
@@ -132,8 +132,6 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         own = fast32 if dtype == torch.float32 else fast(config.dtype)
         truth = reference_rows(reference_device, torch.float32)
         verdict.checks += gates.semantics(fast32, truth, sample, layers)
-        if config.golden or config.write_golden:
-            verdict.checks += golden.check(config, found, fast32, truth, sample)
         if dtype == torch.float32:
             exact = reference_rows(reference_device, torch.float64)
             plain = [truth] if device == reference_device else [truth, reference_rows(device, dtype)]
@@ -162,12 +160,11 @@ def shipped() -> tuple[str, ...]:
 
 def choose(paths: Sequence[str], config: ValidateConfig) -> tuple[Sample, list[str]]:
     """A length-stratified sample of the records of FASTA files by the plain reader, and notes on what is left out."""
-    lengths, odd, in_golden = [], [], []
-    for header, text in _every(paths):
+    lengths, odd = [], []
+    for _, text in _every(paths):
         _, length, replaced = plain_reader.clean(text)
         lengths.append(length)
         odd.append(oracle.oddities(text, replaced))
-        in_golden.append(plain_reader.name_of(header) in golden.RECORDS)
     embedded = np.minimum(np.asarray(lengths, np.int64), config.max_residues)
     fit = np.flatnonzero((embedded > 0) & (embedded <= oracle.LONGEST))
     if len(fit) < 2:
@@ -181,8 +178,6 @@ def choose(paths: Sequence[str], config: ValidateConfig) -> tuple[Sample, list[s
     chosen = set(
         fit[oracle.stratified(embedded[fit], np.asarray(odd, np.uint16)[fit], config.sample, config.seed)].tolist()
     )
-    if config.golden or config.write_golden:
-        chosen |= set(np.flatnonzero(in_golden).tolist())
     names, texts, tokens = [], [], []
     for number, (header, text) in enumerate(_every(paths)):
         if number in chosen:
