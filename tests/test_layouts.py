@@ -185,27 +185,29 @@ def test_scikit_bio_reads_its_embed_format(made: Path, tmp_path: Path, rows: Cal
 
 
 @pytest.mark.parametrize("kind", ["mean", "residue"])
-@pytest.mark.parametrize("to", ["bio-embeddings", "biotrainer"])
 def test_files_keyed_by_sequence_have_the_documented_keys_and_names(
-    made: Path, tmp_path: Path, rows: Callable[..., Any], to: str, kind: str
+    made: Path, tmp_path: Path, rows: Callable[..., Any], kind: str
 ) -> None:
-    target = exported(made, tmp_path / "x", to, kinds=(kind,))
-    if to == "bio-embeddings":
-        with open(target / "mapping_file.csv", newline="") as text:
-            lines = list(csv.DictReader(text))
-        assert [line["original_id"] for line in lines] == [NAMES[i] for i in DONE]
-        assert [line[""] for line in lines] == [hashlib.md5(RECORDS[i][1].encode()).hexdigest() for i in DONE]
-        target /= "reduced_embeddings_file.h5" if kind == "mean" else "embeddings_file.h5"
-    with h5py.File(target) as file:
+    with h5py.File(exported(made, tmp_path / "x", "biotrainer", kinds=(kind,))) as file:
         assert len(file) == len(DISTINCT)
         for i in DISTINCT:
             text = RECORDS[i][1]
-            key = {
-                "bio-embeddings": hashlib.md5(text.encode()).hexdigest(),
-                "biotrainer": hashlib.sha256(f"{text}_{len(text)}".encode()).hexdigest(),
-            }[to]
+            key = hashlib.sha256(f"{text}_{len(text)}".encode()).hexdigest()
             assert file[key].attrs["original_id"] == NAMES[i]
             np.testing.assert_array_equal(file[key], rows(i, kind))
+
+
+def test_files_of_bio_embeddings_are_read_as_keyed_h5(made: Path, tmp_path: Path, rows: Callable[..., Any]) -> None:
+    with h5py.File(tmp_path / "reduced_embeddings_file.h5", "w") as file:
+        for i in DISTINCT:
+            data = file.create_dataset(hashlib.md5(RECORDS[i][1].encode()).hexdigest(), data=rows(i))
+            data.attrs["original_id"] = NAMES[i]
+    importing.run(str(tmp_path / "reduced_embeddings_file.h5"), str(tmp_path / "x.h5"), model="8M")
+    with store.read_embeddings(tmp_path / "x.h5") as found:
+        for i in (i for i in DISTINCT if NAMES[i] != "twice"):
+            np.testing.assert_array_equal(found[found.find(NAMES[i])[0]], rows(i))
+    with pytest.raises(UserError, match="bio-embeddings is no longer supported: keyed-h5"):
+        layouts.named("bio-embeddings")
 
 
 @pytest.mark.parametrize("kind", ["mean", "residue"])

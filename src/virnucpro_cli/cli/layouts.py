@@ -7,9 +7,7 @@ import typer
 from virnucpro_cli.cli.options import Overwrite, numbers
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
 
-NAMES = (
-    "npy, parquet, csv, tsv, anndata, fair-esm, virnucpro, broad, scikit-bio, biotrainer, bio-embeddings or keyed-h5"
-)
+NAMES = "npy, parquet, csv, tsv, anndata, fair-esm, virnucpro, broad, scikit-bio, biotrainer or keyed-h5"
 EXPORT_EPILOG = (
     "Exit codes: 0 done; 2 something to put right (the message says what); 70 a bug; 128+signal after a stop."
 )

@@ -3,6 +3,7 @@
 from virnucpro_cli.errors import UserError
 
 REMOVED = {
+    "bio-embeddings": "keyed-h5 has a dataset for each protein, too, and reads its HDF5 files",
     "--virtual": "merge copies rows into one file, so leave it out",
     "--write": "the driver writes every row, and where that is the limit, --shard has a file for each job",
     **dict.fromkeys(

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from virnucpro_cli.config.removed import refuse_removed
 from virnucpro_cli.errors import UserError, choose
 from virnucpro_cli.exchange.layouts import (
     anndata,
-    bio_embeddings,
     biotrainer,
     broad,
     fair_esm,
@@ -28,7 +28,6 @@ LAYOUTS = (
     broad.LAYOUT,
     scikit_bio.LAYOUT,
     biotrainer.LAYOUT,
-    bio_embeddings.LAYOUT,
     keyed_h5.LAYOUT,
     text.CSV,
     text.TSV,
@@ -40,6 +39,7 @@ def named(name: str) -> Layout:
     for layout in LAYOUTS:
         if layout.name == name:
             return layout
+    refuse_removed(name)
     raise UserError(f"There is no layout {name!r}.", choose(name, [each.name for each in LAYOUTS]))
 
 

@@ -23,8 +23,8 @@ def write(selection: Selection, target: Path) -> None:
     keyed_h5.write(selection, target, always_named=True)
 
 
-def is_hash(key: str, letters: int) -> bool:
-    return len(key) == letters and set(key) <= set("0123456789abcdef")
+def _is_hash(key: str) -> bool:
+    return len(key) == HASH_LETTERS and set(key) <= set("0123456789abcdef")
 
 
 def read(path: Path) -> Iterator[Entry]:
@@ -33,7 +33,7 @@ def read(path: Path) -> Iterator[Entry]:
         yield from _of_database(path)
         return
     for entry in keyed_h5.read(path):
-        yield entry if is_hash(entry.key, HASH_LETTERS) else replace(entry, key="")
+        yield entry if _is_hash(entry.key) else replace(entry, key="")
 
 
 def _of_database(path: Path) -> Iterator[Entry]:
@@ -70,7 +70,7 @@ def recognises(path: Path) -> bool:
     first = keyed_h5.first_of(path)
     if first is None:
         return False
-    return _is_database(path) or ("original_id" in first[1] and is_hash(first[0], HASH_LETTERS))
+    return _is_database(path) or ("original_id" in first[1] and _is_hash(first[0]))
 
 
 LAYOUT = Layout(
