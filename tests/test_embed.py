@@ -19,11 +19,12 @@ from conftest import read_fasta, relative_l2, write_model
 from virnucpro_cli import cli, store
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.embed import embed_fasta
-from virnucpro_cli.engine import devices, placer
+from virnucpro_cli.engine import devices, placer, second_pass
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import reading
 from virnucpro_cli.kinds import KINDS, OF_ALL_RESIDUES, POOLED
 from virnucpro_cli.model import locate, weights
+from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.report import RunReport
 from virnucpro_cli.store import read_embeddings
@@ -449,6 +450,28 @@ def test_what_overflows_in_fp16_is_computed_again_in_fp32(
             assert_same(half.residues(row), single.residues(row), 2e-3)
         assert_same(half[0], single[0], 2e-2)
     assert report.counts["recomputed in fp32"] == 3 and report.counts["skipped"] == 0
+
+
+def test_what_overflows_is_computed_on_the_cpu_where_the_device_has_no_room_for_fp32(
+    tmp_path: Path, tiny_model: Path, embed: Embed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[torch.dtype] = []
+
+    def crowded(spec: ModelSpec, state: Any, dtype: torch.dtype, *on: Any) -> ESM2:
+        if not refused:
+            refused.append(dtype)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return ESM2(spec, state, dtype, *on)
+
+    monkeypatch.setattr(second_pass, "ESM2", crowded)
+    model = str(spoiled(tmp_path / "model", tiny_model, "W", 1e6))
+    fasta = write(tmp_path / "in.fasta", ">a\nMKVLA\n>b\nMKWLA\n")
+    report = embed(fasta, tmp_path / "half.h5", dtype="fp16", model=model)
+    embed(fasta, tmp_path / "single.h5", dtype="fp32", model=model)
+    assert refused == [torch.float32] and any("on the CPU" in note for note in report.notes)
+    with read_embeddings(tmp_path / "half.h5") as half, read_embeddings(tmp_path / "single.h5") as single:
+        assert half.status.tolist() == [store.DONE] * 2 and half.flags[1] & store.RECOMPUTED
+        np.testing.assert_array_equal(half[1], single[1])
 
 
 def spoiled(folder: Path, tiny_model: Path, residue: str, size: float) -> Path:

@@ -328,16 +328,14 @@ def test_the_gates_catch_a_mask_that_does_not_rescale(model: ESM2, reference: Re
 # --- less memory ---------------------------------------------------------------------------------------------------
 
 
-def test_layers_brought_one_at_a_time_and_work_in_parts_change_no_bit(tmp_path: Path) -> None:
+def test_work_in_parts_changes_no_bit(tmp_path: Path) -> None:
     spec, generator = TINY, random.Random(3)
     state = weights.random_state(spec)
     backend = attention.resolve("sdpa", CPU, torch.float32)
     whole = ESM2(spec, state, torch.float32, CPU, backend)
-    streamed = ESM2(spec, state, torch.float32, CPU, backend, one_layer_at_a_time=True)
-    assert not isinstance(streamed.layers, list)
     sequences = [random_protein(n, generator) for n in (1500, 30, 700, 400)]
     expected_rows = embed(whole, sequences, tmp_path, (0, 1, 2), rows=3072)
-    for other in (streamed, whole.in_parts(1024), streamed.in_parts(2048)):
+    for other in (whole.in_parts(1024), whole.in_parts(2048)):
         found = embed(other, sequences, tmp_path, (0, 1, 2), rows=3072)
         assert all(same_bits(one, two) for one, two in zip(found, expected_rows, strict=True))
         assert embed(other, sequences, tmp_path, (1,), rows=3072)[0].keys() == {

@@ -1,6 +1,7 @@
 """The second pass: what the device had no memory for, and what was not finite, once more in the ways that are left.
 
-Too large: in the same dtype with the layers' work in parts, then in fp32 on the CPU. Not finite: in fp32. What is left is skipped.
+Too large: in the same dtype with the layers' work in parts, then in fp32 on the CPU. Not finite: in fp32, on the CPU where the device
+has no room for that. What is left is skipped.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.plan.packing import Plan, first_fit_decreasing
+from virnucpro_cli.plan.packing import SMALLEST_RUNG, Plan, first_fit_decreasing
 from virnucpro_cli.plan.policies import Int64
 
 PART = 4096
@@ -42,7 +43,7 @@ def second_pass(
     spec, state, _ = model_weights.load(found)
     wide = torch.float32
 
-    def again(records: Int64, make: Callable[[], ESM2], budget: int = 1024) -> tuple[Int64, Int64]:
+    def again(records: Int64, make: Callable[[], ESM2]) -> tuple[Int64, Int64]:
         """What is still unfit, and still broken."""
         try:
             model = make()
@@ -50,7 +51,7 @@ def second_pass(
             note(f"no room for the weights: {in_a_line(error)}")
             torch.cuda.empty_cache()
             return records, np.empty(0, np.int64)
-        _run(placer, records, budget, runner.compute_with(model, layers, config), model.device)
+        _run(placer, records, runner.compute_with(model, layers, config), model.device)
         return _taken(placer)
 
     if len(unfit) and backend is not None:
@@ -63,15 +64,10 @@ def second_pass(
     if len(broken) and dtype != wide:
         name = attention_backends.describe(dtype)
         note(f"{counted(len(broken), 'protein')} had values that are not finite in {name}: once more in float32")
-        whole = devices.free_memory(device) > 1.25 * 4 * spec.parameters
         exact = attention_backends.resolve("auto", device, wide)
         placer.flag = store.RECOMPUTED
         placer.file.compute_in(environment_of(device, wide, exact))
-        too_large, broken = again(
-            broken,
-            lambda: ESM2(spec, state, wide, device, exact, one_layer_at_a_time=not whole),
-            1024 if whole else 8192,
-        )
+        too_large, broken = again(broken, lambda: ESM2(spec, state, wide, device, exact))
         unfit = np.union1d(unfit, too_large)
     fits = _fit_the_host(unfit, placer, spec)
     if fits.any() and (device, dtype) != (CPU, wide):
@@ -97,13 +93,13 @@ def _fit_the_host(records: Int64, placer: Placer, spec: ModelSpec) -> NDArray[np
     return 24 * 4 * spec.hidden * placer.work.embedded[records].astype(np.int64) < room
 
 
-def _run(placer: Placer, records: Int64, budget: int, compute: runner.Compute, device: torch.device) -> None:
+def _run(placer: Placer, records: Int64, compute: runner.Compute, device: torch.device) -> None:
     work = placer.work
     placer.todo = np.zeros(len(work.unit), np.bool_)
     placer.todo[records] = True
     placer.forget_windows()
     chosen = np.flatnonzero(placer.todo[work.segments.record])
-    part = first_fit_decreasing(work.segments.length[chosen], budget)
+    part = first_fit_decreasing(work.segments.length[chosen], SMALLEST_RUNG)
     plan = Plan(chosen[part.segments], part.offsets, part.rung, part.tokens, part.token_budget)
     placer.collator = VarlenCollator(placer.table, work.segments, work.embedded, plan, pin=device.type == "cuda")
     placer.tracker = None

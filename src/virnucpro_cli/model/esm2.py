@@ -4,10 +4,9 @@ Shapes: T rows of a pack, H heads of Dh, D = H * Dh, L layers.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import chain
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from virnucpro_cli import alphabet
 from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.model.attention import Attention, Backend
-from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.kernels.plain import Layer
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.model.spec import ModelSpec, stream_dtype
@@ -31,7 +29,6 @@ class ESM2:
 
     state: tensors under the names of fair-esm's `ESM2.state_dict()`, on any device, in any floating dtype.
     dtype: float32, 16 bit, or float8_e4m3fn: then most products are in e4m3 and the rest is in fp16.
-    one_layer_at_a_time: keep the layers where `state` is, and bring each to the device when its turn comes. In plain steps only.
     """
 
     def __init__(
@@ -41,7 +38,6 @@ class ESM2:
         dtype: torch.dtype,
         device: torch.device,
         backend: Backend,
-        one_layer_at_a_time: bool = False,
     ):
         self.rows_of_a_part: int | None = None
         self.spec, self.dtype, self.device, self.backend = spec, dtype, device, backend
@@ -69,15 +65,8 @@ class ESM2:
                 fc2=pair(f"layers.{i}.fc2"),
             )
 
-        def prepare(numbers: Iterable[int]) -> Any:
-            return backend.steps.prepare(map(layer, numbers), pair("emb_layer_norm_after"), spec.head_dim, dtype)
-
-        self.layers: Any
-        self.layers, self.norm = prepare(() if one_layer_at_a_time else range(spec.layers))
-        if one_layer_at_a_time:
-            if backend.steps is not plain:
-                raise RuntimeError("fused layers depend on those before them")
-            self.layers = _OnDemand(spec.layers, lambda i: prepare([i])[0][0])
+        layers, last_norm = map(layer, range(spec.layers)), pair("emb_layer_norm_after")
+        self.layers, self.norm = backend.steps.prepare(layers, last_norm, spec.head_dim, dtype)
         # The checkpoint's own inv_freq: it is rounded to fp16, as in training, and must not be recomputed.
         self.inv_freq = state["layers.0.self_attn.rot_emb.inv_freq"].to(device, torch.float32)
         self.cos = self.sin = torch.empty(0, spec.head_dim // 2, device=device)
@@ -151,16 +140,6 @@ def _joined(made: Iterator[tuple[torch.Tensor, ...]], parts: list[slice]) -> tup
         for into, each in zip(whole, found, strict=True):
             into[part] = each
     return whole
-
-
-class _OnDemand:
-    """Layers that are made when they are asked for, and kept by nobody."""
-
-    def __init__(self, count: int, make: Callable[[int], Any]):
-        self.count, self.make = count, make
-
-    def __getitem__(self, which: slice) -> Iterator[Any]:
-        return map(self.make, range(self.count)[which])
 
 
 def exact_arithmetic() -> None:
