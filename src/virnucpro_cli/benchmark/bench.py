@@ -85,7 +85,7 @@ class _Bench:
         self.report.environment = {
             "virnucpro": virnucpro_cli.__version__,
             "torch": torch.__version__,
-            "model": f"{self.spec.name} ({self.spec.layers} layers of {self.spec.hidden})",
+            "model": f"{self.spec.name} ({self.spec.size})",
             "weights": found.place,
             "device": devices.describe_device(self.device),
             "dtype": devices.describe_dtype(self.dtype),

@@ -5,8 +5,6 @@ Every row is copied as it is. A merge that is killed goes on with the same comma
 
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -284,8 +282,7 @@ def _attributes(parts: list[_Part], fingerprint: dict[str, Any]) -> dict[str, An
     first = {key: value for key, value in parts[0].file.attributes.items() if key not in FROM_THE_LAYOUT}
     devices = dict.fromkeys(str(part.file.attributes["device"]) for part in parts)
     return first | {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "argv": json.dumps(sys.argv),
+        **store.of_this_command(),
         "device": ", ".join(devices),
         "config": json.dumps(json.loads(first["config"]) | {"shard": None}),
         "fingerprint": json.dumps(fingerprint),

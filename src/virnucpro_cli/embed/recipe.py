@@ -1,8 +1,6 @@
 """Everything that a run decides from integers before the model is loaded: where packs are computed, of what, and the file's layout."""
 
 import json
-import sys
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -240,16 +238,11 @@ def attributes(
     recipe: Recipe, environment: dict[str, Any], found: locate.Weights, fingerprint: dict[str, Any]
 ) -> dict[str, Any]:
     """Of the file, for its readers. environment: as the report has it."""
-    config, table = recipe.config, recipe.table
-    inputs = [
-        {"path": source.path, "bytes": source.size, "sha256": sha}
-        for source, sha in zip(table.sources, table.sha256, strict=True)
-    ]
+    config = recipe.config
     return {
         "tool": "virnucpro",
         "tool_version": virnucpro_cli.__version__,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "argv": json.dumps(sys.argv),
+        **store.of_this_command(),
         "config": json.dumps(asdict(config)),
         "environment": json.dumps(environment),
         "model": environment["model"],
@@ -264,6 +257,6 @@ def attributes(
         "device": environment["device"],
         "layers": json.dumps(fingerprint["layers"]),
         "pool": json.dumps(config.pool),
-        "inputs": json.dumps(inputs),
+        "inputs": json.dumps(recipe.table.inputs),
         "fingerprint": json.dumps(fingerprint),
     }

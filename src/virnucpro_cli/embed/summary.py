@@ -225,7 +225,7 @@ def _environment(recipe: Recipe) -> dict[str, Any]:
         "virnucpro": virnucpro_cli.__version__,
         "torch": place.torch,
         "python": platform.python_version(),
-        "model": f"{spec.name} ({spec.layers} layers of {spec.hidden})",
+        "model": f"{spec.name} ({spec.size})",
         "device": chosen(place.device, config.device),
         **({"workers": chosen(computing.described(), config.workers)} if several else {}),
         "dtype": chosen(devices.describe_dtype(computing.dtype), config.dtype),

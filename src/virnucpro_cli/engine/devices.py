@@ -101,8 +101,7 @@ def describe_device(device: torch.device, processes: int = 1) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        threads = threads_of(processes)
-        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+        return f"CPU, {counted(threads_of(processes), 'thread')}"
     return device.type
 
 

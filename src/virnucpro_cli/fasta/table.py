@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -209,6 +209,14 @@ class RecordTable:
             for a, b in itertools.pairwise([*begin.tolist(), len(whole)]):
                 header = whole.find(b"\n", a, b)
                 yield whole[header + 1 : b].translate(None, self.read_as.dropped) if header >= 0 else b""
+
+    @property
+    def inputs(self) -> list[dict[str, Any]]:
+        """Path, bytes and sha256 of each source, as a file records them."""
+        return [
+            {"path": source.path, "bytes": source.size, "sha256": sha256}
+            for source, sha256 in zip(self.sources, self.sha256, strict=True)
+        ]
 
     def check_unchanged(self) -> None:
         for source, sha256 in zip(self.sources, self.sha256, strict=True):

@@ -29,6 +29,11 @@ class ModelSpec:
         return self.layers * (12 * self.hidden**2 + 13 * self.hidden) + (VOCABULARY + 2) * self.hidden
 
     @property
+    def size(self) -> str:
+        """Layers and width in words, for reports."""
+        return f"{self.layers} layers of {self.hidden}"
+
+    @property
     def repository(self) -> str:
         return f"facebook/{self.name}"
 

@@ -21,7 +21,7 @@ from virnucpro_cli.store.disk import (
     partial_path,
     without_lock,
 )
-from virnucpro_cli.store.layout import Extra, Layout, Names
+from virnucpro_cli.store.layout import Extra, Layout, Names, of_this_command
 from virnucpro_cli.store.names import accession
 from virnucpro_cli.store.reader import (
     EmbeddingFile,

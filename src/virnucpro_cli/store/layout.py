@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from math import prod
@@ -156,6 +158,11 @@ def _create_contiguous(file: Any, path: str, shape: tuple[int, ...], dtype: Any)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
     h5py.h5d.create(group.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, creation)
+
+
+def of_this_command() -> dict[str, Any]:
+    """Attributes of a new file that say when it is made, and by which command."""
+    return {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "argv": json.dumps(sys.argv)}
 
 
 def lay_out(fd: int, layout: Layout) -> None:

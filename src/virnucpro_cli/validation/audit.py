@@ -86,7 +86,7 @@ def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
             "virnucpro": virnucpro_cli.__version__,
             "torch": torch.__version__,
             "fair-esm": version("fair-esm"),
-            "reference": f"fair-esm in float32 on {devices.describe_device(device)}, eager, one at a time",
+            "reference": reference.described(devices.describe_device(device)),
         }
         verdict.checks += _of_the_file(file, table, settings, found)
         if len(table.names) != len(file):

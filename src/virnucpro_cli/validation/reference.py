@@ -64,6 +64,11 @@ class Reference:
         return self.model(tokens.to(self.device), repr_layers=list(layers))["representations"]
 
 
+def described(device: str) -> str:
+    """The reference in words, for reports."""
+    return f"fair-esm in float32 on {device}, eager, one at a time"
+
+
 @cache
 def _alphabet() -> Alphabet:
     return Alphabet.from_architecture("ESM-1b")

@@ -1,8 +1,6 @@
 """The file that an import makes: a record for each entry of the source, or for each of the FASTA."""
 
 import json
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -155,14 +153,10 @@ def _attributes(
         "device": UNKNOWN,
         "unknown": [name for name in ("long",) if name not in said],
     }
-    inputs = [] if table is None else [
-        {"path": each.path, "bytes": each.size, "sha256": sha} for each, sha in zip(table.sources, table.sha256, strict=True)
-    ]  # fmt: skip
     return {
         "tool": "virnucpro",
         "tool_version": virnucpro_cli.__version__,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "argv": json.dumps(sys.argv),
+        **store.of_this_command(),
         "imported_from": f"{source} ({layout.name}{', of ' + said['tool'] if 'tool' in said else ''})",
         "config": json.dumps(asdict(config)),
         "environment": "{}",
@@ -172,6 +166,6 @@ def _attributes(
         "approximate": False,
         **{name: fingerprint[name] for name in ("weights_sha256", "dtype", "store_dtype", "attention", "device")},
         **{name: json.dumps(fingerprint[name]) for name in ("layers", "pool")},
-        "inputs": json.dumps(inputs),
+        "inputs": json.dumps(table.inputs if table else []),
         "fingerprint": json.dumps(fingerprint),
     }

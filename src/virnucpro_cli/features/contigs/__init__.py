@@ -100,16 +100,12 @@ def find(
                 )
             else:
                 out.print(f"{paths.proteins} is of the same contigs and settings, and is used")
-    described = [
-        {"path": source.path, "bytes": source.size, "sha256": sha}
-        for source, sha in zip(contigs.sources, contigs.sha256, strict=True)
-    ]
     names = store.Names(len(contigs), contigs.names, contigs.text_bytes - contigs.residues)
     in_gaps = columns.pop("gaps")
     return fasta.open_sources([str(paths.proteins)], output.parent), store.Extra(
         columns={f"genes/{name}": values for name, values in columns.items()},
         tables={"contigs/ids": names, "contigs/lengths": contigs.length, "contigs/gaps": in_gaps},
-        attributes={"contigs": json.dumps(described), "gene_caller": json.dumps(caller)},
+        attributes={"contigs": json.dumps(contigs.inputs), "gene_caller": json.dumps(caller)},
         fingerprint=made_of,
         counts={
             "contigs": len(contigs),
