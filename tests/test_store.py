@@ -128,8 +128,8 @@ def test_gathered_rows_are_written_in_the_order_in_which_they_came(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int, most: int
 ) -> None:
     """Whatever is written at once, gathered, or gathered in several rounds."""
-    monkeypatch.setattr(store.filling, "LARGE_WRITE", large)
-    monkeypatch.setattr(store.filling, "MOST_STAGED", most)
+    monkeypatch.setattr(store.writer, "LARGE_WRITE", large)
+    monkeypatch.setattr(store.writer, "MOST_STAGED", most)
     output = tmp_path / "out.h5"
     file = Store.create(output, layout())
     expected = {kind: np.zeros((6, HIDDEN), np.float32) for kind in ("mean", "bos")}
@@ -161,7 +161,7 @@ def test_values_that_do_not_fit_their_rows_are_a_bug_and_touch_nothing(tmp_path:
 
 
 def test_a_later_value_of_a_row_wins_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store.filling, "LARGE_WRITE", 6 * HIDDEN * 4)
+    monkeypatch.setattr(store.writer, "LARGE_WRITE", 6 * HIDDEN * 4)
     file = Store.create(tmp_path / "out.h5", layout())
     file.place("mean", 0, np.array([0, 2]), values([4, 5]))
     file.place("mean", 0, np.arange(6), values(list(range(6))))
