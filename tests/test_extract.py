@@ -17,7 +17,8 @@ from conftest import VIRAL, relative_l2
 from virnucpro_cli import cli
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.exchange import extract
-from virnucpro_cli.exchange.extract import paths_of
+from virnucpro_cli.exchange.layouts import fair_esm
+from virnucpro_cli.exchange.layouts.layout import Keys
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.validation.reference import Reference
 
@@ -157,22 +158,7 @@ def test_no_header_leaves_the_directory(tmp_path: Path, tiny: Path, capsys: pyte
     assert found == set(labels)
     assert {path.name for path in tmp_path.iterdir()} == {"in.fasta", "deep"}
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
-    assert "impossible as names of files" in capsys.readouterr().err
-
-
-def test_a_label_that_is_anothers_folder_is_a_file_beside_it() -> None:
-    first, second = paths_of(["a", "a.pt/b"])
-    assert second == Path("a.pt/b.pt") and first not in second.parents and first.parent == Path(".")
-
-
-def test_a_link_in_the_directory_leads_no_file_out_of_it(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "away").mkdir()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a").symlink_to("../away")
-    (tmp_path / "in.fasta").write_text(">a/x\nMKVLA\n")
-    with pytest.raises(UserError, match="leads out of"):
-        extract.run(str(tiny_model), str(tmp_path / "in.fasta"), str(tmp_path / "out"), ("mean",), gpu=False)
-    assert not list((tmp_path / "away").iterdir())
+    assert "changed to be possible and unique" in capsys.readouterr().err
 
 
 @given(
@@ -181,8 +167,9 @@ def test_a_link_in_the_directory_leads_no_file_out_of_it(tiny_model: Path, tmp_p
     )
 )
 def test_every_label_has_a_path_of_its_own_below_the_directory(labels: list[str]) -> None:
-    places = paths_of(labels)
-    assert len(set(places)) == len(labels)
+    keys = Keys(lambda a, b: labels[a:b], len(labels), fair_esm.LONGEST_PART, fair_esm.path_of)
+    places = {Path(f"{path}.pt") for path in keys(0, len(labels))}
+    assert len(places) == len(labels)
     for place in places:
         assert not place.is_absolute() and ".." not in place.parts and place.name.endswith(".pt")
         assert all(len(os.fsencode(part)) <= 255 for part in place.parts) and len(os.fsencode(place)) <= 1024

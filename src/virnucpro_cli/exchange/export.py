@@ -102,8 +102,7 @@ def _notes(layout: Layout, selection: Selection, skipped: int, unit: str) -> Ite
     if selection.shared:
         yield f"{counted(selection.shared, 'protein')} in the dataset of an earlier one of the same sequence, under its name"
     if isinstance(selection.keys, Keys) and selection.keys.changed:
-        shown = ", ".join(f"{name!r} is {key!r}" for name, key in selection.keys.examples)
-        yield f"{counted(selection.keys.changed, 'name')} changed to be possible and unique: {shown}"
+        yield selection.keys.told
 
 
 def _chosen(

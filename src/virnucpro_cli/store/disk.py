@@ -237,10 +237,10 @@ def lock(fd: int, path: Path) -> bool:
 
 
 @contextmanager
-def alone(path: Path, say: Callable[[str], None], waiting: str, remedy: str = "") -> Iterator[None]:
+def alone(path: Path, say: Callable[[str], None], waiting: str, remedy: str = "", wait: bool = True) -> Iterator[None]:
     """Be the only process that holds the lock file `path`, which is gone at the end; `say` is told why this takes time.
 
-    Raises UserError if it cannot be made or taken.
+    Raises UserError if it cannot be made or taken; if another process has it and this one shall not wait, with `waiting`.
     """
     fd = -1
     try:
@@ -253,6 +253,10 @@ def alone(path: Path, say: Callable[[str], None], waiting: str, remedy: str = ""
             try:
                 locked = _flock(fd, path)
             except BlockingIOError:
+                if not wait:
+                    os.close(fd)
+                    fd = -1
+                    raise UserError(waiting, remedy) from None
                 say(waiting)
                 locked = _flock(fd, path, wait=True)
             if is_the_file(path, os.fstat(fd)):  # and not one that its last holder has removed

@@ -1,24 +1,45 @@
 """The files of fair-esm's extract.py: a folder with a .pt for each protein, any kinds and layers in it."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from virnucpro_cli.exchange.layouts import pt
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, no_provenance
+from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, encodable, no_provenance, possible
 
 GROUPS = {"residue": "representations", "mean": "mean_representations", "bos": "bos_representations"}
 LONGEST_NAME = 200
+LONGEST_PART, MOST_PARTS = 252, 4
+"""Bytes of a part of a path, without its .pt; a path is no longer than so many of these."""
+
+
+def path_of(label: str, longest: int) -> str:
+    """Path below a folder, without its .pt, where extract.py has the file of a label: nested where it has a `/`.
+
+    A label that would leave the folder is changed as little as that needs; one that is too long becomes a single name.
+    """
+    parts = [encodable(part.replace("\0", "_")) for part in f"{label}.pt".split("/") if part not in ("", ".")]
+    path = "/".join("__" if part == ".." else part for part in parts).removesuffix(".pt")
+    whole = os.fsencode(path)
+    fits = len(whole) <= MOST_PARTS * longest and all(len(part) <= longest for part in whole.split(b"/"))
+    return path if fits else possible(path, longest)
+
+
+def contents(selection: Selection) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(record number, key, what its file holds) of every protein that has an embedding."""
+    for block in selection.blocks():
+        for number, name, key, values in block.each():
+            content: dict[str, Any] = {"label": name}
+            for (kind, layer), rows in values.items():
+                content.setdefault(GROUPS[kind], {})[layer] = pt.tensor(rows)
+            yield number, key, content
 
 
 def write(selection: Selection, target: Path) -> None:
     target.mkdir()
-    for block in selection.blocks():
-        for _, name, key, values in block.each():
-            content: dict[str, Any] = {"label": name}
-            for (kind, layer), rows in values.items():
-                content.setdefault(GROUPS[kind], {})[layer] = pt.tensor(rows)
-            pt.save(content, target / f"{key}.pt")
+    for _, key, content in contents(selection):
+        pt.save(content, target / f"{key}.pt")
 
 
 def read(path: Path) -> Iterator[Entry]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from virnucpro_cli.errors import counted
 from virnucpro_cli.store import DONE, NAME_BLOCK, EmbeddingFile, blocks
 
 What = tuple[str, int]
@@ -173,11 +174,18 @@ def encodable(name: str) -> str:
 class Keys:
     """A key for every record: its name, made possible, with `_2` or a higher number behind it if an earlier one has it.
 
-    names(start, stop) gives those of a range. Holds 8 bytes a record while it is made, and the keys that have a number.
+    names(start, stop) gives those of a range; possible(name, longest) makes a key of one. Holds 8 bytes a record while it is made, and
+    the keys that have a number.
     """
 
-    def __init__(self, names: Callable[[int, int], list[str]], count: int, longest: int):
-        self._names, self._longest = names, longest
+    def __init__(
+        self,
+        names: Callable[[int, int], list[str]],
+        count: int,
+        longest: int,
+        possible: Callable[[str, int], str] = possible,
+    ):
+        self._names, self._longest, self._possible = names, longest, possible
         self._numbered: dict[int, str] = {}
         self.changed = 0
         self.examples: list[tuple[str, str]] = []
@@ -200,7 +208,7 @@ class Keys:
             start = int(block[0])
             names = self._names(start, int(block[-1]) + 1)
             for record in block.tolist():
-                key = possible(names[record - start], self._longest - 12)
+                key = self._possible(names[record - start], self._longest - 12)
                 number = last.get(key, 1) + 1
                 while not free(f"{key}_{number}"):
                     number += 1
@@ -211,10 +219,16 @@ class Keys:
     def __call__(self, start: int, stop: int) -> list[str]:
         keys = []
         for record, name in enumerate(self._names(start, stop), start=start):
-            key = self._numbered.get(record) or possible(name, self._longest)
+            key = self._numbered.get(record) or self._possible(name, self._longest)
             if key != name:
                 self.changed += 1
                 if len(self.examples) < 3:
                     self.examples.append((name, key))
             keys.append(key)
         return keys
+
+    @property
+    def told(self) -> str:
+        """Words for the names that were changed; empty if none was."""
+        shown = ", ".join(f"{name!r} is {key!r}" for name, key in self.examples)
+        return f"{counted(self.changed, 'name')} changed to be possible and unique: {shown}" if self.changed else ""
