@@ -1,8 +1,4 @@
-"""AnnData's .h5ad: X of proteins by dimensions, obs with what is known of each protein, uns with the provenance.
-
-Written block by block in its on-disk format (anndata.readthedocs.io, "On-disk format"), which has no place for a stream in
-the anndata package itself.
-"""
+"""AnnData's .h5ad: X of proteins by dimensions, obs with what is known of each protein, uns with the provenance."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,50 +17,34 @@ from virnucpro_cli.store import REASONS, STATUS_NAMES
 LONGEST_NAME = 1000
 
 
-def _encoded(item: Any, kind: str, version: str, **attributes: Any) -> Any:
-    for name, value in {"encoding-type": kind, "encoding-version": version, **attributes}.items():
-        item.attrs[name] = value
-    return item
-
-
-def _strings(group: h5py.Group, name: str, count: int) -> h5py.Dataset:
-    return _encoded(group.create_dataset(name, (count,), h5py.string_dtype("utf-8")), "string-array", "0.2.0")
-
-
-def _frame(file: h5py.File, name: str, columns: list[str]) -> h5py.Group:
-    order = np.array(columns, object) if columns else np.array([], "f8")
-    return _encoded(
-        file.create_group(name), "dataframe", "0.2.0", **{"_index": "_index", "column-order": order.astype(h5py.string_dtype())}
-    )  # fmt: skip
-
-
 def write(selection: Selection, target: Path) -> None:
-    """Every protein has a row in fp32, as linear algebra needs; of a skipped one it is NaN. obs_names are unique, obs["id"] is the name as it was."""
-    of, n = selection.file, selection.count(skipped=True)
+    """Every protein has a row in fp32, as linear algebra needs; of a skipped one it is NaN. obs_names are unique, obs["id"] is the name as it was.
+
+    X is written block by block, and never whole in memory.
+    """
+    needs("anndata", "frames", "Writing .h5ad")
+    import anndata as ad
+    import pandas as pd
+
+    file, n = selection.file, selection.count(skipped=True)
+    obs = pd.DataFrame({
+        "id": file.names_of(0, n), "length": file.lengths, "status": _categories(file.status, STATUS_NAMES),
+        "reason": _categories(file.reason, REASONS), "flags": file.flags, "replaced": file.replaced,
+    }, index=selection.keys(0, n))  # fmt: skip
+    var = pd.DataFrame(index=[str(i) for i in range(selection.width)])
     with hdf5.created(target) as sink:
-        file = sink.file
-        _encoded(file, "anndata", "0.1.0")
-        for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
-            _encoded(file.create_group(name), "dict", "0.1.0")
-        data = _encoded(file.create_dataset("X", (n, selection.width), np.float32), "array", "0.2.0")
-        var = _frame(file, "var", [])
-        _strings(var, "_index", selection.width)[:] = [str(i) for i in range(selection.width)]
-        obs = _frame(file, "obs", ["id", "length", "status", "reason", "flags", "replaced"])
-        index, names = _strings(obs, "_index", n), _strings(obs, "id", n)
-        for name, column in (("length", of.lengths), ("flags", of.flags), ("replaced", of.replaced)):
-            _encoded(obs.create_dataset(name, data=column), "array", "0.2.0")
-        for name, codes, words in (("status", of.status, STATUS_NAMES), ("reason", of.reason, REASONS)):
-            group = _encoded(obs.create_group(name), "categorical", "0.2.0", ordered=False)
-            _encoded(group.create_dataset("codes", data=codes.astype(np.int8)), "array", "0.2.0")
-            _strings(group, "categories", len(words))[:] = list(words)
-        said = _encoded(file["uns"].create_group(hdf5.PROVENANCE), "dict", "0.1.0")
-        for name, value in selection.provenance.items():
-            _encoded(
-                said.create_dataset(name, data=value), "string" if isinstance(value, str) else "numeric-scalar", "0.2.0"
-            )
+        ad.io.write_elem(sink.file, "/", ad.AnnData(None, obs, var, uns={hdf5.PROVENANCE: selection.provenance}))
+        data = sink.file.create_dataset("X", (n, selection.width), np.float32)
+        data.attrs["encoding-type"], data.attrs["encoding-version"] = "array", "0.2.0"
         for block in sink.each(selection.blocks(skipped=True)):
-            rows = slice(int(block.numbers[0]), int(block.numbers[-1]) + 1)
-            data[rows], index[rows], names[rows] = block.rows[selection.what], block.keys, block.names
+            data[block.numbers[0] : block.numbers[-1] + 1] = block.rows[selection.what]
+
+
+def _categories(codes: Any, words: tuple[str, ...]) -> Any:
+    """A pandas.Categorical of uint8 codes [N]."""
+    import pandas as pd
+
+    return pd.Categorical.from_codes(codes.astype(np.int8), list(words))
 
 
 @contextmanager
