@@ -23,7 +23,7 @@ from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
 from virnucpro_cli.exchange import export
 from virnucpro_cli.explore import default_rows, inspect, mapping, search
 from virnucpro_cli.features import qc
-from virnucpro_cli.store import read_embeddings
+from virnucpro_cli.store import checked, read_embeddings
 from virnucpro_cli.store import reader as reading
 from virnucpro_cli.validation import verify
 
@@ -75,6 +75,26 @@ def test_a_bug_is_told_as_a_bug(
     monkeypatch.setattr(*COMMANDS[command][1:], wrong)
     code, told = ended(command, (made / "out.h5").read_bytes())
     assert code == EXIT_INTERNAL and "a bug in virnucpro: TypeError: of ours" in told and "damaged" not in told, told
+
+
+@pytest.mark.parametrize("place", [(checked, "_bind"), (checked, "_parsed"), (reading, "by_residue")])
+def test_a_bug_in_the_checks_of_a_file_is_told_as_a_bug(
+    made: Path, ended: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]
+) -> None:
+    def wrong(*_: Any, **__: Any) -> None:
+        raise KeyError("of ours")
+
+    monkeypatch.setattr(*place, wrong)
+    code, told = ended("inspect", (made / "out.h5").read_bytes())
+    assert code == EXIT_INTERNAL and "a bug in virnucpro: KeyError: 'of ours'" in told, told
+
+
+def test_a_file_that_was_cut_since_it_was_opened_is_told_as_damaged(copy: Path) -> None:
+    with read_embeddings(copy) as file:
+        os.truncate(copy, 4096)
+        for read in (file.array, file.to_pandas):
+            with pytest.raises(UserError, match=r"out\.h5 is cut short or damaged"):
+                read()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,13 +1,15 @@
 """An HDF5 file as it is opened: every dataset and attribute is held against the schema before anything of it is used.
 
-Nothing is allocated by what a file declares: sizes are compared with the file's length and with each other first.
+HDF5 is asked first, and its errors are damage of the file; checks are of what it said, and their errors are bugs. Nothing is
+allocated by what a file declares: sizes are compared with the file's length and with each other first.
 """
 
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,27 @@ def damage_named(path: str | Path, kinds: tuple[type[Exception], ...] = DAMAGE) 
         raise damaged(path, in_a_line(error)) from None
 
 
+def reading(path: Path) -> AbstractContextManager[None]:
+    """Tell as damage what reading a checked dataset raises."""
+    return damage_named(path, (OSError, UnicodeDecodeError))
+
+
+class Dataset(h5py.Dataset):
+    """A checked h5py dataset that tells damage which a read finds as a UserError."""
+
+    def __init__(self, data: h5py.Dataset, path: Path):
+        super().__init__(data.id)
+        self._path = path
+
+    def __getitem__(self, args: Any, new_dtype: Any = None) -> Any:
+        with reading(self._path):
+            return super().__getitem__(args, new_dtype)
+
+    def read_direct(self, *args: Any, **kwargs: Any) -> None:
+        with reading(self._path):
+            super().read_direct(*args, **kwargs)
+
+
 def opened_hdf5(path: Path) -> h5py.File:
     """The file at `path`, which must be HDF5. Raises UserError if it cannot be opened.
 
@@ -92,22 +115,14 @@ def attributes_of(file: h5py.File, path: Path) -> tuple[dict[str, Any], dict[str
 
     Raises UserError if the file is none of schema 1, or for an attribute that is not as the schema says.
     """
-    if len(file.attrs) > MOST_OBJECTS:
-        raise damaged(path, f"it has {len(file.attrs):,} attributes")
-    found: dict[str, Any] = {}
-    for name in file.attrs:
-        attribute = file.attrs.get_id(name)
-        size = attribute.get_storage_size()
-        if size > MOST_TEXT:
-            raise damaged(path, f"the attribute {name} has {size:,} bytes")
-        if attribute.shape == () or attribute.dtype.kind in "biuf":
-            found[name] = file.attrs[name]
+    with damage_named(path):
+        found = dict(_plain_attributes(file, path))
     if "virtual_of" in found:  # of an earlier version
         raise UserError(
             f"{path} is a view, which shows rows of shards.",
             "Merge the shards without --virtual: virnucpro merge --overwrite.",
         )
-    if found.get("schema") != SCHEMA:
+    if not np.array_equal(found.get("schema", 0), SCHEMA):
         raise UserError(
             f"{path} was not written by virnucpro embed, or by one of another schema than {SCHEMA}.",
             "Give a file that embed, merge or import wrote; virnucpro import reads those of other tools.",
@@ -126,6 +141,18 @@ def attributes_of(file: h5py.File, path: Path) -> tuple[dict[str, Any], dict[str
             if (place := unfit(parsed[name], form, whole=False)) is not None:
                 raise damaged(path, f"the attribute {f'{name}.{place}'.rstrip('.')} is not of its kind")
     return found, parsed
+
+
+def _plain_attributes(file: h5py.File, path: Path) -> Iterator[tuple[str, Any]]:
+    if len(file.attrs) > MOST_OBJECTS:
+        raise damaged(path, f"it has {len(file.attrs):,} attributes")
+    for name in file.attrs:
+        attribute = file.attrs.get_id(name)
+        size = attribute.get_storage_size()
+        if size > MOST_TEXT:
+            raise damaged(path, f"the attribute {name} has {size:,} bytes")
+        if attribute.shape == () or attribute.dtype.kind in "biuf":
+            yield name, file.attrs[name]
 
 
 def _parsed(path: Path, name: str, text: Any) -> Any:
@@ -157,28 +184,52 @@ def settings_of(path: Path, attributes: dict[str, Any], parsed: dict[str, Any]) 
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A dataset as HDF5 tells of it. dtype: in a word of the schema; elsewhere: how it shows other files; offset: None if it is not in one piece."""
+
+    name: str
+    data: h5py.Dataset
+    shape: tuple[int, ...]  # None of one that is empty
+    dtype: str
+    item_bytes: int
+    elsewhere: str
+    offset: int | None
+
+    @classmethod
+    def of(cls, name: str, data: h5py.Dataset) -> "_Stored":
+        creation, dtype = data.id.get_create_plist(), data.dtype
+        layout = creation.get_layout()
+        elsewhere = "shows another file" if layout == h5py.h5d.VIRTUAL else ""
+        elsewhere = "has its bytes in another file" if creation.get_external_count() else elsewhere
+        offset = data.id.get_offset() if layout == h5py.h5d.CONTIGUOUS else None
+        item = HEAP_ENTRY if dtype.kind == "O" else dtype.itemsize
+        return cls(name, data, data.shape, _word_for(dtype), item, elsewhere, offset)
+
+
 def datasets_of(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
     """Every dataset of the file by name, checked.
 
     Raises UserError for a dataset that is not as the schema says, lies outside the file, or is in another file.
     """
-    length = os.fstat(file.id.get_vfd_handle()).st_size
-    found, sizes = {}, dict[str, int]()
-    for name, data in _walk(file, path):
-        found[name] = data
-        if name == "embeddings":  # a second name
+    with damage_named(path):
+        length = os.fstat(file.id.get_vfd_handle()).st_size
+        stored = [_Stored.of(name, data) for name, data in _walk(file, path)]
+    sizes = dict[str, int]()
+    for each in stored:
+        if each.name == "embeddings":  # a second name
             continue
-        field = field_of(name)
-        _check_place(path, name, data, length, known=field is not None)
+        _check_place(path, each, length)
+        field = field_of(each.name)
         if field is None:
             continue
-        dtype = _word_for(data.dtype)
-        if dtype not in field.dtypes:
-            raise damaged(path, f"{name} is of {data.dtype}, not {' or '.join(field.dtypes)}")
-        if len(data.shape) != len(field.shape):
-            raise damaged(path, f"{name} has {len(data.shape)} dimensions, not {len(field.shape)}")
-        for size, letter in zip(data.shape, field.shape, strict=True):
-            _bind(path, name, size, letter, sizes)
+        if each.dtype not in field.dtypes:
+            raise damaged(path, f"{each.name} is of {each.dtype}, not {' or '.join(field.dtypes)}")
+        if len(each.shape) != len(field.shape):
+            raise damaged(path, f"{each.name} has {len(each.shape)} dimensions, not {len(field.shape)}")
+        for size, letter in zip(each.shape, field.shape, strict=True):
+            _bind(path, each.name, size, letter, sizes)
+    found = {each.name: each.data for each in stored}
     if lacking := [name for name in NEEDED if name not in found]:
         raise damaged(path, f"it has no {lacking[0]}")
     default = found.get("embeddings")
@@ -224,25 +275,22 @@ def _bind(path: Path, name: str, size: int, letter: str | int, sizes: dict[str, 
         raise damaged(path, f"{name} has {size:,} entries, and {right:,} is right")
 
 
-def _check_place(path: Path, name: str, data: h5py.Dataset, length: int, known: bool) -> None:
-    """Raise UserError unless the dataset's bytes are in this file."""
-    creation = data.id.get_create_plist()
-    if creation.get_external_count():
-        raise foreign(path, f"{name} has its bytes in another file")
-    layout = creation.get_layout()
-    if layout == h5py.h5d.VIRTUAL:
-        raise foreign(path, f"{name} shows another file")
-    if data.shape is None:
+def _check_place(path: Path, stored: _Stored, length: int) -> None:
+    """Raise UserError unless the dataset's bytes are in this file, in one piece if the schema knows it. length: of the file."""
+    name = stored.name
+    if stored.elsewhere:
+        raise foreign(path, f"{name} {stored.elsewhere}")
+    if stored.shape is None:
         raise damaged(path, f"{name} has no shape")
-    item = HEAP_ENTRY if data.dtype.kind == "O" else data.dtype.itemsize
-    declared = prod(map(int, data.shape)) * item
-    if not declared or not known:
+    declared = prod(stored.shape) * stored.item_bytes
+    if not declared or field_of(name) is None:
         return
-    offset = data.id.get_offset() if layout == h5py.h5d.CONTIGUOUS else None
-    if offset is None:
+    if stored.offset is None:
         raise damaged(path, f"{name} is not stored in one piece, as embed stores it")
-    if offset + declared > length:
-        raise damaged(path, f"{name} would take {declared:,} bytes from {offset:,} on, and the file has {length:,}")
+    if stored.offset + declared > length:
+        raise damaged(
+            path, f"{name} would take {declared:,} bytes from {stored.offset:,} on, and the file has {length:,}"
+        )
 
 
 def named_layers(names: Iterable[str]) -> dict[str, list[int]]:

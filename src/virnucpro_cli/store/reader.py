@@ -5,7 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,14 @@ from virnucpro_cli.kinds import KINDS, POOLED, any_by_residue, by_residue, unmas
 from virnucpro_cli.store import frames
 from virnucpro_cli.store.checked import (
     HEAP_ENTRY,
+    Dataset,
     attributes_of,
     damage_named,
     damaged,
     datasets_of,
     named_layers,
     opened_hdf5,
+    reading,
     settings_of,
 )
 from virnucpro_cli.store.disk import checksum, partial_path
@@ -62,12 +64,13 @@ MOST_NAMED = 10
 def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
     """(fingerprint, complete) of a file that this program wrote; None if it is something else."""
     try:
-        with damage_named(path), opened_hdf5(path) as file:
+        with opened_hdf5(path) as file:
             attributes, parsed = attributes_of(file, path)
-            complete = file["run/complete"]
-            if "fingerprint" not in attributes or complete.shape != () or complete.dtype != np.uint8:
-                return None
-            return parsed["fingerprint"], bool(complete[()])
+            with damage_named(path):
+                complete = file["run/complete"]
+                if "fingerprint" not in attributes or complete.shape != () or complete.dtype != np.uint8:
+                    return None
+                return parsed["fingerprint"], bool(complete[()])
     except UserError:
         return None
 
@@ -82,18 +85,6 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
         "weights_sha256": "the model's weights differ",
     }
     return [words.get(key, f"{key}: {theirs.get(key)} there, {ours.get(key)} now") for key in keys]
-
-
-class Dataset(h5py.Dataset):
-    """An h5py dataset that tells damage which a read finds as a UserError."""
-
-    def __init__(self, data: h5py.Dataset, path: Path):
-        super().__init__(data.id)
-        self._path = path
-
-    def __getitem__(self, args: Any, new_dtype: Any = None) -> Any:
-        with _read_of(self._path):
-            return super().__getitem__(args, new_dtype)
 
 
 class Groups:
@@ -168,21 +159,20 @@ class EmbeddingFile:
         _check_there(self.path, path)
         self._file = opened_hdf5(self.path)
         try:
-            with damage_named(self.path):
-                self.attributes, self._parsed = attributes_of(self._file, self.path)
-                self._data = datasets_of(self._file, self.path)
-                self._read_columns()
+            self.attributes, self._parsed = attributes_of(self._file, self.path)
+            self._data = datasets_of(self._file, self.path)
+            self._read_columns()
         except BaseException:
             self.close()
             raise
 
     def _read_columns(self) -> None:
         """Every record's columns, and whether each number in them is possible."""
-        self.lengths: NDArray[np.int32] = self._data["lengths"][:]
-        self.status: NDArray[np.uint8] = self._data["status"][:]
-        self.flags: NDArray[np.uint16] = self._data["flags"][:]
-        self.reason: NDArray[np.uint8] = self._data["reason"][:]
-        self.replaced: NDArray[np.int32] = self._data["replaced"][:]
+        self.lengths: NDArray[np.int32] = self.at("lengths")[:]
+        self.status: NDArray[np.uint8] = self.at("status")[:]
+        self.flags: NDArray[np.uint16] = self.at("flags")[:]
+        self.reason: NDArray[np.uint8] = self.at("reason")[:]
+        self.replaced: NDArray[np.int32] = self.at("replaced")[:]
         possible = {
             "status": self.status < len(STATUS_NAMES),
             "reason": self.reason < len(REASONS),
@@ -190,25 +180,10 @@ class EmbeddingFile:
             "replaced": self.replaced >= 0,
         }
         if "records" in self._data:
-            possible["records"] = self._data["records"][:] >= 0
+            possible["records"] = self.at("records")[:] >= 0
         if "groups/ids" in self._data and "groups/of" in self._data:
-            possible["groups/of"] = self._data["groups/of"][:] < len(self._data["groups/ids"])
-        if "residue/offsets" in self._data:
-            offsets, rows = self._data["residue/offsets"][:], self._rows_of_residues()
-            possible["residue/offsets"] = np.diff(offsets, prepend=0) >= 0
-            if offsets[0] != 0 or (rows is not None and offsets[-1] != rows):
-                raise damaged(self.path, f"residue/offsets ends at {offsets[-1]:,} of {rows or 0:,} rows")
-        elif self._rows_of_residues() is not None:
-            raise damaged(self.path, "it has no residue/offsets")
-        if any(name.startswith("contacts/") for name in self._data):
-            starts, sizes, room = (self._data[f"contacts/{name}"] for name in ("starts", "sizes", "values"))
-            sides = sizes[:].astype(np.int64)
-            possible["contacts/sizes"] = (sides >= 0) & (sides < 1 << 31)
-            possible["contacts/starts"] = (starts[:] < 0) | (
-                (starts[:] <= len(room)) & (sides**2 <= len(room) - starts[:])
-            )
-            possible["contacts/status"] = self._data["contacts/status"][:] < len(STATUS_NAMES)
-        for name, each in possible.items():
+            possible["groups/of"] = self.at("groups/of")[:] < len(self._data["groups/ids"])
+        for name, each in (possible | self._possible_residues() | self._possible_contacts()).items():
             if not each.all():
                 raise damaged(self.path, f"{name} has no possible number at {int(each.argmin())}")
         for kind, names in (("columns", self._parsed.get("columns", [])), ("tables", self._parsed.get("tables", []))):
@@ -217,14 +192,32 @@ class EmbeddingFile:
                 if data is None or data.ndim != 1 or (kind == "columns" and len(data) != len(self)):
                     raise damaged(self.path, f"{name}, of its {kind}, lacks or has another size")
 
-    def _rows_of_residues(self) -> int | None:
-        """Rows of each dataset by residue; None if there is none."""
-        found = (
-            len(data)
-            for name, data in self._data.items()
-            if by_residue(*name.partition("/")[::2]) and name != "residue/offsets"
-        )
-        return next(found, None)
+    def _possible_residues(self) -> dict[str, NDArray[np.bool_]]:
+        known = self._data.keys() - {"residue/offsets"}
+        rows = [len(self._data[name]) for name in known if by_residue(*name.partition("/")[::2])]
+        if "residue/offsets" not in self._data:
+            if rows:
+                raise damaged(self.path, "it has no residue/offsets")
+            return {}
+        offsets = self.at("residue/offsets")[:]
+        if offsets[0] != 0 or any(offsets[-1] != size for size in rows):
+            raise damaged(self.path, f"residue/offsets ends at {offsets[-1]:,} of {max(rows, default=0):,} rows")
+        return {"residue/offsets": np.diff(offsets, prepend=0) >= 0}
+
+    def _possible_contacts(self) -> dict[str, NDArray[np.bool_]]:
+        names = [f"contacts/{name}" for name in ("starts", "sizes", "values", "status")]
+        there = [name for name in names if name in self._data]
+        if not there:
+            return {}
+        if lacking := [name for name in names if name not in there]:
+            raise damaged(self.path, f"it has no {lacking[0]}")
+        maps = ContactMaps(self)
+        starts, sides, room = maps.starts, maps.sizes.astype(np.int64), len(maps.values)
+        return {
+            "contacts/sizes": (sides >= 0) & (sides < 1 << 31),
+            "contacts/starts": (starts < 0) | ((starts <= room) & (sides**2 <= room - starts)),
+            "contacts/status": maps.status < len(STATUS_NAMES),
+        }
 
     def at(self, name: str) -> Dataset:
         """The dataset of that name in the file. Raises UserError if there is none."""
@@ -327,7 +320,7 @@ class EmbeddingFile:
     def checksum(self) -> str:
         """The checksum of the file as it is now."""
         offsets = [self._data[f"run/{name}"].id.get_offset() for name in ("checksum", "complete")]
-        with _read_of(self.path):
+        with reading(self.path):
             return checksum(self._file.id.get_vfd_handle(), *offsets)
 
     @property
@@ -345,7 +338,7 @@ class EmbeddingFile:
         start, stop = max(0, start), min(len(data), stop)
         if start >= stop:
             return []
-        with _read_of(self.path):
+        with reading(self.path):
             fd = self._file.id.get_vfd_handle()
             entries = os.pread(fd, HEAP_ENTRY * (stop - start), data.id.get_offset() + HEAP_ENTRY * start)
             if np.frombuffer(entries, "<u4")[::4].sum(dtype=np.int64) > os.fstat(fd).st_size:
@@ -495,7 +488,10 @@ class EmbeddingFile:
         offset = data.id.get_offset()
         if offset is None:  # it is empty
             return data[:]
-        with os.fdopen(os.dup(self._file.id.get_vfd_handle()), "rb") as opened:
+        with (
+            damage_named(self.path, (OSError, ValueError)),  # the file was cut since
+            os.fdopen(os.dup(self._file.id.get_vfd_handle()), "rb") as opened,
+        ):
             return np.memmap(opened, data.dtype, "r", offset, data.shape)
 
     def to_torch(self, kind: str | None = None, layer: int | None = None) -> "Rows":
@@ -591,11 +587,6 @@ class EmbeddingFile:
                 f"Choose by number; file.rows({key!r}) gives all of them.",
             )
         return rows[0]
-
-
-def _read_of(path: Path) -> AbstractContextManager[None]:
-    """A block that reads an open file: damage that it finds is told."""
-    return damage_named(path, (OSError, UnicodeDecodeError))
 
 
 def _check_there(path: Path, named: str | Path) -> None:
