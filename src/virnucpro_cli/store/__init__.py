@@ -4,7 +4,7 @@ HDF5 never writes to the file again, so a kill at any moment leaves it readable.
 disk: rows are synced before the status bytes that vouch for them. The file is `OUT.partial` until it is complete.
 """
 
-from virnucpro_cli.store.checked import DAMAGE, opened_hdf5
+from virnucpro_cli.store.checked import DAMAGE, fingerprint_of, opened_hdf5
 from virnucpro_cli.store.disk import (
     allow_open_files,
     behind,
@@ -23,15 +23,9 @@ from virnucpro_cli.store.disk import (
 )
 from virnucpro_cli.store.layout import Extra, Layout, Names, of_this_command
 from virnucpro_cli.store.names import accession
-from virnucpro_cli.store.reader import (
-    EmbeddingFile,
-    Groups,
-    differences,
-    fingerprint_of,
-    opened,
-    read_embeddings,
-    unfinished,
-)
+from virnucpro_cli.store.opening import opened
+from virnucpro_cli.store.parts import Groups
+from virnucpro_cli.store.reader import EmbeddingFile, read_embeddings, unfinished
 from virnucpro_cli.store.schema import (
     ABSENT,
     AFTER_TRYING,
@@ -61,5 +55,6 @@ from virnucpro_cli.store.schema import (
     UNKNOWN,
     WINDOWED,
     blocks,
+    differences,
 )
 from virnucpro_cli.store.writer import Store

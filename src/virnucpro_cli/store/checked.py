@@ -16,8 +16,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from virnucpro_cli.errors import UserError, in_a_line, unread
+from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.store.schema import (
     BYTES,
     HDF5_MAGIC,
@@ -26,7 +28,9 @@ from virnucpro_cli.store.schema import (
     MOST_TEXT,
     NEEDED,
     NUMBERS,
+    REASONS,
     SCHEMA,
+    STATUS_NAMES,
     TEXT,
     WORDS,
     field_of,
@@ -164,8 +168,10 @@ def _parsed(path: Path, name: str, text: Any) -> Any:
         raise damaged(path, f"the attribute {name} is not JSON") from None
 
 
-def settings_of(path: Path, attributes: dict[str, Any], parsed: dict[str, Any]) -> dict[str, Any]:
-    """The fingerprint. Raises UserError if it, or an attribute that every file has, is not whole."""
+def settings_of(
+    path: Path, attributes: dict[str, Any], parsed: dict[str, Any], data: dict[str, Dataset]
+) -> dict[str, Any]:
+    """The fingerprint. Raises UserError if it, or an attribute that every file has, is not whole, or a dataset that it promises lacks."""
     if "fingerprint" not in attributes:
         raise UserError(f"{path} was not written by virnucpro embed.")
     settings: dict[str, Any] = parsed["fingerprint"]
@@ -178,6 +184,15 @@ def settings_of(path: Path, attributes: dict[str, Any], parsed: dict[str, Any]) 
         raise damaged(path, "its inputs are not named")
     if settings["long"] == "window" and settings.get("overlap", settings["max_residues"]) >= settings["max_residues"]:
         raise damaged(path, "the attribute fingerprint.overlap is no overlap of its windows")
+    emit = settings.get("emit", ())
+    rows = [f"{kind}/{layer}" for kind in settings["pool"] for layer in settings["layers"]]
+    others = [f"unmasked/{name}" for name in unmasked(emit)] + ["contacts/values"] * ("contacts" in emit)
+    others += ["residue/offsets"] * any_by_residue(settings["pool"], emit)
+    if lacking := [name for name in (*rows, *others) if name not in data]:
+        raise damaged(path, f"it has no {lacking[0]}")
+    stored = np.dtype(np.float16 if settings["store_dtype"] == "fp16" else np.float32)
+    if other := [name for name in rows if data[name].dtype != stored]:
+        raise damaged(path, f"{other[0]} is of {data[other[0]].dtype}, not {stored}")
     return settings
 
 
@@ -207,7 +222,7 @@ class _Stored:
         return cls(name, data, data.shape, _word_for(dtype), item, elsewhere, offset)
 
 
-def datasets_of(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
+def datasets_of(file: h5py.File, path: Path) -> dict[str, Dataset]:
     """Every dataset of the file by name, checked.
 
     Raises UserError for a dataset that is not as the schema says, lies outside the file, or is in another file.
@@ -229,13 +244,68 @@ def datasets_of(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
             raise damaged(path, f"{each.name} has {len(each.shape)} dimensions, not {len(field.shape)}")
         for size, letter in zip(each.shape, field.shape, strict=True):
             _bind(path, each.name, size, letter, sizes)
-    found = {each.name: each.data for each in stored}
+    found = {each.name: Dataset(each.data, path) for each in stored}
     if lacking := [name for name in NEEDED if name not in found]:
         raise damaged(path, f"it has no {lacking[0]}")
     default = found.get("embeddings")
     if default is not None and not any(data == default for name, data in found.items() if name != "embeddings"):
         raise damaged(path, "embeddings is no second name of a dataset")
     return found
+
+
+def columns_of(path: Path, data: dict[str, Dataset], parsed: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    """Columns that every file has, by name: [N] each. Raises UserError if a number in them or in another column is not possible."""
+    columns = {name: data[name][:] for name in ("lengths", "status", "flags", "reason", "replaced")}
+    possible = {
+        "status": columns["status"] < len(STATUS_NAMES),
+        "reason": columns["reason"] < len(REASONS),
+        "lengths": columns["lengths"] >= 0,
+        "replaced": columns["replaced"] >= 0,
+        **_possible_residues(path, data),
+        **_possible_contacts(path, data),
+    }
+    if "records" in data:
+        possible["records"] = data["records"][:] >= 0
+    if "groups/ids" in data and "groups/of" in data:
+        possible["groups/of"] = data["groups/of"][:] < len(data["groups/ids"])
+    for name, each in possible.items():
+        if not each.all():
+            raise damaged(path, f"{name} has no possible number at {int(each.argmin())}")
+    n = len(columns["status"])
+    for kind in ("columns", "tables"):
+        for name in parsed.get(kind, []):
+            if name not in data or data[name].ndim != 1 or (kind == "columns" and len(data[name]) != n):
+                raise damaged(path, f"{name}, of its {kind}, lacks or has another size")
+    return columns
+
+
+def _possible_residues(path: Path, data: dict[str, Dataset]) -> dict[str, NDArray[np.bool_]]:
+    known = [name for name in data if field_of(name) is not None and name != "residue/offsets"]
+    sizes = [len(data[name]) for name in known if by_residue(*name.partition("/")[::2])]
+    if "residue/offsets" not in data:
+        if sizes:
+            raise damaged(path, "it has no residue/offsets")
+        return {}
+    offsets = data["residue/offsets"][:]
+    if offsets[0] != 0 or any(offsets[-1] != size for size in sizes):
+        raise damaged(path, f"residue/offsets ends at {offsets[-1]:,} of {max(sizes, default=0):,} rows")
+    return {"residue/offsets": np.diff(offsets, prepend=0) >= 0}
+
+
+def _possible_contacts(path: Path, data: dict[str, Dataset]) -> dict[str, NDArray[np.bool_]]:
+    names = [f"contacts/{name}" for name in ("starts", "sizes", "status", "values")]
+    lacking = [name for name in names if name not in data]
+    if len(lacking) == len(names):
+        return {}
+    if lacking:
+        raise damaged(path, f"it has no {lacking[0]}")
+    starts, sizes, status = (data[name][:] for name in names[:-1])
+    sides, room = sizes.astype(np.int64), len(data["contacts/values"])
+    return {
+        "contacts/sizes": (sides >= 0) & (sides < 1 << 31),
+        "contacts/starts": (starts < 0) | ((starts <= room) & (sides**2 <= room - starts)),
+        "contacts/status": status < len(STATUS_NAMES),
+    }
 
 
 def _walk(file: h5py.File, path: Path) -> Iterator[tuple[str, h5py.Dataset]]:
@@ -300,3 +370,17 @@ def named_layers(names: Iterable[str]) -> dict[str, list[int]]:
         if match := re.fullmatch(r"([a-z]+)/(-?\d+)", name):
             found.setdefault(match[1], []).append(int(match[2]))
     return {kind: sorted(layers) for kind, layers in found.items()}
+
+
+def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
+    """(fingerprint, complete) of a file that this program wrote; None if it is something else."""
+    try:
+        with opened_hdf5(path) as file:
+            attributes, parsed = attributes_of(file, path)
+            with damage_named(path):
+                complete = file["run/complete"]
+                if "fingerprint" not in attributes or complete.shape != () or complete.dtype != np.uint8:
+                    return None
+                return parsed["fingerprint"], bool(complete[()])
+    except UserError:
+        return None

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import os
-import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +12,14 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError, counted
-from virnucpro_cli.kinds import KINDS, POOLED, any_by_residue, by_residue, unmasked
+from virnucpro_cli.errors import Missing, UserError, counted
+from virnucpro_cli.kinds import KINDS, POOLED
 from virnucpro_cli.store import frames
 from virnucpro_cli.store.checked import (
     HEAP_ENTRY,
     Dataset,
     attributes_of,
+    columns_of,
     damage_named,
     damaged,
     datasets_of,
@@ -31,12 +30,11 @@ from virnucpro_cli.store.checked import (
 )
 from virnucpro_cli.store.disk import checksum, partial_path
 from virnucpro_cli.store.names import NameIndex, accession
+from virnucpro_cli.store.parts import ContactMaps, Groups
 from virnucpro_cli.store.schema import (
     DONE,
     NAME_BLOCK,
-    ONLY_PLACE,
     PENDING,
-    REASONS,
     STATUS_NAMES,
     blocks,
     chunks,
@@ -51,100 +49,8 @@ if TYPE_CHECKING:
 
     from virnucpro_cli.store.tensors import Found, Rows
 STRETCH_BYTES = 1 << 26
-OPENING_SECONDS, OPENING_RATE = 30, 10_000_000
-"""Seconds that opening a file may take, and bytes of it for which there is a second more."""
-LOST: dict[int, str] = {
-    signal.SIGALRM: "does not come back", signal.SIGSEGV: "crashes", signal.SIGBUS: "crashes", signal.SIGABRT: "crashes",
-    signal.SIGFPE: "crashes",
-}  # fmt: skip
 MOST_NAMED = 10
 """Names and rows that a message lists, at most."""
-
-
-def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
-    """(fingerprint, complete) of a file that this program wrote; None if it is something else."""
-    try:
-        with opened_hdf5(path) as file:
-            attributes, parsed = attributes_of(file, path)
-            with damage_named(path):
-                complete = file["run/complete"]
-                if "fingerprint" not in attributes or complete.shape != () or complete.dtype != np.uint8:
-                    return None
-                return parsed["fingerprint"], bool(complete[()])
-    except UserError:
-        return None
-
-
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints in words, but for ONLY_PLACE."""
-    keys = sorted((theirs.keys() | ours.keys()) - set(ONLY_PLACE))
-    keys = [key for key in keys if theirs.get(key) != ours.get(key)]
-    words = {
-        "contigs_sha256": "the content of the contigs differs",
-        "input_sha256": "the content of the input differs",
-        "weights_sha256": "the model's weights differ",
-    }
-    return [words.get(key, f"{key}: {theirs.get(key)} there, {ours.get(key)} now") for key in keys]
-
-
-class Groups:
-    """Groups of records. of: int64 [N], the group of each record, -1 for none."""
-
-    def __init__(self, file: "EmbeddingFile"):
-        self._file = file
-        self.of: NDArray[np.int64] = file.at("groups/of")[:]
-
-    def __len__(self) -> int:
-        return len(self._file.at("groups/ids"))
-
-    @cached_property
-    def ids(self) -> list[str]:
-        """Names of the groups."""
-        return self._file.texts("groups/ids", 0, len(self))
-
-    @property
-    def members(self) -> NDArray[np.int64]:
-        """int64 [G]: records of each group that were embedded."""
-        return self._file.at("groups/members")[:]
-
-    def rows(self, kind: str = "mean", layer: int | None = None) -> h5py.Dataset:
-        """A row for each group, [G, D]: mean, length_weighted_mean or max of its members' means. NaN for a group without members."""
-        return self._file.at(f"groups/{kind}/{self._file.layer(layer)}")
-
-    def to_pandas(self, kind: str = "mean", layer: int | None = None) -> "pandas.DataFrame":
-        """Groups that have members: name (the index), members, and a column float32 for each dimension, "0", "1" ..."""
-        there = self.members > 0
-        labels = {"name": np.array(self.ids, object)[there], "members": self.members[there]}
-        return frames.to_pandas(labels, self.rows(kind, layer)[:][there])
-
-
-class ContactMaps:
-    """Contact maps of records. values: all of them, flat; starts: int64 [N], where each record's begins, -1 for none; sizes: int32 [N],
-    its residues; status: uint8 [N], of codes as /status.
-    """
-
-    def __init__(self, file: "EmbeddingFile"):
-        self.values: h5py.Dataset = file.at("contacts/values")
-        self.starts: NDArray[np.int64] = file.at("contacts/starts")[:]
-        self.sizes: NDArray[np.int32] = file.at("contacts/sizes")[:]
-        self.status: NDArray[np.uint8] = file.at("contacts/status")[:]
-
-    @property
-    def done(self) -> int:
-        return int((self.status == DONE).sum())
-
-    @property
-    def pending(self) -> int:
-        return int((self.status == PENDING).sum())
-
-    def of(self, row: int) -> NDArray[Any]:
-        """The map [L, L] of a record; empty if it has none."""
-        return self.raw(row) if self.status[row] == DONE else self.values[:0].reshape(0, 0)
-
-    def raw(self, row: int) -> NDArray[Any]:
-        """What is in the place of a record's map [L, L], whatever its status."""
-        size, first = int(self.sizes[row]), int(self.starts[row])
-        return self.values[first : first + size * size].reshape(size, size)
 
 
 class EmbeddingFile:
@@ -161,87 +67,26 @@ class EmbeddingFile:
         try:
             self.attributes, self._parsed = attributes_of(self._file, self.path)
             self._data = datasets_of(self._file, self.path)
-            self._read_columns()
+            columns = columns_of(self.path, self._data, self._parsed)
+            self.lengths: NDArray[np.int32] = columns["lengths"]
+            self.status: NDArray[np.uint8] = columns["status"]
+            self.flags: NDArray[np.uint16] = columns["flags"]
+            self.reason: NDArray[np.uint8] = columns["reason"]
+            self.replaced: NDArray[np.int32] = columns["replaced"]
         except BaseException:
             self.close()
             raise
-
-    def _read_columns(self) -> None:
-        """Every record's columns, and whether each number in them is possible."""
-        self.lengths: NDArray[np.int32] = self.at("lengths")[:]
-        self.status: NDArray[np.uint8] = self.at("status")[:]
-        self.flags: NDArray[np.uint16] = self.at("flags")[:]
-        self.reason: NDArray[np.uint8] = self.at("reason")[:]
-        self.replaced: NDArray[np.int32] = self.at("replaced")[:]
-        possible = {
-            "status": self.status < len(STATUS_NAMES),
-            "reason": self.reason < len(REASONS),
-            "lengths": self.lengths >= 0,
-            "replaced": self.replaced >= 0,
-        }
-        if "records" in self._data:
-            possible["records"] = self.at("records")[:] >= 0
-        if "groups/ids" in self._data and "groups/of" in self._data:
-            possible["groups/of"] = self.at("groups/of")[:] < len(self._data["groups/ids"])
-        for name, each in (possible | self._possible_residues() | self._possible_contacts()).items():
-            if not each.all():
-                raise damaged(self.path, f"{name} has no possible number at {int(each.argmin())}")
-        for kind, names in (("columns", self._parsed.get("columns", [])), ("tables", self._parsed.get("tables", []))):
-            for name in names:
-                data = self._data.get(name)
-                if data is None or data.ndim != 1 or (kind == "columns" and len(data) != len(self)):
-                    raise damaged(self.path, f"{name}, of its {kind}, lacks or has another size")
-
-    def _possible_residues(self) -> dict[str, NDArray[np.bool_]]:
-        known = self._data.keys() - {"residue/offsets"}
-        rows = [len(self._data[name]) for name in known if by_residue(*name.partition("/")[::2])]
-        if "residue/offsets" not in self._data:
-            if rows:
-                raise damaged(self.path, "it has no residue/offsets")
-            return {}
-        offsets = self.at("residue/offsets")[:]
-        if offsets[0] != 0 or any(offsets[-1] != size for size in rows):
-            raise damaged(self.path, f"residue/offsets ends at {offsets[-1]:,} of {max(rows, default=0):,} rows")
-        return {"residue/offsets": np.diff(offsets, prepend=0) >= 0}
-
-    def _possible_contacts(self) -> dict[str, NDArray[np.bool_]]:
-        names = [f"contacts/{name}" for name in ("starts", "sizes", "values", "status")]
-        there = [name for name in names if name in self._data]
-        if not there:
-            return {}
-        if lacking := [name for name in names if name not in there]:
-            raise damaged(self.path, f"it has no {lacking[0]}")
-        maps = ContactMaps(self)
-        starts, sides, room = maps.starts, maps.sizes.astype(np.int64), len(maps.values)
-        return {
-            "contacts/sizes": (sides >= 0) & (sides < 1 << 31),
-            "contacts/starts": (starts < 0) | ((starts <= room) & (sides**2 <= room - starts)),
-            "contacts/status": maps.status < len(STATUS_NAMES),
-        }
 
     def at(self, name: str) -> Dataset:
         """The dataset of that name in the file. Raises UserError if there is none."""
         if name not in self._data:
             raise Missing(f"{self.path} has no dataset {name}.", f"It has {', '.join(sorted(self._data))}.")
-        return Dataset(self._data[name], self.path)
+        return self._data[name]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The fingerprint: what the values depend on. Raises UserError if the file lacks anything that it promises."""
-        settings = settings_of(self.path, self.attributes, self._parsed)
-        emit = settings.get("emit", ())
-        promised = [f"{kind}/{layer}" for kind in settings["pool"] for layer in settings["layers"]]
-        promised += [f"unmasked/{name}" for name in unmasked(emit)] + ["contacts/values"] * ("contacts" in emit)
-        promised += ["residue/offsets"] * any_by_residue(settings["pool"], emit)
-        if lacking := [name for name in promised if name not in self._data]:
-            raise damaged(self.path, f"it has no {lacking[0]}")
-        stored = np.dtype(np.float16 if settings["store_dtype"] == "fp16" else np.float32)
-        if other := [
-            name
-            for name in promised
-            if name.startswith(KINDS) and name != "residue/offsets" and self._data[name].dtype != stored
-        ]:
-            raise damaged(self.path, f"{other[0]} is of {self._data[other[0]].dtype}, not {stored}")
+        settings = settings_of(self.path, self.attributes, self._parsed, self._data)
         if not self.environments:
             raise damaged(self.path, "run/environments is empty")
         return settings
@@ -440,7 +285,7 @@ class EmbeddingFile:
     @property
     def groups(self) -> Groups | None:
         """None of a file made without one of the --group options."""
-        return Groups(self) if "groups/of" in self._data else None
+        return Groups(self.at, self.texts, self.layer) if "groups/of" in self._data else None
 
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
@@ -558,7 +403,7 @@ class EmbeddingFile:
     @cached_property
     def contact_maps(self) -> ContactMaps | None:
         """None of a file made without `--emit contacts`."""
-        return ContactMaps(self) if "contacts/values" in self._data else None
+        return ContactMaps(self.at) if "contacts/values" in self._data else None
 
     def contacts(self, key: int | str) -> NDArray[Any]:
         """Probabilities of contact [L, L] of a record's residues (empty if it has none); needs `--emit contacts`."""
@@ -625,34 +470,6 @@ def _rows_of(file: EmbeddingFile, kind: str, layer: int) -> "Found":
 def _rows_again(path: str, identity: str, kind: str, layer: int) -> "Found":
     with _reopened(path, identity) as file:
         return _rows_of(file, kind, layer)
-
-
-def _try_in_a_child(path: Path) -> None:
-    """Raise UserError if HDF5 crashes or does not come back when it opens the file, as it may in a damaged one."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            for each in (*LOST, *STOP_SIGNALS):
-                signal.signal(each, signal.SIG_DFL)
-            signal.alarm(OPENING_SECONDS + path.stat().st_size // OPENING_RATE)
-            with EmbeddingFile(path) as file:
-                file.names_of(0, NAME_BLOCK)
-        finally:
-            os._exit(0)  # an error is told by the process that asks
-    status = os.waitpid(pid, 0)[1]
-    if os.WIFSIGNALED(status) and (signum := os.WTERMSIG(status)) in LOST:
-        raise damaged(path, f"the HDF5 library {LOST[signum]} when it reads it")
-
-
-def opened(path: str | Path) -> EmbeddingFile:
-    """The file at `path` for a command, with all that its fingerprint promises. Raises UserError if it is not such a file."""
-    _try_in_a_child(Path(path).absolute())
-    file = EmbeddingFile(path)
-    with ExitStack() as closing:
-        closing.push(file)
-        file.settings  # noqa: B018  (it raises)
-        closing.pop_all()
-    return file
 
 
 def read_embeddings(path: str | Path) -> EmbeddingFile:

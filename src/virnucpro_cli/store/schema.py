@@ -59,6 +59,18 @@ def whole_lines(text: bytes) -> list[str]:
     return text[: text.rfind(b"\n") + 1].decode().splitlines()
 
 
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints in words, but for ONLY_PLACE."""
+    keys = sorted((theirs.keys() | ours.keys()) - set(ONLY_PLACE))
+    keys = [key for key in keys if theirs.get(key) != ours.get(key)]
+    words = {
+        "contigs_sha256": "the content of the contigs differs",
+        "input_sha256": "the content of the input differs",
+        "weights_sha256": "the model's weights differ",
+    }
+    return [words.get(key, f"{key}: {theirs.get(key)} there, {ours.get(key)} now") for key in keys]
+
+
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 TEXT, BYTES = "text", "bytes"

@@ -1,0 +1,78 @@
+"""What an embeddings file holds beside rows of records: rows of groups, and contact maps."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli.store import frames
+from virnucpro_cli.store.checked import Dataset
+from virnucpro_cli.store.schema import DONE, PENDING
+
+if TYPE_CHECKING:
+    import pandas
+
+At = Callable[[str], Dataset]
+"""Gives the dataset of a name."""
+
+
+class Groups:
+    """Groups of records. of: int64 [N], the group of each record, -1 for none."""
+
+    def __init__(self, at: At, texts: Callable[[str, int, int], list[str]], layer: Callable[[int | None], int]):
+        self._at, self._texts, self._layer = at, texts, layer
+        self.of: NDArray[np.int64] = at("groups/of")[:]
+
+    def __len__(self) -> int:
+        return len(self._at("groups/ids"))
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Names of the groups."""
+        return self._texts("groups/ids", 0, len(self))
+
+    @property
+    def members(self) -> NDArray[np.int64]:
+        """int64 [G]: records of each group that were embedded."""
+        return self._at("groups/members")[:]
+
+    def rows(self, kind: str = "mean", layer: int | None = None) -> Dataset:
+        """A row for each group, [G, D]: mean, length_weighted_mean or max of its members' means. NaN for a group without members."""
+        return self._at(f"groups/{kind}/{self._layer(layer)}")
+
+    def to_pandas(self, kind: str = "mean", layer: int | None = None) -> "pandas.DataFrame":
+        """Groups that have members: name (the index), members, and a column float32 for each dimension, "0", "1" ..."""
+        there = self.members > 0
+        labels = {"name": np.array(self.ids, object)[there], "members": self.members[there]}
+        return frames.to_pandas(labels, self.rows(kind, layer)[:][there])
+
+
+class ContactMaps:
+    """Contact maps of records. values: all of them, flat; starts: int64 [N], where each record's begins, -1 for none; sizes: int32 [N],
+    its residues; status: uint8 [N], of codes as /status.
+    """
+
+    def __init__(self, at: At):
+        self.values: Dataset = at("contacts/values")
+        self.starts: NDArray[np.int64] = at("contacts/starts")[:]
+        self.sizes: NDArray[np.int32] = at("contacts/sizes")[:]
+        self.status: NDArray[np.uint8] = at("contacts/status")[:]
+
+    @property
+    def done(self) -> int:
+        return int((self.status == DONE).sum())
+
+    @property
+    def pending(self) -> int:
+        return int((self.status == PENDING).sum())
+
+    def of(self, row: int) -> NDArray[Any]:
+        """The map [L, L] of a record; empty if it has none."""
+        return self.raw(row) if self.status[row] == DONE else self.values[:0].reshape(0, 0)
+
+    def raw(self, row: int) -> NDArray[Any]:
+        """What is in the place of a record's map [L, L], whatever its status."""
+        size, first = int(self.sizes[row]), int(self.starts[row])
+        return self.values[first : first + size * size].reshape(size, size)
