@@ -10,7 +10,7 @@ import numpy as np
 
 from virnucpro_cli.errors import needs
 from virnucpro_cli.exchange.layouts import hdf5
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection
+from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, entry_of
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store import REASONS, STATUS_NAMES
 
@@ -71,18 +71,10 @@ def read(path: Path) -> Iterator[Entry]:
         names = data.obs["id"] if "id" in data.obs else data.obs_names.to_series()
         if names.isna().any():
             raise ValueError(f"row {int(names.isna().to_numpy().argmax())} of obs has no id")
-        columns = {
-            name: data.obs[name].astype(object).where(data.obs[name].notna(), None).tolist()
-            if name in data.obs
-            else [None] * len(names)
-            for name in ("length", "status", "reason")
-        }
-        each = zip(names.astype(str), hdf5.rows(data.X), *columns.values(), strict=True)
-        for name, row, length, status, reason in each:
-            yield Entry(
-                name, {(kind, None): row}, length=None if length is None else int(length),
-                skipped=str(reason or "") if status == "skipped" else "",
-            )  # fmt: skip
+        there = [name for name in ("length", "status", "reason") if name in data.obs]
+        columns = [data.obs[name].astype(object).where(data.obs[name].notna(), None).tolist() for name in there]
+        for name, row, *said in zip(names.astype(str), hdf5.rows(data.X), *columns, strict=True):
+            yield entry_of({"id": name, "kind": kind, **dict(zip(there, said, strict=True))}, row)
 
 
 def _provenance(data: Any) -> dict[str, Any]:

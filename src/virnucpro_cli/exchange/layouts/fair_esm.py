@@ -56,8 +56,7 @@ def read(path: Path) -> Iterator[Entry]:
 
 
 def recognises(path: Path) -> bool:
-    first = next(path.rglob("*.pt"), None) if path.is_dir() else path if path.suffix == ".pt" else None
-    return first is not None and first.is_file() and "label" in pt.load(first)
+    return "label" in pt.first_of(path, "**/*.pt")
 
 
 LAYOUT = Layout(

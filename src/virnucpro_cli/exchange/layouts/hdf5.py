@@ -9,6 +9,7 @@ from typing import Any
 
 import h5py
 
+from virnucpro_cli.exchange.layouts.layout import begins
 from virnucpro_cli.store import HDF5_MAGIC, blocks, opened_hdf5
 from virnucpro_cli.store.sink import Sink
 
@@ -41,16 +42,9 @@ def provenance(path: Path) -> dict[str, Any]:
         return json.loads(file.attrs.get(PROVENANCE, "{}"))
 
 
-def is_hdf5(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(8) == HDF5_MAGIC
-
-
 def has(path: Path, *names: str) -> bool:
     """Whether it is an HDF5 file with these at its root, and not one that embed wrote."""
-    if not is_hdf5(path):
+    if not begins(path, HDF5_MAGIC):
         return False
     with opened_hdf5(path) as file:
         return "schema" not in file.attrs and all(name in file for name in names)

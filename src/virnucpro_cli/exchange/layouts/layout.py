@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli.errors import counted
-from virnucpro_cli.store import DONE, NAME_BLOCK, EmbeddingFile, blocks
+from virnucpro_cli.store import DONE, NAME_BLOCK, REASONS, STATUS_NAMES, EmbeddingFile, blocks
 
 What = tuple[str, int]
 """Pooling kind and layer."""
@@ -82,6 +82,11 @@ class Selection:
     def dtype(self) -> np.dtype[Any]:
         return self.file.dataset(*self.what).dtype
 
+    def said(self, number: int) -> tuple[Any, str, str, Any]:
+        """Length, status, reason and flags of a record, as tables have them."""
+        file = self.file
+        return file.lengths[number], STATUS_NAMES[file.status[number]], REASONS[file.reason[number]], file.flags[number]
+
     def count(self, skipped: bool) -> int:
         """How many records there are, those without an embedding among them or not."""
         return len(self.file) if skipped else int((self.file.status == DONE).sum())
@@ -139,6 +144,24 @@ class Layout:
     key_of: Callable[[bytes], str] | None = None
     beside: str = ""
     is_beside: Callable[[Path], bool] = lambda path: False
+
+
+# --- parts that layouts share ----------------------------------------------------------------------------------------
+
+
+def begins(path: Path, magic: bytes) -> bool:
+    """Whether it is a file that begins with these bytes."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def entry_of(said: dict[str, Any], row: Any) -> Entry:
+    """An entry by what a table says of it: `id`, and kind, layer, length, status and reason where they are."""
+    layer, length = (int(said[name]) if said.get(name) not in (None, "") else None for name in ("layer", "length"))
+    skipped = str(said.get("reason") or "") if said.get("status") == "skipped" else ""
+    return Entry(str(said["id"]), {(said.get("kind") or "mean", layer): row}, length=length, skipped=skipped)
 
 
 def no_provenance(path: Path) -> dict[str, Any]:

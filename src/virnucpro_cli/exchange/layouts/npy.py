@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from virnucpro_cli import tables
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, no_provenance
+from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, begins, entry_of, no_provenance
 from virnucpro_cli.kinds import KINDS
-from virnucpro_cli.store import REASONS, STATUS_NAMES
 
 BESIDE = ".tsv"
 COLUMNS = ("row", "rows", "id", "length", "status", "reason", "flags", "kind", "layer")
@@ -16,7 +15,7 @@ COLUMNS = ("row", "rows", "id", "length", "status", "reason", "flags", "kind", "
 
 def write(selection: Selection, target: Path) -> None:
     """row: the first of a protein's, counted from 0; rows: how many, 1 of a pooled embedding; flags: the bits of embed's file."""
-    file, (kind, layer) = selection.file, selection.what
+    kind, layer = selection.what
     header = {
         "descr": selection.dtype.str,
         "fortran_order": False,
@@ -30,10 +29,7 @@ def write(selection: Selection, target: Path) -> None:
         for block in selection.blocks(skipped=True):
             block.rows[kind, layer].tofile(array)
             for number, name, size in zip(block.numbers.tolist(), block.names, block.sizes.tolist(), strict=True):
-                table.writerow((
-                    row, size, name, file.lengths[number], STATUS_NAMES[file.status[number]],
-                    REASONS[file.reason[number]], file.flags[number], kind, layer,
-                ))  # fmt: skip
+                table.writerow((row, size, name, *selection.said(number), kind, layer))
                 row += size
 
 
@@ -55,29 +51,21 @@ def read(path: Path) -> Iterator[Entry]:
     if not {"row", "id"} <= set(header):
         raise ValueError(f"{beside} has no columns row and id")
     for line in (dict(zip(header, cells, strict=True)) for cells in table):
-        row, kind = int(line["row"]), line.get("kind") or "mean"
+        row = int(line["row"])
         end = row + int(line.get("rows") or 1)
         if not 0 <= row <= end <= len(array):
             raise ValueError(f"{beside} speaks of row {row} of {line['id']!r}, and there are {len(array):,}")
-        yield Entry(
-            line["id"], {(kind, int(line["layer"]) if line.get("layer") else None): array[row:end] if kind == "residue" else array[row]},
-            length=int(line["length"]) if line.get("length") else None,
-            skipped=line.get("reason") or "" if line.get("status") == "skipped" else "",
-        )  # fmt: skip
+        yield entry_of(line, array[row:end] if line.get("kind") == "residue" else array[row])
     if end != len(array):
         raise ValueError(f"{beside} ends at row {end:,}, and there are {len(array):,}")
 
 
 def is_table(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.readline(1000) == ("\t".join(COLUMNS) + "\n").encode()
+    return begins(path, ("\t".join(COLUMNS) + "\n").encode())
 
 
 def recognises(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(6) == b"\x93NUMPY"
+    return begins(path, b"\x93NUMPY")
 
 
 LAYOUT = Layout(

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from virnucpro_cli.errors import UserError, install_command
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection
+from virnucpro_cli.errors import needs
+from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, begins, entry_of
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store import REASONS, STATUS_NAMES
 
@@ -17,11 +17,10 @@ BATCH = 4096
 
 
 def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError("Parquet files need pyarrow.", install_command("parquet")) from None
+    needs("pyarrow", "parquet", "The layout parquet")
+    import pyarrow
+    import pyarrow.parquet
+
     return pyarrow
 
 
@@ -70,11 +69,8 @@ def read(path: Path) -> Iterator[Entry]:
             width = len(values) // given.sum() if given.any() else width
             rows = np.full((len(given), width), np.nan, values.dtype)
             rows[given] = values.reshape(-1, width) if given.any() else 0
-            for i, (name, row) in enumerate(zip(each["id"], rows, strict=True)):
-                yield Entry(
-                    str(name), {(kind, None): row}, length=each["length"][i] if "length" in each else None,
-                    skipped=each["reason"][i] if each.get("status", [""] * (i + 1))[i] == "skipped" else "",
-                )  # fmt: skip
+            for *said, row in zip(*each.values(), rows, strict=True):
+                yield entry_of({**dict(zip(each, said, strict=True)), "kind": kind}, row)
 
 
 def provenance(path: Path) -> dict[str, Any]:
@@ -83,10 +79,7 @@ def provenance(path: Path) -> dict[str, Any]:
 
 
 def recognises(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == b"PAR1"
+    return begins(path, b"PAR1")
 
 
 LAYOUT = Layout(

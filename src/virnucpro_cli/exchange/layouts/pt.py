@@ -34,6 +34,12 @@ def load(path: Path) -> dict[str, Any]:
     return found
 
 
+def first_of(path: Path, pattern: str) -> dict[str, Any]:
+    """The content of a .pt file, or of one in a folder; empty if there is none."""
+    first = next(path.glob(pattern), None) if path.is_dir() else path if path.suffix == ".pt" else None
+    return load(first) if first is not None and first.is_file() else {}
+
+
 def array(value: Any) -> NDArray[Any]:
     """bfloat16, which NumPy does not have, becomes fp32."""
     import torch

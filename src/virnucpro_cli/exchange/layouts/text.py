@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, no_provenance
+from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, entry_of, no_provenance
 from virnucpro_cli.kinds import POOLED
-from virnucpro_cli.store import REASONS, STATUS_NAMES
 
 COLUMNS = ("id", "length", "status", "reason", "flags", "kind", "layer")
 DIALECTS = {"csv": "excel", "tsv": "excel-tab"}
@@ -18,7 +17,7 @@ DIALECTS = {"csv": "excel", "tsv": "excel-tab"}
 
 def write(name: str, selection: Selection, target: Path) -> None:
     """Numbers are the shortest that give the same fp32 again; a skipped protein has none."""
-    file, (kind, layer) = selection.file, selection.what
+    kind, layer = selection.what
     with open(target, "w", newline="", encoding="utf-8") as text:
         table = csv.writer(text, DIALECTS[name], lineterminator="\n")
         table.writerow((*COLUMNS, *range(selection.width)))
@@ -27,8 +26,7 @@ def write(name: str, selection: Selection, target: Path) -> None:
             words = values.astype(str)
             words[np.isnan(values)] = ""
             for number, each, row in zip(block.numbers.tolist(), block.names, words.tolist(), strict=True):
-                status, reason = STATUS_NAMES[file.status[number]], REASONS[file.reason[number]]
-                table.writerow((each, file.lengths[number], status, reason, file.flags[number], kind, layer, *row))
+                table.writerow((each, *selection.said(number), kind, layer, *row))
 
 
 def read(name: str, path: Path) -> Iterator[Entry]:
@@ -42,15 +40,11 @@ def read(name: str, path: Path) -> Iterator[Entry]:
         for line in table:
             if len(line) != len(header):
                 raise ValueError(f"line {table.line_num} has {len(line)} columns, and the first line {len(header)}")
-            said = dict(zip(header[:first], line, strict=False))
             try:
-                row = _numbers(line[first:])
-                layer = int(said["layer"]) if said.get("layer") else None
-                length = int(said["length"]) if said.get("length") else None
+                entry = entry_of(dict(zip(header[:first], line, strict=False)), _numbers(line[first:]))
             except ValueError as error:
                 raise ValueError(f"line {table.line_num}: {error}") from None
-            skipped = said.get("reason", "") if said.get("status") == "skipped" else ""
-            yield Entry(said["id"], {(said.get("kind") or "mean", layer): row}, length=length, skipped=skipped)
+            yield entry
 
 
 def _numbers(words: list[str]) -> NDArray[np.float32]:

@@ -49,8 +49,7 @@ def read(path: Path) -> Iterator[Entry]:
 
 
 def recognises(path: Path) -> bool:
-    first = next(path.glob("*.pt"), None) if path.is_dir() else path if path.suffix == ".pt" else None
-    return first is not None and first.is_file() and {"proteins", "data"} <= pt.load(first).keys()
+    return {"proteins", "data"} <= pt.first_of(path, "*.pt").keys()
 
 
 LAYOUT = Layout(
