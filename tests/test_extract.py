@@ -12,13 +12,12 @@ import torch
 from esm import FastaBatchedDataset
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from conftest import VIRAL, relative_l2
 from virnucpro_cli import cli
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.exchange import extract
-from virnucpro_cli.exchange.layouts import fair_esm
-from virnucpro_cli.exchange.layouts.layout import Keys
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.validation.reference import Reference
 
@@ -161,14 +160,41 @@ def test_no_header_leaves_the_directory(tmp_path: Path, tiny: Path, capsys: pyte
     assert "changed to be possible and unique" in capsys.readouterr().err
 
 
+def test_a_label_that_is_anothers_folder_is_a_file_beside_it() -> None:
+    first, second, third = extract.paths_of(["a", "a.pt/b", "a_"], Console(quiet=True))
+    assert second == "a.pt/b" and "/" not in first and len({"a", first, third}) == 3
+
+
+def test_a_link_in_the_directory_leads_no_file_out_of_it(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "away").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").symlink_to("../away")
+    (tmp_path / "in.fasta").write_text(">a/x\nMKVLA\n")
+    with pytest.raises(UserError, match="leads out of"):
+        extract.run(str(tiny), str(tmp_path / "in.fasta"), str(tmp_path / "out"), ("mean",), gpu=False)
+    assert not list((tmp_path / "away").iterdir())
+
+
+def test_an_interrupted_tree_is_not_finished_with_other_weights(
+    tmp_path: Path, make_fasta: Make, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fasta, folder = tmp_path / "mine.pt", make_fasta([50, 7]), tmp_path / "out"
+    model.write_bytes(tiny.read_bytes())
+    interrupted(monkeypatch, model, fasta, folder)
+    state = torch.load(model, weights_only=True)
+    torch.save({"model": {name: 2 * each for name, each in state["model"].items()}}, model)
+    with pytest.raises(UserError, match="model's weights differ"):
+        extract.run(str(model), str(fasta), str(folder), ("mean",), layers=(1,), gpu=False)
+    assert not list(folder.glob("*.pt"))
+
+
 @given(
     st.lists(
         st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(codec="utf-8", exclude_characters="\n"))), unique=True
     )
 )
 def test_every_label_has_a_path_of_its_own_below_the_directory(labels: list[str]) -> None:
-    keys = Keys(lambda a, b: labels[a:b], len(labels), fair_esm.LONGEST_PART, fair_esm.path_of)
-    places = {Path(f"{path}.pt") for path in keys(0, len(labels))}
+    places = {Path(f"{path}.pt") for path in extract.paths_of(labels, Console(quiet=True))}
     assert len(places) == len(labels)
     for place in places:
         assert not place.is_absolute() and ".." not in place.parts and place.name.endswith(".pt")

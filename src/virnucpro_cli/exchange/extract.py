@@ -52,7 +52,7 @@ def run(
     """
     out, folder = report.console(), Path(output)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.resolve().mkdir(parents=True, exist_ok=True)  # a link may name a folder that is not there yet
     except OSError as error:
         raise UserError(f"The directory {folder} cannot be made: {error.strerror}.", "Choose another OUTDIR.") from None
     with _readable_twice(path) as proteins:
@@ -181,13 +181,36 @@ def _labels(table: fasta.RecordTable, path: str) -> list[str]:
 
 
 def _paths(labels: list[str], folder: Path, read: list[str | Path], out: Console) -> list[str]:
-    """The path of each record's file below the folder, without its .pt. Raises UserError if one is of a file that is read."""
-    keys = Keys(lambda a, b: labels[a:b], len(labels), fair_esm.LONGEST_PART, fair_esm.path_of)
-    paths = keys(0, len(labels))
-    taken = {os.path.realpath(path) for path in read}
+    """The path of each record's file below the folder, without its .pt.
+
+    Raises UserError if one is of a file that is read, or if a link leads it out of the folder.
+    """
+    paths = paths_of(labels, out)
+    inside, taken = folder.resolve(), {os.path.realpath(path) for path in read}
+    for parent in sorted({os.path.dirname(path) for path in paths}):
+        if not (folder / parent).resolve().is_relative_to(inside):
+            raise UserError(
+                f"{folder / parent} leads out of {folder}.", "Take the link away, or choose another OUTDIR."
+            )
     for path in paths:
         if os.path.realpath(folder / f"{path}.pt") in taken:
             raise UserError(f"{folder / path}.pt would be replaced, which this run reads.", "Choose another OUTDIR.")
+    return paths
+
+
+def paths_of(labels: list[str], out: Console) -> list[str]:
+    """The path of each label's file, without its .pt: all different, and none is another's folder. `out` is told what was changed."""
+    nested = [fair_esm.path_of(label, fair_esm.LONGEST_PART) for label in labels if "/" in label]
+    folders = {parent.as_posix() for path in nested for parent in Path(path).parents}
+
+    def path_of(label: str, longest: int) -> str:
+        path = fair_esm.path_of(label, longest)
+        while f"{path}.pt" in folders:
+            path += "_"
+        return path
+
+    keys = Keys(lambda a, b: labels[a:b], len(labels), fair_esm.LONGEST_PART, path_of)
+    paths = keys(0, len(labels))
     if keys.changed:
         out.print(keys.told, style="yellow")
     return paths
