@@ -102,10 +102,10 @@ def _write(
                 if "contacts" in include:
                     content["contacts"] = pt.tensor(file.contacts(number))
                 _save(content, hidden.parent / f"{path}.pt", hidden.with_suffix(".tmp"))
+            os.sync()  # all of the tree is on disk before what it is made from goes
         except Stopped as stop:
             stop.resumable = True
             raise
-        os.sync()  # all of the tree is on disk before what it is made from goes
         return file.status == store.DONE
 
 
