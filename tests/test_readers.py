@@ -1,6 +1,5 @@
-"""What Python programs read: memory maps, data frames, AnnData, a dataset of PyTorch; and the README's own lines."""
+"""What Python programs read: memory maps, data frames, AnnData, a dataset of PyTorch; and the lines of the README."""
 
-import inspect
 import pickle
 import re
 import shutil
@@ -16,7 +15,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import virnucpro_cli
 from conftest import ROOT, VIRAL
 from virnucpro_cli import errors
 from virnucpro_cli.embed import embed_fasta
@@ -24,7 +22,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.store import EmbeddingFile, read_embeddings
 from virnucpro_cli.store.tensors import padded
 
-README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", "docs/reference/api.md")
 
 
 @pytest.fixture(scope="module")
@@ -361,32 +359,19 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
         getattr(file, f"to_{package}")()
 
 
-# --- the README --------------------------------------------------------------------------------------------------------
+# --- the README and the reference --------------------------------------------------------------------------------------------------------
 
 
-def test_the_lines_of_python_in_the_readme_run(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", PAGES)
+def test_the_lines_of_python_on_a_page_run(
+    page: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len(snippets) >= 2
     monkeypatch.chdir(tmp_path)
     embed_fasta(VIRAL, "viral.h5", model=str(tiny_model), device="cpu", max_residues=50)
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
-
-
-def test_every_public_name_is_in_the_readme_with_its_parameters() -> None:
-    section = README.partition("## From Python")[2].partition("\n## ")[0]
-    for name in virnucpro_cli.__all__:
-        assert f"`{name}" in section, name
-    methods = [method for method in vars(EmbeddingFile) if not method.startswith("_")]
-    for method in methods:
-        assert f"`{method}" in section, method
-    for method, parameters in re.findall(r"`(\w+)\((.*?)\)(?: -> .*?)?`", section):
-        if method in methods:
-            known = inspect.signature(getattr(EmbeddingFile, method)).parameters
-            given = [part.partition(":")[0].partition("=")[0].strip() for part in parameters.split(",") if part]
-            assert given == [each for each in known if each != "self"], method
+        exec(compile(snippet, page, "exec"), {})
 
 
 def test_types_are_part_of_the_package() -> None:

@@ -1,4 +1,4 @@
-"""docs/recipes.md is run, block by block, with the demo model."""
+"""The recipes, the tutorial and the tour of the README are run, block by block."""
 
 import os
 import re
@@ -6,34 +6,83 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import ROOT, VIRAL, read_fasta
 
-BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.S)
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of the commands and programs on a page."""
+    return re.findall(r"```(sh|python)\n(.*?)```", (ROOT / page).read_text(), re.S)
 
 
-@pytest.mark.demo
-def test_every_recipe_runs(tmp_path: Path) -> None:
+BLOCKS = blocks("docs/how-to/recipes.md")
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Variables under which `virnucpro` is the program of this source tree."""
+    program = tmp_path / "bin" / "virnucpro"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m virnucpro_cli "$@"\n')
+    program.chmod(0o755)
+    return {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
+    """The standard output of a command that must succeed."""
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, f"{command[-1]}\n{ran.stderr}"
+    return ran.stdout
+
+
+def test_every_recipe_runs(tmp_path: Path, environment: dict[str, str], tiny_model: Path) -> None:
     for library in ("sklearn", "pandas", "pyrodigal_gv"):
         pytest.importorskip(library)
     shutil.copy(ROOT / "examples" / "contigs.fna", tmp_path)
     proteins = read_fasta(VIRAL)[:40]
     (tmp_path / "proteins.fasta").write_text("".join(f">{name}\n{text}\n" for name, text in proteins))
     (tmp_path / "labels.tsv").write_text("".join(f"{name}\t{len(text) > 300}\n" for name, text in proteins))
-    program = tmp_path / "bin" / "virnucpro"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m virnucpro_cli "$@"\n')
-    program.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
     for language, text in BLOCKS:
-        text = re.sub(r"--model \S+", "--model demo", text)
-        command = ["bash", "-euc", text] if language == "sh" else [sys.executable, "-c", text]
-        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert ran.returncode == 0, f"{text}\n{ran.stderr}"
+        text = re.sub(r"--model \S+", f"--model {tiny_model}", text)
+        run(["bash", "-euc", text] if language == "sh" else [sys.executable, "-c", text], tmp_path, environment)
     assert len(BLOCKS) == 8 and (tmp_path / "neighbours.tsv").read_text().count("\n") == 1 + 40 * 5
     assert {path.name for path in tmp_path.iterdir()} >= {"features", "per-protein.h5", "per-residue.h5", "map.html"}
+
+
+@pytest.mark.demo
+def test_the_tutorial_runs_as_it_stands(
+    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its programs are one session of Python, and its classifier does what the text says."""
+    for library in ("sklearn", "pandas", "openTSNE", "plotly"):
+        pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    session: dict[str, Any] = {}
+    printed = ""
+    for language, text in blocks("docs/tutorial.md"):
+        if language == "sh":
+            printed += run(["bash", "-euc", text], tmp_path, environment)
+        else:
+            exec(compile(text, "tutorial.md", "exec"), session)
+    assert printed.count("PASS") == 2 and session["vector"].shape == (320,)
+    assert session["score"] == pytest.approx(0.88, abs=0.05)
+    assert {"map.html", "neighbours.tsv", "viral.tsv"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_tour_of_the_readme_runs(tmp_path: Path, environment: dict[str, str], tiny_model: Path) -> None:
+    """After the first command, which installs; it is the first block of the page, and the tests are the second."""
+    pytest.importorskip("umap")
+    commands = [text for language, text in blocks("README.md") if language == "sh"]
+    install, _, first = commands[0].partition(" && ")
+    assert (install, commands[1]) == ("pip install .", "pip install -e '.[test]' && python -m pytest\n")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    tour = next(text for text in commands if text.startswith("virnucpro map"))
+    assert "PASS" in run(["bash", "-euc", first.replace("demo", str(tiny_model)) + tour], tmp_path, environment)
+    assert (tmp_path / "map.html").is_file()
 
 
 @pytest.mark.parametrize("names", [["1", "007"], ["NA", "1e5"], ["x", "nan"]])

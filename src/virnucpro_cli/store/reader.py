@@ -119,10 +119,12 @@ class EmbeddingFile:
         self.close()
 
     def close(self) -> None:
+        """Close the file; memory maps that `array` gave stay good."""
         self._file.close()
 
     @property
     def complete(self) -> bool:
+        """Whether the run ended: no record is pending."""
         return int(self.at("run/complete")[()]) == 1
 
     @property
@@ -236,10 +238,12 @@ class EmbeddingFile:
 
     @cached_property
     def names(self) -> list[str]:
+        """Names of all records in order, read on first use and held."""
         return self.names_of(0, len(self))
 
     @property
     def layers(self) -> list[int]:
+        """Resolved numbers of the layers that are stored, as in 33."""
         return list(self._parsed.get("layers") or [])
 
     def layer(self, number: int | None = None) -> int:
@@ -284,7 +288,7 @@ class EmbeddingFile:
 
     @property
     def groups(self) -> Groups | None:
-        """None of a file made without one of the --group options."""
+        """Rows of groups, see `Groups`; None for a file made without one of the --group options."""
         return Groups(self.at, self.texts, self.layer) if "groups/of" in self._data else None
 
     @property
@@ -350,11 +354,14 @@ class EmbeddingFile:
         return Rows(np.flatnonzero(self.status == DONE), _rows_of(self, *what), again)
 
     def to_pandas(self, kind: str | None = None, layer: int | None = None) -> "pandas.DataFrame":
-        """A data frame: name (the index, not made unique), length, status, and a column for each dimension, "0", "1" ..."""
+        """A data frame in float32: name (the index, not made unique), length, status, and a column for each dimension, "0", "1" ...
+
+        For residues the index is (name, position), from 1, and there are no other columns than dimensions. Needs the extra frames.
+        """
         return frames.to_pandas(*self._labelled(kind, layer))
 
     def to_polars(self, kind: str | None = None, layer: int | None = None) -> "polars.DataFrame":
-        """A data frame: name, length, status, embedding (an array of D)."""
+        """A data frame: name, length, status, embedding (an array of D); for residues name, position, embedding."""
         return frames.to_polars(*self._labelled(kind, layer))
 
     def to_anndata(self, kind: str | None = None, layer: int | None = None) -> "anndata.AnnData":
@@ -402,7 +409,7 @@ class EmbeddingFile:
 
     @cached_property
     def contact_maps(self) -> ContactMaps | None:
-        """None of a file made without `--emit contacts`."""
+        """All contact maps with their columns; None for a file made without `--emit contacts`."""
         return ContactMaps(self.at) if "contacts/values" in self._data else None
 
     def contacts(self, key: int | str) -> NDArray[Any]:
