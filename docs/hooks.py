@@ -98,9 +98,8 @@ def row(parameter: Any) -> str:
     if parameter.required and "required" not in text:
         text += " [required]"
     elif "[default" not in text and isinstance(parameter.default, int | float | str) and not is_flag(parameter):
-        text += f" [default: {parameter.default:,}]" if isinstance(parameter.default, int) else ""
-        text += f" [default: {parameter.default}]" if isinstance(parameter.default, str | float) else ""
-    return f"| {cell(written)} | {cell(text.strip())} |"
+        text += f" [default: {parameter.default}]"
+    return f"| {written} | {cell(text.strip())} |"
 
 
 def is_flag(parameter: Any) -> bool:
@@ -136,13 +135,13 @@ def config_page() -> str:
         f"```toml\n{(ROOT / 'configs' / 'virnucpro-3b.toml').read_text().strip()}\n```",
     ]
     for name, kind in TABLES.items():
-        rows = [f"| {cell(line)} |".replace(" \\| ", " | ") for line in config_rows(name, kind)]
+        rows = list(config_rows(name, kind))
         parts += [f"## [{name}] {{ #{name} }}", "| key | default | |\n|---|---|---|\n" + "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
 
 
 def config_rows(name: str, kind: Any) -> Iterator[str]:
-    """`key | default | help` of every key of a table."""
+    """A line for every key of a table: key, default, help."""
     options = {each.name: each for each in commands()[name].params if not getattr(each, "hidden", False)}
     for field in dataclasses.fields(kind):
         option = options.get(field.name) or options.get(f"no_{field.name}")
@@ -150,9 +149,11 @@ def config_rows(name: str, kind: Any) -> Iterator[str]:
             continue
         key = field.name.strip("_")
         text = re.sub(r" ?\[default: [^\]]*\]", "", option.help or "")
-        if option.name != field.name:
+        if "|" in (option.metavar or ""):
+            text += f" One of {option.metavar.replace('|', ', ')}."
+        if field.default is True:
             text = f"`false` is `{option.opts[0]}`: {text[:1].lower()}{text[1:]}"
-        yield f"`{key}` | {shown(field.default)} | {text}"
+        yield f"| `{key}` | {shown(field.default)} | {cell(text)} |"
 
 
 def shown(value: Any) -> str:
