@@ -23,7 +23,7 @@ from virnucpro_cli.benchmark import workload
 from virnucpro_cli.engine.workers import LARGEST_SHARE
 from virnucpro_cli.plan import shards
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, in_blocks, whole_segments
-from virnucpro_cli.plan.policies import Work
+from virnucpro_cli.plan.policies import Decisions
 
 RATE = {"natural": 359e3, "fragments": 387e3}  # tokens/s of a GPU, whole packs
 INDEX = {"natural": 4.1e-6, "fragments": 1.43e-6}  # s a record: .0162 s for 3,935 records; 14.3 s for 10^7
@@ -45,7 +45,7 @@ class Sample:
     load: str
     lengths: NDArray[np.int64]
     plan: Plan
-    work: Work
+    work: Decisions
 
     @property
     def tokens(self) -> float:
@@ -67,7 +67,7 @@ def sample(load: str, path: Path | None, count: int, seed: int) -> Sample:
     lengths = np.minimum(lengths, 1022)
     segments = whole_segments(np.arange(len(lengths)), lengths)
     nothing = np.zeros(len(lengths), np.uint8)
-    work = Work(
+    work = Decisions(
         np.arange(len(lengths)), lengths.astype(np.int32), nothing.astype(np.uint16), nothing, nothing, segments
     )
     return Sample(load, lengths, in_blocks(segments.length, BUDGET), work)
@@ -97,7 +97,7 @@ def tail_of_hand_out(found: Sample, packs: int, speed: NDArray[np.float64], seed
     begins its last pack is given a third of its share of what is left. Longest packs first."""
     dice, gpus = np.random.default_rng(seed), len(speed)
     played = min(packs, 2 * 3 * gpus * LARGEST_SHARE)
-    rows = np.sort(dice.choice(found.plan.rung, played))[::-1]
+    rows = np.sort(dice.choice(found.plan.bucket, played))[::-1]
     seconds = rows / RATE[found.load] * dice.normal(1, PACK_SPREAD, played).clip(0.5)
     before = np.append(0.0, np.cumsum(seconds))
     ends, at = np.zeros(gpus), 0

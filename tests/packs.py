@@ -40,8 +40,8 @@ def embeddings(model: ESM2, batch: PackedBatch, layers: tuple[int, ...]) -> Embe
 
 def of_segment(found: Embeddings, batch: PackedBatch, i: int) -> dict[tuple[str, int], torch.Tensor]:
     """Everything that was computed of the i-th segment: (kind, layer) -> [D] or [residues, D]."""
-    end = int(batch.lengths[: i + 1].sum())
-    inside = slice(end - int(batch.lengths[i]) + 1, end - 1)
+    end = int(batch.seqlens[: i + 1].sum())
+    inside = slice(end - int(batch.seqlens[i]) + 1, end - 1)
     pooled = {key: rows[i] for key, rows in found.pooled.items()}
     return pooled | {("residue", layer): rows[inside] for layer, rows in found.residue.items()}
 

@@ -111,17 +111,17 @@ def in_attention(change: Callable[[PackedBatch, int], PackedBatch], power: int =
 
 
 def one_row_into_the_neighbour(batch: PackedBatch, rows: int) -> PackedBatch:
-    lengths = batch.lengths.copy()
-    if len(lengths) > 1:
-        lengths[0] += 1
-        lengths[1] -= 1
-    return replace(batch, lengths=lengths)
+    seqlens = batch.seqlens.copy()
+    if len(seqlens) > 1:
+        seqlens[0] += 1
+        seqlens[1] -= 1
+    return replace(batch, seqlens=seqlens)
 
 
 def filler_attended(batch: PackedBatch, rows: int) -> PackedBatch:
-    lengths = batch.lengths.copy()
-    lengths[-1] += rows - batch.used
-    return replace(batch, lengths=lengths)
+    seqlens = batch.seqlens.copy()
+    seqlens[-1] += rows - batch.used
+    return replace(batch, seqlens=seqlens)
 
 
 def in_collation(change: Callable[[PackedBatch], PackedBatch]) -> Mistake:

@@ -61,7 +61,7 @@ def naive(collate: VarlenCollator, pack: int) -> PackedBatch:
             own = window_weights(int(embedded[record]), starts, n)[siblings.index(number)].tolist()
         weights += [1.0, *own, 1.0]
     tiles = [[row, a, b] for a, b in pairwise(bounds) for row in range(a, b, 64)]
-    filler = int(collate.plan.rung[pack]) - len(tokens)
+    filler = int(collate.plan.bucket[pack]) - len(tokens)
     assert filler >= 0
     any_mask = ESM.mask_idx in tokens
     return PackedBatch(
@@ -85,7 +85,7 @@ def assert_as_built_by_hand(collate: VarlenCollator) -> None:
                 getattr(found, field), getattr(expected, field), rtol=0, atol=1e-7, msg=lambda m, f=field: f"{f}: {m}"
             )
         assert found.segments.tolist() == expected.segments.tolist()
-        assert found.lengths.tolist() == expected.lengths.tolist()
+        assert found.seqlens.tolist() == expected.seqlens.tolist()
         assert found.max_seqlen == expected.max_seqlen
         assert found.used == int(expected.cu_seqlens[-1])
 
@@ -115,7 +115,7 @@ def test_a_batch_has_as_many_rows_as_its_rung_and_only_filler_past_the_last_segm
 ) -> None:
     collate = collator(read(make_fasta(MANY)), 2048)
     for pack, batch in enumerate(batches(collate)):
-        assert len(batch.tokens) == len(batch.positions) == collate.plan.rung[pack]
+        assert len(batch.tokens) == len(batch.positions) == collate.plan.bucket[pack]
         assert (batch.tokens[batch.used :] == ESM.padding_idx).all()
         assert not (batch.tokens[: batch.used] == ESM.padding_idx).any()
 
@@ -136,7 +136,7 @@ def test_a_long_record_is_cut_and_its_mean_divides_by_what_is_left(make_fasta: C
     collate = collator(read(make_fasta([300, 40])), 1024, cut=100)
     assert_as_built_by_hand(collate)
     (batch,) = batches(collate)
-    assert batch.lengths.tolist() == [102, 42]
+    assert batch.seqlens.tolist() == [102, 42]
     assert batch.divisor.tolist() == [100, 40]
     assert batch.weights is None, "a cut record is no window"
 

@@ -77,7 +77,7 @@ def test_every_map_is_fair_esms(tmp_path: Path, make_fasta: Make, model: Path) -
                 continue
             assert file.contacts(name).shape == (min(len(sequence), 100),) * 2
             assert np.abs(file.contacts(row) - by_fair_esm(spec, state, sequence[:100])).max() < 2e-5
-    assert verify.run(str(tmp_path / "out.h5")).passed
+    assert verify.verify_file(str(tmp_path / "out.h5")).passed
 
 
 @pytest.mark.demo
@@ -181,7 +181,7 @@ def test_what_there_is_no_memory_for_is_left_out_and_tried_again(
     with read_embeddings(tmp_path / "out.h5") as file:
         assert file.complete and file.contacts(1).shape == (0, 0) and len(file.contacts(2)) == 60
         assert file.contact_maps is not None and np.isnan(file.contact_maps.raw(1)).all()
-    assert verify.run(str(tmp_path / "out.h5")).passed
+    assert verify.verify_file(str(tmp_path / "out.h5")).passed
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--retry-skipped"])
     assert stop.value.code == 0
@@ -215,7 +215,7 @@ def test_a_protein_that_is_not_finite_has_a_map_of_nan(tmp_path: Path, make_fast
     with read_embeddings(tmp_path / "out.h5") as file:
         assert file.contact_maps is not None and file.contact_maps.status.tolist() == [store.SKIPPED]
         assert np.isfinite(file[0]).all() and file.contacts(0).shape == (0, 0)
-    assert verify.run(str(tmp_path / "out.h5")).passed
+    assert verify.verify_file(str(tmp_path / "out.h5")).passed
 
 
 def test_a_protein_without_an_embedding_has_no_map_however_the_run_went(
@@ -238,7 +238,7 @@ def test_a_protein_without_an_embedding_has_no_map_however_the_run_went(
     with read_embeddings(tmp_path / "one.h5") as file:
         assert file.contact_maps is not None and file.contact_maps.status.tolist() == [store.SKIPPED] * 2
         assert np.isnan(file.contact_maps.values[:]).all()
-    assert verify.run(str(tmp_path / "one.h5")).passed
+    assert verify.verify_file(str(tmp_path / "one.h5")).passed
 
 
 def test_the_list_of_names_is_not_overwritten(tmp_path: Path, make_fasta: Make, model: Path) -> None:
@@ -267,17 +267,17 @@ def test_shards_merged_are_the_single_runs_file(tmp_path: Path, make_fasta: Make
         stop_after(3, patch)
         if not named:
             with pytest.raises(KeyboardInterrupt):
-                merge.run(str(tmp_path / "out.h5"))
-    merge.run(str(tmp_path / "out.h5"))
+                merge.merge_shards(str(tmp_path / "out.h5"))
+    merge.merge_shards(str(tmp_path / "out.h5"))
     assert_same(tmp_path / "out.h5", tmp_path / "expected.h5")
-    assert verify.run(str(tmp_path / "out.h5")).passed
+    assert verify.verify_file(str(tmp_path / "out.h5")).passed
 
 
 def test_a_flipped_value_fails_verify(tmp_path: Path, make_fasta: Make, model: Path) -> None:
     embed(make_fasta(LENGTHS), tmp_path / "out.h5", model)
     with h5py.File(tmp_path / "out.h5", "r+") as file:
         file["contacts/values"][3] = 0.25
-    failed = {check.what for check in verify.run(str(tmp_path / "out.h5")).checks if check.passed is False}
+    failed = {check.what for check in verify.verify_file(str(tmp_path / "out.h5")).checks if check.passed is False}
     assert failed == {"checksum of all bytes", "done rows finite, skipped rows NaN"}
 
 

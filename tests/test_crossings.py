@@ -297,9 +297,9 @@ def embedded(runs: Runs, scenario: Scenario, folder: Path) -> tuple[Path, Path]:
     if scenario.shards:
         try:
             with merge_stopped_after(scenario.merge_stops_after):
-                merge.run(str(output))
+                merge.merge_shards(str(output))
         except Stopped:
-            merge.run(str(output))
+            merge.merge_shards(str(output))
     return (genes.paths_of(output).proteins if scenario.contigs else fasta), output
 
 
@@ -413,8 +413,8 @@ def check_exchanged(scenario: Scenario, fasta: Path, output: Path, folder: Path)
     target, back = folder / "exported.h5", folder / "back.h5"
     if scenario.layout == "parquet":
         target = folder / "exported.parquet"
-    export.run(str(output), scenario.layout, str(target), (kind,), (layer,), (str(fasta),))
-    importing.run(str(target), str(back), scenario.layout, (str(fasta),))
+    export.export_file(str(output), scenario.layout, str(target), (kind,), (layer,), (str(fasta),))
+    importing.import_file(str(target), str(back), scenario.layout, (str(fasta),))
     with store.read_embeddings(back) as file:
         assert len(file) == len(rows)
         found = file.dataset(kind, layer)[:]

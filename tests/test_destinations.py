@@ -111,11 +111,11 @@ def test_nothing_that_a_run_reads_is_written(
 
 
 READERS: dict[str, Callable[[str, str, str], Any]] = {
-    "search x": lambda file, fasta, to: search.run(file, fasta, 1, output=to, overwrite=True),
-    "map x.tsv": lambda file, fasta, to: mapping.run(file, to, "pca", overwrite=True),
-    "export x.npy": lambda file, fasta, to: export.run(file, "npy", to, overwrite=True),
-    "inspect x": lambda file, fasta, to: inspect.run(file, to),
-    "verify x": lambda file, fasta, to: verify.run(file, report_path=to),
+    "search x": lambda file, fasta, to: search.search_file(file, fasta, 1, output=to, overwrite=True),
+    "map x.tsv": lambda file, fasta, to: mapping.write_map(file, to, "pca", overwrite=True),
+    "export x.npy": lambda file, fasta, to: export.export_file(file, "npy", to, overwrite=True),
+    "inspect x": lambda file, fasta, to: inspect.inspect_file(file, to),
+    "verify x": lambda file, fasta, to: verify.verify_file(file, report_path=to),
 }
 """A command that reads a file, and how its output must be named."""
 
@@ -182,11 +182,11 @@ def test_a_report_replaces_reports_and_nothing_else(make_fasta: Make, tiny_model
         assert mine.read_text() == "name,label\nall,of it\n" and not (tmp_path / "out.h5").exists()
     for _ in range(2):
         run(report=str(tmp_path / "r.json"), qc=str(tmp_path / "q.tsv"))
-        assert verify.run(str(tmp_path / "out.h5"), report_path=str(tmp_path / "v.json")).passed
-    verify.run(str(tmp_path / "out.h5"), report_path=str(tmp_path / "r.json"))
-    inspect.run(str(tmp_path / "out.h5"), str(tmp_path / "q.tsv"))
+        assert verify.verify_file(str(tmp_path / "out.h5"), report_path=str(tmp_path / "v.json")).passed
+    verify.verify_file(str(tmp_path / "out.h5"), report_path=str(tmp_path / "r.json"))
+    inspect.inspect_file(str(tmp_path / "out.h5"), str(tmp_path / "q.tsv"))
     with pytest.raises(UserError, match="is no qc of this program"):
-        inspect.run(str(tmp_path / "out.h5"), str(tmp_path / "mine.qc"))
+        inspect.inspect_file(str(tmp_path / "out.h5"), str(tmp_path / "mine.qc"))
     run(report=str(tmp_path / "mine.report"), overwrite=True)
     assert (tmp_path / "mine.report").read_text().startswith("{")
 
@@ -241,23 +241,23 @@ def test_a_second_merge_into_one_output_is_refused(
     def meanwhile(*arguments: Any) -> Any:
         monkeypatch.setattr(merge, "_store", store_of)
         with pytest.raises(UserError, match="Another merge is writing"):
-            merge.run(out, overwrite=True)
+            merge.merge_shards(out, overwrite=True)
         return store_of(*arguments)
 
     monkeypatch.setattr(merge, "_store", meanwhile)
-    merge.run(out, overwrite=True)
+    merge.merge_shards(out, overwrite=True)
     assert sorted(path.name for path in tmp_path.glob("o.h5*")) == ["o.h5"]
 
 
 LINKED: dict[str, Callable[[Path, str], Any]] = {
-    "inspect": lambda there, link: inspect.run(link),
-    "verify": lambda there, link: verify.run(link),
-    "search": lambda there, link: search.run(link, "p0"),
-    "search --query": lambda there, link: search.run(str(there), link),
-    "map": lambda there, link: mapping.run(link, f"{there}.tsv", "pca"),
-    "map --color": lambda there, link: mapping.run(str(there), f"{there}.tsv", "pca", f"{link}:host"),
-    "export": lambda there, link: export.run(link, "npy"),
-    "extract": lambda there, link: extract.run("random:8M:1", link, f"{there}.d", ("mean",)),
+    "inspect": lambda there, link: inspect.inspect_file(link),
+    "verify": lambda there, link: verify.verify_file(link),
+    "search": lambda there, link: search.search_file(link, "p0"),
+    "search --query": lambda there, link: search.search_file(str(there), link),
+    "map": lambda there, link: mapping.write_map(link, f"{there}.tsv", "pca"),
+    "map --color": lambda there, link: mapping.write_map(str(there), f"{there}.tsv", "pca", f"{link}:host"),
+    "export": lambda there, link: export.export_file(link, "npy"),
+    "extract": lambda there, link: extract.extract_files("random:8M:1", link, f"{there}.d", ("mean",)),
     "validate --against": lambda there, link: validate.run(ValidateConfig(against=link)),
     "embed --model": lambda there, link: embed_fasta(there.with_name("in.fasta"), f"{there}.new.h5", model=link),
     "embed --config": lambda there, link: resolve(EmbedConfig, link, {}),
@@ -286,18 +286,18 @@ def test_an_output_link_that_leads_nowhere_is_written_where_it_leads(
         links[name].symlink_to(name)
     for shard in ("1/2", "2/2"):
         embed_fasta(fasta, links["shards.h5"], model=str(tiny_model), device="cpu", shard=shard)
-    assert status.run(str(links["shards.h5"]))
-    merge.run(str(links["shards.h5"]))
-    export.run(str(tmp_path / "shards.h5"), "npy", str(tmp_path / "rows.npy"))
-    importing.run(str(tmp_path / "rows.npy"), str(links["imported.h5"]), inputs=(fasta,))
-    extract.run(str(tiny_model), fasta, str(links["tree"]), ("mean",), gpu=False)
+    assert status.show_shards(str(links["shards.h5"]))
+    merge.merge_shards(str(links["shards.h5"]))
+    export.export_file(str(tmp_path / "shards.h5"), "npy", str(tmp_path / "rows.npy"))
+    importing.import_file(str(tmp_path / "rows.npy"), str(links["imported.h5"]), inputs=(fasta,))
+    extract.extract_files(str(tiny_model), fasta, str(links["tree"]), ("mean",), gpu=False)
     assert all(link.is_symlink() for link in links.values()) and (tmp_path / "tree" / "p0.pt").is_file()
     for name in ("shards.h5", "imported.h5"):
         with read_embeddings(tmp_path / name) as file:
             assert file.complete and len(file) == 3
     (tmp_path / "far").symlink_to("no/folder/x")
     with pytest.raises(UserError, match="cannot be written there"):
-        verify.run(str(tmp_path / "shards.h5"), report_path=str(tmp_path / "far"))
+        verify.verify_file(str(tmp_path / "shards.h5"), report_path=str(tmp_path / "far"))
 
 
 def test_an_input_link_that_leads_nowhere_is_told_as_one(tiny_model: Path, tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_an_input_link_that_leads_nowhere_is_told_as_one(tiny_model: Path, tmp_p
     with pytest.raises(UserError, match=r"in\.fasta is a link to gone\.fasta, which is not there"):
         embed_fasta(str(link), str(tmp_path / "o.h5"), model=str(tiny_model), device="cpu")
     with pytest.raises(UserError, match=r"in\.fasta is a link to gone\.fasta, which is not there"):
-        importing.run(str(link), str(tmp_path / "o.h5"))
+        importing.import_file(str(link), str(tmp_path / "o.h5"))
 
 
 def test_a_file_of_others_with_the_name_of_a_lock_is_never_removed(
@@ -320,11 +320,13 @@ def test_a_file_of_others_with_the_name_of_a_lock_is_never_removed(
     for shard in ("1/2", "2/2"):
         embed_fasta(proteins, tmp_path / "s.h5", **options, shard=shard)
     commands: dict[str, Callable[[], Any]] = {
-        "s.h5.merging": lambda: merge.run(str(tmp_path / "s.h5")),
+        "s.h5.merging": lambda: merge.merge_shards(str(tmp_path / "s.h5")),
         "c.proteins.faa.lock": lambda: embed_fasta(
             contigs, tmp_path / "c.h5", **options, from_="contigs", genes="six-frame"
         ),
-        ".x.npy.virnucpro-partial.lock": lambda: export.run(str(tmp_path / "out.h5"), "npy", str(tmp_path / "x.npy")),
+        ".x.npy.virnucpro-partial.lock": lambda: export.export_file(
+            str(tmp_path / "out.h5"), "npy", str(tmp_path / "x.npy")
+        ),
     }
     for name, command in commands.items():
         (tmp_path / name).write_text("theirs")

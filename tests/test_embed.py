@@ -658,7 +658,7 @@ def test_gaps_and_nucleotides_among_proteins_are_told_counted_and_in_the_table(
     with read_embeddings(tmp_path / "s.h5") as file:
         assert np.array_equal(file[0], file[1]) and not np.array_equal(file[0], kept)
         assert file.lengths[0] == 7 and file.flags[1] & store.COPIED
-    assert verify.run(str(tmp_path / "s.h5")).passed and verify.run(str(tmp_path / "o.h5")).passed
+    assert verify.verify_file(str(tmp_path / "s.h5")).passed and verify.verify_file(str(tmp_path / "o.h5")).passed
 
 
 def test_a_second_reader_of_verify_finds_what_the_index_would_not(
@@ -674,6 +674,6 @@ def test_a_second_reader_of_verify_finds_what_the_index_would_not(
     with monkeypatch.context() as patch:
         patch.setattr(reading.Source, "read_raw", joining)
         embed_fasta(fasta, tmp_path / "out.h5", model=str(tiny_model), device="cpu")
-        verdict = verify.run(str(tmp_path / "out.h5"))
+        verdict = verify.verify_file(str(tmp_path / "out.h5"))
     failed = {check.what for check in verdict.checks if not check.passed}
     assert "records, by a second reader" in failed and not any("second" not in what for what in failed)

@@ -115,7 +115,9 @@ def test_files_hold_what_was_included_and_nothing_else(
     tmp_path: Path, make_fasta: Make, tiny: Path, judge: Reference, include: tuple[str, ...]
 ) -> None:
     fasta = make_fasta([50, 7, 130, 1, 50])
-    written = extract.run(str(tiny), str(fasta), str(tmp_path / "out"), include, layers=(0, -1), longest=100, gpu=False)
+    written = extract.extract_files(
+        str(tiny), str(fasta), str(tmp_path / "out"), include, layers=(0, -1), longest=100, gpu=False
+    )
     assert (written.files, written.skipped) == (5, 0)
     assert_like_fair_esm(tmp_path / "out", by_fair_esm(judge, fasta, include, (0, 2), 100))
 
@@ -125,7 +127,7 @@ def test_headers_are_whole_and_nameless_records_get_fair_esms_name(
 ) -> None:
     fasta = tmp_path / "in.fasta"
     fasta.write_text(">sp|P1|X A b=1\nMKV\nLAGG\n>\nMKVLA\n>a/b c/d\nGGTRS\n>\nMKVLL\n")
-    extract.run(str(tiny), str(fasta), str(tmp_path / "out"), ("mean",), gpu=False)
+    extract.extract_files(str(tiny), str(fasta), str(tmp_path / "out"), ("mean",), gpu=False)
     expected = by_fair_esm(judge, fasta, ("mean",), (2,), 1022)
     assert {"seqnum000000003", "a/b c/d"} < expected.keys()
     assert_like_fair_esm(tmp_path / "out", expected)
@@ -152,7 +154,7 @@ def test_no_header_leaves_the_directory(tmp_path: Path, tiny: Path, capsys: pyte
     labels = [label for label in HOSTILE if label and "\0" not in label]  # a NUL is no FASTA
     fasta = tmp_path / "in.fasta"
     fasta.write_text("".join(f">{label}\nMKVLA\n" for label in labels))
-    extract.run(str(tiny), str(fasta), str(folder), ("bos",), gpu=False)
+    extract.extract_files(str(tiny), str(fasta), str(folder), ("bos",), gpu=False)
     found = {torch.load(path, weights_only=True)["label"] for path in folder.rglob("*.pt")}
     assert found == set(labels)
     assert {path.name for path in tmp_path.iterdir()} == {"in.fasta", "deep"}
@@ -171,7 +173,7 @@ def test_a_link_in_the_directory_leads_no_file_out_of_it(tiny: Path, tmp_path: P
     (tmp_path / "out" / "a").symlink_to("../away")
     (tmp_path / "in.fasta").write_text(">a/x\nMKVLA\n")
     with pytest.raises(UserError, match="leads out of"):
-        extract.run(str(tiny), str(tmp_path / "in.fasta"), str(tmp_path / "out"), ("mean",), gpu=False)
+        extract.extract_files(str(tiny), str(tmp_path / "in.fasta"), str(tmp_path / "out"), ("mean",), gpu=False)
     assert not list((tmp_path / "away").iterdir())
 
 
@@ -184,7 +186,7 @@ def test_an_interrupted_tree_is_not_finished_with_other_weights(
     state = torch.load(model, weights_only=True)
     torch.save({"model": {name: 2 * each for name, each in state["model"].items()}}, model)
     with pytest.raises(UserError, match="model's weights differ"):
-        extract.run(str(model), str(fasta), str(folder), ("mean",), layers=(1,), gpu=False)
+        extract.extract_files(str(model), str(fasta), str(folder), ("mean",), layers=(1,), gpu=False)
     assert not list(folder.glob("*.pt"))
 
 
@@ -205,7 +207,7 @@ def test_headers_that_occur_twice_are_refused_before_any_work(tmp_path: Path, ti
     fasta = tmp_path / "in.fasta"
     fasta.write_text(">a x\nMKV\n>b\nMKV\n>a x\nMKL\n")
     with pytest.raises(UserError, match="'a x'"):
-        extract.run(str(tiny), str(fasta), str(tmp_path / "out"), ("mean",), gpu=False)
+        extract.extract_files(str(tiny), str(fasta), str(tmp_path / "out"), ("mean",), gpu=False)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -232,10 +234,10 @@ def test_an_interrupted_tree_is_finished_by_the_same_command(
 
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stop:
         patch.setattr(torch, "save", stopped)
-        extract.run(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
+        extract.extract_files(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
     assert stop.value.resumable and len(list(folder.glob("*.pt"))) == 2 and list(folder.glob(".virnucpro-*.h5"))
     (folder / "p3.pt").write_text("an older file, which extract.py would replace")
-    extract.run(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
+    extract.extract_files(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
     assert_like_fair_esm(folder, by_fair_esm(judge, fasta, ("mean",), (2,), 1022))
     assert not list(folder.glob(".virnucpro*"))
 
@@ -249,7 +251,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, tiny: Path, fasta: Path, folder
     before = {path.name for path in folder.glob(".virnucpro*")}
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(torch, "save", stopped)
-        extract.run(str(tiny), str(fasta), str(folder), ("mean",), layers=(1,), gpu=False)
+        extract.extract_files(str(tiny), str(fasta), str(folder), ("mean",), layers=(1,), gpu=False)
     return {path.name for path in folder.glob(".virnucpro*")} - before
 
 
@@ -260,7 +262,7 @@ def test_a_run_clears_away_what_runs_of_its_fasta_left_and_nothing_else(
     assert interrupted(monkeypatch, tiny, first, folder)
     others = interrupted(monkeypatch, tiny, second, folder)
     (folder / ".virnucpro-0123.h5").write_bytes(b"no file of extract")
-    extract.run(str(tiny), str(first), str(folder), ("mean",), gpu=False)
+    extract.extract_files(str(tiny), str(first), str(folder), ("mean",), gpu=False)
     assert {path.name for path in folder.iterdir()} == {"p0.pt", "p1.pt", ".virnucpro-0123.h5"} | others
 
 
@@ -277,11 +279,11 @@ def test_two_extracts_into_one_folder_write_each_its_own_proteins(
         real(content, path)
         if not inner:
             inner = True
-            extract.run(str(tiny), str(second), str(folder), ("mean",), gpu=False)
+            extract.extract_files(str(tiny), str(second), str(folder), ("mean",), gpu=False)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", meanwhile)
-        extract.run(str(tiny), str(first), str(folder), ("mean",), gpu=False)
+        extract.extract_files(str(tiny), str(first), str(folder), ("mean",), gpu=False)
     expected = by_fair_esm(judge, first, ("mean",), (2,), 1022) | by_fair_esm(judge, second, ("mean",), (2,), 1022)
     assert_like_fair_esm(folder, expected)
 
@@ -293,13 +295,13 @@ def test_the_same_extract_twice_at_once_is_refused(
 
     def again(content: Any, path: Path) -> None:
         with pytest.raises(UserError, match="Another extract of") as error:
-            extract.run(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
+            extract.extract_files(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
         refused.append(error)
         real(content, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", again)
-        extract.run(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
+        extract.extract_files(str(tiny), str(fasta), str(folder), ("mean",), gpu=False)
     assert len(refused) == 2 and sorted(path.name for path in folder.iterdir()) == ["p0.pt", "p1.pt"]
 
 
@@ -310,7 +312,7 @@ def test_no_file_replaces_the_weights_or_the_fasta(tmp_path: Path, tiny: Path) -
         fasta.write_text(text)
         before = weights_file.read_bytes()
         with pytest.raises(UserError, match=f"{name}.pt would be replaced"):
-            extract.run(str(weights_file), str(fasta), str(tmp_path), ("mean",), gpu=False)
+            extract.extract_files(str(weights_file), str(fasta), str(tmp_path), ("mean",), gpu=False)
         assert weights_file.read_bytes() == before and fasta.read_text() == text
 
 
@@ -337,7 +339,7 @@ def test_without_a_contact_regression_the_error_says_where_it_was_looked_for(
     tmp_path: Path, make_fasta: Make, tiny_model: Path
 ) -> None:
     with pytest.raises(UserError, match=r"contact_head\.regression\.\* in .*, .*model-contact-regression\.pt"):
-        extract.run(str(tiny_model), str(make_fasta([9])), str(tmp_path / "out"), ("contacts",), gpu=False)
+        extract.extract_files(str(tiny_model), str(make_fasta([9])), str(tmp_path / "out"), ("contacts",), gpu=False)
 
 
 @pytest.mark.parametrize(

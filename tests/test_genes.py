@@ -29,7 +29,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.explore import inspect
 from virnucpro_cli.features import contigs as genes
 from virnucpro_cli.features.contigs import chunks, codons, six_frame
-from virnucpro_cli.features.contigs.found import Found
+from virnucpro_cli.features.contigs.found import Genes
 from virnucpro_cli.model import locate
 from virnucpro_cli.plan import shards
 from virnucpro_cli.validation import verify
@@ -52,7 +52,7 @@ def config(**options: Any) -> EmbedConfig:
     return EmbedConfig(("contigs.fna",), "out.h5", from_="contigs", **options)
 
 
-def records(found: Found) -> list[Record]:
+def records(found: Genes) -> list[Record]:
     """What a caller found, from its FASTA text; its columns must say the same as its headers."""
     listed: list[Record] = []
     for text in found.text.decode().split(">")[1:]:
@@ -267,9 +267,9 @@ def test_coordinates_of_genes_translate_to_the_proteins_both_strands(embed_conti
 
 def test_the_order_of_contigs_is_kept_whatever_thread_is_first(tmp_path: Path) -> None:
     class Slow:
-        def __call__(self, name: str, sequence: bytes) -> Found:
+        def __call__(self, name: str, sequence: bytes) -> Genes:
             time.sleep(0.02 * random.Random(name).random())
-            return Found.of(f">{name}\n".encode(), [(1, 3, 1)])
+            return Genes.of(f">{name}\n".encode(), [(1, 3, 1)])
 
     path = tmp_path / "many.fna"
     path.write_text("".join(f">c{i}\nACGT\n" for i in range(60)))
@@ -347,7 +347,7 @@ def test_the_proteins_lie_beside_the_output_and_are_embedded_as_any_others(
         assert file.report["counts"]["contigs"] == 4
         without = 4 - len(np.unique(file.columns["genes/contig"]))
         assert file.report["counts"]["contigs without proteins"] == without
-    assert verify.run(str(output)).passed
+    assert verify.verify_file(str(output)).passed
     assert sorted(p.name for p in tmp_path.glob("out*")) == ["out.h5", "out.proteins.faa", "out.proteins.npz"]
 
 
@@ -418,7 +418,7 @@ def test_proteins_that_are_there_are_used_only_if_they_are_certainly_the_same(
     table.write_bytes(table.read_bytes()[:100])
     with pytest.raises(UserError, match="not of these contigs and settings"):
         embed_contigs(CONTIGS)
-    assert verify.run(str(output)).passed
+    assert verify.verify_file(str(output)).passed
 
 
 def test_files_of_others_are_left_alone(embed_contigs: Callable[..., Path], tmp_path: Path) -> None:
@@ -503,13 +503,13 @@ def test_shards_find_the_proteins_once_and_merge_to_the_single_run(
     with store.read_embeddings(shards.path(output, shards.Shard(2, 3))) as file:
         assert file.groups is not None and len(file.groups.of) == len(file) == len(file.columns["genes/begin"])
         assert file.records is not None and file.records.max() >= len(file)
-    merge.run(str(output))
+    merge.merge_shards(str(output))
     assert contents(output) == expected
     with store.read_embeddings(output) as merged, store.read_embeddings(tmp_path / "one.h5") as one:
         for name, data in one.tables.items():
             assert np.array_equal(data[:], merged.tables[name][:])
         assert merged.attributes["gene_caller"] == one.attributes["gene_caller"]
-    assert verify.run(str(output)).passed
+    assert verify.verify_file(str(output)).passed
 
 
 def test_of_two_runs_at_once_one_finds_the_proteins(tmp_path: Path, tiny_model: Path) -> None:

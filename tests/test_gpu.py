@@ -30,7 +30,7 @@ from virnucpro_cli.model import attention, locate, weights
 from virnucpro_cli.model import spec as specs
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.pooling import Pooler
-from virnucpro_cli.plan.packing import first_fit_decreasing, rungs, whole_segments
+from virnucpro_cli.plan.packing import buckets, first_fit_decreasing, whole_segments
 from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.validation import gates
 from virnucpro_cli.validation.reference import Reference
@@ -137,7 +137,7 @@ def test_a_protein_has_the_same_bits_in_any_pack_on_every_rung(name: str, dtype:
         batch = packs.one_pack(tmp_path, [probe], 1024)
         alone[i] = packs.of_segment(packs.embeddings(model, batch, layers), batch, 0)
     differing = []
-    for rows in rungs(131072 if name == "demo" else 32768):
+    for rows in buckets(131072 if name == "demo" else 32768):
         sequences, at = packs.among_strangers(probes, rows, generator)
         batch = packs.one_pack(tmp_path, sequences, rows)
         found = packs.embeddings(model, batch, layers)

@@ -105,7 +105,7 @@ def test_rows_of_groups_are_what_numpy_makes_of_the_rows_of_their_members(
         nothing = found.ids.index("c7")
         assert found.members[nothing] == 0 and np.isnan(found.rows("max")[nothing]).all()
         assert file.report["counts"]["groups"] == 30 and file.report["counts"]["proteins in no group"] == 5
-    assert verify.run(str(path)).passed
+    assert verify.verify_file(str(path)).passed
 
 
 def test_bits_do_not_depend_on_budget_workers_or_blocks(
@@ -133,8 +133,8 @@ def test_shards_merge_to_the_single_run_also_when_the_merge_is_killed(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groups, "fill", lambda _: (_ for _ in ()).throw(UserError("stopped")))
         with pytest.raises(UserError, match="stopped"):
-            merge.run(str(tmp_path / "merged.h5"))
-    merge.run(str(tmp_path / "merged.h5"))
+            merge.merge_shards(str(tmp_path / "merged.h5"))
+    merge.merge_shards(str(tmp_path / "merged.h5"))
     assert contents(tmp_path / "merged.h5") == expected
     check(tmp_path / "merged.h5")
 

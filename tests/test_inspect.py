@@ -41,11 +41,11 @@ def copy(made: Path, tmp_path: Path) -> Path:
 
 
 def failed(path: Path, *fasta: str) -> set[str]:
-    return {check.what for check in verify.run(str(path), fasta).checks if check.passed is False}
+    return {check.what for check in verify.verify_file(str(path), fasta).checks if check.passed is False}
 
 
 def test_verify_finds_nothing_wrong_with_what_embed_wrote(copy: Path, made: Path) -> None:
-    verdict = verify.run(str(copy))
+    verdict = verify.verify_file(str(copy))
     assert verdict.passed and not verdict.notes
     assert {"checksum of all bytes", "ids", "copies equal their originals"} <= {check.what for check in verdict.checks}
 
@@ -98,7 +98,7 @@ def test_verify_without_the_fasta_says_that_it_was_not_compared(copy: Path, made
     away = made / "in.fasta"
     moved = away.rename(made / "elsewhere.fasta")
     try:
-        verdict = verify.run(str(copy))
+        verdict = verify.verify_file(str(copy))
     finally:
         moved.rename(away)
     assert verdict.passed and "--fasta" in verdict.notes[0]
@@ -140,9 +140,9 @@ def test_the_fasta_of_a_file_is_never_overwritten(copy: Path, made: Path, comman
     fasta = made / "in.fasta"
     with pytest.raises(UserError, match="would overwrite"):
         if command == "verify":
-            verify.run(str(copy), (), str(fasta))
+            verify.verify_file(str(copy), (), str(fasta))
         else:
-            inspect.run(str(copy), str(fasta))
+            inspect.inspect_file(str(copy), str(fasta))
     assert fasta.read_text() == FASTA
 
 
@@ -165,7 +165,7 @@ def test_half_a_copy_is_named_as_damaged(copy: Path) -> None:
     with open(copy, "r+b") as file:
         file.truncate(copy.stat().st_size // 2)
     with pytest.raises(UserError, match="cut short or damaged"):
-        verify.run(str(copy))
+        verify.verify_file(str(copy))
 
 
 @pytest.mark.parametrize("count", [2, 300, 20_000])
@@ -186,7 +186,7 @@ def test_norms_that_inspect_shows_are_of_each_protein_once(tmp_path: Path, tiny_
 def test_names_cannot_steer_the_terminal(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in.fasta").write_text(">a\x1b]0;title\x07b\nMKV\n")
     embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(tiny_model), device="cpu")
-    inspect.run(str(tmp_path / "out.h5"), str(tmp_path / "qc.tsv"))
+    inspect.inspect_file(str(tmp_path / "out.h5"), str(tmp_path / "qc.tsv"))
     for text in (capsys.readouterr().out, (tmp_path / "qc.tsv").read_text()):
         assert "\x1b" not in text and "a?]0;title?b" in text
 
@@ -226,7 +226,7 @@ def test_the_table_has_a_line_for_each_protein(made: Path) -> None:
 def test_inspect_shows_contents_statuses_and_a_sentence_for_the_methods(
     made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inspect.run(str(made / "out.h5"))
+    inspect.inspect_file(str(made / "out.h5"))
     out = capsys.readouterr().out
     for words in ("/mean/2", "skipped: empty", "1  (empty)", "windowed", "For your Methods", "on a CPU (",
                   "1 protein of more than 100 residues", "1 protein was not embedded (empty: 1)"):  # fmt: skip
@@ -239,7 +239,7 @@ def test_inspect_of_a_partial_file_says_how_far_it_is(
     with h5py.File(copy, "r+") as file:
         file["run/complete"][()] = 0
         file["status"][:2] = store.PENDING
-    inspect.run(str(copy), str(tmp_path / "qc.tsv"))
+    inspect.inspect_file(str(copy), str(tmp_path / "qc.tsv"))
     out = capsys.readouterr().out
     assert "no: 66.7% of the proteins" in out and "2 of 6 proteins pending" in out and "Methods" not in out
     assert (tmp_path / "qc.tsv").read_text().splitlines()[1].split("\t")[:2] == ["a", "pending"]
@@ -260,5 +260,5 @@ def test_a_file_that_is_none_of_ours_is_refused(
 
 
 def test_the_report_of_verify_is_json(copy: Path, tmp_path: Path) -> None:
-    verify.run(str(copy), (), str(tmp_path / "report.json"))
+    verify.verify_file(str(copy), (), str(tmp_path / "report.json"))
     assert json.loads((tmp_path / "report.json").read_text())["passed"] is True

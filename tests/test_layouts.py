@@ -80,7 +80,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def exported(made: Path, target: Path, to: str, **options: Any) -> Any:
-    export.run(str(made / "out.h5"), to, str(target), **options)
+    export.export_file(str(made / "out.h5"), to, str(target), **options)
     return target
 
 
@@ -202,7 +202,7 @@ def test_files_of_bio_embeddings_are_read_as_keyed_h5(made: Path, tmp_path: Path
         for i in DISTINCT:
             data = file.create_dataset(hashlib.md5(RECORDS[i][1].encode()).hexdigest(), data=rows(i))
             data.attrs["original_id"] = NAMES[i]
-    importing.run(str(tmp_path / "reduced_embeddings_file.h5"), str(tmp_path / "x.h5"), model="8M")
+    importing.import_file(str(tmp_path / "reduced_embeddings_file.h5"), str(tmp_path / "x.h5"), model="8M")
     with store.read_embeddings(tmp_path / "x.h5") as found:
         for i in (i for i in DISTINCT if NAMES[i] != "twice"):
             np.testing.assert_array_equal(found[found.find(NAMES[i])[0]], rows(i))
@@ -230,7 +230,7 @@ def test_a_protein_that_was_given_up_has_no_rows_that_are_anothers(
     with h5py.File(tmp_path / "in.h5", "r+") as file:
         file["status"][2], file["reason"][2] = store.SKIPPED, store.NOT_FINITE
     target = tmp_path / f"x{layouts.named(to).suffix}"
-    export.run(str(tmp_path / "in.h5"), to, str(target), kinds=("residue",))
+    export.export_file(str(tmp_path / "in.h5"), to, str(target), kinds=("residue",))
     found = [
         (entry.name, entry.key, np.asarray(next(iter(entry.values.values()))))
         for entry in layouts.named(to).read(target)
@@ -247,7 +247,7 @@ def test_a_protein_that_was_given_up_has_no_rows_that_are_anothers(
 
 
 def test_names_that_were_changed_are_reported(made: Path, tmp_path: Path) -> None:
-    summary = export.run(str(made / "out.h5"), "keyed-h5", str(tmp_path / "x.h5"))
+    summary = export.export_file(str(made / "out.h5"), "keyed-h5", str(tmp_path / "x.h5"))
     assert any("'a/b' is 'a_b'" in note and "'twice_2'" in note for note in summary.notes)
     assert any("skipped left out" in note for note in summary.notes)
 
@@ -305,10 +305,10 @@ def test_scikit_bio_knows_a_protein_by_a_letter_for_each_residue(tiny_model: Pat
     path.write_text(">stop\nMKV.\n>masked\nM<mask>V\n>gap\nM-V\n>star\nMKVL*\n")
     embed_fasta(path, out, model=str(tiny_model), device="cpu", pool=("mean", "residue"))
     target, back = tmp_path / "x.skbio.h5", tmp_path / "back.h5"
-    export.run(str(out), "scikit-bio", str(target), (kind,))
+    export.export_file(str(out), "scikit-bio", str(target), (kind,))
     keys = [entry.key for entry in layouts.named("scikit-bio").read(target)]
     assert keys == ["MKV", "MXV", "M-V", "MKVL"]
-    importing.run(str(target), str(back), "scikit-bio", (str(path),))
+    importing.import_file(str(target), str(back), "scikit-bio", (str(path),))
     with store.read_embeddings(out) as file, store.read_embeddings(back) as again:
         assert (again.status == store.DONE).all()
         np.testing.assert_allclose(again.dataset(kind, 2)[:], file.dataset(kind, 2)[:], rtol=1e-3)
@@ -392,7 +392,7 @@ def test_the_folder_of_the_source_and_the_current_one_are_never_replaced(
     for folder, target in (("here", "."), ("here/deep", ".."), (".", "here"), ("here", str(tmp_path))):
         monkeypatch.chdir(tmp_path / folder)
         with pytest.raises(UserError, match="holds"):
-            export.run(source, to, target, overwrite=True, inputs=(str(tmp_path / "here" / "in.fasta"),))
+            export.export_file(source, to, target, overwrite=True, inputs=(str(tmp_path / "here" / "in.fasta"),))
     assert everything(tmp_path) == before
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
@@ -455,7 +455,7 @@ if sys.argv[4] == "writing":
     store.EmbeddingFile.names_of = killed
 else:
     target._take_the_place_of = killed_between
-export.run(*sys.argv[1:4], overwrite=True)
+export.export_file(*sys.argv[1:4], overwrite=True)
 """
 
 
@@ -530,7 +530,7 @@ def test_a_source_is_never_its_own_target(made: Path, tmp_path: Path) -> None:
     shutil.copy(made / "out.h5", tmp_path / "out.h5")
     before = (tmp_path / "out.h5").read_bytes()
     with pytest.raises(UserError, match="would overwrite"):
-        export.run(str(tmp_path / "out.h5"), "broad", str(tmp_path / "out.h5"), overwrite=True)
+        export.export_file(str(tmp_path / "out.h5"), "broad", str(tmp_path / "out.h5"), overwrite=True)
     assert (tmp_path / "out.h5").read_bytes() == before
 
 
@@ -547,7 +547,7 @@ def test_an_unfinished_file_is_refused(made: Path, tmp_path: Path) -> None:
     with h5py.File(tmp_path / "out.h5", "r+") as file:
         file["run/complete"][()] = 0
     with pytest.raises(UserError, match="not complete"):
-        export.run(str(tmp_path / "out.h5"), "npy", str(tmp_path / "x.npy"))
+        export.export_file(str(tmp_path / "out.h5"), "npy", str(tmp_path / "x.npy"))
 
 
 def test_parquet_without_pyarrow_names_the_extra(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,7 +563,7 @@ def test_parquet_without_pyarrow_names_the_extra(made: Path, tmp_path: Path, mon
 def there_and_back(made: Path, tmp_path: Path, to: str, kind: str, fasta: bool = True) -> Path:
     target = exported(made, tmp_path / f"x{layouts.named(to).suffix}", to, kinds=(kind,))
     inputs = (str(made / "in.fasta"),) if fasta else ()
-    importing.run(str(target), str(tmp_path / "back.h5"), to, inputs, layer=2 if to == "virnucpro" else None)
+    importing.import_file(str(target), str(tmp_path / "back.h5"), to, inputs, layer=2 if to == "virnucpro" else None)
     return tmp_path / "back.h5"
 
 
@@ -607,15 +607,15 @@ def test_rows_of_aligned_proteins_come_back_as_they_were_read(
 ) -> None:
     (tmp_path / "in.fasta").write_text(">a\nMK-VLAGWYKK\n>b\nMKV.LWWG\n>c\nMKVLAA\n>d\nMKVLAGWYKK\n")
     embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(tiny_model), device="cpu", gaps=gaps)
-    export.run(str(tmp_path / "out.h5"), to, str(tmp_path / "there"))
-    importing.run(
+    export.export_file(str(tmp_path / "out.h5"), to, str(tmp_path / "there"))
+    importing.import_file(
         str(tmp_path / "there"), str(tmp_path / "back.h5"), None, (str(tmp_path / "in.fasta"),), str(tiny_model), None
     )
     with store.read_embeddings(tmp_path / "out.h5") as file, store.read_embeddings(tmp_path / "back.h5") as back:
         np.testing.assert_array_equal(back[:], file[:])
         assert back.lengths.tolist() == file.lengths.tolist()
         assert back.columns["gaps"][:].tolist() == file.columns["gaps"][:].tolist() == [1, 1, 0, 0]
-    assert verify.run(str(tmp_path / "back.h5")).passed
+    assert verify.verify_file(str(tmp_path / "back.h5")).passed
 
 
 @pytest.mark.parametrize("to", ["npy", "parquet", "anndata", "csv", "tsv"])
@@ -628,7 +628,9 @@ def test_rows_follow_their_names_into_a_fasta_of_another_order(made: Path, tmp_p
     order = [9, 0, 8, 3]
     (tmp_path / "other.fasta").write_text("".join(f">{NAMES[i]}\n{RECORDS[i][1]}\n" for i in order) + ">new\nMMMMM\n")
     target = exported(made, tmp_path / f"x{layouts.named(to).suffix}", to)
-    summary = importing.run(str(target), str(tmp_path / "back.h5"), None, (str(tmp_path / "other.fasta"),), "650M", 2)
+    summary = importing.import_file(
+        str(target), str(tmp_path / "back.h5"), None, (str(tmp_path / "other.fasta"),), "650M", 2
+    )
     with store.read_embeddings(tmp_path / "back.h5") as file:
         assert file.names == [*(NAMES[i] for i in order), "new"] and file.attributes["model"] == "650M"
         np.testing.assert_array_equal(file.dataset("mean", 2)[:4], [rows(i) for i in order])
@@ -640,7 +642,7 @@ def test_a_uniprot_file_joins_by_accession(tmp_path: Path) -> None:
     (tmp_path / "in.fasta").write_text(">sp|P1|A_B\nMKV\n>sp|P2|C_D\nMK\n")
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["P2"], file["P1"] = np.float16([2, 2]), np.float16([1, 1])
-    importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None, (str(tmp_path / "in.fasta"),))
+    importing.import_file(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None, (str(tmp_path / "in.fasta"),))
     with store.read_embeddings(tmp_path / "out.h5") as file:
         assert file[:].tolist() == [[1, 1], [2, 2]] and file[:].dtype == np.float16
         assert file.attributes["model"] == "unknown" and file.layers == [-1]
@@ -650,7 +652,7 @@ def test_a_name_that_two_records_have_is_nobodys(tmp_path: Path) -> None:
     (tmp_path / "in.fasta").write_text(">a\nMKV\n>b\nMK\n>a\nMKVL\n")
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["a"], file["b"] = np.float32([2, 2]), np.float32([1, 1])
-    importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None, (str(tmp_path / "in.fasta"),))
+    importing.import_file(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None, (str(tmp_path / "in.fasta"),))
     with store.read_embeddings(tmp_path / "out.h5") as file:
         assert [store.REASONS[reason] for reason in file.reason] == ["name not unique", "", "name not unique"]
 
@@ -658,7 +660,7 @@ def test_a_name_that_two_records_have_is_nobodys(tmp_path: Path) -> None:
 def test_what_is_not_finite_comes_in_as_skipped(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["a"], file["b"] = np.float32([2, np.inf]), np.float32([1, 1])
-    importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None)
+    importing.import_file(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), None)
     with store.read_embeddings(tmp_path / "out.h5") as file:
         assert file.status.tolist() == [store.SKIPPED, store.DONE] and np.isnan(file[0]).all()
 
@@ -668,7 +670,7 @@ def test_what_is_not_finite_comes_in_as_skipped(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_one_message_and_leaves_nothing(tmp_path: Path, content: bytes, to: str | None) -> None:
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.npy"):
-        importing.run(str(tmp_path / "x.npy"), str(tmp_path / "out.h5"), to)
+        importing.import_file(str(tmp_path / "x.npy"), str(tmp_path / "out.h5"), to)
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
 
 
@@ -679,7 +681,7 @@ def test_pickles_are_read_as_tensors_only(tmp_path: Path) -> None:
 
     torch.save({"proteins": ["a"], "data": [Boom()]}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x\.pt"):
-        importing.run(str(tmp_path / "x.pt"), str(tmp_path / "out.h5"), "virnucpro")
+        importing.import_file(str(tmp_path / "x.pt"), str(tmp_path / "out.h5"), "virnucpro")
     assert not (tmp_path / "boom").exists()
 
 
@@ -687,17 +689,17 @@ def test_an_import_never_replaces_what_it_was_not_told_to(made: Path, tmp_path: 
     target = exported(made, tmp_path / "x.npy", "npy")
     (tmp_path / "out.h5").write_text("mine")
     with pytest.raises(UserError, match="exists"):
-        importing.run(str(target), str(tmp_path / "out.h5"))
-    importing.run(str(target), str(tmp_path / "out.h5"), overwrite=True)
+        importing.import_file(str(target), str(tmp_path / "out.h5"))
+    importing.import_file(str(target), str(tmp_path / "out.h5"), overwrite=True)
     with pytest.raises(UserError, match="already a file of embed's"):
-        importing.run(str(tmp_path / "out.h5"), str(tmp_path / "again.h5"))
+        importing.import_file(str(tmp_path / "out.h5"), str(tmp_path / "again.h5"))
 
 
 def test_a_fasta_without_any_of_the_proteins_is_refused(made: Path, tmp_path: Path) -> None:
     target = exported(made, tmp_path / "x.npy", "npy")
     (tmp_path / "other.fasta").write_text(">q\nMKVVVV\n")
     with pytest.raises(UserError, match="None of the 11 proteins"):
-        importing.run(str(target), str(tmp_path / "out.h5"), inputs=(str(tmp_path / "other.fasta"),))
+        importing.import_file(str(target), str(tmp_path / "out.h5"), inputs=(str(tmp_path / "other.fasta"),))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.fasta", "x.npy", "x.tsv"]
 
 
@@ -706,13 +708,13 @@ def test_inspect_verify_and_export_know_an_imported_file(
     made: Path, tmp_path: Path, fasta: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     back = there_and_back(made, tmp_path, "parquet", "mean", fasta)
-    inspect.run(str(back))
+    inspect.inspect_file(str(back))
     assert "Imported from" in capsys.readouterr().out
-    verdict = verify.run(str(back))
+    verdict = verify.verify_file(str(back))
     assert verdict.passed and bool(verdict.notes) != fasta
-    export.run(str(back), "parquet", str(tmp_path / "again.parquet"))
+    export.export_file(str(back), "parquet", str(tmp_path / "again.parquet"))
     (tmp_path / "x.parquet").unlink()
-    importing.run(str(tmp_path / "again.parquet"), str(back), overwrite=True)
+    importing.import_file(str(tmp_path / "again.parquet"), str(back), overwrite=True)
     same(made / "out.h5", back, "mean")
 
 
@@ -720,7 +722,9 @@ def test_a_key_that_several_names_come_to_is_not_given_to_the_first_of_them(tmp_
     (tmp_path / "in.fasta").write_text(">a/b\nMKV\n>a_b\nMKL\n>c\nMKT\n")
     with h5py.File(tmp_path / "published.h5", "w") as file:
         file["a_b"], file["c"] = np.full(4, 2, np.float16), np.full(4, 3, np.float16)
-    importing.run(str(tmp_path / "published.h5"), str(tmp_path / "out.h5"), inputs=(str(tmp_path / "in.fasta"),))
+    importing.import_file(
+        str(tmp_path / "published.h5"), str(tmp_path / "out.h5"), inputs=(str(tmp_path / "in.fasta"),)
+    )
     with store.read_embeddings(tmp_path / "out.h5") as found:
         assert found.status.tolist() == [store.SKIPPED, store.DONE, store.DONE]
         assert found[1:3][:, 0].tolist() == [2, 3]
@@ -731,7 +735,7 @@ def test_a_key_that_several_names_come_to_is_not_given_to_the_first_of_them(tmp_
 
 def imported(source: Path, target: Path, fasta: Path | None = None, **options: Any) -> tuple[list[str], dict[str, Any]]:
     """Names and, by kind, the rows of what an import makes."""
-    importing.run(str(source), str(target), None, (str(fasta),) if fasta else (), overwrite=True, **options)
+    importing.import_file(str(source), str(target), None, (str(fasta),) if fasta else (), overwrite=True, **options)
     with store.read_embeddings(target) as file:
         kinds = json.loads(file.attributes["fingerprint"])["pool"]
         layer = file.layers[-1]
@@ -875,19 +879,19 @@ def test_values_of_other_files_are_never_imported(tmp_path: Path, make: Callable
     make(tmp_path)
     for name in (None, "keyed-h5", "biotrainer"):
         with pytest.raises(UserError, match=r"x\.h5"):
-            importing.run(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), name)
+            importing.import_file(str(tmp_path / "x.h5"), str(tmp_path / "out.h5"), name)
     assert not list(tmp_path.glob("out.h5*"))
 
 
 @pytest.mark.parametrize(("name", "layout"), [("x.csv", "csv"), ("X.Parquet", "parquet"), ("x.biotrainer.h5", "biotrainer"),
                                               ("x.h5ad", "anndata"), ("x.npy", "npy")])  # fmt: skip
 def test_the_suffix_of_the_target_tells_its_layout(made: Path, tmp_path: Path, name: str, layout: str) -> None:
-    export.run(str(made / "out.h5"), None, str(tmp_path / name))
+    export.export_file(str(made / "out.h5"), None, str(tmp_path / name))
     assert layouts.named(layout).recognises(tmp_path / name)
     with pytest.raises(UserError, match="does not tell its layout"):
-        export.run(str(made / "out.h5"), None, str(tmp_path / "x.h5"))
+        export.export_file(str(made / "out.h5"), None, str(tmp_path / "x.h5"))
     with pytest.raises(UserError, match="does not tell its layout"):
-        export.run(str(made / "out.h5"), None)
+        export.export_file(str(made / "out.h5"), None)
 
 
 @pytest.mark.parametrize("to", ["csv", "tsv"])
@@ -909,7 +913,7 @@ def test_pandas_reads_the_numbers_of_a_table_as_they_are(made: Path, tmp_path: P
 def test_a_wrong_line_of_a_table_is_named(tmp_path: Path, wrong: str) -> None:
     (tmp_path / "x.csv").write_text(wrong)
     with pytest.raises(UserError, match=r"line 2|first line"):
-        importing.run(str(tmp_path / "x.csv"), str(tmp_path / "out.h5"), "csv")
+        importing.import_file(str(tmp_path / "x.csv"), str(tmp_path / "out.h5"), "csv")
     assert not list(tmp_path.glob("out.h5*"))
 
 
@@ -925,7 +929,7 @@ def test_rows_of_groups_are_rows_of_a_table(tmp_path: Path, tiny_model: Path, to
     (tmp_path / "in.fasta").write_text(">a_1\nMKV\n>b_1\nMKVLL\n>a_2\nGGTRS\n>c_1\n\n")
     embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(tiny_model), device="cpu", group_regex="^(.)_")
     target = tmp_path / f"x{layouts.named(to).suffix}"
-    export.run(str(tmp_path / "out.h5"), to, str(target), (f"groups/{kind}",))
+    export.export_file(str(tmp_path / "out.h5"), to, str(target), (f"groups/{kind}",))
     found = [
         (entry.name, entry.skipped, np.asarray(row))
         for entry in layouts.named(to).read(target)
@@ -939,7 +943,7 @@ def test_rows_of_groups_are_rows_of_a_table(tmp_path: Path, tiny_model: Path, to
         if not skipped:
             np.testing.assert_array_equal(row, expected[name])
     with pytest.raises(UserError):
-        importing.run(str(target), str(tmp_path / "back.h5"))
+        importing.import_file(str(target), str(tmp_path / "back.h5"))
 
 
 def test_layouts_without_room_for_groups_say_so(made: Path, tmp_path: Path) -> None:
@@ -955,7 +959,7 @@ def killed(*arguments):
     place(*arguments)
     os._exit(9)
 importing._place = killed
-importing.run(sys.argv[1], sys.argv[2], None, (sys.argv[3],))
+importing.import_file(sys.argv[1], sys.argv[2], None, (sys.argv[3],))
 """
 
 
@@ -969,7 +973,7 @@ def test_nothing_of_a_killed_import_stays_once_it_runs_again(made: Path, tmp_pat
         done = subprocess.run([sys.executable, "-c", KILLED_IMPORT, *arguments], check=False)
         assert done.returncode == 9
         assert everything(tmp_path).keys() - before == {str(tmp_path / "out.h5.partial")}
-    importing.run(*arguments[:2], None, (arguments[2],))
+    importing.import_file(*arguments[:2], None, (arguments[2],))
     assert everything(tmp_path).keys() - before == {str(tmp_path / "out.h5")}
     same(made / "out.h5", tmp_path / "out.h5", "mean")
 
@@ -981,9 +985,9 @@ def test_an_import_never_replaces_what_it_reads(made: Path, tmp_path: Path) -> N
     before = everything(tmp_path)
     for source, output in ((tmp_path / "x.npy", tmp_path / "x.tsv"), (folder, folder / "long.pt"), (folder, folder)):
         with pytest.raises(UserError):
-            importing.run(str(source), str(output), overwrite=True)
+            importing.import_file(str(source), str(output), overwrite=True)
     with pytest.raises(UserError, match="would overwrite"):
         (tmp_path / "x.h5").symlink_to(keyed)
-        importing.run(str(keyed), str(tmp_path / "x.h5"), overwrite=True)
+        importing.import_file(str(keyed), str(tmp_path / "x.h5"), overwrite=True)
     (tmp_path / "x.h5").unlink()
     assert everything(tmp_path) == before

@@ -58,7 +58,7 @@ def drawn(made: Path, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
 
     def draw(name: str, method: str | None = "pca", color: str = "length", **options: Any) -> tuple[Any, Path]:
         color = color.replace("of.tsv", str(made.parent / "of.tsv"))
-        return mapping.run(str(made), str(tmp_path / name), method, color, **options), tmp_path / name
+        return mapping.write_map(str(made), str(tmp_path / name), method, color, **options), tmp_path / name
 
     return draw
 
@@ -149,7 +149,7 @@ def test_the_caption_says_what_is_shown(drawn: Callable[..., Any], capsys: pytes
 @pytest.mark.parametrize("kind", POOLED)
 def test_every_kind_of_pool_can_be_drawn(made: Path, tmp_path: Path, tiny_model: Path, kind: str) -> None:
     embed_fasta(made.parent / "in.fasta", tmp_path / "k.h5", model=str(tiny_model), device="cpu", pool=(kind,))
-    shown = mapping.run(str(tmp_path / "k.h5"), str(tmp_path / "k.tsv"), "pca", "length")
+    shown = mapping.write_map(str(tmp_path / "k.h5"), str(tmp_path / "k.tsv"), "pca", "length")
     assert any(POOLED[kind] in line for line in shown.caption)
 
 
@@ -180,7 +180,7 @@ def test_groups_of_the_file_are_colours(made: Path, tmp_path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file["groups/of"] = np.arange(40) % 3 - 1
         file["groups/ids"] = np.array(["one", "two"], object)
-    by = mapping.run(str(path), str(tmp_path / "a.tsv"), "pca", "group").colour
+    by = mapping.write_map(str(path), str(tmp_path / "a.tsv"), "pca", "group").colour
     assert by.words()[:4] == ["no value", "one", "two", "no value"]
 
 
@@ -277,10 +277,10 @@ def test_umap_of_few_proteins_is_refused_if_named_and_else_pca(made: Path, tmp_p
     path = Path(shutil.copy(made, tmp_path / "few.h5"))
     with h5py.File(path, "r+") as file:
         file["status"][9:] = store.SKIPPED
-    assert "PCA" in mapping.run(str(path), str(tmp_path / "a.png")).title
+    assert "PCA" in mapping.write_map(str(path), str(tmp_path / "a.png")).title
     for method in ("umap", "tsne"):
         with pytest.raises(UserError, match="16 proteins or more"):
-            mapping.run(str(path), str(tmp_path / "b.png"), method)
+            mapping.write_map(str(path), str(tmp_path / "b.png"), method)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from virnucpro_cli import alphabet
 from virnucpro_cli.model import attention, weights
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.plan.packing import SMALLEST_RUNG
+from virnucpro_cli.plan.packing import SMALLEST_BUCKET
 from virnucpro_cli.validation.reference import Reference
 
 GATE, RESIDUE_GATE = 1e-5, 2e-5
@@ -31,7 +31,7 @@ def packed_model(spec: ModelSpec, state: dict[str, torch.Tensor]) -> ESM2:
 
 
 def rows_of(sequences: list[str]) -> int:
-    """Rows with a little filler; fewer than a rung of the ladder, which only the bits depend on."""
+    """Rows with a little filler; fewer than a bucket of the ladder, which only the bits depend on."""
     return -(-sum(len(sequence) + 3 for sequence in sequences) // 64) * 64
 
 
@@ -137,18 +137,18 @@ def test_masked_residues_rescale_their_own_protein_only(model: ESM2, reference: 
         whole[::-1],
     ]
     wanted = [expected(reference, sequence) for sequence in sequences]
-    found = embed(model, sequences, tmp_path, rows=SMALLEST_RUNG)
+    found = embed(model, sequences, tmp_path, rows=SMALLEST_BUCKET)
     assert all(row.isfinite().all() for rows in found for row in rows.values())
     assert_within_gates(found, wanted)
     assert not found[3]["residue", 0].any()  # masked rows are zero; <cls> is what is left of this one
-    assert same_bits(found[0], embed(model, [whole], tmp_path, rows=SMALLEST_RUNG)[0])
+    assert same_bits(found[0], embed(model, [whole], tmp_path, rows=SMALLEST_BUCKET)[0])
 
 
 @pytest.mark.demo
 def test_rare_and_ambiguous_residues_match(model: ESM2, reference: Reference, tmp_path: Path) -> None:
     sequences = ["MKUBZOXV", "X" * 30, "OUZBX" * 20, "M.K-V", "MUKX<mask>BZ"]
     wanted = [expected(reference, sequence) for sequence in sequences]
-    assert_within_gates(embed(model, sequences, tmp_path, rows=SMALLEST_RUNG), wanted)
+    assert_within_gates(embed(model, sequences, tmp_path, rows=SMALLEST_BUCKET), wanted)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_layer_is_the_same_whichever_others_are_asked_for(
 def test_each_wanted_layer_is_called_once_in_order(tiny: tuple[ESM2, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     model, _ = tiny
     called: list[tuple[int, tuple[int, ...]]] = []
-    batch = one_pack(tmp_path, ["MKV"], SMALLEST_RUNG)
+    batch = one_pack(tmp_path, ["MKV"], SMALLEST_BUCKET)
     model.forward(batch, (2, 0), lambda layer, hidden: called.append((layer, tuple(hidden.shape))))
     assert called == [(0, (1024, 32)), (2, (1024, 32))]
 
@@ -282,7 +282,7 @@ def test_nothing_in_the_filler_reaches_a_protein(tmp_path: Path) -> None:
     state["embed_tokens.weight"][unused] = torch.nan
     model = packed_model(TINY, state)
     for sequences in (["MKVLAAGG", "WWK"], ["MK<mask>V", "A"]):
-        batch = one_pack(tmp_path, sequences, SMALLEST_RUNG)
+        batch = one_pack(tmp_path, sequences, SMALLEST_BUCKET)
         results = []
         for filler in (alphabet.PAD, alphabet.X, unused):
             tokens, positions = batch.tokens.clone(), batch.positions.clone()
@@ -319,7 +319,7 @@ def test_the_gates_catch_each_mistake_that_others_made(
 @pytest.mark.demo
 def test_the_gates_catch_a_mask_that_does_not_rescale(model: ESM2, reference: Reference, tmp_path: Path) -> None:
     sequence = "MKTVRQERLKSIVRIL<mask>RSKEPVSGAQLAEEL"
-    batch = one_pack(tmp_path, [sequence], SMALLEST_RUNG)
+    batch = one_pack(tmp_path, [sequence], SMALLEST_BUCKET)
     assert batch.mask_ratio is not None
     found = of_segment(embeddings(model, replace(batch, mask_ratio=None), LAYERS), batch, 0)
     assert worst([found], [expected(reference, sequence)])["mean"] > GATE

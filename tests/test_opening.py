@@ -176,7 +176,7 @@ def test_a_file_that_would_show_bytes_of_another_is_refused(
         change(file, secret)
     with pytest.raises(UserError, match="is refused"):
         read_embeddings(copy)
-    for run in (partial(export.run, to="npy"), inspect.run, verify.run):
+    for run in (partial(export.export_file, to="npy"), inspect.inspect_file, verify.verify_file):
         with pytest.raises(UserError, match="is refused"):
             run(str(copy))
 
@@ -185,7 +185,7 @@ def test_a_view_of_shards_that_an_earlier_version_made_is_refused(copy: Path) ->
     with h5py.File(copy, "r+") as file:
         file.attrs["virtual_of"] = json.dumps([["out.shard-0001-of-0001.h5", "0" * 64]])
         _virtual(file, copy)
-    for run in (read_embeddings, inspect.run, verify.run):
+    for run in (read_embeddings, inspect.inspect_file, verify.verify_file):
         with pytest.raises(UserError, match=r"is a view.*\n?.*Merge the shards without --virtual"):
             run(str(copy))
 
@@ -201,7 +201,7 @@ def test_a_file_in_which_the_library_is_lost_is_told_as_damaged(
     monkeypatch.setattr(reading, "datasets_of", lost)
     monkeypatch.setattr(opening, "OPENING_SECONDS", 1)
     with pytest.raises(UserError, match=rf"damaged: the HDF5 library {words}"):
-        inspect.run(str(copy))
+        inspect.inspect_file(str(copy))
 
 
 def test_damage_is_told_under_optimised_python_too(copy: Path) -> None:

@@ -11,9 +11,9 @@ from conftest import read_fasta
 from virnucpro_cli.plan.packing import (
     SPECIAL_TOKENS,
     Segments,
+    buckets,
     first_fit_decreasing,
     in_blocks,
-    rungs,
     subset,
     whole_segments,
     window_weights,
@@ -60,7 +60,7 @@ def test_blocks_hold_every_segment_once_in_packs_that_fit(lengths: list[int], bu
     tokens = [int(sum(lengths[s] + 2 for s in plan.pack(i).tolist())) for i in range(len(plan))]
     assert plan.tokens.tolist() == tokens
     assert all(used <= max(budget, lengths[plan.pack(i)[0]] + 2) for i, used in enumerate(tokens))
-    assert (plan.rung >= plan.tokens).all() and (np.diff(plan.offsets) > 0).all()
+    assert (plan.bucket >= plan.tokens).all() and (np.diff(plan.offsets) > 0).all()
     if len(lengths) < 2 * block:
         whole = first_fit_decreasing(np.array(lengths, np.int32), budget)
         assert (whole.segments == plan.segments).all() and (whole.offsets == plan.offsets).all()
@@ -109,36 +109,36 @@ def test_only_a_segment_longer_than_the_budget_exceeds_it_and_alone(lengths: lis
 @given(lengths_lists, budgets)
 def test_the_rows_of_a_pack_cover_its_tokens_and_are_a_rung(lengths: list[int], budget: int) -> None:
     plan = first_fit_decreasing(np.array(lengths, np.int64), budget)
-    ladder = rungs(budget)
-    for tokens, rung in zip(plan.tokens.tolist(), plan.rung.tolist(), strict=True):
-        assert rung >= tokens
+    ladder = buckets(budget)
+    for tokens, bucket in zip(plan.tokens.tolist(), plan.bucket.tolist(), strict=True):
+        assert bucket >= tokens
         if tokens <= ladder[-1]:
-            assert rung == min(step for step in ladder if step >= tokens)
+            assert bucket == min(step for step in ladder if step >= tokens)
         else:
-            assert rung % 1024 == 0 and rung - tokens < 1024
+            assert bucket % 1024 == 0 and bucket - tokens < 1024
 
 
 def test_a_pack_that_fills_a_rung_stays_on_it() -> None:
-    tokens_to_rung = {1023: 1024, 1024: 1024, 1025: 2048, 4096: 4096, 4097: 5120, 5120: 5120, 5121: 6144}
-    for tokens, rung in tokens_to_rung.items():
-        assert first_fit_decreasing(np.array([tokens - SPECIAL_TOKENS]), 4096).rung.tolist() == [rung]
+    tokens_to_bucket = {1023: 1024, 1024: 1024, 1025: 2048, 4096: 4096, 4097: 5120, 5120: 5120, 5121: 6144}
+    for tokens, bucket in tokens_to_bucket.items():
+        assert first_fit_decreasing(np.array([tokens - SPECIAL_TOKENS]), 4096).bucket.tolist() == [bucket]
 
 
 def test_the_ladder_doubles_up_to_the_budget_itself() -> None:
-    assert rungs(16384) == [1024, 2048, 4096, 8192, 16384]
-    assert rungs(5000) == [1024, 2048, 4096, 5000]
-    assert rungs(1024) == [1024]
-    assert rungs(10) == [1024], "results are batch-invariant from 1024 rows up only"
+    assert buckets(16384) == [1024, 2048, 4096, 8192, 16384]
+    assert buckets(5000) == [1024, 2048, 4096, 5000]
+    assert buckets(1024) == [1024]
+    assert buckets(10) == [1024], "results are batch-invariant from 1024 rows up only"
 
 
 @given(lengths_lists, budgets)
 def test_density_is_used_rows_over_computed_rows(lengths: list[int], budget: int) -> None:
     plan = first_fit_decreasing(np.array(lengths, np.int64), budget)
     used = sum(lengths) + 2 * len(lengths)
-    assert plan.density == (pytest.approx(used / plan.rung.sum()) if lengths else 0)
+    assert plan.density == (pytest.approx(used / plan.bucket.sum()) if lengths else 0)
     if len(plan) > 1:
         last = sum(lengths[number] + 2 for number in plan.pack(len(plan) - 1))
-        assert plan.density_without_last == pytest.approx((used - last) / plan.rung[:-1].sum())
+        assert plan.density_without_last == pytest.approx((used - last) / plan.bucket[:-1].sum())
 
 
 def test_five_thousand_proteins_of_uniprot_fill_127_packs() -> None:
@@ -221,5 +221,5 @@ def test_a_subset_is_the_packs_that_hold_a_wanted_segment(lengths: list[int], bu
     chosen = subset(plan, wanted)
     tried = worst_first(plan, chosen, np.asarray(lengths, np.int64)).tolist()
     assert sorted(tried) == chosen.tolist() and tried[1:] == sorted(tried[1:])
-    needs = [(plan.rung[i], max(lengths[s] for s in plan.pack(i))) for i in tried]
+    needs = [(plan.bucket[i], max(lengths[s] for s in plan.pack(i))) for i in tried]
     assert all(needs[0] >= other for other in needs)

@@ -144,7 +144,7 @@ def test_the_windows_of_a_long_protein_add_up_to_the_whole(tmp_path: Path) -> No
             hidden[spans[-1][2]] = whole[record][start : start + n]
         found = pool(hidden, batch)
         for i, (record, start, rows) in enumerate(spans):
-            windows += batch.lengths[i] - 2 < lengths[record]
+            windows += batch.seqlens[i] - 2 < lengths[record]
             mean[record] += found.pooled["mean", 1][i].double()
             residue[record][start : start + rows.stop - rows.start] += found.residue[1][rows].double()
     assert windows >= 7

@@ -113,7 +113,7 @@ def test_logits_are_fair_esms_row_by_row(tmp_path: Path, make_fasta: Make, model
             assert relative_l2(file.logits(row), logits_of(judge, sequence)) < 1e-5
             np.testing.assert_array_equal(half.logits(row), file.logits(row).astype(np.float16))
         assert "residue/2" in file._file or pool == ("mean",)
-    assert verify.run(str(tmp_path / "half.h5"), (str(fasta),), None).passed
+    assert verify.verify_file(str(tmp_path / "half.h5"), (str(fasta),), None).passed
 
 
 def test_embeddings_keep_their_bits_beside_scores(tmp_path: Path, make_fasta: Make, model: Path) -> None:
@@ -134,7 +134,7 @@ def test_skipped_proteins_have_nan_copies_their_originals_and_verify_agrees(
     found = embed(fasta, tmp_path / "out.h5", model)
     assert np.isnan(found[[1, 4]]).all() and np.isfinite(found[[0, 2]]).all()
     np.testing.assert_array_equal(found[:3], found[3:])
-    assert verify.run(str(tmp_path / "out.h5"), (str(fasta),), None).passed
+    assert verify.verify_file(str(tmp_path / "out.h5"), (str(fasta),), None).passed
 
 
 def test_workers_shards_and_a_merge_give_the_same_scores(tmp_path: Path, make_fasta: Make, model: Path) -> None:
@@ -142,11 +142,11 @@ def test_workers_shards_and_a_merge_give_the_same_scores(tmp_path: Path, make_fa
     expected = embed(fasta, tmp_path / "one.h5", model, emit=ALL)
     for part in ("1/2", "2/2"):
         embed_fasta(str(fasta), str(tmp_path / "all.h5"), model=str(model), device="cpu", emit=ALL, shard=part)
-    merge.run(str(tmp_path / "all.h5"))
+    merge.merge_shards(str(tmp_path / "all.h5"))
     np.testing.assert_array_equal(scores_of(tmp_path / "all.h5"), expected)
     with read_embeddings(tmp_path / "one.h5") as one, read_embeddings(tmp_path / "all.h5") as merged:
         np.testing.assert_array_equal(*(file.dataset("unmasked", "logits")[:] for file in (one, merged)))
-    assert verify.run(str(tmp_path / "all.h5"), (str(fasta),), None).passed
+    assert verify.verify_file(str(tmp_path / "all.h5"), (str(fasta),), None).passed
     two = embed(fasta, tmp_path / "two.h5", model, workers=2, token_budget=1024)
     np.testing.assert_allclose(two, expected, rtol=1e-6)
 

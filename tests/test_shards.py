@@ -178,14 +178,16 @@ def test_shards_are_a_fair_partition_that_keeps_equal_records_together(
     for number, part in enumerate(parts):
         assert (np.diff(part) > 0).all()
         home[part] = number
-    assert (home == home[work.unit]).all()
+    assert (home == home[work.representative]).all()
     cost = np.bincount(work.segments.record, work.segments.length + 2.0, len(table))
     loads = [cost[part].sum() for part in parts]
     assert max(loads) - min(loads) <= cost.max()
     for part in parts:
         own = table.part(part)
         its = decide(own, config)
-        assert np.array_equal(part[its.unit], work.unit[part]) and np.array_equal(its.flags, work.flags[part])
+        assert np.array_equal(part[its.representative], work.representative[part]) and np.array_equal(
+            its.flags, work.flags[part]
+        )
         assert own.names(0, len(own)) == [f"p{i}" for i in part.tolist()]
         ids = own.token_ids(np.arange(len(own)))
         assert (
@@ -200,14 +202,14 @@ def test_shards_are_a_fair_partition_that_keeps_equal_records_together(
 
 
 def test_shards_run_anyhow_and_merged_are_the_single_runs_file(small: Case, three: Path) -> None:
-    merged = merge.run(str(three))
+    merged = merge.merge_shards(str(three))
     assert merged.counts == {"shards": 3, "proteins": 62, "skipped": 1}
     small.check(three)
     with store.read_embeddings(three) as file:
         assert file.records is None and json.loads(file.attributes["merged_from"])[2] == "out.shard-0003-of-0003.h5"
         assert "shard" not in json.loads(file.attributes["fingerprint"])
-    assert verify.run(str(three)).passed
-    assert merge.run(str(three)).already_complete
+    assert verify.verify_file(str(three)).passed
+    assert merge.merge_shards(str(three)).already_complete
     assert small.embed(three)["proteins"] == 62, "and the plain command finds it complete"
 
 
@@ -217,8 +219,8 @@ def test_more_shards_than_records_leave_some_empty(small: Case, tmp_path: Path) 
         small.embed(output, shard=f"{number}/80")
     with store.read_embeddings(shards.path(output, Shard(80, 80))) as file:
         assert len(file) == 0 and file.complete
-    assert verify.run(str(shards.path(output, Shard(80, 80)))).passed
-    merge.run(str(output))
+    assert verify.verify_file(str(shards.path(output, Shard(80, 80)))).passed
+    merge.merge_shards(str(output))
     small.check(output)
 
 
@@ -234,19 +236,19 @@ def test_a_shard_is_resumed_and_a_complete_one_is_left_alone(small: Case, tmp_pa
     before = path.stat().st_mtime_ns
     small.embed(output, shard="1/2")
     assert path.stat().st_mtime_ns == before
-    assert verify.run(str(path)).passed
+    assert verify.verify_file(str(path)).passed
 
 
 def test_a_shard_is_checked_against_its_part_of_the_fasta(three: Path) -> None:
     path = shards.path(three, Shard(2, 3))
     with h5py.File(path, "r+") as file:
         file["lengths"][3] += 1
-    failed = {check.what for check in verify.run(str(path)).checks if check.passed is False}
+    failed = {check.what for check in verify.verify_file(str(path)).checks if check.passed is False}
     assert failed == {"checksum of all bytes", "lengths", "lengths, by a second reader"}
 
 
 def test_status_says_what_is_complete_partial_and_missing(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status.run(str(three))
+    assert status.show_shards(str(three))
     assert "3 of 3 shards complete; virnucpro merge" in capsys.readouterr().out
     shards.path(three, Shard(1, 3)).unlink()
     path = shards.path(three, Shard(2, 3))
@@ -260,9 +262,9 @@ def test_status_says_what_is_complete_partial_and_missing(three: Path, capsys: p
     assert ended.value.code == 1 and "missing" in out and "partial, 7" in out and "1 of 3 shards complete" in out
     damaged = shards.path(three, Shard(3, 3))
     damaged.write_bytes(damaged.read_bytes()[:9000])
-    assert not status.run(str(three)) and "damaged, remove it" in capsys.readouterr().out
+    assert not status.show_shards(str(three)) and "damaged, remove it" in capsys.readouterr().out
     with pytest.raises(UserError, match="neither"):
-        status.run(str(three.with_name("other.h5")))
+        status.show_shards(str(three.with_name("other.h5")))
 
 
 def other_settings(small: Case, three: Path) -> None:
@@ -317,13 +319,13 @@ def test_what_does_not_belong_together_is_not_merged(
 ) -> None:
     change(small, three)
     with pytest.raises(UserError, match=words):
-        merge.run(str(three))
+        merge.merge_shards(str(three))
     assert not three.exists() and not store.partial_path(three).exists()
 
 
 def test_of_several_sets_one_is_named(small: Case, three: Path) -> None:
     in_two_sets(small, three)
-    merge.run(str(three), count=3)
+    merge.merge_shards(str(three), count=3)
     small.check(three)
 
 
@@ -339,7 +341,7 @@ def merged_in_child(output: str, survived: int) -> None:
 
     os.pwrite = counted
     merge.BLOCK_BYTES = 1 << 12
-    merge.run(output)
+    merge.merge_shards(output)
 
 
 def test_a_merge_that_is_killed_goes_on(small: Case, three: Path) -> None:
@@ -350,7 +352,7 @@ def test_a_merge_that_is_killed_goes_on(small: Case, three: Path) -> None:
         process.join(60)
         killed += process.exitcode == -signal.SIGKILL
     assert killed >= 3
-    merge.run(str(three))
+    merge.merge_shards(str(three))
     small.check(three)
 
 
@@ -369,8 +371,8 @@ def test_rows_that_a_shard_had_no_memory_for_stay_skipped_also_in_a_resumed_merg
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store.Store, "finish", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
         with pytest.raises(UserError, match="stopped"):
-            merge.run(str(three))
-    merge.run(str(three))
+            merge.merge_shards(str(three))
+    merge.merge_shards(str(three))
     with store.read_embeddings(three) as merged:
         assert (merged.status[record], merged.reason[record]) == (store.SKIPPED, store.NO_MEMORY)
         assert np.isnan(merged[record]).all()
@@ -382,5 +384,5 @@ def test_a_merge_may_open_as_many_files_as_it_has_shards(three: Path, monkeypatc
     raised: list[Any] = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (50, 1000))
-    merge.run(str(three))
+    merge.merge_shards(str(three))
     assert raised == [(259, 1000)]

@@ -74,7 +74,7 @@ def test_no_character_of_a_foreign_file_steers_the_terminal(
         file.attrs["argv"] = json.dumps([evil])
         file.attrs["inputs"] = json.dumps([{"path": evil, "bytes": 3, "sha256": evil}])
         file["sequence_ids"][0] = evil
-    inspect.run(str(path))
+    inspect.inspect_file(str(path))
     for command in (["inspect", str(path)], ["verify", str(path)], ["search", str(path), "--query", evil]):
         with pytest.raises(SystemExit):
             cli.main(command)
@@ -105,7 +105,7 @@ def test_the_status_of_an_output_that_is_not_finished_says_how_far_it_is(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match="neither"):
-        status.run(str(tmp_path / "out.h5"))
+        status.show_shards(str(tmp_path / "out.h5"))
     (tmp_path / "out.h5.partial").write_bytes((made / "out.h5").read_bytes())
-    assert not status.run(str(tmp_path / "out.h5"))
+    assert not status.show_shards(str(tmp_path / "out.h5"))
     assert "out.h5 is unfinished: 3 of 3 proteins" in capsys.readouterr().out

@@ -470,7 +470,7 @@ def test_whatever_decides_a_value_is_the_models_identity(
         embed_fasta(fasta, home / "out.h5", **options, **cached)
     embed_fasta(fasta, home / "x.h5", shard="2/2", **options)
     with pytest.raises(UserError, match="differ"):
-        merge.run(str(home / "x.h5"))
+        merge.merge_shards(str(home / "x.h5"))
     if cached:
         embed_fasta(fasta, home / "other.h5", **options, **cached)
         with read_embeddings(home / "other.h5") as file:

@@ -14,9 +14,9 @@ QUERY_TILE = 64
 
 def query_tiles(cu_seqlens: NDArray[np.int64]) -> NDArray[np.int64]:
     """Tiles of at most QUERY_TILE rows of one segment: [m, 3] of first row, the segment's first row, the row past its end."""
-    lengths = np.diff(cu_seqlens)
-    counts = -(-lengths // QUERY_TILE)
-    segment = np.repeat(np.arange(len(lengths)), counts)
+    seqlens = np.diff(cu_seqlens)
+    counts = -(-seqlens // QUERY_TILE)
+    segment = np.repeat(np.arange(len(seqlens)), counts)
     within = ranges(np.zeros(len(counts), np.int64), counts)
     start = cu_seqlens[segment]
     return np.stack((start + within * QUERY_TILE, start, cu_seqlens[segment + 1]), axis=1)
@@ -30,7 +30,7 @@ class PackedBatch:
     residues that the mean divides by; query_tiles int32 [m, 3], see the function; mask_ratio float32 [T] or None,
     `1 - masked share` of each row's segment, only where a `<mask>` occurs; weights float32 [T] or None, blending weights,
     only where a window of a long record occurs.
-    Host: segments int64 [n], their numbers; lengths int64 [n], tokens of each; max_seqlen.
+    Host: segments int64 [n], their numbers; seqlens int64 [n], tokens of each; max_seqlen.
     """
 
     tokens: torch.Tensor
@@ -41,13 +41,13 @@ class PackedBatch:
     mask_ratio: torch.Tensor | None
     weights: torch.Tensor | None
     segments: NDArray[np.int64]
-    lengths: NDArray[np.int64]
+    seqlens: NDArray[np.int64]
     max_seqlen: int
 
     @property
     def used(self) -> int:
         """Rows that belong to a segment; known on the host, so that reading it never waits for the device."""
-        return int(self.lengths.sum())
+        return int(self.seqlens.sum())
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch with its tensors on `device`; asynchronous from pinned memory."""

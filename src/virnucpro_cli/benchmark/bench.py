@@ -34,7 +34,7 @@ SAME = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.fl
 """How far the means of two ways of batching may be apart (relative L2, worst record) before the comparison is refused."""
 
 
-def run(config: BenchConfig, out: Console | None = None) -> report.RunReport:
+def run_bench(config: BenchConfig, out: Console | None = None) -> report.RunReport:
     """Do what `virnucpro bench` does and return its report. Raises UserError for what the user can put right."""
     out = out or report.console(config.quiet)
     _check_places(config)
@@ -53,7 +53,7 @@ def run(config: BenchConfig, out: Console | None = None) -> report.RunReport:
 def bench_model(**options: Any) -> report.RunReport:
     """Benchmark from Python; options: the fields of `BenchConfig`, e.g. `model="150M", seconds=20`."""
     with devices.as_before():
-        return run(resolve(BenchConfig, None, {"quiet": True, **options}))
+        return run_bench(resolve(BenchConfig, None, {"quiet": True, **options}))
 
 
 class _Bench:

@@ -57,7 +57,7 @@ def packed(model: ESM2, workload: Workload, token_budget: int) -> tuple[Mode, Pl
         synchronize(model.device)
         return rows
 
-    mode = Mode(f"packed, budget {token_budget:,}", len(plan), int(plan.rung.sum()), int(plan.tokens.sum()), run)
+    mode = Mode(f"packed, budget {token_budget:,}", len(plan), int(plan.bucket.sum()), int(plan.tokens.sum()), run)
     return mode, plan, collate, host
 
 

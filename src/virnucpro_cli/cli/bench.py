@@ -26,7 +26,7 @@ def bench(settings: BenchConfig, json: Json = False) -> None:
     """
     from virnucpro_cli.benchmark import bench as workflow
 
-    found = workflow.run(settings)
+    found = workflow.run_bench(settings)
     missed = workflow.failed_gates(found, settings)
     if json:
         print(found.to_json(indent=None))

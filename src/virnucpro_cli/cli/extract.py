@@ -66,10 +66,10 @@ def extract(
 ) -> None:
     """Write the .pt files of fair-esm's extract.py, with its arguments."""
     chosen = parser().parse_args(arguments or [])
-    from virnucpro_cli.exchange import extract as workflow
+    from virnucpro_cli.exchange.extract import extract_files
 
     try:
-        written = workflow.run(
+        written = extract_files(
             chosen.model, chosen.fasta, chosen.output, tuple(chosen.include), layers=tuple(chosen.repr_layers),
             longest=chosen.truncation_seq_length, tokens=chosen.toks_per_batch, gpu=not chosen.nogpu,
         )  # fmt: skip

@@ -14,10 +14,10 @@ def inspect(
     qc: QcFile = None,
 ) -> None:
     """Show what is in an embeddings file and how complete it is, with a sentence for your Methods."""
-    from virnucpro_cli.explore import inspect as workflow
+    from virnucpro_cli.explore.inspect import inspect_file
 
     end_at_once()
-    workflow.run(file, qc)
+    inspect_file(file, qc)
 
 
 VERIFY_EPILOG = "Exit codes: 0 the verdict is PASS; 1 it is FAIL; 2 something to put right (the message says what)."
@@ -37,10 +37,10 @@ def verify(
 
     It needs no model; whether the values are ESM-2's is told by: virnucpro validate --against OUT.h5.
     """
-    from virnucpro_cli.validation import verify as workflow
+    from virnucpro_cli.validation.verify import verify_file
 
     end_at_once()
-    verdict = workflow.run(file, tuple(fasta or ()), report)
+    verdict = verify_file(file, tuple(fasta or ()), report)
     print(
         "PASS"
         if verdict.passed

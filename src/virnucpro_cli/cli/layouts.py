@@ -48,10 +48,10 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write embeddings in the layout of another tool."""
-    from virnucpro_cli.exchange import export as workflow
+    from virnucpro_cli.exchange.export import export_file
 
     kinds = tuple(kind.split(",")) if kind else ()
-    workflow.run(file, to, output, kinds, numbers(layer, "--layer") or (), tuple(fasta or ()), overwrite)
+    export_file(file, to, output, kinds, numbers(layer, "--layer") or (), tuple(fasta or ()), overwrite)
 
 
 def import_(
@@ -73,8 +73,8 @@ def import_(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a file like embed's, of embeddings in the layout of another tool."""
-    from virnucpro_cli.exchange import importing as workflow
+    from virnucpro_cli.exchange.importing import import_file
 
-    summary = workflow.run(source, output, layout, tuple(fasta or ()), model, layer, overwrite)
+    summary = import_file(source, output, layout, tuple(fasta or ()), model, layer, overwrite)
     if summary.counts["skipped"]:
         raise typer.Exit(EXIT_SOME_SKIPPED)

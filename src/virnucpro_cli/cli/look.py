@@ -55,10 +55,10 @@ def map(
 
     Nothing else is needed: virnucpro map embeddings.h5 -o map.html.
     """
-    from virnucpro_cli.explore import mapping as workflow
+    from virnucpro_cli.explore.mapping import write_map
 
     end_at_once()
-    workflow.run(file, output, method, color, sample, seed, overwrite, kind, layer)
+    write_map(file, output, method, color, sample, seed, overwrite, kind, layer)
 
 
 def search(
@@ -90,7 +90,7 @@ def search(
     overwrite: Overwrite = False,
 ) -> None:
     """Find the nearest proteins of a file by the cosine of their rows, minus the mean of all: exactly, without an index."""
-    from virnucpro_cli.explore import search as workflow
+    from virnucpro_cli.explore.search import search_file
 
-    if workflow.run(file, query, k, raw, output, model, overwrite, force_protein, kind, layer):
+    if search_file(file, query, k, raw, output, model, overwrite, force_protein, kind, layer):
         raise typer.Exit(EXIT_SOME_SKIPPED)

@@ -11,9 +11,9 @@ DOCTOR_EPILOG = "Exit codes: 0 nothing stands in the way of a run; 1 something d
 
 def doctor() -> None:
     """Show what a run would find on this machine: driver, GPUs, kernels, weights, disks, batch system; and what to do."""
-    from virnucpro_cli.machine import doctor as workflow
+    from virnucpro_cli.machine.doctor import check_machine
 
-    if not workflow.run():
+    if not check_machine():
         raise typer.Exit(EXIT_GATE_FAILED)
 
 
@@ -26,12 +26,12 @@ def fetch(
     ] = False,
 ) -> None:
     """Put weights into the cache ahead of time, for compute nodes without internet access."""
-    from virnucpro_cli.machine import fetch as workflow
+    from virnucpro_cli.machine.fetch import fetch_weights, show
 
     if list_models:
-        workflow.show()
+        show()
     elif models:
         for model in models:
-            workflow.run(model)
+            fetch_weights(model)
     else:
         raise UserError("fetch needs a model's name.", "virnucpro fetch 650M, or virnucpro fetch --list")

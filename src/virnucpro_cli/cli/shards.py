@@ -12,9 +12,9 @@ STATUS_EPILOG = "Exit codes: 0 all shards, or the output itself, are complete; 1
 
 def status(output: Annotated[str, typer.Argument(metavar="OUT.h5", help="What embed was given as -o.")]) -> None:
     """Show which shards of an output are complete, partial or missing."""
-    from virnucpro_cli.cluster import status as workflow
+    from virnucpro_cli.cluster.status import show_shards
 
-    if not workflow.run(output):
+    if not show_shards(output):
         raise typer.Exit(EXIT_GATE_FAILED)
 
 
@@ -33,8 +33,8 @@ def merge(
     report: ReportFile = None,
 ) -> None:
     """Make one file, in the order of the FASTA, of all shards of an output. They must all be complete, and parts of one run."""
-    from virnucpro_cli.cluster import merge as workflow
+    from virnucpro_cli.cluster.merge import merge_shards
 
-    merged = workflow.run(output, of, overwrite, report)
+    merged = merge_shards(output, of, overwrite, report)
     if merged.counts.get("skipped") and not merged.already_complete:
         raise typer.Exit(EXIT_SOME_SKIPPED)

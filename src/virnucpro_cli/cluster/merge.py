@@ -40,7 +40,7 @@ class _Part:
     columns: dict[str, NDArray[Any]]
 
 
-def run(
+def merge_shards(
     output: str,
     count: int | None = None,
     overwrite: bool = False,

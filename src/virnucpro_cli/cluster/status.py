@@ -10,7 +10,7 @@ from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.plan import shards
 
 
-def run(output: str) -> bool:
+def show_shards(output: str) -> bool:
     """Print a line for each shard of `output` to standard output; whether there is nothing left to do before (or but) the merge.
 
     Raises UserError if there is neither a shard nor the output itself.

@@ -117,7 +117,7 @@ def _fill(run: Run, recipe: Recipe) -> None:
     for feature in recipe.features:
         feature.before(run)
     todo = np.zeros(len(run.table), np.bool_)
-    todo[work.unit[file.status == store.PENDING]] = True
+    todo[work.representative[file.status == store.PENDING]] = True
     packs = worst_first(plan, subset(plan, todo[work.segments.record]), work.segments.length)
     placer = Placer(file, run.table, work, plan, run.config, todo, run.clock, computing.pins)
     exact_arithmetic()

@@ -35,7 +35,7 @@ class Computing:
     backend: of this process, for all that it computes itself.
     """
 
-    place: devices.Place
+    place: devices.Device
     devices: list[torch.device]
     device: torch.device
     backend: Backend | None
@@ -110,7 +110,7 @@ class OnThisHost(Computing):
         run.loaded = None
         with _tracked(run, packs, placer), run.clock.stage("forward"):
             placer.started = time.perf_counter()
-            runner.run(packs, placer.collator, compute, placer, self.device, run.tell, placer.note_unfit)
+            runner.run_packs(packs, placer.collator, compute, placer, self.device, run.tell, placer.note_unfit)
 
     def _model(self, run: Run) -> runner.Compute:
         """What this process computes of a batch."""
@@ -131,7 +131,9 @@ class OnThisHost(Computing):
             placer.todo, run.file.output, run.file.path, run.file.fd, devices.threads_of(len(self.devices)),
         )  # fmt: skip
         with _tracked(run, packs, placer):
-            run.summary.tables["Workers"] = workers.run(job, packs, self.devices[: len(packs)], placer, run.tell)
+            run.summary.tables["Workers"] = workers.compute_in_processes(
+                job, packs, self.devices[: len(packs)], placer, run.tell
+            )
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def _on_this_host(config: EmbedConfig, alone: bool) -> OnThisHost:
     each = each[:1] if alone else each
     dtype = devices.resolve_dtype(config.dtype, each[0])
     backend = attention.resolve(config.attention, each[0], dtype)
-    return OnThisHost(devices.place_of(each[0], backend), each, each[0], backend, dtype, tuple(notes))
+    return OnThisHost(devices.device_here(each[0], backend), each, each[0], backend, dtype, tuple(notes))
 
 
 def _tracked(run: Run, packs: Int64, placer: Placer) -> report.Tracker:
@@ -196,7 +198,7 @@ def _tracked(run: Run, packs: Int64, placer: Placer) -> report.Tracker:
     return placer.tracker
 
 
-def computed_by(place: devices.Place, dtype: torch.dtype, device: torch.device, processes: int = 1) -> str:
+def computed_by(place: devices.Device, dtype: torch.dtype, device: torch.device, processes: int = 1) -> str:
     """What the bits of a row depend on besides its input, in a line of JSON. processes: that share a device of this host."""
     return json.dumps({
         "device": place.device if processes == 1 else devices.describe_device(device, processes),
@@ -209,4 +211,4 @@ def computed_by(place: devices.Place, dtype: torch.dtype, device: torch.device, 
 
 def computed_at(device: torch.device, dtype: torch.dtype, backend: Backend) -> str:
     """The same of a device of this host."""
-    return computed_by(devices.place_of(device, backend), dtype, device)
+    return computed_by(devices.device_here(device, backend), dtype, device)

@@ -24,7 +24,7 @@ from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, by_name, resolve_layers
 from virnucpro_cli.plan import shards
 from virnucpro_cli.plan.packing import Plan, in_blocks
-from virnucpro_cli.plan.policies import Int64, Work, decide
+from virnucpro_cli.plan.policies import Decisions, Int64, decide
 
 
 class Target(NamedTuple):
@@ -66,7 +66,7 @@ class Recipe:
     spec: ModelSpec
     layers: tuple[int, ...]
     table: fasta.RecordTable
-    work: Work
+    work: Decisions
     plan: Plan
     layout: store.Layout
     features: list[Feature]
@@ -221,7 +221,7 @@ def _token_budget(config: EmbedConfig, computing: Computing, spec: ModelSpec, la
 
 
 def _layout(
-    config: EmbedConfig, table: fasta.RecordTable, work: Work, spec: ModelSpec, layers: tuple[int, ...],
+    config: EmbedConfig, table: fasta.RecordTable, work: Decisions, spec: ModelSpec, layers: tuple[int, ...],
     records: Int64 | None, environment: str, extra: store.Extra,
 ) -> store.Layout:  # fmt: skip
     offsets = (

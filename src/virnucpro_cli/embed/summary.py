@@ -19,7 +19,7 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan
-from virnucpro_cli.plan.policies import Int64, Work
+from virnucpro_cli.plan.policies import Decisions, Int64
 
 SIXTEEN_BIT = {320: 2.2e14, 480: 2.8e14, 640: 3.6e14, 1280: 4.9e14, 2560: 5.6e14}
 MEASURED_FLOPS = {
@@ -68,7 +68,7 @@ def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
     return summary
 
 
-def free_memory(place: devices.Place) -> dict[str, int]:
+def free_memory(place: devices.Device) -> dict[str, int]:
     """Bytes that this run may take of its device and its host, as far as anybody says."""
     free = {"free device memory": place.free, "free host memory": devices.free_memory(torch.device("cpu"))}
     return {name: int(size) for name, size in free.items() if np.isfinite(size)}
@@ -86,7 +86,7 @@ GAPS = {
 }
 
 
-def _warnings(table: fasta.RecordTable, work: Work, config: EmbedConfig) -> list[str]:
+def _warnings(table: fasta.RecordTable, work: Decisions, config: EmbedConfig) -> list[str]:
     n = len(table)
     notes = []
     truncated = (work.flags & store.TRUNCATED) > 0
@@ -182,7 +182,7 @@ def _repeated_names(table: fasta.RecordTable, config: EmbedConfig) -> int:
     return len(table) - len(np.unique(hashes))
 
 
-def _counts(table: fasta.RecordTable, work: Work) -> dict[str, int]:
+def _counts(table: fasta.RecordTable, work: Decisions) -> dict[str, int]:
     def flagged(bit: int) -> int:
         return int(((work.flags & bit) > 0).sum())
 
@@ -203,14 +203,14 @@ def _counts(table: fasta.RecordTable, work: Work) -> dict[str, int]:
     }
 
 
-def _packing(plan: Plan, work: Work) -> dict[str, float]:
+def _packing(plan: Plan, work: Decisions) -> dict[str, float]:
     return {
         "packs": len(plan),
         "token budget": plan.token_budget,
         "density": plan.density,
         "density without the last pack": plan.density_without_last,
         "segments per pack": len(work.segments) / max(len(plan), 1),
-        "filler tokens": int(plan.rung.sum() - plan.tokens.sum()),
+        "filler tokens": int(plan.bucket.sum() - plan.tokens.sum()),
     }
 
 
@@ -282,7 +282,7 @@ def describe_plan(summary: report.RunReport, recipe: Recipe, out: Console) -> No
     table, work, plan, layout, spec = recipe.table, recipe.work, recipe.plan, recipe.layout, recipe.spec
     place, found = recipe.computing.place, recipe.found
     length = work.segments.length.astype(np.float64) + SPECIAL_TOKENS
-    flops = spec.flops(float(plan.rung.sum()), float((length**2).sum()), max(recipe.layers))
+    flops = spec.flops(float(plan.bucket.sum()), float((length**2).sum()), max(recipe.layers))
     kind, count = ("CPU thread", torch.get_num_threads())
     if "H100" in place.device:
         kind, count = "H100", recipe.computing.gpus

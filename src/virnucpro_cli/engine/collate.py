@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import alphabet
 from virnucpro_cli.batch import PackedBatch, query_tiles
-from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, Segments, rung_of, window_weights
+from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, Segments, bucket_of, window_weights
 
 Item = int | np.int64 | NDArray[np.int64]
 """A pack by its number in the plan, or segments that make up one."""
@@ -38,13 +38,13 @@ class VarlenCollator:
         numbers = self.segments_of(item)
         record = self.segments.record[numbers]
         length = self.segments.length[numbers].astype(np.int64)
-        lengths = length + SPECIAL_TOKENS
-        cu_seqlens = np.append(0, np.cumsum(lengths))
+        seqlens = length + SPECIAL_TOKENS
+        cu_seqlens = np.append(0, np.cumsum(seqlens))
         used = int(cu_seqlens[-1])
-        rows = int(rung_of(cu_seqlens[-1:], self.plan.token_budget)[0])
+        rows = int(bucket_of(cu_seqlens[-1:], self.plan.token_budget)[0])
         total = self.embedded[record]
 
-        position = np.arange(used) - np.repeat(cu_seqlens[:-1], lengths)
+        position = np.arange(used) - np.repeat(cu_seqlens[:-1], seqlens)
         positions = self._tensor(rows, torch.int32)
         positions.numpy()[:used] = position
         positions.numpy()[used:] = 0
@@ -52,7 +52,7 @@ class VarlenCollator:
         whole, which = np.unique(record, return_inverse=True)  # windows share their record
         sizes = self.table.length[whole].astype(np.int64)
         first = (np.cumsum(sizes) - sizes)[which] + self.segments.start[numbers]  # of each segment, in the text of all
-        text = self.table.tokens(whole).take(position + np.repeat(first - 1, lengths), mode="clip")
+        text = self.table.tokens(whole).take(position + np.repeat(first - 1, seqlens), mode="clip")
         text[cu_seqlens[:-1]] = alphabet.CLS
         text[cu_seqlens[1:] - 1] = alphabet.EOS
         tokens = self._tensor(rows, torch.int32)
@@ -71,7 +71,7 @@ class VarlenCollator:
         if (text == alphabet.MASK).any():
             masked = np.add.reduceat(text == alphabet.MASK, cu_seqlens[:-1], dtype=np.int64)
             mask_ratio = self._tensor(rows, torch.float32)
-            mask_ratio.numpy()[:used] = np.repeat(np.float32(1) - (masked / lengths).astype(np.float32), lengths)
+            mask_ratio.numpy()[:used] = np.repeat(np.float32(1) - (masked / seqlens).astype(np.float32), seqlens)
             mask_ratio.numpy()[used:] = 1
 
         weights = None
@@ -82,7 +82,7 @@ class VarlenCollator:
             for i in windows.tolist():
                 weights.numpy()[cu_seqlens[i] + 1 : cu_seqlens[i + 1] - 1] = self.weights_of(int(numbers[i]))
         return PackedBatch(
-            tokens, positions, bounds, divisor, tiles, mask_ratio, weights, numbers, lengths, int(lengths.max())
+            tokens, positions, bounds, divisor, tiles, mask_ratio, weights, numbers, seqlens, int(seqlens.max())
         )
 
     def parts(self, item: Item, tokens: int) -> list[Any]:

@@ -158,7 +158,7 @@ def check_room(device: torch.device, needed: int, what: str) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class Device:
     """Where packs are computed, on whatever host: what the plan, and the file's words about its values, depend on.
 
     kind: cuda, cpu or mps; device and attention as reports name them; free: bytes of memory.
@@ -174,9 +174,9 @@ class Place:
     virnucpro: str
 
 
-def place_of(device: torch.device, backend: attention.Backend) -> Place:
+def device_here(device: torch.device, backend: attention.Backend) -> Device:
     """A device of this host."""
-    return Place(
+    return Device(
         platform.node(), device.type, describe_device(device), backend.name, tuple(backend.notes),
         free_memory(device), torch.__version__, virnucpro_cli.__version__,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from virnucpro_cli.engine.collate import Item, VarlenCollator
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.kinds import POOLED, any_by_residue, by_residue
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, ranges
-from virnucpro_cli.plan.policies import Int64, Work
+from virnucpro_cli.plan.policies import Decisions, Int64
 
 COMMIT_SECONDS = 5.0
 
@@ -25,12 +25,12 @@ class Packed(Protocol):
     @property
     def segments(self) -> NDArray[np.int64]: ...
     @property
-    def lengths(self) -> NDArray[np.int64]: ...
+    def seqlens(self) -> NDArray[np.int64]: ...
     @property
     def used(self) -> int: ...
 
 
-class Found(Protocol):
+class HostEmbeddings(Protocol):
     """Embeddings on the host, as tensors or arrays."""
 
     @property
@@ -48,7 +48,7 @@ class Placer:
     """
 
     def __init__(
-        self, file: store.Store, table: RecordTable, work: Work, plan: Plan, config: EmbedConfig,
+        self, file: store.Store, table: RecordTable, work: Decisions, plan: Plan, config: EmbedConfig,
         todo: NDArray[np.bool_], clock: report.Clock, pin: bool,
     ):  # fmt: skip
         self.file, self.table, self.work, self.config, self.todo, self.clock = file, table, work, config, todo, clock
@@ -60,20 +60,20 @@ class Placer:
         self.flag = 0
         self.started = self.last_commit = time.perf_counter()
         self.first_pack: float | None = None
-        self._members = np.argsort(work.unit, kind="stable")
-        self._sorted_units = work.unit[self._members]
+        self._members = np.argsort(work.representative, kind="stable")
+        self._sorted_representatives = work.representative[self._members]
         self._offsets = (
             np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if any_by_residue(config.pool, config.emit) else None
         )
         self._windows: dict[int, dict[int, Window]] = {}
 
-    def __call__(self, batch: Packed, found: Found) -> None:
+    def __call__(self, batch: Packed, found: HostEmbeddings) -> None:
         with self.clock.stage("write (overlapped)" if self.collator.pin else "write"):
             assert found.finite is not None
             record = self.work.segments.record[batch.segments]
             finite = np.asarray(found.finite)
             wanted = self.todo[record]
-            whole = batch.lengths - SPECIAL_TOKENS == self.work.embedded[record]
+            whole = batch.seqlens - SPECIAL_TOKENS == self.work.embedded[record]
             self.broken += record[wanted & whole & ~finite].tolist()
             self._place_whole(record, np.flatnonzero(wanted & whole & finite), batch, found)
             for i in np.flatnonzero(wanted & ~whole).tolist():
@@ -117,21 +117,21 @@ class Placer:
         self.file.mark(rows, store.SKIPPED, reason=reason)
 
     def rows_of(self, records: Int64) -> tuple[Int64, Int64]:
-        """Rows of the given units and their copies, and for each the position of its unit in `records`."""
-        first = np.searchsorted(self._sorted_units, records, side="left")
-        counts = np.searchsorted(self._sorted_units, records, side="right") - first
+        """Rows of the given representatives and their copies, and for each the position of its representative in `records`."""
+        first = np.searchsorted(self._sorted_representatives, records, side="left")
+        counts = np.searchsorted(self._sorted_representatives, records, side="right") - first
         source = np.repeat(np.arange(len(records)), counts)
         return self._members[ranges(first, counts)], source
 
-    def _place_whole(self, record: Int64, chosen: Int64, batch: Packed, found: Found) -> None:
+    def _place_whole(self, record: Int64, chosen: Int64, batch: Packed, found: HostEmbeddings) -> None:
         rows, source = self.rows_of(record[chosen])
         for (kind, layer), values in found.pooled.items():
             dtype = np.float32 if kind == "unmasked" else self.store_dtype
             self.file.place(kind, layer, rows, np.asarray(values)[chosen][source].astype(dtype))
         if found.residue:
-            ends = np.cumsum(batch.lengths)
+            ends = np.cumsum(batch.seqlens)
             for row, i in zip(rows.tolist(), chosen[source].tolist(), strict=True):
-                inside = slice(int(ends[i] - batch.lengths[i]) + 1, int(ends[i]) - 1)
+                inside = slice(int(ends[i] - batch.seqlens[i]) + 1, int(ends[i]) - 1)
                 for layer, values in found.residue.items():
                     self._place_residues(layer, row, np.asarray(values)[inside])
         self.file.mark(rows, flag=self.flag)
@@ -142,15 +142,15 @@ class Placer:
         kind = "unmasked" if layer == "logits" else "residue"
         self.file.place(kind, layer, rows, values.astype(self.store_dtype, copy=False))
 
-    def _keep_window(self, record: int, i: int, batch: Packed, found: Found) -> None:
+    def _keep_window(self, record: int, i: int, batch: Packed, found: HostEmbeddings) -> None:
         segment = int(batch.segments[i])
         weights = self.collator.weights_of(segment)
         share = np.float32(weights.sum(dtype=np.float64) / self.work.embedded[record])
         start = int(self.work.segments.start[segment])
         is_last = start + len(weights) == self.work.embedded[record]
         part = {"bos": share, "eos": np.float32(is_last)}  # a mean is weighted already
-        end = int(batch.lengths[: i + 1].sum())
-        inside = slice(end - int(batch.lengths[i]) + 1, end - 1)
+        end = int(batch.seqlens[: i + 1].sum())
+        inside = slice(end - int(batch.seqlens[i]) + 1, end - 1)
         pooled = {
             (kind, layer): np.asarray(values)[i] * part.get(kind, np.float32(1))
             for (kind, layer), values in found.pooled.items()

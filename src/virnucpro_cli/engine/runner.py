@@ -166,7 +166,7 @@ def _to_host(found: Embeddings, non_blocking: bool) -> Embeddings:
     )
 
 
-def run(
+def run_packs(
     packs: Iterable[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device,
     note: Callable[[str], None] = lambda text: None, unfit: Callable[[Item], None] | None = None,
 ) -> None:  # fmt: skip

@@ -22,11 +22,11 @@ from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.plan.packing import SMALLEST_RUNG, Plan, first_fit_decreasing
+from virnucpro_cli.plan.packing import SMALLEST_BUCKET, Plan, first_fit_decreasing
 from virnucpro_cli.plan.policies import Int64
 
 PART = 4096
-"""Rows of a part: a multiple of the smallest rung, so that products have the bits that they have in a whole pack."""
+"""Rows of a part: a multiple of the smallest bucket, so that products have the bits that they have in a whole pack."""
 
 CPU = torch.device("cpu")
 
@@ -95,15 +95,15 @@ def _fit_the_host(records: Int64, placer: Placer, spec: ModelSpec) -> NDArray[np
 
 def _run(placer: Placer, records: Int64, compute: runner.Compute, device: torch.device) -> None:
     work = placer.work
-    placer.todo = np.zeros(len(work.unit), np.bool_)
+    placer.todo = np.zeros(len(work.representative), np.bool_)
     placer.todo[records] = True
     placer.forget_windows()
     chosen = np.flatnonzero(placer.todo[work.segments.record])
-    part = first_fit_decreasing(work.segments.length[chosen], SMALLEST_RUNG)
-    plan = Plan(chosen[part.segments], part.offsets, part.rung, part.tokens, part.token_budget)
+    part = first_fit_decreasing(work.segments.length[chosen], SMALLEST_BUCKET)
+    plan = Plan(chosen[part.segments], part.offsets, part.bucket, part.tokens, part.token_budget)
     placer.collator = VarlenCollator(placer.table, work.segments, work.embedded, plan, pin=device.type == "cuda")
     placer.tracker = None
-    runner.run(range(len(plan)), placer.collator, compute, placer, device, unfit=placer.note_unfit)
+    runner.run_packs(range(len(plan)), placer.collator, compute, placer, device, unfit=placer.note_unfit)
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -33,7 +33,7 @@ from virnucpro_cli import report
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.engine import runner
 from virnucpro_cli.engine.collate import Item
-from virnucpro_cli.engine.placer import Found, Packed, Placer, Window
+from virnucpro_cli.engine.placer import HostEmbeddings, Packed, Placer, Window
 from virnucpro_cli.errors import STOP_SIGNALS, UserError, in_a_line
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.model import attention as attention_backends
@@ -41,7 +41,7 @@ from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.plan.packing import Plan
-from virnucpro_cli.plan.policies import Work
+from virnucpro_cli.plan.policies import Decisions
 from virnucpro_cli.store import PENDING, Store
 
 LARGEST_SHARE = 256
@@ -73,7 +73,7 @@ class Job:
     dtype: torch.dtype
     attention: str
     table: RecordTable
-    work: Work
+    work: Decisions
     plan: Plan
     todo: NDArray[np.bool_]
     output: Path
@@ -113,7 +113,7 @@ def idle(last_done: float, began: float, seconds: float) -> float:
     return min(1.0, max(0.0, (began + seconds - last_done) / seconds))
 
 
-def run(
+def compute_in_processes(
     job: Job, packs: NDArray[np.int64], devices: Sequence[torch.device], placer: Placer, note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Have all packs done by one process for each of `devices`; `note` is told of those that were lost.
@@ -192,8 +192,8 @@ def undone(share: list[int], plan: Plan, placer: Placer) -> list[int]:
     """Those packs of a share that hold what nobody has placed."""
     placer.file.commit()
     work = placer.work
-    pending = np.zeros(len(work.unit), np.bool_)
-    pending[work.unit[placer.file.status == PENDING]] = True
+    pending = np.zeros(len(work.representative), np.bool_)
+    pending[work.representative[placer.file.status == PENDING]] = True
     wanted = pending[work.segments.record]
     return [pack for pack in share if wanted[plan.pack(pack)].any()]
 
@@ -371,7 +371,7 @@ class _WorkerPlacer(Placer):
 
     file: _SharedStore
 
-    def __call__(self, batch: Packed, found: Found) -> None:
+    def __call__(self, batch: Packed, found: HostEmbeddings) -> None:
         super().__call__(batch, found)
         if self.file.post.ended:
             raise _Enough
@@ -424,7 +424,9 @@ def _work(job: Job, device: torch.device, channel: Connection) -> None:
         while True:
             post.send("done", used_here(device))
             packs = post.packs(post.next())
-            runner.run(packs, placer.collator, compute, placer, device, partial(post.send, "note"), placer.note_unfit)
+            runner.run_packs(
+                packs, placer.collator, compute, placer, device, partial(post.send, "note"), placer.note_unfit
+            )
             file.commit()
     except BaseException:
         file.commit()

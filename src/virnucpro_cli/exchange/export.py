@@ -10,7 +10,7 @@ from virnucpro_cli import fasta, report, store
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.exchange import layouts
 from virnucpro_cli.exchange.layouts import target as targets
-from virnucpro_cli.exchange.layouts.layout import Keys, Layout, Selection, encodable
+from virnucpro_cli.exchange.layouts.layout import Format, Keys, Selection, encodable
 from virnucpro_cli.features.groups import KINDS as GROUP_KINDS
 from virnucpro_cli.plan.policies import POLICIES
 
@@ -18,7 +18,7 @@ OF_GROUPS = "groups/"
 """Before a kind: rows of groups."""
 
 
-def run(
+def export_file(
     path: str, to: str | None, output: str | None = None, kinds: tuple[str, ...] = (), numbers: tuple[int, ...] = (),
     inputs: tuple[str, ...] = (), overwrite: bool = False,
 ) -> report.RunReport:  # fmt: skip
@@ -88,14 +88,14 @@ class _GroupRows:
         return store.blocks(len(self), 4096)
 
 
-def _names(file: store.EmbeddingFile, layout: Layout) -> Callable[[int, int], list[str]]:
+def _names(file: store.EmbeddingFile, layout: Format) -> Callable[[int, int], list[str]]:
     """Names of a range of records; those that become names of files only with letters that this locale has."""
     if not layout.folder:
         return file.names_of
     return lambda start, stop: list(map(encodable, file.names_of(start, stop)))
 
 
-def _notes(layout: Layout, selection: Selection, skipped: int, unit: str) -> Iterator[str]:
+def _notes(layout: Format, selection: Selection, skipped: int, unit: str) -> Iterator[str]:
     if skipped:
         kept = "there, with NaN in place of an embedding" if layout.holds_skipped else "left out"
         yield f"{counted(skipped, unit.removesuffix('s'))} {'that embed had skipped' if unit == 'proteins' else 'without a member'} {kept}"
@@ -106,7 +106,7 @@ def _notes(layout: Layout, selection: Selection, skipped: int, unit: str) -> Ite
 
 
 def _chosen(
-    file: store.EmbeddingFile, settings: dict[str, Any], layout: Layout, kinds: tuple[str, ...], numbers: tuple[int, ...]
+    file: store.EmbeddingFile, settings: dict[str, Any], layout: Format, kinds: tuple[str, ...], numbers: tuple[int, ...]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:  # fmt: skip
     """Kinds and layers, after a look at whether the file has them and the layout room for them."""
     default = (file.default or f"residue/{file.layers[-1]}").split("/")

@@ -40,7 +40,7 @@ class Written:
     skipped: int
 
 
-def run(
+def extract_files(
     model: str, path: str, output: str, include: tuple[str, ...], *, layers: tuple[int, ...] = (-1,), longest: int = 1022,
     tokens: int | None = None, gpu: bool = True,
 ) -> Written:  # fmt: skip

@@ -15,12 +15,12 @@ from rich.console import Console
 from virnucpro_cli import fasta, report, store
 from virnucpro_cli.errors import UserError, absent, counted
 from virnucpro_cli.exchange import layouts
-from virnucpro_cli.exchange.imports.plan import Plan, plan
+from virnucpro_cli.exchange.imports.plan import ImportPlan, plan
 from virnucpro_cli.exchange.imports.source import Batch, Int64, batches, look, reading_of
-from virnucpro_cli.exchange.layouts.layout import Layout, What
+from virnucpro_cli.exchange.layouts.layout import Format, What
 
 
-def run(
+def import_file(
     source: str, output: str, name: str | None = None, inputs: tuple[str, ...] = (), model: str | None = None,
     layer: int | None = None, overwrite: bool = False, out: Console | None = None,
 ) -> report.RunReport:  # fmt: skip
@@ -69,7 +69,7 @@ def run(
     return summary
 
 
-def _layout_of(source: str, name: str | None) -> Layout:
+def _layout_of(source: str, name: str | None) -> Format:
     if not Path(source).exists():
         raise UserError(f"{absent(source)}.", f"Paths are relative to {Path.cwd()}.")
     if name is not None:
@@ -100,7 +100,7 @@ def _make_way(target: Path, overwrite: bool) -> None:
 
 
 def _filled(
-    target: Path, made: Plan, rows: Iterator[Batch], tracker: report.Tracker, clock: report.Clock
+    target: Path, made: ImportPlan, rows: Iterator[Batch], tracker: report.Tracker, clock: report.Clock
 ) -> store.Store:  # fmt: skip
     """The file with all rows in it; nothing of it is left if that fails."""
     file = store.Store.create(target, made.layout)

@@ -16,7 +16,7 @@ EXAMPLES = 3
 BLOCK, SAMPLED = 256, 1 << 14
 
 
-def run(path: str, qc_path: str | None = None) -> None:
+def inspect_file(path: str, qc_path: str | None = None) -> None:
     """Print the summary of the file at `path` to standard output. Raises UserError if it is not one that embed wrote."""
     out = report.console() if qc_path == "-" else report.stdout()  # the table alone is on standard output then
     with store.opened(path) as file:

@@ -16,7 +16,7 @@ from virnucpro_cli.kinds import POOLED
 KINDS = (".html", ".tsv", *PICTURES)
 
 
-def run(
+def write_map(
     path: str, output: str, method: str | None = None, color: str = "length", sample: int = 100_000, seed: int = 0,
     overwrite: bool = False, kind: str | None = None, layer: int | None = None, out: Console | None = None,
 ) -> drawing.Map:  # fmt: skip

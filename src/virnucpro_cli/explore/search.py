@@ -47,7 +47,7 @@ class Queries:
     own: bool
 
 
-def run(
+def search_file(
     database: str, query: str, k: int = 10, raw: bool = False, output: str | None = None, model: str | None = None,
     overwrite: bool = False, force_protein: bool = False, kind: str | None = None, layer: int | None = None,
     out: Console | None = None,

@@ -28,7 +28,7 @@ from virnucpro_cli.config import EmbedConfig, bytes_of
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features.feature import Feature, Run
 from virnucpro_cli.kinds import POOLED
-from virnucpro_cli.plan.policies import Work
+from virnucpro_cli.plan.policies import Decisions
 from virnucpro_cli.store.disk import sync_folder
 
 SUFFIX, UNFINISHED = ".rows", ".unfinished"
@@ -103,7 +103,7 @@ class Cache:
     """The segments of one run's settings. Trouble with the cache is told to `note`, and never stops the run."""
 
     def __init__(
-        self, config: EmbedConfig, fingerprint: dict[str, Any], environment: str, file: store.Store, work: Work,
+        self, config: EmbedConfig, fingerprint: dict[str, Any], environment: str, file: store.Store, work: Decisions,
         digest: NDArray[np.uint64], note: Callable[[str], None],
     ):  # fmt: skip
         """environment: the line of `computed_by` that rows here are of; digest: uint64 [N, 2], content hash of each record."""
@@ -148,7 +148,7 @@ class Cache:
         if self.environment not in file.environments:
             return
         own = (file.status == store.DONE) & (file.computed_by == file.environments.index(self.environment))
-        own &= ((file.flags & (store.CACHED | store.RECOMPUTED)) == 0) & (work.unit == np.arange(len(own)))
+        own &= ((file.flags & (store.CACHED | store.RECOMPUTED)) == 0) & (work.representative == np.arange(len(own)))
         rows = np.flatnonzero(own)
         for segment in self._segments():  # another run may have been faster
             rows = rows[segment.find(self.digest[rows]) < 0]

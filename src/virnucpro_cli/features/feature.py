@@ -17,7 +17,7 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.model import locate
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import Plan
-from virnucpro_cli.plan.policies import Work
+from virnucpro_cli.plan.policies import Decisions
 
 Loaded = tuple[ModelSpec, dict[str, Any], tuple[str, ...]]
 """What reading a model's weights yields."""
@@ -29,7 +29,7 @@ class Run:
 
     config: EmbedConfig
     table: fasta.RecordTable
-    work: Work
+    work: Decisions
     plan: Plan
     layout: store.Layout
     layers: tuple[int, ...]
@@ -76,7 +76,7 @@ class Feature:
         """Columns [N] and tables of the whole input; extra: those that were added before."""
         return store.Extra()
 
-    def of_part(self, records: NDArray[np.int64] | None, work: Work, extra: store.Extra) -> store.Extra:
+    def of_part(self, records: NDArray[np.int64] | None, work: Decisions, extra: store.Extra) -> store.Extra:
         """Columns and room in the file of this run. records: int64 [M], those of its shard; None for the whole input."""
         return store.Extra()
 

@@ -11,7 +11,7 @@ from virnucpro_cli import fasta, store, tables
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.features.feature import Feature, Run
-from virnucpro_cli.plan.policies import Work
+from virnucpro_cli.plan.policies import Decisions
 from virnucpro_cli.store.schema import chunks
 
 KINDS = ("mean", "length_weighted_mean", "max")
@@ -36,7 +36,7 @@ class Groups(Feature):
     def of_input(self, table: fasta.RecordTable, extra: store.Extra) -> store.Extra:
         return of_records(self.config, table, extra, self.named)
 
-    def of_part(self, records: NDArray[np.int64] | None, work: Work, extra: store.Extra) -> store.Extra:
+    def of_part(self, records: NDArray[np.int64] | None, work: Decisions, extra: store.Extra) -> store.Extra:
         return room(extra) if records is None else store.Extra()  # a shard has no rows of groups, which merge makes
 
     def finish(self, run: Run) -> None:

@@ -35,7 +35,7 @@ class Finding:
     remedy: str = ""
 
 
-def run() -> bool:
+def check_machine() -> bool:
     """Print what is found to standard output; whether nothing stands in the way of a run."""
     out = report.stdout()
     findings = list(look())

@@ -6,7 +6,7 @@ from virnucpro_cli.model import locate
 from virnucpro_cli.model.spec import DEMO, SIZES
 
 
-def run(model: str) -> locate.Weights:
+def fetch_weights(model: str) -> locate.Weights:
     """Fetch a named model unless it is there, check it, and say where it is."""
     out = report.console()
     found = locate.verified(locate.fetch(model, lambda text: out.print(text)))

@@ -17,7 +17,7 @@ Int64 = NDArray[np.int64]
 SPECIAL_TOKENS = 2
 """`<cls>` and `<eos>`, one of each around every segment."""
 
-SMALLEST_RUNG = 1024
+SMALLEST_BUCKET = 1024
 """Fewest rows of a pack. GEMM rows are bitwise the same in any company from 777 rows up on a CPU (fp32, D=1280)
 and from 1024 on an H100; below, BLAS may pick another kernel for another shape."""
 
@@ -39,19 +39,19 @@ class Segments:
 
 @dataclass(frozen=True)
 class Plan:
-    """Packs of segments. Pack p holds `segments[offsets[p]:offsets[p + 1]]`, longest first, in `rung[p]` rows.
+    """Packs of segments. Pack p holds `segments[offsets[p]:offsets[p + 1]]`, longest first, in `bucket[p]` rows.
 
-    segments: int64 [S]; offsets: int64 [P + 1]; rung: int64 [P]; tokens: int64 [P], used rows of each pack.
+    segments: int64 [S]; offsets: int64 [P + 1]; bucket: int64 [P]; tokens: int64 [P], used rows of each pack.
     """
 
     segments: Int64
     offsets: Int64
-    rung: Int64
+    bucket: Int64
     tokens: Int64
     token_budget: int
 
     def __len__(self) -> int:
-        return len(self.rung)
+        return len(self.bucket)
 
     def pack(self, number: int) -> Int64:
         return self.segments[self.offsets[number] : self.offsets[number + 1]]
@@ -59,12 +59,12 @@ class Plan:
     @property
     def density(self) -> float:
         """Used rows over computed rows, all packs."""
-        return float(self.tokens.sum() / self.rung.sum()) if len(self) else 0.0
+        return float(self.tokens.sum() / self.bucket.sum()) if len(self) else 0.0
 
     @property
     def density_without_last(self) -> float:
         """Density of all packs but the last opened, which holds what is left over."""
-        return float(self.tokens[:-1].sum() / self.rung[:-1].sum()) if len(self) > 1 else self.density
+        return float(self.tokens[:-1].sum() / self.bucket[:-1].sum()) if len(self) > 1 else self.density
 
 
 def ranges(first: Int64, counts: Int64) -> Int64:
@@ -113,14 +113,14 @@ def window_weights(total: int, starts: tuple[int, ...], window: int) -> list[NDA
     return [(ramp / norm[start : start + window]).astype(np.float32) for start in starts]
 
 
-def rungs(token_budget: int) -> list[int]:
+def buckets(token_budget: int) -> list[int]:
     """The ladder of pack sizes: 1024, 2048, 4096 ... and the budget itself."""
     ladder = []
-    rung = SMALLEST_RUNG
-    while rung < token_budget:
-        ladder.append(rung)
-        rung *= 2
-    return [*ladder, max(token_budget, SMALLEST_RUNG)]
+    bucket = SMALLEST_BUCKET
+    while bucket < token_budget:
+        ladder.append(bucket)
+        bucket *= 2
+    return [*ladder, max(token_budget, SMALLEST_BUCKET)]
 
 
 def first_fit_decreasing(lengths: NDArray[np.int32] | Int64, token_budget: int) -> Plan:
@@ -171,7 +171,7 @@ def first_fit_decreasing(lengths: NDArray[np.int32] | Int64, token_budget: int) 
     by_pack = np.argsort(pack_of, kind="stable")
     offsets = np.searchsorted(pack_of[by_pack], np.arange(n_packs + 1))
     tokens = np.bincount(pack_of, weights=sorted_cost, minlength=n_packs).astype(np.int64)
-    return Plan(order[by_pack], offsets, rung_of(tokens, token_budget), tokens, token_budget)
+    return Plan(order[by_pack], offsets, bucket_of(tokens, token_budget), tokens, token_budget)
 
 
 BLOCK = 1 << 17
@@ -204,7 +204,7 @@ def in_blocks(lengths: NDArray[np.int32] | Int64, token_budget: int, block: int 
         left_over = np.sort(numbers[plan.segments[~in_kept]])
     used = np.concatenate(tokens)
     offsets = np.append(0, np.cumsum(np.concatenate(sizes)))
-    return Plan(np.concatenate(segments), offsets, rung_of(used, token_budget), used, token_budget)
+    return Plan(np.concatenate(segments), offsets, bucket_of(used, token_budget), used, token_budget)
 
 
 def arranged(packs: list[list[int]], lengths: NDArray[np.int32] | Int64, token_budget: int) -> Plan:
@@ -212,14 +212,14 @@ def arranged(packs: list[list[int]], lengths: NDArray[np.int32] | Int64, token_b
     segments = np.asarray([number for pack in packs for number in pack], np.int64)
     offsets = np.append(0, np.cumsum([len(pack) for pack in packs], dtype=np.int64))
     tokens = np.add.reduceat(np.asarray(lengths, np.int64)[segments] + SPECIAL_TOKENS, offsets[:-1])
-    return Plan(segments, offsets, rung_of(tokens, token_budget), tokens, token_budget)
+    return Plan(segments, offsets, bucket_of(tokens, token_budget), tokens, token_budget)
 
 
-def rung_of(tokens: Int64, token_budget: int) -> Int64:
-    """Rows that packs of so many tokens are filled up to: the next rung of the ladder, or beyond it a multiple of the first."""
-    ladder = np.asarray(rungs(token_budget), np.int64)
+def bucket_of(tokens: Int64, token_budget: int) -> Int64:
+    """Rows that packs of so many tokens are filled up to: the next bucket of the ladder, or beyond it a multiple of the first."""
+    ladder = np.asarray(buckets(token_budget), np.int64)
     step = np.searchsorted(ladder, tokens)
-    beyond = -(-tokens // SMALLEST_RUNG) * SMALLEST_RUNG
+    beyond = -(-tokens // SMALLEST_BUCKET) * SMALLEST_BUCKET
     return np.where(step < len(ladder), ladder[np.minimum(step, len(ladder) - 1)], beyond)
 
 
@@ -235,5 +235,5 @@ def worst_first(plan: Plan, packs: Int64, lengths: NDArray[np.int32] | Int64) ->
     if not len(packs):
         return packs
     longest = np.maximum.reduceat(lengths[plan.segments], plan.offsets[:-1])[packs]
-    worst = np.lexsort((longest, plan.rung[packs]))[-1:]
+    worst = np.lexsort((longest, plan.bucket[packs]))[-1:]
     return np.concatenate((packs[worst], np.delete(packs, worst)))

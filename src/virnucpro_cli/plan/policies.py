@@ -17,14 +17,14 @@ POLICIES = ("max_residues", "long", "overlap", "invalid", "gaps", "id", "dedup")
 
 
 @dataclass(frozen=True)
-class Work:
+class Decisions:
     """What is to be embedded: per-record decisions, and the segments and packs that follow from them.
 
-    unit: int64 [N], the record that is computed in a record's stead (itself unless identical to an earlier one);
+    representative: int64 [N], the record that is computed in a record's stead (itself unless identical to an earlier one);
     embedded: int32 [N], residues that are embedded.
     """
 
-    unit: Int64
+    representative: Int64
     embedded: NDArray[np.int32]
     flags: NDArray[np.uint16]
     status: NDArray[np.uint8]
@@ -32,7 +32,7 @@ class Work:
     segments: Segments
 
 
-def decide(table: RecordTable, config: EmbedConfig) -> Work:
+def decide(table: RecordTable, config: EmbedConfig) -> Decisions:
     """Apply the policies: which records are skipped, how long ones are cut, which are copies. No bytes are read."""
     n = len(table)
     lengths = table.length.astype(np.int64)
@@ -54,21 +54,21 @@ def decide(table: RecordTable, config: EmbedConfig) -> Work:
         files = ", ".join(source.path for source in table.sources)
         raise UserError(f"The input {files} {what} ({counted(n, 'record')}).", "Check the input, --long and --invalid.")
 
-    unit = np.arange(n)
+    representative = np.arange(n)
     _, first, group = np.unique(table.unique_of[kept], return_index=True, return_inverse=True)
-    unit[kept] = kept[first][group]
+    representative[kept] = kept[first][group]
 
     kept_residues = np.minimum(lengths, config.max_residues) if config.long == "truncate" else lengths
     embedded = np.where(reason == 0, kept_residues, 0)
     flags = np.zeros(n, np.uint16)
     flags[(reason == 0) & (embedded < lengths)] |= store.TRUNCATED
     flags[table.replaced > 0] |= store.REPLACED
-    flags[unit != np.arange(n)] |= store.COPIED
-    compute = kept[unit[kept] == kept]
+    flags[representative != np.arange(n)] |= store.COPIED
+    compute = kept[representative[kept] == kept]
     if config.long == "window":
         flags[(reason == 0) & is_long] |= store.WINDOWED
         segments = windowed_segments(compute, lengths[compute], config.max_residues, config.overlap)
     else:
         segments = whole_segments(compute, embedded[compute])
     status = np.where(reason == 0, store.PENDING, store.SKIPPED).astype(np.uint8)
-    return Work(unit, embedded.astype(np.int32), flags, status, reason, segments)
+    return Decisions(representative, embedded.astype(np.int32), flags, status, reason, segments)

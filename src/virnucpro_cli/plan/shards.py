@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
-from virnucpro_cli.plan.policies import Work
+from virnucpro_cli.plan.policies import Decisions
 
 MOST = 9999
 _TEXT = re.compile(r"(auto0?|[0-9]{1,9})(?:/([0-9]{1,9}))?")
@@ -200,14 +200,14 @@ def files_of(output: Path) -> dict[int, dict[int, Path]]:
     return found
 
 
-def records_of(shard: Shard, work: Work) -> NDArray[np.int64]:
-    """The shard's records, rising: units in falling order of cost, dealt to and fro, so that no two shards differ by more than
-    one unit's; what costs nothing is dealt as well, and copies follow their unit."""
-    n = len(work.unit)
+def records_of(shard: Shard, work: Decisions) -> NDArray[np.int64]:
+    """The shard's records, rising: representatives in falling order of cost, dealt to and fro, so that no two shards differ by more than
+    one representative's; what costs nothing is dealt as well, and copies follow their representative."""
+    n = len(work.representative)
     cost = np.bincount(work.segments.record, work.segments.length.astype(np.int64) + SPECIAL_TOKENS, n)
-    units = np.flatnonzero(work.unit == np.arange(n))
-    order = units[np.argsort(-cost[units], kind="stable")]
+    representatives = np.flatnonzero(work.representative == np.arange(n))
+    order = representatives[np.argsort(-cost[representatives], kind="stable")]
     turn, place = np.divmod(np.arange(len(order)), shard.count)
     owner = np.empty(n, np.int64)
     owner[order] = np.where(turn % 2 == 0, place, shard.count - 1 - place)
-    return np.flatnonzero(owner[work.unit] == shard.number - 1)
+    return np.flatnonzero(owner[work.representative] == shard.number - 1)

@@ -55,7 +55,7 @@ STATES = ("status", "flags", "reason", "computed_by")
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """Where a dataset's rows lie in the file."""
 
     offset: int
@@ -87,7 +87,7 @@ class Store:
         self._environment: int | None = 0
         self._failed: UserError | None = None  # the first failed sync
         self._lock = threading.RLock()  # an error elsewhere may commit while a writing thread still places
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, Extent] = {}
         with h5py.File(path, "r", locking=False) as file:
             self.status: NDArray[np.uint8] = file["status"][:]
             self.flags: NDArray[np.uint16] = file["flags"][:]
@@ -99,7 +99,7 @@ class Store:
                 if isinstance(item, h5py.Dataset) and (item.id.get_offset() is not None or item.shape[:1] == (0,)):
                     row = int(np.prod(item.shape[1:], dtype=np.int64)) * item.dtype.itemsize
                     offset = item.id.get_offset() or 0  # HDF5 gives none to a dataset without rows
-                    self.places[name] = Place(offset, row, item.dtype, item.shape[0] if item.shape else 1)
+                    self.places[name] = Extent(offset, row, item.dtype, item.shape[0] if item.shape else 1)
 
             file.visititems(note)
             for kind in POOLED:  # visititems reports a dataset once, perhaps as /embeddings

@@ -46,7 +46,7 @@ class _Table:
     digest: NDArray[Any]
 
 
-def run(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
+def audit_file(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     """Audit `config.against`. Raises UserError if it is not a file of ours or its input or weights cannot be found."""
     assert config.against is not None
     with store.opened(config.against) as file:
@@ -193,10 +193,10 @@ def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, A
     reason[(table.replaced > 0) & (settings["invalid"] == "skip")] = store.INVALID
     reason[table.lengths == 0] = store.EMPTY
     kept = reason == 0
-    unit = np.arange(n)
+    representative = np.arange(n)
     if settings["dedup"] and kept.any():
         _, first, group = np.unique(table.digest[kept], return_index=True, return_inverse=True)
-        unit[kept] = np.flatnonzero(kept)[first][group]
+        representative[kept] = np.flatnonzero(kept)[first][group]
     given_up = (file.status == store.SKIPPED) & np.isin(file.reason, store.AFTER_TRYING) & kept
     skipped = file.status == store.SKIPPED
     right = np.where(
@@ -229,9 +229,9 @@ def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, A
         ),
         rows("windowed", flag(store.WINDOWED) != (kept & long & (settings["long"] == "window"))),
         rows("replaced", (flag(store.REPLACED) != (table.replaced > 0)) | (file.replaced != table.replaced)),
-        rows("copied", flag(store.COPIED) != (unit != np.arange(n))),
+        rows("copied", flag(store.COPIED) != (representative != np.arange(n))),
         rows("flags", (file.flags & ~np.uint16(KNOWN_FLAGS)) > 0),
-        *stored(file, settings, unit),
+        *stored(file, settings, representative),
     ]
     if any_by_residue(settings["pool"], settings.get("emit", ())):
         sizes = np.diff(file.residue_offsets)
@@ -242,10 +242,10 @@ def _of_the_rows(file: store.EmbeddingFile, table: _Table, settings: dict[str, A
     return checks
 
 
-def stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np.int64]) -> list[Check]:
+def stored(file: store.EmbeddingFile, settings: dict[str, Any], representative: NDArray[np.int64]) -> list[Check]:
     """All stored numbers once: finite where a row is done, NaN where it is skipped, and copies like their originals."""
     wrong = unlike = 0
-    copies = np.flatnonzero((unit != np.arange(len(file))) & (file.status == store.DONE))
+    copies = np.flatnonzero((representative != np.arange(len(file))) & (file.status == store.DONE))
     for kind, layers in (*((kind, settings["layers"]) for kind in settings["pool"]), *_logits(settings)):
         offsets = file.residue_offsets if by_residue(kind, layers[0]) else np.arange(len(file) + 1)
         for layer in layers:
@@ -258,13 +258,13 @@ def stored(file: store.EmbeddingFile, settings: dict[str, Any], unit: NDArray[np
                 wrong += int((~np.isnan(rows).all(axis=1) & (status == store.SKIPPED)).sum())
             if not by_residue(kind, layer):
                 for block in store.blocks(len(copies)):
-                    originals, back = np.unique(unit[copies[block]], return_inverse=True)
+                    originals, back = np.unique(representative[copies[block]], return_inverse=True)
                     unlike += int((data[copies[block]] != data[originals][back]).any(axis=1).sum())
     for name in set(unmasked(settings.get("emit", ()))) - {"logits"}:
         score = file.dataset("unmasked", name)[:]
         wrong += int((~np.isfinite(score) & (file.status == store.DONE)).sum())
         wrong += int((~np.isnan(score) & (file.status == store.SKIPPED)).sum())
-        unlike += int((score[copies] != score[unit[copies]]).sum())
+        unlike += int((score[copies] != score[representative[copies]]).sum())
     if (maps := file.contact_maps) is not None:
         of_maps = np.flatnonzero(maps.starts >= 0)
         _, first = np.unique(maps.starts[of_maps], return_index=True)

@@ -17,7 +17,7 @@ from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.pooling import Pooler
-from virnucpro_cli.plan.packing import SMALLEST_RUNG, SPECIAL_TOKENS, arranged, rungs, whole_segments
+from virnucpro_cli.plan.packing import SMALLEST_BUCKET, SPECIAL_TOKENS, arranged, buckets, whole_segments
 from virnucpro_cli.validation import agreement, gates
 from virnucpro_cli.validation.oracle import Rows, Sample
 from virnucpro_cli.validation.reference import Reference
@@ -49,15 +49,15 @@ def packing(
         return chosen
 
     def beside(probe: int) -> list[int]:
-        rung = SMALLEST_RUNG if sizes[probe] <= SMALLEST_RUNG // 2 else 2 * SMALLEST_RUNG
-        return strangers(max(rung - int(sizes[probe]), 0), probe)
+        bucket = SMALLEST_BUCKET if sizes[probe] <= SMALLEST_BUCKET // 2 else 2 * SMALLEST_BUCKET
+        return strangers(max(bucket - int(sizes[probe]), 0), probe)
 
     arrangements = {
         "alone": [[probe] for probe in probes],
         "in one pack": [probes],
         "first of a pack": [[probe, *beside(probe)] for probe in probes],
         "last of a pack": [[*beside(probe), probe] for probe in probes],
-        "shuffled, packs of every size": [strangers(rung, -1) for rung in rungs(largest)],
+        "shuffled, packs of every size": [strangers(bucket, -1) for bucket in buckets(largest)],
     }
     layout = partial(in_packs, model, layers, sample.lengths)
     checks = []
@@ -90,14 +90,14 @@ def in_packs(
         return model.embed(batch, layers, Pooler(KINDS, torch.float32))
 
     def sink(batch: PackedBatch, rows: Embeddings) -> None:
-        ends = np.cumsum(batch.lengths)
+        ends = np.cumsum(batch.seqlens)
         for i, record in enumerate(batch.segments.tolist()):
             mine: Found = {key: values[i].numpy().copy() for key, values in rows.pooled.items()}
-            inside = slice(int(ends[i] - batch.lengths[i]) + 1, int(ends[i]) - 1)
+            inside = slice(int(ends[i] - batch.seqlens[i]) + 1, int(ends[i]) - 1)
             mine |= {("residue", layer): values[inside].numpy().copy() for layer, values in rows.residue.items()}
             found.append((record, mine))
 
-    runner.run(range(len(plan)), collate, compute, sink, model.device)
+    runner.run_packs(range(len(plan)), collate, compute, sink, model.device)
     return found
 
 

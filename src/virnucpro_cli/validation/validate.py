@@ -62,7 +62,7 @@ def run(config: ValidateConfig, out: Console | None = None) -> Verdict:
 def _audit(config: ValidateConfig, path: str, out: Console, clock: report.Clock) -> Verdict:
     """Of a file of ours as it is; of another tool's, of what becomes of it when it is imported."""
     if fingerprint_of(Path(path)) is not None or layouts.guessed(Path(path)) is None:
-        return audit.run(config, out, clock)
+        return audit.audit_file(config, out, clock)
     if not config.fasta or not config.model:
         raise UserError(
             f"{path} is of another tool, and does not say what it was made from.",
@@ -71,10 +71,10 @@ def _audit(config: ValidateConfig, path: str, out: Console, clock: report.Clock)
     with scratch.folder() as folder:
         copy = str(Path(folder) / "imported.h5")
         with clock.stage("import"):
-            imported = importing.run(
+            imported = importing.import_file(
                 path, copy, inputs=config.fasta, model=config.model, out=report.console(quiet=True)
             )
-        verdict = audit.run(replace(config, against=copy), out, clock)
+        verdict = audit.audit_file(replace(config, against=copy), out, clock)
     verdict.environment["file"] = path
     verdict.notes += imported.notes
     return verdict

@@ -16,7 +16,7 @@ from virnucpro_cli.validation.verdict import Check, Verdict
 FILE, INPUT, ROWS = "File", "FASTA", "Rows"
 
 
-def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None) -> Verdict:
+def verify_file(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None) -> Verdict:
     """Check the file; inputs: its FASTA, by default where the file says it was. Raises UserError if it is not one of ours."""
     out = report.console()
     verdict = Verdict("verify")
@@ -26,7 +26,7 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
         report.check_places({"report": report_path}, [path, *named])
         verdict.environment = {"file": path, "written by": f"virnucpro {file.attributes['tool_version']}"}
         verdict.checks += _of_the_file(file)
-        unit = np.arange(len(file))
+        representative = np.arange(len(file))
         if not inputs and not (named and all(Path(name).is_file() for name in named)):
             where = f"at {', '.join(named)}" if named else "known"
             verdict.notes.append(f"the FASTA is not {where}: not compared; say where it is with --fasta")
@@ -42,11 +42,11 @@ def run(path: str, inputs: tuple[str, ...] = (), report_path: str | None = None)
                 )
                 if (records := file.records) is not None and ((records >= 0) & (records < len(table))).all():
                     table = table.part(records)
-                checks, unit = _of_the_input(file, settings, table, config, unit)
+                checks, representative = _of_the_input(file, settings, table, config, representative)
                 checks += _by_the_plain_reader(file, named, config)
             verdict.checks += checks
         out.print("reading every row", style="dim")
-        verdict.checks += [replace(check, part=ROWS) for check in audit.stored(file, settings, unit)]
+        verdict.checks += [replace(check, part=ROWS) for check in audit.stored(file, settings, representative)]
     for note in verdict.notes:
         out.print(note, style="yellow")
     out.print(verdict.table())
@@ -107,14 +107,18 @@ def _by_the_plain_reader(file: store.EmbeddingFile, inputs: tuple[str, ...], con
 
 
 def _of_the_input(
-    file: store.EmbeddingFile, settings: dict[str, Any], table: fasta.RecordTable, config: EmbedConfig, unit: Any
+    file: store.EmbeddingFile,
+    settings: dict[str, Any],
+    table: fasta.RecordTable,
+    config: EmbedConfig,
+    representative: Any,
 ) -> tuple[list[Check], Any]:
     checks = [
         _check(INPUT, "content (SHA-256)", settings["input_sha256"] != table.sha256, "not what was embedded"),
         _check(INPUT, "records", len(table) != len(file), f"{len(table):,} in the FASTA, {len(file):,} in the file"),
     ]
     if len(table) != len(file):
-        return checks, unit
+        return checks, representative
     work = decide(table, config)
     settled = file.status != store.PENDING
     settled &= ~((file.status == store.SKIPPED) & np.isin(file.reason, store.AFTER_TRYING))
@@ -137,4 +141,4 @@ def _of_the_input(
         rows("statuses and reasons", settled & ((file.status != status) | (file.reason != work.reason))),
         rows("flags", (file.flags & ~np.uint16(store.RECOMPUTED | store.CACHED)) != work.flags),
     ]
-    return checks, work.unit
+    return checks, work.representative

@@ -82,7 +82,7 @@ class Actor:
         exact_arithmetic()
         self.device = devices.resolve_device(self.name)
         self.backend = attention_backends.resolve(self.config.attention, self.device, self.dtype)
-        return Looked(devices.place_of(self.device, self.backend), _node_id())
+        return Looked(devices.device_here(self.device, self.backend), _node_id())
 
     def load(self, weights: locate.Weights, layers: tuple[int, ...]) -> bool:
         """Begin with the weights that are on this node; False if the same are not there."""
@@ -133,7 +133,9 @@ class Actor:
         waiting: list[Event] = []
         try:
             while True:
-                runner.run(self._parts(waiting), Collate(), compute, self._sink, self.device, self._note, self._unfit)
+                runner.run_packs(
+                    self._parts(waiting), Collate(), compute, self._sink, self.device, self._note, self._unfit
+                )
                 waiting.pop().set()
         except UserError as error:
             self._lose(Lost(error, fatal=not isinstance(error, runner.DeviceFailed)))
@@ -177,7 +179,7 @@ class Actor:
             }
         assert found.finite is not None
         rows = Rows(
-            batch.segments, batch.lengths, {key: each.numpy() for key, each in found.pooled.items()},
+            batch.segments, batch.seqlens, {key: each.numpy() for key, each in found.pooled.items()},
             {layer: each[: batch.used].numpy() for layer, each in found.residue.items()}, found.finite.numpy(),
         )  # fmt: skip
         with self._lock:

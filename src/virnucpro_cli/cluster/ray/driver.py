@@ -114,7 +114,7 @@ class Cluster:
         self.dtype = devices.resolve_dtype(config.dtype, torch.device(self.device))
         self.members: dict[Any, _Member] = {}  # by the reference of each call that was not answered
         self.all: list[_Member] = []
-        self.place: devices.Place | None = None
+        self.place: devices.Device | None = None
 
     def __enter__(self) -> "Cluster":
         return self
@@ -172,7 +172,7 @@ class Cluster:
         member.asked += 1
 
     @_stops()
-    def first_place(self, say: Callable[[str], None]) -> devices.Place:
+    def first_place(self, say: Callable[[str], None]) -> devices.Device:
         """Where the first actor is. Waits for it, and says so; raises UserError if the cluster has no room for one, or it fails there."""
         what = "GPU" if self.device == "cuda" else "CPU"
         if not self.room():
@@ -190,7 +190,7 @@ class Cluster:
             raise _told_by(error) or UserError(
                 f"No actor could be started on the Ray cluster: {in_a_line(error)}", "Look at ray status and its logs."
             ) from None
-        assert isinstance(self.place, devices.Place)
+        assert isinstance(self.place, devices.Device)
         if self.place.virnucpro != virnucpro_cli.__version__:
             raise UserError(
                 f"virnucpro is {self.place.virnucpro} on {self.place.node}, and {virnucpro_cli.__version__} here.",
@@ -210,7 +210,7 @@ class Cluster:
         """
         return _Round(self, packs, plan, placer, weights, layers, note).run()
 
-    def check(self, place: devices.Place) -> None:
+    def check(self, place: devices.Device) -> None:
         """Raise UserError for a node whose rows would not be like those of the first."""
         assert self.place is not None
         for name, what in (

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.engine.devices import Place
+from virnucpro_cli.engine.devices import Device
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.engine.workers import Lost
 from virnucpro_cli.plan.packing import Plan, Segments, ranges
@@ -16,7 +16,7 @@ from virnucpro_cli.plan.packing import Plan, Segments, ranges
 class Looked(NamedTuple):
     """Where an actor is. node: Ray's id of it."""
 
-    place: Place
+    place: Device
     node: str
 
 
@@ -38,14 +38,14 @@ class Rows(NamedTuple):
     """What became of one batch: a `Packed` and a `Found` for the placer, with the numbers of segments in the whole plan."""
 
     segments: NDArray[np.int64]
-    lengths: NDArray[np.int64]
+    seqlens: NDArray[np.int64]
     pooled: dict[tuple[str, Any], NDArray[Any]]
     residue: dict[Any, NDArray[Any]]
     finite: NDArray[np.bool_]
 
     @property
     def used(self) -> int:
-        return int(self.lengths.sum())
+        return int(self.seqlens.sum())
 
 
 @dataclass
@@ -75,7 +75,7 @@ def share_of(packs: Sequence[int], plan: Plan, placer: Placer) -> Share:
         Segments(np.repeat(np.arange(len(records)), counts), segments.start[numbers], segments.length[numbers]),
         Plan(
             np.searchsorted(numbers, wanted), np.append(0, np.cumsum([len(part) for part in parts])),
-            plan.rung[list(packs)], plan.tokens[list(packs)], plan.token_budget,
+            plan.bucket[list(packs)], plan.tokens[list(packs)], plan.token_budget,
         ),
         numbers,
     )  # fmt: skip

@@ -10,8 +10,8 @@ import numpy as np
 
 from virnucpro_cli import fasta, store
 from virnucpro_cli.errors import UserError, counted
-from virnucpro_cli.exchange.imports.source import READINGS, Found, Int64
-from virnucpro_cli.exchange.layouts.layout import Entry, Keys, Layout, possible
+from virnucpro_cli.exchange.imports.source import READINGS, Int64, Source
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Keys, possible
 
 NOWHERE, SEVERAL = -1, -2
 
@@ -40,7 +40,7 @@ class Way:
 
 
 def joined(
-    source: str, layout: Layout, found: Found, table: fasta.RecordTable, full: bool, notes: list[str]
+    source: str, layout: Format, found: Source, table: fasta.RecordTable, full: bool, notes: list[str]
 ) -> tuple[Int64, Way]:  # fmt: skip
     """For each record of the FASTA the entry that is its, NOWHERE, or SEVERAL where a name does not tell; and how that was found."""
 

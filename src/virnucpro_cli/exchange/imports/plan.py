@@ -16,8 +16,8 @@ from virnucpro_cli import fasta, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.exchange.imports.joining import NOWHERE, SEVERAL, Way, joined
-from virnucpro_cli.exchange.imports.source import Found, Int64
-from virnucpro_cli.exchange.layouts.layout import Layout
+from virnucpro_cli.exchange.imports.source import Int64, Source
+from virnucpro_cli.exchange.layouts.layout import Format
 from virnucpro_cli.plan.policies import POLICIES, decide
 from virnucpro_cli.store import UNKNOWN
 
@@ -26,7 +26,7 @@ UNSAID: dict[str, Any] = {"long": "full", "dedup": False}
 
 
 @dataclass
-class Plan:
+class ImportPlan:
     """The file to make. entry_of: int64 [N], which entry's rows each record gets, or NOWHERE; way: how that was found, with a FASTA."""
 
     layout: store.Layout
@@ -49,9 +49,9 @@ class _Records:
 
 
 def plan(
-    source: str, output: str, layout: Layout, found: Found, said: dict[str, Any], table: fasta.RecordTable | None,
+    source: str, output: str, layout: Format, found: Source, said: dict[str, Any], table: fasta.RecordTable | None,
     model: str | None, notes: list[str],
-) -> Plan:  # fmt: skip
+) -> ImportPlan:  # fmt: skip
     policies: dict[str, Any] = {name: said[name] for name in POLICIES if name in said}
     config = EmbedConfig(
         tuple(entry.path for entry in table.sources) if table else (), output, layers=found.layers, pool=found.kinds,
@@ -72,10 +72,10 @@ def plan(
         records.names, records.name_bytes, extra=store.Extra(columns),
     )  # fmt: skip
     made.attributes.update(_attributes(source, layout, found, said, table, config))
-    return Plan(made, records.entry_of, records.way)
+    return ImportPlan(made, records.entry_of, records.way)
 
 
-def _of_the_source(source: str, layout: Layout, found: Found, notes: list[str]) -> _Records:
+def _of_the_source(source: str, layout: Format, found: Source, notes: list[str]) -> _Records:
     """A record for each entry, in their order."""
     n = len(found)
     lengths = np.where(found.lengths >= 0, found.lengths, found.sizes).astype(np.int32)
@@ -94,7 +94,7 @@ def _next_names(names: Iterator[str], start: int, stop: int) -> list[str]:
 
 
 def _of_the_fasta(
-    source: str, layout: Layout, found: Found, table: fasta.RecordTable, config: EmbedConfig, notes: list[str]
+    source: str, layout: Format, found: Source, table: fasta.RecordTable, config: EmbedConfig, notes: list[str]
 ) -> _Records:  # fmt: skip
     """Its records, and for each the entry that is its."""
     full = config.id == "full"
@@ -131,13 +131,13 @@ def _check_rows(table: fasta.RecordTable, entry_of: Int64, rows: Int64, full: bo
         )
 
 
-def _rows_of(found: Found, entry_of: Int64) -> Int64:
+def _rows_of(found: Source, entry_of: Int64) -> Int64:
     """Rows of residues of each record."""
     return np.where(entry_of >= 0, found.sizes[entry_of], 0)
 
 
 def _attributes(
-    source: str, layout: Layout, found: Found, said: dict[str, Any], table: fasta.RecordTable | None,
+    source: str, layout: Format, found: Source, said: dict[str, Any], table: fasta.RecordTable | None,
     config: EmbedConfig,
 ) -> dict[str, Any]:  # fmt: skip
     fingerprint = {

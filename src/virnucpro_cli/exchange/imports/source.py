@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import store
 from virnucpro_cli.errors import UserError, in_a_line
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, What
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, What
 
 Int64 = NDArray[np.int64]
 LAST = -1
@@ -36,7 +36,7 @@ READINGS: tuple[tuple[str, Callable[[str], str]], ...] = (
 
 
 @dataclass
-class Found:
+class Source:
     """What is in the source, M entries. take: (kind, layer or None) of the source -> kind and layer in the file.
 
     keys: int64 [M], hashes of what entries are known by if not by name; names: the same of each of READINGS; lengths: residues, -1
@@ -67,7 +67,7 @@ class Found:
 
 
 @contextmanager
-def reading_of(source: str, layout: Layout) -> Iterator[None]:
+def reading_of(source: str, layout: Format) -> Iterator[None]:
     """What libraries say of files that are damaged, or of another layout."""
     try:
         yield
@@ -80,7 +80,7 @@ def reading_of(source: str, layout: Layout) -> Iterator[None]:
         ) from None
 
 
-def look(source: str, layout: Layout, said: dict[str, Any], layer: int | None) -> Found:
+def look(source: str, layout: Format, said: dict[str, Any], layer: int | None) -> Source:
     """The first pass: names, shapes and reasons; rows are read only where the layout cannot do without."""
     keys, lengths, sizes, reasons = array("q"), array("q"), array("q"), array("B")
     names = [array("q") for _ in READINGS]
@@ -117,7 +117,7 @@ def look(source: str, layout: Layout, said: dict[str, Any], layer: int | None) -
             name_bytes += len(entry.name.encode())
     if not take:
         raise UserError(f"{source} holds no protein.", "Is it the file that is meant?")
-    return Found(
+    return Source(
         take, hidden, np.dtype(np.float16 if dtype == np.float16 else np.float32), keyed,
         np.frombuffer(keys, np.int64), [np.frombuffer(known, np.int64) for known in names],
         np.frombuffer(lengths, np.int64), np.frombuffer(sizes, np.int64), np.frombuffer(reasons, np.uint8), name_bytes,
@@ -147,7 +147,7 @@ class Batch:
         return len(self.rows)
 
 
-def batches(source: str, layout: Layout, found: Found) -> Iterator[Batch]:
+def batches(source: str, layout: Format, found: Source) -> Iterator[Batch]:
     """The second pass: the rows of all entries in order, in the dtype of the file."""
     batch = Batch([], [])
     size = 0

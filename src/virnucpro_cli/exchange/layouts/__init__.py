@@ -16,7 +16,7 @@ from virnucpro_cli.exchange.layouts import (
     text,
     virnucpro,
 )
-from virnucpro_cli.exchange.layouts.layout import Layout
+from virnucpro_cli.exchange.layouts.layout import Format
 from virnucpro_cli.store import DAMAGE
 
 LAYOUTS = (
@@ -35,7 +35,7 @@ LAYOUTS = (
 """In the order in which a file is tried: keyed_h5 is what HDF5 is that is nothing else."""
 
 
-def named(name: str) -> Layout:
+def named(name: str) -> Format:
     for layout in LAYOUTS:
         if layout.name == name:
             return layout
@@ -43,7 +43,7 @@ def named(name: str) -> Layout:
     raise UserError(f"There is no layout {name!r}.", choose(name, [each.name for each in LAYOUTS]))
 
 
-def of_suffix(target: str | None) -> Layout:
+def of_suffix(target: str | None) -> Format:
     """The layout whose suffix a target ends in. Raises UserError if there is none."""
     ends = [layout for layout in LAYOUTS if target and target.lower().endswith(layout.suffix)]
     if not ends:
@@ -52,7 +52,7 @@ def of_suffix(target: str | None) -> Layout:
     return max(ends, key=lambda layout: len(layout.suffix))
 
 
-def guessed(path: Path) -> Layout | None:
+def guessed(path: Path) -> Format | None:
     """The layout of what is at the path; None if it is of none, or damaged."""
     try:
         return next((layout for layout in LAYOUTS if layout.recognises(path)), None)

@@ -10,7 +10,7 @@ import numpy as np
 
 from virnucpro_cli.errors import needs
 from virnucpro_cli.exchange.layouts import hdf5
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, entry_of
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, entry_of
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store import REASONS, STATUS_NAMES
 
@@ -91,7 +91,7 @@ def recognises(path: Path) -> bool:
     return hdf5.has(path, "X", "obs")
 
 
-LAYOUT = Layout(
+LAYOUT = Format(
     "anndata", "AnnData's .h5ad", ".h5ad", tuple(POOLED),
     write, read, provenance, recognises, holds_skipped=True, longest=LONGEST_NAME,
 )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from virnucpro_cli.exchange.layouts import hdf5, keyed_h5
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.store import opened_hdf5
 
@@ -73,7 +73,7 @@ def recognises(path: Path) -> bool:
     return _is_database(path) or ("original_id" in first[1] and _is_hash(first[0]))
 
 
-LAYOUT = Layout(
+LAYOUT = Format(
     "biotrainer", "biotrainer's HDF5, a dataset per distinct sequence under its SHA-256", ".biotrainer.h5",
     KINDS, write, read, provenance, recognises, key_of=key_of,
 )  # fmt: skip

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 
 from virnucpro_cli.exchange.layouts import hdf5
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store import opened_hdf5
 
@@ -40,7 +40,7 @@ def recognises(path: Path) -> bool:
     return hdf5.has(path, "embeddings", "sequence_ids")
 
 
-LAYOUT = Layout(
+LAYOUT = Format(
     "broad", "HDF5 with embeddings and sequence_ids, as the Broad's VirNucPro", ".broad.h5", tuple(POOLED),
     write, read, hdf5.provenance, recognises,
 )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from virnucpro_cli.exchange.layouts import pt
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, encodable, no_provenance, possible
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, encodable, no_provenance, possible
 
 GROUPS = {"residue": "representations", "mean": "mean_representations", "bos": "bos_representations"}
 LONGEST_NAME = 200
@@ -59,7 +59,7 @@ def recognises(path: Path) -> bool:
     return "label" in pt.first_of(path, "**/*.pt")
 
 
-LAYOUT = Layout(
+LAYOUT = Format(
     "fair-esm", "fair-esm's extract.py, a .pt file per protein in a folder", ".fair-esm", tuple(GROUPS),
     write, read, no_provenance, recognises, folder=True, several=True, longest=LONGEST_NAME,
 )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 import h5py
 
 from virnucpro_cli.exchange.layouts import hdf5
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.store import opened_hdf5
 
@@ -71,7 +71,7 @@ def recognises(path: Path) -> bool:
     return first_of(path) is not None
 
 
-LAYOUT = Layout(
+LAYOUT = Format(
     "keyed-h5", "HDF5, one dataset per protein, as UniProt and ProtTrans", ".keyed.h5", KINDS,
     write, read, hdf5.provenance, recognises, longest=LONGEST_KEY,
 )  # fmt: skip

@@ -119,7 +119,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Format:
     """A layout of files. Adding one is adding a module with this, and a line in `layouts.LAYOUTS`.
 
     what: in a few words; suffix: of the default target; folder: whether the target is one; kinds: what it has room for;

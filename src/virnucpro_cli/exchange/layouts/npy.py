@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from virnucpro_cli import tables
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, begins, entry_of, no_provenance
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, begins, entry_of, no_provenance
 from virnucpro_cli.kinds import KINDS
 
 BESIDE = ".tsv"
@@ -68,7 +68,7 @@ def recognises(path: Path) -> bool:
     return begins(path, b"\x93NUMPY")
 
 
-LAYOUT = Layout(
+LAYOUT = Format(
     "npy", "a NumPy array, and a table of its rows beside it", ".npy", KINDS,
     write, read, no_provenance, recognises, holds_skipped=True, beside=BESIDE, is_beside=is_table,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from virnucpro_cli.errors import needs
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, begins, entry_of
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, begins, entry_of
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store import REASONS, STATUS_NAMES
 
@@ -82,7 +82,7 @@ def recognises(path: Path) -> bool:
     return begins(path, b"PAR1")
 
 
-LAYOUT = Layout(
+LAYOUT = Format(
     "parquet", "Parquet, a list of fixed size for each protein", ".parquet", tuple(POOLED),
     write, read, provenance, recognises, holds_skipped=True,
 )  # fmt: skip

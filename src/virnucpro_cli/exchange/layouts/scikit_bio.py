@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from virnucpro_cli.alphabet import MASK_TEXT, without_stop
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange.layouts import hdf5
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.store import DONE, opened_hdf5
 
@@ -78,7 +78,7 @@ def recognises(path: Path) -> bool:
     return hdf5.has(path, "embedding", "id", "idptr")
 
 
-LAYOUT = Layout(
+LAYOUT = Format(
     "scikit-bio", "scikit-bio's embed format, HDF5", ".skbio.h5", KINDS,
     write, read, hdf5.provenance, recognises, key_of=key_of,
 )  # fmt: skip

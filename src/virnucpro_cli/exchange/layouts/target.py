@@ -14,7 +14,7 @@ from pathlib import Path
 
 from virnucpro_cli import report
 from virnucpro_cli.errors import UserError, in_a_line
-from virnucpro_cli.exchange.layouts.layout import Layout, possible
+from virnucpro_cli.exchange.layouts.layout import Format, possible
 from virnucpro_cli.store.disk import create_locked, disk_error, rename_new, sync_folder
 
 LIST = ".virnucpro-export.json"
@@ -24,7 +24,7 @@ Stamp = tuple[int, int, int]
 """Inode, bytes and time of change of a file."""
 
 
-def check(target: Path, layout: Layout, read: list[str], overwrite: bool) -> None:
+def check(target: Path, layout: Format, read: list[str], overwrite: bool) -> None:
     """Raise UserError unless an export can land at the target. read: every file that the export reads."""
     if layout.beside and target.suffix != layout.suffix:
         raise UserError(f"The target {target} does not end in {layout.suffix}.", f"-o {target.name}{layout.suffix}")
@@ -54,7 +54,7 @@ def _check_folder(target: Path, read: Iterable[str]) -> None:
             raise UserError(f"{target} holds {path}, which this export reads.", "Choose another target with -o.")
 
 
-def _beside(target: Path, layout: Layout) -> list[Path]:
+def _beside(target: Path, layout: Format) -> list[Path]:
     """The target, and what lies beside it: the target is last, as it vouches for the others."""
     return [*([target.with_suffix(layout.beside)] if layout.beside else []), target]
 
@@ -121,7 +121,7 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def placed(target: Path, layout: Layout, overwrite: bool) -> Iterator[Path]:
+def placed(target: Path, layout: Format, overwrite: bool) -> Iterator[Path]:
     """Where to write the target. What is there when the block ends is synced and takes its name; with `overwrite` the old goes only then.
 
     Raises UserError if another export to the same target is alive, and of every error of the disk.
@@ -153,7 +153,7 @@ def placed(target: Path, layout: Layout, overwrite: bool) -> Iterator[Path]:
         raise _unwritable(target, error) from None
 
 
-def _land(place: Path, target: Path, layout: Layout, overwrite: bool) -> None:
+def _land(place: Path, target: Path, layout: Format, overwrite: bool) -> None:
     new = place / target.name
     if layout.folder:
         write_list(new)
@@ -188,7 +188,7 @@ def _take_the_place_of(path: Path, place: Path, overwrite: bool) -> None:
     _remove(old, ours)
 
 
-def _clear(place: Path, target: Path, layout: Layout) -> None:
+def _clear(place: Path, target: Path, layout: Format) -> None:
     """Remove what an export left in its hidden place. An old folder that was moved there goes back, or goes if it is export's."""
     if not os.path.lexists(place):
         return

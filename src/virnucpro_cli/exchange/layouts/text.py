@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, entry_of, no_provenance
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, entry_of, no_provenance
 from virnucpro_cli.kinds import POOLED
 
 COLUMNS = ("id", "length", "status", "reason", "flags", "kind", "layer")
@@ -60,8 +60,8 @@ def recognises(name: str, path: Path) -> bool:
     return b"id" in columns and b"0" in columns
 
 
-def _layout(name: str, what: str) -> Layout:
-    return Layout(
+def _layout(name: str, what: str) -> Format:
+    return Format(
         name, what, f".{name}", tuple(POOLED), partial(write, name), partial(read, name), no_provenance,
         partial(recognises, name), holds_skipped=True,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from virnucpro_cli.exchange.layouts import pt
-from virnucpro_cli.exchange.layouts.layout import Entry, Layout, Selection, no_provenance
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, no_provenance
 
 MOST = 10_000
 
@@ -52,7 +52,7 @@ def recognises(path: Path) -> bool:
     return {"proteins", "data"} <= pt.first_of(path, "*.pt").keys()
 
 
-LAYOUT = Layout(
+LAYOUT = Format(
     "virnucpro", "VirNucPro's .pt files of 10,000 proteins, in a folder", ".virnucpro", ("mean",),
     write, read, no_provenance, recognises, folder=True,
 )  # fmt: skip

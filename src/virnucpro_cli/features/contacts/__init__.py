@@ -26,7 +26,7 @@ from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import Plan
-from virnucpro_cli.plan.policies import Work
+from virnucpro_cli.plan.policies import Decisions
 
 Made = TypeVar("Made")
 BLOCK = 1 << 22  # values placed at a time
@@ -55,7 +55,7 @@ class Contacts(Feature):
         self.wanted, named = wanted(self.config, table, self.named)
         return named
 
-    def of_part(self, records: NDArray[np.int64] | None, work: Work, extra: store.Extra) -> store.Extra:
+    def of_part(self, records: NDArray[np.int64] | None, work: Decisions, extra: store.Extra) -> store.Extra:
         return room(self.wanted if records is None else self.wanted[records], work)
 
     def note(self, layout: store.Layout, spec: ModelSpec) -> str | None:
@@ -99,11 +99,11 @@ def wanted(config: EmbedConfig, table: fasta.RecordTable, named: Named | None) -
     return chosen, store.Extra(fingerprint={"contacts_for": sha256}, counts=counts)
 
 
-def room(wanted: NDArray[np.bool_], work: Work) -> store.Extra:
+def room(wanted: NDArray[np.bool_], work: Decisions) -> store.Extra:
     """Where the maps will be: int64 `starts` in the flat values (-1: no map), int32 `sizes`, `status`. wanted: mask [N]."""
     wanted = wanted & (work.reason == 0)
     sizes = np.where(wanted, work.embedded, 0).astype(np.int32)
-    return laid_out(np.where(wanted, work.unit, -1), sizes)
+    return laid_out(np.where(wanted, work.representative, -1), sizes)
 
 
 def laid_out(key: NDArray[np.int64], sizes: NDArray[np.int32]) -> store.Extra:
@@ -155,7 +155,7 @@ def described(extra: store.Extra, spec: ModelSpec, itemsize: int) -> str | None:
 
 
 def fill(
-    file: store.Store, table: fasta.RecordTable, work: Work, plan: Plan, found: locate.Weights, device: torch.device, out: Console,
+    file: store.Store, table: fasta.RecordTable, work: Decisions, plan: Plan, found: locate.Weights, device: torch.device, out: Console,
 ) -> int:  # fmt: skip
     """Compute and place all maps that are pending, and return how many proteins have none for want of memory.
 
@@ -185,7 +185,7 @@ def fill(
     with report.Tracker(out, int((sizes[first].astype(np.int64) ** 2).sum()), "pairs of residues") as tracker:
         for record, sharing_it in zip(first, sharing, strict=True):
             size = int(sizes[record])
-            batch = collate(np.searchsorted(work.segments.record, work.unit[[record]]))
+            batch = collate(np.searchsorted(work.segments.record, work.representative[[record]]))
             fits = head.bytes_needed(spec, size) < devices.free_memory(device)
             values = _or_none(predict, batch) if predict is not None and fits else None
             is_finite = values is not None and bool(values.isfinite().all())

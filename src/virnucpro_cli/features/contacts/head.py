@@ -43,7 +43,7 @@ class Contacts:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float
     ) -> torch.Tensor:
         """Attention of the one segment; this layer's share of the logits [L, L] is kept (fair-esm modules.py, ContactPredictionHead)."""
-        (length,) = batch.lengths.tolist()
+        (length,) = batch.seqlens.tolist()
         q, k, v = (x[:length].transpose(0, 1) for x in (q, k, v))  # [H, length, Dh]
         maps = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
         out = torch.zeros(len(batch.tokens), *q.shape[::2], device=q.device)

@@ -23,7 +23,7 @@ from virnucpro_cli import fasta, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features.contigs import chunks, codons, pyrodigal_gv, six_frame
-from virnucpro_cli.features.contigs.found import Found
+from virnucpro_cli.features.contigs.found import Genes
 from virnucpro_cli.features.feature import Feature
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import disk
@@ -227,15 +227,15 @@ def _make(
     return columns
 
 
-def _called(contigs: fasta.RecordTable, caller: Any) -> Iterator[tuple[Found, int]]:
+def _called(contigs: fasta.RecordTable, caller: Any) -> Iterator[tuple[Genes, int]]:
     """The proteins of each contig and how many of its bases lie in gaps, in order; a thread for each core."""
 
-    def of(name: str, sequence: bytes) -> tuple[Found, int]:
+    def of(name: str, sequence: bytes) -> tuple[Genes, int]:
         return caller(name, sequence), sum(stop - start for start, stop in codons.gaps(sequence))
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future[tuple[Found, int]]] = deque()
+    waiting: deque[Future[tuple[Genes, int]]] = deque()
     try:
         for name, sequence in _contigs(contigs):
             waiting.append(pool.submit(of, name, sequence))

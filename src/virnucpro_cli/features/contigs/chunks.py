@@ -4,7 +4,7 @@ from typing import Any
 
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.features.contigs.codons import STOP, residues_at, reverse_complement
-from virnucpro_cli.features.contigs.found import Found, record
+from virnucpro_cli.features.contigs.found import Genes, record
 
 
 def settings(config: EmbedConfig) -> dict[str, Any]:
@@ -39,7 +39,7 @@ class Caller:
     def __init__(self, config: EmbedConfig):
         self._size = config.chunk
 
-    def __call__(self, name: str, sequence: bytes) -> Found:
+    def __call__(self, name: str, sequence: bytes) -> Genes:
         n, texts, places = len(sequence), [], []
         forward = residues_at(sequence).tobytes()
         backward = residues_at(reverse_complement(sequence)).tobytes()
@@ -58,4 +58,4 @@ class Caller:
                         begin, end = n + 1 - end, n + 1 - begin
                     texts.append(record(f"{name}_chunk_{number}{letter}{frame + 1}", begin, end, strand, residues))
                     places.append((begin, end, strand))
-        return Found.of(b"".join(texts), places)
+        return Genes.of(b"".join(texts), places)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Found:
+class Genes:
     """n proteins of one contig. text: FASTA; begin, end: int64 [n], first and last base on the contig, 1-based, begin < end
     whatever the strand; strand: int8 [n], 1 or -1.
     """

@@ -6,7 +6,7 @@ from typing import Any
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, install_command
 from virnucpro_cli.features.contigs.codons import GAP
-from virnucpro_cli.features.contigs.found import Found
+from virnucpro_cli.features.contigs.found import Genes
 
 
 def _library() -> Any:
@@ -40,8 +40,8 @@ class Caller:
     def __init__(self, config: EmbedConfig):
         self._finder = _library()[0].ViralGeneFinder(meta=True, mask=True, min_mask=GAP)
 
-    def __call__(self, name: str, sequence: bytes) -> Found:
+    def __call__(self, name: str, sequence: bytes) -> Genes:
         genes = self._finder.find_genes(sequence)
         text = io.StringIO()
         genes.write_translations(text, name, full_id=True)
-        return Found.of(text.getvalue().encode(), ((gene.begin, gene.end, gene.strand) for gene in genes))
+        return Genes.of(text.getvalue().encode(), ((gene.begin, gene.end, gene.strand) for gene in genes))

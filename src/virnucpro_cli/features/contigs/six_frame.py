@@ -6,7 +6,7 @@ import numpy as np
 
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.features.contigs.codons import STOP, X, gaps, residues_at, reverse_complement
-from virnucpro_cli.features.contigs.found import Found, record
+from virnucpro_cli.features.contigs.found import Genes, record
 
 
 def settings(config: EmbedConfig) -> dict[str, Any]:
@@ -28,7 +28,7 @@ class Caller:
     def __init__(self, config: EmbedConfig):
         self._least = config.min_aa
 
-    def __call__(self, name: str, sequence: bytes) -> Found:
+    def __call__(self, name: str, sequence: bytes) -> Genes:
         texts, places = [], []
         for letter, strand, bases in (("F", 1, sequence), ("R", -1, reverse_complement(sequence))):
             every = residues_at(bases)
@@ -47,4 +47,4 @@ class Caller:
                         begin, end = len(sequence) + 1 - end, len(sequence) + 1 - begin
                     texts.append(record(f"{name}_{letter}{frame + 1}_{begin}_{end}", begin, end, strand, whole[a:b]))
                     places.append((begin, end, strand))
-        return Found.of(b"".join(texts), places)
+        return Genes.of(b"".join(texts), places)

@@ -18,7 +18,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
     out = torch.empty_like(q)
     at = 0
-    lengths = batch.lengths.tolist()  # the planner puts equal lengths side by side
+    lengths = batch.seqlens.tolist()  # the planner puts equal lengths side by side
     runs = ((length, sum(1 for _ in group)) for length, group in groupby(lengths))
     for length, count in runs if q.device.type == "cpu" else ((length, 1) for length in lengths):
         rows = slice(at, at + count * length)
