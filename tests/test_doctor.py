@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from virnucpro_cli import cli
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import devices
 from virnucpro_cli.machine import doctor
 
 
@@ -63,7 +63,7 @@ def test_gpus_are_shown_with_their_tier_and_who_fills_them(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 10**9, 80 * 10**9))
-    monkeypatch.setattr(runner, "resolve_devices", lambda *_: ([torch.device("cpu")], []))
+    monkeypatch.setattr(devices, "resolve_devices", lambda *_: ([torch.device("cpu")], []))
     assert f"({tier})" in found("cuda:0") and words in remedies().get("cuda:0", "")
 
 

@@ -390,7 +390,7 @@ def test_a_piece_that_does_not_fit_alone_is_computed_in_parts(
 def skipped_for_memory(case: Case, output: Path, **more: Any) -> dict[str, int]:
     """A run on a device without room for the long protein and its copy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "free_memory", lambda device: 1e9)
+        patch.setattr(devices, "free_memory", lambda device: 1e9)
         out_of_memory_beyond(patch, 10_000, 201)
         return case.embed(output, **more)
 
@@ -406,10 +406,10 @@ def test_a_protein_that_never_fits_is_skipped_and_tried_again_where_there_is_mor
             assert file.complete and [file.names[row] for row in given_up.tolist()] == ["long", "copy"]
             assert np.isnan(file[given_up]).all() and np.isnan(file.residues("long")).all()
     before = output.read_bytes()
-    monkeypatch.setattr(runner, "free_memory", lambda device: 1.1e9)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 1.1e9)
     again = embed_fasta(output=str(output), **small.options())
     assert again.already_complete and again.counts["skipped"] == 3 and output.read_bytes() == before
-    monkeypatch.setattr(runner, "free_memory", lambda device: 2e9)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 2e9)
     assert small.embed(output)["skipped"] == 1
     small.check(output)
     assert embed_fasta(output=str(output), **small.options()).already_complete

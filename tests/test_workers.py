@@ -15,7 +15,7 @@ import torch
 
 from test_faults import KINDS, Case, one_thread  # noqa: F401  (in force here too)
 from virnucpro_cli import store
-from virnucpro_cli.engine import devices, runner, workers
+from virnucpro_cli.engine import devices, workers
 from virnucpro_cli.errors import UserError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
@@ -316,7 +316,7 @@ def test_gpus_of_one_kind_are_used_and_others_named(monkeypatch: pytest.MonkeyPa
     def device(name: str, option: str = "") -> Any:
         return torch.device("cuda", 0 if name in ("auto", "cuda") else int(name.partition(":")[2]))
 
-    monkeypatch.setattr(runner, "resolve_device", device)
+    monkeypatch.setattr(devices, "resolve_device", device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4" if device.index == 3 else "H100")
     gpus = [torch.device("cuda", i) for i in range(4)]
