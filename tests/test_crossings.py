@@ -458,6 +458,7 @@ EMPTY_SHARD = Scenario(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @example(SKIPPED_TWIN)
 @example(WORKERS)

@@ -168,6 +168,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
 # --- kills ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_is_made_good_by_the_same_command(case: Case, tmp_path: Path) -> None:
     generator = random.Random(1)
     killed = resumed = 0

@@ -514,7 +514,8 @@ def test_shards_find_the_proteins_once_and_merge_to_the_single_run(
 
 def test_of_two_runs_at_once_one_finds_the_proteins(tmp_path: Path, tiny_model: Path) -> None:
     code = f"""
-from virnucpro_cli import genes, report
+from virnucpro_cli import report
+from virnucpro_cli.features import contigs as genes
 from virnucpro_cli.config import EmbedConfig
 import sys, pathlib
 real = genes._make

@@ -216,6 +216,7 @@ def test_a_segment_has_the_same_bits_wherever_it_stands() -> None:
     assert torch.equal(found[0][here], found[1][there])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec", [TINY, ModelSpec("small", 2, 128, 2), ModelSpec("odd", 1, 96, 4)], ids=lambda s: s.name
 )
@@ -333,6 +334,7 @@ def test_what_is_not_a_number_stays_so_in_fp8() -> None:
     assert linear.gelu_linear(x, e4m3.quantise(around(32), (weight, bias), zeros)).float().isnan().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [TINY, ModelSpec("small", 2, 128, 2)], ids=lambda s: s.name)
 def test_the_fp8_forward_is_the_plain_one_roughly(spec: ModelSpec, tmp_path: Path) -> None:
     state, dice = weights.random_state(spec), random.Random(0)

@@ -81,6 +81,7 @@ def test_pca_is_that_of_numpys_svd(n: int, dimensions: int, block: int, seed: in
     np.testing.assert_allclose(shares, (values**2 / (values**2).sum())[:2], atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", projection.METHODS)
 def test_a_map_is_the_same_again_and_two_groups_lie_apart(method: str) -> None:
     dice = np.random.default_rng(0)

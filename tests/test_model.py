@@ -107,6 +107,7 @@ def truth(reference: Reference, proteins: list[str]) -> list[Rows]:
     return [expected(reference, protein) for protein in proteins]
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 @pytest.mark.parametrize("pack", [1, 25], ids=["alone", "all-in-one"])
 def test_real_proteins_match_fair_esm_however_they_are_packed(

@@ -77,6 +77,7 @@ def check(made: Path, folder: Path, seed: int, commands: list[str]) -> None:
         assert seconds < SECONDS, what
 
 
+@pytest.mark.slow
 def test_an_edited_file_ends_every_command_with_a_message(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

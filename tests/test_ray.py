@@ -36,6 +36,7 @@ from virnucpro_cli.plan.policies import decide
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
+pytestmark = pytest.mark.slow
 
 SMALL = ModelSpec("small", 4, 192, 12)
 OPTIONS: dict[str, Any] = {

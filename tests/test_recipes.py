@@ -38,6 +38,7 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_every_recipe_runs(tmp_path: Path, environment: dict[str, str], tiny_model: Path) -> None:
     for library in ("sklearn", "pandas", "pyrodigal_gv"):
         pytest.importorskip(library)
@@ -52,6 +53,7 @@ def test_every_recipe_runs(tmp_path: Path, environment: dict[str, str], tiny_mod
     assert {path.name for path in tmp_path.iterdir()} >= {"features", "per-protein.h5", "per-residue.h5", "map.html"}
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_the_tutorial_runs_as_it_stands(
     tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -73,6 +75,7 @@ def test_the_tutorial_runs_as_it_stands(
     assert {"map.html", "neighbours.tsv", "viral.tsv"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_tour_of_the_readme_runs(tmp_path: Path, environment: dict[str, str], tiny_model: Path) -> None:
     """After the first command, which installs; it is the first block of the page, and the tests are the second."""
     pytest.importorskip("umap")

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import pytest
+
 from conftest import ROOT
 from slurm import Slurm
 from test_faults import Case, datasets
@@ -13,6 +15,7 @@ from virnucpro_cli.plan.shards import Shard
 EXAMPLES = ROOT / "examples" / "slurm"
 
 
+@pytest.mark.slow
 def test_the_array_script_is_warned_requeued_and_merged(slurm: Slurm, tmp_path: Path) -> None:
     case = Case(tmp_path, 400)
     output = slurm.folder / "out.h5"
@@ -44,6 +47,7 @@ def test_the_array_script_is_warned_requeued_and_merged(slurm: Slurm, tmp_path: 
     assert "resuming" in told and ": 0 of 134" not in told and "Traceback" not in told, told
 
 
+@pytest.mark.slow
 def test_tasks_that_are_submitted_again_compute_their_own_shards(slurm: Slurm, tmp_path: Path) -> None:
     case = Case(tmp_path, 20)
     output = slurm.folder / "out.h5"

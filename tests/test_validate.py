@@ -79,6 +79,7 @@ def test_an_honest_run_passes(judged: Callable[..., Verdict], dtype: str) -> Non
     assert len(verdict.records) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", [*MISTAKES, *MORE_MISTAKES])
 def test_every_mistake_fails_the_semantics(
     judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, mistake: str
@@ -96,6 +97,7 @@ def test_positions_that_run_on_fail_the_packing(
     assert "Packing" in parts(judged())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "dtype"),
     [(wrong_constant_in_16_bit, "bf16"), (wrong_constant_in_16_bit, "fp16"), (tanh_gelu_in_16_bit, "fp16")],

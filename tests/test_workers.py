@@ -228,6 +228,7 @@ def test_workers_that_have_hardly_begun_end_with_their_parent(
     assert gone(workers, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", [4, pytest.param(200, marks=pytest.mark.soak)])
 def test_a_kill_of_anybody_at_any_moment_is_made_good_by_the_same_command(
     case: Case, tmp_path: Path, moments: int

@@ -8,7 +8,7 @@ from typing import Any
 
 from virnucpro_cli.config.options import fields_of, flag_of
 from virnucpro_cli.config.removed import refuse_removed
-from virnucpro_cli.errors import UserError, choose
+from virnucpro_cli.errors import UserError, choose, unread
 
 
 def resolve(config: type[Any], toml: str | None, flags: dict[str, Any]) -> Any:
@@ -29,7 +29,7 @@ def _from_toml(config: type[Any], path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
-        raise UserError(f"The config file {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"The config file {unread(str(path), error)}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"The config file {path} is not TOML: {error}.") from None
     command = config.__name__.removesuffix("Config").lower()
