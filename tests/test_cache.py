@@ -62,7 +62,7 @@ def test_a_second_run_computes_nothing_and_has_the_same_bits(
     def no_forward(*_: Any) -> None:
         raise AssertionError("a forward")
 
-    monkeypatch.setattr(runner, "run", no_forward)
+    monkeypatch.setattr(runner, "run_packs", no_forward)
     second = bench.embed(fasta, "2.h5", **more)
     assert second.counts["from the cache"] == 8
     assert second.counts["tokens saved by the cache"] == second.counts["tokens"]

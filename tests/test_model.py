@@ -116,6 +116,7 @@ def test_real_proteins_match_fair_esm_however_they_are_packed(
     assert_within_gates(embed(model, proteins, tmp_path, pack=pack), truth)
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_real_proteins_match_in_pairs_of_any_order(
     model: ESM2, proteins: list[str], truth: list[Rows], tmp_path: Path

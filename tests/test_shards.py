@@ -213,6 +213,7 @@ def test_shards_run_anyhow_and_merged_are_the_single_runs_file(small: Case, thre
     assert small.embed(three)["proteins"] == 62, "and the plain command finds it complete"
 
 
+@pytest.mark.slow
 def test_more_shards_than_records_leave_some_empty(small: Case, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     for number in range(1, 81):

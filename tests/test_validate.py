@@ -70,6 +70,7 @@ def parts(verdict: Verdict) -> set[str]:
     return {part.split(":")[0] for part in verdict.failed_parts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_an_honest_run_passes(judged: Callable[..., Verdict], dtype: str) -> None:
     verdict = judged(dtype=dtype)

@@ -39,6 +39,7 @@ def hundred(tmp_path: Path) -> tuple[Path, list[tuple[str, str]]]:
     return path, records
 
 
+@pytest.mark.slow
 def test_a_hundred_proteins_from_fasta_to_file(hundred, device, demo, tmp_path, capsys) -> None:
     path, records = hundred
     out = tmp_path / "out.h5"
@@ -93,6 +94,7 @@ def test_packed_equals_an_ordinary_padded_batch(hundred, device, demo, tmp_path)
             assert relative_l2(file[row], padded[row, 1 : len(sequence) + 1].mean(0)) <= BOUNDS[device][0]
 
 
+@pytest.mark.slow
 def test_the_same_file_in_any_order_and_budget_has_the_same_bits(hundred, device, tmp_path) -> None:
     path, records = hundred
     shuffled = tmp_path / "shuffled.fasta"
