@@ -21,6 +21,7 @@ from virnucpro_cli import fasta
 from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.collate import VarlenCollator
+from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.model import attention, locate, weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.kernels import plain
@@ -63,7 +64,7 @@ def errors(device, dtypes, size):
     layers = (spec.layers,)
     truth = oracle.rows_of(Reference(spec, state), sample, layers)
     with tempfile.TemporaryDirectory() as folder:
-        path = fasta.write_texts(Path(folder) / "sample.fasta", sample.texts)
+        path = write_texts(Path(folder) / "sample.fasta", sample.texts)
         table = fasta.index(fasta.open_sources([str(path)], path.parent), dedup=False)
         for short, residual, model in models("demo", device, dtypes):
             alone = [[record] for record in range(len(sample))]
@@ -80,7 +81,7 @@ def cost(name, device, dtypes, rounds, lengths):
     dice = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         texts = [bytes(dice.choice(np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", np.uint8), n)) for n in lengths]
-        path = fasta.write_texts(Path(folder) / "cost.fasta", texts)
+        path = write_texts(Path(folder) / "cost.fasta", texts)
         table = fasta.index(fasta.open_sources([str(path)], path.parent), dedup=False)
         segments = whole_segments(np.arange(len(table)), table.length.astype(np.int64), 1022)
         plan = first_fit_decreasing(segments.length, budget)

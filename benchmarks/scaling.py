@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from virnucpro_cli import fasta, report
+from virnucpro_cli import report
 from virnucpro_cli.benchmark import workload
+from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.model import spec as specs
 from virnucpro_cli.model import weights
 
@@ -50,7 +51,7 @@ def write_fasta(load, count, folder):
     lengths = getattr(workload, load)(600 * count, dice)[:count]
     assert len(lengths) == count
     letters = np.frombuffer(workload.RESIDUES, np.uint8)
-    return fasta.write_texts(folder / f"{load}.fasta", [dice.choice(letters, n).tobytes() for n in lengths.tolist()])
+    return write_texts(folder / f"{load}.fasta", [dice.choice(letters, n).tobytes() for n in lengths.tolist()])
 
 
 ENGINES = {

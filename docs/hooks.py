@@ -15,7 +15,7 @@ from typing import Any
 import typer.main
 
 from virnucpro_cli import config as configs
-from virnucpro_cli.cli import app
+from virnucpro_cli.cli import COMMANDS, program
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = {"embed": configs.EmbedConfig, "validate": configs.ValidateConfig, "bench": configs.BenchConfig}
@@ -48,7 +48,7 @@ def moved_into_docs(name: str) -> str:
 
 def commands() -> dict[str, Any]:
     """Every command by its name, in the order of --help."""
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(program(*COMMANDS))
     return {name: command for name, command in group.commands.items() if not command.hidden}
 
 

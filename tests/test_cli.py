@@ -22,7 +22,7 @@ from virnucpro_cli.errors import STOP_SIGNALS, UserError
 from virnucpro_cli.store import read_embeddings
 
 Make = Callable[..., Path]
-COMMANDS = [info.name or info.callback.__name__ for info in cli.app.registered_commands if info.callback]
+COMMANDS = list(cli.COMMANDS)
 ORDER = [
     "embed",
     "bench",

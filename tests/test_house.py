@@ -1,6 +1,8 @@
 """How the house is built: packages in one order, no circle of files, and one home for each heavy library."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -120,3 +122,31 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         TopologicalSorter(IMPORTS).prepare()
     except CycleError as error:
         pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+
+
+MOST_OF_A_PLAIN_RUN = 60
+"""Modules of the package that a plain `virnucpro embed` imports, at most: what a run is not asked for is not imported."""
+
+
+def test_a_plain_run_imports_only_what_it_needs(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">a\nMKVLA\n")
+    program = (
+        "import sys\nfrom virnucpro_cli.cli import main\n"
+        f"try: main(['embed', 'in.fasta', '-o', 'out.h5', '--model', {str(tiny_model)!r}, '--device', 'cpu', '-q'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('virnucpro_cli')))"
+    )
+    found = subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, text=True).split()
+    assert len(found) <= MOST_OF_A_PLAIN_RUN
+    unasked = (
+        "cluster",
+        "exchange",
+        "validation",
+        "benchmark",
+        "explore",
+        "machine",
+        "engine.workers",
+        "engine.second_pass",
+    )
+    assert not [name for name in found if name.startswith(tuple(f"virnucpro_cli.{each}" for each in unasked))]
+    assert [name for name in found if name.startswith("virnucpro_cli.features.")] == ["virnucpro_cli.features.feature"]

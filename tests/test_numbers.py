@@ -11,6 +11,7 @@ import pytest
 
 from conftest import write_model
 from virnucpro_cli import cli, embed_fasta
+from virnucpro_cli.cli import extract
 from virnucpro_cli.errors import STOP_SIGNALS
 
 NOT_FINITE = ("nan", "inf", "-inf", "1e309")
@@ -32,8 +33,8 @@ ARGUMENTS = {
 
 def options_of(command: Callable[..., Any]) -> list[str]:
     """Options of a command that take a number, by their types and by how --help writes their values."""
-    if command is cli.extract.extract:
-        return [each.option_strings[0] for each in cli.extract.parser()._actions if each.type is not None]
+    if command is extract.extract:
+        return [each.option_strings[0] for each in extract.parser()._actions if each.type is not None]
     found = []
     for kind in typing.get_type_hints(command, include_extras=True).values():
         plain, *metadata = typing.get_args(kind) or (kind,)
@@ -45,7 +46,8 @@ def options_of(command: Callable[..., Any]) -> list[str]:
     return found
 
 
-OPTIONS = [(command.__name__.rstrip("_"), option) for command, _ in cli.COMMANDS for option in options_of(command)]
+FUNCTIONS = {info.name or "": info.callback for info in cli.program(*cli.COMMANDS).registered_commands if info.callback}
+OPTIONS = [(name, option) for name, command in FUNCTIONS.items() for option in options_of(command)]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from conftest import read_fasta
 from virnucpro_cli import cli
 from virnucpro_cli.errors import STOP_SIGNALS
 
-COMMANDS = [command.__name__.rstrip("_") for command, _ in cli.COMMANDS]
+COMMANDS = list(cli.COMMANDS)
 SIZED = ["--device", "cpu", "--fasta", "in.fasta"]
 
 

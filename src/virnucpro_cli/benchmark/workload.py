@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import fasta
 from virnucpro_cli.fasta import RecordTable
+from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Segments, whole_segments
 
 # fmt: off
@@ -66,7 +67,7 @@ def made_up(name: str, lengths: NDArray[np.int64], folder: Path, max_residues: i
     dice = np.random.default_rng(seed)
     letters = np.frombuffer(RESIDUES, np.uint8)
     texts = [dice.choice(letters, length).tobytes() for length in lengths.tolist()]
-    return _indexed(name, fasta.write_texts(folder / f"{name}.fasta", texts), folder, max_residues)
+    return _indexed(name, write_texts(folder / f"{name}.fasta", texts), folder, max_residues)
 
 
 def sampled(inputs: tuple[str, ...], tokens: int, folder: Path, max_residues: int, seed: int = 0) -> Workload:
@@ -78,7 +79,7 @@ def sampled(inputs: tuple[str, ...], tokens: int, folder: Path, max_residues: in
     enough = int(np.searchsorted(np.cumsum(sizes[order]), tokens)) + 1
     chosen = able[np.sort(order[:enough])]
     texts = [_letters(ids) for ids in table.token_ids(chosen)]
-    return _indexed("input", fasta.write_texts(folder / "input.fasta", texts), folder, max_residues)
+    return _indexed("input", write_texts(folder / "input.fasta", texts), folder, max_residues)
 
 
 def _letters(ids: bytes) -> bytes:

@@ -4,60 +4,54 @@ Nothing heavy is imported until a command runs.
 """
 
 import errno
+import keyword
 import os
 import re
 import signal
 import sys
 from contextlib import suppress
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
 import virnucpro_cli
 from virnucpro_cli import stopping
-from virnucpro_cli.cli import bench, embed, extract, files, layouts, look, machine, shards, validate
 from virnucpro_cli.cli.options import InPanels
 from virnucpro_cli.cli.process import bug, fail, open_streams, say, usage_or_bug
-from virnucpro_cli.config.removed import refuse_removed
 from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USER_ERROR, UserError
 
-app = typer.Typer(
-    name="virnucpro",
-    help="Protein FASTA to ESM-2 embeddings: packed, resumable, checked.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+COMMANDS = {
+    "embed": "embed", "bench": "bench", "validate": "validate", "inspect": "files", "verify": "files", "search": "look",
+    "map": "look", "extract": "extract", "export": "layouts", "import": "layouts", "status": "shards", "merge": "shards",
+    "doctor": "machine", "fetch": "machine",
+}  # fmt: skip
+"""Each command and the module of this package that has its function, in the order of --help."""
 
-COMMANDS = (
-    (embed.embed, embed.EPILOG),
-    (bench.bench, bench.EPILOG),
-    (validate.validate, validate.EPILOG),
-    (files.inspect, None),
-    (files.verify, files.VERIFY_EPILOG),
-    (look.search, look.SEARCH_EPILOG),
-    (look.map, None),
-    (extract.extract, None),
-    (layouts.export, layouts.EXPORT_EPILOG),
-    (layouts.import_, layouts.IMPORT_EPILOG),
-    (shards.status, shards.STATUS_EPILOG),
-    (shards.merge, shards.MERGE_EPILOG),
-    (machine.doctor, machine.DOCTOR_EPILOG),
-    (machine.fetch, None),
-)
-"""In the order of --help."""
 
-for command, epilog in COMMANDS:
-    settings = extract.UNTOUCHED if command is extract.extract else None
-    whole = str(command.__doc__).partition("\n")[0]  # typer would cut it short
-    app.command(command.__name__.rstrip("_"), cls=InPanels, epilog=epilog, context_settings=settings, short_help=whole)(
-        command
+def program(*names: str) -> typer.Typer:
+    """The command line with these commands. Only their modules are imported."""
+    app = typer.Typer(
+        name="virnucpro",
+        help="Protein FASTA to ESM-2 embeddings: packed, resumable, checked.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
+    app.callback(invoke_without_command=True)(_version)
+    for name in names:
+        module = import_module(f"virnucpro_cli.cli.{COMMANDS[name]}")
+        command = getattr(module, f"{name}_" if keyword.iskeyword(name) else name)
+        app.command(
+            name, cls=InPanels, epilog=getattr(module, f"{name.upper()}_EPILOG", None),
+            context_settings=getattr(module, f"{name.upper()}_SETTINGS", None),
+            short_help=str(command.__doc__).partition("\n")[0],  # typer would cut it short
+        )(command)  # fmt: skip
+    return app
 
 
-@app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if version:
         print(f"virnucpro {virnucpro_cli.__version__}")
@@ -107,8 +101,11 @@ def _check_current_folder() -> None:
 def _called(arguments: list[str]) -> int:
     """The exit code of a command. Raises UserError for an option that an earlier version had."""
     try:
+        app = program(*(arguments[:1] if arguments[:1] and arguments[0] in COMMANDS else COMMANDS))
         return app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
     except Exception as error:
+        from virnucpro_cli.config.removed import refuse_removed
+
         refuse_removed(getattr(error, "option_name", None) or "")
         raise
 

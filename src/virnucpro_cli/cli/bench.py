@@ -9,7 +9,7 @@ from virnucpro_cli.cli.process import say
 from virnucpro_cli.config import BenchConfig
 from virnucpro_cli.errors import EXIT_GATE_FAILED
 
-EPILOG = "Exit codes: 0 done; 1 a --min-... gate was missed; 2 something to put right; 70 a bug."
+BENCH_EPILOG = "Exit codes: 0 done; 1 a --min-... gate was missed; 2 something to put right; 70 a bug."
 Json = Annotated[
     bool,
     typer.Option(

@@ -6,7 +6,7 @@ from virnucpro_cli.cli import options
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
 
-EPILOG = (
+EMBED_EPILOG = (
     "Exit codes: 0 all done; 2 something to put right (the message says what); 3 finished, but some records were skipped; "
     "70 a bug; 128+signal after an orderly stop, which the same command resumes."
 )

@@ -8,7 +8,7 @@ import typer
 
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED, UserError, shortened
 
-UNTOUCHED = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": list[str]()}
+EXTRACT_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": list[str]()}
 OF_EMBED = {
     "--layers": "--repr_layers",
     "--token-budget": "--toks_per_batch",

@@ -6,7 +6,9 @@ from virnucpro_cli.cli import options
 from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.errors import EXIT_GATE_FAILED
 
-EPILOG = "Exit codes: 0 the verdict is PASS; 1 it is FAIL; 2 something to put right (the message says what); 70 a bug."
+VALIDATE_EPILOG = (
+    "Exit codes: 0 the verdict is PASS; 1 it is FAIL; 2 something to put right (the message says what); 70 a bug."
+)
 
 
 @options.of(ValidateConfig)

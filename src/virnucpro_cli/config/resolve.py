@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from virnucpro_cli.config.options import fields_of, flag_of
-from virnucpro_cli.config.removed import refuse_removed
 from virnucpro_cli.errors import UserError, choose, unread
 
 
@@ -49,8 +48,10 @@ def _fitting(config: type[Any], values: dict[str, Any], where: str) -> dict[str,
     fields, fitting = fields_of(config), {}
     for key, value in values.items():
         key += "_" * keyword.iskeyword(key)
-        refuse_removed(flag_of(key))
         if key not in fields:
+            from virnucpro_cli.config.removed import refuse_removed
+
+            refuse_removed(flag_of(key))
             raise UserError(f"{where}there is no option {key!r}.", choose(key, list(fields), "Known:"))
         fitting[key] = fields[key].fitting(_as_text(value, fields[key].option.path), where)
     return fitting

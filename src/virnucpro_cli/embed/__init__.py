@@ -22,7 +22,7 @@ from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features.feature import Loaded, Run
 from virnucpro_cli.kinds import unmasked
-from virnucpro_cli.model import locate, scores
+from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import exact_arithmetic
 from virnucpro_cli.plan.packing import subset, worst_first
@@ -146,7 +146,9 @@ def _fill(run: Run, recipe: Recipe) -> None:
 def _check_heads(recipe: Recipe, loaded: Loaded, found: locate.Weights) -> None:
     """Raise UserError if the weights lack what --emit needs."""
     if unmasked(recipe.config.emit):
-        scores.check_head(loaded[1], found)
+        from virnucpro_cli.model.scores import check_head
+
+        check_head(loaded[1], found)
     for feature in recipe.features:
         feature.check_weights(loaded, found)
 

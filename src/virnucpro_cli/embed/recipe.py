@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +22,18 @@ from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, by_name, resolve_layers
-from virnucpro_cli.plan import shards
 from virnucpro_cli.plan.packing import Plan, in_blocks
 from virnucpro_cli.plan.policies import Decisions, Int64, decide
+
+if TYPE_CHECKING:
+    from virnucpro_cli.plan.shards import Shard
 
 
 class Target(NamedTuple):
     """The file that a run writes, of which shard, and the output of all shards."""
 
     output: Path
-    shard: shards.Shard | None
+    shard: "Shard | None"
     whole: Path
 
 
@@ -41,11 +43,14 @@ def target(config: EmbedConfig, features: list[Feature]) -> Target:
         raise UserError(
             "An input FASTA and an output file are needed.", "virnucpro embed proteins.fasta -o embeddings.h5"
         )
-    output = store.behind(Path(config.output))
-    shard, whole = None if config.shard is None else shards.parse(config.shard), output
-    if config.shard is not None and shard is not None:
+    shard, output = None, store.behind(Path(config.output))
+    whole = output
+    if config.shard is not None:
+        from virnucpro_cli.plan import shards
+
+        shard = shards.parse(config.shard)
         shards.check_one_set(config.shard, shard, whole)
-        output = shards.path(output, shard)
+        output = shards.path(whole, shard)
     _check_paths(output, whole, config, features)
     if output.exists() and not (config.overwrite or config.dry_run) and store.fingerprint_of(output) is None:
         raise UserError(
@@ -60,7 +65,7 @@ class Recipe:
 
     config: EmbedConfig
     output: Path
-    shard: shards.Shard | None
+    shard: "Shard | None"
     computing: Computing
     found: locate.Weights | None
     spec: ModelSpec
@@ -134,7 +139,9 @@ def decided(
         for feature in features:
             extra |= feature.of_input(table, extra)
         if shard is not None:
-            records = shards.records_of(shard, work)
+            from virnucpro_cli.plan.shards import records_of
+
+            records = records_of(shard, work)
             table, extra = table.part(records), extra.part(records)
             work = decide(table, config)
         for feature in features:

@@ -24,7 +24,6 @@ from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.kinds import unmasked
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.pooling import Pooler
-from virnucpro_cli.model.scores import Scorer, TokenHead
 
 Item = Any
 
@@ -60,6 +59,8 @@ WRITES_BEHIND = 4
 def compute_with(model: ESM2, layers: tuple[int, ...], config: EmbedConfig) -> Compute:
     """What a run computes of a batch: the kinds, layers and scores that it stores."""
     if names := unmasked(config.emit):
+        from virnucpro_cli.model.scores import Scorer, TokenHead
+
         last, head = model.spec.layers, TokenHead(model.head_state, model.device)
         scorer = Scorer(config.pool, store_dtype(config.store_dtype), layers, last, head, names)
         return partial(model.embed, wanted=tuple({*layers, last}), pooler=scorer)

@@ -14,6 +14,7 @@ from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.engine import devices, runner
 from virnucpro_cli.engine.collate import VarlenCollator
+from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.pooling import Pooler
@@ -143,7 +144,7 @@ def _contamination(
     texts[changed] = b"W" * int(sample.lengths[changed])
     if texts[changed] == sample.texts[changed].strip():
         texts[changed] = b"L" * int(sample.lengths[changed])
-    other = fasta.write_texts(path.with_name("changed.fasta"), texts)
+    other = write_texts(path.with_name("changed.fasta"), texts)
     altered = fasta.index(fasta.open_sources([str(other)], path.parent), dedup=False)
     differing = worst = 0.0
     for (record, before), (_, after) in zip(layout(table, [pack]), layout(altered, [pack]), strict=True):

@@ -23,6 +23,7 @@ from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.exchange import importing, layouts
+from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
@@ -124,7 +125,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
             return oracle.rows_of(Reference(spec, state, on, kind), sample, layers, together)
 
     with scratch.folder() as folder:
-        path = fasta.write_texts(Path(folder) / "sample.fasta", sample.texts)
+        path = write_texts(Path(folder) / "sample.fasta", sample.texts)
         fast = partial(fast_rows, config, path, layers, (spec, state, notes), verdict.notes, clock)
         kinds = "float32" if dtype == torch.float32 else f"float32 and {attention_backends.describe(dtype)}"
         out.print(f"embed: {counted(len(sample), 'protein')} in {kinds} on {device.type}", style="dim")

@@ -35,7 +35,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """
     if name != "auto" and name not in BACKENDS:
         raise UserError(f"There is no attention backend {name!r}.", f"Choose auto or one of {', '.join(BACKENDS)}.")
-    candidates = [b for b in BACKENDS if b != "flash_attn"] if name == "auto" else [name]
+    suitable = [b for b in BACKENDS if b != "flash_attn" and (is_nvidia(device) or b == "sdpa")]
+    candidates = suitable if name == "auto" else [name]
     remedy = "Leave --attention at auto, or name another."
     if dtype == torch.float8_e4m3fn:
         remedy = "Use --dtype fp16: fp8 is computed by the fused kernels for Hopper GPUs alone (--attention triton)."
