@@ -55,13 +55,12 @@ def option(
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a configuration. kinds: types of its value, or of each of several; optional: it may be None."""
+    """A field of a configuration. kinds: types of its value, or of each of several."""
 
     name: str
     default: Any
     kinds: tuple[type, ...]
     several: bool
-    optional: bool
     option: Option
 
     @property
@@ -156,7 +155,7 @@ def _field(field: Any, hint: Any) -> Field:
     several = get_origin(hint) is tuple
     parts = set(_parts(get_args(hint)[0] if several else hint))
     kinds = tuple(kind for kind in (int, float, bool, str) if kind in parts)
-    return Field(field.name, field.default, kinds, several, types.NoneType in parts, field.metadata["option"])
+    return Field(field.name, field.default, kinds, several, field.metadata["option"])
 
 
 def _parts(hint: Any) -> Iterator[Any]:
