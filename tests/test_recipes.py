@@ -81,7 +81,7 @@ def test_the_tour_of_the_readme_runs(tmp_path: Path, environment: dict[str, str]
     pytest.importorskip("umap")
     commands = [text for language, text in blocks("README.md") if language == "sh"]
     install, _, first = commands[0].partition(" && ")
-    assert (install, commands[1]) == ("pip install .", "pip install -e '.[test]' && python -m pytest\n")
+    assert (install, commands[1]) == ("pip install .", "pip install -e '.[test]' && python -m pytest -n auto\n")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     tour = next(text for text in commands if text.startswith("virnucpro map"))
     assert "PASS" in run(["bash", "-euc", first.replace("demo", str(tiny_model)) + tour], tmp_path, environment)
