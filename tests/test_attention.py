@@ -166,7 +166,8 @@ def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:
 def test_kernels_that_do_not_work_here_are_passed_over_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Hopper node without a C compiler, which Triton needs."""
     trial = pytest.importorskip("virnucpro_cli.model.kernels.trial")
-    monkeypatch.setattr(triton, "is_nvidia", lambda device: True)
+    for module in (attention, triton):
+        monkeypatch.setattr(module, "is_nvidia", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
     def no_compiler(device: torch.device, dtype: torch.dtype) -> None:
