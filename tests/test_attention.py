@@ -1,5 +1,6 @@
 """The attention adapters against softmax written out, and the choice among them."""
 
+import importlib
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
@@ -166,6 +167,8 @@ def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:
 def test_kernels_that_do_not_work_here_are_passed_over_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Hopper node without a C compiler, which Triton needs."""
     trial = pytest.importorskip("virnucpro_cli.model.kernels.trial")
+    for name in attention.BACKENDS:  # each knows the device by itself, once it is imported
+        importlib.import_module(f"virnucpro_cli.model.attention.{name}")
     for module in (attention, triton):
         monkeypatch.setattr(module, "is_nvidia", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
