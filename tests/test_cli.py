@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from conftest import ROOT
 from virnucpro_cli import __version__, cli, embed
 from virnucpro_cli.config import BenchConfig, EmbedConfig, ValidateConfig
 from virnucpro_cli.config.options import fields_of
-from virnucpro_cli.errors import STOP_SIGNALS, UserError
+from virnucpro_cli.errors import UserError
 from virnucpro_cli.store import read_embeddings
 
 Make = Callable[..., Path]
@@ -41,13 +40,7 @@ ORDER = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers() -> Iterator[None]:
-    """`main` installs its own; give pytest's back."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 class Ran:

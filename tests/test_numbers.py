@@ -1,9 +1,8 @@
 """Numbers that nobody would type, at every option of every command that takes one."""
 
 import re
-import signal
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from conftest import write_model
 from virnucpro_cli import cli, embed_fasta
 from virnucpro_cli.cli import extract
-from virnucpro_cli.errors import STOP_SIGNALS
 
 NOT_FINITE = ("nan", "inf", "-inf", "1e309")
 VALUES = ("0", "-1", "1" + "0" * 30, "-1" + "0" * 30, "9" * 5000, str(1 << 63), "-0.0", "1e-320", "", *NOT_FINITE)
@@ -65,13 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers() -> Iterator[None]:
-    """`main` installs its own; give pytest's back."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 def test_every_command_with_numbers_is_tried() -> None:

@@ -3,29 +3,21 @@
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from conftest import read_fasta
 from virnucpro_cli import cli
-from virnucpro_cli.errors import STOP_SIGNALS
 
 COMMANDS = list(cli.COMMANDS)
 SIZED = ["--device", "cpu", "--fasta", "in.fasta"]
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers() -> Iterator[None]:
-    """`main` installs its own; give pytest's back."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 def lines_on_a_terminal(arguments: list[str], folder: Path) -> list[str]:

@@ -2,9 +2,10 @@
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Computing:
+class Computing(ABC):
     """Where packs are computed, and by whom.
 
     place: the device that packs are computed on; devices: of each process, or of each actor that there is room for; device and
@@ -43,35 +44,35 @@ class Computing:
     notes: tuple[str, ...] = ()
 
     @property
+    @abstractmethod
     def gpus(self) -> int:
         """Devices that compute at the same time."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def sharing(self) -> int:
         """Processes that share a device's memory."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def pins(self) -> bool:
         """Whether batches are collated into pinned memory of this process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def described(self) -> str:
         """Processes or actors, for reports."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_room(self, spec: ModelSpec) -> None:
         """Raises UserError if the weights surely do not fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def computed_by(self, several: bool) -> str:
         """What the bits of a row depend on besides its input, in a line of JSON. several: whether there is work for all processes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         """Have all packs computed and placed."""
-        raise NotImplementedError
 
 
 class OnThisHost(Computing):
@@ -140,7 +141,7 @@ class OnThisHost(Computing):
 class OnRay(Computing):
     """By the actors of a Ray cluster; this process writes their rows."""
 
-    cluster: "Cluster | None" = None
+    cluster: "Cluster" = field(kw_only=True)
 
     @property
     def gpus(self) -> int:
@@ -165,7 +166,6 @@ class OnRay(Computing):
 
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         run.loaded = None
-        assert self.cluster is not None
         with _tracked(run, packs, placer):
             run.summary.tables["Nodes"] = self.cluster.run(packs, run.plan, placer, run.found, run.layers, run.tell)
 
