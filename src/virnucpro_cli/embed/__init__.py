@@ -73,7 +73,7 @@ def _made(recipe: Recipe, summary: report.RunReport, clock: report.Clock, out: C
         with file.filling():
             run = Run(
                 config, recipe.table, recipe.work, recipe.plan, recipe.layout, recipe.layers, recipe.spec, found, fingerprint,
-                file, recipe.computing.device, summary, clock, out, loaded,
+                file, recipe.computing.local_device, summary, clock, out, loaded,
             )  # fmt: skip
             del loaded
             if not file.locked:

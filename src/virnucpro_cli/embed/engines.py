@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 class Computing(ABC):
     """Where packs are computed, and by whom.
 
-    place: the device that packs are computed on; devices: of each process, or of each actor that there is room for; device and
+    device: what packs are computed on; devices: of each process, or of each actor that there is room for; local_device and
     backend: of this process, for all that it computes itself.
     """
 
-    place: devices.Device
+    device: devices.Device
     devices: list[torch.device]
-    device: torch.device
+    local_device: torch.device
     backend: Backend | None
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
@@ -84,21 +84,21 @@ class OnThisHost(Computing):
 
     @property
     def sharing(self) -> int:
-        return self.devices.count(self.device)
+        return self.devices.count(self.local_device)
 
     @property
     def pins(self) -> bool:
-        return self.device.type == "cuda"
+        return self.local_device.type == "cuda"
 
     def described(self) -> str:
         on = ", ".join(map(str, dict.fromkeys(self.devices)))
         return f"{counted(len(self.devices), 'process', 'processes')} on {on}"
 
     def check_room(self, spec: ModelSpec) -> None:
-        devices.check_room(self.device, spec.parameters * self.dtype.itemsize, f"The weights of {spec.name}")
+        devices.check_room(self.local_device, spec.parameters * self.dtype.itemsize, f"The weights of {spec.name}")
 
     def computed_by(self, several: bool) -> str:
-        return computed_by(self.place, self.dtype, self.device, len(self.devices) if several else 1)
+        return computed_by(self.device, self.dtype, self.local_device, len(self.devices) if several else 1)
 
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         if len(packs) > 1 and len(self.devices) > 1:
@@ -111,14 +111,14 @@ class OnThisHost(Computing):
         run.loaded = None
         with _tracked(run, packs, placer), run.clock.stage("forward"):
             placer.started = time.perf_counter()
-            runner.run_packs(packs, placer.collator, compute, placer, self.device, run.tell, placer.note_unfit)
+            runner.run_packs(packs, placer.collator, compute, placer, self.local_device, run.tell, placer.note_unfit)
 
     def _model(self, run: Run) -> runner.Compute:
         """What this process computes of a batch."""
         with run.clock.stage("load model"):
             _, state, notes = run.loaded or model_weights.load(run.found)
             assert self.backend is not None
-            model = ESM2(run.spec, state, self.dtype, self.device, self.backend)
+            model = ESM2(run.spec, state, self.dtype, self.local_device, self.backend)
         for note in notes:
             run.tell(note)
         return runner.compute_with(model, run.layers, run.config)
@@ -128,7 +128,7 @@ class OnThisHost(Computing):
 
         run.loaded = None
         job = workers.Job(
-            run.config, run.found, run.layers, self.dtype, self.place.attention, run.table, run.work, run.plan,
+            run.config, run.found, run.layers, self.dtype, self.device.attention, run.table, run.work, run.plan,
             placer.todo, run.file.output, run.file.path, run.file.fd, devices.threads_of(len(self.devices)),
         )  # fmt: skip
         with _tracked(run, packs, placer):
@@ -162,7 +162,7 @@ class OnRay(Computing):
         """Each actor checks its own device."""
 
     def computed_by(self, several: bool) -> str:
-        return computed_by(self.place, self.dtype, self.device)
+        return computed_by(self.device, self.dtype, self.local_device)
 
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         run.loaded = None
@@ -180,9 +180,9 @@ def chosen(config: EmbedConfig, alone: bool, out: Console, clock: report.Clock) 
 
     with Cluster(config) as cluster:
         with clock.stage("start workers"):
-            place = cluster.first_place(out.print)
-        device, backend = cluster.of_the_driver()
-        yield OnRay(place, [device] * cluster.room(), device, backend, cluster.dtype, cluster=cluster)
+            device = cluster.first_device(out.print)
+        local_device, backend = cluster.of_the_driver()
+        yield OnRay(device, [local_device] * cluster.room(), local_device, backend, cluster.dtype, cluster=cluster)
 
 
 def _on_this_host(config: EmbedConfig, alone: bool) -> OnThisHost:
@@ -198,14 +198,14 @@ def _tracked(run: Run, packs: Int64, placer: Placer) -> report.Tracker:
     return placer.tracker
 
 
-def computed_by(place: devices.Device, dtype: torch.dtype, device: torch.device, processes: int = 1) -> str:
+def computed_by(device: devices.Device, dtype: torch.dtype, local_device: torch.device, processes: int = 1) -> str:
     """What the bits of a row depend on besides its input, in a line of JSON. processes: that share a device of this host."""
     return json.dumps({
-        "device": place.device if processes == 1 else devices.describe_device(device, processes),
+        "device": device.name if processes == 1 else devices.describe_device(local_device, processes),
         "dtype": attention.describe(dtype),
-        "attention": place.attention,
-        "torch": place.torch,
-        "virnucpro": place.virnucpro,
+        "attention": device.attention,
+        "torch": device.torch,
+        "virnucpro": device.virnucpro,
     })  # fmt: skip
 
 

@@ -97,8 +97,8 @@ class Recipe:
             "dtype": attention_backends.describe(self.computing.dtype),
             "store_dtype": config.store_dtype,
             **policy,
-            "attention": self.computing.place.attention,
-            "device": self.computing.place.kind,
+            "attention": self.computing.device.attention,
+            "device": self.computing.device.kind,
             **self.layout.extra.fingerprint,
         }
 
@@ -223,8 +223,8 @@ def _token_budget(config: EmbedConfig, computing: Computing, spec: ModelSpec, la
         return int(config.token_budget)
     stored = 4 * (spec.hidden * len(layers) * ("residue" in config.pool) + VOCABULARY * ("logits" in config.emit))
     weight_bytes = spec.parameters * computing.dtype.itemsize
-    place = computing.place
-    return devices.auto_token_budget(place.kind, place.free, spec.hidden, weight_bytes, stored, computing.sharing)
+    device = computing.device
+    return devices.auto_token_budget(device.kind, device.free, spec.hidden, weight_bytes, stored, computing.sharing)
 
 
 def _layout(

@@ -47,7 +47,7 @@ def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
     """The report as far as it is known before anything is computed."""
     config, table, work, computing, layout = recipe.config, recipe.table, recipe.work, recipe.computing, recipe.layout
     summary = report.RunReport(
-        "embed", notes=[*_warnings(table, work, config), *computing.notes, *computing.place.notes]
+        "embed", notes=[*_warnings(table, work, config), *computing.notes, *computing.device.notes]
     )
     if computing.dtype == torch.float8_e4m3fn:
         summary.notes.append(APPROXIMATE)
@@ -63,14 +63,14 @@ def of(recipe: Recipe, clock: report.Clock) -> report.RunReport:
     summary.counts = _counts(table, work) | layout.extra.counts
     summary.packing = _packing(recipe.plan, work)
     summary.environment = _environment(recipe)
-    summary.memory = free_memory(computing.place)
+    summary.memory = free_memory(computing.device)
     summary.seconds = clock.seconds
     return summary
 
 
-def free_memory(place: devices.Device) -> dict[str, int]:
+def free_memory(device: devices.Device) -> dict[str, int]:
     """Bytes that this run may take of its device and its host, as far as anybody says."""
-    free = {"free device memory": place.free, "free host memory": devices.free_memory(torch.device("cpu"))}
+    free = {"free device memory": device.free, "free host memory": devices.free_memory(torch.device("cpu"))}
     return {name: int(size) for name, size in free.items() if np.isfinite(size)}
 
 
@@ -216,20 +216,20 @@ def _packing(plan: Plan, work: Decisions) -> dict[str, float]:
 
 def _environment(recipe: Recipe) -> dict[str, Any]:
     config, spec, computing = recipe.config, recipe.spec, recipe.computing
-    place, several = computing.place, len(computing.devices) > 1 or config.engine == "ray"
+    device, several = computing.device, len(computing.devices) > 1 or config.engine == "ray"
 
     def chosen(value: str, asked: Any) -> str:
         return f"{value} (auto)" if asked == "auto" else value
 
     return {
         "virnucpro": virnucpro_cli.__version__,
-        "torch": place.torch,
+        "torch": device.torch,
         "python": platform.python_version(),
         "model": f"{spec.name} ({spec.size})",
-        "device": chosen(place.device, config.device),
+        "device": chosen(device.name, config.device),
         **({"workers": chosen(computing.described(), config.workers)} if several else {}),
         "dtype": chosen(devices.describe_dtype(computing.dtype), config.dtype),
-        "attention": chosen(place.attention, config.attention),
+        "attention": chosen(device.attention, config.attention),
         "token budget": chosen(f"{recipe.plan.token_budget:,}", config.token_budget),
     }
 
@@ -266,8 +266,8 @@ def fill_rates(
             "segments/s": segments / forward,
         }
     summary.memory["peak host memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if recipe.computing.device.type == "cuda":
-        summary.memory["peak GPU memory"] = torch.cuda.max_memory_allocated(recipe.computing.device)
+    if recipe.computing.local_device.type == "cuda":
+        summary.memory["peak GPU memory"] = torch.cuda.max_memory_allocated(recipe.computing.local_device)
     if len(file.environments) > 1:
         summary.tables["Computed by"] = report.where_computed(
             file.environments, file.computed_by, file.status == store.DONE
@@ -280,14 +280,14 @@ def fill_rates(
 def describe_plan(summary: report.RunReport, recipe: Recipe, out: Console) -> None:
     """What a dry run prints, and adds to the report."""
     table, work, plan, layout, spec = recipe.table, recipe.work, recipe.plan, recipe.layout, recipe.spec
-    place, found = recipe.computing.place, recipe.found
+    device, found = recipe.computing.device, recipe.found
     length = work.segments.length.astype(np.float64) + SPECIAL_TOKENS
     flops = spec.flops(float(plan.bucket.sum()), float((length**2).sum()), max(recipe.layers))
     kind, count = ("CPU thread", torch.get_num_threads())
-    if "H100" in place.device:
+    if "H100" in device.name:
         kind, count = "H100", recipe.computing.gpus
     name = devices.short_name(recipe.computing.dtype)
-    by_width = MEASURED_FLOPS.get((kind, name), {}) if kind == "H100" or place.kind == "cpu" else {}
+    by_width = MEASURED_FLOPS.get((kind, name), {}) if kind == "H100" or device.kind == "cpu" else {}
     rate = max((rate for width, rate in by_width.items() if width <= spec.hidden), default=None)
     summary.counts["output bytes (estimate)"] = layout.file_bytes
     summary.environment["weights"] = found.place if found else "not on this machine; the run will fetch them"
@@ -313,4 +313,4 @@ def describe_plan(summary: report.RunReport, recipe: Recipe, out: Console) -> No
             f"time: about {report.clock_time(flops / (rate * count))} of forward, an estimate from FLOPs and a measured rate"
         )
     else:
-        out.print(f"time: no measured rate for {place.device} in {name}, so no estimate")
+        out.print(f"time: no measured rate for {device.name} in {name}, so no estimate")

@@ -161,12 +161,12 @@ def check_room(device: torch.device, needed: int, what: str) -> None:
 class Device:
     """Where packs are computed, on whatever host: what the plan, and the file's words about its values, depend on.
 
-    kind: cuda, cpu or mps; device and attention as reports name them; free: bytes of memory.
+    kind: cuda, cpu or mps; name and attention as reports have them; free: bytes of memory.
     """
 
     node: str
     kind: str
-    device: str
+    name: str
     attention: str
     notes: tuple[str, ...]
     free: float

@@ -106,15 +106,15 @@ class Cluster:
         self.leaving: set[str] = set()
         has = self.ray.cluster_resources()
         on_gpus = config.device != "cpu" and (has.get("GPU", 0) >= 1 or config.device != "auto")
-        self.device = "cuda" if on_gpus else "cpu"
+        self.kind = "cuda" if on_gpus else "cpu"
         cpus = self._of_nodes("CPU")
         smallest = min((n for n in cpus if n), default=1)
         share = sum(cpus) // config.workers if isinstance(config.workers, int) else smallest
         self.threads = max(1, min(share, smallest, torch.get_num_threads() if not config.ray_address else smallest))
-        self.dtype = devices.resolve_dtype(config.dtype, torch.device(self.device))
+        self.dtype = devices.resolve_dtype(config.dtype, torch.device(self.kind))
         self.members: dict[Any, _Member] = {}  # by the reference of each call that was not answered
         self.all: list[_Member] = []
-        self.place: devices.Device | None = None
+        self.device: devices.Device | None = None
 
     def __enter__(self) -> "Cluster":
         return self
@@ -130,7 +130,7 @@ class Cluster:
         """How many actors the cluster has room for now; with --workers, how many are asked for."""
         if isinstance(self.config.workers, int):
             return self.config.workers
-        if self.device == "cuda":
+        if self.kind == "cuda":
             return sum(self._of_nodes("GPU"))
         return sum(count // self.threads for count in self._of_nodes("CPU"))
 
@@ -147,21 +147,21 @@ class Cluster:
     def of_the_driver(self) -> tuple[torch.device, Backend | None]:
         """What this process has for a second pass: a device like the actors', or a CPU."""
         with suppress(UserError):
-            device = devices.resolve_device(self.device)
+            device = devices.resolve_device(self.kind)
             backend = attention_backends.resolve(self.config.attention, device, self.dtype)
             if (
-                self.place is not None
+                self.device is not None
                 and device.type == "cuda"
-                and devices.describe_device(device) == self.place.device
+                and devices.describe_device(device) == self.device.name
             ):
                 return device, backend
         return torch.device("cpu"), None
 
     def start(self) -> _Member:
         """One more actor; where and when is the cluster's affair."""
-        wants = {"num_gpus": 1, "num_cpus": 0} if self.device == "cuda" else {"num_cpus": self.threads}
+        wants = {"num_gpus": 1, "num_cpus": 0} if self.kind == "cuda" else {"num_cpus": self.threads}
         remote = self.ray.remote(**wants, max_concurrency=AHEAD + 1, max_restarts=0)(Actor)
-        handle = remote.remote(self.config, self.device, self.dtype, self.threads)
+        handle = remote.remote(self.config, self.kind, self.dtype, self.threads)
         member = _Member(len(self.all) + 1, handle)
         self.all.append(member)
         self.call(member, handle.look.remote())
@@ -172,9 +172,9 @@ class Cluster:
         member.asked += 1
 
     @_stops()
-    def first_place(self, say: Callable[[str], None]) -> devices.Device:
+    def first_device(self, say: Callable[[str], None]) -> devices.Device:
         """Where the first actor is. Waits for it, and says so; raises UserError if the cluster has no room for one, or it fails there."""
-        what = "GPU" if self.device == "cuda" else "CPU"
+        what = "GPU" if self.kind == "cuda" else "CPU"
         if not self.room():
             raise UserError(
                 f"The Ray cluster has no {what} for an actor.",
@@ -185,19 +185,19 @@ class Cluster:
         if not self.ray.wait([answer], timeout=PATIENCE_SECONDS)[0]:
             say(f"waiting for a {what} of the Ray cluster; ray status shows what it has, and what is asked for")
         try:
-            self.place, member.node_id = self.ray.get(answer)
+            self.device, member.node_id = self.ray.get(answer)
         except self.ray.exceptions.RayError as error:
             raise _told_by(error) or UserError(
                 f"No actor could be started on the Ray cluster: {in_a_line(error)}", "Look at ray status and its logs."
             ) from None
-        assert isinstance(self.place, devices.Device)
-        if self.place.virnucpro != virnucpro_cli.__version__:
+        assert isinstance(self.device, devices.Device)
+        if self.device.virnucpro != virnucpro_cli.__version__:
             raise UserError(
-                f"virnucpro is {self.place.virnucpro} on {self.place.node}, and {virnucpro_cli.__version__} here.",
+                f"virnucpro is {self.device.virnucpro} on {self.device.node}, and {virnucpro_cli.__version__} here.",
                 "Install the same version on every node.",
             )
-        member.node = self.place.node
-        return self.place
+        member.node = self.device.node
+        return self.device
 
     @_stops()
     def run(
@@ -210,19 +210,19 @@ class Cluster:
         """
         return _Round(self, packs, plan, placer, weights, layers, note).run()
 
-    def check(self, place: devices.Device) -> None:
+    def check(self, device: devices.Device) -> None:
         """Raise UserError for a node whose rows would not be like those of the first."""
-        assert self.place is not None
+        assert self.device is not None
         for name, what in (
-            ("device", ""),
+            ("name", ""),
             ("attention", "--attention "),
             ("torch", "PyTorch "),
             ("virnucpro", "virnucpro "),
         ):
-            here, there = getattr(self.place, name), getattr(place, name)
+            here, there = getattr(self.device, name), getattr(device, name)
             if here != there:
                 raise UserError(
-                    f"The nodes of the Ray cluster differ: {what}{here} on {self.place.node}, {what}{there} on {place.node}.",
+                    f"The nodes of the Ray cluster differ: {what}{here} on {self.device.node}, {what}{there} on {device.node}.",
                     "Values would differ by how they round. Use nodes of one kind, with the same packages.",
                 )
 
@@ -313,8 +313,8 @@ class _Round:
         """What comes of a call's answer: where the actor is, whether the weights are there, or what was done."""
         call = self.cluster.call
         if isinstance(result, Looked):
-            member.node, member.node_id = result.place.node, result.node
-            self.cluster.check(result.place)
+            member.node, member.node_id = result.device.node, result.node
+            self.cluster.check(result.device)
             call(member, member.handle.load.remote(self.weights, self.layers))
         elif result is False:  # the weights are not on its node
             if self.shipped is None:

@@ -16,7 +16,7 @@ from virnucpro_cli.plan.packing import Plan, Segments, ranges
 class Looked(NamedTuple):
     """Where an actor is. node: Ray's id of it."""
 
-    place: Device
+    device: Device
     node: str
 
 
