@@ -410,15 +410,15 @@ def test_every_field_is_an_option_and_every_word_that_it_may_be_stands_in_its_he
     text = " ".join(help_of(config.__name__.removesuffix("Config").lower()).split()).replace("- ", "-")
     for name, field in fields_of(config).items():
         assert field.metavar in text if name == "inputs" else f"{field.flag} " in text, name
-        assert field.option.help == "As in embed." or all(str(word) in text for word in field.option.choices), name
+        assert field.help == "As in embed." or all(str(word) in text for word in field.choices), name
 
 
 @pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda config: config.__name__)
 def test_a_word_or_number_that_no_option_may_be_is_refused_by_the_fields_name(config: type[Any]) -> None:
     for name, field in fields_of(config).items():
-        bad: Any = "nothing like it" if field.option.choices else None
-        if field.option.least is not None:
-            bad = field.option.least - 1 if field.option.least >= 1 else float("nan")
+        bad: Any = "nothing like it" if field.choices else None
+        if field.least is not None:
+            bad = field.least - 1 if field.least >= 1 else float("nan")
         if bad is not None:
             with pytest.raises(UserError, match=f"{field.flag} (is|has) {bad!r}|{field.flag} (is|has) {bad}"):
                 config(**{name: (bad,) if field.several else bad})

@@ -104,7 +104,7 @@ def _called(arguments: list[str]) -> int:
         app = program(*(arguments[:1] if arguments[:1] and arguments[0] in COMMANDS else COMMANDS))
         return app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
     except Exception as error:
-        from virnucpro_cli.config.removed import refuse_removed
+        from virnucpro_cli.config.options import refuse_removed
 
         refuse_removed(getattr(error, "option_name", None) or "")
         raise

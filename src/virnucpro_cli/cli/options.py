@@ -7,15 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from virnucpro_cli.config import resolve
-from virnucpro_cli.config.options import Field, fields_of
+from virnucpro_cli.config import EmbedConfig, resolve
+from virnucpro_cli.config.options import Field, fields_of, table_of
 from virnucpro_cli.errors import UserError
-
-ReportFile = Annotated[str | None, typer.Option("--report", metavar="FILE.json", help="Write the report as JSON.")]
-QcFile = Annotated[
-    str | None, typer.Option("--qc", metavar="FILE.tsv", help="Write a line for each protein: what became of it.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished output file.")]
 
 
 class InPanels(TyperCommand):
@@ -24,42 +18,47 @@ class InPanels(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                heading = getattr(param, "rich_help_panel", None)
-                panels.setdefault(
-                    heading or ("Arguments" if param.param_type_name == "argument" else "Options"), []
-                ).append(record)
+            if record := param.get_help_record(ctx):
+                plain = "Arguments" if param.param_type_name == "argument" else "Options"
+                panels.setdefault(getattr(param, "rich_help_panel", None) or plain, []).append(record)
         for heading, records in panels.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
 
 
+def _info(field: Field, panel: str | None = None) -> Any:
+    """A field as an option for typer."""
+    default = f" [default: {field.shown_default}]" if field.shown_default else ""
+    metavar, short = None if field.is_switch else field.metavar, [f"-{field.short}"] if field.short else []
+    return typer.Option(field.flag, *short, metavar=metavar, help=field.help + default, rich_help_panel=panel)
+
+
+ReportFile = Annotated[str | None, _info(fields_of(EmbedConfig)["report"])]
+QcFile = Annotated[str | None, _info(fields_of(EmbedConfig)["qc"])]
+Overwrite = Annotated[bool, _info(fields_of(EmbedConfig)["overwrite"])]
+
+
 def of(config: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function (settings, ...): its options are the fields of `config`, --config, and its own further ones."""
+    """Make a command of a function (settings, ...).
+
+    Its options are the fields of `config`, --config, and the function's further parameters.
+    """
     fields = fields_of(config)
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         further = list(inspect.signature(function).parameters.values())[1:]
 
         def command(**given: Any) -> None:
-            own = {parameter.name: given.pop(parameter.name) for parameter in further}
+            others = {parameter.name: given.pop(parameter.name) for parameter in further}
             toml = given.pop("config")
             flags = {name: _value(fields[name], value) for name, value in given.items()}
-            function(resolve(config, toml, flags), **own)
+            function(resolve(config, toml, flags), **others)
 
-        table = config.__name__.removesuffix("Config").lower()
-        toml = typer.Option(
-            "--config",
-            metavar="FILE.toml",
-            help=f"Options from a TOML file, table [{table}]; flags win.",
-            rich_help_panel="Input",
-        )
+        text = f"Options from a TOML file, table [{table_of(config)}]; flags win."
+        toml = typer.Option("--config", metavar="FILE.toml", help=text, rich_help_panel="Input")
         parameters = [
             *(_parameter(field) for field in fields.values()),
-            inspect.Parameter(
-                "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, toml]
-            ),
+            _keyword("config", Annotated[str | None, toml], None),
             *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in further),
         ]
         command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -70,34 +69,34 @@ def of(config: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]
     return decorate
 
 
+def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
 def _parameter(field: Field) -> inspect.Parameter:
     """The parameter that typer makes the option of a field of."""
-    option = field.option
-    kind = inspect.Parameter.KEYWORD_ONLY
     if field.name == "inputs":
-        argument = typer.Argument(metavar=option.metavar, help=option.help)
-        return inspect.Parameter(field.name, kind, annotation=Annotated[list[str], argument])
-    required = field.name == "output"
-    known = field.said_default
-    info = typer.Option(
-        field.flag, *([f"-{option.short}"] if option.short else []), metavar=None if field.is_switch else field.metavar,
-        help=option.help + (f" [default: {known}]" if known not in ("", "none") and not required else ""), rich_help_panel=option.panel,
-    )  # fmt: skip
-    hint: Any = str if required else bool if field.is_switch else list[str] | None if option.repeated else str | None
-    default: Any = inspect.Parameter.empty if required else False if field.is_switch else None
-    return inspect.Parameter(field.name, kind, default=default, annotation=Annotated[hint, info])
+        return _keyword(field.name, Annotated[list[str], typer.Argument(metavar=field.metavar, help=field.help)])
+    info = _info(field, field.panel)
+    if field.name == "output":
+        return _keyword(field.name, Annotated[str, info])
+    if field.is_switch:
+        return _keyword(field.name, Annotated[bool, info], False)
+    return _keyword(field.name, Annotated[list[str] | None if field.repeated else str | None, info], None)
 
 
 def _value(field: Field, given: Any) -> Any:
     """The field's value of what typer found; None where nothing was given."""
+    if not given and (field.is_switch or field.repeated):
+        return None
     if field.is_switch:
-        return (not field.default) if given else None
-    if field.option.repeated:
-        return tuple(given) if given else None
+        return not field.default
+    if field.repeated:
+        return tuple(given)
     return None if given is None else field.read(given)
 
 
-def numbers(text: str | None, option: str = "--layers") -> tuple[int, ...] | None:
+def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     """Numbers with commas between them. Raises UserError."""
     if text is None:
         return None

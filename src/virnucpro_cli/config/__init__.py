@@ -1,15 +1,16 @@
 """What a run is asked to do: frozen dataclasses, made once from defaults < TOML file < flags.
 
-Each field carries what the command line, the checks and the documentation say of it; here stand also the rules between fields.
+Each field carries what the command line, the checks and the documentation say of it. Rules between fields follow.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from virnucpro_cli.config.options import ABOVE_0, FINITE, fields_of, flag_of, option
-from virnucpro_cli.config.resolve import resolve as resolve
+from virnucpro_cli.config.options import resolve as resolve
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import EMITS, KINDS, OF_ALL_RESIDUES
 
@@ -25,196 +26,165 @@ FIRST, INPUT, COMPUTE, LONG = "Most used", "Input", "Model and compute", "Long p
 STORED, OUTPUT, CONTIGS, CLUSTER = "What is stored", "Output and reports", "Contigs and groups", "Cluster"
 GATES = "Gates"
 
+_report = partial(option, None, OUTPUT, "Write the report as JSON.", "FILE.json", written=True)
+_quiet = partial(option, False, OUTPUT, short="q")
+_max_residues = partial(option, 1022, LONG, metavar="N", least=1, most=LARGEST)
 
-def _report(panel: str = OUTPUT) -> Any:
-    return option(None, panel, "Write the report as JSON.", "FILE.json", written=True, said="none")
+Rule = tuple[bool, str, str]
+"""Whether it is broken, the refusal, and the remedy."""
 
 
-def _quiet(what: str = "errors") -> Any:
-    return option(False, OUTPUT, f"Print {what} only.", short="q")
+class Config:
+    """The checks of a configuration: every field by itself, then the rules between them."""
 
+    def __post_init__(self) -> None:
+        """Give dtypes their short names. Raises UserError for a value that cannot be, and for a broken rule."""
+        for name in ("dtype", "store_dtype"):
+            if getattr(self, name, None) in SYNONYMS:
+                object.__setattr__(self, name, SYNONYMS[getattr(self, name)])
+        for name, field in fields_of(type(self)).items():
+            field.check(getattr(self, name))
+        for is_broken, refusal, remedy in self.rules():
+            if is_broken:
+                raise UserError(refusal, remedy)
 
-def _max_residues(help: str) -> Any:
-    return option(1022, LONG, help, "N", least=1, most=LARGEST)
+    def rules(self) -> Iterator[Rule]:
+        """The rules in their order; each may rely on those before it."""
+        raise NotImplementedError
+
+    def given(self, *names: str) -> list[str]:
+        """The options, of those named, that have another value than their default."""
+        fields = fields_of(type(self))
+        return [flag_of(name) for name in names if getattr(self, name) != fields[name].default]
 
 
 @dataclass(frozen=True)
-class EmbedConfig:
+class EmbedConfig(Config):
     """Everything that `embed` can be told. Field names are the long options with underscores."""
 
+    # fmt: off
     inputs: tuple[str, ...] = option(
-        (), INPUT, "FASTA files, plain or gz, bz2, xz, zst; - for standard input.", "INPUT...", repeated=True, path=True
-    )
+        (), INPUT, "FASTA files, plain or gz, bz2, xz, zst; - for standard input.", "INPUT...", repeated=True,
+        path=True)
     output: str = option("", FIRST, "The HDF5 file to write.", "OUT.h5", written=True, short="o")
     model: str = option(
-        "esm2_t33_650M_UR50D",
-        FIRST,
-        "8M, 35M, 150M, 650M, 3B, 15B, their long names, demo, or a path to a fair-esm .pt, a .safetensors file or a "
-        "HuggingFace directory.",
-        "MODEL",
-        path=True,
-        said="650M",
-    )
+        "esm2_t33_650M_UR50D", FIRST, "8M, 35M, 150M, 650M, 3B, 15B, their long names, demo, or a path to a "
+        "fair-esm .pt, a .safetensors file or a HuggingFace directory.", "MODEL", path=True, said="650M")
     pool: tuple[str, ...] = option(
-        ("mean",), FIRST, f"Rows to store, any of {', '.join(KINDS)}.", "KIND,KIND", choices=KINDS
-    )
+        ("mean",), FIRST, f"Rows to store, any of {', '.join(KINDS)}.", "KIND,KIND", choices=KINDS)
     layers: tuple[int, ...] = option((-1,), FIRST, "Layers to store: 0 is the embedding, -1 the last.", "N,N")
     long: str = option(
-        "truncate",
-        FIRST,
+        "truncate", FIRST,
         "Proteins longer than --max-residues: cut, whole, covered by stitched windows, skipped, or refused.",
-        choices=("truncate", "full", "window", "skip", "error"),
-    )
+        choices=("truncate", "full", "window", "skip", "error"))
     invalid: str = option(
         "x", INPUT, "Residues outside the alphabet: embed them as X, refuse them, or skip the protein.",
-        choices=("x", "error", "skip"),
-    )  # fmt: skip
+        choices=("x", "error", "skip"))
     gaps: str = option(
-        "keep", INPUT, "Gaps (- and .): embed them as tokens as fair-esm does, leave them out, embed them as X, or refuse them.",
-        choices=("keep", "strip", "x", "error"),
-    )  # fmt: skip
+        "keep", INPUT,
+        "Gaps (- and .): embed them as tokens as fair-esm does, leave them out, embed them as X, or refuse them.",
+        choices=("keep", "strip", "x", "error"))
     id: str = option(
-        "first", INPUT, "Names: up to the first white space, or the full header.", choices=("first", "full")
-    )
+        "first", INPUT, "Names: up to the first white space, or the full header.", choices=("first", "full"))
     dedup: bool = option(True, INPUT, "Compute identical proteins again instead of copying.")
     force_protein: bool = option(False, INPUT, "Accept a file that looks like nucleotides.")
     dtype: str = option(
         "auto", COMPUTE, "Compute in auto, fp32, fp16, bf16 or fp8 (Hopper; approximate: errors of several %).", "TYPE",
-        choices=DTYPES, said="auto: fp16 on CUDA, fp32 elsewhere",
-    )  # fmt: skip
+        choices=DTYPES, said="auto: fp16 on CUDA, fp32 elsewhere")
     device: str = option("auto", COMPUTE, "auto, cpu, cuda (all GPUs), cuda:N, cuda:N,N or mps.", "DEVICE")
     workers: int | str = option(
-        "auto", COMPUTE, "Processes on this host, that share the devices; auto is one for each GPU, and one on a CPU.", "N",
-        least=1, most=MOST_WORKERS,
-    )  # fmt: skip
+        "auto", COMPUTE, "Processes on this host, that share the devices; auto is one for each GPU, and one on a CPU.",
+        "N", least=1, most=MOST_WORKERS)
     attention: str = option(
         "auto", COMPUTE, f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}; a named one runs or is refused.", "NAME",
-        choices=BACKENDS,
-    )  # fmt: skip
+        choices=BACKENDS)
     token_budget: int | str = option("auto", COMPUTE, "Tokens per pack, or auto.", "N", least=1024, most=LARGEST)
     max_residues: int = _max_residues("Longest protein embedded in one piece.")
     overlap: int = option(256, LONG, "Least overlap of two windows, in residues.", "N", least=0, most=LARGEST)
     emit: tuple[str, ...] = option(
-        (), STORED, "Of the unmasked pass: logits, entropy, pseudo-perplexity; contacts, a map for each protein.", "WHAT,WHAT",
-        choices=EMITS,
-    )  # fmt: skip
+        (), STORED, "Of the unmasked pass: logits, entropy, pseudo-perplexity; contacts, a map for each protein.",
+        "WHAT,WHAT", choices=EMITS)
     contacts_for: str | None = option(
-        None, STORED, "Names of the proteins that get a contact map, one in a line.", "FILE", path=True, said="all"
-    )
+        None, STORED, "Names of the proteins that get a contact map, one in a line.", "FILE", path=True, said="all")
     store_dtype: str = option("fp16", STORED, "Store values as fp16 or fp32.", "TYPE", choices=("fp16", "fp32"))
     cache: str | None = option(
-        None, STORED, "Take rows of proteins that were embedded before from this folder, and add new ones.", "DIR", path=True
-    )  # fmt: skip
+        None, STORED, "Take rows of proteins that were embedded before from this folder, and add new ones.", "DIR",
+        path=True)
     cache_size: str = option("50G", STORED, "Most that the cache may take, such as 500M.", "SIZE")
     overwrite: bool = option(False, OUTPUT, "Replace a finished output file.")
     restart: bool = option(False, OUTPUT, "Discard a partial output instead of resuming it.")
     retry_skipped: bool = option(
-        False, OUTPUT, "Try again what a finished file lacks for want of memory, wherever this runs."
-    )
+        False, OUTPUT, "Try again what a finished file lacks for want of memory, wherever this runs.")
     dry_run: bool = option(False, OUTPUT, "Stop after the plan and print it.")
     preallocate: bool = option(True, OUTPUT, "Do not reserve the disk space first (network disks where that is slow).")
-    qc: str | None = option(
-        None, OUTPUT, "Write a line for each protein: what became of it.", "FILE.tsv", written=True, said="none"
-    )
+    qc: str | None = option(None, OUTPUT, "Write a line for each protein: what became of it.", "FILE.tsv", written=True)
     report: str | None = _report()
     verbose: bool = option(False, OUTPUT, "End with tables of packing, seconds by stage and memory.", short="v")
-    quiet: bool = _quiet()
+    quiet: bool = _quiet("Print errors only.")
     from_: str = option(
-        "proteins", CONTIGS, "The input is proteins, or contigs, whose proteins are found first, into OUT.proteins.faa.",
-        choices=("proteins", "contigs"),
-    )  # fmt: skip
+        "proteins", CONTIGS,
+        "The input is proteins, or contigs, whose proteins are found first, into OUT.proteins.faa.",
+        choices=("proteins", "contigs"))
     genes: str = option(
-        "pyrodigal-gv", CONTIGS, "How to find them: pyrodigal-gv, six-frame (every ORF) or virnucpro (chunks, as VirNucPro itself).",
-        "HOW", choices=("pyrodigal-gv", "six-frame", "virnucpro"),
-    )  # fmt: skip
+        "pyrodigal-gv", CONTIGS,
+        "How to find them: pyrodigal-gv, six-frame (every ORF) or virnucpro (chunks, as VirNucPro itself).", "HOW",
+        choices=("pyrodigal-gv", "six-frame", "virnucpro"))
     min_aa: int = option(30, CONTIGS, "Shortest ORF of --genes six-frame, in residues.", "N", least=1, most=LARGEST)
     chunk: int = option(500, CONTIGS, "Bases in a chunk of --genes virnucpro.", choices=(300, 500))
-    group: str | None = option(
-        None, CONTIGS, "Store a row for each contig, too, from its proteins' means.", "contig", said="none"
-    )
+    group: str | None = option(None, CONTIGS, "Store a row for each contig, too, from its proteins' means.", "contig")
     group_regex: str | None = option(
-        None, CONTIGS, "Store a row for each group, too: what (...) captures in a protein's name.", "REGEX", said="none"
-    )
+        None, CONTIGS, "Store a row for each group, too: what (...) captures in a protein's name.", "REGEX")
     group_table: str | None = option(
-        None, CONTIGS, "Groups by a table of two columns: name, group.", "FILE.tsv", path=True, said="none"
-    )
+        None, CONTIGS, "Groups by a table of two columns: name, group.", "FILE.tsv", path=True)
     shard: str | None = option(
-        None, CLUSTER, "Embed the K-th of N parts, into OUT.shard-K-of-N.h5; auto/N in an array job. See status and merge.", "K/N",
-        said="all",
-    )  # fmt: skip
+        None, CLUSTER,
+        "Embed the K-th of N parts, into OUT.shard-K-of-N.h5; auto/N in an array job. See status and merge.", "K/N",
+        said="all")
     engine: str = option(
-        "local", CLUSTER, "local, or ray: the nodes of a Ray cluster (extra ray).", choices=("local", "ray")
-    )
+        "local", CLUSTER, "local, or ray: the nodes of a Ray cluster (extra ray).", choices=("local", "ray"))
     ray_address: str | None = option(
-        None, CLUSTER, "auto or HOST:PORT of a running cluster.", "ADDRESS", said="start one here"
-    )
+        None, CLUSTER, "auto or HOST:PORT of a running cluster.", "ADDRESS", said="start one here")
+    # fmt: on
 
-    def __post_init__(self) -> None:
-        _check(self)
+    def rules(self) -> Iterator[Rule]:
         bytes_of(self.cache_size)
-        if self.output == "-":
-            raise UserError("--output is -, and HDF5 cannot be written to a pipe.", "Name a file, such as out.h5.")
-        for name in ("pool", "layers"):
-            if not getattr(self, name):
-                raise UserError(
-                    f"--{name} has nothing.", f"Give it a value, such as {'mean' if name == 'pool' else -1}."
-                )
-        self._check_stored()
-        self._check_windows()
-        self._check_cluster()
-        self._check_contigs()
-        self._check_groups()
-
-    def _check_stored(self) -> None:
-        if self.cache is not None and ("residue" in self.pool or self.emit):
-            raise UserError(
-                "--cache keeps pooled rows, not those of --pool residue or --emit.", "Leave one of them out."
-            )
-        if self.contacts_for is not None and "contacts" not in self.emit:
-            raise UserError("--contacts-for says whose contacts.", "Add --emit contacts.")
-
-    def _check_windows(self) -> None:
-        if self.long != "window":
-            return
-        if self.emit:
-            raise UserError("--emit with --long window: it is of a protein in one piece.", "Choose --long full.")
-        if whole := [kind for kind in self.pool if kind in OF_ALL_RESIDUES]:
-            raise UserError(
-                f"--pool {','.join(whole)} with --long window: a protein's windows do not add up to that.",
-                "Choose --long full, or compute it from the rows of --pool residue.",
-            )
-        if self.overlap >= self.max_residues:
-            raise UserError(
-                f"--overlap is {self.overlap}.", f"Give 0 or more, and less than --max-residues {self.max_residues}."
-            )
-
-    def _check_cluster(self) -> None:
-        if self.ray_address is not None and self.engine != "ray":
-            raise UserError("--ray-address has a meaning with --engine ray only.", "Add --engine ray.")
-        if "contacts" in self.emit and self.engine == "ray":
-            raise UserError(
-                "--emit contacts is the work of one device, not of --engine ray.", "Leave one out, or see --shard."
-            )
-
-    def _check_contigs(self) -> None:
-        given = _given(self, "genes", "min_aa", "chunk")
-        if given and self.from_ != "contigs":
-            raise UserError(f"{flag_of(given[0])} is of contigs.", "Say --from contigs, or leave it out.")
+        yield self.output == "-", "--output is -, and HDF5 cannot be written to a pipe.", "Name a file, such as out.h5."
+        yield not self.pool, "--pool has nothing.", "Give it a value, such as mean."
+        yield not self.layers, "--layers has nothing.", "Give it a value, such as -1."
+        contacts, unkept = "contacts" in self.emit, "residue" in self.pool or bool(self.emit)
+        refusal = "--cache keeps pooled rows, not those of --pool residue or --emit."
+        yield self.cache is not None and unkept, refusal, "Leave one of them out."
+        refusal = "--contacts-for says whose contacts."
+        yield self.contacts_for is not None and not contacts, refusal, "Add --emit contacts."
+        if self.long == "window":
+            refusal = "--emit with --long window: it is of a protein in one piece."
+            yield bool(self.emit), refusal, "Choose --long full."
+            whole = [kind for kind in self.pool if kind in OF_ALL_RESIDUES]
+            refusal = f"--pool {','.join(whole)} with --long window: a protein's windows do not add up to that."
+            yield bool(whole), refusal, "Choose --long full, or compute it from the rows of --pool residue."
+            remedy = f"Give 0 or more, and less than --max-residues {self.max_residues}."
+            yield self.overlap >= self.max_residues, f"--overlap is {self.overlap}.", remedy
+        ray, refusal = self.engine == "ray", "--ray-address has a meaning with --engine ray only."
+        yield self.ray_address is not None and not ray, refusal, "Add --engine ray."
+        refusal = "--emit contacts is the work of one device, not of --engine ray."
+        yield contacts and ray, refusal, "Leave one out, or see --shard."
+        for flag in self.given("genes", "min_aa", "chunk"):
+            yield self.from_ != "contigs", f"{flag} is of contigs.", "Say --from contigs, or leave it out."
         for name, caller in (("min_aa", "six-frame"), ("chunk", "virnucpro")):
-            if name in given and self.genes != caller:
-                raise UserError(f"{flag_of(name)} is of --genes {caller}.", "Leave it out.")
+            for flag in self.given(name):
+                yield self.genes != caller, f"{flag} is of --genes {caller}.", "Leave it out."
+        yield from self._rules_of_groups()
 
-    def _check_groups(self) -> None:
-        given = _given(self, "group", "group_regex", "group_table")
-        if len(given) > 1:
-            raise UserError(f"{flag_of(given[0])} and {flag_of(given[1])} both say what a group is.", "Give one.")
-        if given and "mean" not in self.pool:
-            raise UserError(f"{flag_of(given[0])} needs the means of the proteins.", "Add mean to --pool.")
-        if self.group is not None and (self.group != "contig" or self.from_ != "contigs"):
-            raise UserError(
-                f"--group is {self.group!r}, from {self.from_}.",
-                "It can be contig, with --from contigs; else see --group-regex and --group-table.",
-            )
+    def _rules_of_groups(self) -> Iterator[Rule]:
+        given = self.given("group", "group_regex", "group_table")
+        for other in given[1:]:
+            yield True, f"{given[0]} and {other} both say what a group is.", "Give one."
+        for flag in given:
+            yield "mean" not in self.pool, f"{flag} needs the means of the proteins.", "Add mean to --pool."
+        of_contigs = (self.group, self.from_) == ("contig", "contigs")
+        remedy = "It can be contig, with --from contigs; else see --group-regex and --group-table."
+        refusal = f"--group is {self.group!r}, from {self.from_}."
+        yield self.group is not None and not of_contigs, refusal, remedy
         if self.group_regex is not None:
             _check_regex(self.group_regex)
 
@@ -223,38 +193,33 @@ def _check_regex(text: str) -> None:
     try:
         groups = re.compile(text).groups
     except re.error as error:
-        raise UserError(
-            f"--group-regex {text!r} is no regular expression: {error}.", "See Python's module re."
-        ) from None
+        refusal = f"--group-regex {text!r} is no regular expression: {error}."
+        raise UserError(refusal, "See Python's module re.") from None
     if groups != 1:
-        raise UserError(
-            f"--group-regex {text!r} has {groups} capturing groups.",
-            "Give one, such as '^(.+)_[0-9]+$'; (?:...) does not capture.",
-        )
+        remedy = "Give one, such as '^(.+)_[0-9]+$'; (?:...) does not capture."
+        raise UserError(f"--group-regex {text!r} has {groups} capturing groups.", remedy)
 
 
 @dataclass(frozen=True)
-class ValidateConfig:
+class ValidateConfig(Config):
     """Everything that `validate` can be told. Field names are the long options with underscores."""
 
+    # fmt: off
     fasta: tuple[str, ...] = option(
-        (), INPUT, "Your own proteins; may be repeated.", "FILE", repeated=True, path=True, said="128 that ship with virnucpro"
-    )  # fmt: skip
+        (), INPUT, "Your own proteins; may be repeated.", "FILE", repeated=True, path=True,
+        said="128 that ship with virnucpro")
     against: str | None = option(
-        None, INPUT, "Audit a file that embed wrote, with the model and settings it names; or another tool's, with --model and --fasta.",
-        "OUT.h5", path=True, said="none",
-    )  # fmt: skip
+        None, INPUT, "Audit a file that embed wrote, with the model and settings it names; or another tool's, with "
+        "--model and --fasta.", "OUT.h5", path=True)
     sample: int = option(
-        60, INPUT, "Proteins to compare at least, spread over the lengths; odd ones included.", "N", least=2, most=1 << 63
-    )  # fmt: skip
+        60, INPUT, "Proteins to compare at least, spread over the lengths; odd ones included.", "N", least=2,
+        most=1 << 63)
     seed: int = option(0, INPUT, "Seed of the sample.", "N", least=0, most=1 << 63)
     min_cosine: float | None = option(
-        None, GATES, "Least cosine of a pooled row with fair-esm's.", "X", least=-1, most=1, said="0.999, bf16 0.998"
-    )
+        None, GATES, "Least cosine of a pooled row with fair-esm's.", "X", least=-1, most=1, said="0.999, bf16 0.998")
     max_rel_l2: float | None = option(
         None, GATES, "Largest relative L2 error of a pooled row.", "X", least=ABOVE_0, most=FINITE,
-        said="fp32 1e-5, fp16 1e-2, bf16 6e-2",
-    )  # fmt: skip
+        said="fp32 1e-5, fp16 1e-2, bf16 6e-2")
     model: str | None = option(None, COMPUTE, "As in embed.", "MODEL", path=True, said="demo")
     layers: tuple[int, ...] = option((), COMPUTE, "Layers to compare.", "N,N", said="0, the middle and the last")
     dtype: str = option("auto", COMPUTE, "As in embed.", "TYPE", choices=DTYPES)
@@ -264,71 +229,53 @@ class ValidateConfig:
     max_residues: int = _max_residues("As in embed.")
     reference_device: str = option("cpu", COMPUTE, "Where fair-esm runs; cuda for large models.", "DEVICE")
     report: str | None = _report()
-    quiet: bool = _quiet("the verdict")
+    quiet: bool = _quiet("Print the verdict only.")
+    # fmt: on
 
-    def __post_init__(self) -> None:
-        _check(self)
-        given = _given(self, "layers", "dtype", "max_residues", "attention", "token_budget")
-        if self.against and given:
-            raise UserError(f"{flag_of(given[0])} has no meaning with --against.", "The file says how it was made.")
+    def rules(self) -> Iterator[Rule]:
+        for flag in self.given("layers", "dtype", "max_residues", "attention", "token_budget"):
+            yield bool(self.against), f"{flag} has no meaning with --against.", "The file says how it was made."
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Config):
     """Everything that `bench` can be told. Field names are the long options with underscores."""
 
+    # fmt: off
     packed: bool = option(False, INPUT, "Time packed batches.", said="both")
     unpacked: bool = option(False, INPUT, "Time padded batches, in file order and sorted by length.", said="both")
     fasta: tuple[str, ...] = option(
-        (), INPUT, "Your own proteins (a sample).", "FILE", repeated=True, path=True, said="made-up ones"
-    )
+        (), INPUT, "Your own proteins (a sample).", "FILE", repeated=True, path=True, said="made-up ones")
     seconds: float = option(45.0, INPUT, "About how long to measure.", "S", least=ABOVE_0, most=86400, said="45")
     peers: tuple[str, ...] = option(
-        (), INPUT, f"Also time {', '.join(PEERS)} if installed.", "NAME,NAME", choices=PEERS
-    )
+        (), INPUT, f"Also time {', '.join(PEERS)} if installed.", "NAME,NAME", choices=PEERS)
     model: str | None = option(
-        None, COMPUTE, "As in embed; random weights if it is not here.", "MODEL", path=True, said="650M on a GPU, 8M on a CPU"
-    )  # fmt: skip
+        None, COMPUTE, "As in embed; random weights if it is not here.", "MODEL", path=True,
+        said="650M on a GPU, 8M on a CPU")
     dtype: str = option("auto", COMPUTE, "As in embed.", "TYPE", choices=DTYPES)
     device: str = option("auto", COMPUTE, "As in embed.", "DEVICE")
     attention: str = option("auto", COMPUTE, "As in embed.", "NAME", choices=BACKENDS)
     token_budget: tuple[int | str, ...] = option(
-        ("auto",), COMPUTE, "One or several to compare.", "N,N", least=1024, most=LARGEST
-    )
+        ("auto",), COMPUTE, "One or several to compare.", "N,N", least=1024, most=LARGEST)
     max_residues: int = _max_residues("As in embed.")
     min_speedup: float | None = option(
-        None, GATES, "Exit 1 unless packed is X times padded in file order.", "X", least=ABOVE_0, most=FINITE
-    )
+        None, GATES, "Exit 1 unless packed is X times padded in file order.", "X", least=ABOVE_0, most=FINITE)
     min_density: float | None = option(None, GATES, "Exit 1 unless packs are this full.", "X", least=0, most=1)
     report: str | None = _report()
-    plot: str | None = option(None, OUTPUT, "Draw it (extra plots).", "FILE.png", written=True, said="none")
+    plot: str | None = option(None, OUTPUT, "Draw it (extra plots).", "FILE.png", written=True)
     save_config: str | None = option(
-        None, OUTPUT, "Write the recommended settings for embed --config.", "FILE.toml", written=True, said="none"
-    )
-    quiet: bool = _quiet()
+        None, OUTPUT, "Write the recommended settings for embed --config.", "FILE.toml", written=True)
+    quiet: bool = _quiet("Print errors only.")
+    # fmt: on
 
-    def __post_init__(self) -> None:
-        _check(self)
-        if self.min_speedup is not None and not self.unpacked and self.packed:
-            raise UserError("--min-speedup compares with --unpacked.", "Give both --packed and --unpacked, or neither.")
-        if self.unpacked and not self.packed and (self.min_density, self.min_speedup) != (None, None):
-            raise UserError("The gates are on packed batches.", "Give both --packed and --unpacked, or neither.")
-        if self.plot and Path(self.plot).suffix.lower() not in PICTURES:
-            raise UserError(f"--plot is {self.plot}.", f"Its name must end in one of {', '.join(PICTURES)}.")
-
-
-def _check(config: Any) -> None:
-    """Give dtypes their short names, and check every field by itself."""
-    for name in ("dtype", "store_dtype"):
-        if isinstance(given := getattr(config, name, None), str) and given in SYNONYMS:
-            object.__setattr__(config, name, SYNONYMS[given])
-    for name, field in fields_of(type(config)).items():
-        field.check(getattr(config, name))
-
-
-def _given(config: Any, *names: str) -> list[str]:
-    """The fields, of those named, that have another value than their default."""
-    return [name for name in names if getattr(config, name) != fields_of(type(config))[name].default]
+    def rules(self) -> Iterator[Rule]:
+        remedy = "Give both --packed and --unpacked, or neither."
+        one_sided = self.packed and not self.unpacked
+        yield self.min_speedup is not None and one_sided, "--min-speedup compares with --unpacked.", remedy
+        gated = bool(self.given("min_density", "min_speedup"))
+        yield gated and self.unpacked and not self.packed, "The gates are on packed batches.", remedy
+        is_picture = self.plot is None or Path(self.plot).suffix.lower() in PICTURES
+        yield not is_picture, f"--plot is {self.plot}.", f"Its name must end in one of {', '.join(PICTURES)}."
 
 
 def bytes_of(size: str) -> int:

@@ -1,71 +1,68 @@
-"""An option: one field of a configuration, with what the command line, the checks and the documentation say of it."""
+"""Options: the fields of a configuration, with what the command line, the checks and the documentation say of them.
+
+A configuration comes from its defaults, a TOML file and flags; later ones win, and nothing unknown passes.
+"""
 
 import dataclasses
+import keyword
 import math
+import os
 import re
 import sys
-import types
-from collections.abc import Iterator
+import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
-from virnucpro_cli.errors import UserError, choose
+from virnucpro_cli.errors import UserError, choose, unread
 
 ABOVE_0, FINITE = math.ulp(0.0), sys.float_info.max
 NUMBERS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+REMOVED = {
+    "bio-embeddings": "keyed-h5 has a dataset for each protein, too, and reads its HDF5 files",
+    "--virtual": "merge copies rows into one file, so leave it out",
+    "--write": "the driver writes every row, and where that is the limit, --shard has a file for each job",
+    "--golden": "golden files are no more, and validate --report FILE.json has every number",
+    "--write-golden": "golden files are no more, and validate --report FILE.json has every number",
+}
+"""Options and values of earlier versions, and the way without them."""
 
 
-@dataclass(frozen=True)
-class Option:
-    """What is known of a field beside its name, type and default.
-
-    help: without the default; panel: the heading of --help that it stands under; metavar: what stands for its value, by default
-    its choices; choices: the words that it, or each of several, may be; least, most: the bounds of a number; default: words for a
-    default that its value does not tell; repeated: several values are given one by one, not with commas; path: a leading ~ is the
-    home folder; written: a path of a file to write; short: a letter.
-    """
-
-    help: str
-    panel: str
-    metavar: str = ""
-    choices: tuple[Any, ...] = ()
-    least: float | None = None
-    most: float | None = None
-    default: str = ""
-    repeated: bool = False
-    path: bool = False
-    written: bool = False
-    short: str = ""
-
-
-def option(
-    default: Any,
-    panel: str,
-    help: str,
-    metavar: str = "",
-    said: str = "",
-    path: bool = False,
-    written: bool = False,
-    **more: Any,
-) -> Any:
-    """A field of a configuration; said: words for a default that its value does not tell. The rest: see Option."""
-    told = Option(help, panel, metavar, default=said, path=path or written, written=written, **more)
-    return dataclasses.field(default=default, metadata={"option": told})
+def option(default: Any, panel: str, help: str, metavar: str = "", **more: Any) -> Any:
+    """A field of a configuration. The rest: see Field."""
+    return dataclasses.field(default=default, metadata={"panel": panel, "help": help, "metavar": metavar, **more})
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a configuration. kinds: types of its value, or of each of several."""
+    """A field of a configuration.
+
+    kinds: types of its value, or of each of several; panel: its heading in --help; help: without the default;
+    metavar: stands for its value; choices: the words that it, or each of several, may be; least, most: bounds;
+    said: words for a default that its value does not tell; repeated: several values are given one by one;
+    path: a leading ~ is the home folder; written: a path of a file to write; short: a letter.
+    """
 
     name: str
     default: Any
     kinds: tuple[type, ...]
     several: bool
-    option: Option
+    panel: str
+    help: str
+    metavar: str
+    choices: tuple[Any, ...] = ()
+    least: float | None = None
+    most: float | None = None
+    said: str = ""
+    repeated: bool = False
+    path: bool = False
+    written: bool = False
+    short: str = ""
 
     @property
     def flag(self) -> str:
-        """The long option: `--no-...` for what is so unless it is given."""
+        """The long option: `--no-...` for a switch that is on by default."""
         return flag_of(f"no_{self.name}" if self.default is True else self.name)
 
     @property
@@ -73,32 +70,23 @@ class Field:
         return self.kinds == (bool,)
 
     @property
-    def said_default(self) -> str:
-        """The default in words."""
-        if self.option.default or self.is_switch:
-            return self.option.default
-        if self.several:
-            return ",".join(map(str, self.default)) or "none"
-        return "none" if self.default is None else f"{self.default}"
-
-    @property
-    def metavar(self) -> str:
-        return self.option.metavar or "|".join(map(str, self.option.choices))
+    def shown_default(self) -> str:
+        """The default in words, empty if there is none to speak of."""
+        if self.said or self.is_switch or self.default in (None, (), ""):
+            return self.said
+        return ",".join(map(str, self.default)) if self.several else str(self.default)
 
     def read(self, text: str) -> Any:
-        """The value of a text from the command line; text that is no number stays as it is, and is refused with the field's name."""
-        if self.several and not self.option.repeated:
+        """The value of a text from the command line. Text that is no number stays text, and is refused."""
+        if self.several and not self.repeated:
             return tuple(dict.fromkeys(self._read(part.strip()) for part in text.split(",")))
         return self._read(text)
 
     def _read(self, text: str) -> Any:
         if int in self.kinds and re.fullmatch("-?[0-9]{1,18}", text):
             return int(text)
-        if float in self.kinds:
-            try:
-                return float(text)
-            except ValueError:
-                return text
+        with suppress(ValueError):
+            return float(text) if float in self.kinds else text
         return text
 
     def fitting(self, value: Any, where: str) -> Any:
@@ -117,52 +105,34 @@ class Field:
             return
         if value == "" and self.name != "output":
             raise UserError(f"{self.flag} is empty.", "Give it a value, or leave it out.")
-        option = self.option
         for each in value if self.several else (value,):
             if each == "auto" and str in self.kinds and int in self.kinds:
                 continue
-            if option.least is not None and not self._is_within(each):
-                raise UserError(f"{self.flag} is {each}.", f"Give {self._bounds()}.")
-            if option.choices and each not in option.choices:
-                words = tuple(map(str, option.choices))
-                said = f"has {each}" if self.several else f"is {each!r}"
-                how = "Choose any of" if self.several else "Choose one of"
-                raise UserError(f"{self.flag} {said}.", choose(str(each), words, how))
-
-    def _is_within(self, value: Any) -> bool:
-        least, most = self.option.least, self.option.most
-        return isinstance(value, int | float) and least is not None and most is not None and least <= value <= most
+            if self.least is not None and self.most is not None:
+                if not isinstance(each, int | float) or not self.least <= each <= self.most:
+                    raise UserError(f"{self.flag} is {each}.", f"Give {self._bounds()}.")
+            elif self.choices and each not in self.choices:
+                told, how = (f"has {each}", "any") if self.several else (f"is {each!r}", "one")
+                words = [str(word) for word in self.choices]
+                raise UserError(f"{self.flag} {told}.", choose(str(each), words, f"Choose {how} of"))
 
     def _bounds(self) -> str:
-        assert self.option.least is not None and self.option.most is not None
-        lower = "above 0" if self.option.least == ABOVE_0 else f"from {self.option.least}"
-        upper = "and finite" if self.option.most == FINITE else f"to {self.option.most}"
+        lower = "above 0" if self.least == ABOVE_0 else f"from {self.least}"
+        upper = "and finite" if self.most == FINITE else f"to {self.most}"
         return f"{'auto, or ' if str in self.kinds else ''}a number {lower} {upper}"
-
-
-_known: dict[type[Any], dict[str, Field]] = {}
 
 
 def fields_of(config: type[Any]) -> dict[str, Field]:
     """Every field of a configuration by its name, in order."""
-    if config not in _known:
-        hints = get_type_hints(config)
-        _known[config] = {field.name: _field(field, hints[field.name]) for field in dataclasses.fields(config)}
-    return _known[config]
+    return {field.name: _field(field) for field in dataclasses.fields(config)}
 
 
-def _field(field: Any, hint: Any) -> Field:
-    several = get_origin(hint) is tuple
-    parts = set(_parts(get_args(hint)[0] if several else hint))
-    kinds = tuple(kind for kind in (int, float, bool, str) if kind in parts)
-    return Field(field.name, field.default, kinds, several, field.metadata["option"])
-
-
-def _parts(hint: Any) -> Iterator[Any]:
-    if isinstance(hint, types.UnionType):
-        yield from get_args(hint)
-    else:
-        yield hint
+def _field(field: dataclasses.Field[Any]) -> Field:
+    several = get_origin(field.type) is tuple
+    each = get_args(field.type)[0] if several else field.type
+    kinds = tuple(kind for kind in (int, float, bool, str) if kind in (get_args(each) or (each,)))
+    metavar = field.metadata["metavar"] or "|".join(map(str, field.metadata.get("choices", ())))
+    return Field(field.name, field.default, kinds, several, **{**field.metadata, "metavar": metavar})
 
 
 def flag_of(name: str) -> str:
@@ -170,6 +140,67 @@ def flag_of(name: str) -> str:
     return f"--{name.strip('_').replace('_', '-')}"
 
 
-def choices_of(config: type[Any], name: str) -> tuple[Any, ...]:
-    """The words that a field may be."""
-    return fields_of(config)[name].option.choices
+def refuse_removed(word: str) -> None:
+    """Raise UserError for an option or a value that earlier versions knew."""
+    if word in REMOVED:
+        raise UserError(f"{word} is no longer supported: {REMOVED[word]}.")
+
+
+def table_of(config: type[Any]) -> str:
+    """The table of a configuration in a TOML file: the name of its command."""
+    return config.__name__.removesuffix("Config").lower()
+
+
+def resolve(config: type[Any], toml: str | None, flags: dict[str, Any]) -> Any:
+    """A `config` from its defaults, the TOML file's table of its command, and the flags that are not None.
+
+    Paths may be path objects, and a single value may stand for a list of one.
+    Raises UserError for what is unknown or cannot be.
+    """
+    values = _fitting(config, _from_toml(config, Path(toml)), f"The config file {toml}: ") if toml is not None else {}
+    values |= _fitting(config, {name: value for name, value in flags.items() if value is not None}, "")
+    for name, field in fields_of(config).items():
+        path = values.get(name) if field.written else None
+        if toml is not None and path is not None and os.path.realpath(path) == os.path.realpath(toml):
+            raise UserError(f"{field.flag} {path} would overwrite the config file of this run.", "Choose another name.")
+    return config(**values)
+
+
+def _from_toml(config: type[Any], path: Path) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"The config file {unread(str(path), error)}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"The config file {path} is not TOML: {error}.") from None
+    command = table_of(config)
+    remedy = f"Options stand in a table [{command}]."
+    for entry in content:
+        if entry not in ("embed", "bench", "validate"):
+            raise UserError(f"The config file {path} has an unknown entry {entry!r}.", remedy)
+    values = content.get(command, {})
+    if not isinstance(values, dict):
+        raise UserError(f"The config file {path} has {command} = {values!r}.", remedy)
+    return values
+
+
+def _fitting(config: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values in the types of the fields. Raises UserError for an unknown name or a value of another type."""
+    fields, fitting = fields_of(config), {}
+    for key, value in values.items():
+        key += "_" * keyword.iskeyword(key)
+        if key not in fields:
+            refuse_removed(flag_of(key))
+            raise UserError(f"{where}there is no option {key!r}.", choose(key, list(fields), "Known:"))
+        field = fields[key]
+        fitting[key] = field.fitting(_as_text(value, field.path or field.written), where)
+    return fitting
+
+
+def _as_text(value: Any, expand: bool) -> Any:
+    """Path objects as text, and ~ as the home folder where that is asked for."""
+    if isinstance(value, list | tuple):
+        return tuple(_as_text(item, expand) for item in value)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return os.path.expanduser(value) if expand and isinstance(value, str) else value

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.config.options import choices_of
+from virnucpro_cli.config.options import fields_of
 from virnucpro_cli.kinds import EMITS, KINDS, POOLED
 
 SCHEMA = 1
@@ -161,7 +161,7 @@ _SOURCE = {"path": str, "bytes": Whole(0, 1 << 62), "sha256": str}
 
 
 def _choices(name: str) -> set[str]:
-    return set(choices_of(EmbedConfig, name))
+    return set(fields_of(EmbedConfig)[name].choices)
 
 
 FINGERPRINT: dict[str, Form] = {

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from virnucpro_cli.config.removed import refuse_removed
+from virnucpro_cli.config.options import refuse_removed
 from virnucpro_cli.errors import UserError, choose
 from virnucpro_cli.exchange.layouts import (
     anndata,
