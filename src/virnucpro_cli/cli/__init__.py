@@ -1,14 +1,17 @@
 """The command line: parse -> config -> workflow -> exit code, a file for each command or kind of command.
 
-Nothing heavy is imported until a command runs.
+Nothing heavy is imported until a command runs. Signals, standard streams and errors of the process are here, too.
 """
 
 import errno
+import io
 import keyword
 import os
 import re
 import signal
 import sys
+import tempfile
+import traceback
 from contextlib import suppress
 from importlib import import_module
 from typing import Annotated, Any
@@ -18,13 +21,21 @@ import typer
 import virnucpro_cli
 from virnucpro_cli import stopping
 from virnucpro_cli.cli.options import InPanels
-from virnucpro_cli.cli.process import bug, fail, open_streams, say, usage_or_bug
-from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USER_ERROR, UserError
+from virnucpro_cli.config.options import refuse_removed
+from virnucpro_cli.errors import (
+    EXIT_INTERNAL,
+    EXIT_OK,
+    EXIT_SIGNAL_BASE,
+    EXIT_USER_ERROR,
+    UserError,
+    printable,
+    shortened,
+)  # fmt: skip
 
 COMMANDS = {
-    "embed": "embed", "bench": "bench", "validate": "validate", "inspect": "files", "verify": "files", "search": "look",
-    "map": "look", "extract": "extract", "export": "layouts", "import": "layouts", "status": "shards", "merge": "shards",
-    "doctor": "machine", "fetch": "machine",
+    "embed": "embed", "bench": "bench", "validate": "validate", "inspect": "files", "verify": "files",
+    "search": "look", "map": "look", "extract": "extract", "export": "layouts", "import": "layouts",
+    "status": "shards", "merge": "shards", "doctor": "machine", "fetch": "machine",
 }  # fmt: skip
 """Each command and the module of this package that has its function, in the order of --help."""
 
@@ -32,14 +43,10 @@ COMMANDS = {
 def program(*names: str) -> typer.Typer:
     """The command line with these commands. Only their modules are imported."""
     app = typer.Typer(
-        name="virnucpro",
-        help="Protein FASTA to ESM-2 embeddings: packed, resumable, checked.",
-        no_args_is_help=True,
-        add_completion=False,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
+        name="virnucpro", help="Protein FASTA to ESM-2 embeddings: packed, resumable, checked.", no_args_is_help=True,
+        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
-    )
+    )  # fmt: skip
     app.callback(invoke_without_command=True)(_version)
     for name in names:
         module = import_module(f"virnucpro_cli.cli.{COMMANDS[name]}")
@@ -66,7 +73,7 @@ def at_home(argument: str) -> str:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code."""
-    open_streams()
+    _open_streams()
     stopper = stopping.install()
     code, raised = EXIT_OK, None
     try:
@@ -82,20 +89,19 @@ def main(arguments: list[str] | None = None) -> Any:
     if stopper.signum is not None:  # whatever else was raised came of it
         code = _stopped(stopper.signum, stopping.stop_in(raised))
     elif raised is not None:
-        code = _told(raised)
+        code = _failed(raised)
     with suppress(UserError):
         sys.stdout.flush()
     sys.exit(code)
 
 
 def _check_current_folder() -> None:
-    """Raise UserError if it is gone, without which no relative name means anything, and some libraries end the process."""
+    """Raise UserError if it is gone: no relative name means anything then, and some libraries end the process."""
     try:
         os.getcwd()
     except OSError:
-        raise UserError(
-            "The current folder is not there any more.", "cd to one that is, and run the command again."
-        ) from None
+        remedy = "cd to one that is, and run the command again."
+        raise UserError("The current folder is not there any more.", remedy) from None
 
 
 def _called(arguments: list[str]) -> int:
@@ -104,8 +110,6 @@ def _called(arguments: list[str]) -> int:
         app = program(*(arguments[:1] if arguments[:1] and arguments[0] in COMMANDS else COMMANDS))
         return app(args=arguments, standalone_mode=False) or EXIT_OK  # click hands back the code of a typer.Exit
     except Exception as error:
-        from virnucpro_cli.config.options import refuse_removed
-
         refuse_removed(getattr(error, "option_name", None) or "")
         raise
 
@@ -120,17 +124,88 @@ def _stopped(signum: int, stop: BaseException | None) -> int:
     return EXIT_SIGNAL_BASE + signum
 
 
-def _told(error: BaseException) -> int:
+def _failed(error: BaseException) -> int:
     """Say what went wrong, and return the exit code."""
-    if isinstance(error, UserError):
-        fail(error)
-        return EXIT_USER_ERROR
-    if isinstance(error, typer.Abort):  # click's word for an EOFError
-        bug(error.__cause__ or error)
-        return EXIT_INTERNAL
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        fail(UserError(f"No file can have the name {error.filename!r}: it is too long.", "Give a shorter one."))
+        error = UserError(f"No file can have the name {error.filename!r}: it is too long.", "Give a shorter one.")
+    if isinstance(error, UserError):
+        say(f"error: {error.what}", *([error.remedy] if error.remedy else []))
+        return EXIT_USER_ERROR
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
+        error.show()
         return EXIT_USER_ERROR
     if not isinstance(error, Exception):  # SystemExit of a library
         raise error
-    return usage_or_bug(error)  # the last resort: a bug, logged whole
+    _report_bug(error.__cause__ or error if isinstance(error, typer.Abort) else error)  # click's word for an EOFError
+    return EXIT_INTERNAL
+
+
+def _report_bug(error: BaseException) -> None:
+    what = f"internal error, a bug in virnucpro: {type(error).__name__}: {shortened(str(error))}"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="virnucpro-", suffix=".log", delete=False) as log:
+            log.write(f"virnucpro {virnucpro_cli.__version__}: {sys.argv}\n")
+            traceback.print_exception(error, file=log)
+        say(what, f"The traceback is in {log.name}; please report it.")
+    except OSError:  # no temporary folder
+        say(what, "".join(traceback.format_exception(error)), "Please report it.")
+
+
+def say(*lines: str) -> None:
+    with suppress(OSError):  # nobody may be listening any more
+        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
+
+
+def end_at_once() -> None:
+    """Let signals kill a command that has nothing to put in order.
+
+    HDF5 can be lost in a damaged file, where no handler gets its turn.
+    """
+    stopping.on_stop_signals(signal.SIG_DFL)
+
+
+class _StandardOutput(io.RawIOBase):
+    """Standard output. The rest is dropped once its reader, say `head`, is gone. Another failure is a UserError, once."""
+
+    def __init__(self) -> None:
+        self._gone = False
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 1
+
+    def isatty(self) -> bool:
+        return os.isatty(1)
+
+    def write(self, data: Any) -> int:
+        if not self._gone:
+            try:
+                return os.write(1, data)
+            except BrokenPipeError:
+                self._gone = True
+            except OSError as error:
+                self._gone = True
+                refusal = f"Standard output cannot be written: {error.strerror}."
+                raise UserError(refusal, "Make room, or send it elsewhere.") from None
+        return memoryview(data).nbytes
+
+
+def _open_streams() -> None:
+    """Make all standard streams such that a command can use them.
+
+    A closed one would give its number to the next file opened, and libraries would write into that.
+    Letters that the encoding of standard output lacks are escaped.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None or sys.stdout is sys.__stdout__:
+        encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
+        buffer = io.BufferedWriter(_StandardOutput())
+        sys.stdout = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True)

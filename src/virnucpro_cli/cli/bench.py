@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from virnucpro_cli.cli import options
-from virnucpro_cli.cli.process import say
+from virnucpro_cli.cli import options, say
 from virnucpro_cli.config import BenchConfig
 from virnucpro_cli.errors import EXIT_GATE_FAILED
 

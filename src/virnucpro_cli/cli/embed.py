@@ -7,16 +7,17 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
 
 EMBED_EPILOG = (
-    "Exit codes: 0 all done; 2 something to put right (the message says what); 3 finished, but some records were skipped; "
-    "70 a bug; 128+signal after an orderly stop, which the same command resumes."
+    "Exit codes: 0 all done; 2 something to put right (the message says what); 3 finished, but some records were "
+    "skipped; 70 a bug; 128+signal after an orderly stop, which the same command resumes."
 )
 
 
 @options.of(EmbedConfig)
 def embed(settings: EmbedConfig) -> None:
-    """Embed protein FASTA files, or the proteins of contigs (--from contigs), into one HDF5 file, row i for record i.
+    """Embed FASTA files of proteins, or of contigs (--from contigs), into an HDF5 file, row i for record i.
 
-    Nothing else is needed: virnucpro embed proteins.fasta -o embeddings.h5. An interrupted run is resumed by the same command.
+    Nothing else is needed: virnucpro embed proteins.fasta -o embeddings.h5. An interrupted run is resumed by the same
+    command.
     """
     from virnucpro_cli import embed as workflow
 

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from virnucpro_cli.cli import end_at_once
 from virnucpro_cli.cli.options import Overwrite
-from virnucpro_cli.cli.process import end_at_once
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
 
 Kind = Annotated[

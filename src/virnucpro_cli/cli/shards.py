@@ -32,7 +32,10 @@ def merge(
     overwrite: Overwrite = False,
     report: ReportFile = None,
 ) -> None:
-    """Make one file, in the order of the FASTA, of all shards of an output. They must all be complete, and parts of one run."""
+    """Make one file, in the order of the FASTA, of all shards of an output.
+
+    They must all be complete, and parts of one run.
+    """
     from virnucpro_cli.cluster.merge import merge_shards
 
     merged = merge_shards(output, of, overwrite, report)
