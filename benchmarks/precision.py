@@ -27,8 +27,7 @@ from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import first_fit_decreasing, whole_segments
-from virnucpro_cli.validation import agreement, invariance, oracle, validate
-from virnucpro_cli.validation.reference import Reference
+from virnucpro_cli.validation import agreement, invariance, oracle, oracle_of, validate
 
 
 class WideResidual(ESM2):
@@ -60,9 +59,9 @@ def models(name, device, dtypes):
 
 def errors(device, dtypes, size):
     spec, state, _ = weights.load(locate.verified(locate.fetch("demo", print)))
-    sample, _ = validate.choose(validate.shipped(), ValidateConfig(sample=size))
+    sample, _ = validate.choose(validate.shipped(), ValidateConfig(sample=size), oracle_of(spec))
     layers = (spec.layers,)
-    truth = oracle.rows_of(Reference(spec, state), sample, layers)
+    truth = oracle.rows_of(oracle_of(spec)(spec, state), sample, layers)
     with tempfile.TemporaryDirectory() as folder:
         path = write_texts(Path(folder) / "sample.fasta", sample.texts)
         table = fasta.index(fasta.open_sources([str(path)], path.parent), dedup=False)
@@ -71,9 +70,9 @@ def errors(device, dtypes, size):
             rows = [found for _, found in invariance.in_packs(model, layers, sample.lengths, table, alone)]
             found = {key: np.concatenate([np.atleast_2d(row[key]) for row in rows]) for key in truth}
             for kind in ("mean", "bos", "residue"):
-                e = oracle.errors(found, truth, sample, kind, spec.layers)
+                e = agreement.relative_l2(found[kind, spec.layers], truth[kind, spec.layers])
                 cosine = agreement.cosine(found[kind, spec.layers], truth[kind, spec.layers])
-                print(f"demo {short} residual {residual:4} {kind:7} relative L2 median {e.median:.2e} 99% {e.p99:.2e} worst {e.worst:.2e} cosine min {cosine.min():.6f}", flush=True)  # fmt: skip
+                print(f"demo {short} residual {residual:4} {kind:7} relative L2 median {np.median(e):.2e} 99% {np.quantile(e, 0.99):.2e} worst {e.max():.2e} cosine min {cosine.min():.6f}", flush=True)  # fmt: skip
 
 
 def cost(name, device, dtypes, rounds, lengths):

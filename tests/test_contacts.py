@@ -21,7 +21,7 @@ from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.validation import verify
-from virnucpro_cli.validation.reference import Reference, encode
+from virnucpro_cli.validation.fair_esm import Reference, encode
 
 Make = Callable[..., Path]
 SMALL = ModelSpec("small", 2, 64, 4)

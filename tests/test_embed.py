@@ -29,7 +29,7 @@ from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.report import RunReport
 from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.validation import verify
-from virnucpro_cli.validation.reference import Reference
+from virnucpro_cli.validation.fair_esm import Reference
 
 ALL = KINDS
 OF_WINDOWS = tuple(kind for kind in KINDS if kind not in OF_ALL_RESIDUES)

@@ -19,7 +19,7 @@ from virnucpro_cli import cli
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.exchange import extract
 from virnucpro_cli.model import locate, weights
-from virnucpro_cli.validation.reference import Reference
+from virnucpro_cli.validation.fair_esm import Reference
 
 Make = Callable[..., Path]
 EVERYTHING = ("mean", "per_tok", "bos", "contacts")

@@ -33,7 +33,7 @@ from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import buckets, first_fit_decreasing, whole_segments
 from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.validation import gates
-from virnucpro_cli.validation.reference import Reference
+from virnucpro_cli.validation.fair_esm import Reference
 from virnucpro_cli.validation.validate import validate_model
 
 pytestmark = pytest.mark.gpu

@@ -84,7 +84,7 @@ def test_the_environment_is_read_only_for_weights_and_for_batch_systems() -> Non
 
 
 def test_fair_esm_is_the_oracle_and_a_peer_to_time_and_nothing_else() -> None:
-    assert importers_of("esm") == {"validation/reference.py", "benchmark/peers.py"}
+    assert importers_of("esm") == {"validation/fair_esm.py", "benchmark/peers.py"}
 
 
 def file_of(target: str) -> str | None:

@@ -16,7 +16,7 @@ from virnucpro_cli.model import attention, weights
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET
-from virnucpro_cli.validation.reference import Reference
+from virnucpro_cli.validation.fair_esm import Reference
 
 GATE, RESIDUE_GATE = 1e-5, 2e-5
 LAYERS = (0, 3, 6)

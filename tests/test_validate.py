@@ -22,7 +22,7 @@ from virnucpro_cli import embed
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.store import DONE, read_embeddings
-from virnucpro_cli.validation import agreement, oracle, plain_reader, reference, validate
+from virnucpro_cli.validation import agreement, fair_esm, oracle, plain_reader, validate
 from virnucpro_cli.validation.validate import validate_model
 from virnucpro_cli.validation.verdict import Verdict
 
@@ -50,7 +50,7 @@ def judged(monkeypatch: pytest.MonkeyPatch, proteins: Path) -> Iterator[Callable
     rows_of = oracle.rows_of
 
     def remembered(
-        judge: reference.Reference, sample: oracle.Sample, layers: tuple[int, ...], *rest: int
+        judge: fair_esm.Reference, sample: oracle.Sample, layers: tuple[int, ...], *rest: int
     ) -> oracle.Rows:
         key = (next(judge.model.parameters()).dtype, tuple(map(tuple, sample.tokens)), layers, rest)
         if key not in REMEMBERED:

@@ -12,7 +12,7 @@ from virnucpro_cli import report
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed import run
 from virnucpro_cli.store import TRUNCATED, read_embeddings
-from virnucpro_cli.validation.reference import Reference
+from virnucpro_cli.validation.fair_esm import Reference
 
 pytestmark = pytest.mark.demo
 UNIPROT = ROOT / "tests" / "data" / "uniprot_5k.fasta.gz"

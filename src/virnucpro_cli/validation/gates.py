@@ -1,7 +1,6 @@
-"""The gates on values: the fast path in fp32 against fair-esm, and the run's own dtype against its noise floor."""
+"""The gates on values: the fast path in fp32 against the oracle, and the run's own dtype against its noise floor."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,15 +10,15 @@ from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import counted
 from virnucpro_cli.kinds import KINDS, POOLED
-from virnucpro_cli.validation import agreement, oracle
+from virnucpro_cli.validation import agreement
 from virnucpro_cli.validation.oracle import Rows, Sample
 from virnucpro_cli.validation.verdict import Check
 
 SEMANTICS_GATES = {**dict.fromkeys(POOLED, 1e-5), "residue": 2e-5}
 MEDIAN_OF_FLOOR, WORST_OF_FLOOR, BIAS_OF_FLOOR = 1.5, 3.0, 1.5
 MAX_REL_L2 = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 6e-2, "fp8": 4e-1}
-"""Largest relative L2 of a pooled row by compute dtype, from real 8M weights (worst seen: 5.2e-6 and 6.4e-3 of 420 proteins,
-3.6e-2 of 60). bf16 on the 3B may need more: --max-rel-l2."""
+"""Largest relative L2 of a pooled row by compute dtype, from real 8M weights (worst seen: 5.2e-6 and 6.4e-3 of 420
+proteins, 3.6e-2 of 60). bf16 on the 3B may need more: --max-rel-l2."""
 
 MIN_COSINE = {"fp32": 0.999, "fp16": 0.999, "bf16": 0.998, "fp8": 0.92}
 """Least cosine of a pooled row. 0.998 is what a relative L2 of 6e-2 comes to, 0.92 what 4e-1 does."""
@@ -36,189 +35,151 @@ ROUNDOFF = 2.0**-24
 SINGLE = ("mean", "bos")
 """Kinds whose rows are held to limits of their own: one of all residues, and one of a single place."""
 
+SEMANTICS = "Semantics: embed in fp32 against fair-esm"
 BINS = (0, 100, 300, 600, 1023)
 NEIGHBOURS = 5
 
 
-def semantics(found: Rows, truth: Rows, sample: Sample, layers: tuple[int, ...]) -> list[Check]:
-    """The fast path in fp32 against fair-esm in fp32, at every layer: relative L2 of each protein, worst within the gate."""
-    checks = []
+def limits(config: ValidateConfig, short: str) -> tuple[float, float]:
+    """Least cosine and largest relative L2 of a pooled row, float scalars: the user's, or else those of the dtype."""
+    min_cosine = MIN_COSINE[short] if config.min_cosine is None else config.min_cosine
+    return min_cosine, MAX_REL_L2[short] if config.max_rel_l2 is None else config.max_rel_l2
+
+
+def semantics(ours: Rows, truth: Rows, sample: Sample, layers: tuple[int, ...]) -> Iterator[Check]:
+    """The fast path in fp32 against the oracle in fp32: relative L2 of each protein, at most the gate.
+
+    ours, truth: float [n, D] of each kind and layer, for residue [sum of lengths, D], which is one matrix a protein.
+    """
     for kind in KINDS:
         for layer in layers:
-            if kind == "residue":
-                errors = oracle.record_errors(found, truth, sample, layer)
-            else:
-                errors = oracle.errors(found, truth, sample, kind, layer)
-            gate = SEMANTICS_GATES[kind]
-            checks.append(_error_check(
-                "Semantics: embed in fp32 against fair-esm", f"{kind}, layer {layer}: relative L2", errors, sample,
-                passed=errors.worst <= gate, limit=f"{gate:.0e}",
-            ))  # fmt: skip
-    return checks
+            pairs = (sample.by_protein(rows[kind, layer], kind) for rows in (ours, truth))
+            error = np.array([agreement.relative_l2(a.ravel(), b.ravel()) for a, b in zip(*pairs, strict=True)])
+            gate, what = SEMANTICS_GATES[kind], f"{kind}, layer {layer}: relative L2"
+            passed = bool(error.max() <= gate)
+            yield Check.of(SEMANTICS, what, error, sample.names, passed=passed, limit=f"{gate:.0e}")
 
 
-def _error_check(part: str, what: str, errors: oracle.Errors, sample: Sample, **rest: Any) -> Check:
-    return Check(
-        part, what, median=errors.median, p99=errors.p99, worst=errors.worst,
-        record=sample.names[errors.worst_owner], **rest,
-    )  # fmt: skip
+class Precision:
+    """A run's rows beside exact ones, and its errors beside the noise floor: those of plain runs of the oracle.
 
+    ours, exact, each of plain: float [n, D] of each kind and layer, for residue [sum of lengths, D].
+    """
 
-def precision(
-    found: Rows, exact: Rows, plain: list[Rows], sample: Sample, layers: tuple[int, ...], config: ValidateConfig,
-    dtype: torch.dtype,
-) -> list[Check]:  # fmt: skip
-    """The run's own dtype against the noise floor: what the reference itself loses in that dtype, run plainly."""
-    short, last = devices.short_name(dtype), layers[-1]
-    median_limit = MAX_MEDIAN_REL_L2.get(short)
-    part = f"Precision: embed in {short} against its noise floor"
-    if median_limit is not None:
-        part = f"Precision: embed in {short}, approximate, beside the noise floor of fp16"
-    floors = {(kind, layer): _floor(exact, plain, sample, kind, layer) for kind in KINDS for layer in layers}
-    run = _Run(part, found, exact, plain, sample, floors)
-    min_cosine = MIN_COSINE[short] if config.min_cosine is None else config.min_cosine
-    max_rel_l2 = MAX_REL_L2[short] if config.max_rel_l2 is None else config.max_rel_l2
-    judged = median_limit is None
-    checks = [
-        run.against_the_floor(kind, layer, judged and len(sample) >= FEWEST) for kind in KINDS for layer in layers
-    ]
-    checks += [run.bias(layer, dtype, judged) for layer in layers]
-    for kind in SINGLE:
-        checks += run.within_limits(kind, last, min_cosine, max_rel_l2, median_limit)
-    for kind in KINDS:
-        checks += run.spread(kind, last)
-    return [*checks, *run.neighbours(last), *run.by_length(last)]
+    def __init__(
+        self, dtype: torch.dtype, ours: Rows, exact: Rows, plain: list[Rows], sample: Sample, layers: tuple[int, ...]
+    ):
+        self.dtype, self.ours, self.exact, self.plain = dtype, ours, exact, plain
+        self.sample, self.layers = sample, layers
+        self.short = devices.short_name(dtype)
+        self.median_limit = MAX_MEDIAN_REL_L2.get(self.short)
+        self.part = f"Precision: embed in {self.short} against its noise floor"
+        if self.median_limit is not None:
+            self.part = f"Precision: embed in {self.short}, approximate, beside the noise floor of fp16"
+        self.errors, self.floors = {}, {}
+        for key in [(kind, layer) for kind in KINDS for layer in layers]:
+            self.errors[key] = agreement.relative_l2(ours[key], exact[key])
+            floor = np.max([agreement.relative_l2(rows[key], exact[key]) for rows in plain], axis=0)
+            self.floors[key] = np.maximum(floor, ROUNDOFF)
 
+    def checks(self, config: ValidateConfig) -> Iterator[Check]:
+        """Errors and bias against the floor, rows of the last layer against the limits, and numbers to look at."""
+        for key in self.errors:
+            yield self._against_the_floor(*key)
+        for layer in self.layers:
+            yield self._bias(layer)
+        yield from self._within_limits(*limits(config, self.short))
+        yield from self._shown()
 
-@dataclass(frozen=True)
-class _Run:
-    """A run's rows beside exact ones and those of the plain runs, and what there is to say of them, a check each."""
+    def _check(self, what: str, values: agreement.Float64, kind: str, lowest: bool = False, **rest: Any) -> Check:
+        return Check.of(self.part, what, values, self.sample.names_of(kind), lowest, **rest)
 
-    part: str
-    found: Rows
-    exact: Rows
-    plain: list[Rows]
-    sample: Sample
-    floors: dict[tuple[str, int], oracle.Errors]
-
-    def errors(self, kind: str, layer: int) -> oracle.Errors:
-        return oracle.errors(self.found, self.exact, self.sample, kind, layer)
-
-    def against_the_floor(self, kind: str, layer: int, judged: bool) -> Check:
-        errors, floor = self.errors(kind, layer), self.floors[kind, layer]
-        paired = float(np.median(np.maximum(errors.error, ROUNDOFF) / floor.error))
-        worst = max(errors.worst, ROUNDOFF) / floor.worst
-        return _error_check(
-            self.part, f"{kind}, layer {layer}: relative L2", errors, self.sample,
-            passed=(paired <= MEDIAN_OF_FLOOR and worst <= WORST_OF_FLOOR) if judged else None,
-            floor=f"{floor.median:.1e} / {floor.worst:.1e}", limit=f"{MEDIAN_OF_FLOOR} x / {WORST_OF_FLOOR:.0f} x",
-            note=f"{paired:.2f} x / {worst:.2f} x",
+    def _against_the_floor(self, kind: str, layer: int) -> Check:
+        error, floor = self.errors[kind, layer], self.floors[kind, layer]
+        paired = float(np.median(np.maximum(error, ROUNDOFF) / floor))
+        worst = float(max(error.max(), ROUNDOFF) / floor.max())
+        judged = self.median_limit is None and len(self.sample) >= FEWEST
+        return self._check(
+            f"{kind}, layer {layer}: relative L2", error, kind,
+            passed=(paired <= MEDIAN_OF_FLOOR and worst <= WORST_OF_FLOOR) if judged else None, floor=_said(floor),
+            limit=f"{MEDIAN_OF_FLOOR} x / {WORST_OF_FLOOR:.0f} x", note=f"{paired:.2f} x / {worst:.2f} x",
         )  # fmt: skip
 
-    def bias(self, layer: int, dtype: torch.dtype, judged: bool) -> Check:
-        a, b = self.found["residue", layer], self.exact["residue", layer]
-        bias = max(agreement.bias(a, b), ROUNDOFF)
-        floor_bias = max(ROUNDOFF, *(agreement.bias(rows["residue", layer], b) for rows in self.plain))
-        size = self.floors["residue", layer].median
-        by_chance = 2 * size / len(b) ** 0.5  # what is left of unbiased errors in a mean over few residues
-        if dtype == torch.float32:
+    def _bias(self, layer: int) -> Check:
+        key = "residue", layer
+        exact = self.exact[key]
+        bias = max(agreement.bias(self.ours[key], exact), ROUNDOFF)
+        floor = max(ROUNDOFF, *(agreement.bias(rows[key], exact) for rows in self.plain))
+        size = float(np.median(self.floors[key]))
+        by_chance = 2 * size / len(exact) ** 0.5  # what is left of unbiased errors in a mean over few residues
+        if self.dtype == torch.float32:
             # fp32 units round with a bias of their own (products of three TF32, fast exponentials: 3e-7 on an H100), so
             # there the mean error is held to the size of the floor's errors. A wrong formula is a hundred times that.
-            floor_bias = max(floor_bias, size)
+            floor = max(floor, size)
+        passed = bias <= BIAS_OF_FLOOR * floor + by_chance if self.median_limit is None else None
         return Check(
-            self.part, f"residue, layer {layer}: mean signed error",
-            bias <= BIAS_OF_FLOOR * floor_bias + by_chance if judged else None, worst=bias, floor=f"{floor_bias:.1e}",
-            limit=f"{BIAS_OF_FLOOR} x", note=f"{bias / floor_bias:.2f} x",
+            self.part, f"residue, layer {layer}: mean signed error", passed, worst=bias, floor=f"{floor:.1e}",
+            limit=f"{BIAS_OF_FLOOR} x", note=f"{bias / floor:.2f} x",
         )  # fmt: skip
 
-    def within_limits(
-        self, kind: str, layer: int, min_cosine: float, max_rel_l2: float, median_limit: float | None
-    ) -> Iterator[Check]:
-        cosine, errors = agreement.cosine(self.found[kind, layer], self.exact[kind, layer]), self.errors(kind, layer)
-        yield Check(
-            self.part, f"{kind}, layer {layer}: cosine", bool(cosine.min() >= min_cosine), float(np.median(cosine)),
-            worst=float(cosine.min()), record=self.sample.names[int(cosine.argmin())], limit=f">= {min_cosine}",
-        )  # fmt: skip
-        yield _error_check(
-            self.part, f"{kind}, layer {layer}: relative L2", errors, self.sample, passed=errors.worst <= max_rel_l2,
-            limit=f"{max_rel_l2:.0e}",
-        )  # fmt: skip
-        if median_limit is not None:
-            yield Check(
-                self.part, f"{kind}, layer {layer}: median relative L2", errors.median <= median_limit, errors.median,
-                limit=f"{median_limit:.0e}",
-            )  # fmt: skip
+    def _within_limits(self, min_cosine: float, max_rel_l2: float) -> Iterator[Check]:
+        for key in ((kind, self.layers[-1]) for kind in SINGLE):
+            what, kind = "{}, layer {}".format(*key), key[0]
+            cosine, error = agreement.cosine(self.ours[key], self.exact[key]), self.errors[key]
+            passed = bool(cosine.min() >= min_cosine)
+            yield self._check(f"{what}: cosine", cosine, kind, True, passed=passed, limit=f">= {min_cosine}")
+            passed = bool(error.max() <= max_rel_l2)
+            yield self._check(f"{what}: relative L2", error, kind, passed=passed, limit=f"{max_rel_l2:.0e}")
+            if self.median_limit is not None:
+                median, limit = float(np.median(error)), self.median_limit
+                yield Check(self.part, f"{what}: median relative L2", median <= limit, median, limit=f"{limit:.0e}")
 
-    def spread(self, kind: str, layer: int) -> Iterator[Check]:
-        """Told and not judged."""
-        owner = self.sample.owner if kind == "residue" else np.arange(len(self.sample))
-        a, b = self.found[kind, layer], self.exact[kind, layer]
-        for what, values, worst_of, tail in (
-            ("cosine after centring", agreement.cosine(a, b, b.mean(axis=0)), np.argmin, 0.01),
-            ("max error / rms", agreement.max_over_rms(a, b), np.argmax, 0.99),
-        ):
-            at = int(worst_of(values))
-            yield Check(
-                self.part, f"{kind}, layer {layer}: {what}", median=float(np.median(values)),
-                p99=float(np.quantile(values, tail)), worst=float(values[at]), record=self.sample.names[int(owner[at])],
-            )  # fmt: skip
+    def _centred_and_rms(self, kind: str) -> tuple[agreement.Float64, agreement.Float64]:
+        a, b = (rows[kind, self.layers[-1]] for rows in (self.ours, self.exact))
+        return agreement.cosine(a, b, b.mean(axis=0)), agreement.max_over_rms(a, b)
 
-    def neighbours(self, layer: int) -> Iterator[Check]:
-        if len(self.sample) > NEIGHBOURS:
-            kept = agreement.neighbours_kept(self.found["mean", layer], self.exact["mean", layer], NEIGHBOURS)
-            yield Check(self.part, f"mean, layer {layer}: {NEIGHBOURS} nearest neighbours kept", note=f"{kept:.1%}")
-
-    def by_length(self, layer: int) -> Iterator[Check]:
-        each = [(kind, self.errors(kind, layer), self.floors[kind, layer]) for kind in ("mean", "residue")]
+    def _shown(self) -> Iterator[Check]:
+        last, lengths = self.layers[-1], self.sample.lengths
+        for kind in KINDS:
+            centred, over_rms = self._centred_and_rms(kind)
+            yield self._check(f"{kind}, layer {last}: cosine after centring", centred, kind, lowest=True)
+            yield self._check(f"{kind}, layer {last}: max error / rms", over_rms, kind)
+        if len(lengths) > NEIGHBOURS:
+            kept = agreement.neighbours_kept(self.ours["mean", last], self.exact["mean", last], NEIGHBOURS)
+            yield Check(self.part, f"mean, layer {last}: {NEIGHBOURS} nearest neighbours kept", note=f"{kept:.1%}")
         for low, high in zip(BINS, [*BINS[1:], 1 << 62], strict=True):
-            inside = (self.sample.lengths >= low) & (self.sample.lengths < high)
-            if not inside.any():
-                continue
+            inside = (lengths >= low) & (lengths < high)
             label = f"{low}-{high - 1}" if high < 1 << 62 else f"{low} and more"
-            for kind, errors, floor in each:
-                here = oracle.Errors(errors.error[inside[errors.owner]], errors.owner[inside[errors.owner]])
-                below = floor.error[inside[floor.owner]]
-                yield _error_check(
-                    self.part, f"{kind}, {label} residues ({counted(int(inside.sum()), 'protein')})", here, self.sample,
-                    floor=f"{np.median(below):.1e} / {below.max():.1e}",
+            for kind in ("mean", "residue") if inside.any() else ():
+                here = np.repeat(inside, lengths) if kind == "residue" else inside
+                yield Check.of(
+                    self.part, f"{kind}, {label} residues ({counted(int(inside.sum()), 'protein')})",
+                    self.errors[kind, last][here], self.sample.names_of(kind)[here],
+                    floor=_said(self.floors[kind, last][here]),
                 )  # fmt: skip
 
+    def records(self) -> list[dict[str, Any]]:
+        """Numbers of each protein at the last layer."""
+        last = self.layers[-1]
+        columns: dict[str, list[Any]] = {"name": self.sample.names, "residues": self.sample.lengths.tolist()}
+        for kind in SINGLE:
+            centred, over_rms = self._centred_and_rms(kind)
+            values = {
+                "relative L2": self.errors[kind, last],
+                "relative L2 floor": self.floors[kind, last],
+                "cosine": agreement.cosine(self.ours[kind, last], self.exact[kind, last]),
+                "cosine after centring": centred,
+                "max error / rms": over_rms,
+            }
+            columns |= {f"{kind} {name}": each.tolist() for name, each in values.items()}
+        for error in self.sample.by_protein(self.errors["residue", last], "residue"):
+            for name, value in (
+                ("median", float(np.median(error))), ("99 %", float(np.quantile(error, 0.99))),
+                ("worst", float(error.max())), ("worst at", int(error.argmax()) + 1),
+            ):  # fmt: skip
+                columns.setdefault(f"residue relative L2 {name}", []).append(value)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-def _floor(exact: Rows, plain: list[Rows], sample: Sample, kind: str, layer: int) -> oracle.Errors:
-    """The largest of the plain runs' errors, vector by vector, and never less than fp32's own roundoff."""
-    each = [oracle.errors(rows, exact, sample, kind, layer) for rows in plain]
-    return oracle.Errors(
-        np.maximum.reduce([errors.error for errors in each] + [np.full_like(each[0].error, ROUNDOFF)]), each[0].owner
-    )
 
-
-def of_each_protein(
-    found: Rows, exact: Rows, plain: list[Rows], sample: Sample, layers: tuple[int, ...]
-) -> list[dict[str, Any]]:
-    """Every protein's own numbers at the last layer."""
-    last = layers[-1]
-    records: list[dict[str, Any]] = [
-        {"name": name, "residues": int(length)} for name, length in zip(sample.names, sample.lengths, strict=True)
-    ]
-    for kind in SINGLE:
-        a, b = found[kind, last], exact[kind, last]
-        columns = {
-            "relative L2": agreement.relative_l2(a, b),
-            "relative L2 floor": _floor(exact, plain, sample, kind, last).error,
-            "cosine": agreement.cosine(a, b),
-            "cosine after centring": agreement.cosine(a, b, b.mean(axis=0)),
-            "max error / rms": agreement.max_over_rms(a, b),
-        }
-        for name, values in columns.items():
-            for record, value in zip(records, values.tolist(), strict=True):
-                record[f"{kind} {name}"] = value
-    residue = oracle.errors(found, exact, sample, "residue", last)
-    for i, record in enumerate(records):
-        error = residue.error[residue.owner == i]
-        record |= {
-            "residue relative L2 median": float(np.median(error)),
-            "residue relative L2 99 %": float(np.quantile(error, 0.99)),
-            "residue relative L2 worst": float(error.max()),
-            "residue relative L2 worst at": int(error.argmax()) + 1,
-        }
-    return records
+def _said(floor: agreement.Float64) -> str:
+    return f"{np.median(floor):.1e} / {floor.max():.1e}"

@@ -1,7 +1,7 @@
 """The packing check: a protein's bits do not depend on what it is packed with."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +20,7 @@ from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET, SPECIAL_TOKENS, arranged, buckets, whole_segments
 from virnucpro_cli.validation import agreement, gates
-from virnucpro_cli.validation.oracle import Rows, Sample
-from virnucpro_cli.validation.reference import Reference
+from virnucpro_cli.validation.oracle import Oracle, Rows, Sample
 from virnucpro_cli.validation.verdict import Check
 
 PACKING = "Packing: the same bits in any company"
@@ -29,11 +28,12 @@ PACKING = "Packing: the same bits in any company"
 
 def packing(
     model: ESM2, path: Path, base: Rows, sample: Sample, layers: tuple[int, ...], config: ValidateConfig
-) -> list[Check]:
-    """Proteins alone, in one pack, first, last and shuffled among strangers, against what `embed` stored of them; then
-    with one neighbour's residues changed.
+) -> Iterator[Check]:
+    """Proteins alone, in one pack, first, last and shuffled among strangers, against `base`, as `embed` stored them.
+
+    Then one neighbour's residues are changed. path: the FASTA of the sample; base: float32 [n, D] of each kind and
+    layer, for residue [sum of lengths, D].
     """
-    table = fasta.index(fasta.open_sources([str(path)], path.parent), dedup=False)
     sizes = sample.lengths + SPECIAL_TOKENS
     thorough = model.device.type == "cuda"
     dice = random.Random(config.seed)
@@ -41,7 +41,7 @@ def packing(
     largest = int(config.token_budget) if config.token_budget != "auto" else 32768 if thorough else 4096
     largest = max(largest, int(sizes.max()))
 
-    def strangers(room: int, without: int) -> list[int]:
+    def strangers(room: int, without: int = -1) -> list[int]:
         chosen = []
         for i in dice.sample(range(len(sample)), len(sample)):
             if i != without and sizes[i] <= room:
@@ -58,34 +58,42 @@ def packing(
         "in one pack": [probes],
         "first of a pack": [[probe, *beside(probe)] for probe in probes],
         "last of a pack": [[*beside(probe), probe] for probe in probes],
-        "shuffled, packs of every size": [strangers(bucket, -1) for bucket in buckets(largest)],
+        "shuffled, packs of every size": [strangers(bucket) for bucket in buckets(largest)],
     }
-    layout = partial(in_packs, model, layers, sample.lengths)
-    checks = []
+    run = partial(in_packs, model, layers, sample.lengths)
+    split = {key: sample.by_protein(rows, key[0]) for key, rows in base.items()}
+    table = _indexed(path)
     for name, packs in arrangements.items():
-        differing, worst = 0, 0.0
-        compared = 0
-        for record, rows in layout(table, [pack for pack in packs if pack]):
-            difference = _difference(rows, base, sample, record)
-            compared += 1
-            differing += difference > 0
-            worst = max(worst, difference)
-        checks.append(_bitwise(name, differing, compared, worst, model))
-    return [*checks, _contamination(model, path, layout, table, sample, dice, largest)]
+        rows = run(table, [pack for pack in packs if pack])
+        theirs = ({key: each[record] for key, each in split.items()} for record, _ in rows)
+        differences = [_difference(mine, other) for (_, mine), other in zip(rows, theirs, strict=True)]
+        yield _bitwise(name, differences, model)
+
+    pack = strangers(max(largest, int(np.sort(sizes)[-2:].sum())))
+    changed = pack[len(pack) // 2]
+    texts, length = list(sample.texts), int(sample.lengths[changed])
+    texts[changed] = (b"L" if texts[changed].strip() == b"W" * length else b"W") * length
+    altered = _indexed(write_texts(path.with_name("changed.fasta"), texts))
+    pairs = zip(run(table, [pack]), run(altered, [pack]), strict=True)
+    differences = [_difference(after, before) for (record, before), (_, after) in pairs if record != changed]
+    yield _bitwise("one neighbour's residues changed", differences, model)
 
 
-Found = dict[tuple[str, int], NDArray[np.floating]]
+def _indexed(path: Path) -> fasta.RecordTable:
+    return fasta.index(fasta.open_sources([str(path)], path.parent), dedup=False)
 
 
 def in_packs(
     model: ESM2, layers: tuple[int, ...], lengths: NDArray[np.int64], table: fasta.RecordTable, packs: list[list[int]]
-) -> list[tuple[int, Found]]:
-    """(record, its rows) of every segment of packs made by hand, through the collator, the forward and the pools."""
-    records = np.arange(len(lengths))
-    segments = whole_segments(records, lengths)
+) -> list[tuple[int, Rows]]:
+    """Record and rows of every segment of packs made by hand, through the collator, the forward and the pools.
+
+    lengths: int64 [n], residues of each record. Rows are float32, [D] for each kind and layer, [length, D] for residue.
+    """
+    segments = whole_segments(np.arange(len(lengths)), lengths)
     plan = arranged(packs, segments.length, max(32768, int(lengths.max()) + SPECIAL_TOKENS))
     collate = VarlenCollator(table, segments, lengths.astype(np.int32), plan, pin=model.device.type == "cuda")
-    found: list[tuple[int, Found]] = []
+    rows_of: list[tuple[int, Rows]] = []
 
     def compute(batch: PackedBatch) -> Embeddings:
         return model.embed(batch, layers, Pooler(KINDS, torch.float32))
@@ -93,90 +101,54 @@ def in_packs(
     def sink(batch: PackedBatch, rows: Embeddings) -> None:
         ends = np.cumsum(batch.seqlens)
         for i, record in enumerate(batch.segments.tolist()):
-            mine: Found = {key: values[i].numpy().copy() for key, values in rows.pooled.items()}
+            mine: Rows = {key: values[i].numpy().copy() for key, values in rows.pooled.items()}
             inside = slice(int(ends[i] - batch.seqlens[i]) + 1, int(ends[i]) - 1)
             mine |= {("residue", layer): values[inside].numpy().copy() for layer, values in rows.residue.items()}
-            found.append((record, mine))
+            rows_of.append((record, mine))
 
     runner.run_packs(range(len(plan)), collate, compute, sink, model.device)
-    return found
+    return rows_of
 
 
-def _difference(rows: Found, base: Rows, sample: Sample, record: int) -> float:
+def _difference(ours: Rows, theirs: Rows) -> float:
     """Largest relative L2 between two sets of rows of a record; 0 only if every bit agrees."""
-    first = int(sample.lengths[:record].sum())
     worst = 0.0
-    for (kind, layer), mine in rows.items():
-        there = base[kind, layer]
-        theirs = there[record] if kind != "residue" else there[first : first + int(sample.lengths[record])]
-        if not np.array_equal(mine, theirs, equal_nan=True):
-            difference = float(agreement.relative_l2(mine.ravel(), theirs.ravel()))
+    for key, mine in ours.items():
+        other = theirs[key].reshape(mine.shape)
+        if not np.array_equal(mine, other, equal_nan=True):
+            difference = float(agreement.relative_l2(mine.ravel(), other.ravel()))
             worst = max(worst, difference if np.isfinite(difference) else np.inf, 1e-45)
     return worst
 
 
-def _bitwise(name: str, differing: int, compared: int, worst: float, model: ESM2) -> Check:
-    bound = bound_of(model)
-    passed = compared > 0 and (worst <= bound if bound else differing == 0)
-    note = f"{compared} compared, all bitwise equal" if not differing else f"{differing} of {compared} differ"
+def _bitwise(name: str, differences: list[float], model: ESM2) -> Check:
+    bound, worst, compared = bound_of(model), max(differences, default=0.0), len(differences)
+    differing = sum(difference > 0 for difference in differences)
+    note = f"{differing} of {compared} differ" if differing else f"{compared} compared, all bitwise equal"
     limit = "bitwise" if bound == 0 else f"{bound:.0e}"
-    return Check(PACKING, name, passed, worst=worst, limit=limit, note=note)
+    return Check(PACKING, name, compared > 0 and worst <= bound, worst=worst, limit=limit, note=note)
 
 
 def bound_of(model: ESM2) -> float:
-    """The largest relative difference that packing may make: none on CUDA and CPU, roundoff where that is not promised."""
+    """The largest relative difference that packing may make: 0 on CUDA and CPU, roundoff where that is not promised."""
     promised = model.device.type in ("cuda", "cpu") and model.spec.head_dim >= 16
     return 0.0 if promised else gates.MAX_REL_L2[devices.short_name(model.dtype)]
 
 
-def _contamination(
-    model: ESM2, path: Path, layout: Callable[..., list[tuple[int, Found]]], table: fasta.RecordTable, sample: Sample,
-    dice: random.Random, largest: int,
-) -> Check:  # fmt: skip
-    """One neighbour's residues are changed; no row of any other may change by one bit."""
-    pack, room = [], max(largest, int(np.sort(sample.lengths)[-2:].sum()) + 2 * SPECIAL_TOKENS)
-    for i in dice.sample(range(len(sample)), len(sample)):
-        if sample.lengths[i] + SPECIAL_TOKENS <= room:
-            pack.append(i)
-            room -= int(sample.lengths[i]) + SPECIAL_TOKENS
-    changed = pack[len(pack) // 2]
-    texts = list(sample.texts)
-    texts[changed] = b"W" * int(sample.lengths[changed])
-    if texts[changed] == sample.texts[changed].strip():
-        texts[changed] = b"L" * int(sample.lengths[changed])
-    other = write_texts(path.with_name("changed.fasta"), texts)
-    altered = fasta.index(fasta.open_sources([str(other)], path.parent), dedup=False)
-    differing = worst = 0.0
-    for (record, before), (_, after) in zip(layout(table, [pack]), layout(altered, [pack]), strict=True):
-        if record != changed:
-            same = all(np.array_equal(before[key], after[key], equal_nan=True) for key in before)
-            differing += not same
-            differences = [agreement.relative_l2(after[k].ravel(), before[k].ravel()) for k in before]
-            worst = max([worst, *(float(d) if np.isfinite(d) else np.inf for d in differences)])
-    return _bitwise("one neighbour's residues changed", int(differing), len(pack) - 1, worst, model)
+def padded(judge: Oracle, own: Rows, truth: Rows, sample: Sample, layers: tuple[int, ...]) -> Iterator[Check]:
+    """An ordinary padded batch of the oracle, which users call unpacked, beside the oracle alone and the fast path.
 
-
-def padded(judge: Reference, own: Rows, truth: Rows, sample: Sample, layers: tuple[int, ...]) -> list[Check]:
-    """What users call unpacked: one ordinary padded batch of the reference, beside the reference alone and the fast path."""
+    own, truth: float [n, D] of kind mean at the last layer.
+    """
     chosen = np.argsort(sample.lengths)[np.linspace(0, len(sample) - 1, 8).astype(int)]
     chosen = np.unique(chosen[sample.lengths[chosen] <= 1022])
     if len(chosen) < 2:
-        return []
+        return
     last = layers[-1]
     rows = judge.embed_padded([sample.tokens[i] for i in chosen], (last,))
     means = np.stack([r[last][1:-1].double().mean(0).cpu().numpy() for r in rows])
-    against_alone = agreement.relative_l2(means, truth["mean", last][chosen])
-    against_own = agreement.relative_l2(own["mean", last][chosen], means)
-    return [
-        Check(
-            PACKING,
-            what,
-            median=float(np.median(e)),
-            worst=float(e.max()),
-            record=sample.names[int(chosen[e.argmax()])],
-        )
-        for what, e in (
-            ("a padded batch of the reference against one at a time", against_alone),
-            ("embed against that padded batch", against_own),
-        )
-    ]
+    names = sample.names_of("mean")[chosen]
+    alone, ours = truth["mean", last][chosen], own["mean", last][chosen]
+    error = agreement.relative_l2(means, alone)
+    yield Check.of(PACKING, "a padded batch of the reference against one at a time", error, names)
+    yield Check.of(PACKING, "embed against that padded batch", agreement.relative_l2(ours, means), names)

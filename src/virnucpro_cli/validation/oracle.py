@@ -1,27 +1,85 @@
-"""What the reference says of a sample of proteins, and how far other rows are from that."""
+"""The oracle of a model family, the proteins that it is asked for, and its rows for them."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import virnucpro_cli
+from virnucpro_cli.engine import devices
 from virnucpro_cli.kinds import KINDS
-from virnucpro_cli.validation import agreement
-from virnucpro_cli.validation.reference import Reference
+from virnucpro_cli.model.locate import Weights
+from virnucpro_cli.model.spec import ModelSpec
 
-Float64 = NDArray[np.float64]
-Rows = dict[tuple[str, int], NDArray[np.floating]]
+Array = NDArray[np.floating]
+Rows = dict[tuple[str, int], Array]
 """(kind, layer) -> [n, D], for residue [sum of lengths, D]."""
 
-ODD_LETTERS = b"XUBZO.-<"
 LONGEST = 4096
-"""Residues of the longest protein that the reference is asked for: eager attention takes 4 heads x L^2 bytes a map."""
+"""Residues of the longest protein that an oracle is asked for: eager attention takes 4 heads x L^2 bytes a map."""
+
+
+class Oracle(ABC):
+    """The authors' own class of a model family, from the Python package `package`, with given weights on one device.
+
+    It shares no code with the fast path, so that it can judge it. In fp32, one unpadded sequence at a time, it is the
+    definition of the embeddings. In another dtype it runs plainly: the noise floor of that dtype.
+    """
+
+    package: ClassVar[str]
+    pad: ClassVar[int]
+
+    @abstractmethod
+    def __init__(
+        self, spec: ModelSpec, state: dict[str, torch.Tensor], device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
+        """state: tensors by the names of the family's own checkpoints."""
+        self.spec, self.device = spec, torch.device(device)
+
+    @staticmethod
+    @abstractmethod
+    def encode(text: str, longest: int | None = None) -> list[int]:
+        """Token ids of a cleaned sequence, cut after `longest` residues, between the tokens of its start and end."""
+
+    @abstractmethod
+    def hidden(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Hidden rows, layer -> [B, L, D] in the model's dtype, of a batch of token ids, int64 [B, L] on the device."""
+
+    def embed(self, sequence: str | list[int], layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Hidden rows of one sequence with its first and last token: layer -> [length + 2, D] in the model's dtype."""
+        return self.embed_padded([self.encode(sequence) if isinstance(sequence, str) else sequence], layers)[0]
+
+    @torch.inference_mode()
+    def embed_padded(self, encoded: list[list[int]], layers: Sequence[int]) -> list[dict[int, torch.Tensor]]:
+        """The same for several sequences as one ordinary padded batch, each [length + 2, D] in the model's dtype."""
+        tokens = torch.full((len(encoded), max(map(len, encoded))), self.pad)
+        for row, ids in zip(tokens, encoded, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        hidden = self.hidden(tokens.to(self.device), layers)
+        return [{layer: hidden[layer][i, : len(ids)] for layer in layers} for i, ids in enumerate(encoded)]
+
+    @classmethod
+    def environment(cls, weights: Weights, device: torch.device) -> dict[str, str]:
+        """Versions, weights and the oracle that runs on the device, in words for reports."""
+        return {
+            "virnucpro": virnucpro_cli.__version__,
+            "torch": torch.__version__,
+            cls.package: version(cls.package),
+            "weights": weights.place,
+            "weights_sha256": weights.sha256,
+            "reference": f"{cls.package} in float32 on {devices.describe_device(device)}, eager, one at a time",
+        }
 
 
 @dataclass(frozen=True)
 class Sample:
-    """n proteins: their names, raw FASTA text, token ids with `<cls>` and `<eos>`, and residues (int64 [n])."""
+    """n proteins: their names, raw FASTA text, and token ids with the first and last token."""
 
     names: list[str]
     texts: list[bytes]
@@ -29,26 +87,26 @@ class Sample:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
+        """Residues of each protein, int64 [n]."""
         return np.asarray([len(ids) - 2 for ids in self.tokens], np.int64)
 
-    @property
-    def owner(self) -> NDArray[np.int64]:
-        """The protein of each residue, [sum of lengths]."""
-        return np.repeat(np.arange(len(self.tokens)), self.lengths)
+    def names_of(self, kind: str) -> NDArray[np.object_]:
+        """The protein of each row of a kind, object [n], for residue [sum of lengths]."""
+        names = np.asarray(self.names, object)
+        return np.repeat(names, self.lengths) if kind == "residue" else names
+
+    def by_protein(self, rows: NDArray[Any], kind: str) -> list[NDArray[Any]]:
+        """Rows of a kind, of any dtype [n, ...] or for residue [sum of lengths, ...], of each protein."""
+        return np.split(rows, np.cumsum(self.lengths)[:-1] if kind == "residue" else len(self))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def oddities(text: bytes, replaced: int) -> int:
-    """Bits of what is unusual in a record's text: letters that are no amino acid of their own, replaced residues."""
-    upper = text.upper()
-    return sum(1 << bit for bit, code in enumerate(ODD_LETTERS) if code in upper) | (replaced > 0) << 15
-
-
 def stratified(lengths: NDArray[np.int64], odd: NDArray[np.uint16], size: int, seed: int) -> NDArray[np.int64]:
-    """Numbers of `size` records, in order: the longest, the shortest, two of each oddity (a bit of `odd`), the others at
-    random, one from each stratum of lengths.
+    """Numbers of `size` of n records, in order, int64 [size]; lengths: int64 [n]; odd: uint16 [n], oddities as bits.
+
+    They are the longest, the shortest, two of each oddity, and at random one from each stratum of lengths.
     """
     if size >= len(lengths):
         return np.arange(len(lengths))
@@ -62,69 +120,27 @@ def stratified(lengths: NDArray[np.int64], odd: NDArray[np.uint16], size: int, s
     return np.sort([*chosen, *(int(random.choice(stratum)) for stratum in strata if len(stratum))])
 
 
-def pooled(residues: NDArray[np.floating]) -> dict[str, NDArray[np.floating]]:
-    """What is pooled from a protein's residue rows [L, D], each [D]; means in float64."""
+def pooled(residues: Array) -> dict[str, Array]:
+    """Kinds that are pooled from a protein's residue rows, float [L, D], each [D]; means are float64."""
     mean, std = (reduce(residues, axis=0, dtype=np.float64) for reduce in (np.mean, np.std))
     return {"mean": mean, "max": residues.max(axis=0), "std": std}
 
 
-def rows_of(reference: Reference, sample: Sample, layers: tuple[int, ...], together: int = 1) -> Rows:
-    """The reference's rows of every kind, of every protein: one at a time, or `together` of similar
-    length as a padded batch.
+def rows_of(judge: Oracle, sample: Sample, layers: tuple[int, ...], together: int = 1) -> Rows:
+    """The oracle's rows of every kind, float [n, D] and for residue [sum of lengths, D], of every protein.
+
+    It computes one protein at a time, or `together` of similar length as a padded batch.
     """
-    found: dict[tuple[str, int], list[NDArray[np.floating]]]
-    found = {(kind, layer): [np.empty(0)] * len(sample) for kind in KINDS for layer in layers}
+    rows: dict[tuple[str, int], list[Array]]
+    rows = {(kind, layer): [np.empty(0)] * len(sample) for kind in KINDS for layer in layers}
     order = np.argsort(sample.lengths, kind="stable").tolist()
     for start in range(0, len(order), together):
         batch = order[start : start + together]
-        if together == 1:
-            rows = [reference.embed(sample.tokens[batch[0]], layers)]
-        else:
-            rows = reference.embed_padded([sample.tokens[i] for i in batch], layers)
-        for i, hidden_of in zip(batch, rows, strict=True):
-            for layer, hidden in hidden_of.items():
+        for i, by_layer in zip(batch, judge.embed_padded([sample.tokens[i] for i in batch], layers), strict=True):
+            for layer, hidden in by_layer.items():
                 host = (hidden if hidden.dtype == torch.float64 else hidden.float()).cpu().numpy()
-                for kind, values in pooled(host[1:-1]).items():
-                    found[kind, layer][i] = values[None]
-                found["bos", layer][i], found["eos", layer][i] = host[:1], host[-1:]
-                found["residue", layer][i] = host[1:-1]
-    return {key: np.concatenate(each) for key, each in found.items()}
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Relative L2 errors of some vectors and the protein that each belongs to."""
-
-    error: Float64
-    owner: NDArray[np.int64]
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.error))
-
-    @property
-    def p99(self) -> float:
-        return float(np.quantile(self.error, 0.99))
-
-    @property
-    def worst(self) -> float:
-        return float(self.error.max())
-
-    @property
-    def worst_owner(self) -> int:
-        return int(self.owner[self.error.argmax()])
-
-
-def errors(found: Rows, expected: Rows, sample: Sample, kind: str, layer: int) -> Errors:
-    """Relative L2 of each vector: of each protein, for residue of each residue's for residue."""
-    owner = sample.owner if kind == "residue" else np.arange(len(sample))
-    return Errors(agreement.relative_l2(found[kind, layer], expected[kind, layer]), owner)
-
-
-def record_errors(found: Rows, expected: Rows, sample: Sample, layer: int) -> Errors:
-    """Relative L2 of each protein's residues taken as one matrix [length, D]."""
-    a, b = (np.asarray(rows["residue", layer], np.float64) for rows in (found, expected))
-    starts = np.append(0, np.cumsum(sample.lengths))[:-1]
-    error, norm = (np.add.reduceat((m**2).sum(axis=1), starts) for m in (a - b, b))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return Errors(np.where(error == 0, 0.0, np.sqrt(error / norm)), np.arange(len(sample)))
+                kinds = {"bos": host[0], "eos": host[-1], **pooled(host[1:-1])}
+                rows["residue", layer][i] = host[1:-1]
+                for kind, values in kinds.items():
+                    rows[kind, layer][i] = values[None]
+    return {key: np.concatenate(each) for key, each in rows.items()}

@@ -1,16 +1,70 @@
 """The plainest FASTA reader there is, a record at a time. It shares no code with the index, so that it can judge it."""
 
 import hashlib
-from collections.abc import Iterator
-from typing import IO
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import IO, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli import store
 from virnucpro_cli.fasta import decompressed
 
 RESIDUES = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
+ODD_LETTERS = b"XUBZO.-<"
+
+
+class PlainTable(NamedTuple):
+    """What there is to know of n records of some files.
+
+    lengths, replaced: int64 [n], residues; odd: uint16 [n], a bit for each letter of ODD_LETTERS in the text, and one
+    for replaced residues; sequences, names: void [n] of 16 bytes, digests of the cleaned text and of the name.
+    """
+
+    sha256: list[str]
+    lengths: NDArray[np.int64]
+    replaced: NDArray[np.int64]
+    odd: NDArray[np.uint16]
+    sequences: NDArray[Any]
+    names: NDArray[Any]
+
+
+def read(paths: Iterable[str], id_policy: str = "first", gaps: str = "keep") -> PlainTable:
+    """Every record of the files, in order. id_policy, gaps: as --id and --gaps of embed."""
+    shas, lengths, replaced, odd, sequences, names = [], array("q"), array("q"), array("H"), bytearray(), bytearray()
+    for path in paths:
+        sha = hashlib.sha256()
+        for header, text in records(path, sha):
+            cleaned, length, wrong = clean(text, gaps)
+            upper = text.upper()
+            odd.append(sum(1 << bit for bit, code in enumerate(ODD_LETTERS) if code in upper) | (wrong > 0) << 15)
+            lengths.append(length)
+            replaced.append(wrong)
+            sequences += _digest(cleaned)
+            names += _digest(name_of(header, id_policy == "full"))
+        shas.append(sha.hexdigest())
+    return PlainTable(
+        shas, np.asarray(lengths, np.int64), np.asarray(replaced, np.int64), np.asarray(odd, np.uint16),
+        np.frombuffer(sequences, "V16"), np.frombuffer(names, "V16"),
+    )  # fmt: skip
+
+
+def other_names(file: store.EmbeddingFile, names: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether each name, a digest as of a PlainTable, void [N], is another than that of the file's record, bool [N]."""
+    there = bytearray()
+    for block in store.blocks(len(file)):
+        for name in file.names_of(block.start, block.stop):
+            there += _digest(name)
+    return names != np.frombuffer(there, "V16")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def records(path: str, sha: "hashlib._Hash | None" = None) -> Iterator[tuple[bytes, bytes]]:
-    """(header without `>`, raw text of the lines joined) of every record, plain or compressed; feeds `sha` every byte."""
+    """Header without `>` and raw text, its lines joined, of every record; feeds `sha` every byte that is read."""
     header: bytes | None = None
     lines: list[bytes] = []
     with open(path, "rb") as raw, decompressed(raw) as file:
@@ -47,8 +101,9 @@ def name_of(header: bytes, full: bool = False) -> str:
 def clean(text: bytes, gaps: str = "keep") -> tuple[str, int, int]:
     """Text of a record that is embedded, the number of its residues, and how many of those were replaced by X.
 
-    White space, one trailing `*`, and one trailing `.` that follows a residue are dropped, lower case is raised, `<mask>`
-    is one token, and what is outside the alphabet becomes X. gaps: `strip` drops `-` and `.`, `x` makes them X.
+    White space, one trailing `*`, and one trailing `.` that follows a residue are dropped. Lower case is raised,
+    `<mask>` is one token, and a letter outside the alphabet becomes X.
+    gaps: `strip` drops `-` and `.`, `x` makes them X.
     """
     upper = text.translate(None, b"\n\r \t\v\f" + (b"-." if gaps == "strip" else b"")).upper()
     if upper[-1:] == b"." and upper[-2:-1] not in (b".", b"-"):

@@ -3,12 +3,19 @@
 import dataclasses
 import json
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
 from rich.table import Table
 
-from virnucpro_cli.report import Fitting, facts_table
+from virnucpro_cli import report
+
+_Row = tuple[str, dict[str, str], str]
+"""Name, numbers by column, and state of a check; a part of the verdict has no numbers."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,23 @@ class Check:
     floor: str = ""
     limit: str = ""
     note: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        part: str,
+        what: str,
+        values: NDArray[np.float64],
+        names: Sequence[str] | NDArray[np.object_],
+        lowest: bool = False,
+        **rest: Any,
+    ) -> "Check":
+        """A check that shows values, float64 [m], of m named records; lowest: whether the lowest is the worst."""
+        order = np.argsort(-values if lowest else values)
+        p99 = float(values[order[round(0.99 * (len(order) - 1))]])
+        worst = int(order[-1])
+        median = float(np.median(values))
+        return cls(part, what, median=median, p99=p99, worst=float(values[worst]), record=names[worst], **rest)
 
 
 @dataclass
@@ -50,56 +74,52 @@ class Verdict:
         whole = {"passed": self.passed, "failed_parts": self.failed_parts, **dataclasses.asdict(self)}
         return json.dumps(_plain(whole), indent=1)
 
-    def table(self) -> Fitting:
-        """Columns that hold nothing are left out. Where they do not fit, a check's numbers share a cell."""
-        return Fitting(self._wide(), lambda fits: [self._narrow()])
+    def show(self, out: Console, path: str | None) -> None:
+        """Print the table and the notes, and write the JSON to a path, if any. Raises UserError if that fails."""
+        out.print(self.table())
+        for note in self.notes:
+            out.print(note, style="yellow")
+        if path:
+            report.save(path, self.to_json())
 
-    def _narrow(self) -> Table:
-        table = facts_table(self.command.capitalize())
-        part = ""
-        for check in self.checks:
-            if check.part != part:
-                part = check.part
-                table.add_section()
-                table.add_row(part, "FAIL" if part in self.failed_parts else "pass", style="bold")
-            numbers = (
-                ("median", _number(check.median)), ("99 %", _number(check.p99)), ("worst", _number(check.worst)),
-                ("in", check.record), ("floor", check.floor), ("limit", check.limit),
-            )  # fmt: skip
-            state = {None: check.note, True: check.note or "ok", False: f"FAIL {check.note}".rstrip()}[check.passed]
-            words = [*(f"{name} {word}" for name, word in numbers if word), state]
-            table.add_row(f"  {check.what}", ", ".join(filter(None, words)))
+    def table(self) -> report.Fitting:
+        """Columns that hold nothing are left out. Where they do not fit, a check's numbers share a cell."""
+        rows = list(self._rows())
+        return report.Fitting(self._wide(rows), lambda fits: [self._narrow(rows)])
+
+    def _rows(self) -> Iterator[_Row]:
+        for part in dict.fromkeys(check.part for check in self.checks):
+            yield part, {}, "FAIL" if part in self.failed_parts else "pass"
+            for check in (check for check in self.checks if check.part == part):
+                numbers = {"median": check.median, "99 %": check.p99, "worst": check.worst}
+                words = {"in": check.record, "floor": check.floor, "limit": check.limit}
+                state = f"FAIL {check.note}" if check.passed is False else check.note or ("ok" if check.passed else "")
+                yield f"  {check.what}", {name: _number(n) for name, n in numbers.items()} | words, state.rstrip()
+
+    def _narrow(self, rows: list[_Row]) -> Table:
+        table = report.facts_table(self.command.capitalize())
+        for what, numbers, state in rows:
+            words = [*(f"{name} {word}" for name, word in numbers.items() if word), state]
+            _add(table, what, numbers, ", ".join(filter(None, words)))
         return table
 
-    def _wide(self) -> Table:
+    def _wide(self, rows: list[_Row]) -> Table:
         table = Table(title=self.command.capitalize(), title_justify="left")
         table.show_header = any(check.median is not None or check.limit for check in self.checks)
-        columns = {
-            "median": [_number(check.median) for check in self.checks],
-            "99 %": [_number(check.p99) for check in self.checks],
-            "worst": [_number(check.worst) for check in self.checks],
-            "in": [check.record for check in self.checks],
-            "floor": [check.floor for check in self.checks],
-            "limit": [check.limit for check in self.checks],
-        }
-        columns = {name: words for name, words in columns.items() if any(words)}
-        table.add_column("", overflow="fold")
-        for name in columns:
-            table.add_column(name, justify="left" if name == "in" else "right", overflow="fold")
-        table.add_column("", overflow="fold")
-        part = ""
-        for i, check in enumerate(self.checks):
-            if check.part != part:
-                part = check.part
-                table.add_section()
-                state = "FAIL" if part in self.failed_parts else "pass"
-                table.add_row(part, *[""] * len(columns), state, style="bold")
-            shown = check.note or {None: "", True: "ok"}.get(check.passed, "")
-            table.add_row(
-                f"  {check.what}", *(words[i] for words in columns.values()),
-                f"FAIL {check.note}".rstrip() if check.passed is False else shown,
-            )  # fmt: skip
+        names = next((list(numbers) for _, numbers, _ in rows if numbers), [])
+        shown = [name for name in names if any(numbers.get(name) for _, numbers, _ in rows)]
+        for name in ("", *shown, ""):
+            table.add_column(name, justify="left" if name in ("", "in") else "right", overflow="fold")
+        for what, numbers, state in rows:
+            _add(table, what, numbers, *(numbers.get(name, "") for name in shown), state)
         return table
+
+
+def _add(table: Table, what: str, numbers: dict[str, str], *cells: str) -> None:
+    """A line; one of a part stands out."""
+    if not numbers:
+        table.add_section()
+    table.add_row(what, *cells, style=None if numbers else "bold")
 
 
 def _number(value: float | None) -> str:
