@@ -76,7 +76,7 @@ def rows(made: Path) -> Callable[..., Any]:
 
 @pytest.fixture(params=[1 << 26, 1], ids=["one stretch", "a record at a time"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "STRETCH_BYTES", request.param)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", request.param)
 
 
 def exported(made: Path, target: Path, to: str, **options: Any) -> Any:
@@ -464,12 +464,12 @@ export.export_file(*sys.argv[1:4], overwrite=True)
 def test_nothing_of_a_killed_export_stays_once_it_runs_again(
     made: Path, tmp_path: Path, to: str, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "STRETCH_BYTES", 1)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 1)
     target = exported(made, tmp_path / f"x{layouts.named(to).suffix}", to)
     before = everything(tmp_path)
     for _ in range(2):
         script = KILLED.replace(
-            "import os", "import os\nfrom virnucpro_cli.store import reader; reader.STRETCH_BYTES = 1\nimport os", 1
+            "import os", "import os\nfrom virnucpro_cli.store import reader; reader.CHUNK_BYTES = 1\nimport os", 1
         )
         done = subprocess.run(
             [sys.executable, "-c", script, str(made / "out.h5"), to, str(target), moment], check=False

@@ -23,7 +23,7 @@ from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
 from virnucpro_cli.exchange import export
 from virnucpro_cli.explore import default_rows, inspect, mapping, search
 from virnucpro_cli.features import qc
-from virnucpro_cli.store import checked, opening, read_embeddings
+from virnucpro_cli.store import checked, read_embeddings
 from virnucpro_cli.store import reader as reading
 from virnucpro_cli.validation import verify
 
@@ -199,7 +199,7 @@ def test_a_file_in_which_the_library_is_lost_is_told_as_damaged(
 ) -> None:
     """A damaged file can make HDF5 loop or crash, where no handler of ours gets its turn."""
     monkeypatch.setattr(reading, "datasets_of", lost)
-    monkeypatch.setattr(opening, "OPENING_SECONDS", 1)
+    monkeypatch.setattr(reading, "OPENING_SECONDS", 1)
     with pytest.raises(UserError, match=rf"damaged: the HDF5 library {words}"):
         inspect.inspect_file(str(copy))
 

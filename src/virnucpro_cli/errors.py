@@ -60,10 +60,6 @@ class Missing(UserError, KeyError):
     __str__ = Exception.__str__  # a KeyError shows its text in quotes
 
 
-class Busy(UserError):
-    """Another process holds what is needed."""
-
-
 def absent(path: str) -> str:
     """The words for a path that does not open because nothing is there: a name, or a link that leads nowhere."""
     if os.path.islink(path):

@@ -4,9 +4,8 @@ Every row is copied as it is. A merge that is killed goes on with the same comma
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -17,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import report, store
-from virnucpro_cli.errors import Busy, UserError, counted
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features import contacts, groups
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.plan import shards
-from virnucpro_cli.store.disk import disk_error
+from virnucpro_cli.store.disk import alone
 from virnucpro_cli.store.schema import chunks
 
 BLOCK_BYTES = 1 << 26
@@ -65,7 +64,8 @@ def merge_shards(
             out.print(f"{target} is already complete: same input, model and settings.")
             summary.already_complete = True
             return summary
-        opened.enter_context(_alone(target))
+        lock, waiting = target.with_name(f"{target.name}.merging"), f"Another merge is writing {target} now."
+        opened.enter_context(alone(lock, lambda _: None, waiting, "Wait for it to end.", wait=False))
         file = _store(target, parts, fingerprint)
         with file.filling():
             if not file.locked:
@@ -87,23 +87,6 @@ def merge_shards(
     if report_path:
         report.save(report_path, summary.to_json())
     return summary
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Be the only merge into `output`. Raises UserError if another one is alive."""
-    path = output.with_name(f"{output.name}.merging")
-    try:
-        held, _ = store.create_locked(path)
-    except Busy:
-        raise UserError(f"Another merge is writing {output} now.", "Wait for it to end.") from None
-    except OSError as error:
-        raise disk_error(error, output, resumable=False) from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(held)
 
 
 # --- what is there -------------------------------------------------------------------------------------------------

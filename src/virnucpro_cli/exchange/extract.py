@@ -129,7 +129,7 @@ def _key(*settings: Any) -> str:
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
 
 
-def _locked(own: Path, path: str) -> AbstractContextManager[None]:
+def _locked(own: Path, path: str) -> AbstractContextManager[bool]:
     """Hold the lock of a run's hidden files. Raises UserError if another process has it."""
     words = f"Another extract of {path} is writing into {own.parent} now."
     return alone(own.with_suffix(".lock"), lambda _: None, words, "Choose another OUTDIR, or wait.", wait=False)

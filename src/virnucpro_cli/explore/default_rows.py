@@ -48,7 +48,7 @@ def of(file: store.EmbeddingFile, path: str, kind: str | None = None, layer: int
         )
     if kind == "residue":
         raise UserError("Rows of residues are none of proteins.", f"Choose --kind {' or '.join(POOLED)}.")
-    kind, layer = file.what(kind, layer)
+    kind, layer = file.kind_and_layer(kind, layer)
     return Pooled(file, kind, layer, file.array(kind, layer), np.flatnonzero(file.status == store.DONE))
 
 

@@ -14,7 +14,6 @@ from virnucpro_cli.store.disk import (
     check_new,
     checksum,
     copy_back,
-    create_locked,
     discard_partial,
     free_space,
     new_file,
@@ -22,10 +21,7 @@ from virnucpro_cli.store.disk import (
     without_lock,
 )
 from virnucpro_cli.store.layout import Extra, Layout, Names, of_this_command
-from virnucpro_cli.store.names import accession
-from virnucpro_cli.store.opening import opened
-from virnucpro_cli.store.parts import Groups
-from virnucpro_cli.store.reader import EmbeddingFile, read_embeddings, unfinished
+from virnucpro_cli.store.reader import EmbeddingFile, accession, opened, read_embeddings, unfinished
 from virnucpro_cli.store.schema import (
     ABSENT,
     AFTER_TRYING,

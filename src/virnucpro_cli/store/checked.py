@@ -1,18 +1,16 @@
 """An HDF5 file as it is opened: every dataset and attribute is held against the schema before anything of it is used.
 
-HDF5 is asked first, and its errors are damage of the file; checks are of what it said, and their errors are bugs. Nothing is
+HDF5 is asked first, and its errors are damage of the file; checks are of its answers, and their errors are bugs. Nothing is
 allocated by what a file declares: sizes are compared with the file's length and with each other first.
 """
 
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -20,34 +18,21 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.errors import UserError, in_a_line, unread
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
-from virnucpro_cli.store.schema import (
-    BYTES,
-    HDF5_MAGIC,
-    JSONS,
-    MOST_OBJECTS,
-    MOST_TEXT,
-    NEEDED,
-    NUMBERS,
-    REASONS,
-    SCHEMA,
-    STATUS_NAMES,
-    TEXT,
-    WORDS,
-    field_of,
-    unfit,
-)
+from virnucpro_cli.store import schema
+from virnucpro_cli.store.schema import MOST_OBJECTS, MOST_TEXT, field_of, unfit
 
 DAMAGE = (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError)
 """Kinds of errors that HDF5 and other libraries raise when they open damaged files, or something else."""
 DEPTH = 3
 HEAP_ENTRY = 16
 """Bytes of a text in its dataset: its length (uint32), and where it is in a heap."""
+AGAIN = "Copy it again from where it was whole, or embed again."
+NAME_ANOTHER = "Name a file that virnucpro embed wrote."
+COLUMNS = ("lengths", "status", "flags", "reason", "replaced")
 
 
-def damaged(path: str | Path, what: object) -> UserError:
-    return UserError(
-        f"{path} is cut short or damaged: {what}.", "Copy it again from where it was whole, or embed again."
-    )
+def damaged(path: str | Path, what: object, remedy: str = AGAIN) -> UserError:
+    return UserError(f"{path} is cut short or damaged: {what}.", remedy)
 
 
 def foreign(path: Path, what: str) -> UserError:
@@ -55,14 +40,14 @@ def foreign(path: Path, what: str) -> UserError:
 
 
 @contextmanager
-def damage_named(path: str | Path, kinds: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
+def damage_named(path: str | Path, kinds: tuple[type[Exception], ...] = DAMAGE, remedy: str = AGAIN) -> Iterator[None]:
     """Tell as damage what the block raises of these kinds. Only reads of the file belong into the block."""
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        raise damaged(path, in_a_line(error)) from None
+        raise damaged(path, in_a_line(error), remedy) from None
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
@@ -89,26 +74,24 @@ class Dataset(h5py.Dataset):
 def opened_hdf5(path: Path) -> h5py.File:
     """The file at `path`, which must be HDF5. Raises UserError if it cannot be opened.
 
-    A finished file is opened as h5py does by default, so that both can be open at once. A run locks the file that it fills, and
-    that lock is none of ours.
+    A finished file is opened as h5py does by default, so that both can be open at once. A run locks the file that it
+    fills, and that lock is none of ours.
     """
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a file.", "Name a file that virnucpro embed wrote.")
+            raise UserError(f"{path} is not a file.", NAME_ANOTHER)
         with open(path, "rb") as start:
-            ours = start.read(len(HDF5_MAGIC)) == HDF5_MAGIC
+            magic = start.read(len(schema.HDF5_MAGIC))
     except OSError as error:
-        raise UserError(f"{unread(str(path), error)}.", "Name a file that virnucpro embed wrote.") from None
-    if not ours:
-        raise UserError(
-            f"{path} is not an HDF5 file, or damaged at its very start.", "Name a file that virnucpro embed wrote."
-        )
-    ways: list[dict[str, bool]] = [{}, {"locking": False}]
+        raise UserError(f"{unread(str(path), error)}.", NAME_ANOTHER) from None
+    if magic != schema.HDF5_MAGIC:
+        raise UserError(f"{path} is not an HDF5 file, or damaged at its very start.", NAME_ANOTHER)
+    first, second = [{"locking": False}, {}] if path.suffix == ".partial" else [{}, {"locking": False}]
     with damage_named(path):
-        first, second = ways if path.suffix != ".partial" else ways[::-1]
-        with suppress(OSError):
+        try:
             return h5py.File(path, "r", **first)
-        return h5py.File(path, "r", **second)
+        except OSError:
+            return h5py.File(path, "r", **second)
 
 
 # --- attributes ------------------------------------------------------------------------------------------------------
@@ -120,31 +103,31 @@ def attributes_of(file: h5py.File, path: Path) -> tuple[dict[str, Any], dict[str
     Raises UserError if the file is none of schema 1, or for an attribute that is not as the schema says.
     """
     with damage_named(path):
-        found = dict(_plain_attributes(file, path))
-    if "virtual_of" in found:  # of an earlier version
+        attributes = dict(_plain_attributes(file, path))
+    if "virtual_of" in attributes:  # of an earlier version
         raise UserError(
             f"{path} is a view, which shows rows of shards.",
             "Merge the shards without --virtual: virnucpro merge --overwrite.",
         )
-    if not np.array_equal(found.get("schema", 0), SCHEMA):
+    if not np.array_equal(attributes.get("schema", 0), schema.SCHEMA):
         raise UserError(
-            f"{path} was not written by virnucpro embed, or by one of another schema than {SCHEMA}.",
+            f"{path} was not written by virnucpro embed, or by one of another schema than {schema.SCHEMA}.",
             "Give a file that embed, merge or import wrote; virnucpro import reads those of other tools.",
         )
-    for name in WORDS:
-        if unfit(found.get(name, ""), str) is not None:
+    for name in schema.WORDS:
+        if unfit(attributes.get(name, ""), str) is not None:
             raise damaged(path, f"the attribute {name} is not text, or too long")
-    for name in NUMBERS:
-        if not isinstance(found.get(name, 0), int | np.integer | np.bool_):
+    for name in schema.NUMBERS:
+        if not isinstance(attributes.get(name, 0), int | np.integer | np.bool_):
             raise damaged(path, f"the attribute {name} is no whole number")
     parsed = {}
-    for key, form in JSONS.items():
+    for key, form in schema.JSONS.items():
         name = key.removesuffix("?")
-        if name in found:
-            parsed[name] = _parsed(path, name, found[name])
+        if name in attributes:
+            parsed[name] = _parsed(path, name, attributes[name])
             if (place := unfit(parsed[name], form, whole=False)) is not None:
                 raise damaged(path, f"the attribute {f'{name}.{place}'.rstrip('.')} is not of its kind")
-    return found, parsed
+    return attributes, parsed
 
 
 def _plain_attributes(file: h5py.File, path: Path) -> Iterator[tuple[str, Any]]:
@@ -175,10 +158,10 @@ def settings_of(
     if "fingerprint" not in attributes:
         raise UserError(f"{path} was not written by virnucpro embed.")
     settings: dict[str, Any] = parsed["fingerprint"]
-    words = (*WORDS, "imported_from") if "imported" in settings else WORDS
+    words = (*schema.WORDS, "imported_from") if "imported" in settings else schema.WORDS
     if lacking := [name for name in words if name not in attributes]:
         raise damaged(path, f"it has no attribute {lacking[0]}")
-    if (place := unfit(parsed, JSONS)) is not None:
+    if (place := unfit(parsed, schema.JSONS)) is not None:
         raise damaged(path, f"the attribute {place} lacks")
     if not parsed["inputs"] and "imported" not in settings:
         raise damaged(path, "its inputs are not named")
@@ -188,38 +171,77 @@ def settings_of(
     rows = [f"{kind}/{layer}" for kind in settings["pool"] for layer in settings["layers"]]
     others = [f"unmasked/{name}" for name in unmasked(emit)] + ["contacts/values"] * ("contacts" in emit)
     others += ["residue/offsets"] * any_by_residue(settings["pool"], emit)
-    if lacking := [name for name in (*rows, *others) if name not in data]:
-        raise damaged(path, f"it has no {lacking[0]}")
+    _check_there(path, [*rows, *others], data)
     stored = np.dtype(np.float16 if settings["store_dtype"] == "fp16" else np.float32)
     if other := [name for name in rows if data[name].dtype != stored]:
         raise damaged(path, f"{other[0]} is of {data[other[0]].dtype}, not {stored}")
     return settings
 
 
+def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
+    """(fingerprint, complete) of a file that this program wrote; None if it is something else."""
+    try:
+        with opened_hdf5(path) as file:
+            attributes, parsed = attributes_of(file, path)
+            with damage_named(path):
+                complete = file["run/complete"]
+                if "fingerprint" not in attributes or complete.shape != () or complete.dtype != np.uint8:
+                    return None
+                return parsed["fingerprint"], bool(complete[()])
+    except UserError:
+        return None
+
+
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A dataset as HDF5 tells of it. dtype: in a word of the schema; elsewhere: how it shows other files; offset: None if it is not in one piece."""
+def datasets_in(file: h5py.File, path: Path) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Every dataset of the file with its name; one with two names twice. Raises UserError for a link to another place."""
+    waiting: list[tuple[str, Any]] = [("", file)]
+    seen = 0
+    while waiting:
+        prefix, group = waiting.pop()
+        seen += len(group)
+        if seen > MOST_OBJECTS:
+            raise damaged(path, f"it has more than {MOST_OBJECTS:,} datasets")
+        for key in group:
+            name = prefix + key
+            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                raise foreign(path, f"{name} is a link to another place")
+            item = group[key]
+            if isinstance(item, h5py.Dataset):
+                yield name, item
+            elif isinstance(item, h5py.Group) and name.count("/") < DEPTH - 1:
+                waiting.append((f"{name}/", item))
+            else:
+                raise damaged(path, f"{name} is no dataset")
+
+
+class _Stored(NamedTuple):
+    """A dataset as HDF5 tells of it. word: for its dtype, in the schema; elsewhere: how it shows other files."""
 
     name: str
     data: h5py.Dataset
-    shape: tuple[int, ...]  # None of one that is empty
-    dtype: str
+    shape: tuple[int, ...] | None  # None of one that is empty
+    word: str
     item_bytes: int
     elsewhere: str
-    offset: int | None
+    offset: int | None  # None if it is not in one piece
 
-    @classmethod
-    def of(cls, name: str, data: h5py.Dataset) -> "_Stored":
-        creation, dtype = data.id.get_create_plist(), data.dtype
-        layout = creation.get_layout()
-        elsewhere = "shows another file" if layout == h5py.h5d.VIRTUAL else ""
-        elsewhere = "has its bytes in another file" if creation.get_external_count() else elsewhere
-        offset = data.id.get_offset() if layout == h5py.h5d.CONTIGUOUS else None
-        item = HEAP_ENTRY if dtype.kind == "O" else dtype.itemsize
-        return cls(name, data, data.shape, _word_for(dtype), item, elsewhere, offset)
+
+def _stored(name: str, data: h5py.Dataset) -> _Stored:
+    creation, dtype = data.id.get_create_plist(), data.dtype
+    layout, word, item_bytes, elsewhere = creation.get_layout(), str(dtype), dtype.itemsize, ""
+    if h5py.check_string_dtype(dtype) is not None:
+        word = schema.TEXT if dtype.kind == "O" else schema.BYTES
+    elif dtype.kind in "biuf":
+        word = dtype.str
+    if layout == h5py.h5d.VIRTUAL:
+        elsewhere = "shows another file"
+    if creation.get_external_count():
+        elsewhere = "has its bytes in another file"
+    offset = data.id.get_offset() if layout == h5py.h5d.CONTIGUOUS else None
+    return _Stored(name, data, data.shape, word, HEAP_ENTRY if dtype.kind == "O" else item_bytes, elsewhere, offset)
 
 
 def datasets_of(file: h5py.File, path: Path) -> dict[str, Dataset]:
@@ -229,36 +251,69 @@ def datasets_of(file: h5py.File, path: Path) -> dict[str, Dataset]:
     """
     with damage_named(path):
         length = os.fstat(file.id.get_vfd_handle()).st_size
-        stored = [_Stored.of(name, data) for name, data in _walk(file, path)]
+        stored = [_stored(name, data) for name, data in datasets_in(file, path)]
     sizes = dict[str, int]()
     for each in stored:
-        if each.name == "embeddings":  # a second name
-            continue
-        _check_place(path, each, length)
-        field = field_of(each.name)
-        if field is None:
-            continue
-        if each.dtype not in field.dtypes:
-            raise damaged(path, f"{each.name} is of {each.dtype}, not {' or '.join(field.dtypes)}")
-        if len(each.shape) != len(field.shape):
-            raise damaged(path, f"{each.name} has {len(each.shape)} dimensions, not {len(field.shape)}")
-        for size, letter in zip(each.shape, field.shape, strict=True):
-            _bind(path, each.name, size, letter, sizes)
-    found = {each.name: Dataset(each.data, path) for each in stored}
-    if lacking := [name for name in NEEDED if name not in found]:
-        raise damaged(path, f"it has no {lacking[0]}")
-    default = found.get("embeddings")
-    if default is not None and not any(data == default for name, data in found.items() if name != "embeddings"):
+        if each.name != "embeddings":  # a second name
+            _check(path, each, length, sizes)
+    data = {each.name: Dataset(each.data, path) for each in stored}
+    _check_there(path, schema.NEEDED, data)
+    default = data.get("embeddings")
+    if default is not None and not any(each == default for name, each in data.items() if name != "embeddings"):
         raise damaged(path, "embeddings is no second name of a dataset")
-    return found
+    return data
+
+
+def _check(path: Path, stored: _Stored, length: int, sizes: dict[str, int]) -> None:
+    """Raise UserError unless the dataset's bytes are in this file, and are as its row of the schema says, if it has any.
+
+    length: of the file; sizes: those by letters of the schema that other datasets have.
+    """
+    name, field = stored.name, field_of(stored.name)
+    if stored.elsewhere:
+        raise foreign(path, f"{name} {stored.elsewhere}")
+    if stored.shape is None:
+        raise damaged(path, f"{name} has no shape")
+    if field is None:
+        return
+    declared = prod(stored.shape) * stored.item_bytes
+    if declared:
+        if stored.offset is None:
+            raise damaged(path, f"{name} is not stored in one piece, as embed stores it")
+        if stored.offset + declared > length:
+            extent = f"{declared:,} bytes from {stored.offset:,} on"
+            raise damaged(path, f"{name} would take {extent}, and the file has {length:,}")
+    if stored.word not in field.dtypes:
+        raise damaged(path, f"{name} is of {stored.word}, not {' or '.join(field.dtypes)}")
+    if len(stored.shape) != len(field.shape):
+        raise damaged(path, f"{name} has {len(stored.shape)} dimensions, not {len(field.shape)}")
+    for size, letter in zip(stored.shape, field.shape, strict=True):
+        _bind(path, name, size, letter, sizes)
+
+
+def _bind(path: Path, name: str, size: int, letter: str | int, sizes: dict[str, int]) -> None:
+    """Hold a size against those of the same letter."""
+    if letter == "N+1":
+        letter, size = "N", size - 1
+    right = letter if isinstance(letter, int) else sizes.setdefault(letter, size)
+    if size != right:
+        raise damaged(path, f"{name} has {size:,} entries, and {right:,} is right")
+
+
+def _check_there(path: Path, names: "list[str] | tuple[str, ...]", data: dict[str, Dataset]) -> None:
+    if lacking := [name for name in names if name not in data]:
+        raise damaged(path, f"it has no {lacking[0]}")
 
 
 def columns_of(path: Path, data: dict[str, Dataset], parsed: dict[str, Any]) -> dict[str, NDArray[Any]]:
-    """Columns that every file has, by name: [N] each. Raises UserError if a number in them or in another column is not possible."""
-    columns = {name: data[name][:] for name in ("lengths", "status", "flags", "reason", "replaced")}
+    """Columns that every file has, by name: [N] in the schema's dtypes.
+
+    Raises UserError if a number in them or in another column is not possible.
+    """
+    columns = {name: data[name][:] for name in COLUMNS}
     possible = {
-        "status": columns["status"] < len(STATUS_NAMES),
-        "reason": columns["reason"] < len(REASONS),
+        "status": columns["status"] < len(schema.STATUS_NAMES),
+        "reason": columns["reason"] < len(schema.REASONS),
         "lengths": columns["lengths"] >= 0,
         "replaced": columns["replaced"] >= 0,
         **_possible_residues(path, data),
@@ -293,94 +348,14 @@ def _possible_residues(path: Path, data: dict[str, Dataset]) -> dict[str, NDArra
 
 
 def _possible_contacts(path: Path, data: dict[str, Dataset]) -> dict[str, NDArray[np.bool_]]:
-    names = [f"contacts/{name}" for name in ("starts", "sizes", "status", "values")]
-    lacking = [name for name in names if name not in data]
-    if len(lacking) == len(names):
+    names = tuple(f"contacts/{name}" for name in ("starts", "sizes", "status", "values"))
+    if not any(name in data for name in names):
         return {}
-    if lacking:
-        raise damaged(path, f"it has no {lacking[0]}")
+    _check_there(path, names, data)
     starts, sizes, status = (data[name][:] for name in names[:-1])
     sides, room = sizes.astype(np.int64), len(data["contacts/values"])
     return {
         "contacts/sizes": (sides >= 0) & (sides < 1 << 31),
         "contacts/starts": (starts < 0) | ((starts <= room) & (sides**2 <= room - starts)),
-        "contacts/status": status < len(STATUS_NAMES),
+        "contacts/status": status < len(schema.STATUS_NAMES),
     }
-
-
-def _walk(file: h5py.File, path: Path) -> Iterator[tuple[str, h5py.Dataset]]:
-    """Datasets, by plain links alone."""
-    waiting: list[tuple[str, Any]] = [("", file)]
-    seen = 0
-    while waiting:
-        prefix, group = waiting.pop()
-        seen += len(group)
-        if seen > MOST_OBJECTS:
-            raise damaged(path, f"it has more than {MOST_OBJECTS:,} datasets")
-        for key in group:
-            name = prefix + key
-            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
-                raise foreign(path, f"{name} is a link to another place")
-            item = group[key]
-            if isinstance(item, h5py.Dataset):
-                yield name, item
-            elif isinstance(item, h5py.Group) and name.count("/") < DEPTH - 1:
-                waiting.append((f"{name}/", item))
-            else:
-                raise damaged(path, f"{name} is no dataset")
-
-
-def _word_for(dtype: Any) -> str:
-    if h5py.check_string_dtype(dtype) is not None:
-        return TEXT if dtype.kind == "O" else BYTES
-    return str(dtype.str) if dtype.kind in "biuf" else str(dtype)
-
-
-def _bind(path: Path, name: str, size: int, letter: str | int, sizes: dict[str, int]) -> None:
-    """Hold a size against those of the same letter."""
-    if letter == "N+1":
-        letter, size = "N", size - 1
-    right = letter if isinstance(letter, int) else sizes.setdefault(letter, size)
-    if size != right:
-        raise damaged(path, f"{name} has {size:,} entries, and {right:,} is right")
-
-
-def _check_place(path: Path, stored: _Stored, length: int) -> None:
-    """Raise UserError unless the dataset's bytes are in this file, in one piece if the schema knows it. length: of the file."""
-    name = stored.name
-    if stored.elsewhere:
-        raise foreign(path, f"{name} {stored.elsewhere}")
-    if stored.shape is None:
-        raise damaged(path, f"{name} has no shape")
-    declared = prod(stored.shape) * stored.item_bytes
-    if not declared or field_of(name) is None:
-        return
-    if stored.offset is None:
-        raise damaged(path, f"{name} is not stored in one piece, as embed stores it")
-    if stored.offset + declared > length:
-        raise damaged(
-            path, f"{name} would take {declared:,} bytes from {stored.offset:,} on, and the file has {length:,}"
-        )
-
-
-def named_layers(names: Iterable[str]) -> dict[str, list[int]]:
-    """Kind -> layers, rising, of datasets such as mean/33."""
-    found: dict[str, list[int]] = {}
-    for name in names:
-        if match := re.fullmatch(r"([a-z]+)/(-?\d+)", name):
-            found.setdefault(match[1], []).append(int(match[2]))
-    return {kind: sorted(layers) for kind, layers in found.items()}
-
-
-def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
-    """(fingerprint, complete) of a file that this program wrote; None if it is something else."""
-    try:
-        with opened_hdf5(path) as file:
-            attributes, parsed = attributes_of(file, path)
-            with damage_named(path):
-                complete = file["run/complete"]
-                if "fingerprint" not in attributes or complete.shape != () or complete.dtype != np.uint8:
-                    return None
-                return parsed["fingerprint"], bool(complete[()])
-    except UserError:
-        return None

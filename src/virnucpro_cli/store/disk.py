@@ -10,49 +10,50 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
-from virnucpro_cli.errors import Busy, UserError
-from virnucpro_cli.store.schema import CHECKSUM_BLOCK, CHECKSUM_BYTES, NO_SPACE
+from virnucpro_cli.errors import UserError
 
 OTHER_FILES = 256
+CHECKSUM_BLOCK, CHECKSUM_BYTES = 1 << 24, 64
+NEW = ".virnucpro-new"
+"""Suffix of a file that is being made. Whatever has such a name is this program's; a lock is known by being empty."""
+ANOTHER = "Wait for it, or choose another output with -o."
+
 ENOTSUPP = 524
 """The kernel's own number for "not supported", which some network file systems let out."""
+LACKS = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, ENOTSUPP)
 REFUSALS: dict[str, tuple[tuple[int, ...], str]] = {
-    "flock": (
-        (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, ENOTSUPP),
-        "the run goes on without a lock, and says so",
-    ),
-    "fallocate": (
-        (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV, errno.EPERM, ENOTSUPP),
-        "space is taken when it is written",
-    ),
-    "fdatasync": ((errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, ENOTSUPP), "fsync in its place"),
+    "flock": ((*LACKS, errno.ENOLCK), "the run goes on without a lock, and says so"),
+    "fallocate": ((*LACKS, errno.ENODEV, errno.EPERM), "space is taken when it is written"),
+    "fdatasync": (LACKS, "fsync in its place"),
     "fsync of a folder": (
-        (errno.EINVAL, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, ENOTSUPP),
+        (*LACKS, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM),
         "a name is as durable as the file system makes it",
     ),
-    "renameat2": (
-        (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, ENOTSUPP),
-        "link and unlink",
-    ),
+    "renameat2": ((*LACKS, errno.EPERM, errno.EACCES), "link and unlink"),
     "link": (
-        (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL, errno.EXDEV, ENOTSUPP),
+        (*LACKS, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV),
         "the name is taken with an empty file first, which the rename replaces",
     ),
 }
-"""Calls that not every file system has: what those without them say, and what a run does then. Anything else ends a run (exit 2)."""
+"""Calls that not every file system has: the errors of those without them, and what a run does then. Others end a run (exit 2)."""
 
 
-NEW = ".virnucpro-new"
-"""Suffix of a file that is being made. Whatever has such a name is this program's; a lock is known by being empty."""
+@contextmanager
+def _optional(call: str) -> Iterator[None]:
+    """Pass over the error of a file system that does not have the call of the block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS[call][0]:
+            raise
 
 
-def refused(call: str, error: OSError) -> bool:
-    """Whether the file system does not have this call."""
-    return error.errno in REFUSALS[call][0]
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def partial_path(output: Path) -> Path:
@@ -71,9 +72,7 @@ def check_destination(output: Path) -> None:
     if output.is_dir():
         raise UserError(f"The output {output} is a directory.", "Name a file, such as out.h5.")
     if len(os.fsencode(output.name)) + len(f".partial{NEW}") > 255:
-        raise UserError(
-            f"The output name {output.name[:40]}... is too long for its .partial.", "Choose a shorter name."
-        )
+        raise UserError(f"The output name {output.name[:40]}... is too long for its .partial.", "Choose a shorter one.")
     for path in (output, partial_path(output)):
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file.", "Choose another output with -o.")
@@ -100,12 +99,9 @@ def check_hdf5_name(output: Path) -> None:
     if layout is None:
         return
     file = output.with_suffix(".h5")
-    then = (
-        f", then virnucpro export {file} --to {layout} -o {output.with_suffix('') if layout == 'fair-esm' else output}"
-    )
-    raise UserError(
-        f"The output {output} is HDF5, and its name says {output.suffix}.", f"Give -o {file}{then if layout else ''}"
-    )
+    exported = output.with_suffix("") if layout == "fair-esm" else output
+    then = f", then virnucpro export {file} --to {layout} -o {exported}" if layout else ""
+    raise UserError(f"The output {output} is HDF5, and its name says {output.suffix}.", f"Give -o {file}{then}")
 
 
 def free_space(output: Path) -> int:
@@ -118,8 +114,16 @@ def check_free_space(output: Path, needed: int) -> None:
     if free < needed:
         raise UserError(
             f"{output} will need {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free in {output.parent}.",
-            "Free some space, choose another disk with -o, or store less (--store-dtype fp16, fewer --layers, no residue pool).",
+            "Free some space, choose another disk with -o, or store less "
+            "(--store-dtype fp16, fewer --layers, no residue pool).",
         )
+
+
+def check_new(output: Path, overwrite: bool) -> None:
+    """Raise UserError unless a file can be made there, and one that is there is to be overwritten."""
+    check_destination(output)
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists.", "Choose another -o, or --overwrite it.")
 
 
 def allow_open_files(count: int) -> None:
@@ -130,62 +134,7 @@ def allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def copy_back(output: Path) -> None:
-    """Make a partial file of a finished one, which stays, for a run to go on with. Raises UserError if that cannot be."""
-    partial = partial_path(output)
-    if partial.exists():
-        discard_partial(output)
-    check_free_space(output, output.stat().st_size)
-    with open(output, "rb") as finished, written_whole(partial, replace=False) as file:
-        shutil.copyfileobj(finished, file, 1 << 24)
-
-
-def checksum(fd: int, itself: int, complete: int) -> str:
-    """SHA-256, in hex, of the SHA-256 of every 16 MiB of a file whose /run/checksum and /run/complete, at those offsets, count
-    as zeros: they are written last. Everything else counts: embeddings, names, columns, attributes, the report.
-    """
-
-    def of_block(start: int) -> bytes:
-        block = bytearray(CHECKSUM_BLOCK)
-        view, filled = memoryview(block), 0
-        while count := os.preadv(fd, [view[filled:]], start + filled):
-            filled += count
-        for offset, size in ((itself, CHECKSUM_BYTES), (complete, 1)):
-            first, last = max(offset - start, 0), min(offset + size - start, filled)
-            if first < last:
-                view[first:last] = bytes(last - first)
-        return hashlib.sha256(view[:filled]).digest()
-
-    pool = ThreadPoolExecutor(4)  # hashing lets go of Python
-    try:
-        starts = range(0, os.fstat(fd).st_size, CHECKSUM_BLOCK)
-        return hashlib.sha256(b"".join(pool.map(of_block, starts))).hexdigest()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
-    if error.errno in NO_SPACE:
-        what = (
-            f"No space is left for {output}"
-            if error.errno == errno.ENOSPC
-            else f"The disk quota is used up for {output}"
-        )
-    else:
-        what = f"{output} cannot be written: {error.strerror}"
-    room = "Make room" if error.errno in NO_SPACE else "See to the file system"
-    if resumable:
-        return UserError(
-            f"{what}. Nothing that was computed and committed is lost.",
-            f"{room}, then run the same command again to resume.",
-        )
-    return UserError(f"{what}.", f"{room} or choose another disk with -o, and run again.")
+# --- locks -----------------------------------------------------------------------------------------------------------
 
 
 def is_the_file(path: Path, there: os.stat_result, unchanged: bool = False) -> bool:
@@ -199,19 +148,22 @@ def is_the_file(path: Path, there: os.stat_result, unchanged: bool = False) -> b
 
 
 def _flock(fd: int, path: Path, wait: bool = False) -> bool:
-    """Take the file's lock. Returns whether the file system has locks; raises BlockingIOError, or UserError if it refuses."""
+    """Take the file's lock. Returns whether the file system has locks.
+
+    Raises BlockingIOError if another process has it, and UserError if the file system refuses it.
+    """
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        with _optional("flock"):
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return True
+        return False
     except BlockingIOError:
         raise
     except OSError as error:
-        if not refused("flock", error):
-            raise UserError(
-                f"The lock of {path} cannot be taken: {error.strerror}.",
-                "Choose another -o, on a file system whose locks work.",
-            ) from None
-        return False
-    return True
+        raise UserError(
+            f"The lock of {path} cannot be taken: {error.strerror}.",
+            "Choose another -o, on a file system whose locks work.",
+        ) from None
 
 
 def has_locks(folder: Path) -> bool:
@@ -230,55 +182,55 @@ def lock(fd: int, path: Path) -> bool:
     try:
         locked = _flock(fd, path)
     except BlockingIOError:
-        raise Busy(f"Another run is writing {path} now.", "Wait for it, or choose another output with -o.") from None
+        raise UserError(f"Another run is writing {path} now.", ANOTHER) from None
     if not is_the_file(path, os.fstat(fd)):
-        raise Busy(f"{path} was finished or replaced by another run just now.", "Run the command again.")
+        raise UserError(f"{path} was finished or replaced by another run just now.", "Run the command again.")
     return locked
 
 
 @contextmanager
-def alone(path: Path, say: Callable[[str], None], waiting: str, remedy: str = "", wait: bool = True) -> Iterator[None]:
+def alone(path: Path, say: Callable[[str], None], waiting: str, remedy: str = "", wait: bool = True) -> Iterator[bool]:
     """Be the only process that holds the lock file `path`, which is gone at the end; `say` is told why this takes time.
 
-    Raises UserError if it cannot be made or taken; if another process has it and this one shall not wait, with `waiting`.
+    Gives whether the file system has locks. Raises UserError if the file cannot be made or locked; and with the words
+    of `waiting`, if another process has it and this one shall not wait.
     """
-    fd = -1
     try:
-        while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            if os.fstat(fd).st_size:
-                os.close(fd)
-                fd = -1
-                raise _in_the_way(path)
-            try:
-                locked = _flock(fd, path)
-            except BlockingIOError:
-                if not wait:
-                    os.close(fd)
-                    fd = -1
-                    raise UserError(waiting, remedy) from None
-                say(waiting)
-                locked = _flock(fd, path, wait=True)
-            if is_the_file(path, os.fstat(fd)):  # and not one that its last holder has removed
-                break
-            os.close(fd)
-            fd = -1
+        while (held := _lock_file(path, say, waiting, remedy, wait)) is None:
+            pass
+    except OSError as error:
+        remedy = remedy or f"See to {path.parent}, or choose another place."
+        raise UserError(f"The lock {path} cannot be made: {error.strerror}.", remedy) from None
+    fd, locked = held
+    try:
+        yield locked
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _lock_file(
+    path: Path, say: Callable[[str], None], waiting: str, remedy: str, wait: bool
+) -> tuple[int, bool] | None:
+    """Descriptor of the file, and whether it is locked; None if its last holder removed it meanwhile."""
+    with ExitStack() as undo:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        undo.callback(os.close, fd)
+        if os.fstat(fd).st_size:
+            raise UserError(f"{path} is in the way, and not this program's: its locks are empty.", "Move it away.")
+        try:
+            locked = _flock(fd, path)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(waiting, remedy) from None
+            say(waiting)
+            locked = _flock(fd, path, wait=True)
+        if not is_the_file(path, os.fstat(fd)):
+            return None
         if not locked:
             say(without_lock(path))
-        yield
-    except OSError as error:
-        if fd >= 0:
-            raise
-        otherwise = f"See to {path.parent}, or choose another place."
-        raise UserError(f"The lock {path} cannot be made: {error.strerror}.", remedy or otherwise) from None
-    finally:
-        if fd >= 0:
-            path.unlink(missing_ok=True)
-            os.close(fd)
-
-
-def _in_the_way(path: Path) -> UserError:
-    return UserError(f"{path} is in the way, and not this program's: its locks are empty.", "Move it away.")
+        undo.pop_all()
+        return fd, locked
 
 
 def open_existing(path: Path) -> int:
@@ -291,98 +243,87 @@ def open_existing(path: Path) -> int:
         ) from None
 
 
-def create_locked(path: Path) -> tuple[int, bool]:
-    """Create a file that did not exist and lock it; what a killed process left under its name is removed first.
+@contextmanager
+def _held(path: Path) -> Iterator[int]:
+    """Descriptor of an existing file, locked. Raises UserError if another process has it, or it cannot be opened."""
+    fd = open_existing(path)
+    try:
+        lock(fd, path)
+        yield fd
+    finally:
+        os.close(fd)
 
-    Returns its descriptor, and whether the file system has locks. Raises UserError if another process holds it, and for a file that
-    is not this program's.
+
+# --- new files -------------------------------------------------------------------------------------------------------
+
+
+def new_path(path: Path) -> Path:
+    """The name of a file while it is made."""
+    return path.with_name(path.name + NEW)
+
+
+@contextmanager
+def making(path: Path, rename: Callable[[Path, Path], None]) -> Iterator[tuple[int, bool]]:
+    """A new file at `new_path(path)`, which is renamed when the block ends and all of it is on disk.
+
+    Gives its descriptor, and whether it is locked. It stays open, unless the block fails: then it is closed and gone.
+    A file that a killed process left there goes first. Raises UserError if another run makes the file now.
     """
+    new = new_path(path)
     while True:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            break
         except FileExistsError:
-            old = open_existing(path)
-            try:
-                lock(old, path)
-                if os.fstat(old).st_size and not path.name.endswith(NEW):
-                    raise _in_the_way(path)
-                os.unlink(path)
-            finally:
-                os.close(old)
-        else:
-            try:
-                return fd, lock(fd, path)
-            except BaseException:
-                path.unlink(missing_ok=True)
-                os.close(fd)
-                raise
+            with _held(new):
+                os.unlink(new)
+    try:
+        yield fd, lock(fd, new)
+        os.fsync(fd)
+        if not is_the_file(new, os.fstat(fd)):  # where there are no locks
+            raise UserError(f"Another run is writing {new} now.", ANOTHER)
+        rename(new, path)
+        sync_folder(path.parent)
+    except BaseException:
+        if is_the_file(new, os.fstat(fd)):
+            new.unlink(missing_ok=True)
+        os.close(fd)
+        raise
 
 
 @contextmanager
 def written_whole(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     """A file to write that gets its name when all of it is on disk; replace: even if another has it. Raises UserError if that fails."""
-    new = path.with_name(path.name + NEW)
     try:
-        fd, _ = create_locked(new)
-        with os.fdopen(fd, "wb") as file:
-            try:
-                yield file
-                file.flush()
-                os.fsync(fd)
-                if not is_the_file(new, os.fstat(fd)):  # where there are no locks
-                    raise UserError(f"Another run is writing {new} now.", "Wait for it, and run again.")
-                os.replace(new, path) if replace else rename_new(new, path, kept=False)
-            except BaseException:
-                if is_the_file(new, os.fstat(fd)):
-                    new.unlink(missing_ok=True)
-                raise
-        sync_folder(path.parent)
+        rename = os.replace if replace else partial(rename_new, kept=False)
+        with making(path, rename) as (fd, _), os.fdopen(fd, "wb", closefd=False) as file:
+            yield file
+        os.close(fd)
     except OSError as error:
         raise disk_error(error, path, resumable=False) from None
 
 
-def reserve(fd: int, size: int) -> None:
-    """Take the disk space now, so that a full disk shows now; a file system that cannot is left to show it later."""
-    try:
-        if hasattr(os, "posix_fallocate"):  # not on Apple's
-            os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if not refused("fallocate", error):
-            raise
+@contextmanager
+def new_file(output: Path, overwrite: bool) -> Iterator[IO[bytes]]:
+    """A file that gets its name when it is whole and on disk, and that is gone if the block fails; see `check_new`."""
+    check_new(output, overwrite)
+    with written_whole(behind(output), overwrite) as file:
+        yield file
 
 
-def sync_data(fd: int) -> None:
-    """Make durable what was written. Raises OSError if a write was lost."""
-    try:
-        getattr(os, "fdatasync", os.fsync)(fd)  # Apple has the second alone
-    except OSError as error:
-        if not refused("fdatasync", error):
-            raise
-        os.fsync(fd)
+def copy_back(output: Path) -> None:
+    """Make a partial file of a finished one, which stays, for a run to go on with. Raises UserError if that cannot be."""
+    if partial_path(output).exists():
+        discard_partial(output)
+    check_free_space(output, output.stat().st_size)
+    with open(output, "rb") as finished, written_whole(partial_path(output), replace=False) as file:
+        shutil.copyfileobj(finished, file, 1 << 24)
 
 
 def discard_partial(output: Path) -> None:
     """Remove OUT.partial, whatever it holds; raises UserError if a living run writes it."""
-    path = partial_path(output)
-    fd = open_existing(path)
-    try:
-        lock(fd, path)
-        path.unlink()
-    finally:
-        os.close(fd)
-
-
-def sync_folder(path: Path) -> None:
-    """Make names in a folder durable, as far as the file system can."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if not refused("fsync of a folder", error):
-            raise
+    with _held(partial_path(output)):
+        partial_path(output).unlink()
 
 
 def rename_exclusive(source: Path, target: Path) -> None:
@@ -411,17 +352,12 @@ def _rename_over_a_placeholder(source: Path, target: Path) -> None:
 
 def rename_new(source: Path, target: Path, kept: bool = True) -> None:
     """Rename without ever replacing a file that appeared meanwhile, which is a UserError; kept: the source stays then."""
-    ways: dict[str, Callable[[Path, Path], None]] = {"renameat2": rename_exclusive, "link": _link_and_unlink}
+    ways = {"renameat2": rename_exclusive, "link": _link_and_unlink}
     try:
         for call, rename in ways.items():
-            try:
+            with _optional(call):
                 rename(source, target)
                 break
-            except FileExistsError:
-                raise
-            except OSError as error:
-                if not refused(call, error):
-                    raise
         else:
             _rename_over_a_placeholder(source, target)
     except FileExistsError:
@@ -432,16 +368,73 @@ def rename_new(source: Path, target: Path, kept: bool = True) -> None:
     sync_folder(target.parent)
 
 
-def check_new(output: Path, overwrite: bool) -> None:
-    """Raise UserError unless a file can be made there, and one that is there is to be overwritten."""
-    check_destination(output)
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists.", "Choose another -o, or --overwrite it.")
+# --- bytes -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def new_file(output: Path, overwrite: bool) -> Iterator[IO[bytes]]:
-    """A file that gets its name when it is whole and on disk, and that is gone if the block fails; see `check_new`."""
-    check_new(output, overwrite)
-    with written_whole(behind(output), overwrite) as file:
-        yield file
+def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
+    full = {
+        errno.ENOSPC: f"No space is left for {output}",
+        errno.EDQUOT: f"The disk quota is used up for {output}",
+    }  # fmt: skip
+    what = full.get(error.errno or 0, f"{output} cannot be written: {error.strerror}")
+    remedy = "Make room" if error.errno in full else "See to the file system"
+    if resumable:
+        return UserError(
+            f"{what}. Nothing that was computed and committed is lost.",
+            f"{remedy}, then run the same command again to resume.",
+        )
+    return UserError(f"{what}.", f"{remedy} or choose another disk with -o, and run again.")
+
+
+def reserve(fd: int, size: int) -> None:
+    """Take the disk space now, so that a full disk shows now; a file system that cannot is left to show it later."""
+    if hasattr(os, "posix_fallocate"):  # not on Apple's
+        with _optional("fallocate"):
+            os.posix_fallocate(fd, 0, size)
+
+
+def sync_data(fd: int) -> None:
+    """Make durable what was written. Raises OSError if a write was lost."""
+    with _optional("fdatasync"):
+        getattr(os, "fdatasync", os.fsync)(fd)  # Apple has the second alone
+        return
+    os.fsync(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Make names in a folder durable, as far as the file system can."""
+    with _optional("fsync of a folder"):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def checksum(fd: int, itself: int, complete: int) -> str:
+    """SHA-256, in hex, of the SHA-256 of every 16 MiB of a file whose /run/checksum and /run/complete, at those offsets, count
+    as zeros: they are written last. Everything else counts: embeddings, names, columns, attributes, the report.
+    """
+
+    def of_block(start: int) -> bytes:
+        view, filled = memoryview(bytearray(CHECKSUM_BLOCK)), 0
+        while count := os.preadv(fd, [view[filled:]], start + filled):
+            filled += count
+        for offset, size in ((itself, CHECKSUM_BYTES), (complete, 1)):
+            first, last = max(offset - start, 0), min(offset + size - start, filled)
+            if first < last:
+                view[first:last] = bytes(last - first)
+        return hashlib.sha256(view[:filled]).digest()
+
+    pool = ThreadPoolExecutor(4)  # hashing lets go of Python
+    try:
+        starts = range(0, os.fstat(fd).st_size, CHECKSUM_BLOCK)
+        return hashlib.sha256(b"".join(pool.map(of_block, starts))).hexdigest()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,6 +1,7 @@
 """Rows with their labels as a data frame of pandas or polars, or as AnnData (extra `frames`), in float32.
 
-labels: a list or array of n values for each column; values: [n, D]. Labels with a `position` are of rows of residues.
+labels: a list or array of n values for each column; values: float [n, D]. Labels with a `position` are of rows of residues.
+All raise UserError if the package is not installed.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ Labels = dict[str, Any]
 
 
 def to_pandas(labels: Labels, values: NDArray[Any]) -> "pandas.DataFrame":
+    """Labels of n rows and values, float [n, D]: name (and position) are the index, dimensions the columns "0", "1" ..."""
     needs("pandas", "frames", "to_pandas")
     import pandas as pd
 
@@ -29,6 +31,7 @@ def to_pandas(labels: Labels, values: NDArray[Any]) -> "pandas.DataFrame":
 
 
 def to_polars(labels: Labels, values: NDArray[Any]) -> "polars.DataFrame":
+    """Labels of n rows, and a column `embedding` of the values, float [n, D]."""
     needs("polars", "frames", "to_polars")
     import polars as pl
 
@@ -37,6 +40,7 @@ def to_polars(labels: Labels, values: NDArray[Any]) -> "polars.DataFrame":
 
 
 def to_anndata(labels: Labels, values: NDArray[Any], made_by: dict[str, str]) -> "anndata.AnnData":
+    """Labels of n rows as obs, and the values, float [n, D], as X."""
     needs("anndata", "frames", "to_anndata")
     import anndata as ad
     import pandas as pd
@@ -46,10 +50,3 @@ def to_anndata(labels: Labels, values: NDArray[Any], made_by: dict[str, str]) ->
     obs.index.name = None
     var = pd.DataFrame(index=[str(i) for i in range(values.shape[1])])
     return ad.AnnData(np.array(values, np.float32), obs, var, uns=made_by)
-
-
-def positions(names: list[str], offsets: NDArray[np.int64]) -> Labels:
-    """Name and position, from 1, of every row of residues; offsets: int64 [N + 1]."""
-    sizes = np.diff(offsets)
-    position = np.arange(1, offsets[-1] + 1) - np.repeat(offsets[:-1], sizes)
-    return {"name": np.repeat(np.array(names, object), sizes), "position": position}

@@ -1,10 +1,11 @@
 """Everything that the file will ever hold, written by HDF5 before the first forward; embeddings have their place and no value."""
 
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import Any
@@ -15,19 +16,15 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import stopping
 from virnucpro_cli.alphabet import TOKENS
-from virnucpro_cli.kinds import by_residue, pooled
-from virnucpro_cli.store.schema import (
-    CHECKSUM_BYTES,
-    ENVIRONMENT_BYTES,
-    FLAG_NAMES,
-    LAYOUT_BYTES,
-    REASONS,
-    REPORT_BYTES,
-    SCHEMA,
-    STATUS_NAMES,
-    blocks,
-)
-from virnucpro_cli.store.sink import Sink
+from virnucpro_cli.kinds import pooled
+from virnucpro_cli.store import schema
+from virnucpro_cli.store.disk import pwrite_all
+
+RUN = {
+    "report": f"S{schema.REPORT_BYTES}", "environments": f"S{schema.ENVIRONMENT_BYTES}",
+    "checksum": f"S{schema.CHECKSUM_BYTES}", "layout": f"S{schema.LAYOUT_BYTES}", "sums": "<u8", "complete": "|u1",
+}  # fmt: skip
+"""Datasets of /run with their types: they say how far the file is, and vouch for it."""
 
 
 @dataclass(frozen=True)
@@ -99,27 +96,27 @@ class Layout:
         """Name -> shape and type of every dataset that has its place now and its values later: embeddings, scores, groups' rows."""
         n = len(self.lengths)
         residues = int(self.residue_offsets[-1]) if self.residue_offsets is not None else 0
-        rows = {kind: residues if kind == "residue" else n for kind in self.kinds}
-        found: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+        rows = {kind: residues if kind == "residue" else n for kind in self.kinds} | self.extra.rows
+        filled: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
             f"{name}/{layer}": ((count, self.hidden), self.store_dtype)
-            for name, count in (rows | self.extra.rows).items()
+            for name, count in rows.items()
             for layer in self.layers
         }
-        for name in self.unmasked:
-            logits = by_residue("unmasked", name)
-            shape, dtype = ((residues, len(TOKENS)), self.store_dtype) if logits else ((n,), np.dtype(np.float32))
-            found[f"unmasked/{name}"] = (shape, dtype)
-        return found | {name: ((count,), self.store_dtype) for name, count in self.extra.values.items()}
+        filled |= {f"unmasked/{name}": ((n,), np.dtype(np.float32)) for name in self.unmasked}
+        if "logits" in self.unmasked:
+            filled["unmasked/logits"] = ((residues, len(TOKENS)), self.store_dtype)
+        return filled | {name: ((count,), self.store_dtype) for name, count in self.extra.values.items()}
 
     @property
     def columns(self) -> "dict[str, NDArray[Any] | Names]":
-        """Name -> values of every dataset that is final, or has a first value, from the start."""
-        own = {name: getattr(self, name) for name in ("lengths", "replaced", "flags", "status", "reason")}
-        own["computed_by"] = np.zeros(len(self.lengths), np.uint8) if self.computed_by is None else self.computed_by
-        own |= {"records": self.records} if self.records is not None else {}
-        own |= {"residue/offsets": self.residue_offsets} if self.residue_offsets is not None else {}
-        ids = Names(len(self.lengths), self.names, self.name_bytes)
-        return {"sequence_ids": ids, **own, **self.extra.columns, **self.extra.tables}
+        """Name -> values of every dataset that is final, or has a first value, from the start: [N] of each kind of record."""
+        n = len(self.lengths)
+        columns: dict[str, Any] = {"sequence_ids": Names(n, self.names, self.name_bytes)}
+        columns |= {name: getattr(self, name) for name in ("lengths", "replaced", "flags", "status", "reason")}
+        columns["computed_by"] = np.zeros(n, np.uint8) if self.computed_by is None else self.computed_by
+        columns |= {"records": self.records, "residue/offsets": self.residue_offsets}
+        columns |= self.extra.columns | self.extra.tables
+        return {name: values for name, values in columns.items() if values is not None}
 
     @property
     def changing(self) -> set[str]:
@@ -133,22 +130,136 @@ class Layout:
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.filled.values())
 
     @property
-    def scores(self) -> list[str]:
-        return [name for name in self.unmasked if not by_residue("unmasked", name)]
-
-    @property
     def file_bytes(self) -> int:
         """What the whole file takes at most: embeddings, names with their heap entries, small columns, HDF5's own."""
         columns = sum(56 * c.count + c.bytes if isinstance(c, Names) else c.nbytes for c in self.columns.values())
         columns += 8 * len(self.lengths)  # /run/sums
-        return self.data_bytes + columns + REPORT_BYTES + ENVIRONMENT_BYTES + (1 << 17)
+        return self.data_bytes + columns + schema.REPORT_BYTES + schema.ENVIRONMENT_BYTES + (1 << 17)
 
 
-RUN = ("report", "environments", "checksum", "layout", "sums", "complete")
-"""Datasets of /run, which say how far the file is, and vouch for it."""
+def of_this_command() -> dict[str, Any]:
+    """Attributes of a new file that say when it is made, and by which command."""
+    return {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "argv": json.dumps(sys.argv)}
 
 
-def _create_contiguous(file: Any, path: str, shape: tuple[int, ...], dtype: Any) -> None:
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class Sink(io.RawIOBase):
+    """An open file as HDF5 writes it through Python. HDF5 crashes when a write fails, and may close a file late.
+
+    So no write fails here: an error, or a signal, is kept in `error`, and writes that follow it go to memory, as do those
+    after `end`. `each` raises it soon. The file is never made smaller, so that room once reserved stays reserved; `size` is
+    its size.
+    """
+
+    def __init__(self, fd: int):
+        self._fd = fd
+        self._at = self.size = 0
+        self._after: list[tuple[int, bytes]] = []
+        self._ended = False
+        self.error: BaseException | None = None
+        self.file: Any = None  # the h5py.File, for who needs both
+
+    def each(self, blocks: Iterable[Any]) -> Iterator[Any]:
+        """The blocks, as long as all that came of earlier ones is written."""
+        for block in blocks:
+            yield block
+            if self.error is not None:
+                raise self.error
+
+    def end(self) -> None:
+        """HDF5 is done, or should be: the descriptor may be another file's from now on. Raises the error of a write that failed."""
+        self._ended = True
+        self._after.clear()
+        if self.error is not None:
+            raise self.error
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
+        return self._at
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if self.error is None and not self._ended:
+            try:
+                pwrite_all(self._fd, view, self._at)
+            except BaseException as error:
+                self.error = error
+        if self.error is not None and not self._ended:
+            self._after.append((self._at, bytes(view)))
+        self._at += view.nbytes
+        self.size = max(self.size, self._at)
+        return view.nbytes
+
+    def readinto(self, into: Any) -> int:
+        """Bytes of the file with zeros behind its end, and over them those that could not be written."""
+        there = b"" if self._ended else os.pread(self._fd, len(into), self._at)
+        data = bytearray(there.ljust(len(into), b"\0"))
+        for offset, written in self._after:
+            first, last = max(offset, self._at), min(offset + len(written), self._at + len(into))
+            if first < last:
+                data[first - self._at : last - self._at] = written[first - offset : last - offset]
+        into[:] = data
+        self._at += len(into)
+        return len(into)
+
+    def truncate(self, size: int | None = None) -> int:
+        self.size = self._at if size is None else size
+        return self.size
+
+
+def lay_out(fd: int, layout: Layout) -> None:
+    """Write everything but embeddings, and make the file exactly as long as HDF5 says. Raises OSError."""
+    sink = Sink(fd)
+    try:
+        with stopping.held(), h5py.File(sink, "w") as file:
+            _write_layout(sink, file, layout)
+    finally:
+        sink.end()
+    os.ftruncate(fd, sink.size)
+
+
+def _write_layout(sink: Sink, file: h5py.File, layout: Layout) -> None:
+    extra = layout.extra
+    file.attrs.update(layout.attributes | extra.attributes)
+    file.attrs["columns"] = json.dumps(list(extra.columns))
+    file.attrs["tables"] = json.dumps(list(extra.tables))
+    file.attrs["schema"] = schema.SCHEMA
+    file.attrs["status_names"] = json.dumps(dict(enumerate(schema.STATUS_NAMES)))
+    file.attrs["flag_names"] = json.dumps(schema.FLAG_NAMES)
+    file.attrs["reason_names"] = json.dumps(dict(enumerate(schema.REASONS)))
+    for name, values in sink.each(layout.columns.items()):
+        if isinstance(values, Names):
+            _write_names(file, name, values, sink)
+        else:
+            _create_contiguous(file, name, values.shape, values.dtype)
+            file[name][...] = values
+    for name, (shape, dtype) in layout.filled.items():
+        _create_contiguous(file, name, shape, dtype)
+    if kinds := pooled(layout.kinds):
+        file["embeddings"] = file[kinds[0]][str(layout.layers[-1])]
+    for name, word in RUN.items():
+        _create_contiguous(file, f"run/{name}", (len(layout.lengths),) if name == "sums" else (), word)
+    first = {
+        "report": b"{}",
+        "environments": layout.environment.encode() + b"\n",
+        "checksum": b"",
+        "layout": b"",
+        "complete": 0,
+    }
+    for name, value in first.items():
+        file[f"run/{name}"][()] = value
+
+
+def _write_names(file: h5py.File, name: str, names: Names, sink: Sink) -> None:
+    dataset = file.create_dataset(name, (names.count,), h5py.string_dtype("utf-8"))
+    for rows in sink.each(schema.blocks(names.count)):
+        stopping.check()
+        dataset[rows] = names.of(rows.start, rows.stop)
+
+
+def _create_contiguous(file: h5py.File, path: str, shape: tuple[int, ...], dtype: Any) -> None:
     """A dataset whose bytes have their place in the file from the start, and are not touched by HDF5."""
     folder, _, name = path.rpartition("/")
     group = file.require_group(folder) if folder else file
@@ -158,58 +269,3 @@ def _create_contiguous(file: Any, path: str, shape: tuple[int, ...], dtype: Any)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
     h5py.h5d.create(group.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, creation)
-
-
-def of_this_command() -> dict[str, Any]:
-    """Attributes of a new file that say when it is made, and by which command."""
-    return {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "argv": json.dumps(sys.argv)}
-
-
-def lay_out(fd: int, layout: Layout) -> None:
-    """Write everything but embeddings, and make the file exactly as long as HDF5 says. Raises OSError."""
-    sink = Sink(fd)
-    try:
-        with stopping.held():
-            _write_layout(sink, layout)
-    finally:
-        sink.end()
-    os.ftruncate(fd, sink.size)
-
-
-def _write_names(file: Any, name: str, names: Names, sink: Sink) -> None:
-    dataset = file.create_dataset(name, (names.count,), h5py.string_dtype("utf-8"))
-    for rows in sink.each(blocks(names.count)):
-        stopping.check()
-        dataset[rows] = names.of(rows.start, rows.stop)
-
-
-def _write_layout(sink: Sink, layout: Layout) -> None:
-    with h5py.File(sink, "w") as file:
-        for key, value in (layout.attributes | layout.extra.attributes).items():
-            file.attrs[key] = value
-        file.attrs["columns"] = json.dumps(list(layout.extra.columns))
-        file.attrs["tables"] = json.dumps(list(layout.extra.tables))
-        file.attrs["schema"] = SCHEMA
-        file.attrs["status_names"] = json.dumps(dict(enumerate(STATUS_NAMES)))
-        file.attrs["flag_names"] = json.dumps(FLAG_NAMES)
-        file.attrs["reason_names"] = json.dumps(dict(enumerate(REASONS)))
-        for name, values in sink.each(layout.columns.items()):
-            if isinstance(values, Names):
-                _write_names(file, name, values, sink)
-            else:
-                _create_contiguous(file, name, values.shape, values.dtype)
-                file[name][...] = values
-        for name, (shape, dtype) in layout.filled.items():
-            _create_contiguous(file, name, shape, dtype)
-        if kinds := pooled(layout.kinds):
-            file["embeddings"] = file[kinds[0]][str(layout.layers[-1])]
-        texts = {"report": b"{}", "environments": layout.environment.encode() + b"\n", "checksum": b"", "layout": b""}
-        sizes = {
-            "report": REPORT_BYTES, "environments": ENVIRONMENT_BYTES, "checksum": CHECKSUM_BYTES, "layout": LAYOUT_BYTES,
-        }  # fmt: skip
-        for name, text in texts.items():
-            _create_contiguous(file, f"run/{name}", (), f"S{sizes[name]}")
-            file[f"run/{name}"][()] = text
-        _create_contiguous(file, "run/sums", (len(layout.lengths),), np.uint64)
-        _create_contiguous(file, "run/complete", (), np.uint8)
-        file["run/complete"][()] = 0

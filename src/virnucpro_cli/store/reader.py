@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from functools import cached_property, partial
+import re
+import signal
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,70 +14,60 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import Missing, UserError, counted
+from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError, counted
 from virnucpro_cli.kinds import KINDS, POOLED
-from virnucpro_cli.store import frames
-from virnucpro_cli.store.checked import (
-    HEAP_ENTRY,
-    Dataset,
-    attributes_of,
-    columns_of,
-    damage_named,
-    damaged,
-    datasets_of,
-    named_layers,
-    opened_hdf5,
-    reading,
-    settings_of,
-)
-from virnucpro_cli.store.disk import checksum, partial_path
-from virnucpro_cli.store.names import NameIndex, accession
-from virnucpro_cli.store.parts import ContactMaps, Groups
-from virnucpro_cli.store.schema import (
-    DONE,
-    NAME_BLOCK,
-    PENDING,
-    STATUS_NAMES,
-    blocks,
-    chunks,
-    unfit,
-    whole_lines,
-)
+from virnucpro_cli.store import checked, disk
+from virnucpro_cli.store.checked import Dataset, columns_of, damage_named, damaged, datasets_of, opened_hdf5, reading
+from virnucpro_cli.store.schema import DONE, NAME_BLOCK, PENDING, STATUS_NAMES, blocks, chunks, unfit, whole_lines
 
 if TYPE_CHECKING:
     import anndata
     import pandas
     import polars
 
-    from virnucpro_cli.store.tensors import Found, Rows
-STRETCH_BYTES = 1 << 26
+    from virnucpro_cli.store.parts import ContactMaps, Groups
+    from virnucpro_cli.store.tensors import Rows
+
+CHUNK_BYTES = 1 << 26
 MOST_NAMED = 10
 """Names and rows that a message lists, at most."""
+OPENING_SECONDS, OPENING_RATE = 30, 10_000_000
+"""Seconds that opening a file may take, and bytes of it for which there is a second more."""
+CRASHES: tuple[int, ...] = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
+LOST = {int(signal.SIGALRM): "does not come back", **dict.fromkeys(CRASHES, "crashes")}
+NOT_JSON = (ValueError, RecursionError)
+
+
+def accession(name: str) -> str:
+    """`Q87479` of `tr|Q87479|Q87479_SIV`, a name as UniProt has them; of another name itself."""
+    match = re.match(r"(?:sp|tr)\|([^|]+)\|", name)
+    return match[1] if match else name
 
 
 class EmbeddingFile:
     """An embeddings file opened for reading. Rows are in FASTA order; a record's number is its identity.
 
-    `file[3]`, `file[10:20]`, `file["P12345"]` give rows of the default embedding (the `/embeddings` link). Opening holds every dataset
-    and attribute against the schema. Raises UserError for what is no such file, or is damaged.
+    `file[3]`, `file[10:20]`, `file["P12345"]` give rows of the default embedding (the `/embeddings` link). Opening holds
+    every dataset and attribute against the schema. Raises UserError for what is no such file, or is damaged.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path).absolute()
         _check_there(self.path, path)
+        self._index: dict[Callable[[str], str], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._file = opened_hdf5(self.path)
         try:
-            self.attributes, self._parsed = attributes_of(self._file, self.path)
+            self.attributes, self._parsed = checked.attributes_of(self._file, self.path)
             self._data = datasets_of(self._file, self.path)
             columns = columns_of(self.path, self._data, self._parsed)
-            self.lengths: NDArray[np.int32] = columns["lengths"]
-            self.status: NDArray[np.uint8] = columns["status"]
-            self.flags: NDArray[np.uint16] = columns["flags"]
-            self.reason: NDArray[np.uint8] = columns["reason"]
-            self.replaced: NDArray[np.int32] = columns["replaced"]
         except BaseException:
             self.close()
             raise
+        self.lengths: NDArray[np.int32] = columns["lengths"]
+        self.status: NDArray[np.uint8] = columns["status"]
+        self.flags: NDArray[np.uint16] = columns["flags"]
+        self.reason: NDArray[np.uint8] = columns["reason"]
+        self.replaced: NDArray[np.int32] = columns["replaced"]
 
     def at(self, name: str) -> Dataset:
         """The dataset of that name in the file. Raises UserError if there is none."""
@@ -85,8 +77,8 @@ class EmbeddingFile:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The fingerprint: what the values depend on. Raises UserError if the file lacks anything that it promises."""
-        settings = settings_of(self.path, self.attributes, self._parsed, self._data)
+        """The fingerprint: everything that the values depend on. Raises UserError if the file lacks anything that it promises."""
+        settings = checked.settings_of(self.path, self.attributes, self._parsed, self._data)
         if not self.environments:
             raise damaged(self.path, "run/environments is empty")
         return settings
@@ -98,8 +90,8 @@ class EmbeddingFile:
         return inputs
 
     def __repr__(self) -> str:
-        state = "" if self.complete else ", not complete"
-        return f"<EmbeddingFile {str(self.path)!r}: {counted(len(self), 'protein')}, {self.default or 'residues alone'}{state}>"
+        proteins, state = counted(len(self), "protein"), "" if self.complete else ", not complete"
+        return f"<EmbeddingFile {str(self.path)!r}: {proteins}, {self.default or 'residues alone'}{state}>"
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a record of that name, or of that accession."""
@@ -122,6 +114,8 @@ class EmbeddingFile:
         """Close the file; memory maps that `array` gave stay good."""
         self._file.close()
 
+    # --- the run ---
+
     @property
     def complete(self) -> bool:
         """Whether the run ended: no record is pending."""
@@ -130,28 +124,28 @@ class EmbeddingFile:
     @property
     def report(self) -> dict[str, Any]:
         """Numbers of the run, as the command's --report has them."""
-        with damage_named(self.path, (ValueError, RecursionError)):
-            found: dict[str, Any] = json.loads(self.at("run/report")[()])
-        return found
+        with damage_named(self.path, NOT_JSON):
+            report: dict[str, Any] = json.loads(self.at("run/report")[()])
+        return report
 
     @property
     def records(self) -> NDArray[np.int64] | None:
-        """Number of each row's record in the input, of a shard; None of another file, where that is the row's own."""
+        """Number of each row's record in the input, of a shard: int64 [N]; None of another file, where that is the row's."""
         return self.at("records")[:] if "records" in self._data else None
 
     @property
     def computed_by(self) -> NDArray[np.uint8]:
-        """Number in `environments` of what computed each record; it counts where a row is done."""
+        """Number in `environments` of the one that computed each record: uint8 [N]. It counts where a row is done."""
         return self.at("computed_by")[:]
 
     @property
     def environments(self) -> list[dict[str, Any]]:
         """Device, attention backend and versions of the runs that filled this file: one, unless it was resumed elsewhere."""
-        with damage_named(self.path, (ValueError, RecursionError)):
-            found = [json.loads(line) for line in whole_lines(self.at("run/environments")[()])]
-        if (place := unfit(found, [dict])) is not None:
+        with damage_named(self.path, NOT_JSON):
+            environments = [json.loads(line) for line in whole_lines(self.at("run/environments")[()])]
+        if (place := unfit(environments, [dict])) is not None:
             raise damaged(self.path, f"run/environments is not as it was written, in line {place}")
-        return found
+        return environments
 
     @property
     def checksum_of_the_run(self) -> str:
@@ -168,7 +162,7 @@ class EmbeddingFile:
         """The checksum of the file as it is now."""
         offsets = [self._data[f"run/{name}"].id.get_offset() for name in ("checksum", "complete")]
         with reading(self.path):
-            return checksum(self._file.id.get_vfd_handle(), *offsets)
+            return disk.checksum(self._file.id.get_vfd_handle(), *offsets)
 
     @property
     def identity(self) -> str:
@@ -179,6 +173,8 @@ class EmbeddingFile:
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (str(self.path), self.identity)
 
+    # --- names ---
+
     def texts(self, name: str, start: int, stop: int) -> list[str]:
         """A range of a dataset of text. Together they are no longer than the file, whatever their entries say."""
         data = self.at(name)
@@ -186,60 +182,78 @@ class EmbeddingFile:
         if start >= stop:
             return []
         with reading(self.path):
-            fd = self._file.id.get_vfd_handle()
-            entries = os.pread(fd, HEAP_ENTRY * (stop - start), data.id.get_offset() + HEAP_ENTRY * start)
+            fd, size = self._file.id.get_vfd_handle(), checked.HEAP_ENTRY
+            entries = os.pread(fd, size * (stop - start), data.id.get_offset() + size * start)
             if np.frombuffer(entries, "<u4")[::4].sum(dtype=np.int64) > os.fstat(fd).st_size:
                 raise damaged(self.path, f"{name} has longer texts than the file")
-            found: list[str] = data.asstr()[start:stop].tolist()
-        return found
+            texts: list[str] = data.asstr()[start:stop].tolist()
+        return texts
 
     def names_of(self, start: int, stop: int) -> list[str]:
         """The names of a range of records, read from the file."""
         return self.texts("sequence_ids", start, stop)
 
     def names_at(self, rows: NDArray[np.int64]) -> list[str]:
-        """The names of some records, in that order; the file's names are read in blocks, not held."""
-        found: dict[int, str] = {}
+        """The names of records (int64 [n]), in that order; the file's names are read in blocks, not held."""
+        names: dict[int, str] = {}
         block_of = rows // NAME_BLOCK
         for block in np.unique(block_of).tolist():
-            wanted = np.unique(rows[block_of == block])
-            names = self.names_of(int(wanted[0]), int(wanted[-1]) + 1)
-            found |= {row: names[row - int(wanted[0])] for row in wanted.tolist()}
-        return [found[row] for row in rows.tolist()]
+            wanted = np.unique(rows[block_of == block]).tolist()
+            read = self.names_of(wanted[0], wanted[-1] + 1)
+            names |= {row: read[row - wanted[0]] for row in wanted}
+        return [names[row] for row in rows.tolist()]
 
     @cached_property
-    def _by_name(self) -> NameIndex:
-        return NameIndex(len(self), self.names_of, self.names_at)
-
-    @cached_property
-    def _by_accession(self) -> NameIndex:
-        return NameIndex(len(self), self.names_of, self.names_at, accession)
+    def names(self) -> list[str]:
+        """Names of all records in order, read on first use and held."""
+        return self.names_of(0, len(self))
 
     def find(self, name: str) -> list[int]:
         """Every record of that name, else of that accession, in order; empty if there is none. Holds 16 bytes a record.
 
         Raises UserError for an accession in several names.
         """
-        if rows := self._by_name(name):
+        if rows := self._by_hash(name, str):
             return rows
-        rows = self._by_accession(name)
+        rows = self._by_hash(name, accession)
         names = list(dict.fromkeys(self.names_at(np.array(rows[:MOST_NAMED], np.int64))))
         if len(names) > 1:
-            raise UserError(
-                f"{name} is the accession of several names in {self.path}: {', '.join(names)}.", "Give the whole name."
-            )
+            several = f"{name} is the accession of several names in {self.path}: {', '.join(names)}."
+            raise UserError(several, "Give the whole name.")
         return rows
+
+    def _by_hash(self, wanted: str, key: Callable[[str], str]) -> list[int]:
+        """Records, in order, of whose names `key` makes the text that is wanted."""
+        if key not in self._index:
+            hashes = np.empty(len(self), np.int64)
+            for rows in blocks(len(self)):
+                hashes[rows] = [hash(key(name)) for name in self.names_of(rows.start, rows.stop)]
+            order = np.argsort(hashes, kind="stable")
+            self._index[key] = hashes[order], order
+        hashes, order = self._index[key]
+        first, last = np.searchsorted(hashes, hash(wanted)), np.searchsorted(hashes, hash(wanted), "right")
+        likely = order[first:last]
+        return [row for row, name in zip(likely.tolist(), self.names_at(likely), strict=True) if key(name) == wanted]
 
     def rows(self, name: str) -> list[int]:
         """Records of a name, see `find`. Raises UserError, which is a KeyError too, if there is none."""
-        if not (found := self.find(name)):
+        if not (rows := self.find(name)):
             raise Missing(f"{self.path} has no record {name!r}.", "Its names are in file.names.")
-        return found
+        return rows
 
-    @cached_property
-    def names(self) -> list[str]:
-        """Names of all records in order, read on first use and held."""
-        return self.names_of(0, len(self))
+    def _row(self, key: int | str | np.integer[Any]) -> int:
+        if not isinstance(key, str):
+            return range(len(self))[int(key)]
+        rows = self.rows(key)
+        if len(rows) > 1:
+            some = f"{', '.join(map(str, rows[:MOST_NAMED]))}{' ...' if len(rows) > MOST_NAMED else ''}"
+            raise Missing(
+                f"{len(rows):,} records of {self.path} are named {key!r}: {some}.",
+                f"Choose by number; file.rows({key!r}) gives all of them.",
+            )
+        return rows[0]
+
+    # --- datasets ---
 
     @property
     def layers(self) -> list[int]:
@@ -251,49 +265,56 @@ class EmbeddingFile:
 
         Raises UserError for a negative one if the file does not tell the depth of its model.
         """
-        if number is None or number in self.layers:
-            return self.layers[-1] if number is None else number
-        if number >= 0:
+        if number is None:
+            return self.layers[-1]
+        if number in self.layers or number >= 0:
             return number
-        depth = self._depth
-        if depth is None:
+        asked = self._parsed.get("config", {}).get("layers")
+        if "model_layers" in self.attributes:
+            depth = int(self.attributes["model_layers"])
+        elif isinstance(asked, list) and -1 in asked:
+            depth = self.layers[-1]
+        else:
             raise Missing(
                 f"{self.path} does not say how many layers its model has.",
                 f"It has layers {', '.join(map(str, self.layers))}.",
             )
         return depth + 1 + number
 
-    @property
-    def _depth(self) -> int | None:
-        """The number of the model's last layer; None if neither an attribute nor the run's --layers tells it."""
-        asked = self._parsed.get("config", {}).get("layers")
-        last = self.layers[-1] if isinstance(asked, list) and -1 in asked else None
-        return int(self.attributes["model_layers"]) if "model_layers" in self.attributes else last
-
     @cached_property
     def default(self) -> str | None:
-        """What `/embeddings` is, such as mean/33; None if it is absent or nothing of the run's."""
-        there = self._data.get("embeddings")
+        """The dataset that `/embeddings` is, such as mean/33; None if it is absent or nothing of the run's."""
+        default = self._data.get("embeddings")
         names = [f"{kind}/{layer}" for kind in POOLED for layer in self.layers]
-        return next((name for name in names if there is not None and self._data.get(name) == there), None)
+        return next((name for name in names if default is not None and self._data.get(name) == default), None)
 
     @property
     def residue_offsets(self) -> NDArray[np.int64]:
-        """int64 [N + 1]; needs `--pool residue` or `--emit logits`."""
+        """int64 [N + 1]; needs `--pool residue` or `--emit logits`. Raises UserError if the file has none."""
         if "residue/offsets" not in self._data:
-            raise Missing(
-                f"{self.path} holds no rows of residues.", "It was made without --pool residue and --emit logits."
-            )
+            made = "It was made without --pool residue and --emit logits."
+            raise Missing(f"{self.path} holds no rows of residues.", made)
         return self.at("residue/offsets")[:]
 
     @property
-    def groups(self) -> Groups | None:
+    def groups(self) -> "Groups | None":
         """Rows of groups, see `Groups`; None for a file made without one of the --group options."""
+        from virnucpro_cli.store.parts import Groups
+
         return Groups(self.at, self.texts, self.layer) if "groups/of" in self._data else None
+
+    @cached_property
+    def contact_maps(self) -> "ContactMaps | None":
+        """All contact maps with their columns; None for a file made without `--emit contacts`."""
+        from virnucpro_cli.store.parts import ContactMaps
+
+        return ContactMaps(self.at) if "contacts/values" in self._data else None
 
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
-        """Columns that not every file has, by name: genes/contig, genes/begin, genes/end, genes/strand, groups/of."""
+        """Columns [N] that not every file has, by name: genes/contig, genes/begin, genes/end, genes/strand (integers),
+        groups/of (int64).
+        """
         return {name: self.at(name)[:] for name in self._parsed.get("columns", [])}
 
     @property
@@ -301,21 +322,18 @@ class EmbeddingFile:
         """Datasets of other things than records, by name: contigs/ids, contigs/lengths, groups/ids, groups/members."""
         return {name: self.at(name) for name in self._parsed.get("tables", [])}
 
-    def what(self, kind: str | None = None, layer: int | None = None) -> tuple[str, int]:
+    def kind_and_layer(self, kind: str | None = None, layer: int | None = None) -> tuple[str, int]:
         """Kind and layer of a dataset: by default those of /embeddings. Raises UserError if the file has no such dataset."""
         if kind is None:
             if self.default is None:
-                raise Missing(
-                    f"{self.path} holds rows of residues alone.", "Use residues(row), or to_torch('residue')."
-                )
+                remedy = "Use residues(row), or to_torch('residue')."
+                raise Missing(f"{self.path} holds rows of residues alone.", remedy)
             kind = self.default.partition("/")[0]
         number = self.layer(layer)
         if f"{kind}/{number}" not in self._data:
-            there = named_layers(self._data)
-            have = [f"{each} ({', '.join(map(str, there[each]))})" for each in KINDS if each in there]
-            raise Missing(
-                f"{self.path} has no {kind} of layer {number}.", f"It has these kinds and layers: {', '.join(have)}."
-            )
+            there = {each: [str(n) for n in self.layers if f"{each}/{n}" in self._data] for each in KINDS}
+            have = ", ".join(f"{each} ({', '.join(numbers)})" for each, numbers in there.items() if numbers)
+            raise Missing(f"{self.path} has no {kind} of layer {number}.", f"It has these kinds and layers: {have}.")
         return kind, number
 
     def dataset(self, kind: str | None = None, layer: int | str | None = None) -> h5py.Dataset:
@@ -327,74 +345,85 @@ class EmbeddingFile:
             return self.at(f"{kind}/{layer}")
         if kind is None and layer is None and "embeddings" in self._data:
             return self.at("embeddings")
-        return self.at("{}/{}".format(*self.what(kind, layer)))
+        return self.at("{}/{}".format(*self.kind_and_layer(kind, layer)))
 
     def array(self, kind: str | None = None, layer: int | None = None) -> NDArray[Any]:
-        """A dataset (see `dataset`) as a read-only memory map: [N, D], or [sum L, D] of residues. Nothing is copied, and it
-        stays good when the file is closed, or another takes its name.
+        """A dataset (see `dataset`) as a read-only memory map, float16 or float32: [N, D], or [sum L, D] of residues.
+
+        Nothing is copied, and it stays good when the file is closed, or another takes its name. Raises UserError if there
+        is no such dataset, or the file was cut since.
         """
         data = self.dataset(kind, layer)
         offset = data.id.get_offset()
         if offset is None:  # it is empty
             return data[:]
         with (
-            damage_named(self.path, (OSError, ValueError)),  # the file was cut since
-            os.fdopen(os.dup(self._file.id.get_vfd_handle()), "rb") as opened,
+            damage_named(self.path, (OSError, ValueError)),
+            os.fdopen(os.dup(self._file.id.get_vfd_handle()), "rb") as file,
         ):
-            return np.memmap(opened, data.dtype, "r", offset, data.shape)
+            return np.memmap(file, data.dtype, "r", offset, data.shape)
 
     def to_torch(self, kind: str | None = None, layer: int | None = None) -> "Rows":
-        """A `torch.utils.data.Dataset` of (row, record number) of each record that is done: skipped ones, whose rows are NaN, are
-        left out. A worker opens the file again, and refuses another that has its name by then.
+        """A `torch.utils.data.Dataset` of (row, record number) of each record that is done; skipped ones are left out.
+
+        A row is [D], or [L, D] of residues, in the dtype of the file. A worker opens the file again, and refuses another
+        that has its name by then. Raises UserError if there is no such dataset.
         """
         from virnucpro_cli.store.tensors import Rows
 
-        what = self.what("residue" if kind is None and self.default is None else kind, layer)
-        again = partial(_rows_again, str(self.path), self.identity, *what)
-        return Rows(np.flatnonzero(self.status == DONE), _rows_of(self, *what), again)
+        kind, layer = self.kind_and_layer("residue" if kind is None and self.default is None else kind, layer)
+        offsets = self.residue_offsets if kind == "residue" else None
+        again = _to_torch, (str(self.path), self.identity, kind, layer)
+        return Rows(np.flatnonzero(self.status == DONE), self.array(kind, layer), offsets, again)
 
     def to_pandas(self, kind: str | None = None, layer: int | None = None) -> "pandas.DataFrame":
         """A data frame in float32: name (the index, not made unique), length, status, and a column for each dimension, "0", "1" ...
 
-        For residues the index is (name, position), from 1, and there are no other columns than dimensions. Needs the extra frames.
+        For residues the index is (name, position), from 1, and there are no other columns than dimensions. Needs the extra
+        frames.
         """
+        from virnucpro_cli.store import frames
+
         return frames.to_pandas(*self._labelled(kind, layer))
 
     def to_polars(self, kind: str | None = None, layer: int | None = None) -> "polars.DataFrame":
         """A data frame: name, length, status, embedding (an array of D); for residues name, position, embedding."""
+        from virnucpro_cli.store import frames
+
         return frames.to_polars(*self._labelled(kind, layer))
 
     def to_anndata(self, kind: str | None = None, layer: int | None = None) -> "anndata.AnnData":
         """X float32 [N, D]; obs has name, length and status, and its index the names made unique; uns says what made it."""
+        from virnucpro_cli.store import frames
+
         labels, values = self._labelled(kind, layer)
         if "position" in labels:
             raise UserError("An AnnData has a row for each protein, not for each residue.", "Use to_pandas('residue').")
         keys = ("model", "weights_sha256", "dtype", "tool_version")
         return frames.to_anndata(labels, values, {key: str(self.attributes[key]) for key in keys})
 
-    def _labelled(self, kind: str | None, layer: int | None) -> tuple[frames.Labels, NDArray[Any]]:
+    def _labelled(self, kind: str | None, layer: int | None) -> tuple[dict[str, Any], NDArray[Any]]:
         """Names, lengths and statuses, or names and positions, and the rows that they belong to."""
-        kind, layer = self.what(kind, layer)
-        if kind == "residue":
-            labels = frames.positions(self.names, self.residue_offsets)
-        else:
+        kind, layer = self.kind_and_layer(kind, layer)
+        if kind != "residue":
             status = np.array(STATUS_NAMES)[self.status].tolist()
-            labels = {"name": self.names, "length": self.lengths, "status": status}
-        return labels, self.array(kind, layer)
+            return {"name": self.names, "length": self.lengths, "status": status}, self.array(kind, layer)
+        offsets = self.residue_offsets
+        sizes = np.diff(offsets)
+        positions = np.arange(1, offsets[-1] + 1) - np.repeat(offsets[:-1], sizes)
+        return {"name": np.repeat(np.array(self.names, object), sizes), "position": positions}, self.array(kind, layer)
 
     def chunks(self, kind: str) -> Iterator[slice]:
-        """All records, one stretch after the other, each of about 64 MB of rows of that kind in fp32 (or a single record)."""
-        rows = max(1, min(NAME_BLOCK, STRETCH_BYTES // (4 * self.dataset(kind, self.layers[0]).shape[1])))
+        """All records, one chunk after the other, each of about 64 MB of rows of that kind in fp32 (or a single record)."""
+        rows = max(1, min(NAME_BLOCK, CHUNK_BYTES // (4 * self.dataset(kind, self.layers[0]).shape[1])))
         offsets = self.residue_offsets if kind == "residue" else np.arange(len(self) + 1)
         return (slice(*each) for each in chunks(offsets, len(self), rows))
 
     def __getitem__(self, key: int | slice | str | list[int] | NDArray[Any]) -> NDArray[Any]:
         if isinstance(key, str | int | np.integer):
             return self.dataset()[self._row(key)]
-        if (
-            isinstance(key, list | np.ndarray) and np.asarray(key).dtype != np.bool_
-        ):  # h5py wants them increasing and distinct
-            distinct, back = np.unique(np.asarray(key), return_inverse=True)
+        if isinstance(key, list | np.ndarray) and np.asarray(key).dtype != np.bool_:
+            distinct, back = np.unique(np.asarray(key), return_inverse=True)  # as h5py wants them
             return self.dataset()[distinct][back]
         return self.dataset()[key]
 
@@ -404,23 +433,21 @@ class EmbeddingFile:
             yield from zip(self.names_of(rows.start, rows.stop), self.dataset()[rows], strict=True)
 
     def logits(self, key: int | str) -> NDArray[Any]:
-        """Logits [L, 33] of a record's residues (empty if it was skipped); needs `--emit logits`."""
+        """Logits [L, 33], float16 or float32, of a record's residues (empty if it was skipped). Raises UserError without `--emit logits`."""
         return self._of_residues("unmasked", "logits", key)
 
-    @cached_property
-    def contact_maps(self) -> ContactMaps | None:
-        """All contact maps with their columns; None for a file made without `--emit contacts`."""
-        return ContactMaps(self.at) if "contacts/values" in self._data else None
-
     def contacts(self, key: int | str) -> NDArray[Any]:
-        """Probabilities of contact [L, L] of a record's residues (empty if it has none); needs `--emit contacts`."""
+        """Probabilities of contact [L, L], float16 or float32, of a record's residues (empty if it has none).
+
+        Raises UserError for a file made without `--emit contacts`.
+        """
         maps = self.contact_maps
         if maps is None:
             raise Missing(f"{self.path} holds no contacts: it was made without --emit contacts.")
         return maps.of(self._row(key))
 
     def residues(self, key: int | str, layer: int | None = None) -> NDArray[Any]:
-        """Per-residue array [L, D] of a record (empty if it was skipped); needs `--pool residue`."""
+        """Rows [L, D], float16 or float32, of a record's residues (empty if it was skipped). Raises UserError without `--pool residue`."""
         return self._of_residues("residue", layer, key)
 
     def _of_residues(self, kind: str, layer: int | str | None, key: int | str) -> NDArray[Any]:
@@ -428,30 +455,17 @@ class EmbeddingFile:
         first, last = self.at("residue/offsets")[row : row + 2]
         return data[first:last]
 
-    def _row(self, key: int | str | np.integer[Any]) -> int:
-        if not isinstance(key, str):
-            return range(len(self))[int(key)]
-        rows = self.rows(key)
-        if len(rows) > 1:
-            raise Missing(
-                f"{len(rows):,} records of {self.path} are named {key!r}: {', '.join(map(str, rows[:MOST_NAMED]))}"
-                f"{' ...' if len(rows) > MOST_NAMED else ''}.",
-                f"Choose by number; file.rows({key!r}) gives all of them.",
-            )
-        return rows[0]
-
 
 def _check_there(path: Path, named: str | Path) -> None:
     """Raise UserError if there is no such file; a run that has not finished it is named."""
     if os.path.lexists(path):
         return
-    begun = partial_path(path)
+    begun = disk.partial_path(path)
     if not begun.is_file():
-        raise UserError(f"There is no file {named}.", "Name a file that virnucpro embed wrote.")
+        raise UserError(f"There is no file {named}.", checked.NAME_ANOTHER)
     with EmbeddingFile(begun) as file:
-        raise UserError(
-            f"{named} is {unfinished(file)}.", "Repeat the embed command, which goes on; or name that file."
-        )
+        remedy = "Repeat the embed command, which goes on; or name that file."
+        raise UserError(f"{named} is {unfinished(file)}.", remedy)
 
 
 def unfinished(file: EmbeddingFile) -> str:
@@ -469,16 +483,40 @@ def _reopened(path: str, identity: str) -> EmbeddingFile:
     return file
 
 
-def _rows_of(file: EmbeddingFile, kind: str, layer: int) -> "Found":
-    """Rows of a dataset, and where those of each record begin if they are of residues."""
-    return file.array(kind, layer), file.residue_offsets if kind == "residue" else None
-
-
-def _rows_again(path: str, identity: str, kind: str, layer: int) -> "Found":
+def _to_torch(path: str, identity: str, kind: str, layer: int) -> "Rows":
     with _reopened(path, identity) as file:
-        return _rows_of(file, kind, layer)
+        return file.to_torch(kind, layer)
 
 
 def read_embeddings(path: str | Path) -> EmbeddingFile:
     """Open an embeddings file. No torch needed."""
     return EmbeddingFile(path)
+
+
+def opened(path: str | Path) -> EmbeddingFile:
+    """The file at `path` for a command, with all that its fingerprint promises. Raises UserError if it is not such a file."""
+    _try_in_a_child(Path(path).absolute())
+    file = EmbeddingFile(path)
+    try:
+        file.settings  # noqa: B018  (it raises)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _try_in_a_child(path: Path) -> None:
+    """Raise UserError if HDF5 crashes or does not come back when it opens the file, as it may in a damaged one."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for each in (*LOST, *STOP_SIGNALS):
+                signal.signal(each, signal.SIG_DFL)
+            signal.alarm(OPENING_SECONDS + path.stat().st_size // OPENING_RATE)
+            with EmbeddingFile(path) as file:
+                file.names_of(0, NAME_BLOCK)
+        finally:
+            os._exit(0)  # an error is told by the process that asks
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status) and (signum := os.WTERMSIG(status)) in LOST:
+        raise damaged(path, f"the HDF5 library {LOST[signum]} when it reads it")

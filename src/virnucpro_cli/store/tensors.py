@@ -8,22 +8,22 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-Found = tuple[NDArray[Any], NDArray[np.int64] | None]
-
 
 class Rows(Dataset[tuple[torch.Tensor, int]]):
-    """(row, number of the record) of each record in `records`, int64 [M].
+    """(row, number of the record) of each record in `records`, int64 [M]. A row is [D] or [L, D], in the dtype of the file.
 
-    found: the rows [n, D] of all records, and int64 [N + 1] where those of each begin, or None where each has one. A row is [D]
-    then, and [L, D] otherwise, in the dtype of the file. find_again: gives them to a worker that gets a pickled dataset.
+    rows: those of all records [n, D]; offsets: int64 [N + 1] where those of each begin, None where each record has one.
+    again: a function, and its arguments, that makes the dataset anew in a worker.
     """
 
-    def __init__(self, records: NDArray[np.int64], found: Found, find_again: Callable[[], Found]):
-        self.records, self._find_again = records, find_again
-        self._rows, self._offsets = found
+    def __init__(
+        self, records: NDArray[np.int64], rows: NDArray[Any], offsets: NDArray[np.int64] | None,
+        again: tuple[Callable[..., "Rows"], tuple[Any, ...]],
+    ):  # fmt: skip
+        self.records, self._rows, self._offsets, self._again = records, rows, offsets, again
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.records, self._find_again)
+        return self._again
 
     def __len__(self) -> int:
         return len(self.records)
@@ -34,13 +34,9 @@ class Rows(Dataset[tuple[torch.Tensor, int]]):
         return torch.from_numpy(np.array(rows)), record
 
 
-def _again(records: NDArray[np.int64], find_again: Callable[[], Found]) -> Rows:
-    return Rows(records, find_again(), find_again)
-
-
 def padded(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Residues of several proteins in one tensor, as a `collate_fn`: rows [B, longest L, D], zero behind the end of each; lengths
-    int64 [B]; record numbers int64 [B].
+    """Residues of several proteins in one tensor, as a `collate_fn`: rows [B, longest L, D] in the dtype of the file, zero
+    behind the end of each; lengths int64 [B]; record numbers int64 [B].
     """
     rows, records = [rows for rows, _ in batch], [record for _, record in batch]
     lengths = torch.tensor([len(each) for each in rows])

@@ -2,60 +2,34 @@
 
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import Stopped, UserError, in_a_line
+from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.kinds import POOLED, by_residue
-from virnucpro_cli.store import sums
-from virnucpro_cli.store.checked import DAMAGE
-from virnucpro_cli.store.disk import (
-    NEW,
-    checksum,
-    create_locked,
-    disk_error,
-    is_the_file,
-    lock,
-    open_existing,
-    partial_path,
-    pwrite_all,
-    rename_new,
-    reserve,
-    sync_data,
-    sync_folder,
-)
+from virnucpro_cli.store import disk, schema, sums
+from virnucpro_cli.store.checked import DAMAGE, damage_named, datasets_in
 from virnucpro_cli.store.layout import Layout, lay_out
-from virnucpro_cli.store.schema import (
-    DONE,
-    ENVIRONMENT_BYTES,
-    MOST_ENVIRONMENTS,
-    NO_MEMORY,
-    PENDING,
-    RECOMPUTED,
-    REPORT_BYTES,
-    SKIPPED,
-    blocks,
-    chunks,
-    whole_lines,
-)
+from virnucpro_cli.store.schema import DONE, NO_MEMORY, PENDING, RECOMPUTED, SKIPPED, blocks, chunks
 
 LARGE_WRITE = 1 << 15
 MOST_STAGED = 1 << 26
 COMPARED_ROWS = 1 << 16
 NEAR_BYTES = 1 << 12  # a page, which is written whole anyway
 STATES = ("status", "flags", "reason", "computed_by")
+RESTART = "Discard it with --restart."
+DAMAGED = ((*DAMAGE, MemoryError), RESTART)
 
 
-@dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):
     """Where a dataset's rows lie in the file."""
 
     offset: int
@@ -64,104 +38,87 @@ class Extent:
     rows: int
 
 
-@contextmanager
-def _damage_named(partial: Path) -> Iterator[None]:
-    try:
-        yield
-    except (*DAMAGE, MemoryError) as error:
-        why = in_a_line(error)
-        raise UserError(f"{partial} is damaged ({why}).", "Discard it with --restart.") from None
+def _extents(file: h5py.File, path: Path) -> dict[str, Extent]:
+    """Every dataset that lies in one piece, by name."""
+    found = {}
+    for name, data in datasets_in(file, path):
+        offset, shape = data.id.get_offset(), data.shape or (1,)
+        if offset is not None or shape[0] == 0:  # HDF5 gives no offset to a dataset without rows
+            row = int(np.prod(shape[1:], dtype=np.int64)) * data.dtype.itemsize
+            found[name] = Extent(offset or 0, row, data.dtype, shape[0])
+    return found
+
+
+def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers from each of the starts on, int64 [sum of counts]."""
+    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
 class Store:
-    """A laid-out file, locked by this process, filled row by row."""
+    """A laid-out file, locked by this process, filled row by row.
 
-    def __init__(self, output: Path, path: Path, fd: int):
-        self.output, self.path, self.fd = output, path, fd
-        self.locked = True  # as far as its file system has locks
-        self.replaces: os.stat_result | None = None  # the finished file that this is to be a better one of
+    locked: whether its file system has locks; replaces: the finished file that this is to be a better one of.
+    """
+
+    def __init__(self, output: Path, path: Path, fd: int, locked: bool = True):
+        self.output, self.path, self.fd, self.locked = output, path, fd, locked
+        self.replaces: os.stat_result | None = None
         self._uncommitted: list[tuple[NDArray[np.int64], int, int, int]] = []
-        self._staged: dict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = {}
+        self._staged: defaultdict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = defaultdict(list)
         self._staged_bytes = 0
-        self._fresh: dict[str, list[tuple[NDArray[np.int64], NDArray[np.uint64]]]] = {}  # digests of placed rows
+        self._fresh: defaultdict[str, list[tuple[NDArray[np.int64], NDArray[np.uint64]]]] = defaultdict(list)
+        """Digests of placed rows."""
         self._environment: int | None = 0
         self._failed: UserError | None = None  # the first failed sync
         self._lock = threading.RLock()  # an error elsewhere may commit while a writing thread still places
-        self.places: dict[str, Extent] = {}
         with h5py.File(path, "r", locking=False) as file:
             self.status: NDArray[np.uint8] = file["status"][:]
             self.flags: NDArray[np.uint16] = file["flags"][:]
             self.reason: NDArray[np.uint8] = file["reason"][:]
             self.computed_by: NDArray[np.uint8] = file["computed_by"][:]
-            self.environments: list[str] = whole_lines(file["run/environments"][()])
-
-            def note(name: str, item: Any) -> None:
-                if isinstance(item, h5py.Dataset) and (item.id.get_offset() is not None or item.shape[:1] == (0,)):
-                    row = int(np.prod(item.shape[1:], dtype=np.int64)) * item.dtype.itemsize
-                    offset = item.id.get_offset() or 0  # HDF5 gives none to a dataset without rows
-                    self.places[name] = Extent(offset, row, item.dtype, item.shape[0] if item.shape else 1)
-
-            file.visititems(note)
-            for kind in POOLED:  # visititems reports a dataset once, perhaps as /embeddings
-                for name, item in file[kind].items() if kind in file else ():
-                    note(f"{kind}/{name}", item)
+            self.environments: list[str] = schema.whole_lines(file["run/environments"][()])
             self._offsets: NDArray[np.int64] | None = file["residue/offsets"][:] if "residue/offsets" in file else None
-        self._vouched = [
-            name for name in self.places
-            if name.partition("/")[0] in (*POOLED, "residue", "unmasked") and name != "residue/offsets"
-        ]  # fmt: skip
+            self.places = _extents(file, path)
+        kinds = (*POOLED, "residue", "unmasked")
+        self._vouched = [name for name in self.places if name.split("/")[0] in kinds and name != "residue/offsets"]
 
     @classmethod
     def create(cls, output: Path, layout: Layout, preallocate: bool = True) -> "Store":
-        """Lay the file out under a name that no run resumes, make it whole and durable, then call it `.partial`."""
-        partial = partial_path(output)
-        new = partial.with_name(partial.name + NEW)
-        fd = -1
+        """Lay the file out under a name that no run resumes, make it whole and durable, then call it `.partial`.
+
+        Whoever holds the first name is the only one who can make a `.partial`. Raises UserError if that fails.
+        """
+        partial = disk.partial_path(output)
         try:
-            fd, locked = create_locked(new)
-            if partial.exists():
-                raise UserError(
-                    f"Another run began {partial} just now.", "Wait for it, or choose another output with -o."
-                )
-            if preallocate:
-                reserve(fd, layout.file_bytes)
-            lay_out(fd, layout)
-            if preallocate:
-                reserve(fd, os.fstat(fd).st_size)
-            store = cls(output, new, fd)
-            store.locked = locked
-            for rows in blocks(len(store.status)):
-                store._begin(layout, np.arange(rows.start, rows.stop))
-            store._write(memoryview(store._sum_of_the_rest(layout)), store.places["run/layout"].offset)
-            os.fsync(fd)
-            if not is_the_file(new, os.fstat(fd)):  # where there are no locks
-                raise UserError(f"Another run is writing {new} now.", "Wait for it, or choose another output with -o.")
-            os.rename(new, partial)  # whoever holds the new name is the only one who can make a .partial
-            sync_folder(partial.parent)
-            store.path = partial
-            return store
-        except BaseException as error:
-            if fd >= 0:
-                if is_the_file(new, os.fstat(fd)):
-                    new.unlink()
-                os.close(fd)
-            if isinstance(error, OSError):
-                raise disk_error(error, output, resumable=False) from None
-            raise
+            with disk.making(partial, os.rename) as (fd, locked):
+                if partial.exists():
+                    raise UserError(f"Another run began {partial} just now.", disk.ANOTHER)
+                if preallocate:
+                    disk.reserve(fd, layout.file_bytes)
+                lay_out(fd, layout)
+                if preallocate:
+                    disk.reserve(fd, os.fstat(fd).st_size)
+                store = cls(output, disk.new_path(partial), fd, locked)
+                for rows in blocks(len(store.status)):
+                    store._begin(layout, np.arange(rows.start, rows.stop))
+                store._write_text("run/layout", store._sum_of_the_rest(layout))
+        except OSError as error:
+            raise disk.disk_error(error, output, resumable=False) from None
+        store.path = partial
+        return store
 
     @classmethod
     def resume(cls, output: Path) -> "Store":
-        """Open the `.partial` of an earlier run, locked; raises UserError if another process writes it now."""
-        partial = partial_path(output)
-        fd = open_existing(partial)
+        """Open the `.partial` of an earlier run, locked. Raises UserError if it is damaged, or another process writes it now."""
+        partial = disk.partial_path(output)
+        fd = disk.open_existing(partial)
         try:
-            locked = lock(fd, partial)
-            with _damage_named(partial):
-                store = cls(output, partial, fd)
-            store.locked = locked
+            locked = disk.lock(fd, partial)
+            with damage_named(partial, *DAMAGED):
+                store = cls(output, partial, fd, locked)
             # What there was no memory for is tried again; no reason at all is left by a kill while one is taken back.
             store.status[(store.status == SKIPPED) & np.isin(store.reason, (0, NO_MEMORY))] = PENDING
-            store._write(memoryview(b"\0"), store.places["run/complete"].offset)
+            store._write_text("run/complete", b"\0")
             store._sync()  # before any row changes
             return store
         except BaseException:
@@ -175,11 +132,9 @@ class Store:
         record is, or has no checksums.
         """
         if "run/layout" not in self.places:
-            raise UserError(
-                f"{self.path} was begun by an earlier version, without checksums.", "Discard it with --restart."
-            )
+            raise UserError(f"{self.path} was begun by an earlier version, without checksums.", RESTART)
         place = self.places["run/layout"]
-        with _damage_named(self.path):
+        with damage_named(self.path, *DAMAGED):
             if os.pread(self.fd, place.row_bytes, place.offset) != self._sum_of_the_rest(layout):
                 raise ValueError("its names or columns are not those that were laid out")
         lost, n = 0, len(self.status)
@@ -199,19 +154,18 @@ class Store:
 
     def _begin(self, layout: Layout, rows: NDArray[np.int64]) -> None:
         """Give records the values that they have in a new file, and the checksums of these."""
-        columns = {name: getattr(layout, name) for name in STATES}
-        for name, column in columns.items():
-            own = getattr(self, name)
-            first = np.zeros(len(rows), own.dtype) if column is None else column[rows].astype(own.dtype)
+        for name in STATES:
+            column, held = getattr(layout, name), getattr(self, name)
+            first = np.zeros(len(rows), held.dtype) if column is None else column[rows].astype(held.dtype)
             if (self.read(name, rows)[:, 0] != first).any():
                 self._write_rows(name, rows, first)
-            own[rows] = first
-        skipped = rows[layout.status[rows] == SKIPPED]
-        self._fill_nan(skipped)
-        found = self._state_sums(*(getattr(self, name)[rows] for name in STATES))
-        found[layout.status[rows] == SKIPPED] += self._row_sums(skipped)
+            held[rows] = first
+        skipped = layout.status[rows] == SKIPPED
+        self._fill_nan(rows[skipped])
+        expected = self._state_sums(*(getattr(self, name)[rows] for name in STATES))
+        expected[skipped] += self._row_sums(rows[skipped])
         self._fresh.clear()
-        self._write_rows("run/sums", rows, found)
+        self._write_rows("run/sums", rows, expected)
 
     def _fill_nan(self, records: NDArray[np.int64]) -> None:
         for name in self._vouched if len(records) else ():
@@ -227,47 +181,43 @@ class Store:
         if not by_residue(*name.partition("/")[::2]):
             return records, None
         assert self._offsets is not None
-        counts = self._offsets[records + 1] - self._offsets[records]
         first = self._offsets[records]
-        return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum()), counts
+        counts = self._offsets[records + 1] - first
+        return _ranges(first, counts), counts
 
     def _state_sums(self, status: Any, flags: Any, reason: Any, computed_by: Any) -> NDArray[np.uint64]:
-        lines = np.zeros(MOST_ENVIRONMENTS + 1, np.uint64)
+        lines = np.zeros(schema.MOST_ENVIRONMENTS + 1, np.uint64)
         lines[: len(self.environments)] = sums.of_lines(self.environments)
         return sums.of_states(status, flags, reason, lines[computed_by])
 
     def _row_sums(self, records: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Sums of the digests of all rows of records (rising), of what was just placed or else is in the file."""
-        found = np.zeros(len(records), np.uint64)
+        total = np.zeros(len(records), np.uint64)
         for name in self._vouched:
             rows, counts = self._rows_of(name, records)
             digests = self._digests(name, rows)
-            found += digests if counts is None else sums.of_records(rows, digests, counts)
-        return found
+            total += digests if counts is None else sums.of_records(rows, digests, counts)
+        return total
 
     def _digests(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        found, known = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.bool_)
-        if (fresh := self._fresh.get(name)) and len(rows):
-            placed, digests = (np.concatenate(each) for each in zip(*fresh, strict=True))
+        digests, known = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.bool_)
+        if name in self._fresh and len(rows):
+            placed, fresh = (np.concatenate(each) for each in zip(*self._fresh[name], strict=True))
             at = np.minimum(np.searchsorted(rows, placed), len(rows) - 1)
             ours = rows[at] == placed
-            found[at[ours]], known[at[ours]] = digests[ours], True
+            digests[at[ours]], known[at[ours]] = fresh[ours], True
         missing = np.flatnonzero(~known)
         for block in blocks(len(missing), max(1, MOST_STAGED // self.places[name].row_bytes)):
             some = missing[block]
-            found[some] = sums.of_rows(name, self.read(name, rows[some]))
-        return found
+            digests[some] = sums.of_rows(name, self.read(name, rows[some]))
+        return digests
 
     def _sum_of_the_rest(self, layout: Layout) -> bytes:
-        changing = [
-            (place.offset, place.rows * place.row_bytes)
-            for name, place in self.places.items()
-            if name in layout.changing
-        ]
-        return sums.of_the_rest(self.fd, changing)
+        changing = [self.places[name] for name in layout.changing & self.places.keys()]
+        return sums.of_the_rest(self.fd, [(place.offset, place.rows * place.row_bytes) for place in changing])
 
     def place(self, kind: str, layer: int | str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """Take values [n, D], already in the store dtype, for the given rows.
+        """Take values [n, D], already in the store dtype, for the given rows (int64 [n]).
 
         A large run of neighbours is written at once; scattered rows are gathered until a commit, or until they are many, and
         neighbours among them then go out in one write.
@@ -275,18 +225,17 @@ class Store:
         if not len(rows):
             return
         name = f"{kind}/{layer}"
-        place = self.places[name]
-        if len(rows) != len(values) or values[0].nbytes != place.row_bytes:
+        if len(rows) != len(values) or values[0].nbytes != self.places[name].row_bytes:
             raise RuntimeError("values in another number, dtype or width than their rows")
         with self._lock:
             if name in self._vouched:
-                self._fresh.setdefault(name, []).append((rows, sums.of_rows(name, values)))
+                self._fresh[name].append((rows, sums.of_rows(name, values)))
             if values.nbytes >= LARGE_WRITE and (np.diff(rows) == 1).all():
                 if name in self._staged:
                     self._write_staged()  # which may hold an older value of these rows
                 self._write_rows(name, rows, np.ascontiguousarray(values))
                 return
-            self._staged.setdefault(name, []).append((rows, values if values.base is None else values.copy()))
+            self._staged[name].append((rows, values if values.base is None else values.copy()))
             self._staged_bytes += values.nbytes
             if self._staged_bytes > MOST_STAGED:
                 self._write_staged()
@@ -310,40 +259,39 @@ class Store:
             self._write(data[a:b], offset)
 
     def _write_column(self, name: str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """Write rows, see `_write_rows`, for a column that this process alone writes: near rows go out in one write, with those between them."""
-        place = self.places[name]
-        near = NEAR_BYTES // place.row_bytes
-        starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - near - 1) > near)
-        for a, b in pairwise([*starts.tolist(), len(rows)]):
-            first, count = int(rows[a]), int(rows[b - 1] - rows[a]) + 1
-            whole = np.empty(count, place.dtype)
-            if count > b - a:
-                self._read_run(name, first, whole.view(np.uint8))
-            whole[rows[a:b] - first] = values[a:b]
-            self._write(memoryview(whole.view(np.uint8)), place.offset + first * place.row_bytes)  # type: ignore[arg-type]
-
-    def _read_run(self, name: str, first: int, into: Any) -> None:
-        place = self.places[name]
-        if os.preadv(self.fd, [into], place.offset + first * place.row_bytes) != into.nbytes:
-            raise UserError(f"{self.path} was cut short while it was filled.", "Remove it, and run again.")
+        """Write rows, see `_write_rows`, of a column that this process alone writes: rows between near ones go out with them."""
+        near = NEAR_BYTES // self.places[name].row_bytes
+        starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - near - 1) > near)
+        first, last = rows[starts], rows[np.append(starts[1:], len(rows)) - 1]
+        every = _ranges(first, last - first + 1)
+        column = self.read(name, every)[:, 0]
+        column[np.searchsorted(every, rows)] = values
+        self._write_rows(name, every, column)
 
     def read(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows [n, D] of a dataset as they were written; those that are neighbours, and follow each other, in one read."""
+        """Rows (int64 [n]) of a dataset as they were written: [n, D] in its dtype; neighbours that follow each other in one read.
+
+        Raises UserError if the file was cut short.
+        """
         place = self.places[name]
-        data = np.empty((len(rows), place.row_bytes), np.uint8)
+        data: Any = np.empty((len(rows), place.row_bytes), np.uint8)
         starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)
         for a, b in pairwise([*starts.tolist(), len(rows)]):
-            self._read_run(name, int(rows[a]), data[a:b])
+            if os.preadv(self.fd, [data[a:b]], place.offset + int(rows[a]) * place.row_bytes) != data[a:b].nbytes:
+                raise UserError(f"{self.path} was cut short while it was filled.", "Remove it, and run again.")
         return data.view(place.dtype)
 
     def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:
-        """Note that the rows placed so far are final; it becomes true on disk with the next commit."""
+        """Note that what was placed so far of rows (int64 [n]) is final; it becomes true on disk with the next commit."""
         if len(rows):
             with self._lock:
                 self._uncommitted.append((rows, status, flag, reason))
 
     def commit(self) -> None:
-        """Make placed rows durable, then the status bytes that vouch for them. After a failed sync, never again."""
+        """Make placed rows durable, then the status bytes that vouch for them. After a failed sync, never again.
+
+        Raises UserError if the disk fails.
+        """
         with self._lock:
             if self._failed is not None:
                 raise self._failed
@@ -367,8 +315,8 @@ class Store:
             self._fresh.clear()
 
     def settle(self, name: str, rows: NDArray[np.int64], value: int, columns: dict[str, NDArray[np.uint64]]) -> None:
-        """Make durable what was placed, with the rows' values of other columns; then, also durably, give rows of the column `name`
-        a value that vouches for them.
+        """Make durable what was placed, with values (uint64 [n]) of other columns for rows (int64 [n]); then, also durably, give
+        rows of the column `name` a value that vouches for them. Raises UserError if the disk fails.
         """
         with self._lock:
             self.commit()
@@ -385,14 +333,14 @@ class Store:
         """Note that rows marked from now on were computed in this environment (a line of JSON), in the column computed_by."""
         with self._lock:
             self.commit()
-            if environment not in self.environments and len(self.environments) < MOST_ENVIRONMENTS:
-                text = "\n".join([*self.environments, environment, ""]).encode()
-                if len(text) <= ENVIRONMENT_BYTES:
-                    self._write(memoryview(text), self.places["run/environments"].offset)
-                    self._sync()
-                    self.environments.append(environment)
+            text = "\n".join([*self.environments, environment, ""]).encode()
+            room = len(text) <= schema.ENVIRONMENT_BYTES and len(self.environments) < schema.MOST_ENVIRONMENTS
+            if environment not in self.environments and room:
+                self._write_text("run/environments", text)
+                self._sync()
+                self.environments.append(environment)
             known = environment in self.environments
-            self._environment = self.environments.index(environment) if known else MOST_ENVIRONMENTS
+            self._environment = self.environments.index(environment) if known else schema.MOST_ENVIRONMENTS
 
     def keep_environments(self) -> None:
         """Leave in the column computed_by what the layout says."""
@@ -417,30 +365,22 @@ class Store:
                 f"{pending:,} records of {self.path} were not computed, though all seemed done; this is a bug.",
                 "Run the same command again, which computes them, and please report it.",
             )
-        self._write_report(report)
-        found = checksum(self.fd, *(self.places[f"run/{name}"].offset for name in ("checksum", "complete")))
-        self._write(memoryview(found.encode()), self.places["run/checksum"].offset)
+        self._write_text("run/report", report.encode().ljust(schema.REPORT_BYTES, b"\0"))
+        checksum = disk.checksum(self.fd, *(self.places[f"run/{name}"].offset for name in ("checksum", "complete")))
+        self._write_text("run/checksum", checksum.encode())
         self._sync()
-        self._write(memoryview(b"\1"), self.places["run/complete"].offset)
+        self._write_text("run/complete", b"\1")
         self._sync()
         self.publish(overwrite)
-        return found
-
-    def _write_report(self, text: str) -> None:
-        data = text.encode()
-        if len(data) > REPORT_BYTES:
-            raise RuntimeError("the report outgrew its place")
-        self._write(memoryview(data.ljust(REPORT_BYTES, b"\0")), self.places["run/report"].offset)
+        return checksum
 
     def publish(self, overwrite: bool) -> None:
         """Give the file its final name; without overwrite, it may take the place of the file that it replaces and of no other."""
+        ours = self.replaces is not None and disk.is_the_file(self.output, self.replaces, unchanged=True)
         try:
-            if overwrite or (self.replaces is not None and is_the_file(self.output, self.replaces, unchanged=True)):
-                os.replace(self.path, self.output)
-            else:
-                rename_new(self.path, self.output)
+            (os.replace if overwrite or ours else disk.rename_new)(self.path, self.output)
         except OSError as error:
-            raise disk_error(error, self.output, resumable=True) from None
+            raise disk.disk_error(error, self.output, resumable=True) from None
         self.path = self.output
 
     @contextmanager
@@ -461,17 +401,21 @@ class Store:
         """Release the lock. What was placed but not committed stays pending."""
         os.close(self.fd)
 
+    def _write_text(self, name: str, text: bytes) -> None:
+        assert len(text) <= self.places[name].row_bytes, f"{name} outgrew its place; this is a bug"
+        self._write(memoryview(text), self.places[name].offset)
+
     def _write(self, data: memoryview, offset: int) -> None:
         try:
-            pwrite_all(self.fd, data, offset)
+            disk.pwrite_all(self.fd, data, offset)
         except OSError as error:
-            raise disk_error(error, self.output, resumable=True) from None
+            raise disk.disk_error(error, self.output, resumable=True) from None
 
     def _sync(self) -> None:
         try:
-            sync_data(self.fd)
+            disk.sync_data(self.fd)
         except OSError as error:
             # The kernel tells of a lost write once, whoever made it: nothing may vouch for a row any more.
             self._uncommitted.clear()
-            self._failed = disk_error(error, self.output, resumable=True)
+            self._failed = disk.disk_error(error, self.output, resumable=True)
             raise self._failed from None

@@ -11,7 +11,7 @@ import h5py
 
 from virnucpro_cli.exchange.layouts.layout import begins
 from virnucpro_cli.store import HDF5_MAGIC, blocks, opened_hdf5
-from virnucpro_cli.store.sink import Sink
+from virnucpro_cli.store.layout import Sink
 
 PROVENANCE = "virnucpro"
 MOST_DEEP = 32

@@ -15,7 +15,7 @@ from pathlib import Path
 from virnucpro_cli import report
 from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.exchange.layouts.layout import Format, possible
-from virnucpro_cli.store.disk import create_locked, disk_error, rename_new, sync_folder
+from virnucpro_cli.store.disk import alone, disk_error, rename_new, sync_folder
 
 LIST = ".virnucpro-export.json"
 MARK = ".virnucpro-partial"
@@ -128,23 +128,19 @@ def placed(target: Path, layout: Format, overwrite: bool) -> Iterator[Path]:
     """
     target = target.resolve()  # a link stays one
     place = target.with_name(possible(f".{target.name}", LONGEST_NAME) + MARK)
-    locked = place.with_name(place.name + ".lock")
+    lock, busy = place.with_name(f"{place.name}.lock"), f"Another run is writing {target} now."
     try:
-        lock, alone = create_locked(locked)
-        if not alone:  # the file system has no locks
-            place = place.with_name(place.name + secrets.token_hex(8))
-        try:
-            _clear(place, target, layout)
-            place.mkdir()
-            (place / MARK).touch()
+        with alone(lock, lambda _: None, busy, "Wait for it, or choose another target with -o.", wait=False) as locked:
+            if not locked:  # the file system has no locks
+                place = place.with_name(place.name + secrets.token_hex(8))
             try:
+                _clear(place, target, layout)
+                place.mkdir()
+                (place / MARK).touch()
                 yield place / target.name
                 _land(place, target, layout, overwrite)
             finally:
                 _clear(place, target, layout)
-        finally:
-            locked.unlink(missing_ok=True)
-            os.close(lock)
     except OSError as error:
         if error.errno is None:  # NumPy's, of a short write
             raise _unwritable(target, error) from None
