@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import IO
 
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.store.schema import CHECKSUM_BYTES
 
 OTHER_FILES = 256
-CHECKSUM_BLOCK, CHECKSUM_BYTES = 1 << 24, 64
+CHECKSUM_BLOCK = 1 << 24
 NEW = ".virnucpro-new"
 """Suffix of a file that is being made. Whatever has such a name is this program's; a lock is known by being empty."""
 ANOTHER = "Wait for it, or choose another output with -o."
@@ -26,21 +27,16 @@ ANOTHER = "Wait for it, or choose another output with -o."
 ENOTSUPP = 524
 """The kernel's own number for "not supported", which some network file systems let out."""
 LACKS = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, ENOTSUPP)
+DENIES = (*LACKS, errno.EPERM, errno.EACCES)
 REFUSALS: dict[str, tuple[tuple[int, ...], str]] = {
     "flock": ((*LACKS, errno.ENOLCK), "the run goes on without a lock, and says so"),
     "fallocate": ((*LACKS, errno.ENODEV, errno.EPERM), "space is taken when it is written"),
     "fdatasync": (LACKS, "fsync in its place"),
-    "fsync of a folder": (
-        (*LACKS, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM),
-        "a name is as durable as the file system makes it",
-    ),
-    "renameat2": ((*LACKS, errno.EPERM, errno.EACCES), "link and unlink"),
-    "link": (
-        (*LACKS, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV),
-        "the name is taken with an empty file first, which the rename replaces",
-    ),
+    "fsync of a folder": ((*DENIES, errno.EBADF, errno.EISDIR), "a name is as durable as the file system makes it"),
+    "renameat2": (DENIES, "link and unlink"),
+    "link": ((*DENIES, errno.EMLINK, errno.EXDEV), "an empty file takes the name first, which the rename replaces"),
 }
-"""Calls that not every file system has: the errors of those without them, and what a run does then. Others end a run (exit 2)."""
+"""Calls that not every file system has: the errors of those without, and what a run does then. Others end a run (exit 2)."""
 
 
 @contextmanager
@@ -138,7 +134,7 @@ def allow_open_files(count: int) -> None:
 
 
 def is_the_file(path: Path, there: os.stat_result, unchanged: bool = False) -> bool:
-    """Whether `path` names the file of which `there` was taken. unchanged: since then, for a file that is not held open."""
+    """Whether `path` names the file of which `there` was taken. unchanged: and is as it was, if it is not held open."""
     try:
         here = os.stat(path)
     except FileNotFoundError:
@@ -160,10 +156,8 @@ def _flock(fd: int, path: Path, wait: bool = False) -> bool:
     except BlockingIOError:
         raise
     except OSError as error:
-        raise UserError(
-            f"The lock of {path} cannot be taken: {error.strerror}.",
-            "Choose another -o, on a file system whose locks work.",
-        ) from None
+        what = f"The lock of {path} cannot be taken: {error.strerror}."
+        raise UserError(what, "Choose another -o, on a file system whose locks work.") from None
 
 
 def has_locks(folder: Path) -> bool:
@@ -190,7 +184,7 @@ def lock(fd: int, path: Path) -> bool:
 
 @contextmanager
 def alone(path: Path, say: Callable[[str], None], waiting: str, remedy: str = "", wait: bool = True) -> Iterator[bool]:
-    """Be the only process that holds the lock file `path`, which is gone at the end; `say` is told why this takes time.
+    """Be the only process that holds the lock file `path`, which is gone at the end; `say` tells why this takes time.
 
     Gives whether the file system has locks. Raises UserError if the file cannot be made or locked; and with the words
     of `waiting`, if another process has it and this one shall not wait.
@@ -225,6 +219,9 @@ def _lock_file(
                 raise UserError(waiting, remedy) from None
             say(waiting)
             locked = _flock(fd, path, wait=True)
+        except UserError:
+            path.unlink(missing_ok=True)
+            raise
         if not is_the_file(path, os.fstat(fd)):
             return None
         if not locked:
@@ -237,10 +234,8 @@ def open_existing(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR)
     except OSError as error:
-        raise UserError(
-            f"{path} is there and cannot be opened for writing: {error.strerror}.",
-            "Ask its owner, or choose another output with -o.",
-        ) from None
+        what = f"{path} is there and cannot be opened for writing: {error.strerror}."
+        raise UserError(what, "Ask its owner, or choose another output with -o.") from None
 
 
 @contextmanager
@@ -293,7 +288,10 @@ def making(path: Path, rename: Callable[[Path, Path], None]) -> Iterator[tuple[i
 
 @contextmanager
 def written_whole(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write that gets its name when all of it is on disk; replace: even if another has it. Raises UserError if that fails."""
+    """A file to write that gets its name when all of it is on disk; replace: even if another has it.
+
+    Raises UserError if the disk fails, or another file has the name and shall not be replaced.
+    """
     try:
         rename = os.replace if replace else partial(rename_new, kept=False)
         with making(path, rename) as (fd, _), os.fdopen(fd, "wb", closefd=False) as file:
@@ -312,7 +310,7 @@ def new_file(output: Path, overwrite: bool) -> Iterator[IO[bytes]]:
 
 
 def copy_back(output: Path) -> None:
-    """Make a partial file of a finished one, which stays, for a run to go on with. Raises UserError if that cannot be."""
+    """Make a partial file of a finished one, which stays, for a run to go on with. Raises UserError if that fails."""
     if partial_path(output).exists():
         discard_partial(output)
     check_free_space(output, output.stat().st_size)
@@ -330,10 +328,9 @@ def rename_exclusive(source: Path, target: Path) -> None:
     """Linux' rename that never replaces. Raises OSError; FileExistsError if the target exists."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, no_replace = -100, 1
-    if call is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if call(here, os.fsencode(source), here, os.fsencode(target), no_replace):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    if call is None or call(here, os.fsencode(source), here, os.fsencode(target), no_replace):
+        number = ctypes.get_errno() if call else errno.ENOSYS
+        raise OSError(number, os.strerror(number))
 
 
 def _link_and_unlink(source: Path, target: Path) -> None:
@@ -342,7 +339,7 @@ def _link_and_unlink(source: Path, target: Path) -> None:
 
 
 def _rename_over_a_placeholder(source: Path, target: Path) -> None:
-    os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    target.touch(exist_ok=False)
     try:
         os.rename(source, target)
     except BaseException:
@@ -351,7 +348,7 @@ def _rename_over_a_placeholder(source: Path, target: Path) -> None:
 
 
 def rename_new(source: Path, target: Path, kept: bool = True) -> None:
-    """Rename without ever replacing a file that appeared meanwhile, which is a UserError; kept: the source stays then."""
+    """Rename, and never replace a file that appeared meanwhile, which is a UserError; kept: the source stays then."""
     ways = {"renameat2": rename_exclusive, "link": _link_and_unlink}
     try:
         for call, rename in ways.items():
@@ -361,10 +358,8 @@ def rename_new(source: Path, target: Path, kept: bool = True) -> None:
         else:
             _rename_over_a_placeholder(source, target)
     except FileExistsError:
-        raise UserError(
-            f"{target} appeared while this run was working; it was not touched.",
-            f"The result is in {source}; rename it yourself." if kept else "Move it away, or choose another name.",
-        ) from None
+        remedy = f"The result is in {source}; rename it yourself." if kept else "Move it away, or choose another name."
+        raise UserError(f"{target} appeared while this run was working; it was not touched.", remedy) from None
     sync_folder(target.parent)
 
 
@@ -378,18 +373,13 @@ def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
-    full = {
-        errno.ENOSPC: f"No space is left for {output}",
-        errno.EDQUOT: f"The disk quota is used up for {output}",
-    }  # fmt: skip
-    what = full.get(error.errno or 0, f"{output} cannot be written: {error.strerror}")
-    remedy = "Make room" if error.errno in full else "See to the file system"
-    if resumable:
-        return UserError(
-            f"{what}. Nothing that was computed and committed is lost.",
-            f"{remedy}, then run the same command again to resume.",
-        )
-    return UserError(f"{what}.", f"{remedy} or choose another disk with -o, and run again.")
+    full = {errno.ENOSPC: "No space is left", errno.EDQUOT: "The disk quota is used up"}.get(error.errno or 0)
+    what = f"{full} for {output}." if full else f"{output} cannot be written: {error.strerror}."
+    remedy = "Make room" if full else "See to the file system"
+    if not resumable:
+        return UserError(what, f"{remedy} or choose another disk with -o, and run again.")
+    kept = f"{what} Nothing that was computed and committed is lost."
+    return UserError(kept, f"{remedy}, then run the same command again to resume.")
 
 
 def reserve(fd: int, size: int) -> None:
@@ -418,8 +408,9 @@ def sync_folder(path: Path) -> None:
 
 
 def checksum(fd: int, itself: int, complete: int) -> str:
-    """SHA-256, in hex, of the SHA-256 of every 16 MiB of a file whose /run/checksum and /run/complete, at those offsets, count
-    as zeros: they are written last. Everything else counts: embeddings, names, columns, attributes, the report.
+    """SHA-256, in hex, of the SHA-256 of every 16 MiB of a file: embeddings, names, columns, attributes, the report.
+
+    /run/checksum and /run/complete, at those offsets, count as zeros: they are written last.
     """
 
     def of_block(start: int) -> bytes:

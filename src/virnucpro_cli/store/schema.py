@@ -1,6 +1,5 @@
-"""The file as data, schema 1: codes, bits and reasons; every dataset, attribute and setting with its type and bounds."""
+"""The file as data, schema 1: codes and reasons; every dataset, attribute and setting with its type and bounds."""
 
-import errno
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -30,16 +29,16 @@ REPORT_BYTES = 1 << 16
 ENVIRONMENT_BYTES = 1 << 14
 MOST_ENVIRONMENTS = 255
 NAME_BLOCK = 1 << 16
-CHECKSUM_BLOCK, CHECKSUM_BYTES = 1 << 24, 64
+CHECKSUM_BYTES = 64
 LAYOUT_BYTES = 32
 ONLY_PLACE = ("attention", "device")
-"""Fingerprint keys that change how values round and nothing else: a run may go on elsewhere, and the file says which rows did."""
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""Fingerprint keys that change how values round and nothing else: a run may go on elsewhere, and the file tells its rows."""
 
 
 def chunks(offsets: NDArray[np.int64], n: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges [start, stop) of n records that have the rows offsets[i]:offsets[i + 1] each (int64 [n + 1]): at most `rows` records
-    and rows together, and at least one record.
+    """Ranges [start, stop) of n records that have the rows offsets[i]:offsets[i + 1] each (int64 [n + 1]).
+
+    A range has at most `rows` records and rows together, and at least one record.
     """
     start = 0
     while start < n:
@@ -61,14 +60,14 @@ def whole_lines(text: bytes) -> list[str]:
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """What differs between two fingerprints in words, but for ONLY_PLACE."""
-    keys = sorted((theirs.keys() | ours.keys()) - set(ONLY_PLACE))
-    keys = [key for key in keys if theirs.get(key) != ours.get(key)]
+    keys = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
     words = {
         "contigs_sha256": "the content of the contigs differs",
         "input_sha256": "the content of the input differs",
         "weights_sha256": "the model's weights differ",
     }
-    return [words.get(key, f"{key}: {theirs.get(key)} there, {ours.get(key)} now") for key in keys]
+    here = {key: f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in keys if key not in ONLY_PLACE}
+    return [words.get(key, text) for key, text in here.items()]
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -81,8 +80,9 @@ MOST_OBJECTS = 1 << 14
 
 
 class Field(NamedTuple):
-    """A dataset. name: a pattern; dtypes: those it may have; shape: letters are sizes that several datasets share (N records, R
-    residues, D dimensions, G groups, C contigs, V values of maps).
+    """A dataset. name: a pattern; dtypes: those it may have; shape: letters are sizes that several datasets share.
+
+    N: records; R: residues; D: dimensions; G: groups; C: contigs; V: values of maps.
     """
 
     name: str
@@ -135,8 +135,6 @@ MOST_LAYERS = 1000
 COMPUTED_IN = ("float32", "float16", "bfloat16", "float8_e4m3fn", UNKNOWN)
 WORDS = ("model", "device", "attention", "tool_version", "created", "weights", "weights_sha256", "dtype")
 """Attributes of every file that are text."""
-
-
 NUMBERS = ("approximate", "model_layers")
 """Attributes that are whole numbers, or yes and no."""
 
@@ -155,7 +153,7 @@ class Distinct(NamedTuple):
 
 
 Form = Any
-"""A form that JSON must have: a type, a Whole, the words there are (a set), [form of each], Distinct, or {key: form}; a key with ? may lack."""
+"""A form that JSON must have: a type, a Whole, a set of words, [form of each], Distinct, or {key: form}; a key with ? may lack."""
 
 _SOURCE = {"path": str, "bytes": Whole(0, 1 << 62), "sha256": str}
 
@@ -168,8 +166,8 @@ FINGERPRINT: dict[str, Form] = {
     "input_sha256": [str], "weights_sha256": str, "layers": Distinct(Whole(-1, 9999)), "pool": Distinct(set(KINDS)),
     "dtype": set(COMPUTED_IN), "store_dtype": _choices("store_dtype"), "max_residues": Whole(1, 1 << 31),
     "long": _choices("long"), "invalid": _choices("invalid"), "id": _choices("id"), "dedup": bool,
-    "attention": str, "device": str, "overlap?": Whole(0, 1 << 31), "gaps?": _choices("gaps"), "emit?": Distinct(set(EMITS)), "shard?": str,
-    "groups?": str, "gene_caller?": {"name": _choices("genes"), "version": str}, "imported?": str, "unknown?": [str],
+    "attention": str, "device": str, "overlap?": Whole(0, 1 << 31), "gaps?": _choices("gaps"),
+    "emit?": Distinct(set(EMITS)), "shard?": str, "groups?": str, "gene_caller?": {"name": _choices("genes"), "version": str}, "imported?": str, "unknown?": [str],
 }  # fmt: skip
 JSONS: dict[str, Form] = {
     "fingerprint": FINGERPRINT, "config": {"model": str}, "environment": {"torch?": str}, "argv": [str],
@@ -180,35 +178,26 @@ JSONS: dict[str, Form] = {
 
 
 def unfit(value: Any, form: Form, whole: bool = True) -> str | None:
-    """The place in a value that is not of the form, such as `pool`; empty for the value itself, None if all of it fits. whole: whether a
-    key that lacks does not fit.
+    """The place in a value that is not of the form, such as `pool`; empty for the value itself, None if all of it fits.
+
+    whole: whether a key that lacks does not fit.
     """
-    if isinstance(form, dict):
-        if not isinstance(value, dict):
+    if isinstance(form, dict | list):
+        if not isinstance(value, type(form)):
             return ""
-        for key, each in form.items():
-            name = key.removesuffix("?")
-            if name not in value:
-                if whole and name == key:
-                    return name
-            elif (place := unfit(value[name], each, whole)) is not None:
-                return f"{name}.{place}".rstrip(".")
-        return None
+        if isinstance(form, list):
+            parts = ((str(i), each, form[0]) for i, each in enumerate(value))
+        elif whole and (lacking := [key for key in form if key[-1] != "?" and key not in value]):
+            return lacking[0]
+        else:
+            keys = [(key.removesuffix("?"), each) for key, each in form.items()]
+            parts = ((key, value[key], each) for key, each in keys if key in value)
+        places = ((name, unfit(each, its, whole)) for name, each, its in parts)
+        return next((f"{name}.{place}".rstrip(".") for name, place in places if place is not None), None)
     if isinstance(form, Distinct):
         fits = isinstance(value, list) and 0 < len(value) <= MOST_LAYERS and unfit(value, [form.form]) is None
-        return None if fits and len(set(value)) == len(value) else ""
-    if isinstance(form, list):
-        if not isinstance(value, list):
-            return ""
-        return next(
-            (
-                f"{i}.{place}".rstrip(".")
-                for i, each in enumerate(value)
-                if (place := unfit(each, form[0], whole)) is not None
-            ),
-            None,
-        )
-    if isinstance(form, Whole):
+        fits = fits and len(set(value)) == len(value)
+    elif isinstance(form, Whole):
         fits = isinstance(value, int) and not isinstance(value, bool) and form.least <= value <= form.most
     elif isinstance(form, set):
         fits = isinstance(value, str) and value in form
