@@ -4,6 +4,7 @@ Everything here is a 256-entry table for `bytes.translate`; white space is dropp
 own code. Ids are those of fair-esm's `Alphabet.from_architecture("ESM-1b")`.
 """
 
+from functools import cache
 from typing import Final, NamedTuple
 
 TOKENS: Final = (
@@ -46,42 +47,35 @@ def _codes() -> bytes:
 CODES: Final = _codes()
 """Byte -> token id (lower case accepted), or one of the codes above."""
 
-TOKEN_IDS: Final = bytes(code if code < len(TOKENS) else X for code in CODES)
-"""Byte -> token id, everything outside the alphabet as X. White space must be deleted, not translated."""
-
-NUCLEOTIDE_CODES: Final = frozenset(CODES[byte] for byte in b"ACGTUN")
-
-
-IUPAC_CODES: Final = frozenset(CODES[byte] for byte in b"ACGTUNRYSWKMBDHV")
 GAPS: Final = b"-."
-NO_GAPS: Final = bytes(INVALID if byte in GAPS else code for byte, code in enumerate(CODES))
-"""As CODES, for those who have gaps as letters outside the alphabet."""
-LETTERS_BUT_GAPS: Final = bytes(byte for byte in range(256) if byte not in GAPS)
 DASH: Final = TOKENS.index("-")
 DOT: Final = TOKENS.index(".")
 
 
 class Letters(NamedTuple):
-    """How gaps are read. codes: as CODES; ids: as TOKEN_IDS; dropped: bytes that are no part of a sequence."""
+    """How gaps are read, as tables of 256 bytes.
+
+    codes: as CODES; ids: token ids, all outside the alphabet as X; text: token ids, and SPACE and LESS as codes.
+    dropped: bytes that are no part of a sequence.
+    """
 
     codes: bytes
     ids: bytes
+    text: bytes
     dropped: bytes
 
 
+@cache
 def letters(gaps: str = "keep") -> Letters:
-    """The tables of a policy for gaps: `strip` drops them, `x` reads them as X; `keep` and `error` have them as tokens (fair-esm)."""
-    if gaps == "strip":
-        return Letters(
-            bytes(SPACE if byte in GAPS else code for byte, code in enumerate(CODES)), TOKEN_IDS, WHITE_SPACE + GAPS
-        )
-    if gaps == "x":
-        codes = bytes(X if byte in GAPS else code for byte, code in enumerate(CODES))
-        return Letters(codes, bytes(code if code < len(TOKENS) else X for code in codes), WHITE_SPACE)
-    return KEEP
+    """Tables of a policy for gaps: `strip` drops them, `x` reads them as X; others have them as tokens (fair-esm)."""
+    as_gap = {"strip": SPACE, "x": X}
+    codes = bytes(as_gap.get(gaps, code) if byte in GAPS else code for byte, code in enumerate(CODES))
+    ids = bytes(code if code < len(TOKENS) else X for code in codes)
+    text = bytes(code if code in (SPACE, LESS) else token for code, token in zip(codes, ids, strict=True))
+    return Letters(codes, ids, text, WHITE_SPACE + GAPS if gaps == "strip" else WHITE_SPACE)
 
 
-KEEP: Final = Letters(CODES, TOKEN_IDS, WHITE_SPACE)
+KEEP: Final = letters("keep")
 
 
 def token_ids(text: bytes, length: int, letters: Letters = KEEP) -> bytes:

@@ -15,17 +15,20 @@ from xopen import xopen
 
 BLOCK_BYTES, MOST_AT_ONCE = 1 << 20, 1 << 24
 MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
-SKIPPABLE = tuple(bytes([0x50 + i, 0x2A, 0x4D, 0x18]) for i in range(16))
-"""First bytes of a frame without content, with which pzstd begins (RFC 8878, section 3.1.2)."""
+MAGIC |= {bytes([0x50 + i, 0x2A, 0x4D, 0x18]): "zst" for i in range(16)}
+"""The last 16 begin a frame without content, with which pzstd begins (RFC 8878, section 3.1.2)."""
 LONGEST_MAGIC = 6
 PROGRAMS = {"gz": "gzip", "bz2": "bzip2", "xz": "xz", "zst": "zstd"}
 """Each prints the plain bytes of a file with -dc."""
+OPTIONAL_ERRORS = {
+    "isal.isal_zlib": "error", "zlib_ng.zlib_ng": "error",
+    "backports.zstd": "ZstdError", "compression.zstd": "ZstdError", "zstandard": "ZstdError",
+}  # fmt: skip
+"""Modules of decompressors, which may be installed, and the name of their error."""
 
 
 def kind_of(first: bytes) -> str | None:
     """gz, bz2, xz or zst by the first bytes of a file; None of plain text."""
-    if first.startswith(SKIPPABLE):
-        return "zst"
     return next((kind for magic, kind in MAGIC.items() if first.startswith(magic)), None)
 
 
@@ -38,33 +41,30 @@ def decompressed(file: IO[bytes]) -> IO[bytes]:
     if file.seekable():
         file.seek(-len(first), os.SEEK_CUR)
     else:
-        file = io.BufferedReader(_Plain(chain([first], iter(partial(file.read, BLOCK_BYTES), b""))), BLOCK_BYTES)
-    kind = kind_of(first)
-    if kind is None:
-        return file
-    if kind == "bz2":
-        return io.BufferedReader(_Plain(_every_stream(file, bz2.BZ2Decompressor, padded=False)), BLOCK_BYTES)
-    if kind == "xz":
-        streams = _every_stream(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padded=True)
-        return io.BufferedReader(_Plain(streams), BLOCK_BYTES)
-    opened: Any = xopen(file, "rb", threads=0, format=kind)
-    return opened
+        file = _plain(chain([first], iter(partial(file.read, BLOCK_BYTES), b"")))
+    match kind_of(first):
+        case None:
+            return file
+        case "bz2":
+            return _plain(_every_stream(file, bz2.BZ2Decompressor, padded=False))
+        case "xz":
+            return _plain(_every_stream(file, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), padded=True))
+        case kind:
+            opened: Any = xopen(file, "rb", threads=0, format=kind)
+            return opened
 
 
 def decoder_errors() -> tuple[type[Exception], ...]:
-    """Errors of the decompressors on damaged data. The platform decides which decompressors are installed."""
-    errors: list[type[Exception]] = [EOFError, OSError, ValueError, zlib.error, lzma.LZMAError]
-    for module, name in (("isal.isal_zlib", "error"), ("zlib_ng.zlib_ng", "error"),
-                         ("backports.zstd", "ZstdError"), ("compression.zstd", "ZstdError"),
-                         ("zstandard", "ZstdError")):  # fmt: skip
-        found = sys.modules.get(module)
-        if found is not None and hasattr(found, name):
-            errors.append(getattr(found, name))
-    return tuple(errors)
+    """Errors of the decompressors on damaged data, of those modules that are loaded."""
+    optional = [getattr(sys.modules[name], error) for name, error in OPTIONAL_ERRORS.items() if name in sys.modules]
+    return (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError, *optional)
 
 
 def _every_stream(file: IO[bytes], new: Callable[[], Any], padded: bool) -> Iterator[bytes]:
-    """The standard library's own files end at what follows a stream without saying so. padded: zeros may follow one, in fours."""
+    """Decompress every stream. The standard library's own files end silently at bytes that are no stream.
+
+    padded: zeros may follow a stream, in fours.
+    """
     decoder, begun, left, zeros = new(), False, b"", 0
     while data := left or file.read(BLOCK_BYTES):
         left = b""
@@ -84,9 +84,12 @@ def _every_stream(file: IO[bytes], new: Callable[[], Any], padded: bool) -> Iter
         raise EOFError("the last stream or its padding is cut short")
 
 
-class _Plain(io.RawIOBase):
+def _plain(blocks: Iterator[bytes]) -> IO[bytes]:
     """Blocks of bytes as a file to read."""
+    return io.BufferedReader(_Blocks(blocks), BLOCK_BYTES)
 
+
+class _Blocks(io.RawIOBase):
     def __init__(self, blocks: Iterator[bytes]):
         self._blocks, self._block = blocks, memoryview(b"")
 
@@ -99,6 +102,5 @@ class _Plain(io.RawIOBase):
                 return 0
             self._block = memoryview(block)
         size = min(len(buffer), len(self._block))
-        buffer[:size] = self._block[:size]
-        self._block = self._block[size:]
+        buffer[:size], self._block = self._block[:size], self._block[size:]
         return size

@@ -2,16 +2,16 @@
 
 import errno
 import hashlib
+import io
 import os
+import re
 import resource
 import shutil
 import sys
 import tempfile
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,76 +23,65 @@ READ_BYTES = 1 << 20  # the pass over one chunk stays within the L2 cache
 BOM = b"\xef\xbb\xbf"
 SPOOL_RESERVE = 1 << 28
 """Bytes that spooling leaves free on a disk, for everybody else and for the output; a small disk's half."""
-MOST_OPEN = 64
-SHARE_OF_OPEN = 4
-"""One in so many of the files that a process may open is the user's; the others are for libraries and the output."""
+_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+MOST_OPEN = 64 if _limit == resource.RLIM_INFINITY else min(64, _limit // 4)
+"""The user's files that are open at once. The other files of a process are for libraries and the output."""
 
-
-@dataclass(frozen=True)
-class State:
-    """A file as it was when it was opened first; its time of change cannot be put back."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> "State":
-        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+State = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One FASTA text to read: the user's file, or a piece of a spool, a nameless file of plain copies. path: for messages.
+    """One FASTA text to read: the user's file, or a piece of a spool, a nameless file of plain copies.
 
-    Every carriage return is read as a line feed, so that old Macintosh line ends among others end lines. That keeps sizes.
+    Every carriage return is read as a line feed, so that old Macintosh line ends among others end lines.
     """
 
-    path: str
+    path: str  # for messages
     size: int
     base: int  # offset of this text in the concatenation of all sources
-    place: str = ""  # of the user's file, which is opened when it is read
-    state: State | None = None
+    file: str = ""  # the user's, which is opened when it is read
+    state: State | None = None  # of that file when it was opened first
     spool: IO[bytes] | None = None
     start: int = 0  # of this text in the spool
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> dict[str, Any]:
         """For a process that inherits the spool's descriptor, under its number."""
-        fd = None if self.spool is None else self.spool.fileno()
-        return _inherited, (self.path, self.size, self.base, self.place, self.state, fd, self.start)
+        return vars(self) | {"spool": self.spool and self.spool.fileno()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, spool=None if state["spool"] is None else _inherited(state["spool"]))
 
     def read(self, start: int, size: int) -> bytes:
-        """Bytes [start, start + size) of this text, with line feeds for carriage returns. Raises UserError if the file was replaced or has shrunk."""
+        """Bytes [start, start + size) of this text, with line feeds for carriage returns.
+
+        Raises UserError if the file was replaced or has shrunk.
+        """
         return self.read_raw(start, size).replace(b"\r", b"\n")
 
     def read_raw(self, start: int, size: int) -> bytes:
         """The same as the bytes stand in the file."""
-        if self.spool is not None:
-            return self._pread(self.spool.fileno(), self.start + start, size)
-        with _OPEN.lock:  # nobody closes it meanwhile
-            return self._pread(_OPEN.descriptor(self), start, size)
-
-    def _pread(self, fd: int, at: int, size: int) -> bytes:
-        data = os.pread(fd, size, at)
+        file, data = self.spool or _reopened(self), b""
         while len(data) < size:
-            more = os.pread(fd, size - len(data), at + len(data))
+            more = os.pread(file.fileno(), size - len(data), self.start + start + len(data))
             if not more:
                 raise self.changed()
-            data += more
+            data = data + more if data else more
         return data
 
     def check_unchanged(self, sha256: str | None = None) -> None:
-        """Raise UserError if the file is another now. sha256: of what was read; where the times leave it open, the file is read again."""
+        """Raise UserError if the file is another now.
+
+        sha256: of what was read. Where the times leave it open, the file is read again.
+        """
         if self.state is None:
             return
-        with _OPEN.lock:
-            now = State.of(os.fstat(_OPEN.descriptor(self)))
-        if now in (self.state, _OPEN.accepted.get(self)):
+        now = _state_of(_reopened(self))
+        if now in (self.state, _ACCEPTED.get(self)):
             return
-        if (now.size, now.mtime_ns) != (self.state.size, self.state.mtime_ns) or sha256 != self._sha256():
+        if now[:3] != self.state[:3] or sha256 != self._sha256():
             raise self.changed()
-        _OPEN.accepted[self] = now  # a link was made, say
+        _ACCEPTED[self] = now  # a link was made, say
 
     def _sha256(self) -> str:
         sha = hashlib.sha256()
@@ -106,88 +95,88 @@ class Source:
             "Run again on a file that nothing else writes to; results of the old content are not mixed with the new.",
         )
 
+    def line_number(self, offset: int) -> int:
+        """1-based number of the line that holds the byte at `offset`; lines end with LF, CRLF or CR."""
+        line, at, last = 1, 0, b""
+        while at < offset:
+            text = self.read_raw(at, min(READ_BYTES, offset - at))
+            line += text.count(b"\n") + text.count(b"\r") - (last + text).count(b"\r\n")
+            at, last = at + len(text), text[-1:]
+        return line - (last == b"\r" and offset < self.size and self.read_raw(offset, 1) == b"\n")
 
-class _Open:
-    """Descriptors of the user's files, of which the least recently read is closed when there are many."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._files: OrderedDict[Source, IO[bytes]] = OrderedDict()
-        self.accepted: dict[Source, State] = {}
-
-    def descriptor(self, source: Source) -> int:
-        """Descriptor of the file as it was opened first; the caller holds the lock. Raises UserError if another is there."""
-        if source in self._files:
-            self._files.move_to_end(source)
-            return self._files[source].fileno()
-        may_be_open, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if may_be_open == resource.RLIM_INFINITY:
-            may_be_open = SHARE_OF_OPEN * MOST_OPEN
-        while self._files and len(self._files) >= min(MOST_OPEN, may_be_open // SHARE_OF_OPEN):
-            self._files.popitem(last=False)[1].close()
-        file = _opened(source.place)
-        assert source.state is not None
-        now = State.of(os.fstat(file.fileno()))
-        if (now.inode, now.size, now.mtime_ns) != (source.state.inode, source.state.size, source.state.mtime_ns):
-            file.close()
-            raise source.changed()
-        self._files[source] = file
-        return file.fileno()
+    def record_text(self, offset: int) -> bytes:
+        """The text of the record whose `>` is at `offset`."""
+        size = READ_BYTES
+        while True:
+            text = self.read(offset, min(size, self.size - offset))
+            if (end := text.find(b"\n>")) >= 0 or offset + len(text) == self.size:
+                return text[: end + 1] if end >= 0 else text
+            size *= 2
 
 
-_OPEN = _Open()
+_ACCEPTED: dict[Source, State] = {}
+
+
+def _state_of(file: IO[bytes]) -> State:
+    """Inode, size, time of the content's change, and time of any change, which cannot be put back."""
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@lru_cache(maxsize=MOST_OPEN)  # one that falls out is closed when its last reader lets go of it
+def _reopened(source: Source) -> IO[bytes]:
+    """The user's file, as it was when it was opened first. Raises UserError if another is there."""
+    file = _opened(source.file)
+    if source.state is None or _state_of(file)[:3] != source.state[:3]:
+        file.close()
+        raise source.changed()
+    return file
 
 
 @cache
-def _inherited_spool(fd: int) -> IO[bytes]:
-    return os.fdopen(fd, "rb")
-
-
-def _inherited(path: str, size: int, base: int, place: str, state: State | None, fd: int | None, start: int) -> Source:
-    return Source(path, size, base, place, state, None if fd is None else _inherited_spool(fd), start)
+def _inherited(descriptor: int) -> IO[bytes]:
+    return os.fdopen(descriptor, "rb")
 
 
 def open_sources(inputs: Sequence[str], spool_dir: Path) -> list[Source]:
     """Open FASTA files, plain or compressed (gz, bz2, xz, zst; by content), or `-` for standard input.
 
-    What is not a plain file is first copied to a nameless file in `spool_dir`, one for all, which vanishes with the process.
+    All that is not a plain file is first copied to a nameless file in `spool_dir`, which vanishes with the process.
+    Raises UserError if a file cannot be read, is damaged, or holds no FASTA.
     """
     sources: list[Source] = []
     base, spool = 0, None
     for name in inputs:
         with _opened(name) as file:
-            piped = name == "-" or not os.path.isfile(name)
-            first = b"" if piped else file.read(LONGEST_MAGIC)
-            if not piped:
-                file.seek(0)
-            if piped or kind_of(first):
+            if name != "-" and os.path.isfile(name) and not kind_of(file.peek(LONGEST_MAGIC)):
+                state = _state_of(file)
+                source = Source(name, state[1], base, os.path.realpath(name), state)
+            else:
                 spool = spool or _new_spool(spool_dir)
                 start = spool.seek(0, os.SEEK_END)
-                _copy(file, name, spool, spool_dir, piped)
-                size = spool.seek(0, os.SEEK_END) - start
+                _copy(file, name, spool, spool_dir)
                 path = "standard input" if name == "-" else name
-                source = Source(path, size, base, spool=spool, start=start)
-            else:
-                state = State.of(os.fstat(file.fileno()))
-                source = Source(name, state.size, base, os.path.realpath(name), state)
+                source = Source(path, spool.tell() - start, base, spool=spool, start=start)
         _check_is_fasta(source)
         sources.append(source)
         base += source.size
     return sources
 
 
-def _opened(name: str) -> IO[bytes]:
+def _opened(name: str) -> io.BufferedReader:
     try:
         if name == "-" and sys.stdin is None:
             raise UserError("Standard input is closed.", "Pipe a FASTA into it, or name a file.")
-        return os.fdopen(os.dup(sys.stdin.fileno()), "rb") if name == "-" else open(name, "rb")
+        return open(os.dup(sys.stdin.fileno()) if name == "-" else name, "rb")
     except IsADirectoryError:
-        raise UserError(
-            f"{name} is a directory.", "Name the FASTA files in it, for example with a shell wildcard."
-        ) from None
+        remedy = "Name the FASTA files in it, for example with a shell wildcard."
+        raise UserError(f"{name} is a directory.", remedy) from None
     except FileNotFoundError:
         raise UserError(f"{absent(name)}.", f"Paths are relative to {Path.cwd()}.") from None
     except OSError as error:
+        if error.errno == errno.EMFILE and _reopened.cache_info().currsize:
+            _reopened.cache_clear()
+            return _opened(name)
         remedy = "Let this process open more files: ulimit -n 1024" if error.errno == errno.EMFILE else ""
         raise UserError(f"{name} cannot be read: {error.strerror}.", remedy) from None
 
@@ -207,27 +196,15 @@ def _no_spool(name: str, folder: Path, why: str | None) -> UserError:
     )
 
 
-def _copy(file: IO[bytes], name: str, spool: IO[bytes], folder: Path, piped: bool) -> None:
+def _copy(file: IO[bytes], name: str, spool: IO[bytes], folder: Path) -> None:
     """Append the plain text of a file or pipe to the spool, and leave room on its disk."""
-    if piped:  # to be read twice: its first bytes say whether it is compressed
-        with _new_spool(folder) as raw:
-            _append(file, name, raw, folder)
-            raw.seek(0)
-            _append(decompressed(raw), name, spool, folder)
-    else:
-        _append(decompressed(file), name, spool, folder)
-
-
-def _append(stream: IO[bytes], name: str, spool: IO[bytes], folder: Path) -> None:
     size, reserve = 0, min(SPOOL_RESERVE, shutil.disk_usage(folder).free // 2)
     try:
+        stream = decompressed(file)
         while block := stream.read(READ_BYTES):
             if not size % (8 * READ_BYTES) and (free := shutil.disk_usage(folder).free) < reserve:
-                raise _no_spool(
-                    name,
-                    folder,
-                    f"its text has more than {size / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free there",
-                )
+                room = f"its text has more than {size / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free there"
+                raise _no_spool(name, folder, room)
             spool.write(block)
             size += len(block)
         spool.flush()
@@ -235,37 +212,30 @@ def _append(stream: IO[bytes], name: str, spool: IO[bytes], folder: Path) -> Non
         if isinstance(error, OSError) and error.errno is not None:
             raise _no_spool(name, folder, error.strerror) from None
         raise UserError(
-            f"{name} is damaged: its compressed data ends early, does not decode, or is followed by something else ({error}).",
+            f"{name} is damaged: its compressed data ends early, does not decode, or is followed by something else "
+            f"({error}).",
             "Fetch or copy the file again and compare its checksum.",
         ) from None
 
 
 def _check_is_fasta(source: Source) -> None:
+    """Raise UserError, which says what the text is, if its first record does not begin with `>`."""
     head = source.read_raw(0, min(HEAD_BYTES, source.size))
-    text = head.removeprefix(BOM).lstrip()
-    at = len(head)
+    text, at = head.removeprefix(BOM).lstrip(), len(head)
     while not text and at < source.size:
-        more = source.read(at, min(1 << 16, source.size - at))
+        more = source.read(at, min(HEAD_BYTES, source.size - at))
         at, text = at + len(more), more.lstrip()
     if text.startswith(b">") and b"\0" not in head:
         return
-    if source.size == 0 or not text:
-        raise UserError(f"{source.path} is empty: it holds no FASTA record.", "Is it the file that was meant?")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        kind, remedy = "UTF-16 text", "Save it as plain text or UTF-8."
-    elif b"\0" in head:
-        kind, remedy = "a binary file", "Give a FASTA text file; gz, bz2, xz and zst compression are recognised."
-    elif text.startswith(b"@"):
-        kind, remedy = (
-            "FASTQ (it starts with '@')",
-            "Reads must be translated to proteins first, e.g. with Prodigal or FragGeneScan.",
-        )
-    elif text[:1] == b"<":
-        kind, remedy = (
-            "an HTML or XML page, perhaps a failed download",
-            "Look at its first lines and download the file again.",
-        )
-    else:
-        shown = text.splitlines()[0][:40].decode("utf-8", "replace")
-        kind, remedy = f"not FASTA (it starts with {shown!r})", "The first record must start with a '>' line."
-    raise UserError(f"{source.path} is {kind}.", remedy)
+    start = re.split(rb"[\r\n]", text, maxsplit=1)[0][:40].decode("utf-8", "replace")
+    kinds = (
+        (not text, "empty: it holds no FASTA record", "Is it the file that was meant?"),
+        (head.startswith((b"\xff\xfe", b"\xfe\xff")), "UTF-16 text", "Save it as plain text or UTF-8."),
+        (b"\0" in head, "a binary file", "Give a FASTA text file; gz, bz2, xz and zst compression are recognised."),
+        (text.startswith(b"@"), "FASTQ (it starts with '@')",
+         "Reads must be translated to proteins first, e.g. with Prodigal or FragGeneScan."),
+        (text.startswith(b"<"), "an HTML or XML page, perhaps a failed download",
+         "Look at its first lines and download the file again."),
+        (True, f"not FASTA (it starts with {start!r})", "The first record must start with a '>' line."),
+    )  # fmt: skip
+    raise next(UserError(f"{source.path} is {kind}.", remedy) for so, kind, remedy in kinds if so)

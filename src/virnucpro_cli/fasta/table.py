@@ -1,10 +1,8 @@
 """The record table: what is known of every record, and its name, tokens or text when they are asked for."""
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,27 +12,8 @@ from virnucpro_cli.fasta import reading
 from virnucpro_cli.fasta.reading import Source
 
 AHEAD, MOST_AHEAD, FEWEST_AHEAD = 1 << 23, 1 << 27, 32  # bytes, bytes, records
+AT_ONCE = 1024
 NEWLINE = ord("\n")
-
-
-@cache
-def _tokens_or_space(letters: alphabet.Letters) -> NDArray[np.uint8]:
-    pairs = zip(letters.codes, letters.ids, strict=True)
-    return np.frombuffer(
-        bytes(code if code in (alphabet.SPACE, alphabet.LESS) else token for code, token in pairs), np.uint8
-    )
-
-
-class _Stretch(NamedTuple):
-    """Bytes [start, stop) of a source, in memory."""
-
-    source: Source | None
-    start: int
-    stop: int
-    text: bytes
-
-
-NOTHING = _Stretch(None, 0, 0, b"")
 
 
 @dataclass
@@ -42,9 +21,9 @@ class RecordTable:
     """What is known of N records, in input order.
 
     offset: int64 [N], of each `>` in the concatenated sources; length: int32 [N], residues after white space and one
-    trailing `*` are dropped; replaced: int32 [N], residues outside the alphabet;
-    unique_of: int64 [N], the first record with the same residues (itself if none came before). read_as: how gaps are read;
-    gaps: int32 [N], how many there are. nucleotide_like: int64, numbers of records that look like nucleotides; of the whole input only.
+    trailing `*` are dropped; replaced: int32 [N], residues outside the alphabet; gaps: int32 [N]; unique_of: int64 [N],
+    the first record with the same residues (itself if none came before). read_as: how gaps are read.
+    nucleotide_like: int64, numbers of records that look like nucleotides; of the whole input only.
     """
 
     sources: list[Source]
@@ -59,7 +38,7 @@ class RecordTable:
     read_as: alphabet.Letters = alphabet.KEEP
     gaps: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     nucleotide_like: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    _near: _Stretch = field(default=NOTHING, init=False, repr=False)
+    _near: tuple[Source | None, int, bytes] = field(default=(None, 0, b""), init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -75,141 +54,6 @@ class RecordTable:
             return int((self.following - self.offset).sum())
         return sum(source.size for source in self.sources)
 
-    def part(self, records: NDArray[np.int64]) -> "RecordTable":
-        """The table of some records (rising numbers), with the first of each set of equal ones among them.
-
-        The first of a set in the whole table may lie outside of `records`.
-        """
-        _, index, inverse = np.unique(self.unique_of[records], return_index=True, return_inverse=True)
-        first = index[inverse]
-        return RecordTable(
-            self.sources, self.sha256, self.offset[records], self.length[records], self.replaced[records], first,
-            self.nucleotide_share, None if self.digest is None else self.digest[records], self._following(records),
-            self.read_as, self.gaps[records],
-        )  # fmt: skip
-
-    def _following(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the text of each record ends, in the concatenated sources; not past the end of its own."""
-        if self.following is not None:
-            return self.following[records]
-        last = len(self) - 1
-        return np.where(
-            records < last, self.offset[np.minimum(records + 1, last)], self.sources[-1].base + self.sources[-1].size
-        )
-
-    def _spans(self, records: NDArray[np.int64]) -> list[tuple[Source, int, int]]:
-        """Source, offset in it and size of the text (header included) of each record."""
-        bases = np.asarray([source.base for source in self.sources], np.int64)
-        ends = np.asarray([source.base + source.size for source in self.sources], np.int64)
-        which = np.searchsorted(bases, self.offset[records], side="right") - 1
-        start = self.offset[records]
-        size = np.minimum(self._following(records), ends[which]) - start
-        return [
-            (self.sources[w], at, n)
-            for w, at, n in zip(which.tolist(), (start - bases[which]).tolist(), size.tolist(), strict=True)
-        ]
-
-    def tokens(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Token ids of all residues, one record behind the other, without `<cls>` and `<eos>`: `length` of each."""
-        text, start = self._text(records)
-        end = np.append(start[1:], len(text))
-        newline = np.append(np.flatnonzero(text == NEWLINE), len(text))
-        step = np.zeros(len(text) + 1, np.int8)
-        step[start] += 1
-        step[np.minimum(newline[np.searchsorted(newline, start)], end)] -= 1  # where the header ends
-        codes = _tokens_or_space(self.read_as)[text]
-        codes[np.cumsum(step[:-1], dtype=np.int8) > 0] = alphabet.SPACE
-        if (codes == alphabet.LESS).any():  # a `<mask>`, perhaps: many bytes for one token
-            return np.frombuffer(b"".join(self.token_ids(records)), np.uint8)
-        kept = codes != alphabet.SPACE
-        count = np.cumsum(kept, dtype=np.int32)
-        before, after = count[start] - kept[start], count[end - 1]
-        length = self.length[records]
-        if (after - before < length).any():
-            raise self._spans(records[after - before < length][:1])[0][0].changed()
-        if (after - before > length).any():  # a trailing `*`
-            kept &= count <= np.repeat(before + length, end - start)
-        return codes[kept]
-
-    def token_ids(self, records: NDArray[np.int64]) -> list[bytes]:
-        """The same, of each record."""
-        found = []
-        for (source, at, size), length in zip(self._spans(records), self.length[records].tolist(), strict=True):
-            text = source.read(at, size)
-            ids = alphabet.token_ids(text[text.find(b"\n") + 1 :], length, self.read_as) if length else b""
-            if len(ids) != length:
-                raise source.changed()
-            found.append(ids)
-        return found
-
-    def letters(self, records: NDArray[np.int64]) -> Iterator[bytes]:
-        """The sequence of each record as it stands, but for case: upper; without white space and a trailing `*`."""
-        for (source, at, size), length in zip(self._spans(records), self.length[records].tolist(), strict=True):
-            text = source.read(at, size)
-            yield text[text.find(b"\n") + 1 :].translate(None, self.read_as.dropped).upper()[:length] if length else b""
-
-    def _text(self, records: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """The text of the records, headers included, one behind the other, and where each begins."""
-        spans, near = self._spans(records), self._around(records)
-        if near.source is not None:
-            pieces = [near.text[at - near.start : at - near.start + size] for _, at, size in spans]
-        else:
-            pieces = [source.read(at, size) for source, at, size in spans]
-        sizes = [size for _, _, size in spans]
-        return np.frombuffer(b"".join(pieces), np.uint8), np.append(0, np.cumsum(sizes[:-1], dtype=np.int64))
-
-    def _around(self, records: NDArray[np.int64]) -> _Stretch:
-        """The text from the first to the last of these records, if that is not too much: between them lie those of the packs
-        to come, and one read for all of them is cheaper than one for each."""
-        if len(records) < FEWEST_AHEAD:
-            return NOTHING
-        (source, start, _), (other, last, size) = self._spans(np.asarray([records.min(), records.max()]))
-        stop = last + size
-        if source is not other or stop - start > MOST_AHEAD:
-            return NOTHING
-        if source is not self._near.source or start < self._near.start or stop > self._near.stop:
-            start, stop = start // AHEAD * AHEAD, min(-(-stop // AHEAD) * AHEAD, source.size)
-            self._near = NOTHING  # let go of the old before the new is read
-            self._near = _Stretch(source, start, stop, source.read(start, stop - start))
-        return self._near
-
-    def examples(self, full: bool) -> str:
-        """Its first names, for a message."""
-        return ", ".join(map(repr, self.names(0, min(3, len(self)), full)))
-
-    def names(self, start: int, stop: int, full: bool = False) -> list[str]:
-        """Names of the records [start, stop): the header up to the first white space, or all of it.
-
-        Bytes that are not UTF-8 come out as backslash escapes.
-        """
-        names: list[str] = []
-        while start < stop:
-            ((source, first, _),) = self._spans(np.asarray([start]))
-            beyond = int(np.searchsorted(self.offset, source.base + min(first + 4 * reading.READ_BYTES, source.size)))
-            upto = max(start + 1, min(stop, beyond))
-            ((_, last, size),) = self._spans(np.asarray([upto - 1]))
-            text = source.read(first, last + min(size, reading.READ_BYTES) - first)
-            for at in (self.offset[start:upto] - (source.base + first)).tolist():
-                newline = text.find(b"\n", at)
-                if newline < 0:  # the last header is longer than what was read of its record
-                    text = source.read(first, last + size - first)
-                    newline = text.find(b"\n", at)
-                header = text[at + 1 : newline] if newline >= 0 else text[at + 1 :]
-                word = header.strip() if full else b"".join(header.split(None, 1)[:1])
-                names.append(word.decode("utf-8", "backslashreplace"))
-            start = upto
-        return names
-
-    def sequences(self, start: int, stop: int) -> Iterator[bytes]:
-        """The residues of the records [start, stop) as they stand in the file, without white space."""
-        step = 1024
-        for first in range(start, stop, step):
-            text, begin = self._text(np.arange(first, min(first + step, stop)))
-            whole = text.tobytes()
-            for a, b in itertools.pairwise([*begin.tolist(), len(whole)]):
-                header = whole.find(b"\n", a, b)
-                yield whole[header + 1 : b].translate(None, self.read_as.dropped) if header >= 0 else b""
-
     @property
     def inputs(self) -> list[dict[str, Any]]:
         """Path, bytes and sha256 of each source, as a file records them."""
@@ -221,3 +65,136 @@ class RecordTable:
     def check_unchanged(self) -> None:
         for source, sha256 in zip(self.sources, self.sha256, strict=True):
             source.check_unchanged(sha256)
+
+    def part(self, records: NDArray[np.int64]) -> "RecordTable":
+        """The table of some records (rising numbers, int64 [n]), with the first of each set of equal ones among them.
+
+        The first of a set in the whole table may lie outside of `records`.
+        """
+        _, index, inverse = np.unique(self.unique_of[records], return_index=True, return_inverse=True)
+        return RecordTable(
+            self.sources, self.sha256, self.offset[records], self.length[records], self.replaced[records],
+            index[inverse], self.nucleotide_share, None if self.digest is None else self.digest[records],
+            self._following(records), self.read_as, self.gaps[records],
+        )  # fmt: skip
+
+    def tokens(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Token ids of all residues of int64 [n] records, one record behind the other: uint8 [sum of their lengths].
+
+        There is no `<cls>` and no `<eos>`. Raises UserError if the file has changed.
+        """
+        texts = list(self._texts(records))
+        text, end = b"".join(texts), np.cumsum([len(each) for each in texts])
+        start = np.append(0, end[:-1])
+        newline = np.append(np.flatnonzero(np.frombuffer(text, np.uint8) == NEWLINE), len(text))
+        step = np.zeros(len(text) + 1, np.int8)
+        step[start] += 1
+        step[np.minimum(newline[np.searchsorted(newline, start)], end)] -= 1  # where the header ends
+        codes = np.frombuffer(bytearray(text.translate(self.read_as.text)), np.uint8)
+        codes[np.cumsum(step[:-1], dtype=np.int8) > 0] = alphabet.SPACE
+        if (codes == alphabet.LESS).any():  # a `<mask>`, perhaps: many bytes for one token
+            return np.frombuffer(b"".join(self.token_ids(records)), np.uint8)
+        kept = codes != alphabet.SPACE
+        count = np.cumsum(kept, dtype=np.int32)
+        before, after = count[start] - kept[start], count[end - 1]
+        length = self.length[records]
+        if (after - before < length).any():
+            raise self._spans(records[after - before < length])[0][0].changed()
+        if (after - before > length).any():  # a trailing `*`
+            kept &= count <= np.repeat(before + length, end - start)
+        return codes[kept]
+
+    def token_ids(self, records: NDArray[np.int64]) -> list[bytes]:
+        """The same, uint8 bytes of each of int64 [n] records."""
+        lengths = self.length[records].tolist()
+        ids = [
+            alphabet.token_ids(body, length, self.read_as)
+            for body, length in zip(self._bodies(records), lengths, strict=True)
+        ]
+        for (source, *_), each, length in zip(self._spans(records), ids, lengths, strict=True):
+            if len(each) != length:
+                raise source.changed()
+        return ids
+
+    def letters(self, records: NDArray[np.int64]) -> Iterator[bytes]:
+        """Upper-case sequences of int64 [n] records, uint8 bytes, without white space and a trailing `*`."""
+        for body, length in zip(self._bodies(records), self.length[records].tolist(), strict=True):
+            yield body.translate(None, self.read_as.dropped).upper()[:length]
+
+    def sequences(self, start: int, stop: int) -> Iterator[bytes]:
+        """The residues of the records [start, stop) as they stand in the file, without white space."""
+        for first in range(start, stop, AT_ONCE):
+            for body in self._bodies(np.arange(first, min(first + AT_ONCE, stop))):
+                yield body.translate(None, self.read_as.dropped)
+
+    def _bodies(self, records: NDArray[np.int64]) -> Iterator[bytes]:
+        """The text of each record behind its header."""
+        return (text.partition(b"\n")[2] for text in self._texts(records))
+
+    def _texts(self, records: NDArray[np.int64]) -> Iterator[bytes]:
+        """The text of each record, header included.
+
+        Between the first and the last of a pack's records lie those of packs to come: one read is cheaper than many.
+        """
+        spans = self._spans(records)
+        if len(records) >= FEWEST_AHEAD:
+            (source, start, _), (other, last, size) = spans[records.argmin()], spans[records.argmax()]
+            if source is other and last + size - start <= MOST_AHEAD:
+                begin, text = self._around(source, start, last + size)
+                yield from (text[at - begin : at - begin + size] for _, at, size in spans)
+                return
+        yield from (source.read(at, size) for source, at, size in spans)
+
+    def _around(self, source: Source, start: int, stop: int) -> tuple[int, bytes]:
+        """Bytes [start, stop) of a source and some more, and where they begin."""
+        near, begin, text = self._near
+        if source is not near or start < begin or stop > begin + len(text):
+            begin, stop = start // AHEAD * AHEAD, min(-(-stop // AHEAD) * AHEAD, source.size)
+            self._near = (None, 0, text := b"")  # let go of the old before the new is read
+            text = source.read(begin, stop - begin)
+            self._near = (source, begin, text)
+        return begin, text
+
+    def _following(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the text of each record ends, in the concatenated sources; not past the end of its own."""
+        if self.following is not None:
+            return self.following[records]
+        last = len(self) - 1
+        end = self.sources[-1].base + self.sources[-1].size
+        return np.where(records < last, self.offset[np.minimum(records + 1, last)], end)
+
+    def _spans(self, records: NDArray[np.int64]) -> list[tuple[Source, int, int]]:
+        """Source, offset in it and size of the text (header included) of each record."""
+        bases = np.array([source.base for source in self.sources], np.int64)
+        start = self.offset[records]
+        which = np.searchsorted(bases, start, side="right") - 1
+        ends = bases + [source.size for source in self.sources]
+        size = np.minimum(self._following(records), ends[which]) - start
+        sources = map(self.sources.__getitem__, which.tolist())
+        return list(zip(sources, (start - bases[which]).tolist(), size.tolist(), strict=True))
+
+    def names(self, start: int, stop: int, full: bool = False) -> list[str]:
+        """Names of the records [start, stop): the header up to the first white space, or all of it.
+
+        Bytes that are not UTF-8 come out as backslash escapes.
+        """
+        names: list[str] = []
+        while start < stop:
+            ((source, first, _),) = self._spans(np.array([start]))
+            beyond = int(np.searchsorted(self.offset, source.base + min(first + 4 * reading.READ_BYTES, source.size)))
+            upto = max(start + 1, min(stop, beyond))
+            ((_, last, size),) = self._spans(np.array([upto - 1]))
+            text = source.read(first, last + min(size, reading.READ_BYTES) - first)
+            if text.find(b"\n", last - first) < 0:  # the last header is longer than what was read of its record
+                text = source.read(first, last + size - first)
+            for at in (self.offset[start:upto] - (source.base + first)).tolist():
+                newline = text.find(b"\n", at)
+                header = text[at + 1 : newline] if newline >= 0 else text[at + 1 :]
+                word = header.strip() if full else b"".join(header.split(None, 1)[:1])
+                names.append(word.decode("utf-8", "backslashreplace"))
+            start = upto
+        return names
+
+    def examples(self, full: bool) -> str:
+        """Its first names, for a message."""
+        return ", ".join(map(repr, self.names(0, min(3, len(self)), full)))

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from virnucpro_cli import fasta, report, store
+from virnucpro_cli import report, store
 from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
+from virnucpro_cli.fasta.plain import refuse_unreadable
 from virnucpro_cli.kinds import pooled
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
@@ -112,7 +113,7 @@ def _inputs(file: store.EmbeddingFile, config: ValidateConfig) -> tuple[str, ...
         raise UserError(f"{path} does not say what was embedded.", "Name it: --fasta FILE")
     report.check_places({"report": config.report}, [path, *paths, *locate.files_read(model_of(file, config.model))])
     try:
-        fasta.refuse_unreadable(paths)
+        refuse_unreadable(paths)
     except UserError as error:
         remedy = f"{error.remedy} Say where the input of {path} is: --fasta FILE."
         raise UserError(error.what, remedy) from None

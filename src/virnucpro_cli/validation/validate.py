@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 
 import virnucpro_cli
-from virnucpro_cli import embed, fasta, report, scratch
+from virnucpro_cli import embed, report, scratch
 from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.exchange import importing, layouts
-from virnucpro_cli.fasta.plain import write_texts
+from virnucpro_cli.fasta.plain import refuse_unreadable, write_texts
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
@@ -201,7 +201,7 @@ def choose(paths: Sequence[str], config: ValidateConfig, family: type[Oracle]) -
 
     Raises UserError if a file cannot be read, or if there are not two proteins.
     """
-    fasta.refuse_unreadable(paths)
+    refuse_unreadable(paths)
     table = plain_reader.read(paths)
     embedded = np.minimum(table.lengths, config.max_residues)
     fit = np.flatnonzero((embedded > 0) & (embedded <= oracle.LONGEST))
