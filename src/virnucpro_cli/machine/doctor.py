@@ -17,7 +17,7 @@ from virnucpro_cli import report, store
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, install_command
 from virnucpro_cli.model import attention, locate
-from virnucpro_cli.model.spec import DEMO, SIZES
+from virnucpro_cli.model.spec import SIZES
 from virnucpro_cli.plan import shards
 from virnucpro_cli.store import disk
 
@@ -129,7 +129,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _weights() -> Iterator[Finding]:
-    for spec in (*SIZES.values(), DEMO):
+    for spec in SIZES.values():
         try:
             found = locate.locate(spec.name)
         except UserError as error:

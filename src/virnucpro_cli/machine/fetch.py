@@ -3,7 +3,7 @@
 from virnucpro_cli import report
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import locate
-from virnucpro_cli.model.spec import DEMO, SIZES
+from virnucpro_cli.model.spec import SIZES
 
 
 def fetch_weights(model: str) -> locate.Weights:
@@ -19,7 +19,7 @@ def fetch_weights(model: str) -> locate.Weights:
 def show() -> None:
     """Print every known model with its place on this machine, a line for each, to standard output."""
     print(f"{'model':<22}{'layers':>6}{'hidden':>8}  place")
-    for spec in (*SIZES.values(), DEMO):
+    for spec in SIZES.values():
         found = locate.locate(spec.name)
         place = found.place if found else "not on this machine"
         print(f"{spec.name:<22}{spec.layers:>6}{spec.hidden:>8}  {place}")

