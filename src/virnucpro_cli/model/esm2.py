@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from virnucpro_cli import alphabet
 from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.model.attention import Attention, Backend
-from virnucpro_cli.model.kernels.plain import Layer
+from virnucpro_cli.model.kernels.plain import Layer, Pair
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.model.spec import ModelSpec, stream_dtype
 
@@ -42,7 +43,7 @@ class ESM2:
         self.rows_of_a_part: int | None = None
         self.spec, self.dtype, self.device, self.backend = spec, dtype, device, backend
 
-        def pair(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
+        def pair(*names: str) -> Pair:
             weight, bias = (
                 torch.cat([state[f"{name}.{part}"].to(device, torch.float32) for name in names])
                 for part in ("weight", "bias")
@@ -78,10 +79,10 @@ class ESM2:
             self.cos, self.sin = angles.cos(), angles.sin()
 
     def forward(self, batch: PackedBatch, wanted: tuple[int, ...], on_layer: OnLayer) -> None:
-        """Run the batch up to the last wanted layer; `on_layer(i, hidden [T, D])` is called for each wanted one, and must
-        not keep `hidden`, which the next layer overwrites.
+        """Run the batch up to the last wanted layer, and call `on_layer(i, hidden [T, D])` for each wanted one.
 
-        0 is the scaled embedding, i the residual stream after layer i, and only the last layer has the final LayerNorm.
+        Layer 0 is the scaled embedding, i the residual stream after layer i; only the last has the final LayerNorm.
+        `on_layer` must not keep `hidden`, which the next layer overwrites.
         """
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with on_device, torch.inference_mode():
@@ -99,8 +100,8 @@ class ESM2:
         parts = [slice(at, min(at + size, len(x))) for at in range(0, len(x), size)]
         rotary = [steps.rotary(self.cos, self.sin, batch.positions[part]) for part in parts]
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
-            made = (steps.query_key_value(x[part], layer, own) for part, own in zip(parts, rotary, strict=True))
-            q, k, v = _joined(made, parts)  # [T, H, Dh] each
+            thirds = (steps.query_key_value(x[part], layer, turn) for part, turn in zip(parts, rotary, strict=True))
+            q, k, v = _joined(thirds, parts)  # [T, H, Dh] each
             mixed = self.backend.attention(q, k, v, batch, scale)
             mixed[batch.used :] = 0  # filler: whatever the kernel left there
             steps.add_attention(x, mixed, layer)
@@ -112,32 +113,33 @@ class ESM2:
                 on_layer(number, steps.last_norm(x, self.norm) if last else steps.residual(x, layer))
 
     def embed(self, batch: PackedBatch, wanted: tuple[int, ...], pooler: Pooler) -> Embeddings:
-        """What the pooler makes of each wanted layer of the batch."""
-        found = Embeddings()
-        self.forward(batch, wanted, lambda layer, hidden: pooler.add(found, layer, hidden, batch))
-        return found
+        """The pools of each wanted layer of the batch."""
+        embeddings = Embeddings()
+        self.forward(batch, wanted, lambda layer, hidden: pooler.add(embeddings, layer, hidden, batch))
+        return embeddings
 
     def with_attention(self, attention: Attention) -> "ESM2":
         """The same weights and steps with another attention function."""
-        other = copy.copy(self)
-        other.backend = self.backend._replace(attention=attention)
-        return other
+        return self._with(backend=self.backend._replace(attention=attention))
 
     def in_parts(self, rows: int) -> "ESM2":
         """The same, with the work around attention done on so many rows at a time: less memory, and the same bits."""
+        return self._with(rows_of_a_part=rows)
+
+    def _with(self, **changed: Any) -> "ESM2":
         other = copy.copy(self)
-        other.rows_of_a_part = rows
+        vars(other).update(changed)
         return other
 
 
-def _joined(made: Iterator[tuple[torch.Tensor, ...]], parts: list[slice]) -> tuple[torch.Tensor, ...]:
-    """Tensors of whose rows the given parts come one after the other; never two copies of all."""
-    first = next(made)
+def _joined(pieces: Iterator[tuple[torch.Tensor, ...]], parts: list[slice]) -> tuple[torch.Tensor, ...]:
+    """Whole tensors of pieces that come one after the other, each the rows of a part; never two copies of all."""
+    first = next(pieces)
     if len(parts) == 1:
         return first
     whole = tuple(each.new_empty(parts[-1].stop, *each.shape[1:]) for each in first)
-    for part, found in zip(parts, chain([first], made), strict=True):
-        for into, each in zip(whole, found, strict=True):
+    for part, piece in zip(parts, chain([first], pieces), strict=True):
+        for into, each in zip(whole, piece, strict=True):
             into[part] = each
     return whole
 

@@ -9,7 +9,7 @@ from virnucpro_cli.batch import Embeddings, PackedBatch
 
 
 def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """Mean over the residues of each segment (no `<cls>`, no `<eos>`), float32 [n, D]; windows: their weighted share."""
+    """Mean over the residues of each segment (no `<cls>`, no `<eos>`), float32 [n, D]; a window's weighted share."""
     rows = hidden.float()
     if batch.weights is not None:
         rows = rows * batch.weights[:, None]
@@ -32,7 +32,7 @@ def maximum(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 
 
 def deviation(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """Population standard deviation over the residues of each segment, float32 [n, D], in two passes. Not of windows."""
+    """Population standard deviation over each segment's residues, float32 [n, D], in two passes. Not of windows."""
     wide = _wide(hidden.float())
     mean = mean_over_residues(wide, batch)
     rows = torch.arange(len(hidden), dtype=batch.cu_seqlens.dtype, device=hidden.device)
@@ -45,14 +45,14 @@ POOLS = {"mean": mean, "bos": bos, "eos": eos, "max": maximum, "std": deviation}
 
 
 def residues(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype) -> torch.Tensor:
-    """All T rows, in the store dtype; float32 and weighted if the batch has windows, which are added up on the host."""
+    """All rows [T, D] in the store dtype. Rows of windows are float32 and weighted, to be added up on the host."""
     if batch.weights is None:
         return hidden.to(store_dtype, copy=True)  # the next layer overwrites hidden
     return hidden.float() * batch.weights[:, None]
 
 
 def mean_over_residues(rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """Of the rows [T, m] of each segment, accumulated in float64, [n, m]."""
+    """Mean of rows [T, m] over the residues of each segment, accumulated in float64: [n, m]."""
     return _over_residues("sum", _wide(rows), batch) / batch.divisor[:, None]
 
 
@@ -63,17 +63,18 @@ def _over_residues(reduction: str, rows: torch.Tensor, batch: PackedBatch) -> to
 
 
 def _wide(rows: torch.Tensor) -> torch.Tensor:
-    """In float64 (which Apple GPUs lack): a sum adds row after row, and in float32 that error would exceed the forward's."""
+    """Rows in float64, which Apple GPUs lack: a float32 sum of row after row would err more than the forward."""
     return rows if rows.device.type == "mps" else rows.double()
 
 
 class Pooler:
-    """Collects what was asked of each layer as the forward passes it; nothing of a layer outlives the call."""
+    """Collects the pools of each layer as the forward passes it; nothing of a layer outlives the call."""
 
     def __init__(self, kinds: tuple[str, ...], store_dtype: torch.dtype):
         self.kinds, self.store_dtype = kinds, store_dtype
 
     def add(self, into: Embeddings, layer: int, hidden: torch.Tensor, batch: PackedBatch) -> None:
+        """Put the pools of a layer's rows [T, D] of any dtype into the embeddings."""
         for kind, pool in POOLS.items():
             if kind in self.kinds:
                 rows = pool(hidden, batch)

@@ -20,15 +20,18 @@ AMINO_ACIDS = slice(4, 24)
 
 
 class TokenHead:
-    """Dense, erf GELU, LayerNorm, and the token embedding as last matrix unless the head has its own (fair-esm modules.py, RobertaLMHead)."""
+    """Dense, erf GELU, LayerNorm, and the token embedding as last matrix unless the head has its own.
+
+    The definition is RobertaLMHead in fair-esm's modules.py.
+    """
 
     def __init__(self, state: State, device: torch.device):
-        def tensor(name: str) -> torch.Tensor:
-            return state[name].to(device, torch.float32)
-
-        parts = ("dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "bias")
-        self.weight, self.bias, self.scale, self.shift, self.last_bias = (tensor(f"{LM_HEAD}.{x}") for x in parts)
-        self.last = tensor(DECODER if DECODER in state else "embed_tokens.weight")
+        parts = [
+            f"{LM_HEAD}.{x}" for x in ("dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "bias")
+        ]
+        names = [*parts, DECODER if DECODER in state else "embed_tokens.weight"]
+        tensors = (state[name].to(device, torch.float32) for name in names)
+        self.weight, self.bias, self.scale, self.shift, self.last_bias, self.last = tensors
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [T, 33] of the rows [T, D] of the last layer."""
@@ -38,13 +41,13 @@ class TokenHead:
 
 
 def entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Of each row [T], in nats, among the 20 amino acids alone: at most ln 20."""
+    """Entropy of each row of logits [T, 33] among the 20 amino acids alone, float64 [T], in nats: at most ln 20."""
     log_p = logits[:, AMINO_ACIDS].double().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
 
 def surprise(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """`-log p` of each row's own token, [T], in nats, among all 33 tokens."""
+    """`-log p` of each row's token (int32 [T]) by its logits [T, 33], float64 [T], in nats, among all 33 tokens."""
     return -logits.double().log_softmax(-1).gather(1, tokens.long()[:, None])[:, 0]
 
 
@@ -52,7 +55,7 @@ SCORES: dict[str, Any] = {
     "entropy": (entropy, lambda mean: mean),
     "pseudo_perplexity": (surprise, torch.exp),
 }
-"""By dataset of /unmasked: what is averaged over a protein's residues, and what is made of the average."""
+"""By dataset of /unmasked: the number of a row that is averaged over a protein, and a function of the mean."""
 
 
 class Scorer(Pooler):
@@ -66,24 +69,25 @@ class Scorer(Pooler):
         self.layers, self.last, self.head, self.names = layers, last, head, names
 
     def add(self, into: Embeddings, layer: int, hidden: torch.Tensor, batch: PackedBatch) -> None:
+        """Put the pools and scores of a layer's rows [T, D] of any dtype into the embeddings."""
         if layer in self.layers:
             super().add(into, layer, hidden, batch)
         if layer == self.last:
             logits = self.head(hidden)
             if "logits" in self.names:
                 self._keep(into, "logits", logits.to(self.store_dtype), batch)
-            for name in (name for name in SCORES if name in self.names):
-                of_row, of_mean = SCORES[name]
-                found = of_mean(mean_over_residues(of_row(logits, batch.tokens)[:, None], batch))[:, 0].float()
-                into.pooled["unmasked", name] = found
-                self._note_finite(into, found.isfinite())
+            for name, (of_row, of_mean) in SCORES.items():
+                if name in self.names:
+                    score = of_mean(mean_over_residues(of_row(logits, batch.tokens)[:, None], batch))[:, 0].float()
+                    into.pooled["unmasked", name] = score
+                    self._note_finite(into, score.isfinite())
 
 
-def check_head(state: State, found: Weights) -> None:
+def check_head(state: State, weights: Weights) -> None:
     """Raise UserError if the weights have no head for tokens."""
     if f"{LM_HEAD}.bias" not in state:
         raise UserError(
-            f"The weights of {found.name} have no language-model head of ESM-2 (lm_head.* in {found.place}), "
+            f"The weights of {weights.name} have no language-model head of ESM-2 (lm_head.* in {weights.place}), "
             "or its last matrix contradicts tie_word_embeddings of config.json.",
             "Use the published weights, or leave --emit out.",
         )

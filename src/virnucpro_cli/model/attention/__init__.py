@@ -1,4 +1,4 @@
-"""Variable-length attention behind one signature; one small adapter file per backend, each doing exactly what it is named.
+"""Variable-length attention behind one signature; one small adapter file per backend, each doing exactly its name.
 
 An attention function takes q, k, v [T, H, Dh] (last dimension contiguous), the `PackedBatch` whose segments bound
 it, and the softmax scale; it returns [T, H, Dh]. Rows past `cu_seqlens[-1]` of the result are undefined.
@@ -29,14 +29,13 @@ class Backend(NamedTuple):
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend of that name, or with `auto` the first that suits; raises UserError saying why a named one cannot run.
+    """The backend of that name, or with `auto` the first that suits. Raises UserError if a named one cannot run.
 
     Each adapter module has `refusal(device, dtype) -> str | None` and `attention(q, k, v, batch, scale)`.
     """
     if name != "auto" and name not in BACKENDS:
         raise UserError(f"There is no attention backend {name!r}.", f"Choose auto or one of {', '.join(BACKENDS)}.")
-    suitable = [b for b in BACKENDS if b != "flash_attn" and (is_nvidia(device) or b == "sdpa")]
-    candidates = suitable if name == "auto" else [name]
+    candidates = [each for each in BACKENDS if each != "flash_attn"] if name == "auto" else [name]
     remedy = "Leave --attention at auto, or name another."
     if dtype == torch.float8_e4m3fn:
         remedy = "Use --dtype fp16: fp8 is computed by the fused kernels for Hopper GPUs alone (--attention triton)."
@@ -45,6 +44,9 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         candidates = ["triton"]
     refusal, notes = None, tuple[str, ...]()
     for candidate in candidates:
+        if candidate != "sdpa" and not is_nvidia(device):
+            refusal = f"it needs an NVIDIA GPU, and this run is on {device.type}"
+            continue
         adapter = import_module(f"virnucpro_cli.model.attention.{candidate}")
         refusal = adapter.refusal(device, dtype)
         if refusal is None:
@@ -52,9 +54,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
             return Backend(candidate, adapter.attention, steps, notes)
         if BROKEN in refusal:
             notes = (f"attention backend {candidate} would be faster on this device, but {refusal}",)
-    raise UserError(
-        f"Attention backend {candidates[-1] if name == 'auto' else name} cannot run here: {refusal}.", remedy
-    )
+    raise UserError(f"Attention backend {candidates[-1]} cannot run here: {refusal}.", remedy)
 
 
 def is_nvidia(device: torch.device) -> bool:

@@ -3,21 +3,21 @@
 import torch
 
 from virnucpro_cli.batch import PackedBatch
-from virnucpro_cli.model.attention import describe, is_nvidia
+from virnucpro_cli.model.attention import describe
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not is_nvidia(device):
-        return f"it needs an NVIDIA GPU, and this run is on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
     if not (5, 0) <= (major, minor) <= (9, 0):
-        return f"it is built for compute capability 5.0 to 9.0, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
+        name = torch.cuda.get_device_name(device)
+        return f"it is built for compute capability 5.0 to 9.0, and {name} has {major}.{minor}"
     if dtype == torch.bfloat16 and major < 8:
         return f"{describe(dtype)} needs compute capability 8.0 or newer; use fp16"
     return None
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
+    """q, k, v [T, H, Dh] to [T, H, Dh], all float32, float16 or bf16."""
     bounds, longest = batch.cu_seqlens, batch.max_seqlen
     no_mask = 0
     out = torch.ops.aten._efficient_attention_forward(

@@ -16,6 +16,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
+    """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16."""
     from flash_attn import flash_attn_varlen_func
 
     bounds, longest = batch.cu_seqlens, batch.max_seqlen

@@ -1,6 +1,7 @@
-"""Scaled dot-product attention, the CPU path and any other device's: a call per run of equally long segments on the CPU.
+"""Scaled dot-product attention, the path of the CPU and of any other device.
 
-Elsewhere it is a call per segment, since there the number of equally long neighbours may choose the kernel.
+The CPU makes a call per run of equally long segments. Others make a call per segment, since the number of equally long
+neighbours may choose their kernel.
 """
 
 from itertools import groupby
@@ -16,15 +17,15 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
+    """q, k, v [T, H, Dh] to [T, H, Dh], all of one dtype."""
     out = torch.empty_like(q)
     at = 0
     lengths = batch.seqlens.tolist()  # the planner puts equal lengths side by side
     runs = ((length, sum(1 for _ in group)) for length, group in groupby(lengths))
     for length, count in runs if q.device.type == "cpu" else ((length, 1) for length in lengths):
         rows = slice(at, at + count * length)
-        qs, ks, vs = (
-            x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
-        )  # [count, H, length, Dh]
+        # [count, H, length, Dh]
+        qs, ks, vs = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
         mixed = F.scaled_dot_product_attention(qs, ks, vs, scale=scale)
         out[rows] = mixed.transpose(1, 2).flatten(0, 1)
         at += count * length

@@ -4,12 +4,10 @@ import torch
 from torch.nn.attention import current_flash_attention_impl
 
 from virnucpro_cli.batch import PackedBatch
-from virnucpro_cli.model.attention import describe, is_nvidia
+from virnucpro_cli.model.attention import describe
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not is_nvidia(device):
-        return f"it needs an NVIDIA GPU, and this run is on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"it needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
@@ -21,10 +19,10 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
-    """Call the FlashAttention operator itself.
+    """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16, by the FlashAttention operator itself.
 
-    `torch.nn.attention.varlen.varlen_attn` may take cuDNN instead on Hopper and Blackwell: in PyTorch 2.14 if the longest
-    segment of the pack exceeds 128 tokens, in 2.15 whenever it can. Neighbours would then choose a protein's kernel.
+    `torch.nn.attention.varlen.varlen_attn` may take cuDNN instead on Hopper and Blackwell: in PyTorch 2.14 if the
+    longest segment of the pack exceeds 128 tokens, in 2.15 whenever it can. Neighbours would then choose the kernel.
     """
     bounds, longest = batch.cu_seqlens, batch.max_seqlen
     dropout, causal, debug = 0.0, False, False

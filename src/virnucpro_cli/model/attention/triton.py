@@ -6,12 +6,10 @@ import torch
 
 from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.errors import in_a_line
-from virnucpro_cli.model.attention import BROKEN, describe, is_nvidia
+from virnucpro_cli.model.attention import BROKEN, describe
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not is_nvidia(device):
-        return f"it needs an NVIDIA GPU, and this run is on {device.type}"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return f"it is written for Hopper (compute capability 9.0), not for {torch.cuda.get_device_name(device)}"
     if dtype not in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
@@ -28,6 +26,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
+    """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16."""
     from virnucpro_cli.model.kernels.attention import attention
 
     return attention(q, k, v, batch.query_tiles, scale)

@@ -1,8 +1,8 @@
 """Variable-length attention for short sequences: tiles of 64 queries of one segment, where FlashAttention-2 takes 128.
 
 A program owns 64 queries of one segment and one head. The segment's last, partly filled block of keys comes first, by
-plain masked loads that are all in flight at once; the full blocks follow through the tensor memory accelerator. The order of
-keys depends on the segment's length alone, so a segment's result is the same wherever it stands.
+plain masked loads that are all in flight at once; the full blocks follow through the tensor memory accelerator. The
+order of keys depends on the segment's length alone, so a segment's result is the same wherever it stands.
 """
 
 import torch
@@ -56,17 +56,16 @@ def _attention(
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor, scale: float) -> torch.Tensor:
-    """q, k, v [T, H, Dh], heads adjacent, rows equally far apart; tiles int32 [n, 3] of `collate.query_tiles`."""
+    """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; tiles int32 [n, 3] of `batch.query_tiles`.
+
+    Heads of q, k and v are adjacent, and their rows equally far apart.
+    """
     rows, heads, head_dim = q.shape
     wide = max(16, triton.next_power_of_2(head_dim))
     out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)
-    block = [KEYS, wide]
-
-    def blocks(x: torch.Tensor) -> TensorDescriptor:
-        return TensorDescriptor(x, [rows, heads * head_dim], [x.stride(0), 1], block)
-
+    keys, values = (TensorDescriptor(x, [rows, heads * head_dim], [x.stride(0), 1], [KEYS, wide]) for x in (k, v))
     _attention[(heads * len(tiles),)](
-        q, k, v, blocks(k), blocks(v), out, tiles, scale * LOG2_E, q.stride(0), heads,
+        q, k, v, keys, values, out, tiles, scale * LOG2_E, q.stride(0), heads,
         head_dim, wide, QUERY_TILE, KEYS, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

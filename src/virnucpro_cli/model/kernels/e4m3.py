@@ -1,7 +1,7 @@
 """Linear layers in e4m3 (8 bit: 4 of exponent, 3 of mantissa, up to 448), with scales that cannot overflow.
 
-All scales are powers of two, fixed when the weights are loaded: LayerNorm bounds what follows it (|x| <= sqrt(D) for every
-value, ||x|| <= sqrt(D) for a row, so |Wx + b| <= ||w|| sqrt(D) + |b|), and a floating-point format does not mind that the
+All scales are powers of two, fixed when the weights are loaded. LayerNorm bounds the input (|x| <= sqrt(D) for every
+value, ||x|| <= sqrt(D) for a row, so |Wx + b| <= ||w|| sqrt(D) + |b|). A floating-point format does not mind that the
 bound is seldom reached. Scales by each row's own maximum, tried on the real 8M weights, were no closer.
 """
 
@@ -19,7 +19,7 @@ ROUNDED_UP = 1 + 2.0**-3
 
 
 def quantise(norm: Pair, linear: Pair, offset: torch.Tensor) -> Quantised:
-    """LayerNorm of x + offset and the linear layer after it; all float32."""
+    """LayerNorm of x + offset [K] and the linear layer [M, K] after it, in e4m3; all arguments float32."""
     (gamma, beta), (weight, bias) = norm, linear
     depth = weight.shape[1]
     step = 2.0 ** math.floor(math.log2(LARGEST / math.sqrt(depth)))
@@ -35,7 +35,7 @@ def quantise_sum(weight: torch.Tensor, grain: torch.Tensor) -> QuantisedSum:
 
 
 def _rounded(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """In e4m3 as far up as it goes, and what it is to be multiplied by."""
+    """The weight in e4m3 as far up as it goes, and the factor that undoes it."""
     scale = float(_power_of_two(LARGEST / weight.abs().max().clamp_min(2.0**-100)))
     return (weight * scale).to(E4M3), 1 / scale
 

@@ -1,7 +1,7 @@
 """The forward's steps as fused Triton kernels, for fp16, bf16 and fp8. Same functions as `plain`.
 
-The residual stream is kept without the biases of the linear layers that were added to it; they are constants of the model
-(`offset`) that the next LayerNorm takes into account. So cuBLAS adds to it in place, and LayerNorm is folded away.
+The residual stream is kept without the biases of the linear layers that were added to it. They are constants of the
+model (`offset`); the next LayerNorm takes them into account. So cuBLAS adds in place, and LayerNorm is folded away.
 """
 
 from collections.abc import Iterable
@@ -49,8 +49,11 @@ class LastNorm(NamedTuple):
 def prepare(
     layers: Iterable[plain.Layer], norm: Pair, head_dim: int, dtype: torch.dtype
 ) -> tuple[list[Layer], LastNorm]:
-    """As `plain.prepare`, folded in float64 and then rounded. In e4m3 all products but `out`, which takes little time."""
-    offset, found = torch.zeros_like(norm[0]), list[Layer]()
+    """Layers and the last norm, float32, folded in float64 and then rounded; as `plain.prepare`.
+
+    With e4m3 all products but `out`, which takes little time, are in it.
+    """
+    offset, prepared = torch.zeros_like(norm[0]), list[Layer]()
     for layer in layers:
         (out, out_bias), (fc2, fc2_bias) = layer.out, layer.fc2
         weight, bias = (_interleaved(each, head_dim) for each in layer.qkv)
@@ -59,12 +62,12 @@ def prepare(
         if dtype == E4M3:
             up = quantise(layer.norm2, layer.fc1, after_out)
             down = quantise_sum(fc2, up.grain)
-            found.append(Layer(quantise(layer.norm1, (weight, bias), offset), out.half(), up, down, after_fc2))
+            prepared.append(Layer(quantise(layer.norm1, (weight, bias), offset), out.half(), up, down, after_fc2))
         else:
             qkv, fc1 = fold(layer.norm1, (weight, bias), offset, dtype), fold(layer.norm2, layer.fc1, after_out, dtype)
-            found.append(Layer(qkv, out.to(dtype), fc1, fc2.to(dtype), after_fc2))
+            prepared.append(Layer(qkv, out.to(dtype), fc1, fc2.to(dtype), after_fc2))
         offset = after_fc2
-    return found, LastNorm(offset, *norm)
+    return prepared, LastNorm(offset, *norm)
 
 
 def _interleaved(qkv: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -78,18 +81,22 @@ def _interleaved(qkv: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+    """The stream x [T, D], float16 or bf16, to q, k, v [T, H, Dh] of its LayerNorm, with q and k rotated."""
     return rotary_linear(x, layer.qkv, rotary)
 
 
 def add_attention(x: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> None:
+    """x [T, D] += the output projection of attention's result [T, H, Dh], float16 or bf16; no bias."""
     x.addmm_(mixed.view(x.shape), layer.out.T)
 
 
 def gelu_inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """x [T, D], float16 or bf16, to gelu(fc1(LayerNorm(x))) [T, 4 D] in the dtype of x, or in e4m3 times a grain."""
     return gelu_linear(x, layer.fc1)
 
 
 def add_inner(x: torch.Tensor, inner: torch.Tensor, layer: Layer) -> None:
+    """x [T, D] += fc2(inner [T, 4 D]) in the dtype of x, no bias."""
     if isinstance(layer.fc2, QuantisedSum):
         add_linear(x, inner, layer.fc2)
     else:
@@ -97,8 +104,10 @@ def add_inner(x: torch.Tensor, inner: torch.Tensor, layer: Layer) -> None:
 
 
 def residual(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """The residual stream after the layer, of its x [T, D] and in the dtype of x, with all biases so far."""
     return (x + layer.offset).to(x.dtype)
 
 
 def last_norm(x: torch.Tensor, last: LastNorm) -> torch.Tensor:
+    """The final LayerNorm of the stream x [T, D] of the last layer, in the dtype of x."""
     return norm(x, *last)

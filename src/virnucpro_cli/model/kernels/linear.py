@@ -104,9 +104,8 @@ def _linear(
     tiles_down, tiles_across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     in_group = 8 * tiles_across  # eight tiles of rows share the weights that are in the cache
     quarter: tl.constexpr = COLUMNS // 4
-    ahead: tl.constexpr = (
-        EPILOGUE == 1
-    )  # there are registers to load the next vectors early; the rotary tables leave none
+    # There are registers to load the next vectors early; the rotary tables leave none.
+    ahead: tl.constexpr = EPILOGUE == 1
     for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, programs, flatten=True):
         group = tile // in_group * 8
         size = min(tiles_down - group, 8)
@@ -128,7 +127,10 @@ def _linear(
         for part in tl.static_range(4):
             if ahead and part < 3:
                 following = _vectors(shift, bias, column + (part + 1) * quarter, quarter)
-            _finish(quarters[part], vectors, y, scale, unit, cos, sin, table, positions, row, column + part * quarter, rows, rotated, EPILOGUE, FOLDED, HEAD_DIM, ALIGNED, ROWS, quarter)  # fmt: skip
+            _finish(
+                quarters[part], vectors, y, scale, unit, cos, sin, table, positions, row, column + part * quarter,
+                rows, rotated, EPILOGUE, FOLDED, HEAD_DIM, ALIGNED, ROWS, quarter,
+            )  # fmt: skip
             if part < 3:
                 vectors = following if ahead else _vectors(shift, bias, column + (part + 1) * quarter, quarter)
 
@@ -136,8 +138,8 @@ def _linear(
 class Folded(NamedTuple):
     """LayerNorm of x + offset and the linear layer after it as one product: (x weight^T + shift) row_scale + bias.
 
-    weight [M, K] in 16 bit: W diag(gamma), each row less its mean, which takes the mean out of x; shift = weight offset and
-    bias = b + W beta, float32, `whole_tiles` of [M]; offset float32 [K].
+    weight [M, K] in 16 bit: W diag(gamma), each row less its mean, which takes the mean out of x; shift = weight offset
+    and bias = b + W beta, float32, `whole_tiles` of [M]; offset float32 [K].
     """
 
     offset: torch.Tensor
@@ -149,7 +151,7 @@ class Folded(NamedTuple):
 class Quantised(NamedTuple):
     """The same in e4m3: (quantised LayerNorm weight^T) unit + bias; a GELU of it, quantised as well, times grain.
 
-    What is quantised is LayerNorm(x + offset) without its weight and bias, times `step`. weight [M, K] in e4m3:
+    LayerNorm(x + offset) is quantised without its weight and bias, times `step`. weight [M, K] in e4m3:
     W diag(gamma) / (step unit); bias and grain float32, `whole_tiles` of [M]. See `e4m3` for how the scales are chosen.
     """
 
@@ -162,14 +164,26 @@ class Quantised(NamedTuple):
 
 
 class QuantisedSum(NamedTuple):
-    """A linear layer without bias whose result, x weight^T unit, is added to the residual stream. weight [M, K] in e4m3."""
+    """A linear layer without bias, added to the residual stream: x weight^T unit. weight [M, K] in e4m3."""
 
     weight: torch.Tensor
     unit: float
 
 
+class Turn(NamedTuple):
+    """The rotary part of a launch: table, positions of the rows, head dimension, and number of turned columns."""
+
+    table: torch.Tensor | TensorDescriptor
+    positions: torch.Tensor
+    head_dim: int = 16
+    rotated: int = 0
+
+
 def fold(norm: Pair, linear: Pair, offset: torch.Tensor, dtype: torch.dtype) -> Folded:
-    """All float32; folded in float64, then rounded. A mean of the offset, which LayerNorm would remove, goes here."""
+    """LayerNorm of x + offset [K] and the linear layer [M, K] after it, all float32, folded in float64, then rounded.
+
+    A mean of the offset, which LayerNorm would remove, goes here.
+    """
     (gamma, beta), (weight, bias) = norm, linear
     offset, wide = offset.double() - offset.double().mean(), weight.double()
     scaled = wide * gamma
@@ -179,19 +193,20 @@ def fold(norm: Pair, linear: Pair, offset: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def whole_tiles(columns: torch.Tensor) -> torch.Tensor:
-    """One number a column, as float32, with zeros up to the end of the last tile."""
+    """Numbers [M], one a column, as float32 with zeros up to the end of the last tile."""
     return F.pad(columns.float(), (0, -len(columns) % COLUMNS))
 
 
 def gelu_linear(x: torch.Tensor, layer: Folded | Quantised) -> torch.Tensor:
     """x [T, K] to gelu of the layer [T, M]: in the dtype of x, or in e4m3 if the layer is."""
-    return _normed(x, layer, GELU, layer.weight.dtype, layer.bias, layer.bias, 16, 0)
+    return _normed(x, layer, GELU, layer.weight.dtype, Turn(layer.bias, layer.bias))
 
 
 def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rotary:
-    """Interleaved cosines and sines, float32, the positions, and the head dimension.
+    """Interleaved cosines and sines, float32, the positions (int32 [T]), and the head dimension; cos, sin [L, Dh/2].
 
-    Where heads fill blocks of 64 columns, the table is of rows, as a tile wants it: [T, 64]. Else of positions: [L, Dh].
+    Where heads fill blocks of 64 columns, the table is of rows, as a tile wants it: [T, 64]. Else it is of positions:
+    [L, Dh].
     """
     table = torch.stack((cos, sin), dim=-1).flatten(1)
     head_dim = table.shape[1]
@@ -201,21 +216,24 @@ def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rot
 
 
 def rotary_linear(x: torch.Tensor, layer: Folded | Quantised, rotary: Rotary) -> tuple[torch.Tensor, ...]:
-    """x [T, K] to q, k, v [T, H, Dh]; q and k, the first two thirds of the layer, rotated in fp32 and interleaved."""
+    """x [T, K] to q, k, v [T, H, Dh] in its dtype; q and k, the first two thirds of the layer, are rotated in fp32.
+
+    Their halves of every head are interleaved.
+    """
     table, positions, head_dim = rotary
     rotated = 2 * (len(layer.weight) // 3)
     if TURN_COLUMNS % head_dim == 0:
         blocks = TensorDescriptor.from_tensor(table, [ROWS, TURN_COLUMNS])
-        out = _normed(x, layer, TURN_BY_TILE, x.dtype, blocks, positions, head_dim, rotated)
+        out = _normed(x, layer, TURN_BY_TILE, x.dtype, Turn(blocks, positions, head_dim, rotated))
     else:
-        out = _normed(x, layer, TURN_BY_ROW, x.dtype, table, positions, head_dim, rotated)
+        out = _normed(x, layer, TURN_BY_ROW, x.dtype, Turn(table, positions, head_dim, rotated))
     return out.view(len(x), 3, -1, head_dim).unbind(1)
 
 
 def add_linear(x: torch.Tensor, inner: torch.Tensor, layer: QuantisedSum) -> None:
-    """x [T, M] += the layer of inner [T, K], which is in e4m3."""
+    """x [T, M], dtype float16, += the layer of inner [T, K], which is in e4m3."""
     unused = _vector(x.device)
-    _launch(ADD, inner, layer.weight, x, None, unused, unused, layer.unit, unused, unused, 16, 0)
+    _launch(ADD, inner, layer.weight, x, None, (unused, unused), layer.unit, Turn(unused, unused))
 
 
 @lru_cache
@@ -223,32 +241,29 @@ def _vector(device: torch.device) -> torch.Tensor:
     return torch.zeros(COLUMNS, device=device)
 
 
-def _normed(
-    x: torch.Tensor, layer: Folded | Quantised, epilogue: int, dtype: torch.dtype,
-    table: torch.Tensor | TensorDescriptor, positions: torch.Tensor, head_dim: int, rotated: int,
-) -> torch.Tensor:  # fmt: skip
+def _normed(x: torch.Tensor, layer: Folded | Quantised, epilogue: int, dtype: torch.dtype, turn: Turn) -> torch.Tensor:
     y = torch.empty(len(x), len(layer.weight), dtype=dtype, device=x.device)
     if isinstance(layer, Folded):
         scales, source, shift, unit = row_scale(x, layer.offset), x, layer.shift, 1.0
     else:
         scales, source, shift, unit = None, quantised_norm(x, layer.offset, layer.step), layer.grain, layer.unit
-    _launch(epilogue, source, layer.weight, y, scales, shift, layer.bias, unit, table, positions, head_dim, rotated)
+    _launch(epilogue, source, layer.weight, y, scales, (shift, layer.bias), unit, turn)
     return y
 
 
 def _launch(
     epilogue: int, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, scales: torch.Tensor | None,
-    shift: torch.Tensor, bias: torch.Tensor, unit: float,
-    table: torch.Tensor | TensorDescriptor, positions: torch.Tensor, head_dim: int, rotated: int,
+    vectors: tuple[torch.Tensor, torch.Tensor], unit: float, turn: Turn,
 ) -> None:  # fmt: skip
+    shift, bias = vectors
     (rows, depth), columns, block = x.shape, len(weight), DEPTH_BYTES // x.itemsize
     tiles = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS)
     programs = min(_processors(x.device), tiles)
     _linear[(programs,)](
         TensorDescriptor.from_tensor(x, [ROWS, block]), TensorDescriptor.from_tensor(weight, [COLUMNS, block]),
         TensorDescriptor.from_tensor(y, [ROWS, COLUMNS // 4]), bias if scales is None else scales, shift, bias,
-        table, positions, rows, columns, depth, rotated, unit, programs,
-        epilogue, scales is not None, head_dim, rotated % (COLUMNS // 4) == 0, ROWS, COLUMNS, block,
+        turn.table, turn.positions, rows, columns, depth, turn.rotated, unit, programs,
+        epilogue, scales is not None, turn.head_dim, turn.rotated % (COLUMNS // 4) == 0, ROWS, COLUMNS, block,
         num_warps=8, num_stages=3,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""LayerNorm of the residual stream, and the one number a row that is left of it where it is folded into a linear layer.
+"""LayerNorm of the residual stream, and the number a row that is left of it where it is folded into a linear layer.
 
-The stream is kept without the biases that were added to it: what a row stands for is x + offset.
+The stream is kept without the biases that were added to it: a row stands for x + offset.
 """
 
 import torch
@@ -67,7 +67,7 @@ def _quantised_norm(
 def row_scale(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """1 / the standard deviation (float32 [T]) of every row of x [T, D] + offset (float32 [D]), as LayerNorm takes it.
 
-    In memory 128 numbers longer than T, so that a tile may be read whole.
+    The memory holds 128 numbers more than T, so that a tile may be read whole.
     """
     out = torch.empty(len(x) + 128, dtype=torch.float32, device=x.device)[: len(x)]
     _launch(_row_scale, x, offset, out)
@@ -75,14 +75,14 @@ def row_scale(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
 
 
 def norm(x: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """LayerNorm of x [T, D] + offset; offset, weight and bias float32 [D]."""
+    """LayerNorm of x [T, D] + offset in the dtype of x; offset, weight and bias float32 [D]."""
     out = torch.empty_like(x)
     _launch(_norm, x, offset, weight, bias, out)
     return out
 
 
 def quantised_norm(x: torch.Tensor, offset: torch.Tensor, step: float) -> torch.Tensor:
-    """LayerNorm of x [T, D] + offset without weight and bias, times `step`, in e4m3. It is below step * sqrt(D)."""
+    """LayerNorm of x [T, D] + offset (float32 [D]) without weight and bias, times `step`: e4m3, below step sqrt(D)."""
     out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     _launch(_quantised_norm, x, offset, step, out)
     return out

@@ -1,4 +1,4 @@
-"""The forward's steps in plain PyTorch: the path of every device without fused kernels, and what those are tested against.
+"""The forward's steps in plain PyTorch: the path of every device without fused kernels, and the twin those must match.
 
 Shapes: T rows of a pack, H heads of Dh, D = H * Dh.
 """
@@ -36,53 +36,54 @@ def prepare(layers: Iterable[Layer], norm: Pair, head_dim: int, dtype: torch.dty
 
 
 def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rotary:
-    """What every layer needs of the tables [L, Dh/2] (float32) for rows at these positions (int32 [T])."""
+    """Rows of the tables [L, Dh/2] (float32) at these positions (int32 [T]), for every layer: [T, 1, 1, Dh/2] each."""
     return cos.index_select(0, positions)[:, None, None, :], sin.index_select(0, positions)[:, None, None, :]
 
 
 def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torch.Tensor, ...]:
-    """The residual stream x [T, D] to q, k, v [T, H, Dh] each, of its LayerNorm, with q and k rotated."""
+    """The stream x [T, D] to q, k, v [T, H, Dh] of its LayerNorm in the dtype of x, with q and k rotated."""
     return rotated(F.linear(layer_norm(x, *layer.norm1), *layer.qkv), rotary)
 
 
 def rotated(qkv: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, ...]:
-    """The joint projection [T, 3D] as q, k, v, with q and k rotated."""
+    """The joint projection [T, 3 D] as q, k, v [T, H, Dh] of the same dtype, with q and k rotated."""
     qkv = qkv.view(len(qkv), 3, -1, 2 * rotary[0].shape[-1])
     qk = rotate(qkv[:, :2], *rotary)
     return qk[:, 0], qk[:, 1], qkv[:, 2]
 
 
 def add_attention(x: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> None:
-    """x += the output projection of what attention returned [T, H, Dh]."""
+    """x [T, D] += the output projection of attention's result [T, H, Dh] of the same dtype."""
     x += F.linear(mixed.reshape(x.shape), *layer.out)
 
 
 def gelu_inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """x [T, D] to gelu(fc1(LayerNorm(x))) [T, 4D]."""
+    """x [T, D] to gelu(fc1(LayerNorm(x))) [T, 4 D] of the same dtype."""
     return gelu(F.linear(layer_norm(x, *layer.norm2), *layer.fc1))
 
 
 def add_inner(x: torch.Tensor, inner: torch.Tensor, layer: Layer) -> None:
-    """x += fc2(inner)."""
+    """x [T, D] += fc2(inner [T, 4 D]) of the same dtype."""
     x += F.linear(inner, *layer.fc2)
 
 
 def residual(x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """The residual stream after the layer, of its x: the same."""
+    """The residual stream after the layer, of its x [T, D] of any dtype: the same."""
     return x
 
 
 def last_norm(x: torch.Tensor, norm: Pair) -> torch.Tensor:
-    """The final LayerNorm of the residual stream of the last layer."""
+    """The final LayerNorm of the stream x [T, D] of the last layer, in the dtype of x."""
     return layer_norm(x, *norm)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """LayerNorm of x [T, D] with weight and bias [D], all of one dtype."""
     return F.layer_norm(x, weight.shape, weight, bias, eps=LAYER_NORM_EPS)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU by the error function, never the tanh form. May overwrite x."""
+    """GELU of x [T, M] in its dtype, by the error function, never the tanh form. May overwrite x."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
         # F.gelu's own erf is off by 1e-6 there, a bias that adds up.
         return x.mul_((x * 2**-0.5).erf_().add_(1).mul_(0.5))

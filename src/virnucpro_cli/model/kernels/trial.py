@@ -18,22 +18,26 @@ LARGEST_DIFFERENCE = {torch.float16: 1e-2, torch.bfloat16: 2e-2, torch.float8_e4
 
 
 def try_out(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile every kernel on this device and compare one layer's steps with their plain twins; raises whatever goes wrong."""
+    """Compile every kernel on this device and compare one layer's steps with their plain twins.
+
+    Raises RuntimeError if a step differs, and any error of the compiler or the driver.
+    """
     with torch.cuda.device(device), torch.inference_mode():
         tiles = torch.tensor([[0, 0, 16]], device=device, dtype=torch.int32)
-        found = _one_layer(fused, dtype, device, lambda q, k, v: attention(q, k, v, tiles, 0.2))
+        results = _one_layer(fused, dtype, device, lambda q, k, v: attention(q, k, v, tiles, 0.2))
         twins = _one_layer(plain, torch.float32, device, _plain_attention)
         for name, twin in twins.items():
-            if not (found[name] - twin).norm() <= LARGEST_DIFFERENCE[dtype] * twin.norm():
+            if not (results[name] - twin).norm() <= LARGEST_DIFFERENCE[dtype] * twin.norm():
                 raise RuntimeError(f"{name} differs from its plain twin")
 
 
 def _one_layer(
     steps: Any, dtype: torch.dtype, device: torch.device, attention: Callable[..., torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What every step makes of the same 16 rows of 2 heads of 32 in a layer of sines, by the kernel to blame."""
+    """The result of every step for the same 16 rows of 2 heads of 32 in a layer of sines, by the kernel to blame."""
 
     def waves(*shape: int, scale: float = 0.2) -> torch.Tensor:
+        """Sines, float32 [*shape]."""
         return torch.linspace(-9, 9 + len(shape), math.prod(shape), device=device).sin().mul(scale).reshape(shape)
 
     def pair(*shape: int) -> Pair:
@@ -48,10 +52,10 @@ def _one_layer(
     steps.add_attention(x, mixed, layer)
     inner = steps.gelu_inner(x, layer)
     steps.add_inner(x, inner, layer)
-    found = {"rotary_linear or attention": mixed, "gelu_linear": inner.float(), "norm": steps.last_norm(x, last)}
+    results = {"rotary_linear or attention": mixed, "gelu_linear": inner.float(), "norm": steps.last_norm(x, last)}
     if isinstance(layer.fc1, Quantised):
-        found["gelu_linear"] /= layer.fc1.grain
-    return {name: each.float() for name, each in found.items()}
+        results["gelu_linear"] /= layer.fc1.grain
+    return {name: each.float() for name, each in results.items()}
 
 
 def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
