@@ -21,7 +21,7 @@ from virnucpro_cli.store.disk import (
     without_lock,
 )
 from virnucpro_cli.store.layout import Extra, Layout, Names, of_this_command
-from virnucpro_cli.store.reader import EmbeddingFile, accession, opened, read_embeddings, unfinished
+from virnucpro_cli.store.reader import EmbeddingFile, opened, read_embeddings, unfinished
 from virnucpro_cli.store.schema import (
     ABSENT,
     AFTER_TRYING,
@@ -37,13 +37,11 @@ from virnucpro_cli.store.schema import (
     NAME_BLOCK,
     NO_MEMORY,
     NOT_FINITE,
-    ONLY_PLACE,
     PENDING,
     REASONS,
     RECOMPUTED,
     REPLACED,
     REPORT_BYTES,
-    SCHEMA,
     SKIPPED,
     STATUS_NAMES,
     TOO_LONG,

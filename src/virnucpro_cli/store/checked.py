@@ -1,7 +1,7 @@
 """An HDF5 file as it is opened: every dataset and attribute is held against the schema before anything of it is used.
 
-HDF5 is asked first, and its errors are damage of the file; checks are of its answers, and their errors are bugs. Nothing is
-allocated by what a file declares: sizes are compared with the file's length and with each other first.
+HDF5 is asked first, and its errors are damage of the file; checks are of its answers, and their errors are bugs. Sizes
+are compared with the file's length and with each other before anything is allocated.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import numpy as np
@@ -154,7 +154,7 @@ def _parsed(path: Path, name: str, text: Any) -> Any:
 def settings_of(
     path: Path, attributes: dict[str, Any], parsed: dict[str, Any], data: dict[str, Dataset]
 ) -> dict[str, Any]:
-    """The fingerprint. Raises UserError if it, or an attribute that every file has, is not whole, or a dataset that it promises lacks."""
+    """The fingerprint. Raises UserError if it is not whole, or a dataset that it promises or an attribute lacks."""
     if "fingerprint" not in attributes:
         raise UserError(f"{path} was not written by virnucpro embed.")
     settings: dict[str, Any] = parsed["fingerprint"]
@@ -196,7 +196,7 @@ def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
 
 
 def datasets_in(file: h5py.File, path: Path) -> Iterator[tuple[str, h5py.Dataset]]:
-    """Every dataset of the file with its name; one with two names twice. Raises UserError for a link to another place."""
+    """Every dataset of the file with its name, or each of them. Raises UserError for a link to another place."""
     waiting: list[tuple[str, Any]] = [("", file)]
     seen = 0
     while waiting:
@@ -217,33 +217,6 @@ def datasets_in(file: h5py.File, path: Path) -> Iterator[tuple[str, h5py.Dataset
                 raise damaged(path, f"{name} is no dataset")
 
 
-class _Stored(NamedTuple):
-    """A dataset as HDF5 tells of it. word: for its dtype, in the schema; elsewhere: how it shows other files."""
-
-    name: str
-    data: h5py.Dataset
-    shape: tuple[int, ...] | None  # None of one that is empty
-    word: str
-    item_bytes: int
-    elsewhere: str
-    offset: int | None  # None if it is not in one piece
-
-
-def _stored(name: str, data: h5py.Dataset) -> _Stored:
-    creation, dtype = data.id.get_create_plist(), data.dtype
-    layout, word, item_bytes, elsewhere = creation.get_layout(), str(dtype), dtype.itemsize, ""
-    if h5py.check_string_dtype(dtype) is not None:
-        word = schema.TEXT if dtype.kind == "O" else schema.BYTES
-    elif dtype.kind in "biuf":
-        word = dtype.str
-    if layout == h5py.h5d.VIRTUAL:
-        elsewhere = "shows another file"
-    if creation.get_external_count():
-        elsewhere = "has its bytes in another file"
-    offset = data.id.get_offset() if layout == h5py.h5d.CONTIGUOUS else None
-    return _Stored(name, data, data.shape, word, HEAP_ENTRY if dtype.kind == "O" else item_bytes, elsewhere, offset)
-
-
 def datasets_of(file: h5py.File, path: Path) -> dict[str, Dataset]:
     """Every dataset of the file by name, checked.
 
@@ -251,12 +224,11 @@ def datasets_of(file: h5py.File, path: Path) -> dict[str, Dataset]:
     """
     with damage_named(path):
         length = os.fstat(file.id.get_vfd_handle()).st_size
-        stored = [_stored(name, data) for name, data in datasets_in(file, path)]
+        data = {name: Dataset(each, path) for name, each in datasets_in(file, path)}
     sizes = dict[str, int]()
-    for each in stored:
-        if each.name != "embeddings":  # a second name
-            _check(path, each, length, sizes)
-    data = {each.name: Dataset(each.data, path) for each in stored}
+    for name, each in data.items():
+        if name != "embeddings":  # a second name
+            _check(path, name, each, length, sizes)
     _check_there(path, schema.NEEDED, data)
     default = data.get("embeddings")
     if default is not None and not any(each == default for name, each in data.items() if name != "embeddings"):
@@ -264,30 +236,33 @@ def datasets_of(file: h5py.File, path: Path) -> dict[str, Dataset]:
     return data
 
 
-def _check(path: Path, stored: _Stored, length: int, sizes: dict[str, int]) -> None:
-    """Raise UserError unless the dataset's bytes are in this file, and are as its row of the schema says, if it has any.
+def _check(path: Path, name: str, data: Dataset, length: int, sizes: dict[str, int]) -> None:
+    """Raise UserError unless the dataset's bytes are in this file, and are as its row of the schema says.
 
     length: of the file; sizes: those by letters of the schema that other datasets have.
     """
-    name, field = stored.name, field_of(stored.name)
-    if stored.elsewhere:
-        raise foreign(path, f"{name} {stored.elsewhere}")
-    if stored.shape is None:
+    with damage_named(path):
+        shape, dtype, creation, offset = data.shape, data.dtype, data.id.get_create_plist(), data.id.get_offset()
+        layout, external, text = creation.get_layout(), creation.get_external_count(), h5py.check_string_dtype(dtype)
+    if layout == h5py.h5d.VIRTUAL or external:
+        raise foreign(path, f"{name} {'has its bytes in' if external else 'shows'} another file")
+    if shape is None:
         raise damaged(path, f"{name} has no shape")
-    if field is None:
+    if (field := field_of(name)) is None:
         return
-    declared = prod(stored.shape) * stored.item_bytes
-    if declared:
-        if stored.offset is None:
+    if declared := prod(shape) * (HEAP_ENTRY if dtype.kind == "O" else dtype.itemsize):
+        if layout != h5py.h5d.CONTIGUOUS or offset is None:
             raise damaged(path, f"{name} is not stored in one piece, as embed stores it")
-        if stored.offset + declared > length:
-            extent = f"{declared:,} bytes from {stored.offset:,} on"
+        if offset + declared > length:
+            extent = f"{declared:,} bytes from {offset:,} on"
             raise damaged(path, f"{name} would take {extent}, and the file has {length:,}")
-    if stored.word not in field.dtypes:
-        raise damaged(path, f"{name} is of {stored.word}, not {' or '.join(field.dtypes)}")
-    if len(stored.shape) != len(field.shape):
-        raise damaged(path, f"{name} has {len(stored.shape)} dimensions, not {len(field.shape)}")
-    for size, letter in zip(stored.shape, field.shape, strict=True):
+    word = str(dtype) if text is None else schema.TEXT if dtype.kind == "O" else schema.BYTES
+    word = dtype.str if dtype.kind in "biuf" else word
+    if word not in field.dtypes:
+        raise damaged(path, f"{name} is of {word}, not {' or '.join(field.dtypes)}")
+    if len(shape) != len(field.shape):
+        raise damaged(path, f"{name} has {len(shape)} dimensions, not {len(field.shape)}")
+    for size, letter in zip(shape, field.shape, strict=True):
         _bind(path, name, size, letter, sizes)
 
 

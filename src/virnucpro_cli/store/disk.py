@@ -36,7 +36,7 @@ REFUSALS: dict[str, tuple[tuple[int, ...], str]] = {
     "renameat2": (DENIES, "link and unlink"),
     "link": ((*DENIES, errno.EMLINK, errno.EXDEV), "an empty file takes the name first, which the rename replaces"),
 }
-"""Calls that not every file system has: the errors of those without, and what a run does then. Others end a run (exit 2)."""
+"""Calls that not every file system has: errors of those without, and what a run does then. Others end it (exit 2)."""
 
 
 @contextmanager
@@ -156,12 +156,12 @@ def _flock(fd: int, path: Path, wait: bool = False) -> bool:
     except BlockingIOError:
         raise
     except OSError as error:
-        what = f"The lock of {path} cannot be taken: {error.strerror}."
-        raise UserError(what, "Choose another -o, on a file system whose locks work.") from None
+        message = f"The lock of {path} cannot be taken: {error.strerror}."
+        raise UserError(message, "Choose another -o, on a file system whose locks work.") from None
 
 
 def has_locks(folder: Path) -> bool:
-    """Whether files in a folder can be locked. Raises OSError or UserError if none can be made, or its lock is refused."""
+    """Whether files in a folder can be locked. Raises OSError or UserError if one cannot be made, or is refused."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return _flock(file.fileno(), folder)
 
@@ -234,8 +234,8 @@ def open_existing(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR)
     except OSError as error:
-        what = f"{path} is there and cannot be opened for writing: {error.strerror}."
-        raise UserError(what, "Ask its owner, or choose another output with -o.") from None
+        message = f"{path} is there and cannot be opened for writing: {error.strerror}."
+        raise UserError(message, "Ask its owner, or choose another output with -o.") from None
 
 
 @contextmanager
@@ -374,11 +374,11 @@ def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
 
 def disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
     full = {errno.ENOSPC: "No space is left", errno.EDQUOT: "The disk quota is used up"}.get(error.errno or 0)
-    what = f"{full} for {output}." if full else f"{output} cannot be written: {error.strerror}."
+    message = f"{full} for {output}." if full else f"{output} cannot be written: {error.strerror}."
     remedy = "Make room" if full else "See to the file system"
     if not resumable:
-        return UserError(what, f"{remedy} or choose another disk with -o, and run again.")
-    kept = f"{what} Nothing that was computed and committed is lost."
+        return UserError(message, f"{remedy} or choose another disk with -o, and run again.")
+    kept = f"{message} Nothing that was computed and committed is lost."
     return UserError(kept, f"{remedy}, then run the same command again to resume.")
 
 

@@ -1,6 +1,6 @@
 """Rows with their labels as a data frame of pandas or polars, or as AnnData (extra `frames`), in float32.
 
-labels: a list or array of n values for each column; values: float [n, D]. Labels with a `position` are of rows of residues.
+labels: a list or array of n values for each column, with a `position` for rows of residues; values: float [n, D].
 All raise UserError if the package is not installed.
 """
 
@@ -20,7 +20,7 @@ Labels = dict[str, Any]
 
 
 def to_pandas(labels: Labels, values: NDArray[Any]) -> "pandas.DataFrame":
-    """Labels of n rows and values, float [n, D]: name (and position) are the index, dimensions the columns "0", "1" ..."""
+    """Labels of n rows and values, float [n, D]: name (and position) are the index, dimensions the other columns."""
     needs("pandas", "frames", "to_pandas")
     import pandas as pd
 

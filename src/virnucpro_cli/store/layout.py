@@ -1,4 +1,4 @@
-"""Everything that the file will ever hold, written by HDF5 before the first forward; embeddings have their place and no value."""
+"""Everything that the file will ever hold, written by HDF5 before the first forward; embeddings have no values yet."""
 
 import io
 import json
@@ -29,7 +29,7 @@ RUN = {
 
 @dataclass(frozen=True)
 class Names:
-    """Names of something, read when they are wanted. of(start, stop): those of a range; bytes: of all of them, at most."""
+    """Names, read when they are wanted. of(start, stop): those of a range; bytes: of all of them, at most."""
 
     count: int
     of: Callable[[int, int], list[str]]
@@ -43,9 +43,9 @@ class Names:
 class Extra:
     """What a file holds besides the records' own columns and embeddings; names are those of datasets.
 
-    columns: a value for each record [N]; tables: arrays and names of anything else; rows: groups of datasets `NAME/<layer>` of so
-    many rows in the store dtype, and values: datasets of so many single ones, which are filled later. changing: names of columns and tables whose
-    values change while the file is filled. fingerprint and counts are the caller's to use.
+    columns: a value for each record [N]; tables: arrays and names of anything else; rows: how many each group of
+    datasets `NAME/<layer>` has, values: how many single ones a dataset has, all filled later in the store dtype;
+    changing: columns and tables whose values change meanwhile; fingerprint and counts are the caller's to use.
     """
 
     columns: dict[str, NDArray[Any]] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Extra:
         return Extra(**{f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(Extra)})
 
     def part(self, records: NDArray[np.int64]) -> "Extra":
-        """That of a part of the records."""
+        """The same for a part of the records, int64 [n]."""
         return replace(self, columns={name: values[records] for name, values in self.columns.items()})
 
 
@@ -69,7 +69,7 @@ class Extra:
 class Layout:
     """Everything the file will ever hold except embeddings. N records, D hidden.
 
-    names(start, stop) gives the record names of a range, name_bytes bounds their total; residue_offsets int64 [N + 1] only with per-residue output.
+    names(start, stop) gives the record names of a range; residue_offsets, int64 [N + 1], are for rows of residues.
     """
 
     hidden: int
@@ -93,7 +93,7 @@ class Layout:
 
     @property
     def filled(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Name -> shape and type of every dataset that has its place now and its values later: embeddings, scores, groups' rows."""
+        """Name -> shape and type of every dataset that has its place now and its values later."""
         n = len(self.lengths)
         residues = int(self.residue_offsets[-1]) if self.residue_offsets is not None else 0
         rows = {kind: residues if kind == "residue" else n for kind in self.kinds} | self.extra.rows
@@ -109,7 +109,7 @@ class Layout:
 
     @property
     def columns(self) -> "dict[str, NDArray[Any] | Names]":
-        """Name -> values of every dataset that is final, or has a first value, from the start: [N] of each kind of record."""
+        """Name -> values, [N] of the schema's dtypes, of every dataset that has values from the start."""
         n = len(self.lengths)
         columns: dict[str, Any] = {"sequence_ids": Names(n, self.names, self.name_bytes)}
         columns |= {name: getattr(self, name) for name in ("lengths", "replaced", "flags", "status", "reason")}
@@ -148,9 +148,8 @@ def of_this_command() -> dict[str, Any]:
 class Sink(io.RawIOBase):
     """An open file as HDF5 writes it through Python. HDF5 crashes when a write fails, and may close a file late.
 
-    So no write fails here: an error, or a signal, is kept in `error`, and writes that follow it go to memory, as do those
-    after `end`. `each` raises it soon. The file is never made smaller, so that room once reserved stays reserved; `size` is
-    its size.
+    So no write fails here: an error, or a signal, is kept in `error`, and writes that follow it go to memory. `each`
+    raises it soon. The file is never made smaller, so that room once reserved stays reserved; `size` is its size.
     """
 
     def __init__(self, fd: int):
@@ -169,7 +168,7 @@ class Sink(io.RawIOBase):
                 raise self.error
 
     def end(self) -> None:
-        """HDF5 is done, or should be: the descriptor may be another file's from now on. Raises the error of a write that failed."""
+        """HDF5 is done: the descriptor may be another file's from now on. Raises the error of a write that failed."""
         self._ended = True
         self._after.clear()
         if self.error is not None:

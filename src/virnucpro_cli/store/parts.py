@@ -39,7 +39,7 @@ class Groups:
         return self._at("groups/members")[:]
 
     def rows(self, kind: str = "mean", layer: int | None = None) -> Dataset:
-        """A row for each group, [G, D]: mean, length_weighted_mean or max of its members' means. NaN for a group without members."""
+        """A row for each group, [G, D]: mean, length_weighted_mean or max of its members' means. NaN if it has none."""
         return self._at(f"groups/{kind}/{self._layer(layer)}")
 
     def to_pandas(self, kind: str = "mean", layer: int | None = None) -> "pandas.DataFrame":
@@ -50,8 +50,8 @@ class Groups:
 
 
 class ContactMaps:
-    """Contact maps of records. values: all of them, flat; starts: int64 [N], where each record's begins, -1 for none; sizes: int32 [N],
-    its residues; status: uint8 [N], of codes as /status.
+    """Contact maps of records. values: all of them, flat; starts: int64 [N], where each record's begins, -1 for none;
+    sizes: int32 [N], its residues; status: uint8 [N], of codes as /status.
     """
 
     def __init__(self, at: At):
@@ -69,10 +69,10 @@ class ContactMaps:
         return int((self.status == PENDING).sum())
 
     def of(self, row: int) -> NDArray[Any]:
-        """The map [L, L] of a record; empty if it has none."""
+        """The map of a record, float16 or float32 [L, L]; empty if it has none."""
         return self.raw(row) if self.status[row] == DONE else self.values[:0].reshape(0, 0)
 
     def raw(self, row: int) -> NDArray[Any]:
-        """What is in the place of a record's map [L, L], whatever its status."""
+        """The values at the place of a record's map, float16 or float32 [L, L], whatever its status."""
         size, first = int(self.sizes[row]), int(self.starts[row])
         return self.values[first : first + size * size].reshape(size, size)

@@ -47,8 +47,8 @@ def accession(name: str) -> str:
 class EmbeddingFile:
     """An embeddings file opened for reading. Rows are in FASTA order; a record's number is its identity.
 
-    `file[3]`, `file[10:20]`, `file["P12345"]` give rows of the default embedding (the `/embeddings` link). Opening holds
-    every dataset and attribute against the schema. Raises UserError for what is no such file, or is damaged.
+    `file[3]`, `file[10:20]`, `file["P12345"]` give rows of the default embedding (the `/embeddings` link). Opening
+    compares every dataset and attribute with the schema. Raises UserError for another or a damaged file.
     """
 
     def __init__(self, path: str | Path):
@@ -77,7 +77,7 @@ class EmbeddingFile:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The fingerprint: everything that the values depend on. Raises UserError if the file lacks anything that it promises."""
+        """The fingerprint: all that the values depend on. Raises UserError if the file lacks anything it promises."""
         settings = checked.settings_of(self.path, self.attributes, self._parsed, self._data)
         if not self.environments:
             raise damaged(self.path, "run/environments is empty")
@@ -130,7 +130,7 @@ class EmbeddingFile:
 
     @property
     def records(self) -> NDArray[np.int64] | None:
-        """Number of each row's record in the input, of a shard: int64 [N]; None of another file, where that is the row's."""
+        """Number in the input of each record of a shard, int64 [N]; None of another file, where it is the row's."""
         return self.at("records")[:] if "records" in self._data else None
 
     @property
@@ -140,7 +140,7 @@ class EmbeddingFile:
 
     @property
     def environments(self) -> list[dict[str, Any]]:
-        """Device, attention backend and versions of the runs that filled this file: one, unless it was resumed elsewhere."""
+        """Device, attention backend and versions of the runs that filled this file: several if it went on elsewhere."""
         with damage_named(self.path, NOT_JSON):
             environments = [json.loads(line) for line in whole_lines(self.at("run/environments")[()])]
         if (place := unfit(environments, [dict])) is not None:
@@ -261,7 +261,7 @@ class EmbeddingFile:
         return list(self._parsed.get("layers") or [])
 
     def layer(self, number: int | None = None) -> int:
-        """A layer by its number, or counted from the model's last, -1, as with --layers; by default the last one stored.
+        """A layer by its number, or counted from the model's last, -1, as with --layers; by default the last stored.
 
         Raises UserError for a negative one if the file does not tell the depth of its model.
         """
@@ -323,7 +323,7 @@ class EmbeddingFile:
         return {name: self.at(name) for name in self._parsed.get("tables", [])}
 
     def kind_and_layer(self, kind: str | None = None, layer: int | None = None) -> tuple[str, int]:
-        """Kind and layer of a dataset: by default those of /embeddings. Raises UserError if the file has no such dataset."""
+        """Kind and layer of a dataset, by default of /embeddings. Raises UserError if the file has no such dataset."""
         if kind is None:
             if self.default is None:
                 remedy = "Use residues(row), or to_torch('residue')."
@@ -337,7 +337,7 @@ class EmbeddingFile:
         return kind, number
 
     def dataset(self, kind: str | None = None, layer: int | str | None = None) -> h5py.Dataset:
-        """The h5py dataset of a pooling kind and layer (default: the last requested); ("unmasked", "entropy") gives a score.
+        """The h5py dataset of a kind and layer (default: the last requested); ("unmasked", "entropy") gives a score.
 
         Negative layers are as with --layers. Raises UserError if there is no such dataset.
         """
@@ -350,8 +350,8 @@ class EmbeddingFile:
     def array(self, kind: str | None = None, layer: int | None = None) -> NDArray[Any]:
         """A dataset (see `dataset`) as a read-only memory map, float16 or float32: [N, D], or [sum L, D] of residues.
 
-        Nothing is copied, and it stays good when the file is closed, or another takes its name. Raises UserError if there
-        is no such dataset, or the file was cut since.
+        Nothing is copied, and it stays good when the file is closed, or another takes its name. Raises UserError if
+        there is no such dataset, or the file was cut since.
         """
         data = self.dataset(kind, layer)
         offset = data.id.get_offset()
@@ -366,8 +366,8 @@ class EmbeddingFile:
     def to_torch(self, kind: str | None = None, layer: int | None = None) -> "Rows":
         """A `torch.utils.data.Dataset` of (row, record number) of each record that is done; skipped ones are left out.
 
-        A row is [D], or [L, D] of residues, in the dtype of the file. A worker opens the file again, and refuses another
-        that has its name by then. Raises UserError if there is no such dataset.
+        A row is [D], or [L, D] of residues, in the dtype of the file. A worker opens the file again, and refuses
+        another that has its name by then. Raises UserError if there is no such dataset.
         """
         from virnucpro_cli.store.tensors import Rows
 
@@ -377,10 +377,10 @@ class EmbeddingFile:
         return Rows(np.flatnonzero(self.status == DONE), self.array(kind, layer), offsets, again)
 
     def to_pandas(self, kind: str | None = None, layer: int | None = None) -> "pandas.DataFrame":
-        """A data frame in float32: name (the index, not made unique), length, status, and a column for each dimension, "0", "1" ...
+        """A data frame in float32: name (the index, not made unique), length, status, and a column for each dimension.
 
-        For residues the index is (name, position), from 1, and there are no other columns than dimensions. Needs the extra
-        frames.
+        Dimensions are "0", "1" ... For residues they are the only columns, and the index is (name, position), from 1.
+        Needs the extra frames.
         """
         from virnucpro_cli.store import frames
 
@@ -393,7 +393,7 @@ class EmbeddingFile:
         return frames.to_polars(*self._labelled(kind, layer))
 
     def to_anndata(self, kind: str | None = None, layer: int | None = None) -> "anndata.AnnData":
-        """X float32 [N, D]; obs has name, length and status, and its index the names made unique; uns says what made it."""
+        """X float32 [N, D]; obs has name, length and status, and the names made unique as index; uns has the model."""
         from virnucpro_cli.store import frames
 
         labels, values = self._labelled(kind, layer)
@@ -414,7 +414,7 @@ class EmbeddingFile:
         return {"name": np.repeat(np.array(self.names, object), sizes), "position": positions}, self.array(kind, layer)
 
     def chunks(self, kind: str) -> Iterator[slice]:
-        """All records, one chunk after the other, each of about 64 MB of rows of that kind in fp32 (or a single record)."""
+        """All records, in chunks of about 64 MB of rows of that kind in fp32 (or a single record)."""
         rows = max(1, min(NAME_BLOCK, CHUNK_BYTES // (4 * self.dataset(kind, self.layers[0]).shape[1])))
         offsets = self.residue_offsets if kind == "residue" else np.arange(len(self) + 1)
         return (slice(*each) for each in chunks(offsets, len(self), rows))
@@ -433,11 +433,14 @@ class EmbeddingFile:
             yield from zip(self.names_of(rows.start, rows.stop), self.dataset()[rows], strict=True)
 
     def logits(self, key: int | str) -> NDArray[Any]:
-        """Logits [L, 33], float16 or float32, of a record's residues (empty if it was skipped). Raises UserError without `--emit logits`."""
+        """Logits of a record's residues, float16 or float32 [L, 33]; empty if it was skipped.
+
+        Raises UserError for a file made without `--emit logits`.
+        """
         return self._of_residues("unmasked", "logits", key)
 
     def contacts(self, key: int | str) -> NDArray[Any]:
-        """Probabilities of contact [L, L], float16 or float32, of a record's residues (empty if it has none).
+        """Probabilities of contact of a record's residues, float16 or float32 [L, L]; empty if it has none.
 
         Raises UserError for a file made without `--emit contacts`.
         """
@@ -447,7 +450,10 @@ class EmbeddingFile:
         return maps.of(self._row(key))
 
     def residues(self, key: int | str, layer: int | None = None) -> NDArray[Any]:
-        """Rows [L, D], float16 or float32, of a record's residues (empty if it was skipped). Raises UserError without `--pool residue`."""
+        """Rows of a record's residues, float16 or float32 [L, D]; empty if it was skipped.
+
+        Raises UserError for a file made without `--pool residue`.
+        """
         return self._of_residues("residue", layer, key)
 
     def _of_residues(self, kind: str, layer: int | str | None, key: int | str) -> NDArray[Any]:
@@ -494,7 +500,7 @@ def read_embeddings(path: str | Path) -> EmbeddingFile:
 
 
 def opened(path: str | Path) -> EmbeddingFile:
-    """The file at `path` for a command, with all that its fingerprint promises. Raises UserError if it is not such a file."""
+    """The file at `path` for a command, with all that its fingerprint promises. Raises UserError if it is none."""
     _try_in_a_child(Path(path).absolute())
     file = EmbeddingFile(path)
     try:

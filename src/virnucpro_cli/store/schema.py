@@ -32,7 +32,7 @@ NAME_BLOCK = 1 << 16
 CHECKSUM_BYTES = 64
 LAYOUT_BYTES = 32
 ONLY_PLACE = ("attention", "device")
-"""Fingerprint keys that change how values round and nothing else: a run may go on elsewhere, and the file tells its rows."""
+"""Fingerprint keys that change how values round and nothing else: a run may go on elsewhere, and the file says so."""
 
 
 def chunks(offsets: NDArray[np.int64], n: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -117,8 +117,8 @@ FIELDS = (
     Field("run/sums|contacts/sums", ("<u8",), ("N",)),
     Field("run/complete", ("|u1",), ()),
 )
-NEEDED = ("sequence_ids", "lengths", "replaced", "flags", "status", "reason", "computed_by", "run/report", "run/environments",
-          "run/checksum", "run/complete")  # fmt: skip
+NEEDED = ("sequence_ids", "lengths", "replaced", "flags", "status", "reason", "computed_by", "run/report",
+          "run/environments", "run/checksum", "run/complete")  # fmt: skip
 """Datasets of every file."""
 
 
@@ -153,7 +153,7 @@ class Distinct(NamedTuple):
 
 
 Form = Any
-"""A form that JSON must have: a type, a Whole, a set of words, [form of each], Distinct, or {key: form}; a key with ? may lack."""
+"""Form of a value in JSON: a type, a Whole, a set of words, [form of each], Distinct, {key: form}; key? may lack."""
 
 _SOURCE = {"path": str, "bytes": Whole(0, 1 << 62), "sha256": str}
 
@@ -167,7 +167,8 @@ FINGERPRINT: dict[str, Form] = {
     "dtype": set(COMPUTED_IN), "store_dtype": _choices("store_dtype"), "max_residues": Whole(1, 1 << 31),
     "long": _choices("long"), "invalid": _choices("invalid"), "id": _choices("id"), "dedup": bool,
     "attention": str, "device": str, "overlap?": Whole(0, 1 << 31), "gaps?": _choices("gaps"),
-    "emit?": Distinct(set(EMITS)), "shard?": str, "groups?": str, "gene_caller?": {"name": _choices("genes"), "version": str}, "imported?": str, "unknown?": [str],
+    "emit?": Distinct(set(EMITS)), "shard?": str, "groups?": str, "imported?": str, "unknown?": [str],
+    "gene_caller?": {"name": _choices("genes"), "version": str},
 }  # fmt: skip
 JSONS: dict[str, Form] = {
     "fingerprint": FINGERPRINT, "config": {"model": str}, "environment": {"torch?": str}, "argv": [str],

@@ -1,12 +1,12 @@
 """Checksums of records: a run that goes on from another's rows compares them with these first.
 
-A record's checksum is the sum of digests: one of its row in each dataset, and one of its status, flags, reason and
-environment. Sums are modulo 2^64, so that rows may come in any order. Everything is computed for many rows at once.
+A record's checksum is the sum of digests: of its row in each dataset, and of its status, flags, reason and environment.
+Sums are modulo 2^64, so that rows may come in any order. Everything is computed for many rows at once.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from math import gcd
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from virnucpro_cli.store.schema import MOST_ENVIRONMENTS
 
 BLOCK = 1 << 24
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -26,7 +28,7 @@ def _weights(name: str, count: int) -> NDArray[np.uint64]:
 
 
 def of_rows(name: str, values: NDArray[Any]) -> NDArray[np.uint64]:
-    """Digests uint64 [n] of rows [n, ...] of the dataset `name`: each word times an odd number, which no flip of bits leaves alone."""
+    """Digests uint64 [n] of rows [n, ...] of the dataset `name`, of any dtype: each word times an odd number."""
     if not values.nbytes:
         return np.zeros(len(values), np.uint64)
     data = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
@@ -35,23 +37,23 @@ def of_rows(name: str, values: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def of_records(rows: NDArray[np.int64], digests: NDArray[np.uint64], counts: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Digests uint64 [m] of records of `counts` rows each, from those of their rows, which also stand for where a row lies."""
+    """Digests uint64 [m] of records of `counts` rows (int64 [m]) each, from those of their rows and where these lie.
+
+    rows: int64 [n]; digests: uint64 [n].
+    """
     place = (rows.astype(np.uint64) + np.uint64(1)) * GOLDEN
     whole = np.append(np.uint64(0), np.cumsum(digests * ((place ^ (place >> np.uint64(29))) | np.uint64(1))))
     ends = np.cumsum(counts)
     return whole[ends] - whole[ends - counts]
 
 
-def of_states(
-    status: NDArray[np.uint8], flags: NDArray[np.uint16], reason: NDArray[np.uint8], environment: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
-    """Digests uint64 [n] of what the columns say. environment: a digest of the line for each record."""
-    columns = [each.astype(np.uint64) for each in (status, flags, reason, environment)]
-    return np.einsum("ji,j->i", np.stack(columns), _weights("state", len(columns))) ^ GOLDEN
-
-
-def of_lines(lines: Iterable[str]) -> NDArray[np.uint64]:
-    return np.array([xxhash.xxh3_64_intdigest(line.encode()) for line in lines], np.uint64)
+def of_states(columns: Sequence[NDArray[Any]], environments: list[str]) -> NDArray[np.uint64]:
+    """Digests uint64 [n] of status, flags, reason and computed_by, [n] each: the last are numbers of environments."""
+    lines = np.zeros(MOST_ENVIRONMENTS + 1, np.uint64)
+    digests = [xxhash.xxh3_64_intdigest(line.encode()) for line in environments]
+    lines[: len(digests)] = np.array(digests, np.uint64)
+    states = np.stack([*(each.astype(np.uint64) for each in columns[:-1]), lines[columns[-1]]])
+    return np.einsum("ji,j->i", states, _weights("state", len(states))) ^ GOLDEN
 
 
 def of_the_rest(fd: int, changing: Iterable[tuple[int, int]]) -> bytes:

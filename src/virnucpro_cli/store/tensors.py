@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 
 class Rows(Dataset[tuple[torch.Tensor, int]]):
-    """(row, number of the record) of each record in `records`, int64 [M]. A row is [D] or [L, D], in the dtype of the file.
+    """(row, number of the record) of each of `records`, int64 [M]. A row is [D] or [L, D], in the dtype of the file.
 
     rows: those of all records [n, D]; offsets: int64 [N + 1] where those of each begin, None where each record has one.
     again: a function, and its arguments, that makes the dataset anew in a worker.
@@ -35,8 +35,9 @@ class Rows(Dataset[tuple[torch.Tensor, int]]):
 
 
 def padded(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Residues of several proteins in one tensor, as a `collate_fn`: rows [B, longest L, D] in the dtype of the file, zero
-    behind the end of each; lengths int64 [B]; record numbers int64 [B].
+    """Residues of several proteins in one tensor, as a `collate_fn`.
+
+    Gives rows [B, longest L, D] in the dtype of the file, zero behind the end of each; lengths and records, int64 [B].
     """
     rows, records = [rows for rows, _ in batch], [record for _, record in batch]
     lengths = torch.tensor([len(each) for each in rows])

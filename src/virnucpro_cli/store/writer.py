@@ -40,13 +40,13 @@ class Extent(NamedTuple):
 
 def _extents(file: h5py.File, path: Path) -> dict[str, Extent]:
     """Every dataset that lies in one piece, by name."""
-    found = {}
+    extents = {}
     for name, data in datasets_in(file, path):
         offset, shape = data.id.get_offset(), data.shape or (1,)
         if offset is not None or shape[0] == 0:  # HDF5 gives no offset to a dataset without rows
             row = int(np.prod(shape[1:], dtype=np.int64)) * data.dtype.itemsize
-            found[name] = Extent(offset or 0, row, data.dtype, shape[0])
-    return found
+            extents[name] = Extent(offset or 0, row, data.dtype, shape[0])
+    return extents
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -109,7 +109,7 @@ class Store:
 
     @classmethod
     def resume(cls, output: Path) -> "Store":
-        """Open the `.partial` of an earlier run, locked. Raises UserError if it is damaged, or another process writes it now."""
+        """Open the `.partial` of an earlier run, locked. Raises UserError if it is damaged, or another run has it."""
         partial = disk.partial_path(output)
         fd = disk.open_existing(partial)
         try:
@@ -128,21 +128,21 @@ class Store:
     def recheck(self, layout: Layout) -> int:
         """Compare all that an earlier run committed with its checksums, and make the records that differ pending again.
 
-        Returns how many they are. layout: as it is written for a new file. Raises UserError if the file differs where no
-        record is, or has no checksums.
+        Returns how many they are. layout: as it is written for a new file. Raises UserError if the file differs where
+        no record is, or has no checksums.
         """
         if "run/layout" not in self.places:
             raise UserError(f"{self.path} was begun by an earlier version, without checksums.", RESTART)
-        place = self.places["run/layout"]
+        extent = self.places["run/layout"]
         with damage_named(self.path, *DAMAGED):
-            if os.pread(self.fd, place.row_bytes, place.offset) != self._sum_of_the_rest(layout):
+            if os.pread(self.fd, extent.row_bytes, extent.offset) != self._sum_of_the_rest(layout):
                 raise ValueError("its names or columns are not those that were laid out")
         lost, n = 0, len(self.status)
         offsets = np.arange(n + 1) if self._offsets is None else self._offsets
         for start, stop in chunks(offsets, n, COMPARED_ROWS):
             rows = np.arange(start, stop)
             states = [self.read(name, rows)[:, 0] for name in STATES]
-            expected, vouched = self._state_sums(*states), states[0] != PENDING
+            expected, vouched = sums.of_states(states, self.environments), states[0] != PENDING
             expected[vouched] += self._row_sums(rows[vouched])
             differs = expected != self.read("run/sums", rows)[:, 0]
             if differs.any():
@@ -162,18 +162,18 @@ class Store:
             held[rows] = first
         skipped = layout.status[rows] == SKIPPED
         self._fill_nan(rows[skipped])
-        expected = self._state_sums(*(getattr(self, name)[rows] for name in STATES))
+        expected = self._state_sums(rows)
         expected[skipped] += self._row_sums(rows[skipped])
         self._fresh.clear()
         self._write_rows("run/sums", rows, expected)
 
     def _fill_nan(self, records: NDArray[np.int64]) -> None:
         for name in self._vouched if len(records) else ():
-            place, (rows, _), (kind, _, layer) = self.places[name], self._rows_of(name, records), name.partition("/")
-            width = place.row_bytes // place.dtype.itemsize
-            for block in blocks(len(rows), max(1, MOST_STAGED // place.row_bytes)):
+            extent, (rows, _), (kind, _, layer) = self.places[name], self._rows_of(name, records), name.partition("/")
+            width = extent.row_bytes // extent.dtype.itemsize
+            for block in blocks(len(rows), max(1, MOST_STAGED // extent.row_bytes)):
                 some = rows[block]
-                self.place(kind, layer, some, np.full((len(some), width), np.nan, place.dtype))
+                self.place(kind, layer, some, np.full((len(some), width), np.nan, extent.dtype))
         self._write_staged()
 
     def _rows_of(self, name: str, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
@@ -185,10 +185,9 @@ class Store:
         counts = self._offsets[records + 1] - first
         return _ranges(first, counts), counts
 
-    def _state_sums(self, status: Any, flags: Any, reason: Any, computed_by: Any) -> NDArray[np.uint64]:
-        lines = np.zeros(schema.MOST_ENVIRONMENTS + 1, np.uint64)
-        lines[: len(self.environments)] = sums.of_lines(self.environments)
-        return sums.of_states(status, flags, reason, lines[computed_by])
+    def _state_sums(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Digests of the states of rows, as this process holds them."""
+        return sums.of_states([getattr(self, name)[rows] for name in STATES], self.environments)
 
     def _row_sums(self, records: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Sums of the digests of all rows of records (rising), of what was just placed or else is in the file."""
@@ -214,12 +213,12 @@ class Store:
 
     def _sum_of_the_rest(self, layout: Layout) -> bytes:
         changing = [self.places[name] for name in layout.changing & self.places.keys()]
-        return sums.of_the_rest(self.fd, [(place.offset, place.rows * place.row_bytes) for place in changing])
+        return sums.of_the_rest(self.fd, [(extent.offset, extent.rows * extent.row_bytes) for extent in changing])
 
     def place(self, kind: str, layer: int | str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
         """Take values [n, D], already in the store dtype, for the given rows (int64 [n]).
 
-        A large run of neighbours is written at once; scattered rows are gathered until a commit, or until they are many, and
+        Many neighbours are written at once; scattered rows are gathered until a commit, or until they are many, and
         neighbours among them then go out in one write.
         """
         if not len(rows):
@@ -250,16 +249,16 @@ class Store:
 
     def _write_rows(self, name: str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
         """Values of rows in rising order; neighbours in one write, and never a byte of a row that is not among them."""
-        place = self.places[name]
+        extent = self.places[name]
         starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)  # where a run of neighbours begins
-        bounds = [*(starts * place.row_bytes).tolist(), values.nbytes]
-        offsets = (place.offset + rows[starts] * place.row_bytes).tolist()
+        bounds = [*(starts * extent.row_bytes).tolist(), values.nbytes]
+        offsets = (extent.offset + rows[starts] * extent.row_bytes).tolist()
         data = memoryview(values.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
         for (a, b), offset in zip(pairwise(bounds), offsets, strict=True):
             self._write(data[a:b], offset)
 
     def _write_column(self, name: str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """Write rows, see `_write_rows`, of a column that this process alone writes: rows between near ones go out with them."""
+        """Write rows of a column that this process alone writes: rows between near ones go out with them."""
         near = NEAR_BYTES // self.places[name].row_bytes
         starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - near - 1) > near)
         first, last = rows[starts], rows[np.append(starts[1:], len(rows)) - 1]
@@ -269,20 +268,17 @@ class Store:
         self._write_rows(name, every, column)
 
     def read(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows (int64 [n]) of a dataset as they were written: [n, D] in its dtype; neighbours that follow each other in one read.
-
-        Raises UserError if the file was cut short.
-        """
-        place = self.places[name]
-        data: Any = np.empty((len(rows), place.row_bytes), np.uint8)
+        """Rows (int64 [n]) of a dataset as written: [n, D] in its dtype. Raises UserError if the file was cut short."""
+        extent = self.places[name]
+        data: Any = np.empty((len(rows), extent.row_bytes), np.uint8)
         starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)
         for a, b in pairwise([*starts.tolist(), len(rows)]):
-            if os.preadv(self.fd, [data[a:b]], place.offset + int(rows[a]) * place.row_bytes) != data[a:b].nbytes:
+            if os.preadv(self.fd, [data[a:b]], extent.offset + int(rows[a]) * extent.row_bytes) != data[a:b].nbytes:
                 raise UserError(f"{self.path} was cut short while it was filled.", "Remove it, and run again.")
-        return data.view(place.dtype)
+        return data.view(extent.dtype)
 
     def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:
-        """Note that what was placed so far of rows (int64 [n]) is final; it becomes true on disk with the next commit."""
+        """Note that rows (int64 [n]) are final as placed so far; it becomes true on disk with the next commit."""
         if len(rows):
             with self._lock:
                 self._uncommitted.append((rows, status, flag, reason))
@@ -306,8 +302,7 @@ class Store:
                 if self._environment is not None:
                     self._set("computed_by", self.computed_by, rows, self._environment)
             every = np.unique(np.concatenate([rows for rows, *_ in self._uncommitted]))
-            states = self._state_sums(*(getattr(self, name)[every] for name in STATES))
-            self._write_column("run/sums", every, states + self._row_sums(every))
+            self._write_column("run/sums", every, self._state_sums(every) + self._row_sums(every))
             self._sync()
             self._write_column("status", every, self.status[every])
             self._sync()
@@ -315,8 +310,9 @@ class Store:
             self._fresh.clear()
 
     def settle(self, name: str, rows: NDArray[np.int64], value: int, columns: dict[str, NDArray[np.uint64]]) -> None:
-        """Make durable what was placed, with values (uint64 [n]) of other columns for rows (int64 [n]); then, also durably, give
-        rows of the column `name` a value that vouches for them. Raises UserError if the disk fails.
+        """Make durable what was placed, with the values (uint64 [n]) of other columns for rows (int64 [n]).
+
+        Then, also durably, give rows of the column `name` a value that vouches for them. Raises UserError on failure.
         """
         with self._lock:
             self.commit()
@@ -330,7 +326,7 @@ class Store:
                 self._sync()
 
     def compute_in(self, environment: str) -> None:
-        """Note that rows marked from now on were computed in this environment (a line of JSON), in the column computed_by."""
+        """Note in the column computed_by that rows marked from now on are of this environment (a line of JSON)."""
         with self._lock:
             self.commit()
             text = "\n".join([*self.environments, environment, ""]).encode()
@@ -375,7 +371,7 @@ class Store:
         return checksum
 
     def publish(self, overwrite: bool) -> None:
-        """Give the file its final name; without overwrite, it may take the place of the file that it replaces and of no other."""
+        """Give the file its final name; without overwrite, no other file than the one that it replaces is replaced."""
         ours = self.replaces is not None and disk.is_the_file(self.output, self.replaces, unchanged=True)
         try:
             (os.replace if overwrite or ours else disk.rename_new)(self.path, self.output)
@@ -385,7 +381,7 @@ class Store:
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """Commit what is done if the block fails or is stopped, as far as the disk still lets us, and close the file in any case."""
+        """Close the file after the block. If it fails or is stopped, commit first, as far as the disk still lets us."""
         try:
             yield
         except BaseException as error:
