@@ -29,7 +29,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.explore import inspect
 from virnucpro_cli.features import contigs as genes
 from virnucpro_cli.features.contigs import chunks, codons, six_frame
-from virnucpro_cli.features.contigs.found import Genes
+from virnucpro_cli.features.contigs.codons import Genes
 from virnucpro_cli.model import locate
 from virnucpro_cli.plan import shards
 from virnucpro_cli.validation import verify

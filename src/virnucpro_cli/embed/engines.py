@@ -16,9 +16,8 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.engine import devices, runner
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted
-from virnucpro_cli.features.feature import Run
+from virnucpro_cli.features import Run
 from virnucpro_cli.model import attention
-from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import ModelSpec
@@ -32,92 +31,56 @@ if TYPE_CHECKING:
 class Computing(ABC):
     """Where packs are computed, and by whom.
 
-    device: what packs are computed on; devices: of each process, or of each actor that there is room for; local_device and
-    backend: of this process, for all that it computes itself.
+    device: what packs are computed on; local_device and backend: of this process, for all that it computes itself;
+    gpus: devices that compute at the same time; workers: processes or actors in words, empty if this process is alone;
+    processes: of this host, that place rows; sharing: those of them on a device; pins: whether this process collates
+    batches into pinned memory.
     """
 
     device: devices.Device
-    devices: list[torch.device]
     local_device: torch.device
     backend: Backend | None
     dtype: torch.dtype
+    gpus: int
+    workers: str
+    processes: int = 1
+    sharing: int = 1
+    pins: bool = False
     notes: tuple[str, ...] = ()
 
-    @property
-    @abstractmethod
-    def gpus(self) -> int:
-        """Devices that compute at the same time."""
-
-    @property
-    @abstractmethod
-    def sharing(self) -> int:
-        """Processes that share a device's memory."""
-
-    @property
-    @abstractmethod
-    def pins(self) -> bool:
-        """Whether batches are collated into pinned memory of this process."""
-
-    @abstractmethod
-    def described(self) -> str:
-        """Processes or actors, for reports."""
-
-    @abstractmethod
     def check_room(self, spec: ModelSpec) -> None:
         """Raises UserError if the weights surely do not fit."""
-
-    @abstractmethod
-    def computed_by(self, several: bool) -> str:
-        """What the bits of a row depend on besides its input, in a line of JSON. several: whether there is work for all processes."""
-
-    @abstractmethod
-    def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
-        """Have all packs computed and placed."""
-
-
-class OnThisHost(Computing):
-    """In this process if it has one device, or one pack; else in a process for each device."""
-
-    @property
-    def gpus(self) -> int:
-        return len(set(self.devices))
-
-    @property
-    def sharing(self) -> int:
-        return self.devices.count(self.local_device)
-
-    @property
-    def pins(self) -> bool:
-        return self.local_device.type == "cuda"
-
-    def described(self) -> str:
-        on = ", ".join(map(str, dict.fromkeys(self.devices)))
-        return f"{counted(len(self.devices), 'process', 'processes')} on {on}"
-
-    def check_room(self, spec: ModelSpec) -> None:
         devices.check_room(self.local_device, spec.parameters * self.dtype.itemsize, f"The weights of {spec.name}")
 
     def computed_by(self, several: bool) -> str:
-        return computed_by(self.device, self.dtype, self.local_device, len(self.devices) if several else 1)
+        """The environment of a row, in a line of JSON. several: whether there are packs for all processes."""
+        return computed_by(self.device, self.dtype, self.local_device, self.processes if several else 1)
+
+    @abstractmethod
+    def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
+        """Have all packs, int64 [P], computed and placed."""
+
+
+@dataclass(frozen=True)
+class OnThisHost(Computing):
+    """In this process if it has one device, or one pack; else in a process for each of `devices`."""
+
+    devices: list[torch.device] = field(kw_only=True)
 
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
-        if len(packs) > 1 and len(self.devices) > 1:
+        if len(packs) > 1 and self.processes > 1:
             self._in_processes(run, packs, placer)
-        else:
-            self._here(run, packs, placer)
-
-    def _here(self, run: Run, packs: Int64, placer: Placer) -> None:
+            return
         compute = self._model(run)
-        run.loaded = None
         with _tracked(run, packs, placer), run.clock.stage("forward"):
             placer.started = time.perf_counter()
             runner.run_packs(packs, placer.collator, compute, placer, self.local_device, run.tell, placer.note_unfit)
 
     def _model(self, run: Run) -> runner.Compute:
-        """What this process computes of a batch."""
+        """The model of this process, as a function of a batch."""
+        assert self.backend is not None
         with run.clock.stage("load model"):
-            _, state, notes = run.loaded or model_weights.load(run.found)
-            assert self.backend is not None
+            _, state, notes = run.take_weights()
             model = ESM2(run.spec, state, self.dtype, self.local_device, self.backend)
         for note in notes:
             run.tell(note)
@@ -128,13 +91,12 @@ class OnThisHost(Computing):
 
         run.loaded = None
         job = workers.Job(
-            run.config, run.found, run.layers, self.dtype, self.device.attention, run.table, run.work, run.plan,
-            placer.todo, run.file.output, run.file.path, run.file.fd, devices.threads_of(len(self.devices)),
+            run.config, run.weights, run.layers, self.dtype, self.device.attention, run.table, run.decisions, run.plan,
+            placer.todo, run.file.output, run.file.path, run.file.fd, devices.threads_of(self.processes),
         )  # fmt: skip
         with _tracked(run, packs, placer):
-            run.summary.tables["Workers"] = workers.compute_in_processes(
-                job, packs, self.devices[: len(packs)], placer, run.tell
-            )
+            rows = workers.compute_in_processes(job, packs, self.devices[: len(packs)], placer, run.tell)
+        run.summary.tables["Workers"] = rows
 
 
 @dataclass(frozen=True)
@@ -143,36 +105,19 @@ class OnRay(Computing):
 
     cluster: "Cluster" = field(kw_only=True)
 
-    @property
-    def gpus(self) -> int:
-        return len(self.devices)
-
-    @property
-    def sharing(self) -> int:
-        return 1
-
-    @property
-    def pins(self) -> bool:
-        return False
-
-    def described(self) -> str:
-        return f"{counted(len(self.devices), 'actor')} of Ray at the start"
-
     def check_room(self, spec: ModelSpec) -> None:
         """Each actor checks its own device."""
-
-    def computed_by(self, several: bool) -> str:
-        return computed_by(self.device, self.dtype, self.local_device)
 
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         run.loaded = None
         with _tracked(run, packs, placer):
-            run.summary.tables["Nodes"] = self.cluster.run(packs, run.plan, placer, run.found, run.layers, run.tell)
+            rows = self.cluster.run(packs, run.plan, placer, run.weights, run.layers, run.tell)
+        run.summary.tables["Nodes"] = rows
 
 
 @contextmanager
 def chosen(config: EmbedConfig, alone: bool, out: Console, clock: report.Clock) -> Iterator[Computing]:
-    """The engine of a run; alone: in this process, whatever is asked for. Raises UserError for what is not to be had."""
+    """The engine of a run; alone: in this process, whatever is asked for. Raises UserError for one that is absent."""
     if config.engine == "local":
         yield _on_this_host(config, alone)
         return
@@ -182,15 +127,22 @@ def chosen(config: EmbedConfig, alone: bool, out: Console, clock: report.Clock) 
         with clock.stage("start workers"):
             device = cluster.first_device(out.print)
         local_device, backend = cluster.of_the_driver()
-        yield OnRay(device, [local_device] * cluster.room(), local_device, backend, cluster.dtype, cluster=cluster)
+        actors = cluster.room()
+        workers = f"{counted(actors, 'actor')} of Ray at the start"
+        yield OnRay(device, local_device, backend, cluster.dtype, actors, workers, cluster=cluster)
 
 
 def _on_this_host(config: EmbedConfig, alone: bool) -> OnThisHost:
     each, notes = devices.resolve_devices(config.device, config.workers)
     each = each[:1] if alone else each
-    dtype = devices.resolve_dtype(config.dtype, each[0])
-    backend = attention.resolve(config.attention, each[0], dtype)
-    return OnThisHost(devices.device_here(each[0], backend), each, each[0], backend, dtype, tuple(notes))
+    first, n, names = each[0], len(each), dict.fromkeys(map(str, each))
+    dtype = devices.resolve_dtype(config.dtype, first)
+    backend = attention.resolve(config.attention, first, dtype)
+    workers = f"{counted(n, 'process', 'processes')} on {', '.join(names)}" if n > 1 else ""
+    return OnThisHost(
+        devices.device_here(first, backend), first, backend, dtype, len(names), workers, n, each.count(first),
+        first.type == "cuda", tuple(notes), devices=each,
+    )  # fmt: skip
 
 
 def _tracked(run: Run, packs: Int64, placer: Placer) -> report.Tracker:
@@ -199,16 +151,17 @@ def _tracked(run: Run, packs: Int64, placer: Placer) -> report.Tracker:
 
 
 def computed_by(device: devices.Device, dtype: torch.dtype, local_device: torch.device, processes: int = 1) -> str:
-    """What the bits of a row depend on besides its input, in a line of JSON. processes: that share a device of this host."""
+    """The environment of a row, in a line of JSON. Its bits depend on that and on its input.
+
+    processes: that share a device of this host.
+    """
     return json.dumps({
         "device": device.name if processes == 1 else devices.describe_device(local_device, processes),
-        "dtype": attention.describe(dtype),
-        "attention": device.attention,
-        "torch": device.torch,
+        "dtype": attention.describe(dtype), "attention": device.attention, "torch": device.torch,
         "virnucpro": device.virnucpro,
     })  # fmt: skip
 
 
 def computed_at(device: torch.device, dtype: torch.dtype, backend: Backend) -> str:
-    """The same of a device of this host."""
+    """The environment of a row that a device of this host computes."""
     return computed_by(devices.device_here(device, backend), dtype, device)

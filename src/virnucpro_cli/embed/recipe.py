@@ -1,4 +1,4 @@
-"""Everything that a run decides from integers before the model is loaded: where packs are computed, of what, and the file's layout."""
+"""The decisions of a run, made before the model is loaded: where packs are computed, and the file's layout."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -16,14 +16,13 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.engines import Computing
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
-from virnucpro_cli.features.feature import Feature
+from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.kinds import any_by_residue, unmasked
-from virnucpro_cli.model import attention as attention_backends
-from virnucpro_cli.model import locate
+from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, by_name, resolve_layers
-from virnucpro_cli.plan.packing import Plan, in_blocks
-from virnucpro_cli.plan.policies import Decisions, Int64, decide
+from virnucpro_cli.plan.packing import in_blocks
+from virnucpro_cli.plan.policies import decide
 
 if TYPE_CHECKING:
     from virnucpro_cli.plan.shards import Shard
@@ -40,9 +39,8 @@ class Target(NamedTuple):
 def target(config: EmbedConfig, features: list[Feature]) -> Target:
     """Raises UserError if nothing can be written there."""
     if not config.inputs or not config.output:
-        raise UserError(
-            "An input FASTA and an output file are needed.", "virnucpro embed proteins.fasta -o embeddings.h5"
-        )
+        usage = "virnucpro embed proteins.fasta -o embeddings.h5"
+        raise UserError("An input FASTA and an output file are needed.", usage)
     shard, output = None, store.behind(Path(config.output))
     whole = output
     if config.shard is not None:
@@ -53,31 +51,42 @@ def target(config: EmbedConfig, features: list[Feature]) -> Target:
         output = shards.path(whole, shard)
     _check_paths(output, whole, config, features)
     if output.exists() and not (config.overwrite or config.dry_run) and store.fingerprint_of(output) is None:
-        raise UserError(
-            f"{output} exists and was not written by virnucpro embed.", "Choose another -o, or --overwrite it."
-        )
+        refusal = f"{output} exists and was not written by virnucpro embed."
+        raise UserError(refusal, "Choose another -o, or --overwrite it.")
     return Target(output, shard, whole)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A run, decided. found: the weights, None if they are not on this machine (of a dry run)."""
+def _check_paths(output: Path, whole: Path, config: EmbedConfig, features: list[Feature]) -> None:
+    """Nothing that is read may be written, and reports must have a place. Raises UserError."""
+    store.check_destination(output)
+    named = [*config.inputs, *(name for feature in features for name in feature.reads())]
+    read = [*(Path(name) for name in named if name != "-"), *locate.files_read(config.model)]
+    beside = [path for feature in features for path in feature.writes(whole)]
+    if output.exists() and any(_is_of(output, other) for other in read if other.exists()):
+        refusal = f"The output {output} is one of the inputs, of the model or of the cache."
+        raise UserError(refusal, "Choose another name; inputs are never overwritten.")
+    store.check_hdf5_name(output)
+    reports = {"report": config.report, "qc": config.qc}
+    report.check_places(reports, [*read, output, store.partial_path(output), *beside], config.overwrite)
 
-    config: EmbedConfig
+
+def _is_of(output: Path, read: Path) -> bool:
+    """Whether an output that is there is a file that is read, or in a folder that is."""
+    return output.samefile(read) or (read.is_dir() and output.resolve().is_relative_to(read.resolve()))
+
+
+@dataclass(kw_only=True)
+class EmbedRun(Run):
+    """A run of embed. located: the weights, None if they are not on this machine (of a dry run)."""
+
     output: Path
     shard: "Shard | None"
     computing: Computing
-    found: locate.Weights | None
-    spec: ModelSpec
-    layers: tuple[int, ...]
-    table: fasta.RecordTable
-    work: Decisions
-    plan: Plan
-    layout: store.Layout
+    located: locate.Weights | None
     features: list[Feature]
 
-    def fingerprint(self, found: locate.Weights) -> dict[str, Any]:
-        """What the values depend on. found: the weights, with their SHA-256."""
+    def fingerprint_with(self, weights: locate.Weights) -> dict[str, Any]:
+        """All that the values depend on. weights: with their SHA-256."""
         config = self.config
         policy = {name: getattr(config, name) for name in ("max_residues", "long", "invalid", "id", "dedup")}
         if config.long == "window":
@@ -85,84 +94,67 @@ class Recipe:
         if config.emit:
             policy["emit"] = list(config.emit)
         for feature in self.features:
-            policy |= feature.fingerprint(found)
+            policy |= feature.fingerprint(weights)
         if self.shard is not None:
             policy["shard"] = str(self.shard)
         return {
-            "input_sha256": self.table.sha256,
-            "weights_sha256": found.sha256,
-            "heads": self.spec.heads,
-            "layers": list(self.layers),
-            "pool": list(config.pool),
-            "dtype": attention_backends.describe(self.computing.dtype),
-            "store_dtype": config.store_dtype,
-            **policy,
-            "attention": self.computing.device.attention,
-            "device": self.computing.device.kind,
-            **self.layout.extra.fingerprint,
-        }
+            "input_sha256": self.table.sha256, "weights_sha256": weights.sha256, "heads": self.spec.heads,
+            "layers": list(self.layers), "pool": list(config.pool), "dtype": attention.describe(self.computing.dtype),
+            "store_dtype": config.store_dtype, **policy, "attention": self.computing.device.attention,
+            "device": self.computing.device.kind, **self.layout.extra.fingerprint,
+        }  # fmt: skip
 
 
 def decided(
-    config: EmbedConfig,
-    features: list[Feature],
-    target: Target,
-    computing: Computing,
-    out: Console,
-    clock: report.Clock,
-) -> Recipe:
-    """Read the input and decide. All that is read is opened before the first long step. Raises UserError for what the user can
-    put right.
+    config: EmbedConfig, features: list[Feature], at: Target, computing: Computing, out: Console, clock: report.Clock
+) -> EmbedRun:
+    """Read the input and decide. All that is read is opened before the first long step.
+
+    Raises UserError for what the user can put right.
     """
-    output, shard, whole = target
     with clock.stage("index"):
-        sources = fasta.open_sources(config.inputs, output.parent)
-    found = _locate(config, out)
-    spec = _spec(config, found)
+        sources = fasta.open_sources(config.inputs, at.output.parent)
+    located = locate.locate(config.model) if config.dry_run else locate.fetch(config.model, out.print)
+    spec = by_name(config.model) if located is None else model_weights.spec_of(located)
+    assert spec is not None
     layers = resolved_layers(config.layers, spec)
     extra = store.Extra()
     for feature in features:
-        sources, more = feature.sources(sources, whole, out, clock)
+        sources, more = feature.sources(sources, at.whole, out, clock)
         extra |= more
     with clock.stage("index"):
         table = fasta.index(
-            sources,
-            on_invalid=config.invalid,
-            gaps=config.gaps,
-            dedup=config.dedup,
+            sources, on_invalid=config.invalid, gaps=config.gaps, dedup=config.dedup,
             keep_digests=any(feature.needs_digests for feature in features),
-        )
+        )  # fmt: skip
     _check_protein(table, config, out)
     extra |= _gaps(table, config)
     with clock.stage("plan"):
-        work, records = decide(table, config), None
+        decisions, records = decide(table, config), None
         for feature in features:
             extra |= feature.of_input(table, extra)
-        if shard is not None:
+        if at.shard is not None:
             from virnucpro_cli.plan.shards import records_of
 
-            records = records_of(shard, work)
+            records = records_of(at.shard, decisions)
             table, extra = table.part(records), extra.part(records)
-            work = decide(table, config)
+            decisions = decide(table, config)
         for feature in features:
-            extra |= feature.of_part(records, work, extra)
-        plan = in_blocks(work.segments.length, _token_budget(config, computing, spec, layers))
-        layout = _layout(config, table, work, spec, layers, records, computing.computed_by(len(plan) > 1), extra)
-    return Recipe(config, output, shard, computing, found, spec, layers, table, work, plan, layout, features)
-
-
-def _locate(config: EmbedConfig, out: Console) -> locate.Weights | None:
-    if config.dry_run:
-        return locate.locate(config.model)
-    return locate.fetch(config.model, lambda text: out.print(text))
-
-
-def _spec(config: EmbedConfig, found: locate.Weights | None) -> ModelSpec:
-    if found is not None:
-        return model_weights.spec_of(found)
-    spec = by_name(config.model)
-    assert spec is not None
-    return spec
+            extra |= feature.of_part(records, decisions, extra)
+        plan = in_blocks(decisions.segments.length, _token_budget(config, computing, spec, layers))
+        by_residue = any_by_residue(config.pool, config.emit)
+        layout = store.Layout(
+            spec.hidden, layers, config.pool, np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32),
+            table.length, table.replaced, decisions.flags, decisions.status, decisions.reason,
+            np.append(0, np.cumsum(decisions.embedded, dtype=np.int64)) if by_residue else None,
+            partial(table.names, full=config.id == "full"), table.text_bytes - table.residues, records,
+            computing.computed_by(len(plan) > 1), unmasked=unmasked(config.emit), extra=extra,
+        )  # fmt: skip
+    return EmbedRun(
+        config=config, spec=spec, layers=layers, table=table, decisions=decisions, plan=plan, layout=layout,
+        device=computing.local_device, out=out, clock=clock, summary=report.RunReport("embed"), output=at.output,
+        shard=at.shard, computing=computing, located=located, features=features,
+    )  # fmt: skip
 
 
 def resolved_layers(requested: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
@@ -181,41 +173,23 @@ def _gaps(table: fasta.RecordTable, config: EmbedConfig) -> store.Extra:
 
 def _check_protein(table: fasta.RecordTable, config: EmbedConfig, out: Console) -> None:
     """Raise UserError for a file of nucleotides; name the first of single records that look like some."""
+    if config.force_protein:
+        return
     for source, share in zip(table.sources, table.nucleotide_share, strict=True):
-        if share >= fasta.NUCLEOTIDE_SHARE and config.from_ == "proteins" and not config.force_protein:
+        if share >= fasta.NUCLEOTIDE_SHARE and config.from_ == "proteins":
             raise UserError(
-                f"{source.path} looks like nucleotides: {share:.1%} of its letters are A, C, G, T, U, N or their ambiguity codes.",
+                f"{source.path} looks like nucleotides: {share:.1%} of its letters are A, C, G, T, U, N or their "
+                "ambiguity codes.",
                 "Say --from contigs to find its proteins first, or --force-protein if these are proteins.",
             )
     like = table.nucleotide_like
-    if len(like) and not config.force_protein:
+    if len(like):
         first = ", ".join(repr(table.names(i, i + 1, config.id == "full")[0]) for i in like[:3].tolist())
         out.print(
             f"{len(like):,} of {counted(len(table), 'record')} like nucleotides, and embedded as proteins: {first}"
             f"{' ...' if len(like) > 3 else ''}; --force-protein says that they are proteins",
             style="yellow",
         )
-
-
-def _check_paths(output: Path, whole: Path, config: EmbedConfig, features: list[Feature]) -> None:
-    """Nothing that is read may be written, and the report must have a place before anything is computed."""
-    store.check_destination(output)
-    named = [*config.inputs, *(name for feature in features for name in feature.reads())]
-    read = [*(Path(name) for name in named if name != "-"), *locate.files_read(config.model)]
-    beside = [path for feature in features for path in feature.writes(whole)]
-    if output.exists() and any(_is_of(output, other) for other in read if other.exists()):
-        raise UserError(
-            f"The output {output} is one of the inputs, of the model or of the cache.",
-            "Choose another name; inputs are never overwritten.",
-        )
-    store.check_hdf5_name(output)
-    places = {"report": config.report, "qc": config.qc}
-    report.check_places(places, [*read, output, store.partial_path(output), *beside], config.overwrite)
-
-
-def _is_of(output: Path, read: Path) -> bool:
-    """Whether an output that is there is a file that is read, or in a folder that is."""
-    return output.samefile(read) or (read.is_dir() and output.resolve().is_relative_to(read.resolve()))
 
 
 def _token_budget(config: EmbedConfig, computing: Computing, spec: ModelSpec, layers: tuple[int, ...]) -> int:
@@ -227,43 +201,19 @@ def _token_budget(config: EmbedConfig, computing: Computing, spec: ModelSpec, la
     return devices.auto_token_budget(device.kind, device.free, spec.hidden, weight_bytes, stored, computing.sharing)
 
 
-def _layout(
-    config: EmbedConfig, table: fasta.RecordTable, work: Decisions, spec: ModelSpec, layers: tuple[int, ...],
-    records: Int64 | None, environment: str, extra: store.Extra,
-) -> store.Layout:  # fmt: skip
-    offsets = (
-        np.append(0, np.cumsum(work.embedded, dtype=np.int64)) if any_by_residue(config.pool, config.emit) else None
-    )
-    dtype = np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32)
-    names = partial(table.names, full=config.id == "full")
-    return store.Layout(spec.hidden, layers, config.pool, dtype, table.length, table.replaced, work.flags, work.status,
-                        work.reason, offsets, names, table.text_bytes - table.residues, records, environment,
-                        unmasked=unmasked(config.emit), extra=extra)  # fmt: skip
-
-
-def attributes(
-    recipe: Recipe, environment: dict[str, Any], found: locate.Weights, fingerprint: dict[str, Any]
-) -> dict[str, Any]:
-    """Of the file, for its readers. environment: as the report has it."""
-    config = recipe.config
+def attributes(run: EmbedRun) -> dict[str, Any]:
+    """Attributes of the file, for its readers."""
+    config, fingerprint, environment = run.config, run.fingerprint, run.summary.environment
+    approximate = attention.describe(torch.float8_e4m3fn)
+    texts = {
+        "config": asdict(config), "environment": environment, "layers": fingerprint["layers"], "pool": config.pool,
+        "inputs": run.table.inputs, "fingerprint": fingerprint,
+    }  # fmt: skip
     return {
-        "tool": "virnucpro",
-        "tool_version": virnucpro_cli.__version__,
-        **store.of_this_command(),
-        "config": json.dumps(asdict(config)),
-        "environment": json.dumps(environment),
-        "model": environment["model"],
-        "model_layers": recipe.spec.layers,
-        "weights": found.place,
-        "weights_sha256": found.sha256,
-        "weights_origin": locate.origin_of(found),
-        "dtype": fingerprint["dtype"],
-        "approximate": fingerprint["dtype"] == attention_backends.describe(torch.float8_e4m3fn),
-        "store_dtype": config.store_dtype,
-        "attention": fingerprint["attention"],
-        "device": environment["device"],
-        "layers": json.dumps(fingerprint["layers"]),
-        "pool": json.dumps(config.pool),
-        "inputs": json.dumps(recipe.table.inputs),
-        "fingerprint": json.dumps(fingerprint),
-    }
+        "tool": "virnucpro", "tool_version": virnucpro_cli.__version__, **store.of_this_command(),
+        "model": environment["model"], "model_layers": run.spec.layers, "weights": run.weights.place,
+        "weights_sha256": run.weights.sha256, "weights_origin": locate.origin_of(run.weights),
+        "dtype": fingerprint["dtype"], "approximate": fingerprint["dtype"] == approximate,
+        "store_dtype": config.store_dtype, "attention": fingerprint["attention"], "device": environment["device"],
+        **{name: json.dumps(value) for name, value in texts.items()},
+    }  # fmt: skip

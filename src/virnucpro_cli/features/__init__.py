@@ -1,1 +1,135 @@
-"""Additions to a run: contigs, contacts, groups, a cache, quality columns. No feature imports another."""
+"""Additions to a run: contigs, contacts, groups, a cache, quality columns. No feature imports another.
+
+A feature is a file in this package with a subclass of Feature, and a line of FEATURES. A run imports those it needs.
+It calls the hooks of its features in the order of the table. A hook does nothing unless the feature overrides it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from virnucpro_cli import fasta, report, store
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.model import locate
+from virnucpro_cli.model import weights as model_weights
+from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.plan.packing import Plan
+from virnucpro_cli.plan.policies import Decisions
+
+FEATURES: dict[str, Callable[[EmbedConfig], Any]] = {
+    "contigs.Contigs": lambda config: config.from_ == "contigs",
+    "groups.Groups": lambda config: config.group or config.group_regex or config.group_table,
+    "contacts.Contacts": lambda config: "contacts" in config.emit,
+    "cache.Cache": lambda config: config.cache,
+    "qc.Table": lambda config: config.qc,
+}
+"""Module and class of each feature, and whether a configuration asks for it; in the order in which hooks are called."""
+
+Loaded = tuple[ModelSpec, dict[str, Any], tuple[str, ...]]
+"""What reading a model's weights yields: its sizes, its tensors, and notes."""
+
+
+def asked_for(config: EmbedConfig) -> "list[Feature]":
+    """The features of a run. Raises UserError for what they cannot read."""
+    names = [name.split(".") for name, is_asked_for in FEATURES.items() if is_asked_for(config)]
+    return [getattr(import_module(f"{__name__}.{module}"), name)(config) for module, name in names]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run, decided. weights, fingerprint and file are there once the file is open, and locked.
+
+    loaded: the weights, if they were read already and no model is made of them yet; device: of this process.
+    """
+
+    config: EmbedConfig
+    spec: ModelSpec
+    layers: tuple[int, ...]
+    table: fasta.RecordTable
+    decisions: Decisions
+    plan: Plan
+    layout: store.Layout
+    device: torch.device
+    out: Console
+    clock: report.Clock
+    summary: report.RunReport
+    loaded: Loaded | None = None
+    weights: locate.Weights = field(init=False)
+    fingerprint: dict[str, Any] = field(init=False)
+    file: store.Store = field(init=False)
+
+    def tell(self, text: str) -> None:
+        """Print a note, and keep it in the report."""
+        self.out.print(text, style="yellow")
+        self.summary.notes.append(text)
+
+    def take_weights(self) -> Loaded:
+        """The weights, which the run forgets, so that memory holds them once."""
+        loaded, self.loaded = self.loaded, None
+        return loaded or model_weights.load(self.weights)
+
+
+class Feature:
+    """What one feature adds to one run. Its constructor reads its small files, and raises UserError for a bad one."""
+
+    needs_digests = False
+    """Whether the index must keep the content hash of each record."""
+
+    def __init__(self, config: EmbedConfig):
+        self.config = config
+
+    def reads(self) -> list[str]:
+        """Files that it reads, which no output may overwrite."""
+        return []
+
+    def writes(self, whole: Path) -> list[Path]:
+        """Files that it writes beside the output of all shards. Raises UserError if they cannot be written."""
+        return []
+
+    def sources(
+        self, sources: list[fasta.Source], whole: Path, out: Console, clock: report.Clock
+    ) -> tuple[list[fasta.Source], store.Extra]:
+        """The FASTA texts to embed instead of the input, and what the file holds of the input."""
+        return sources, store.Extra()
+
+    def of_input(self, table: fasta.RecordTable, extra: store.Extra) -> store.Extra:
+        """Columns [N] and tables of the whole input; extra: those that were added before."""
+        return store.Extra()
+
+    def of_part(self, records: NDArray[np.int64] | None, decisions: Decisions, extra: store.Extra) -> store.Extra:
+        """Columns and room in the file of this run. records: int64 [M], of its shard; None for the whole input."""
+        return store.Extra()
+
+    def note(self, run: Run) -> str | None:
+        """A sentence for the first screen."""
+        return None
+
+    def fingerprint(self, weights: locate.Weights) -> dict[str, Any]:
+        """What its values depend on, beside the columns' own entries."""
+        return {}
+
+    def check_weights(self, loaded: Loaded, weights: locate.Weights) -> None:
+        """Raises UserError if the weights lack what it needs."""
+
+    def lacking(self, file: store.EmbeddingFile) -> dict[str, int]:
+        """What a finished file lacks of it for want of memory, as the report counts it."""
+        return {}
+
+    def before(self, run: Run) -> None:
+        """Before the forward: rows that need no computing."""
+
+    def after(self, run: Run) -> None:
+        """After the forward, when every record is placed and marked."""
+
+    def finish(self, run: Run) -> None:
+        """When all else is in the file, which is about to be finished."""
+
+    def written(self, output: Path) -> None:
+        """When the file has its final name."""

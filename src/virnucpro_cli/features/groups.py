@@ -1,4 +1,4 @@
-"""Groups of records: which record is in which, and a row for each group, from the means of its members as they stand in the file."""
+"""Groups of records: which record is in which, and a row for each group, from the means of its members in the file."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -10,16 +10,12 @@ from numpy.typing import NDArray
 from virnucpro_cli import fasta, store, tables
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.features.feature import Feature, Run
+from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.plan.policies import Decisions
 from virnucpro_cli.store.schema import chunks
 
 KINDS = ("mean", "length_weighted_mean", "max")
 BLOCK_BYTES = 1 << 25
-
-
-Named = tuple[dict[str, str], str]
-"""Name -> group of a table, and the SHA-256 of its text."""
 
 
 class Groups(Feature):
@@ -28,50 +24,68 @@ class Groups(Feature):
     def __init__(self, config: EmbedConfig):
         """Raises UserError if the table of --group-table cannot be read, or is no table of two columns."""
         super().__init__(config)
-        self.named = None if config.group_table is None else _read(config.group_table)
+        self.named: dict[str, str] = {}
+        if config.group_table is not None:
+            lines = tables.Lines(config.group_table)
+            pairs = ((name, group) for name, group in tables.rows(lines, columns=2))
+            self.named = tables.by_name(lines, pairs, "group")
+            self.sha256 = lines.digest.hexdigest()
 
     def reads(self) -> list[str]:
         return [self.config.group_table] if self.config.group_table is not None else []
 
     def of_input(self, table: fasta.RecordTable, extra: store.Extra) -> store.Extra:
-        return of_records(self.config, table, extra, self.named)
+        """Columns and names of the groups, in the order of the contigs, or of their first record.
 
-    def of_part(self, records: NDArray[np.int64] | None, work: Decisions, extra: store.Extra) -> store.Extra:
-        return room(extra) if records is None else store.Extra()  # a shard has no rows of groups, which merge makes
+        Raises UserError if no record is in a group.
+        """
+        config, counts = self.config, dict[str, int]()
+        if config.group == "contig":
+            of, ids, fingerprint = extra.columns["genes/contig"], extra.tables["contigs/ids"], "contig"
+        elif config.group_regex is not None:
+            search, fingerprint = re.compile(config.group_regex).search, f"regex {config.group_regex}"
+            of, ids = self._by_name(table, lambda name: match[1] if (match := search(name)) else None, set())
+            self._check(of, f"--group-regex {config.group_regex!r} finds a group in the name of", table)
+        else:
+            fingerprint, unknown = f"table {self.sha256}", set(self.named)
+            of, ids = self._by_name(table, self.named.get, unknown)
+            self._check(of, f"{config.group_table} holds the name of", table)
+            counts = {f"names of {config.group_table} that no protein has": len(unknown)}
+        counts |= {"groups": len(ids), "proteins in no group": int((of < 0).sum())}
+        columns, names = {"groups/of": of}, {"groups/ids": ids}
+        return store.Extra(columns, names, fingerprint={"groups": fingerprint}, counts=counts)
+
+    def _by_name(
+        self, table: fasta.RecordTable, group_of: Callable[[str], str | None], unknown: set[str]
+    ) -> tuple[NDArray[np.int64], Any]:
+        """The number of each record's group, -1 for none, and the names of the groups; an empty name is none.
+
+        Names of records leave `unknown`.
+        """
+        numbers: dict[str, int] = {}
+        of = np.full(len(table), -1, np.int64)
+        for block in store.blocks(len(table)):
+            names = table.names(block.start, block.stop, self.config.id == "full")
+            of[block] = [numbers.setdefault(group, len(numbers)) if group else -1 for group in map(group_of, names)]
+            unknown.difference_update(names)
+        ids = list(numbers)
+        return of, store.Names(len(ids), lambda start, stop: ids[start:stop], sum(len(name.encode()) for name in ids))
+
+    def _check(self, of: NDArray[np.int64], words: str, table: fasta.RecordTable) -> None:
+        if not (of >= 0).any():
+            examples = table.examples(self.config.id == "full")
+            raise UserError(f"{words} no protein.", f"Names in the input are such as {examples}.")
+
+    def of_part(self, records: NDArray[np.int64] | None, decisions: Decisions, extra: store.Extra) -> store.Extra:
+        """Room for the rows of groups, and int64 [G] members; a shard has none, which merge makes."""
+        return room(extra) if records is None else store.Extra()
 
     def finish(self, run: Run) -> None:
         fill(run.file)
 
 
-def of_records(
-    config: EmbedConfig, table: fasta.RecordTable, genes: store.Extra, named: Named | None = None
-) -> store.Extra:
-    """The columns and names of the groups that `config` asks for, if any; genes: what is known of the contigs; named: the table.
-
-    Groups are numbered in the order of the contigs, or of their first record. Raises UserError if no record is in a group.
-    """
-    counts = dict[str, int]()
-    if config.group == "contig":
-        of, ids, fingerprint = genes.columns["genes/contig"], genes.tables["contigs/ids"], {"groups": "contig"}
-    elif config.group_regex is not None:
-        find, fingerprint = re.compile(config.group_regex).search, {"groups": f"regex {config.group_regex}"}
-        of, ids = _by_name(config, table, lambda name: match[1] if (match := find(name)) else None)
-        _check(of, f"--group-regex {config.group_regex!r} finds a group in the name of", config, table)
-    elif named is not None:
-        groups, sha256 = named
-        fingerprint = {"groups": f"table {sha256}"}
-        unknown = set(groups)
-        of, ids = _by_name(config, table, groups.get, unknown)
-        _check(of, f"{config.group_table} holds the name of", config, table)
-        counts = {f"names of {config.group_table} that no protein has": len(unknown)}
-    else:
-        return store.Extra()
-    counts |= {"groups": len(ids), "proteins in no group": int((of < 0).sum())}
-    return store.Extra({"groups/of": of}, {"groups/ids": ids}, fingerprint=fingerprint, counts=counts)
-
-
 def room(extra: store.Extra) -> store.Extra:
-    """Where the rows of the groups will be, if there are groups."""
+    """Room for the rows of the groups, if there are groups."""
     ids = extra.tables.get("groups/ids")
     if ids is None:
         return store.Extra()
@@ -82,8 +96,9 @@ def room(extra: store.Extra) -> store.Extra:
 def fill(file: store.Store) -> None:
     """Place the rows of all groups, if the file has room for them. Every record must have been placed and marked.
 
-    Members are added up in float64 in the order of their numbers, a block after the other, so that the bits depend on nothing but
-    the rows in the file. length_weighted_mean weights a protein by its whole length, as in /lengths. A group without members is NaN.
+    Members are added up in float64 in the order of their numbers, a block after the other, so that the bits depend on
+    nothing but the rows in the file. length_weighted_mean weights a protein by its whole length, as in /lengths.
+    A group without members is NaN.
     """
     if "groups/members" not in file.places:
         return
@@ -103,15 +118,15 @@ def fill(file: store.Store) -> None:
             rows = members[bounds[first] : bounds[last]]
             blocks = (rows[block] for block in store.blocks(len(rows), at_once))
             values = ((of[block] - first, lengths[block], file.read(f"mean/{layer}", block)) for block in blocks)
-            for kind, found in zip(KINDS, _pooled(values, last - first, width), strict=True):
-                file.place(f"groups/{kind}", layer, np.arange(first, last), found.astype(dtype))
+            for kind, pooled in zip(KINDS, _pooled(values, last - first, width), strict=True):
+                file.place(f"groups/{kind}", layer, np.arange(first, last), pooled.astype(dtype))
 
 
 Block = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[Any]]
 
 
 def _pooled(blocks: Iterator[Block], groups: int, width: int) -> tuple[NDArray[np.float64], ...]:
-    """Of each group the mean, the mean weighted by length, and the maximum, [groups, width].
+    """The mean of each group, the mean weighted by length, and the maximum, float64 [groups, width].
 
     blocks: of members, sorted by group: group, length, values [n, width].
     """
@@ -129,35 +144,3 @@ def _pooled(blocks: Iterator[Block], groups: int, width: int) -> tuple[NDArray[n
         weight[which, 0] += np.add.reduceat(length, starts)
     with np.errstate(invalid="ignore"):
         return total / number, weighted / weight, np.where(number > 0, most, np.nan)
-
-
-def _by_name(
-    config: EmbedConfig,
-    table: fasta.RecordTable,
-    group_of: Callable[[str], str | None],
-    unknown: set[str] | None = None,
-) -> tuple[NDArray[np.int64], Any]:
-    """The number of each record's group, -1 for none, and the names of the groups; an empty name is none.
-
-    unknown: names, those of records are taken out of it.
-    """
-    numbers: dict[str, int] = {}
-    of = np.full(len(table), -1, np.int64)
-    for block in store.blocks(len(table)):
-        names = table.names(block.start, block.stop, config.id == "full")
-        of[block] = [numbers.setdefault(group, len(numbers)) if group else -1 for group in map(group_of, names)]
-        if unknown:
-            unknown.difference_update(names)
-    ids = list(numbers)
-    return of, store.Names(len(ids), lambda start, stop: ids[start:stop], sum(len(name.encode()) for name in ids))
-
-
-def _check(of: NDArray[np.int64], what: str, config: EmbedConfig, table: fasta.RecordTable) -> None:
-    if not (of >= 0).any():
-        raise UserError(f"{what} no protein.", f"Names in the input are such as {table.examples(config.id == 'full')}.")
-
-
-def _read(path: str) -> Named:
-    lines = tables.Lines(path)
-    groups = tables.by_name(lines, ((name, group) for name, group in tables.rows(lines, columns=2)), "group")
-    return groups, lines.digest.hexdigest()

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import report, store, tables
 from virnucpro_cli.errors import Stopped
-from virnucpro_cli.features.feature import Feature
+from virnucpro_cli.features import Feature
 from virnucpro_cli.plan.packing import windows_of
 
-COLUMNS = ("name", "status", "reason", "length", "embedded", "truncated", "windows", "replaced", "gaps", "copied", "recomputed",
-           "norm", "nearest")  # fmt: skip
+COLUMNS = ("name", "status", "reason", "length", "embedded", "truncated", "windows", "replaced", "gaps", "copied",
+           "recomputed", "norm", "nearest")  # fmt: skip
 MOST_COMPARED = 10_000
 """Proteins up to which each is compared with every other."""
 
@@ -37,17 +37,16 @@ def write(path: str, file: store.EmbeddingFile) -> None:
     nearest: the distance of that embedding to the nearest other's, for at most MOST_COMPARED proteins.
     """
     settings = file.settings
-    embedded = embedded_of(file, settings)
-    windows = _windows(file, settings)
-    nearest, gaps = _nearest(file), file.columns.get("gaps", np.zeros(len(file), np.int32))
+    embedded, windows, nearest = embedded_of(file, settings), _windows(file, settings), _nearest(file)
+    gaps = file.columns.get("gaps", np.zeros(len(file), np.int32))
     with report.text_to(path) as out:
         table = tables.writer(out)
         table.writerow(COLUMNS)
         for rows in store.blocks(len(file)):
-            flags = file.flags[rows]
-            bits = (((flags & bit) > 0).astype(int).tolist() for bit in
-                    (store.TRUNCATED, store.COPIED, store.RECOMPUTED))  # fmt: skip
-            truncated, copied, recomputed = bits
+            truncated, copied, recomputed = (
+                ((file.flags[rows] & bit) > 0).astype(int).tolist()
+                for bit in (store.TRUNCATED, store.COPIED, store.RECOMPUTED)
+            )
             lines = zip(
                 (tables.cell(name) for name in file.names_of(rows.start, rows.stop)),
                 (store.STATUS_NAMES[code] for code in file.status[rows].tolist()),
@@ -60,7 +59,7 @@ def write(path: str, file: store.EmbeddingFile) -> None:
 
 
 def embedded_of(file: store.EmbeddingFile, settings: dict[str, Any]) -> NDArray[np.int64]:
-    """Residues of each record that its embedding is of (or will be)."""
+    """Residues of each record that its embedding is of (or will be), int64 [N]."""
     cut = (file.flags & store.TRUNCATED) > 0
     whole = np.where(cut, np.minimum(file.lengths, settings["max_residues"]), file.lengths).astype(np.int64)
     whole[file.status == store.SKIPPED] = 0
@@ -77,28 +76,27 @@ def _windows(file: store.EmbeddingFile, settings: dict[str, Any]) -> NDArray[np.
 
 
 def norms(file: store.EmbeddingFile, rows: slice) -> NDArray[np.float64]:
-    """Euclidean norms of the default embedding; NaN where there is none."""
+    """Euclidean norms of the default embedding, float64 [n]; NaN where there is none."""
     done = file.status[rows] == store.DONE
-    found = np.full(len(done), np.nan)
+    norm = np.full(len(done), np.nan)
     if file.default is not None and done.any():
-        found[done] = np.linalg.norm(file[rows][done].astype(np.float32), axis=1)
-    return found
+        norm[done] = np.linalg.norm(file[rows][done].astype(np.float32), axis=1)
+    return norm
 
 
 def _nearest(file: store.EmbeddingFile) -> NDArray[np.float64]:
-    found = np.full(len(file), np.nan)
+    nearest = np.full(len(file), np.nan)
     done = np.flatnonzero(file.status == store.DONE)
     if file.default is None or not 2 <= len(done) <= MOST_COMPARED:
-        return found
+        return nearest
     rows = file[:][done].astype(np.float64)
     rows -= rows.mean(axis=0)  # of what they have in common, which would cost digits below
     squares = (rows**2).sum(axis=1)
     for block in store.blocks(len(rows), 512):
         distance = squares[block, None] + squares - 2 * rows[block] @ rows.T
         distance[np.arange(len(distance)), np.arange(block.start, block.stop)] = np.inf
-        other = distance.argmin(axis=1)
-        found[done[block]] = np.linalg.norm(rows[block] - rows[other], axis=1)
-    return found
+        nearest[done[block]] = np.linalg.norm(rows[block] - rows[distance.argmin(axis=1)], axis=1)
+    return nearest
 
 
 def _words(values: NDArray[np.float64]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Contact maps in an embeddings file: whose, where each lies, and the pass that computes them, one protein at a time.
+"""Contact maps in an embeddings file: where each lies, and the pass that computes them, one protein at a time.
 
-Copies of a protein share its map. In a finished file, a map that is still pending is one that the device had no memory for.
+Copies of a protein share its map. A map that is still pending in a finished file is one that there was no memory for.
 """
 
 import time
@@ -8,10 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
-from rich.console import Console
 
 from virnucpro_cli import fasta, report, store, tables
 from virnucpro_cli.config import EmbedConfig
@@ -19,24 +17,16 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.engine.placer import COMMIT_SECONDS
 from virnucpro_cli.errors import UserError, counted
+from virnucpro_cli.features import Feature, Loaded, Run
 from virnucpro_cli.features.contacts import head
-from virnucpro_cli.features.contacts.head import regression_beside
-from virnucpro_cli.features.feature import Feature, Loaded, Run
 from virnucpro_cli.model import locate
-from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.plan.packing import Plan
 from virnucpro_cli.plan.policies import Decisions
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 BLOCK = 1 << 22  # values placed at a time
 VALUES, STARTS, SIZES, STATUS, SUMS = (f"contacts/{name}" for name in ("values", "starts", "sizes", "status", "sums"))
 COLUMNS = (STARTS, SIZES, STATUS, SUMS)
 LEFT_OUT = "contact maps left out"
-
-
-Named = tuple[set[str], str]
-"""The names in a file, and the SHA-256 of it."""
 
 
 class Contacts(Feature):
@@ -45,29 +35,56 @@ class Contacts(Feature):
     def __init__(self, config: EmbedConfig):
         """Raises UserError if the list of --contacts-for cannot be read."""
         super().__init__(config)
-        self.named = None if config.contacts_for is None else _read(config.contacts_for)
+        self.names: set[str] | None = None
         self.wanted = np.zeros(0, np.bool_)
+        if config.contacts_for is not None:
+            lines = tables.Lines(config.contacts_for)
+            self.names = {name.strip() for (name,) in tables.rows(lines, columns=1)} - {""}
+            self.sha256 = lines.digest.hexdigest()
 
     def reads(self) -> list[str]:
         return [self.config.contacts_for] if self.config.contacts_for is not None else []
 
     def of_input(self, table: fasta.RecordTable, extra: store.Extra) -> store.Extra:
-        self.wanted, named = wanted(self.config, table, self.named)
-        return named
+        """The fingerprint entry for the list. Raises UserError for a list that names no record."""
+        self.wanted = np.ones(len(table), np.bool_)
+        if self.names is None:
+            return store.Extra()
+        path, full, unknown = self.config.contacts_for, self.config.id == "full", set(self.names)
+        for rows in store.blocks(len(table)):
+            names = table.names(rows.start, rows.stop, full)
+            self.wanted[rows] = [name in self.names for name in names]
+            unknown.difference_update(names)
+        if not self.wanted.any():
+            refusal = f"--contacts-for {path} names no protein of the input."
+            raise UserError(refusal, f"Names there are such as {table.examples(full)}.")
+        counts = {f"names of {path} that no protein has": len(unknown)}
+        return store.Extra(fingerprint={"contacts_for": self.sha256}, counts=counts)
 
-    def of_part(self, records: NDArray[np.int64] | None, work: Decisions, extra: store.Extra) -> store.Extra:
-        return room(self.wanted if records is None else self.wanted[records], work)
+    def of_part(self, records: NDArray[np.int64] | None, decisions: Decisions, extra: store.Extra) -> store.Extra:
+        """Room for the maps of this part, see `laid_out`: int64 `starts`, int32 `sizes` [N]."""
+        wanted = (self.wanted if records is None else self.wanted[records]) & (decisions.reason == 0)
+        sizes = np.where(wanted, decisions.embedded, 0).astype(np.int32)
+        return laid_out(np.where(wanted, decisions.representative, -1), sizes)
 
-    def note(self, layout: store.Layout, spec: ModelSpec) -> str | None:
-        return described(layout.extra, spec, layout.store_dtype.itemsize)
+    def note(self, run: Run) -> str | None:
+        longest = int(run.layout.extra.columns[SIZES].max(initial=0))
+        if not longest:
+            return None
+        size = report.size(run.layout.extra.values[VALUES] * run.layout.store_dtype.itemsize)
+        memory = report.size(head.bytes_needed(run.spec, longest))
+        return (
+            f"contacts: {size} of maps; one protein at a time in fp32, up to {memory} of memory beside the weights "
+            f"(for {counted(longest, 'residue')})"
+        )
 
-    def fingerprint(self, found: locate.Weights) -> dict[str, Any]:
-        beside = [path for path in regression_beside(found) if path.is_file()]
+    def fingerprint(self, weights: locate.Weights) -> dict[str, Any]:
+        beside = [path for path in head.regression_beside(weights) if path.is_file()]
         return {"contact_regression_sha256": locate.sha256_of(beside)} if beside else {}
 
-    def check_weights(self, loaded: Loaded, found: locate.Weights) -> None:
+    def check_weights(self, loaded: Loaded, weights: locate.Weights) -> None:
         spec, state, _ = loaded
-        head.with_contact_head(state, spec, found)
+        head.with_contact_head(state, spec, weights)
 
     def lacking(self, file: store.EmbeddingFile) -> dict[str, int]:
         maps = file.contact_maps
@@ -75,39 +92,19 @@ class Contacts(Feature):
 
     def after(self, run: Run) -> None:
         with run.clock.stage("contacts"):
-            left_out = fill(run.file, run.table, run.work, run.plan, run.found, run.device, run.out)
+            left_out = _fill(run)
         if left_out:
             run.summary.counts[LEFT_OUT] = left_out
             run.summary.missed += left_out
-            run.tell(
-                f"{counted(left_out, 'protein')} without a contact map: out of memory; the same command where there is more "
-                "tries them again"
-            )
-
-
-def wanted(config: EmbedConfig, table: fasta.RecordTable, named: Named | None) -> tuple[NDArray[np.bool_], store.Extra]:
-    """Mask [N] of the records of the input that get a map, and the fingerprint entry for it. named: those of --contacts-for.
-
-    Raises UserError for a list that names no record.
-    """
-    if named is None:
-        return np.ones(len(table), np.bool_), store.Extra()
-    names, sha256 = named
-    unknown = set(names)
-    chosen = _named(names, unknown, table, config)
-    counts = {f"names of {config.contacts_for} that no protein has": len(unknown)}
-    return chosen, store.Extra(fingerprint={"contacts_for": sha256}, counts=counts)
-
-
-def room(wanted: NDArray[np.bool_], work: Decisions) -> store.Extra:
-    """Where the maps will be: int64 `starts` in the flat values (-1: no map), int32 `sizes`, `status`. wanted: mask [N]."""
-    wanted = wanted & (work.reason == 0)
-    sizes = np.where(wanted, work.embedded, 0).astype(np.int32)
-    return laid_out(np.where(wanted, work.representative, -1), sizes)
+            remedy = "the same command where there is more tries them again"
+            run.tell(f"{counted(left_out, 'protein')} without a contact map: out of memory; {remedy}")
 
 
 def laid_out(key: NDArray[np.int64], sizes: NDArray[np.int32]) -> store.Extra:
-    """Room for maps, all pending, in the order of their first records. key: of each record, the same if they share a map, -1 for none."""
+    """Room for maps, all pending, in the order of their first records.
+
+    key: int64 [N], the same for records that share a map, -1 for none; sizes: int32 [N], residues.
+    """
     rows = np.flatnonzero(key >= 0)
     _, first, of = np.unique(key[rows], return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -121,50 +118,15 @@ def laid_out(key: NDArray[np.int64], sizes: NDArray[np.int32]) -> store.Extra:
     )  # fmt: skip
 
 
-def _read(path: str) -> Named:
-    lines = tables.Lines(path)
-    names = {name.strip() for (name,) in tables.rows(lines, columns=1)}
-    return names - {""}, lines.digest.hexdigest()
-
-
-def _named(names: set[str], unknown: set[str], table: fasta.RecordTable, config: EmbedConfig) -> NDArray[np.bool_]:
-    """Mask [N] of the records that `names` holds. Names of records leave `unknown`."""
-    chosen = np.zeros(len(table), np.bool_)
-    for rows in store.blocks(len(table)):
-        there = table.names(rows.start, rows.stop, config.id == "full")
-        chosen[rows] = [name in names for name in there]
-        unknown.difference_update(there)
-    if not chosen.any():
-        raise UserError(
-            f"--contacts-for {config.contacts_for} names no protein of the input.",
-            f"Names there are such as {table.examples(config.id == 'full')}.",
-        )
-    return chosen
-
-
-def described(extra: store.Extra, spec: ModelSpec, itemsize: int) -> str | None:
-    """What the maps take, in words; None without any."""
-    sizes = extra.columns.get(SIZES)
-    if sizes is None or not sizes.any():
-        return None
-    longest = int(sizes.max())
-    return (
-        f"contacts: {report.size(extra.values[VALUES] * itemsize)} of maps; one protein at a time in fp32, up to "
-        f"{report.size(head.bytes_needed(spec, longest))} of memory beside the weights (for {counted(longest, 'residue')})"
-    )
-
-
-def fill(
-    file: store.Store, table: fasta.RecordTable, work: Decisions, plan: Plan, found: locate.Weights, device: torch.device, out: Console,
-) -> int:  # fmt: skip
+def _fill(run: Run) -> int:
     """Compute and place all maps that are pending, and return how many proteins have none for want of memory.
 
-    Needs every record placed and marked. The map of one that is skipped is NaN, as is one that is not finite; what there was no
-    memory for, be it the embedding, stays pending.
+    Needs every record placed and marked. The map of a skipped record is NaN, as is a map that is not finite.
+    A map or an embedding that there was no memory for leaves its map pending.
     """
+    file, decisions, device = run.file, run.decisions, run.device
     file.commit()
-    every = np.arange(len(file.status))
-    starts, sizes = (file.read(name, every)[:, 0] for name in (STARTS, SIZES))
+    starts, sizes = _columns(file, STARTS, SIZES)
     pending = np.flatnonzero(status_of(file) == store.PENDING)
     skipped = file.status[pending] == store.SKIPPED
     given_up = skipped & (file.reason[pending] != store.NO_MEMORY)
@@ -176,16 +138,17 @@ def fill(
     if not first:
         return left_out
 
-    spec, state, _ = model_weights.load(found)
-    state = head.with_contact_head(state, spec, found)
+    spec, state, _ = run.take_weights()
+    state = head.with_contact_head(state, spec, run.weights)
     predict = _or_none(head.Contacts, spec, state, device)
-    collate = VarlenCollator(table, work.segments, work.embedded, plan, pin=device.type == "cuda")
-    ready: list[tuple[NDArray[np.int64], int]] = []
+    segments, pin = decisions.segments, device.type == "cuda"
+    collate = VarlenCollator(run.table, segments, decisions.embedded, run.plan, pin=pin)
+    settled: dict[int, list[NDArray[np.int64]]] = {store.DONE: [], store.SKIPPED: []}
     committed = time.perf_counter()
-    with report.Tracker(out, int((sizes[first].astype(np.int64) ** 2).sum()), "pairs of residues") as tracker:
+    with report.Tracker(run.out, int((sizes[first].astype(np.int64) ** 2).sum()), "pairs of residues") as tracker:
         for record, sharing_it in zip(first, sharing, strict=True):
             size = int(sizes[record])
-            batch = collate(np.searchsorted(work.segments.record, work.representative[[record]]))
+            batch = collate(np.searchsorted(segments.record, decisions.representative[[record]]))
             fits = head.bytes_needed(spec, size) < devices.free_memory(device)
             values = _or_none(predict, batch) if predict is not None and fits else None
             is_finite = values is not None and bool(values.isfinite().all())
@@ -193,53 +156,55 @@ def fill(
             if values is None:
                 left_out += len(sharing_it)
             else:
-                ready.append((sharing_it, store.DONE if is_finite else store.SKIPPED))
+                settled[store.DONE if is_finite else store.SKIPPED].append(sharing_it)
             if time.perf_counter() - committed > COMMIT_SECONDS:
-                _settle(file, ready)
+                _settle_all(file, settled)
                 committed = time.perf_counter()
             tracker.advance(size * size)
-    _settle(file, ready)
+    _settle_all(file, settled)
     return left_out
 
 
-def _settle(file: store.Store, ready: list[tuple[NDArray[np.int64], int]]) -> None:
-    for code in (store.DONE, store.SKIPPED):
-        rows = [rows for rows, status in ready if status == code]
+def _settle_all(file: store.Store, settled: dict[int, list[NDArray[np.int64]]]) -> None:
+    for code, rows in settled.items():
         if rows:
             settle(file, np.concatenate(rows), code)
-    ready.clear()
+            rows.clear()
 
 
 def settle(file: store.Store, records: NDArray[np.int64], status: int) -> None:
-    """Make durable that the maps of these records are as they were placed, with their checksums."""
+    """Make durable that the maps of these records, int64 [n], are as they were placed, with their checksums."""
     file.commit()  # and all that was placed is in the file
     file.settle(STATUS, records, status, {SUMS: _sums(file, records, np.full(len(records), status))})
 
 
 def status_of(file: store.Store) -> NDArray[np.uint8]:
     """Status of each record's map, uint8 [N]: pending also where a map is not as it was settled."""
-    every = np.arange(len(file.status))
-    starts, status, sums = (file.read(name, every)[:, 0] for name in (STARTS, STATUS, SUMS))
+    starts, status, sums = _columns(file, STARTS, STATUS, SUMS)
     settled = np.flatnonzero((status != store.PENDING) & (starts >= 0))
     status[settled[_sums(file, settled, status[settled]) != sums[settled]]] = store.PENDING
     return status
 
 
-def _sums(file: store.Store, records: NDArray[np.int64], status: NDArray[Any]) -> NDArray[np.uint64]:
-    """XXH3 of the map of each record [n], with its status as the seed."""
+def _columns(file: store.Store, *names: str) -> list[NDArray[Any]]:
     every = np.arange(len(file.status))
-    starts, sizes = (file.read(name, every)[:, 0] for name in (STARTS, SIZES))
-    found = np.zeros(len(file.status), np.uint64)
+    return [file.read(name, every)[:, 0] for name in names]
+
+
+def _sums(file: store.Store, records: NDArray[np.int64], status: NDArray[Any]) -> NDArray[np.uint64]:
+    """XXH3 of the map of each record, uint64 [n], with its status as the seed."""
+    starts, sizes = _columns(file, STARTS, SIZES)
+    sums = np.zeros(len(file.status), np.uint64)
     for code in np.unique(status).tolist():
         for record, sharing in zip(*sharers(starts, records[status == code]), strict=True):
             hasher = xxhash.xxh3_64(seed=code)
             for part in store.blocks(int(sizes[record]) ** 2, BLOCK):
                 hasher.update(file.read(VALUES, int(starts[record]) + np.arange(part.start, part.stop)).data)
-            found[sharing] = hasher.intdigest()
-    return found[records]
+            sums[sharing] = hasher.intdigest()
+    return sums[records]
 
 
-def _or_none(make: Callable[..., Made], *arguments: Any) -> Made | None:
+def _or_none(make: Callable[..., T], *arguments: Any) -> T | None:
     """None if there is no memory for it."""
     try:
         return make(*arguments)
@@ -250,15 +215,17 @@ def _or_none(make: Callable[..., Made], *arguments: Any) -> Made | None:
 
 
 def sharers(starts: NDArray[np.int64], records: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.int64]]]:
-    """Of records, one for each map, in the order of the maps, and all that have it."""
+    """A record for each map, in the order of the maps, and all records that have it.
+
+    starts: int64 [N], of the maps of all records; records: int64 [n], those to look at.
+    """
     records = records[np.argsort(starts[records], kind="stable")]
     bounds = np.flatnonzero(np.diff(starts[records], prepend=-1))
-    groups = np.split(records, bounds[1:]) if len(records) else []
-    return records[bounds].tolist(), groups
+    return records[bounds].tolist(), np.split(records, bounds[1:]) if len(records) else []
 
 
 def place(file: store.Store, start: int, size: int, values: NDArray[Any] | None = None) -> None:
-    """Take a map [size, size] for its place, NaN without values, some rows at a time."""
+    """Take a map, float32 [size, size], to its place, some rows at a time; NaN without values."""
     dtype = file.places[VALUES].dtype
     group, _, name = VALUES.rpartition("/")
     for rows in store.blocks(size, max(1, BLOCK // size)):

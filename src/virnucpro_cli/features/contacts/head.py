@@ -1,6 +1,6 @@
-"""Contacts as fair-esm predicts them: a logistic regression on the attention maps of every layer and head, one protein at a time.
+"""Contacts as fair-esm predicts them: a logistic regression on the attention maps of every layer and head.
 
-The maps are materialised a layer at a time and added up at once, so that memory holds those of one layer.
+One protein at a time. Maps are materialised a layer at a time and added up at once, so that memory holds one layer's.
 """
 
 from pathlib import Path
@@ -28,21 +28,24 @@ class Contacts:
         self.model = ESM2(spec, state, torch.float32, device, backend)
         self.weight = state[f"{CONTACT_HEAD}.weight"].to(device, torch.float32).view(spec.layers, spec.heads)
         self.bias = state[f"{CONTACT_HEAD}.bias"].to(device, torch.float32)
-        self.found: list[torch.Tensor] = []
+        self.logits: list[torch.Tensor] = []
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Probabilities float32 [L, L] of a batch of one protein, on the host."""
         try:
             self.model.forward(batch.to(self.model.device), (self.model.spec.layers,), lambda layer, hidden: None)
-            logits = torch.stack(self.found).sum(dim=0, dtype=torch.float64)
+            logits = torch.stack(self.logits).sum(dim=0, dtype=torch.float64)
             return (logits + self.bias).sigmoid().float().cpu()
         finally:
-            self.found = []
+            self.logits = []
 
     def _attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float
     ) -> torch.Tensor:
-        """Attention of the one segment; this layer's share of the logits [L, L] is kept (fair-esm modules.py, ContactPredictionHead)."""
+        """Attention of the only segment, float32 [T, H, Dh]; this layer's share of the logits [L, L] is kept.
+
+        See fair-esm's modules.py, ContactPredictionHead.
+        """
         (length,) = batch.seqlens.tolist()
         q, k, v = (x[:length].transpose(0, 1) for x in (q, k, v))  # [H, length, Dh]
         maps = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
@@ -52,32 +55,32 @@ class Contacts:
         maps = maps + maps.transpose(1, 2)
         rows = maps.sum(dim=2, keepdim=True)
         maps -= rows * rows.transpose(1, 2) / rows.sum(dim=1, keepdim=True)  # average product correction
-        self.found.append(torch.einsum("h,hij->ij", self.weight[len(self.found)], maps))
+        self.logits.append(torch.einsum("h,hij->ij", self.weight[len(self.logits)], maps))
         return out
 
 
 def bytes_needed(spec: ModelSpec, residues: int) -> int:
-    """Of memory beside the weights, for a protein of so many residues."""
+    """Memory beside the weights, for a protein of so many residues."""
     return 4 * (residues + 2) ** 2 * (MAPS_AT_ONCE * spec.heads + 3 * spec.layers)
 
 
-def regression_beside(found: Weights) -> list[Path]:
-    """Where fair-esm keeps the contact regression of a checkpoint, if it is not in it."""
-    return [path.with_name(f"{path.stem}-contact-regression.pt") for path in found.files[:1]]
+def regression_beside(weights: Weights) -> list[Path]:
+    """The file in which fair-esm keeps the contact regression of a checkpoint, if it is not in the checkpoint."""
+    return [path.with_name(f"{path.stem}-contact-regression.pt") for path in weights.files[:1]]
 
 
-def with_contact_head(state: State, spec: ModelSpec, found: Weights) -> State:
-    """The state with the contact head: its own, or that of the file which fair-esm keeps beside its own. Raises UserError."""
+def with_contact_head(state: State, spec: ModelSpec, weights: Weights) -> State:
+    """The state with the contact head, its own or from the file beside it. Raises UserError if neither has it."""
     if f"{CONTACT_HEAD}.weight" in state:
         return state
-    beside = regression_beside(found)
+    beside = regression_beside(weights)
     for path in filter(Path.is_file, beside):
         head = heads_in(read_tensors(path), spec)
         if f"{CONTACT_HEAD}.weight" in head:
             return state | head
         raise UserError(f"{path} is not the contact regression of {spec.name}.", "Fetch or copy it again.")
-    looked = ", ".join([f"{CONTACT_HEAD}.* in {found.place}", *map(str, beside)])
+    looked = ", ".join([f"{CONTACT_HEAD}.* in {weights.place}", *map(str, beside)])
     raise UserError(
-        f"The weights of {found.name} have no contact regression; looked for {looked}.",
+        f"The weights of {weights.name} have no contact regression; looked for {looked}.",
         f"Put fair-esm's {spec.name}-contact-regression.pt there, use HuggingFace's weights, or leave contacts out.",
     )

@@ -6,14 +6,14 @@ OUT.proteins.npz beside it vouches for what it was made from, and holds where on
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from array import array
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,24 +22,28 @@ from rich.console import Console
 from virnucpro_cli import fasta, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, counted
+from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.features.contigs import chunks, codons, pyrodigal_gv, six_frame
-from virnucpro_cli.features.contigs.found import Genes
-from virnucpro_cli.features.feature import Feature
-from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.features.contigs.codons import Genes
 from virnucpro_cli.store import disk
 
 CALLERS: dict[str, Any] = {"pyrodigal-gv": pyrodigal_gv, "six-frame": six_frame, "virnucpro": chunks}
-"""Each has `settings(config)`, what its results depend on, `GAPS`, which says what becomes of gaps, and a `Caller(config)`, which is
-called with (name, sequence) of a contig, the sequence in upper case with T for U, and returns its proteins as `Found`. Threads share it."""
+"""Each has `settings(config)`, all that its results depend on, `GAPS`, the words for gaps, and `Caller(config)`.
+A caller takes name and sequence of a contig, in upper case with T for U, and returns Genes. Threads share it."""
 
 LEAST_NUCLEOTIDES = 0.5
 NUCLEOTIDES = b"ACGTURYSWKMBDHVNX-."
 AHEAD = 4
 """Contigs in work or waiting for an earlier one, for each thread."""
+COLUMNS = {"contig": "q", "begin": "q", "end": "q", "strand": "b", "gaps": "q"}
+"""Columns of the table, and their types: int64 contig, begin and end, int8 strand of each protein; int64 gaps of each
+contig, its bases that lie in gaps."""
+Columns = dict[str, NDArray[Any]]
+NO_TABLE = (*store.DAMAGE, MemoryError, zipfile.BadZipFile, zlib.error)
+"""What NumPy and JSON raise for a file that is no such table."""
 
 
-@dataclass(frozen=True)
-class Paths:
+class Paths(NamedTuple):
     """The files beside an output."""
 
     proteins: Path
@@ -55,26 +59,28 @@ class Contigs(Feature):
     """The proteins of contigs, which are embedded instead of the input."""
 
     def writes(self, whole: Path) -> list[Path]:
-        return check(self.config, whole)
+        """Raises UserError if they cannot be written, or the caller is not installed."""
+        CALLERS[self.config.genes].settings(self.config)
+        paths = paths_of(whole)
+        for path in paths:
+            disk.check_destination(path)
+            if any(path.exists() and Path(name).exists() and path.samefile(name) for name in self.config.inputs):
+                raise UserError(f"{path} is an input, and would be written.", "Choose another -o.")
+        return list(paths)
 
     def sources(
         self, sources: list[fasta.Source], whole: Path, out: Console, clock: report.Clock
     ) -> tuple[list[fasta.Source], store.Extra]:
         return find(self.config, sources, whole, out, clock)
 
-    def note(self, layout: store.Layout, spec: ModelSpec) -> str | None:
-        return noted(self.config, layout.extra.counts)
-
-
-def check(config: EmbedConfig, output: Path) -> list[Path]:
-    """The files that will be written beside the output. Raises UserError if they cannot be, or the caller is not installed."""
-    CALLERS[config.genes].settings(config)
-    paths = paths_of(output)
-    for path in (paths.proteins, paths.table):
-        disk.check_destination(path)
-        if any(path.exists() and Path(name).exists() and path.samefile(name) for name in config.inputs):
-            raise UserError(f"{path} is an input, and would be written.", "Choose another -o.")
-    return [paths.proteins, paths.table]
+    def note(self, run: Run) -> str | None:
+        """A sentence on the gaps of the contigs."""
+        counts = run.layout.extra.counts
+        if not counts["bases in gaps"]:
+            return None
+        with_gaps = f"{counts['contigs with gaps']:,} of {counted(counts['contigs'], 'contig')} with gaps"
+        bases = f"{counts['bases in gaps']:,} bases in all"
+        return f"{with_gaps} ({codons.GAP} or more N in a row), {bases}: {CALLERS[self.config.genes].GAPS}"
 
 
 def find(
@@ -82,7 +88,8 @@ def find(
 ) -> tuple[list[fasta.Source], store.Extra]:
     """The FASTA texts of the contigs' proteins, and what the output holds of the contigs.
 
-    The proteins are found now, unless an earlier run has left them. Raises UserError for what is no contig, and without any protein.
+    The proteins are found now, unless an earlier run has left them. One run does so at a time: of shards that begin
+    together, the others wait for the first. Raises UserError for what is no contig, and without any protein.
     """
     paths = paths_of(output)
     caller = {"name": config.genes, **CALLERS[config.genes].settings(config)}
@@ -90,14 +97,14 @@ def find(
         contigs = fasta.index(sources, dedup=False)
         _check(contigs)
         made_of = {"contigs_sha256": contigs.sha256, "gene_caller": caller}
-        with _alone(paths, out):
+        lock, waiting = Path(f"{paths.proteins}.lock"), f"another run is making {paths.proteins}: waiting for it"
+        with disk.alone(lock, lambda text: out.print(text, style="yellow"), waiting):
             columns = _made_before(paths, made_of)
             if columns is None:
                 _check_free(paths, config)
                 columns = _make(paths, contigs, config, made_of, out)
-                out.print(
-                    f"{paths.proteins}: {counted(len(columns['contig']), 'protein')} of {counted(len(contigs), 'contig')}"
-                )
+                proteins = counted(len(columns["contig"]), "protein")
+                out.print(f"{paths.proteins}: {proteins} of {counted(len(contigs), 'contig')}")
             else:
                 out.print(f"{paths.proteins} is of the same contigs and settings, and is used")
     names = store.Names(len(contigs), contigs.names, contigs.text_bytes - contigs.residues)
@@ -116,32 +123,12 @@ def find(
     )
 
 
-def noted(config: EmbedConfig, counts: dict[str, int]) -> str | None:
-    """A sentence on the gaps of the contigs; None without any."""
-    if not counts.get("bases in gaps"):
-        return None
-    return (
-        f"{counts['contigs with gaps']:,} of {counted(counts['contigs'], 'contig')} with gaps ({codons.GAP} or more N in a row), "
-        f"{counts['bases in gaps']:,} bases in all: {CALLERS[config.genes].GAPS}"
-    )
-
-
-@contextmanager
-def _alone(paths: Paths, out: Console) -> Iterator[None]:
-    """One run at a time: of shards that begin together, the first finds the proteins and the others wait for it."""
-    lock, waiting = Path(f"{paths.proteins}.lock"), f"another run is making {paths.proteins}: waiting for it"
-    with disk.alone(lock, lambda text: out.print(text, style="yellow"), waiting):
-        yield
-
-
 def _check(contigs: fasta.RecordTable) -> None:
     """Raise UserError for proteins, and for contigs that their names do not tell apart."""
     for source, share in zip(contigs.sources, contigs.nucleotide_share, strict=True):
         if share < LEAST_NUCLEOTIDES:
-            raise UserError(
-                f"{source.path} does not look like contigs: {share:.1%} of its letters are A, C, G, T, U or N.",
-                "For proteins leave out --from contigs.",
-            )
+            refusal = f"{source.path} does not look like contigs: {share:.1%} of its letters are A, C, G, T, U or N."
+            raise UserError(refusal, "For proteins leave out --from contigs.")
     hashes = np.empty(len(contigs), np.int64)
     for block in store.blocks(len(contigs)):
         names = contigs.names(block.start, block.stop)
@@ -160,70 +147,64 @@ def _check(contigs: fasta.RecordTable) -> None:
             )
 
 
-def _made_before(paths: Paths, made_of: dict[str, Any]) -> dict[str, NDArray[Any]] | None:
-    """Columns of the proteins that are there (see `_make`), if they are of these contigs and settings, and whole."""
+def _read_table(path: Path) -> tuple[dict[str, Any], Columns] | None:
+    """The settings that a table was made of, and its columns; None for another file, or none."""
     try:
-        with np.load(paths.table, allow_pickle=False) as table, open(paths.proteins, "rb") as proteins:
-            there = json.loads(str(table["made_of"]))
-            if there != made_of | {"proteins_sha256": hashlib.file_digest(proteins, "sha256").hexdigest()}:
-                return None
-            return {name: table[name] for name in ("contig", "begin", "end", "strand", "gaps")}
-    except Exception:  # whatever is there, it is not what this program wrote
+        with np.load(path, allow_pickle=False) as table:
+            return json.loads(str(table["made_of"])), {name: table[name] for name in COLUMNS}
+    except NO_TABLE:
         return None
+
+
+def _made_before(paths: Paths, made_of: dict[str, Any]) -> Columns | None:
+    """Columns of the proteins that are there, if they are of these contigs and settings, and whole."""
+    there = _read_table(paths.table)
+    try:
+        with open(paths.proteins, "rb") as proteins:
+            sha256 = hashlib.file_digest(proteins, "sha256").hexdigest()
+    except OSError:
+        return None
+    return there[1] if there is not None and there[0] == made_of | {"proteins_sha256": sha256} else None
 
 
 def _check_free(paths: Paths, config: EmbedConfig) -> None:
     """Raise UserError if a file is in the way. The table comes first, so one without proteins is what a kill left."""
-    replace = config.overwrite and not config.dry_run
-    for path in (paths.proteins, paths.table):
-        if path.exists() and not replace and (path == paths.proteins or not _is_ours(path)):
-            raise UserError(
-                f"{path} exists, and is not of these contigs and settings.",
-                "Move it away, choose another -o, or --overwrite it.",
-            )
-
-
-def _is_ours(table: Path) -> bool:
-    try:
-        with np.load(table, allow_pickle=False) as there:
-            return "made_of" in there
-    except Exception:  # another file
-        return False
+    if config.overwrite and not config.dry_run:
+        return
+    for path in paths:
+        if path.exists() and (path == paths.proteins or _read_table(path) is None):
+            refusal = f"{path} exists, and is not of these contigs and settings."
+            raise UserError(refusal, "Move it away, choose another -o, or --overwrite it.")
 
 
 def _make(
     paths: Paths, contigs: fasta.RecordTable, config: EmbedConfig, made_of: dict[str, Any], out: Console
-) -> dict[str, NDArray[Any]]:
-    """Find the proteins, and write them and their table, each whole or not at all.
-
-    Returns int64 contig, begin and end and int8 strand of each protein, and int64 gaps, the bases of each contig that lie in gaps.
-    """
-    contig, begin, end, strand, gaps = array("q"), array("q"), array("q"), array("b"), array("q")
+) -> Columns:
+    """Find the proteins, and write them and their table, each whole or not at all. Returns the columns of the table."""
+    written: dict[str, array[int]] = {name: array(code) for name, code in COLUMNS.items()}
     sha = hashlib.sha256()
-    with (
-        disk.written_whole(paths.proteins) as file,
-        report.Tracker(out, max(1, contigs.residues), "bases") as tracker,
-    ):
-        for number, (found, in_gaps) in enumerate(_called(contigs, CALLERS[config.genes].Caller(config))):
-            sha.update(found.text)
-            file.write(found.text)
-            contig.extend([number] * len(found.begin))
-            gaps.append(in_gaps)
-            for column, values in ((begin, found.begin), (end, found.end), (strand, found.strand)):
-                column.frombytes(values.tobytes())
+    caller, bases = CALLERS[config.genes].Caller(config), max(1, contigs.residues)
+    with disk.written_whole(paths.proteins) as file, report.Tracker(out, bases, "bases") as tracker:
+        for number, (genes, in_gaps) in enumerate(_called(contigs, caller)):
+            sha.update(genes.text)
+            file.write(genes.text)
+            written["contig"].extend([number] * len(genes.begin))
+            written["gaps"].append(in_gaps)
+            for name in ("begin", "end", "strand"):
+                written[name].frombytes(getattr(genes, name).tobytes())
             tracker.advance(int(contigs.length[number]))
         contigs.check_unchanged()
-        if not contig:
+        if not written["contig"]:
             inputs = ", ".join(source.path for source in contigs.sources)
+            number_of = counted(len(contigs), "contig")
             raise UserError(
-                f"No protein was found in the {counted(len(contigs), 'contig')} of {inputs} by --genes {config.genes}.",
+                f"No protein was found in the {number_of} of {inputs} by --genes {config.genes}.",
                 "Are they long enough? --genes six-frame with a small --min-aa finds the most.",
             )
-        columns: dict[str, Any] = {"contig": contig, "begin": begin, "end": end, "strand": strand, "gaps": gaps}
-        columns = {name: np.frombuffer(values, values.typecode) for name, values in columns.items()}
+        columns: dict[str, Any] = {name: np.frombuffer(column, column.typecode) for name, column in written.items()}
         with disk.written_whole(paths.table) as table:
-            made = json.dumps(made_of | {"proteins_sha256": sha.hexdigest()})
-            np.savez(table, made_of=np.array(made), **columns)
+            text = json.dumps(made_of | {"proteins_sha256": sha.hexdigest()})
+            np.savez(table, made_of=np.array(text), **columns)
     return columns
 
 
@@ -252,8 +233,6 @@ def _contigs(contigs: fasta.RecordTable) -> Iterator[tuple[str, bytes]]:
         names, letters = contigs.names(block.start, block.stop), contigs.letters(np.arange(block.start, block.stop))
         for name, text in zip(names, letters, strict=True):
             if odd := text.translate(None, NUCLEOTIDES):
-                raise UserError(
-                    f"Contig {name!r} holds {odd[:1].decode('latin-1')!r}, which stands for no nucleotide.",
-                    "For proteins leave out --from contigs; otherwise correct the file.",
-                )
+                refusal = f"Contig {name!r} holds {odd[:1].decode('latin-1')!r}, which stands for no nucleotide."
+                raise UserError(refusal, "For proteins leave out --from contigs; otherwise correct the file.")
             yield name, text.replace(b"U", b"T")

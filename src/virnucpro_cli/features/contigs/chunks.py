@@ -3,8 +3,7 @@
 from typing import Any
 
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.features.contigs.codons import STOP, residues_at, reverse_complement
-from virnucpro_cli.features.contigs.found import Genes, record
+from virnucpro_cli.features.contigs.codons import STOP, Genes, on_contig, record, residues_at, reverse_complement
 
 
 def settings(config: EmbedConfig) -> dict[str, Any]:
@@ -12,11 +11,11 @@ def settings(config: EmbedConfig) -> dict[str, Any]:
 
 
 def chunks(n: int, size: int) -> list[tuple[int, int]]:
-    """[start, stop) of the chunks of a contig of n bases: ceil(n / size) of `size` bases each, in order, the last often shorter.
+    """[start, stop) of the chunks of a contig of n bases: ceil(n / size) of `size` bases, the last often shorter.
 
-    What they are longer together than the contig is divided by their number: each chunk after the first begins so many bases
-    (the integer part) before the end of the one before it, and the first ones one base more, as many as there are bases left
-    when each has had that. There may be more bases left than chunks; the last one ends at the end of the contig all the same.
+    Their surplus over the contig is divided by their number. Each chunk after the first begins so many bases (the
+    integer part) before the end of the chunk before it. The first ones begin one base earlier, as many as bases remain.
+    There may be more bases left than chunks; the last chunk ends at the end of the contig all the same.
     A contig shorter than `size` is one chunk. These are the chunks of VirNucPro's own program, for all lengths tried.
     """
     count = -(-n // size)
@@ -29,11 +28,11 @@ GAPS = "their codons yield no residue, and what lies on both sides of one is joi
 
 
 class Caller:
-    """Names are `CONTIG_chunk_K` with K from 1, then F1, F2, F3 or R1, R2, R3 (frames of the chunk's reverse complement).
+    """Names are `CONTIG_chunk_K` with K from 1, then F1, F2, F3 or R1, R2, R3 (of the chunk's reverse complement).
 
-    Standard genetic code; a codon with an ambiguous base yields no residue at all; a frame that holds a stop codon, be it the last,
-    is dropped. Left open by that description and chosen here: lower case counts as upper case and U as T; a frame without any
-    residue is dropped too; coordinates are of all codons of the frame, those that yield nothing included.
+    Standard genetic code; a codon with an ambiguous base yields no residue; a frame that holds a stop codon, even the
+    last, is dropped. Chosen here, as that description leaves it open: lower case counts as upper case and U as T; a
+    frame without any residue is dropped; coordinates are of all codons of the frame, with those that yield nothing.
     """
 
     def __init__(self, config: EmbedConfig):
@@ -44,18 +43,14 @@ class Caller:
         forward = residues_at(sequence).tobytes()
         backward = residues_at(reverse_complement(sequence)).tobytes()
         for number, (start, stop) in enumerate(chunks(n, self._size), start=1):
-            for letter, strand, every, a, b in (
-                ("F", 1, forward, start, stop),
-                ("R", -1, backward, n - stop, n - start),
-            ):
+            strands = (("F", 1, forward, start, stop), ("R", -1, backward, n - stop, n - start))
+            for letter, strand, every, a, b in strands:
                 for frame in range(3):
                     codons = every[a + frame : max(b - 2, 0) : 3]
                     residues = codons.replace(b"X", b"")
                     if STOP in codons or not residues:
                         continue
-                    begin, end = a + frame + 1, a + frame + 3 * len(codons)
-                    if strand < 0:
-                        begin, end = n + 1 - end, n + 1 - begin
+                    begin, end = on_contig(a + frame + 1, a + frame + 3 * len(codons), strand, n)
                     texts.append(record(f"{name}_chunk_{number}{letter}{frame + 1}", begin, end, strand, residues))
                     places.append((begin, end, strand))
         return Genes.of(b"".join(texts), places)

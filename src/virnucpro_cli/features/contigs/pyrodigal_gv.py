@@ -5,8 +5,7 @@ from typing import Any
 
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, install_command
-from virnucpro_cli.features.contigs.codons import GAP
-from virnucpro_cli.features.contigs.found import Genes
+from virnucpro_cli.features.contigs.codons import GAP, Genes
 
 
 def _library() -> Any:
@@ -22,7 +21,7 @@ def _library() -> Any:
 
 
 def settings(config: EmbedConfig) -> dict[str, Any]:
-    """What its results depend on. Raises UserError if it is not installed."""
+    """Settings that its results depend on. Raises UserError if it is not installed."""
     pyrodigal_gv, pyrodigal = _library()
     return {"version": f"{pyrodigal_gv.__version__} (pyrodigal {pyrodigal.__version__})", "mode": "meta", "mask": True}
 
@@ -34,7 +33,8 @@ class Caller:
     """Names and headers are those of the library's own writer: `CONTIG_1 # begin # end # strand # ID=CONTIG_1;...`.
 
     The whole name stands in ID, because the number of the contig that Prodigal has there depends on the order of calls.
-    Coordinates include the stop codon, as Prodigal's do. No gene lies in or across a gap (`codons.gaps`). Several threads may call it at once: it lets go of Python.
+    Coordinates include the stop codon, as Prodigal's do. No gene lies in or across a gap (`codons.gaps`).
+    Several threads may call it at once: it lets go of Python.
     """
 
     def __init__(self, config: EmbedConfig):
