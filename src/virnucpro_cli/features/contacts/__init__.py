@@ -92,7 +92,7 @@ class Contacts(Feature):
 
     def after(self, run: Run) -> None:
         with run.clock.stage("contacts"):
-            left_out = _fill(run)
+            left_out = fill(run)
         if left_out:
             run.summary.counts[LEFT_OUT] = left_out
             run.summary.missed += left_out
@@ -118,7 +118,7 @@ def laid_out(key: NDArray[np.int64], sizes: NDArray[np.int32]) -> store.Extra:
     )  # fmt: skip
 
 
-def _fill(run: Run) -> int:
+def fill(run: Run) -> int:
     """Compute and place all maps that are pending, and return how many proteins have none for want of memory.
 
     Needs every record placed and marked. The map of a skipped record is NaN, as is a map that is not finite.
