@@ -527,7 +527,7 @@ def slow(*arguments):
 genes._make = slow
 config = EmbedConfig(({str(CONTIGS)!r},), "out.h5", from_="contigs")
 sources = genes.fasta.open_sources(config.inputs, pathlib.Path())
-print(len(genes.find(config, sources, pathlib.Path("out.h5"), report.console(), report.Clock())[1].columns["genes/contig"]))
+print(len(genes.Contigs(config).sources(sources, pathlib.Path("out.h5"), report.console(), report.Clock())[1].columns["genes/contig"]))
 """
     runs = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE) for _ in range(3)]
     said = [run.communicate(timeout=60)[0].split() for run in runs]

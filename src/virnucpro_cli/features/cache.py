@@ -131,7 +131,12 @@ class Cache(Feature):
             pending = np.flatnonzero(file.status == store.PENDING)
             source = segment.find(self.digest[pending])
             rows, source = pending[source >= 0], source[source >= 0]
-            if not len(rows) or not self._is_sound(segment):
+            if not len(rows):
+                continue
+            try:
+                segment.check()
+            except Damaged:
+                self._drop(segment.path)
                 continue
             for block in store.blocks(len(rows), ROWS):
                 for name, values in segment.datasets.items():
@@ -177,14 +182,6 @@ class Cache(Feature):
                 self.run.tell(f"{path} of the cache cannot be read: {error.strerror}")
             except (Damaged, ValueError, KeyError, TypeError):
                 self._drop(path)
-
-    def _is_sound(self, segment: _Segment) -> bool:
-        try:
-            segment.check()
-        except Damaged:
-            self._drop(segment.path)
-            return False
-        return True
 
     def _drop(self, path: Path) -> None:
         self.run.tell(f"{path} of the cache is damaged: it is not used, and removed")

@@ -71,7 +71,41 @@ class Contigs(Feature):
     def sources(
         self, sources: list[fasta.Source], whole: Path, out: Console, clock: report.Clock
     ) -> tuple[list[fasta.Source], store.Extra]:
-        return find(self.config, sources, whole, out, clock)
+        """The FASTA texts of the contigs' proteins, and what the output holds of the contigs.
+
+        The proteins are found now, unless an earlier run has left them. One run does so at a time: of shards that begin
+        together, the others wait for the first. Raises UserError for what is no contig, and without any protein.
+        """
+        paths, config = paths_of(whole), self.config
+        caller = {"name": config.genes, **CALLERS[config.genes].settings(config)}
+        with clock.stage("genes"):
+            contigs = fasta.index(sources, dedup=False)
+            _check(contigs)
+            made_of = {"contigs_sha256": contigs.sha256, "gene_caller": caller}
+            lock, waiting = Path(f"{paths.proteins}.lock"), f"another run is making {paths.proteins}: waiting for it"
+            with disk.alone(lock, lambda text: out.print(text, style="yellow"), waiting):
+                columns = _made_before(paths, made_of)
+                if columns is None:
+                    _check_free(paths, config)
+                    columns = _make(paths, contigs, config, made_of, out)
+                    proteins = counted(len(columns["contig"]), "protein")
+                    out.print(f"{paths.proteins}: {proteins} of {counted(len(contigs), 'contig')}")
+                else:
+                    out.print(f"{paths.proteins} is of the same contigs and settings, and is used")
+        names = store.Names(len(contigs), contigs.names, contigs.text_bytes - contigs.residues)
+        in_gaps = columns.pop("gaps")
+        return fasta.open_sources([str(paths.proteins)], whole.parent), store.Extra(
+            columns={f"genes/{name}": values for name, values in columns.items()},
+            tables={"contigs/ids": names, "contigs/lengths": contigs.length, "contigs/gaps": in_gaps},
+            attributes={"contigs": json.dumps(contigs.inputs), "gene_caller": json.dumps(caller)},
+            fingerprint=made_of,
+            counts={
+                "contigs": len(contigs),
+                "contigs without proteins": len(contigs) - len(np.unique(columns["contig"])),
+                "contigs with gaps": int((in_gaps > 0).sum()),
+                "bases in gaps": int(in_gaps.sum()),
+            },
+        )
 
     def note(self, run: Run) -> str | None:
         """A sentence on the gaps of the contigs."""
@@ -81,46 +115,6 @@ class Contigs(Feature):
         with_gaps = f"{counts['contigs with gaps']:,} of {counted(counts['contigs'], 'contig')} with gaps"
         bases = f"{counts['bases in gaps']:,} bases in all"
         return f"{with_gaps} ({codons.GAP} or more N in a row), {bases}: {CALLERS[self.config.genes].GAPS}"
-
-
-def find(
-    config: EmbedConfig, sources: list[fasta.Source], output: Path, out: Console, clock: report.Clock
-) -> tuple[list[fasta.Source], store.Extra]:
-    """The FASTA texts of the contigs' proteins, and what the output holds of the contigs.
-
-    The proteins are found now, unless an earlier run has left them. One run does so at a time: of shards that begin
-    together, the others wait for the first. Raises UserError for what is no contig, and without any protein.
-    """
-    paths = paths_of(output)
-    caller = {"name": config.genes, **CALLERS[config.genes].settings(config)}
-    with clock.stage("genes"):
-        contigs = fasta.index(sources, dedup=False)
-        _check(contigs)
-        made_of = {"contigs_sha256": contigs.sha256, "gene_caller": caller}
-        lock, waiting = Path(f"{paths.proteins}.lock"), f"another run is making {paths.proteins}: waiting for it"
-        with disk.alone(lock, lambda text: out.print(text, style="yellow"), waiting):
-            columns = _made_before(paths, made_of)
-            if columns is None:
-                _check_free(paths, config)
-                columns = _make(paths, contigs, config, made_of, out)
-                proteins = counted(len(columns["contig"]), "protein")
-                out.print(f"{paths.proteins}: {proteins} of {counted(len(contigs), 'contig')}")
-            else:
-                out.print(f"{paths.proteins} is of the same contigs and settings, and is used")
-    names = store.Names(len(contigs), contigs.names, contigs.text_bytes - contigs.residues)
-    in_gaps = columns.pop("gaps")
-    return fasta.open_sources([str(paths.proteins)], output.parent), store.Extra(
-        columns={f"genes/{name}": values for name, values in columns.items()},
-        tables={"contigs/ids": names, "contigs/lengths": contigs.length, "contigs/gaps": in_gaps},
-        attributes={"contigs": json.dumps(contigs.inputs), "gene_caller": json.dumps(caller)},
-        fingerprint=made_of,
-        counts={
-            "contigs": len(contigs),
-            "contigs without proteins": len(contigs) - len(np.unique(columns["contig"])),
-            "contigs with gaps": int((in_gaps > 0).sum()),
-            "bases in gaps": int(in_gaps.sum()),
-        },
-    )
 
 
 def _check(contigs: fasta.RecordTable) -> None:
