@@ -1,4 +1,4 @@
-"""What a run is asked to do: frozen dataclasses, made once from defaults < TOML file < flags.
+"""Configurations of runs: frozen dataclasses, made once from defaults < TOML file < flags.
 
 Each field carries what the command line, the checks and the documentation say of it. Rules between fields follow.
 """

@@ -89,14 +89,14 @@ class Field:
             return float(text) if float in self.kinds else text
         return text
 
-    def fitting(self, value: Any, where: str) -> Any:
-        """The value in the type of the field. Raises UserError for another type."""
+    def fitting(self, value: Any, source: str) -> Any:
+        """The value in the type of the field. Raises UserError, which names the source, for another type."""
         items = value if self.several and isinstance(value, list | tuple) else (value,)
         wanted = (*self.kinds, int) if float in self.kinds else self.kinds
         if any(not isinstance(item, wanted) or (isinstance(item, bool) and bool not in wanted) for item in items):
             names = " or ".join(NUMBERS[kind] for kind in self.kinds)
-            name = self.name if where else self.flag
-            raise UserError(f"{where}{name} is {value!r}, and must be {'a list of ' if self.several else ''}{names}.")
+            name = self.name if source else self.flag
+            raise UserError(f"{source}{name} is {value!r}, and must be {'a list of ' if self.several else ''}{names}.")
         return tuple(items) if self.several else items[0]
 
     def check(self, value: Any) -> None:
@@ -112,9 +112,9 @@ class Field:
                 if not isinstance(each, int | float) or not self.least <= each <= self.most:
                     raise UserError(f"{self.flag} is {each}.", f"Give {self._bounds()}.")
             elif self.choices and each not in self.choices:
-                told, how = (f"has {each}", "any") if self.several else (f"is {each!r}", "one")
+                given, how = (f"has {each}", "any") if self.several else (f"is {each!r}", "one")
                 words = [str(word) for word in self.choices]
-                raise UserError(f"{self.flag} {told}.", choose(str(each), words, f"Choose {how} of"))
+                raise UserError(f"{self.flag} {given}.", choose(str(each), words, f"Choose {how} of"))
 
     def _bounds(self) -> str:
         lower = "above 0" if self.least == ABOVE_0 else f"from {self.least}"
@@ -184,16 +184,16 @@ def _from_toml(config: type[Any], path: Path) -> dict[str, Any]:
     return values
 
 
-def _fitting(config: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
+def _fitting(config: type[Any], values: dict[str, Any], source: str) -> dict[str, Any]:
     """The values in the types of the fields. Raises UserError for an unknown name or a value of another type."""
     fields, fitting = fields_of(config), {}
     for key, value in values.items():
         key += "_" * keyword.iskeyword(key)
         if key not in fields:
             refuse_removed(flag_of(key))
-            raise UserError(f"{where}there is no option {key!r}.", choose(key, list(fields), "Known:"))
+            raise UserError(f"{source}there is no option {key!r}.", choose(key, list(fields), "Known:"))
         field = fields[key]
-        fitting[key] = field.fitting(_as_text(value, field.path or field.written), where)
+        fitting[key] = field.fitting(_as_text(value, field.path or field.written), source)
     return fitting
 
 

@@ -63,7 +63,7 @@ class Computing(ABC):
 
 @dataclass(frozen=True)
 class OnThisHost(Computing):
-    """In this process if it has one device, or one pack; else in a process for each of `devices`."""
+    """This process if it has one device, or one pack; else a process for each of `devices`."""
 
     devices: list[torch.device] = field(kw_only=True)
 
@@ -101,7 +101,7 @@ class OnThisHost(Computing):
 
 @dataclass(frozen=True)
 class OnRay(Computing):
-    """By the actors of a Ray cluster; this process writes their rows."""
+    """The actors of a Ray cluster; this process writes their rows."""
 
     cluster: "Cluster" = field(kw_only=True)
 

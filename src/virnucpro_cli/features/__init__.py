@@ -33,7 +33,7 @@ FEATURES: dict[str, Callable[[EmbedConfig], Any]] = {
 """Module and class of each feature, and whether a configuration asks for it; in the order in which hooks are called."""
 
 Loaded = tuple[ModelSpec, dict[str, Any], tuple[str, ...]]
-"""What reading a model's weights yields: its sizes, its tensors, and notes."""
+"""Weights that were read: the sizes of the model, its tensors, and notes."""
 
 
 def asked_for(config: EmbedConfig) -> "list[Feature]":
@@ -77,7 +77,7 @@ class Run:
 
 
 class Feature:
-    """What one feature adds to one run. Its constructor reads its small files, and raises UserError for a bad one."""
+    """An addition to a run. The constructor reads its small files, and raises UserError for a bad file."""
 
     needs_digests = False
     """Whether the index must keep the content hash of each record."""
@@ -112,14 +112,14 @@ class Feature:
         return None
 
     def fingerprint(self, weights: locate.Weights) -> dict[str, Any]:
-        """What its values depend on, beside the columns' own entries."""
+        """Entries of the fingerprint that its values depend on, beside those of its columns."""
         return {}
 
     def check_weights(self, loaded: Loaded, weights: locate.Weights) -> None:
         """Raises UserError if the weights lack what it needs."""
 
     def lacking(self, file: store.EmbeddingFile) -> dict[str, int]:
-        """What a finished file lacks of it for want of memory, as the report counts it."""
+        """Things that a finished file lacks for want of memory, as the report counts them."""
         return {}
 
     def before(self, run: Run) -> None:
