@@ -30,7 +30,7 @@ RANGES = 8
 @dataclass
 class RunReport:
     """What a run did. Sections of plain numbers and words; `seconds` by stage, `rates` per second of the forward stage;
-    tables: what `bench` compared, title -> rows of columns; missed: things that were asked for, and are not in the file.
+    tables: title -> rows of columns; missed: things that were asked for, and are not in the file.
     """
 
     command: str
@@ -54,9 +54,8 @@ class RunReport:
         whole = self.to_json()
         if len(whole.encode()) <= size:
             return whole
-        notes = [
-            *(note[:200] for note in self.notes[:20]),
-            "this report is cut short; --report FILE.json has all of it",
+        notes = [note[:200] for note in self.notes[:20]] + [
+            "this report is cut short; --report FILE.json has all of it"
         ]
         tables = {title: rows[:8] for title, rows in self.tables.items()}
         return dataclasses.replace(self, notes=notes, tables=tables).to_json(indent=None)
@@ -68,14 +67,43 @@ BEGINNINGS = (b'{\n "command": "', b'{\n "passed": ', b"name\tstatus\treason\tle
 PICTURES = (b"\x89PNG", b"%PDF", b"<?xml")
 
 
+def check_places(written: dict[str, str | None], read: Iterable[str | Path], overwrite: bool | None = None) -> None:
+    """Raise UserError unless every file to be written has a place, and none is one that is read or written otherwise.
+
+    written: option's name -> path, None, or `-` for standard output; read: files, and folders of which all files are
+    read; overwrite: whether reports may replace files that are no reports, None where a command has no such option.
+    """
+    wanted = {option: Path(path) for option, path in written.items() if path and path != "-"}
+    for option, path in wanted.items():
+        this, folder, another = f"The {option} {path}", path.absolute().parent, "Choose another name."
+        if path.is_dir() or not folder.is_dir() or not path.resolve().parent.is_dir():
+            remedy = f"Name a file in a folder that exists{_folder_to_make(path)}."
+            raise UserError(f"{this} cannot be written there.", remedy)
+        if not path.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{this} cannot be made in that folder: no permission.", "Choose another place.")
+        if path.exists() and not ((path.is_file() or path.is_char_device()) and os.access(path, os.W_OK)):
+            raise UserError(f"{this} is not a file that can be written.", another)
+        for other in [*map(Path, read), *(p for name, p in wanted.items() if name != option)]:
+            if _reaches(path, other):
+                raise UserError(f"{this} would overwrite {other}, which this run reads or writes.", another)
+        if option in REPORTS and not overwrite and path.is_file() and not _is_ours(path):
+            remedy = another if overwrite is None else "Choose another name, or --overwrite it."
+            raise UserError(f"{this} exists, and is no {option} of this program.", remedy)
+
+
 def _folder_to_make(path: Path) -> str:
     """The command that makes a missing folder, if nothing is in its way."""
-    above = path.absolute().parent
-    while not above.exists():
-        above = above.parent
-    return (
-        f": mkdir -p {path.parent}" if above.is_dir() and not path.is_dir() and above != path.absolute().parent else ""
-    )
+    folder, *above = path.absolute().parents
+    missing = not folder.exists() and next(each for each in above if each.exists()).is_dir()
+    return f": mkdir -p {path.parent}" if missing and not path.is_dir() else ""
+
+
+def _reaches(path: Path, other: Path) -> bool:
+    """Whether writing a path changes another file, or an existing one in another folder."""
+    if path.resolve() == other.resolve():
+        return True
+    inside = other.is_dir() and path.resolve().is_relative_to(other.resolve())
+    return path.exists() and other.exists() and (inside or path.samefile(other))
 
 
 def _is_ours(path: Path) -> bool:
@@ -83,41 +111,6 @@ def _is_ours(path: Path) -> bool:
     with open(path, "rb") as file:
         text = file.read(1 << 24)
     return not text or text.startswith(BEGINNINGS) or (text.startswith(PICTURES) and b"virnucpro" in text)
-
-
-def check_places(written: dict[str, str | None], read: Iterable[str | Path], overwrite: bool | None = None) -> None:
-    """Raise UserError unless every file to be written has a place, and none is one that is read or written otherwise.
-
-    written: option's name -> path, None, or `-` for standard output; read: files, and folders of which all files are read;
-    overwrite: whether reports may replace files that are no reports, None where a command has no such option.
-    """
-    wanted = {option: Path(path) for option, path in written.items() if path and path != "-"}
-    others = [Path(path) for path in read]
-    for option, path in wanted.items():
-        if path.is_dir() or not path.absolute().parent.is_dir() or not path.resolve().parent.is_dir():
-            raise UserError(
-                f"The {option} {path} cannot be written there.",
-                f"Name a file in a folder that exists{_folder_to_make(path)}.",
-            )
-        if not path.exists() and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-            raise UserError(
-                f"The {option} {path} cannot be made in that folder: no permission.", "Choose another place."
-            )
-        if path.exists() and not ((path.is_file() or path.is_char_device()) and os.access(path, os.W_OK)):
-            raise UserError(f"The {option} {path} is not a file that can be written.", "Choose another name.")
-        for other in [*others, *(p for name, p in wanted.items() if name != option)]:
-            real, theirs = path.resolve(), other.resolve()
-            inside = path.exists() and other.is_dir() and real.is_relative_to(theirs)
-            if real == theirs or inside or (path.exists() and other.exists() and path.samefile(other)):
-                raise UserError(
-                    f"The {option} {path} would overwrite {other}, which this run reads or writes.",
-                    "Choose another name.",
-                )
-        if option in REPORTS and not overwrite and path.is_file() and not _is_ours(path):
-            way = "" if overwrite is None else ", or --overwrite it"
-            raise UserError(
-                f"The {option} {path} exists, and is no {option} of this program.", f"Choose another name{way}."
-            )
 
 
 @contextmanager
@@ -165,6 +158,9 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+
+
 class _Console(Console):
     """A console that shows no character which would steer a terminal, wherever the text is from."""
 
@@ -190,20 +186,13 @@ class _Stderr(_Console):
 def console(quiet: bool = False) -> Console:
     """stderr; stdout stays clean. Not a terminal: no colour, and so wide that no message is broken."""
     gone = sys.stderr is None
-    return _Stderr(
-        stderr=True,
-        quiet=quiet or gone,
-        width=None if not gone and sys.stderr.isatty() else 1000,
-        highlight=False,
-        markup=False,
-        emoji=False,
-        soft_wrap=True,
-    )
+    width = None if not gone and sys.stderr.isatty() else 1000
+    return _Stderr(stderr=True, quiet=quiet or gone, width=width, **PLAIN)
 
 
 def stdout() -> Console:
     """For what a command was asked to show."""
-    return _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Console(**PLAIN)
 
 
 def facts_table(title: str) -> Table:
@@ -220,33 +209,32 @@ class Tracker:
     def __init__(self, out: Console, total: int, what: str = "tokens"):
         self.out, self.total, self.done, self.what = out, total, 0, what
         self.started = self.last_line = time.monotonic()
+        on_terminal = out.is_terminal and not out.quiet
         self.bar = Progress(
-            SpinnerColumn(), TextColumn("embedding" if what == "tokens" else what), BarColumn(), TextColumn("{task.percentage:>5.1f} %"),
-            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=out,
-        ) if out.is_terminal and not out.quiet else None  # fmt: skip
-        self.task = self.bar.add_task("embed", total=total, rate="") if self.bar else None
+            SpinnerColumn(), TextColumn("embedding" if what == "tokens" else what), BarColumn(),
+            TextColumn("{task.percentage:>5.1f} %"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=out, disable=not on_terminal,
+        )  # fmt: skip
+        self.task = self.bar.add_task("embed", total=total, rate="")
 
     def __enter__(self) -> "Tracker":
-        if self.bar:
-            self.bar.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self.bar:
+        if not self.bar.disable:
             self.bar.stop()
 
     def advance(self, tokens: int) -> None:
         self.done += tokens
         now = time.monotonic()
         rate = self.done / max(now - self.started, 1e-9)
-        if self.bar and self.task is not None:
+        if not self.bar.disable:
             self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f} {self.what}/s")
         elif now - self.last_line >= LOG_EVERY_SECONDS:
             self.last_line = now
-            left = (self.total - self.done) / rate
-            self.out.print(
-                f"{self.done / self.total:6.1%} of {self.total:,} {self.what}, {rate:,.0f} {self.what}/s, {clock_time(left)} left"
-            )
+            share, left = self.done / self.total, clock_time((self.total - self.done) / rate)
+            self.out.print(f"{share:6.1%} of {self.total:,} {self.what}, {rate:,.0f} {self.what}/s, {left} left")
 
 
 def clock_time(seconds: float) -> str:
@@ -271,28 +259,19 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def packing_table(report: RunReport) -> Table:
-    table = facts_table("Packing")
-    table.columns[1].justify = "right"
-    for name, value in (report.counts | report.packing).items():
-        if value or name in ("proteins", "packs"):
-            table.add_row(
-                name, f"{value:.2%}" if name.startswith("density") or name.endswith("share") else amount(value)
-            )
-    return table
-
-
 def where_computed(
     environments: list[str], computed_by: NDArray[np.uint8], done: NDArray[np.bool_]
 ) -> list[dict[str, Any]]:
-    """A row for each environment that a file was computed in, with its ranges of records."""
+    """A row for each environment that a file was computed in, with its ranges of records.
+
+    computed_by: uint8 [N], number of each record's environment; done: bool [N], whether it was computed.
+    """
     rows = []
     for number, environment in enumerate(environments):
         records = np.flatnonzero((computed_by == number) & done)
-        breaks = np.flatnonzero(np.diff(records) != 1)
-        first, last = records[np.append(0, breaks + 1)[: len(records)]], records[np.append(breaks, -1)[: len(records)]]
-        ranges = [f"{a:,}-{b:,}" for a, b in zip(first[:RANGES].tolist(), last[:RANGES].tolist(), strict=True)]
-        more = [f"and {len(first) - RANGES:,} more"] if len(first) > RANGES else []
+        runs = [run for run in np.split(records, np.flatnonzero(np.diff(records) != 1) + 1) if len(run)]
+        ranges = [f"{run[0]:,}-{run[-1]:,}" for run in runs[:RANGES]]
+        more = [f"and {len(runs) - RANGES:,} more"] if len(runs) > RANGES else []
         rows.append(json.loads(environment) | {"proteins": len(records), "rows": ", ".join(ranges + more)})
     return rows
 
@@ -325,13 +304,10 @@ def rows_table(title: str, rows: list[dict[str, Any]]) -> Fitting:
     def turned(fits: Callable[[Table], bool]) -> Iterator[Table]:
         first = 0
         while first < len(rows):
-            several = (_turned(title, rows[first:last]) for last in range(len(rows), first, -1))
-            shown, side_by_side = next(
-                (each, count) for each, count in zip(several, range(len(rows) - first, 0, -1), strict=True)
-                if count == 1 or fits(each)
-            )  # fmt: skip
-            yield shown
-            first += side_by_side
+            lasts = range(len(rows), first, -1)
+            last = next(last for last in lasts if last == first + 1 or fits(_turned(title, rows[first:last])))
+            yield _turned(title, rows[first:last])
+            first = last
 
     return Fitting(table, turned)
 
@@ -346,15 +322,9 @@ def _turned(title: str, rows: list[dict[str, Any]]) -> Table:
 
 
 SHARES = (
-    "density",
-    "padding waste",
-    "spread",
-    "hidden by overlap",
-    "idle at the end",
-    "of the floor",
-    "of the bare forward",
+    "density", "padding waste", "spread", "hidden by overlap", "idle at the end", "of the floor", "of the bare forward",
     "MFU",
-)
+)  # fmt: skip
 
 
 def cell(name: str, value: Any) -> str:
@@ -366,19 +336,31 @@ def cell(name: str, value: Any) -> str:
     return f"{value:.2f} x" if name == "packed is faster by" else amount(value)
 
 
+def packing_table(report: RunReport) -> Table:
+    rows = {}
+    for name, value in (report.counts | report.packing).items():
+        if value or name in ("proteins", "packs"):
+            is_share = name.startswith("density") or name.endswith("share")
+            rows[name] = f"{value:.2%}" if is_share else amount(value)
+    return _numbers_table("Packing", rows)
+
+
 def throughput_table(report: RunReport) -> Table:
-    table = facts_table("Throughput")
+    shown = ("model", "device", "workers", "dtype", "attention", "token budget")
+    return _numbers_table(
+        "Throughput",
+        {name: f"{value:.2f} s" for name, value in report.seconds.items()},
+        {name: amount(value) for name, value in report.rates.items()},
+        {name: size(count) for name, count in report.memory.items()},
+        {name: word for name, word in report.environment.items() if isinstance(word, str) and name in shown},
+    )
+
+
+def _numbers_table(title: str, *sections: dict[str, str]) -> Table:
+    table = facts_table(title)
     table.columns[1].justify = "right"
-    for name, value in report.seconds.items():
-        table.add_row(name, f"{value:.2f} s")
-    table.add_section()
-    for name, value in report.rates.items():
-        table.add_row(name, amount(value))
-    table.add_section()
-    for name, count in report.memory.items():
-        table.add_row(name, size(count))
-    table.add_section()
-    for name, word in report.environment.items():
-        if isinstance(word, str) and name in ("model", "device", "workers", "dtype", "attention", "token budget"):
-            table.add_row(name, word)
+    for section in sections:
+        for row in section.items():
+            table.add_row(*row)
+        table.add_section()
     return table

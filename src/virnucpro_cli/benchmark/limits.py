@@ -1,6 +1,7 @@
-"""What the device can do: the rate of the model's own GEMMs, of one large GEMM and of a copy, and where a forward's time goes."""
+"""Limits of the device: rates of the model's own GEMMs, of a large GEMM and of a copy; where a forward's time goes."""
 
 import os
+import statistics
 import sys
 import time
 import warnings
@@ -14,25 +15,18 @@ import torch.nn.functional as F
 from virnucpro_cli.benchmark.modes import synchronize
 from virnucpro_cli.model.spec import ModelSpec
 
-GEMM_NAMES = (
-    "gemm",
-    "_linear",
-    "nvjet",
-    "xmma",
-    "cutlass_80",
-    "cutlass3x",
-    "addmm",
-    "aten::mm",
-    "linear_pointwise",
-    "splitkreduce",
-)
-ATTENTION_NAMES = ("flash", "fmha", "attention", "varlen")
-POOL_NAMES = ("segment_reduce",)
+WORK = {
+    "attention": ("flash", "fmha", "attention", "varlen"),
+    "GEMM": ("gemm", "_linear", "nvjet", "xmma", "cutlass_80", "cutlass3x", "addmm", "aten::mm", "linear_pointwise",
+             "splitkreduce"),
+    "pool": ("segment_reduce",),
+}  # fmt: skip
+"""Parts of the names of the device's kernels by kind of work; the first kind that fits counts."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """gemm_floor: tokens/s if a forward were nothing but its GEMMs at this number of rows; rates in FLOP/s and bytes/s."""
+    """gemm_floor: tokens/s of a forward of nothing but its GEMMs at this many rows; rates in FLOP/s and bytes/s."""
 
     rows: int
     gemm_floor: float
@@ -59,7 +53,7 @@ def measure(spec: ModelSpec, dtype: torch.dtype, device: torch.device, rows: int
 
 
 def linear_e4m3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The product as cuBLAS does it in e4m3, without a bias."""
+    """The product of x, e4m3 [T, C], and weight, e4m3 [D, C], as cuBLAS does it, without a bias: float16 [T, D]."""
     one = torch.ones((), device=x.device)
     return torch._scaled_mm(x, weight.T, one, one, out_dtype=torch.float16, use_fast_accum=True)
 
@@ -71,22 +65,20 @@ def copy_rate(device: torch.device) -> float:
     return 2.0 * source.numel() / best_of(lambda: target.copy_(source), device)
 
 
+def timed(call: Callable[[], object], device: torch.device, count: int = 1) -> float:
+    """Seconds of a call, the mean of `count` in a row, until the device has done them."""
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - started) / count
+
+
 def best_of(call: Callable[[], object], device: torch.device, least: float = 0.02, repeats: int = 5) -> float:
     """Seconds of one call: median of a few timed groups, each at least `least` seconds long, after a warm-up."""
-    call()
-    synchronize(device)
-    started = time.perf_counter()
-    call()
-    synchronize(device)
-    count = max(1, int(least / max(time.perf_counter() - started, 1e-6)))
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for _ in range(count):
-            call()
-        synchronize(device)
-        times.append((time.perf_counter() - started) / count)
-    return sorted(times)[len(times) // 2]
+    timed(call, device)
+    count = max(1, int(least / max(timed(call, device), 1e-6)))
+    return statistics.median(timed(call, device, count) for _ in range(repeats))
 
 
 def breakdown(call: Callable[[], object], device: torch.device) -> dict[str, float]:
@@ -101,8 +93,9 @@ def breakdown(call: Callable[[], object], device: torch.device) -> dict[str, flo
             synchronize(device)
     shares = {"GEMM": 0.0, "attention": 0.0, "pool": 0.0, "the rest": 0.0}
     for event in trace.key_averages():
-        spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        shares[_kind(event.key.lower())] += spent
+        name = event.key.lower()
+        kind = next((kind for kind, parts in WORK.items() if any(part in name for part in parts)), "the rest")
+        shares[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
     return shares
 
 
@@ -118,10 +111,3 @@ def _no_standard_error() -> Iterator[None]:
         finally:
             os.dup2(before, 2)
             os.close(before)
-
-
-def _kind(name: str) -> str:
-    for kind, words in (("attention", ATTENTION_NAMES), ("GEMM", GEMM_NAMES), ("pool", POOL_NAMES)):
-        if any(word in name for word in words):
-            return kind
-    return "the rest"

@@ -1,8 +1,7 @@
-"""Ways to batch a workload, through the same model code: packed, and padded as scripts do it, in file order or sorted."""
+"""Ways to batch a workload, through the same model code: packed; padded as scripts do it, in file order or sorted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -38,12 +37,17 @@ class Mode:
         return self.used / self.rows
 
 
+Packed = tuple[Mode, Plan, VarlenCollator, list[PackedBatch]]
+"""A way, the plan of its packs, what collates them, and the batches on the host."""
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def packed(model: ESM2, workload: Workload, token_budget: int) -> tuple[Mode, Plan, VarlenCollator, list[PackedBatch]]:
+def packed(model: ESM2, workload: Workload, token_budget: int) -> Packed:
+    """Packed batches, with what made them."""
     plan = first_fit_decreasing(workload.segments.length, token_budget)
     embedded = np.zeros(len(workload.table), np.int32)
     embedded[workload.segments.record] = workload.segments.length
@@ -62,6 +66,7 @@ def packed(model: ESM2, workload: Workload, token_budget: int) -> tuple[Mode, Pl
 
 
 def mean_of_last(model: ESM2, batch: PackedBatch) -> torch.Tensor:
+    """Means of the last layer, float16 [n, D] on the device."""
     last = model.spec.layers
     return model.embed(batch, (last,), Pooler(("mean",), torch.float16)).pooled["mean", last]
 
@@ -79,9 +84,11 @@ def padded(model: ESM2, workload: Workload, token_budget: int, by_length: bool) 
     def run() -> torch.Tensor:
         means: list[torch.Tensor] = []
         for batch in batches:
-            model.with_attention(batch.attention).forward(
-                batch.flat, (model.spec.layers,), partial(_keep, means, batch)
-            )
+
+            def keep(layer: int, hidden: torch.Tensor, batch: _PaddedBatch = batch) -> None:
+                means.append(batch.mean(hidden))
+
+            model.with_attention(batch.attention).forward(batch.flat, (model.spec.layers,), keep)
         rows = torch.cat(means)[order]
         synchronize(model.device)
         return rows
@@ -90,26 +97,26 @@ def padded(model: ESM2, workload: Workload, token_budget: int, by_length: bool) 
     return Mode(SORTED if by_length else FILE_ORDER, len(groups), rows, int(sizes.sum()), run)
 
 
-def _keep(means: list[torch.Tensor], batch: "_PaddedBatch", layer: int, hidden: torch.Tensor) -> None:
-    means.append(batch.mean(hidden))
-
-
 def file_order_groups(sizes: Int64, token_budget: int) -> list[Int64]:
-    """Batches of one size in file order, the largest size whose padded tokens average at most the budget."""
-    records = np.arange(len(sizes))
+    """Batches of one size in file order, the largest size whose padded tokens average at most the budget.
+
+    sizes: int64 [n], tokens of each record; each batch: int64 [B], records.
+    """
     best = 1
     for count in range(1, len(sizes) + 1):
         starts = np.arange(0, len(sizes), count)
-        widest = np.maximum.reduceat(sizes, starts)
-        whole = np.diff(np.append(starts, len(sizes)))
-        if (widest * whole).mean() > token_budget:
+        widest, sizes_of = np.maximum.reduceat(sizes, starts), np.diff(np.append(starts, len(sizes)))
+        if (widest * sizes_of).mean() > token_budget:
             break
         best = count
-    return np.split(records, np.arange(best, len(sizes), best))
+    return np.split(np.arange(len(sizes)), np.arange(best, len(sizes), best))
 
 
 def sorted_groups(sizes: Int64, token_budget: int) -> list[Int64]:
-    """Batches in falling order of length, each of as many records as fit the budget when padded to its first."""
+    """Batches in falling order of length, each of as many records as fit the budget when padded to its first.
+
+    sizes: int64 [n], tokens of each record; each batch: int64 [B], records.
+    """
     order = np.argsort(-sizes, kind="stable")
     groups, at = [], 0
     while at < len(order):
@@ -143,7 +150,8 @@ class _PaddedBatch:
             torch.from_numpy(tokens.ravel()).to(device),
             torch.from_numpy(np.tile(np.arange(width, dtype=np.int32), len(group))).to(device),
             torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)).to(device),
-            torch.ones(len(group), device=device), torch.empty(0, 3, dtype=torch.int32, device=device), None, None, group, lengths, width,
+            torch.ones(len(group), device=device), torch.empty(0, 3, dtype=torch.int32, device=device),
+            None, None, group, lengths, width,
         )  # fmt: skip
         real = torch.from_numpy(tokens != alphabet.PAD).to(device)
         mask = None if bool(real.all()) else real[:, None, None, :]

@@ -1,51 +1,41 @@
 """Other tools on the same sequences, each as its users run it, with random weights of the same architecture."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from virnucpro_cli import alphabet
-from virnucpro_cli.errors import in_a_line
 from virnucpro_cli.model.spec import ModelSpec
 
 TOKS_PER_BATCH = 4096
 """The default of fair-esm's extract script."""
 
 
-@dataclass(frozen=True)
-class Peer:
-    """run(ids) embeds token id lists (with `<cls>` and `<eos>`), the mean of the last layer of each to the host."""
-
-    name: str
-    run: Callable[[list[list[int]]], None]
+Run = Callable[[list[list[int]]], None]
+"""Embeds token id lists (with `<cls>` and `<eos>`): the mean of the last layer of each, to the host."""
 
 
-Make = Callable[[ModelSpec, torch.device, torch.dtype, int], Any]
+class Peer(NamedTuple):
+    """make(spec, device, dtype, token_budget) gives its `Run`; fp32: whether fp32 is timed, and not the run's dtype."""
+
+    package: str
+    label: str
+    fp32: bool
+    make: Callable[[ModelSpec, torch.device, torch.dtype, int], Run]
 
 
-def available(
-    names: tuple[str, ...], spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int
-) -> tuple[list[Peer], list[str]]:
-    """The peers that can run here, and why the others cannot."""
-    peers, absent = [], []
+def installed(names: tuple[str, ...], dtype: torch.dtype) -> tuple[list[Peer], list[str]]:
+    """The peers that can be tried here in a dtype, and why others cannot."""
+    there, absent = [], []
     for name in names:
-        package, makers = PEERS[name]
-        if find_spec(package) is None:
+        if find_spec(PEERS[name][0].package) is None:
             absent.append(f"{name}: not installed")
-            continue
-        for label, needs, make in makers:
-            if needs == "fp32" or dtype != torch.float32:
-                try:
-                    peers.append(
-                        Peer(label, make(spec, device, torch.float32 if needs == "fp32" else dtype, token_budget))
-                    )
-                except Exception as error:  # of another project's code
-                    absent.append(f"{label}: {in_a_line(error)}")
-    return peers, absent
+        else:
+            there += [peer for peer in PEERS[name] if peer.fp32 or dtype != torch.float32]
+    return there, absent
 
 
 def _ascending(ids: list[list[int]], budget: int) -> list[list[list[int]]]:
@@ -65,15 +55,14 @@ def _tensor(batch: list[list[int]]) -> torch.Tensor:
     return tokens
 
 
-def fair_esm(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Any:
+def fair_esm(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Run:
     """As scripts/extract.py does: batches of 4,096 padded tokens, the layer to the host, the mean there, one by one."""
     from esm.data import Alphabet
     from esm.model.esm2 import ESM2
 
     with device:
-        model = (
-            ESM2(spec.layers, spec.hidden, spec.heads, alphabet=Alphabet.from_architecture("ESM-1b")).eval().to(dtype)
-        )
+        model = ESM2(spec.layers, spec.hidden, spec.heads, alphabet=Alphabet.from_architecture("ESM-1b"))
+        model = model.eval().to(dtype)
 
     @torch.inference_mode()
     def run(ids: list[list[int]]) -> None:
@@ -85,8 +74,10 @@ def fair_esm(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_bu
     return run
 
 
-def _huggingface(model: Any, device: torch.device, token_budget: int) -> Any:
+def _huggingface(model_class: Any, config: Any, device: torch.device, dtype: torch.dtype, token_budget: int) -> Run:
     """Sorted padded batches within our own token budget, the masked mean on the device."""
+    with device:
+        model = model_class(config, add_pooling_layer=False).eval().to(dtype)
 
     @torch.inference_mode()
     def run(ids: list[list[int]]) -> None:
@@ -111,23 +102,21 @@ def _config(spec: ModelSpec) -> Any:
     return config
 
 
-def transformers_sdpa(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Any:
+def transformers_sdpa(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Run:
     from transformers import EsmModel
 
-    with device:
-        return _huggingface(EsmModel(_config(spec), add_pooling_layer=False).eval().to(dtype), device, token_budget)
+    return _huggingface(EsmModel, _config(spec), device, dtype, token_budget)
 
 
-def faesm(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Any:
+def faesm(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Run:
     from faesm.esm import FAEsmModel
 
     config = _config(spec)
     config.use_fa = True
-    with device:
-        return _huggingface(FAEsmModel(config, add_pooling_layer=False).eval().to(dtype), device, token_budget)
+    return _huggingface(FAEsmModel, config, device, dtype, token_budget)
 
 
-def esm_efficient(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Any:
+def esm_efficient(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Run:
     """Packed batches within our own token budget, in its own format."""
     from esme.esm import ESM2
 
@@ -146,16 +135,15 @@ def esm_efficient(spec: ModelSpec, device: torch.device, dtype: torch.dtype, tok
     return run
 
 
-PEERS: dict[str, tuple[str, tuple[tuple[str, str, Make], ...]]] = {
-    "fair-esm": ("esm", (("fair-esm extract, fp32", "fp32", fair_esm), ("fair-esm extract, half", "own", fair_esm))),
-    "transformers": (
-        "transformers",
-        (
-            ("transformers sdpa, sorted", "own", transformers_sdpa),
-            ("transformers sdpa, sorted, fp32", "fp32", transformers_sdpa),
-        ),
+PEERS = {
+    "fair-esm": (
+        Peer("esm", "fair-esm extract, fp32", True, fair_esm),
+        Peer("esm", "fair-esm extract, half", False, fair_esm),
     ),
-    "esm-efficient": ("esme", (("esm-efficient", "own", esm_efficient),)),
-    "faesm": ("faesm", (("FAESM", "own", faesm),)),
+    "transformers": (
+        Peer("transformers", "transformers sdpa, sorted", False, transformers_sdpa),
+        Peer("transformers", "transformers sdpa, sorted, fp32", True, transformers_sdpa),
+    ),
+    "esm-efficient": (Peer("esme", "esm-efficient", False, esm_efficient),),
+    "faesm": (Peer("faesm", "FAESM", False, faesm),),
 }
-"""Name -> (package, its rows: label, fp32 or the run's own dtype, maker)."""

@@ -33,7 +33,7 @@ from virnucpro_cli.errors import (
 )  # fmt: skip
 
 COMMANDS = {
-    "embed": "embed", "bench": "bench", "validate": "validate", "inspect": "files", "verify": "files",
+    "embed": "embed", "bench": "bench", "validate": "validate", "inspect": "look", "verify": "validate",
     "search": "look", "map": "look", "extract": "extract", "export": "layouts", "import": "layouts",
     "status": "shards", "merge": "shards", "doctor": "machine", "fetch": "machine",
 }  # fmt: skip

@@ -25,10 +25,10 @@ def bench(settings: BenchConfig, json: Json = False) -> None:
     """
     from virnucpro_cli.benchmark import bench as workflow
 
-    found = workflow.run_bench(settings)
-    missed = workflow.failed_gates(found, settings)
+    report = workflow.run_bench(settings)
+    missed = workflow.failed_gates(report, settings)
     if json:
-        print(found.to_json(indent=None))
+        print(report.to_json(indent=None))
     if missed:
         say(*(f"missed: {gate}" for gate in missed))
         raise typer.Exit(EXIT_GATE_FAILED)

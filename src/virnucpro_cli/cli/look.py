@@ -1,11 +1,11 @@
-"""Commands that look at the rows of a file: map, search."""
+"""Commands that look at a file: inspect, map, search."""
 
 from typing import Annotated
 
 import typer
 
 from virnucpro_cli.cli import end_at_once
-from virnucpro_cli.cli.options import Overwrite
+from virnucpro_cli.cli.options import Overwrite, QcFile
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
 
 Kind = Annotated[
@@ -18,6 +18,17 @@ SEARCH_EPILOG = (
     "Exit codes: 0 done; 2 something to put right (the message says what); 3 done, but some queries were skipped, and "
     "have no hits; 70 a bug."
 )
+
+
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="OUT.h5", help="What embed wrote, or is writing (OUT.h5.partial).")],
+    qc: QcFile = None,
+) -> None:
+    """Show what is in an embeddings file and how complete it is, with a sentence for your Methods."""
+    from virnucpro_cli.explore.inspect import inspect_file
+
+    end_at_once()
+    inspect_file(file, qc)
 
 
 def map(

@@ -10,7 +10,7 @@ DOCTOR_EPILOG = "Exit codes: 0 nothing stands in the way of a run; 1 something d
 
 
 def doctor() -> None:
-    """Show what a run would find on this machine: driver, GPUs, kernels, weights, disks, batch system; and what to do."""
+    """Show what a run would find on this machine, and remedies: driver, GPUs, kernels, weights, disks, batch system."""
     from virnucpro_cli.machine.doctor import check_machine
 
     if not check_machine():

@@ -1,14 +1,14 @@
-"""The doctor workflow: what a run would find on this machine, and a remedy for everything that would stand in its way."""
+"""The doctor workflow: what a run would find on this machine, and a remedy for everything that stands in its way."""
 
 import importlib.util
 import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,8 +26,7 @@ LITTLE_ROOM = 1e9
 TIERS = (((8, 0), "promised"), ((5, 0), "best effort"), ((0, 0), "refused"))
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """remedy: what to do about it; empty if nothing is wrong."""
 
     what: str
@@ -40,80 +39,82 @@ def check_machine() -> bool:
     out = report.stdout()
     findings = list(look())
     table = report.facts_table("What a run would find here")
-    for finding in findings:
-        table.add_row(finding.what, f"{finding.found}\n-> {finding.remedy}" if finding.remedy else finding.found)
+    for what, found, remedy in findings:
+        table.add_row(what, f"{found}\n-> {remedy}" if remedy else found)
     out.print(table)
-    wrong = [finding.what for finding in findings if finding.remedy]
-    out.print(f"to see to: {', '.join(dict.fromkeys(wrong))}" if wrong else "nothing stands in the way")
+    wrong = dict.fromkeys(finding.what for finding in findings if finding.remedy)
+    out.print(f"to see to: {', '.join(wrong)}" if wrong else "nothing stands in the way")
     return not wrong
 
 
 def look() -> Iterator[Finding]:
-    yield Finding(
-        "virnucpro", f"{virnucpro_cli.__version__}, Python {platform.python_version()}, {platform.platform()}"
-    )
+    python = f"Python {platform.python_version()}, {platform.platform()}"
+    yield Finding("virnucpro", f"{virnucpro_cli.__version__}, {python}")
     yield from _torch_and_driver()
-    yield from _devices()
-    yield from _weights()
-    yield from _room()
-    yield from _batch_system()
+    for number in range(torch.cuda.device_count()):
+        yield _gpu(torch.device("cuda", number))
+    yield from _choices()
+    for spec in SIZES.values():
+        yield _tried(f"weights {spec.name}", lambda name=spec.name: _place(name))  # type: ignore[misc]
+    yield _cache()
+    yield _room("this folder", Path.cwd(), "give another -o.", "choose another disk with -o.")
+    yield _room("temporary folder", Path(tempfile.gettempdir()), "set TMPDIR.", "set TMPDIR to another disk.")
+    if importlib.util.find_spec("matplotlib") is None:
+        yield Finding("bench --plot", f"cannot draw: matplotlib is not installed ({install_command('plots')})")
+    yield _tried("array job", _array_job)
+
+
+def _tried(what: str, call: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, call())
+    except UserError as error:
+        return Finding(what, error.what, error.remedy)
 
 
 def _torch_and_driver() -> Iterator[Finding]:
-    build = (
-        f"CUDA {torch.version.cuda}"
-        if torch.version.cuda
-        else f"ROCm {torch.version.hip}"
-        if torch.version.hip
-        else "CPU"
-    )
+    cuda, hip = torch.version.cuda, torch.version.hip
+    build = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "CPU"
     driver = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text()) if DRIVER.is_file() else None
     remedy = ""
     if driver and build == "CPU":
         remedy = "There is an NVIDIA driver and this PyTorch cannot use it: install a CUDA build (see pytorch.org)."
-    elif torch.version.cuda and not torch.cuda.is_available():
+    elif driver and cuda and not torch.cuda.is_available():
         remedy = (
-            "No GPU can be used: the driver may be too old for this CUDA (nvidia-smi shows which it supports), or none is given "
-            "to this job or container (CUDA_VISIBLE_DEVICES, --gres, --gpus)."
-            if driver
-            else ""
+            "No GPU can be used: the driver may be too old for this CUDA (nvidia-smi shows which it supports), "
+            "or none is given to this job or container (CUDA_VISIBLE_DEVICES, --gres, --gpus)."
         )
     yield Finding("PyTorch", f"{torch.__version__}, a {build} build", remedy)
     yield Finding("NVIDIA driver", driver[0] if driver else "none")
 
 
-def _devices() -> Iterator[Finding]:
-    count = torch.cuda.device_count()
-    for number in range(count):
-        device = torch.device("cuda", number)
-        capability = torch.cuda.get_device_capability(device)
-        tier = next(name for least, name in TIERS if capability >= least)
-        if torch.version.hip is not None:
-            tier = "best effort"
-        free, total = torch.cuda.mem_get_info(device)
-        remedy = ""
-        if tier == "refused":
-            remedy = "Too old: use --device cpu, or other GPUs by --device cuda:N,N."
-        elif free < total / 2:
-            remedy = "Something else fills it: see nvidia-smi, or leave it out by --device cuda:N,N."
-        yield Finding(
-            str(device),
-            f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]} ({tier}), "
-            f"{report.size(free)} of {report.size(total)} free",
-            remedy,
-        )
+def _gpu(device: torch.device) -> Finding:
+    capability = torch.cuda.get_device_capability(device)
+    tier = next(name for least, name in TIERS if capability >= least)
+    if torch.version.hip is not None:
+        tier = "best effort"
+    free, total = torch.cuda.mem_get_info(device)
+    remedy = ""
+    if tier == "refused":
+        remedy = "Too old: use --device cpu, or other GPUs by --device cuda:N,N."
+    elif free < total / 2:
+        remedy = "Something else fills it: see nvidia-smi, or leave it out by --device cuda:N,N."
+    level = f"compute capability {capability[0]}.{capability[1]} ({tier})"
+    room = f"{report.size(free)} of {report.size(total)} free"
+    return Finding(str(device), f"{torch.cuda.get_device_name(device)}, {level}, {room}", remedy)
+
+
+def _choices() -> Iterator[Finding]:
+    """Devices, dtype and backend that a run would choose, why it would take no other backend, and the host's memory."""
     try:
         each, notes = devices.resolve_devices("auto", "auto")
     except UserError as error:
         yield Finding("a run uses", error.what, error.remedy or "Name a --device.")
         return
-    device = each[0]
+    device, cpu = each[0], torch.device("cpu")
     dtype = devices.resolve_dtype("auto", device)
     backend = attention.resolve("auto", device, dtype)
-    yield Finding(
-        "a run uses", f"{len(each)} x {devices.describe_device(device)}, {attention.describe(dtype)}, attention {backend.name}",
-        "; ".join([*notes, *backend.notes]),
-    )  # fmt: skip
+    used = f"{len(each)} x {devices.describe_device(device)}, {attention.describe(dtype)}, attention {backend.name}"
+    yield Finding("a run uses", used, "; ".join([*notes, *backend.notes]))
     for name in attention.BACKENDS:
         if name != backend.name and not any(name in note for note in backend.notes):
             try:
@@ -122,52 +123,39 @@ def _devices() -> Iterator[Finding]:
             except UserError as error:
                 why = error.what.partition("cannot run here: ")[2] or error.what
             yield Finding(f"attention {name}", why)
-    yield Finding(
-        "host memory",
-        f"{report.size(devices.free_memory(torch.device('cpu')))} free, {devices.describe_device(torch.device('cpu')).removeprefix('CPU, ')}",
-    )
+    threads = devices.describe_device(cpu).removeprefix("CPU, ")
+    yield Finding("host memory", f"{report.size(devices.free_memory(cpu))} free, {threads}")
 
 
-def _weights() -> Iterator[Finding]:
-    for spec in SIZES.values():
-        try:
-            found = locate.locate(spec.name)
-        except UserError as error:
-            yield Finding(f"weights {spec.name}", error.what, error.remedy)
-            continue
-        absent = f"not here; embed fetches them, or ahead of time: virnucpro fetch {spec.name}"
-        yield Finding(f"weights {spec.name}", found.place if found else absent)
+def _place(name: str) -> str:
+    weights = locate.locate(name)
+    absent = f"not here; embed fetches them, or ahead of time: virnucpro fetch {name}"
+    return weights.place if weights else absent
+
+
+def _cache() -> Finding:
     try:
         cache = locate.cache_dir()
     except UserError as error:
-        yield Finding("cache", error.what, error.remedy)
-        return
+        return Finding("cache", error.what, error.remedy)
     nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    writable = os.access(nearest, os.W_OK | os.X_OK)
-    yield Finding(
-        "cache",
-        str(cache),
-        "" if writable else f"{nearest} cannot be written: set XDG_CACHE_HOME to a folder that can.",
-    )
+    refused = f"{nearest} cannot be written: set XDG_CACHE_HOME to a folder that can."
+    return Finding("cache", str(cache), "" if _writable(nearest) else refused)
 
 
-def _room() -> Iterator[Finding]:
-    places = {"this folder": Path.cwd(), "temporary folder": Path(tempfile.gettempdir())}
-    for what, folder in places.items():
-        free = store.free_space(folder / "any")
-        remedy = ""
-        if not os.access(folder, os.W_OK | os.X_OK):
-            remedy = "It cannot be written: " + ("give another -o." if what == "this folder" else "set TMPDIR.")
-        elif free < LITTLE_ROOM:
-            remedy = "Little room: " + (
-                "choose another disk with -o." if what == "this folder" else "set TMPDIR to another disk."
-            )
-        elif what == "this folder" and not _has_locks(folder):
-            remedy = "It has no file locks: never write one output from two runs at once, or give another -o."
-        yield Finding(what, f"{folder}, {report.size(free)} free", remedy)
-    lacking = [name for name in ("matplotlib",) if importlib.util.find_spec(name) is None]
-    if lacking:
-        yield Finding("bench --plot", f"cannot draw: matplotlib is not installed ({install_command('plots')})")
+def _room(what: str, folder: Path, elsewhere: str, another_disk: str) -> Finding:
+    free, remedy = store.free_space(folder / "any"), ""
+    if not _writable(folder):
+        remedy = f"It cannot be written: {elsewhere}"
+    elif free < LITTLE_ROOM:
+        remedy = f"Little room: {another_disk}"
+    elif what == "this folder" and not _has_locks(folder):
+        remedy = "It has no file locks: never write one output from two runs at once, or give another -o."
+    return Finding(what, f"{folder}, {report.size(free)} free", remedy)
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _has_locks(folder: Path) -> bool:
@@ -176,12 +164,11 @@ def _has_locks(folder: Path) -> bool:
     return False
 
 
-def _batch_system() -> Iterator[Finding]:
+def _array_job() -> str:
     name = shards.scheduler_here()
     if name is None:
-        yield Finding("array job", "none")
-        return
+        return "none"
     try:
-        yield Finding("array job", f"{name}: --shard auto is --shard {shards.parse('auto')}")
+        return f"{name}: --shard auto is --shard {shards.parse('auto')}"
     except UserError as error:
-        yield Finding("array job", f"{name}: {error.what}", error.remedy)
+        raise UserError(f"{name}: {error.what}", error.remedy) from None
