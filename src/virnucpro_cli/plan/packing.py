@@ -50,6 +50,12 @@ class Plan:
     tokens: Int64
     token_budget: int
 
+    @classmethod
+    def of(cls, segments: Int64, sizes: Int64, tokens: Int64, token_budget: int) -> "Plan":
+        """The plan of packs that hold so many segments (int64 [P]) and tokens (int64 [P]), one behind the other."""
+        offsets = np.append(0, np.cumsum(sizes))
+        return cls(segments, offsets, bucket_of(tokens, token_budget), tokens, token_budget)
+
     def __len__(self) -> int:
         return len(self.bucket)
 
@@ -63,12 +69,12 @@ class Plan:
 
     @property
     def density_without_last(self) -> float:
-        """Density of all packs but the last opened, which holds what is left over."""
+        """Density of all packs but the last opened, which holds the rest."""
         return float(self.tokens[:-1].sum() / self.bucket[:-1].sum()) if len(self) > 1 else self.density
 
 
 def ranges(first: Int64, counts: Int64) -> Int64:
-    """`first[i], first[i] + 1, ...`, counts[i] of them, for each i, one range behind the other: int64 [sum of counts]."""
+    """`first[i], first[i] + 1, ...`, counts[i] of them, one range behind the other: int64 [sum of counts]."""
     return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
@@ -81,9 +87,8 @@ def whole_segments(records: Int64, lengths: Int64, longest: int | None = None) -
 def windows_of(lengths: NDArray[Any], window: int, overlap: int) -> Int64:
     """Windows of each record, int64 [N]: 1 of one that is no longer than a window."""
     lengths = lengths.astype(np.int64)
-    return np.where(
-        lengths > window, -((overlap - lengths) // (window - overlap)), 1
-    )  # ceil((L - overlap) / (W - overlap))
+    several = -((overlap - lengths) // (window - overlap))  # ceil((L - overlap) / (W - overlap))
+    return np.where(lengths > window, several, 1)
 
 
 def windowed_segments(records: Int64, lengths: Int64, window: int, overlap: int) -> Segments:
@@ -92,9 +97,7 @@ def windowed_segments(records: Int64, lengths: Int64, window: int, overlap: int)
     Neighbouring windows share at least `overlap` residues.
     """
     counts = windows_of(lengths, window, overlap)
-    record = np.repeat(records, counts)
-    total = np.repeat(lengths, counts)
-    count = np.repeat(counts, counts)
+    record, total, count = (np.repeat(each, counts) for each in (records, lengths, counts))
     k = ranges(np.zeros(len(counts), np.int64), counts)
     start = np.where(count > 1, k * (total - window) // np.maximum(count - 1, 1), 0)
     return Segments(record, start.astype(np.int32), np.minimum(total, window).astype(np.int32))
@@ -115,63 +118,56 @@ def window_weights(total: int, starts: tuple[int, ...], window: int) -> list[NDA
 
 def buckets(token_budget: int) -> list[int]:
     """The ladder of pack sizes: 1024, 2048, 4096 ... and the budget itself."""
-    ladder = []
-    bucket = SMALLEST_BUCKET
-    while bucket < token_budget:
-        ladder.append(bucket)
-        bucket *= 2
-    return [*ladder, max(token_budget, SMALLEST_BUCKET)]
+    ladder = [SMALLEST_BUCKET]
+    while 2 * ladder[-1] < token_budget:
+        ladder.append(2 * ladder[-1])
+    return [*ladder, token_budget] if token_budget > SMALLEST_BUCKET else ladder
+
+
+def bucket_of(tokens: Int64, token_budget: int) -> Int64:
+    """Rows of packs of int64 [P] tokens, int64 [P]: the next bucket, or past the budget a multiple of the smallest."""
+    ladder = np.asarray(buckets(token_budget), np.int64)
+    beyond = -(-tokens // SMALLEST_BUCKET) * SMALLEST_BUCKET
+    return np.where(tokens > ladder[-1], beyond, ladder.take(np.searchsorted(ladder, tokens), mode="clip"))
 
 
 def first_fit_decreasing(lengths: NDArray[np.int32] | Int64, token_budget: int) -> Plan:
-    """Pack segments of `lengths` residues (plus two special tokens each) into packs of at most `token_budget` tokens.
+    """Pack segments of int [S] residues (plus two special tokens each) into packs of at most `token_budget` tokens.
 
     Exact first-fit decreasing, ties broken by segment number. A segment longer than the budget has a pack of its own.
     Equal lengths are placed in one step: first-fit puts c equal items into the open packs in order, as many into
-    each as it has room for, which is a cumulative sum of those capacities cut at c.
+    each as it has room for, which is a cumulative sum of those capacities cut at c. All indices are int64.
     """
     cost = np.asarray(lengths, np.int64) + SPECIAL_TOKENS
     order = np.argsort(-cost, kind="stable")
     sorted_cost = cost[order]
     pack_of = np.empty(len(cost), np.int64)  # of the sorted segments
-
     changes = np.flatnonzero(np.diff(sorted_cost)) + 1
-    group_bounds = [0, *changes.tolist(), len(cost)] if len(cost) else []
-    least = int(sorted_cost[-1]) if len(cost) else 0
 
-    n_packs = 0
+    n_packs, shortest = 0, int(cost.min(initial=token_budget))
     open_ids = np.empty(0, np.int64)  # packs that can still take the shortest segment, in order of opening
     open_room = np.empty(0, np.int64)
-    for begin, end in pairwise(group_bounds):
+    for begin, end in pairwise([0, *changes.tolist(), len(cost)] if len(cost) else []):
         size, count = int(sorted_cost[begin]), end - begin
-        capacity = open_room // size
-        filled = np.cumsum(capacity)
-        touched = int(np.searchsorted(filled, count, side="left")) + 1
-        take = capacity[:touched].copy()
-        placed = min(count, int(filled[-1])) if len(filled) else 0
-        if touched <= len(filled):
-            take[-1] -= int(filled[touched - 1]) - count
-        pack_of[begin : begin + placed] = np.repeat(open_ids[:touched], take)
-        open_room[:touched] -= take * size
-
-        left = count - placed
-        if left:
-            per_pack = max(token_budget // size, 1)
-            new = -(-left // per_pack)
-            ids = n_packs + np.arange(new)
-            pack_of[begin + placed : end] = np.repeat(ids, per_pack)[:left]
-            room = np.full(new, token_budget - per_pack * size)
-            room[-1] += (new * per_pack - left) * size
-            open_ids, open_room = np.append(open_ids, ids), np.append(open_room, room)
+        left = count - int((open_room // size).sum())
+        if left > 0:
+            new = -(-left // max(token_budget // size, 1))
+            open_ids = np.append(open_ids, n_packs + np.arange(new))
+            open_room = np.append(open_room, np.full(new, max(token_budget, size)))
             n_packs += new
-        usable = open_room >= least
+        taken = open_room // size
+        filled = np.cumsum(taken)
+        last = int(np.searchsorted(filled, count))  # the pack that takes the last of them
+        taken = taken[: last + 1]
+        taken[-1] -= int(filled[last]) - count
+        pack_of[begin:end] = np.repeat(open_ids[: last + 1], taken)
+        open_room[: last + 1] -= taken * size
+        usable = open_room >= shortest
         if not usable.all():
             open_ids, open_room = open_ids[usable], open_room[usable]
 
-    by_pack = np.argsort(pack_of, kind="stable")
-    offsets = np.searchsorted(pack_of[by_pack], np.arange(n_packs + 1))
     tokens = np.bincount(pack_of, weights=sorted_cost, minlength=n_packs).astype(np.int64)
-    return Plan(order[by_pack], offsets, bucket_of(tokens, token_budget), tokens, token_budget)
+    return Plan.of(order[np.argsort(pack_of, kind="stable")], np.bincount(pack_of), tokens, token_budget)
 
 
 BLOCK = 1 << 17
@@ -179,59 +175,54 @@ FULL = 0.97
 
 
 def in_blocks(lengths: NDArray[np.int32] | Int64, token_budget: int, block: int = BLOCK) -> Plan:
-    """The plan of a run: first-fit decreasing within blocks of segments, so that neighbours in the file are computed, read and
-    written together. Segments longer than the budget come first, so that what does not fit the device shows at once. Packs that
-    a block leaves less than 97 % full are taken up by the next, so density does not suffer.
+    """The plan of a run: first-fit decreasing within blocks of segments (int [S] residues; indices int64).
+
+    Neighbours in the file are computed, read and written together. Segments longer than the budget come first: one that
+    does not fit the device shows at once. Packs that a block leaves less than 97 % full are taken up by the next, so
+    density does not suffer.
     """
     if len(lengths) < 2 * block:
         return first_fit_decreasing(lengths, token_budget)
     cost = np.asarray(lengths, np.int64) + SPECIAL_TOKENS
     alone, rest = np.flatnonzero(cost > token_budget), np.flatnonzero(cost <= token_budget)
-    shortest = int(cost.min())
     parts = [alone, *(rest[start : start + block] for start in range(0, len(rest), block))]
     left_over = np.empty(0, np.int64)
-    segments, sizes, tokens = [], [], []  # of the packs that are kept
+    packs = []  # segments, sizes and tokens of those that are kept
     for part in parts:
         numbers = np.append(left_over, part)
         plan = first_fit_decreasing(lengths[numbers], token_budget)
-        room = token_budget - plan.tokens
-        kept = (room <= (1 - FULL) * token_budget) | (room < shortest) | (part is parts[-1])
-        size = np.diff(plan.offsets)
-        in_kept = np.repeat(kept, size)
-        segments.append(numbers[plan.segments[in_kept]])
-        sizes.append(size[kept])
-        tokens.append(plan.tokens[kept])
+        room, sizes = token_budget - plan.tokens, np.diff(plan.offsets)
+        kept = (room <= (1 - FULL) * token_budget) | (room < cost.min()) | (part is parts[-1])
+        in_kept = np.repeat(kept, sizes)
+        packs.append((numbers[plan.segments[in_kept]], sizes[kept], plan.tokens[kept]))
         left_over = np.sort(numbers[plan.segments[~in_kept]])
-    used = np.concatenate(tokens)
-    offsets = np.append(0, np.cumsum(np.concatenate(sizes)))
-    return Plan(np.concatenate(segments), offsets, bucket_of(used, token_budget), used, token_budget)
+    segments, sizes, tokens = (np.concatenate(column) for column in zip(*packs, strict=True))
+    return Plan.of(segments, sizes, tokens, token_budget)
 
 
 def arranged(packs: list[list[int]], lengths: NDArray[np.int32] | Int64, token_budget: int) -> Plan:
-    """The plan of packs made by hand: each a list of segments in the order in which they are to stand."""
-    segments = np.asarray([number for pack in packs for number in pack], np.int64)
-    offsets = np.append(0, np.cumsum([len(pack) for pack in packs], dtype=np.int64))
-    tokens = np.add.reduceat(np.asarray(lengths, np.int64)[segments] + SPECIAL_TOKENS, offsets[:-1])
-    return Plan(segments, offsets, bucket_of(tokens, token_budget), tokens, token_budget)
+    """The plan of packs made by hand: each a list of segments in the order in which they are to stand.
 
-
-def bucket_of(tokens: Int64, token_budget: int) -> Int64:
-    """Rows that packs of so many tokens are filled up to: the next bucket of the ladder, or beyond it a multiple of the first."""
-    ladder = np.asarray(buckets(token_budget), np.int64)
-    step = np.searchsorted(ladder, tokens)
-    beyond = -(-tokens // SMALLEST_BUCKET) * SMALLEST_BUCKET
-    return np.where(step < len(ladder), ladder[np.minimum(step, len(ladder) - 1)], beyond)
+    lengths: int [S], residues; indices are int64.
+    """
+    sizes = np.array([len(pack) for pack in packs], np.int64)
+    segments = np.concatenate([np.asarray(pack, np.int64) for pack in packs])
+    tokens = np.add.reduceat(np.asarray(lengths, np.int64)[segments] + SPECIAL_TOKENS, np.cumsum(sizes) - sizes)
+    return Plan.of(segments, sizes, tokens, token_budget)
 
 
 def subset(plan: Plan, wanted: NDArray[np.bool_]) -> Int64:
-    """Numbers of the packs that hold at least one wanted segment (bool [S]), in plan order."""
+    """Numbers of the packs that hold at least one wanted segment (bool [S]), in plan order: int64 [n]."""
     if not len(plan):
         return np.empty(0, np.int64)
     return np.flatnonzero(np.logical_or.reduceat(wanted[plan.segments], plan.offsets[:-1]))
 
 
 def worst_first(plan: Plan, packs: Int64, lengths: NDArray[np.int32] | Int64) -> Int64:
-    """The same packs, the one that needs the most memory first: the most rows, and of those the longest segment."""
+    """The same packs (int64 [n]), the one that needs the most memory first: the most rows, then the longest segment.
+
+    lengths: int [S], residues of the segments.
+    """
     if not len(packs):
         return packs
     longest = np.maximum.reduceat(lengths[plan.segments], plan.offsets[:-1])[packs]

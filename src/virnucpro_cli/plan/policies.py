@@ -1,4 +1,4 @@
-"""The user's policies applied to the record table: what is skipped, cut or copied, and the segments that follow. Integers only."""
+"""The user's policies applied to the record table: records skipped, cut or copied, and the segments that follow."""
 
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ POLICIES = ("max_residues", "long", "overlap", "invalid", "gaps", "id", "dedup")
 class Decisions:
     """What is to be embedded: per-record decisions, and the segments and packs that follow from them.
 
-    representative: int64 [N], the record that is computed in a record's stead (itself unless identical to an earlier one);
-    embedded: int32 [N], residues that are embedded.
+    representative: int64 [N], the record that is computed in a record's stead: itself or an identical earlier one.
+    embedded: int32 [N], residues that are embedded; flags: uint16 [N]; status, reason: uint8 [N].
     """
 
     representative: Int64
@@ -33,7 +33,10 @@ class Decisions:
 
 
 def decide(table: RecordTable, config: EmbedConfig) -> Decisions:
-    """Apply the policies: which records are skipped, how long ones are cut, which are copies. No bytes are read."""
+    """Apply the policies: which records are skipped, how long ones are cut, which are copies.
+
+    Raises UserError if there are long proteins and `long` is "error", or if nothing is left of a whole input.
+    """
     n = len(table)
     lengths = table.length.astype(np.int64)
     is_long = lengths > config.max_residues
@@ -50,9 +53,9 @@ def decide(table: RecordTable, config: EmbedConfig) -> Decisions:
     reason[lengths == 0] = store.EMPTY
     kept = np.flatnonzero(reason == 0)
     if not len(kept) and table.following is None:  # of a part of the input it may be so
-        what = "holds no residues" if not lengths.any() else "leaves nothing to embed: every record is skipped"
+        why = "holds no residues" if not lengths.any() else "leaves nothing to embed: every record is skipped"
         files = ", ".join(source.path for source in table.sources)
-        raise UserError(f"The input {files} {what} ({counted(n, 'record')}).", "Check the input, --long and --invalid.")
+        raise UserError(f"The input {files} {why} ({counted(n, 'record')}).", "Check the input, --long and --invalid.")
 
     representative = np.arange(n)
     _, first, group = np.unique(table.unique_of[kept], return_index=True, return_inverse=True)

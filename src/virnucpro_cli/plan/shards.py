@@ -1,7 +1,7 @@
-"""Shards: the same input dealt to many jobs that never talk to each other. Which records, which file; nothing is read here.
+"""Shards: the same input dealt to many jobs that never talk to each other. Which records, which file.
 
-A shard is a set of records, a pure function of the input, the policies and the number of shards: no token budget, device or worker
-changes it. Duplicates go where the first of them goes.
+A shard is a set of records, a pure function of the input, the policies and the number of shards: no token budget,
+device or worker changes it. Duplicates go where the first of them goes.
 """
 
 import os
@@ -35,131 +35,120 @@ class Shard:
 
 
 class _Scheduler(NamedTuple):
-    """The variables in which a batch system tells an array job's task its index, and the array's first and last index, its step and its number of tasks.
+    """The variables in which a batch system tells an array job's task its index, and facts of the array.
 
-    base: of the index, where the batch system itself decides it; else the user does, who says auto0 for an array from 0.
+    first, last, step, tasks: variables of the array's first and last index, its step and its number of tasks.
+    base: the first index, where the batch system itself decides it; else the user says auto0 for an array from 0.
     none: the index of a job that is no array.
     """
 
     name: str
     variable: str
-    first: str | None = None
-    last: str | None = None
-    step: str | None = None
-    tasks: str | None = None
+    first: str = ""
+    last: str = ""
+    step: str = ""
+    tasks: str = ""
     base: int | None = None
     none: str = "undefined"
 
 
 SCHEDULERS = (
-    _Scheduler(
-        "Slurm",
-        "SLURM_ARRAY_TASK_ID",
-        "SLURM_ARRAY_TASK_MIN",
-        "SLURM_ARRAY_TASK_MAX",
-        "SLURM_ARRAY_TASK_STEP",
-        "SLURM_ARRAY_TASK_COUNT",
-    ),
+    _Scheduler("Slurm", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX",
+               "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT"),
     _Scheduler("Grid Engine", "SGE_TASK_ID", "SGE_TASK_FIRST", "SGE_TASK_LAST", "SGE_TASK_STEPSIZE"),
     _Scheduler("LSF", "LSB_JOBINDEX", none="0"),
     _Scheduler("PBS", "PBS_ARRAY_INDEX"),
     _Scheduler("Torque", "PBS_ARRAYID"),
     _Scheduler("Kubernetes", "JOB_COMPLETION_INDEX", base=0),
     _Scheduler("AWS Batch", "AWS_BATCH_JOB_ARRAY_INDEX", base=0),
-)
+)  # fmt: skip
 
 
 def parse(text: str, environment: Mapping[str, str] = os.environ) -> Shard:
-    """`3/40`; `auto/40`, the index of an array job's task, and `auto0/40` where its array counts from 0; `auto`, of an array that
-    tells how many tasks it has and was submitted whole.
+    """The shard that --shard names, by itself or by the variables of a batch system. Raises UserError.
 
-    Raises UserError.
+    `3/40`; `auto/40`, the index of an array job's task, and `auto0/40` where its array counts from 0; `auto`, of an
+    array that tells how many tasks it has and was submitted whole.
     """
     match = _TEXT.fullmatch(text)
     if not match or (match[1] != "auto" and not match[2]):
-        raise UserError(
-            f"--shard is {text!r}.",
-            "Give a number and a count such as 3/40, or auto/40 in an array job (auto0/40 if its indices count from 0).",
+        remedy = (
+            "Give a number and a count such as 3/40, or auto/40 in an array job (auto0/40 if its indices count from 0)."
         )
+        raise UserError(f"--shard is {text!r}.", remedy)
+    index = ""
     if match[1].isdigit():
-        shard, of = Shard(int(match[1]), int(match[2])), ""
+        shard = Shard(int(match[1]), int(match[2]))
     elif match[2]:
-        shard, of = _of_the_index(match[1], int(match[2]), environment)
+        task = _Task(environment)
+        shard = task.shard_of(int(match[2]), 0 if match[1] == "auto0" else 1)
+        index = f" ({task.names.variable} is {task.index})"
     else:
-        shard, of = _of_a_whole_array(environment), ""
+        shard = _Task(environment).shard_of_all()
     if not 1 <= shard.number <= shard.count <= MOST:
-        raise UserError(
-            f"--shard is {shard}{of}.", f"Shards are numbered from 1 to their count, which is {MOST:,} at most."
-        )
+        remedy = f"Shards are numbered from 1 to their count, which is {MOST:,} at most."
+        raise UserError(f"--shard is {shard}{index}.", remedy)
     return shard
 
 
-def _of_the_index(text: str, count: int, environment: Mapping[str, str]) -> tuple[Shard, str]:
-    """The shard whose number is the task's index, whichever tasks were submitted, and where the number is from, in words."""
-    scheduler = _scheduler_of(environment)
-    index = _number(scheduler, scheduler.variable, "the index", environment)
-    base = scheduler.base
-    if base is None:
-        base = 0 if text == "auto0" else 1
-        if scheduler.first is not None and scheduler.first in environment:
-            first = _number(scheduler, scheduler.first, "the first index", environment)
-        else:
-            first = index
+class _Task:
+    """A task of an array job, by its environment. Raises UserError if this is none."""
+
+    def __init__(self, environment: Mapping[str, str]):
+        self.environment = environment
+        if (names := _scheduler(environment)) is None:
+            variables = ", ".join(scheduler.variable for scheduler in SCHEDULERS)
+            raise UserError(
+                f"--shard auto: this is not a task of an array job (none of {variables} is set).",
+                "Say which one it is, such as --shard 3/40.",
+            )
+        self.names = names
+
+    @property
+    def index(self) -> int:
+        return self.number(self.names.variable)
+
+    def number(self, variable: str) -> int:
+        """The value of a variable. Raises UserError if it is no number."""
+        text = self.environment.get(variable, "")
+        if not _NUMBER.fullmatch(text):
+            raise UserError(
+                f"--shard auto: {variable} of {self.names.name} is {text[:40]!r}, which is no number.",
+                "Say how many shards there are in all, --shard auto/40, or which one it is, --shard 3/40.",
+            )
+        return int(text)
+
+    def shard_of(self, count: int, base: int) -> Shard:
+        """The shard whose number is the task's index, whichever tasks were submitted."""
+        names, index = self.names, self.index
+        if names.base is not None:
+            return Shard(index + 1 - names.base, count)
+        first = self.number(names.first) if names.first in self.environment else index
         if min(index, first) < base:
             raise UserError(
                 f"--shard auto/{count}: the array of this job has an index 0.",
                 f"If it counts from 0, say --shard auto0/{count} in each of its jobs.",
             )
-    return Shard(index + 1 - base, count), f" ({scheduler.variable} is {index})"
+        return Shard(index + 1 - base, count)
 
-
-def _of_a_whole_array(environment: Mapping[str, str]) -> Shard:
-    """The shard of a task that knows of all the others: of an array from 0 or 1, in even steps."""
-    scheduler = _scheduler_of(environment)
-    say = "Say how many shards there are in all: --shard auto/40 (auto0/40 if the whole array counts from 0)."
-    if scheduler.first is None:
-        raise UserError(f"--shard auto: {scheduler.name} does not say how many tasks this array job has.", say)
-
-    def number(source: str | None, what: str) -> int:
-        return _number(scheduler, source, what, environment)
-
-    index, first = number(scheduler.variable, "the index"), number(scheduler.first, "the first index")
-    last, step = number(scheduler.last, "the last index"), number(scheduler.step, "the step")
-    if first > 1:
-        raise UserError(
-            f"--shard auto: the array of this job begins at {first}, as when some tasks are submitted again.", say
-        )
-    if step < 1 or not first <= index <= last or (index - first) % step:
-        raise UserError(f"--shard auto: this is task {index} of an array {first}-{last}:{step}.", say)
-    count = (last - first) // step + 1
-    if (
-        scheduler.tasks is not None
-        and scheduler.tasks in environment
-        and number(scheduler.tasks, "the number of tasks") != count
-    ):
-        raise UserError("--shard auto: the array of this job has gaps.", say)
-    return Shard((index - first) // step + 1, count)
-
-
-def _number(scheduler: _Scheduler, variable: str | None, what: str, environment: Mapping[str, str]) -> int:
-    text = environment.get(variable or "", "")
-    if not _NUMBER.fullmatch(text):
-        raise UserError(
-            f"--shard auto: {scheduler.name} does not say {what} of this array job ({variable} is {text[:40]!r}).",
-            "Say how many shards there are in all, --shard auto/40, or which one it is, --shard 3/40.",
-        )
-    return int(text)
-
-
-def _scheduler_of(environment: Mapping[str, str]) -> _Scheduler:
-    scheduler = _scheduler(environment)
-    if scheduler is None:
-        raise UserError(
-            "--shard auto: this is not a task of an array job (none of "
-            f"{', '.join(s.variable for s in SCHEDULERS)} is set).",
-            "Say which one it is, such as --shard 3/40.",
-        )
-    return scheduler
+    def shard_of_all(self) -> Shard:
+        """The shard of a task that knows of all the others: of an array from 0 or 1, in even steps."""
+        names = self.names
+        if not names.first:
+            wrong = f"{names.name} does not say how many tasks this array job has"
+        else:
+            index, first, last, step = map(self.number, (names.variable, names.first, names.last, names.step))
+            if first > 1:
+                wrong = f"the array of this job begins at {first}, as when some tasks are submitted again"
+            elif step < 1 or not first <= index <= last or (index - first) % step:
+                wrong = f"this is task {index} of an array {first}-{last}:{step}"
+            else:
+                shard = Shard((index - first) // step + 1, (last - first) // step + 1)
+                if names.tasks not in self.environment or self.number(names.tasks) == shard.count:
+                    return shard
+                wrong = "the array of this job has gaps"
+        remedy = "Say how many shards there are in all: --shard auto/40 (auto0/40 if the whole array counts from 0)."
+        raise UserError(f"--shard auto: {wrong}.", remedy)
 
 
 def _scheduler(environment: Mapping[str, str]) -> _Scheduler | None:
@@ -168,17 +157,19 @@ def _scheduler(environment: Mapping[str, str]) -> _Scheduler | None:
 
 def scheduler_here() -> str | None:
     """The batch system of whose array job this process is a task, if any."""
-    found = _scheduler(os.environ)
-    return None if found is None else found.name
+    scheduler = _scheduler(os.environ)
+    return scheduler and scheduler.name
 
 
 def check_one_set(text: str, shard: Shard, output: Path) -> None:
     """Raise UserError if `auto` came to a count that is not the count of the shards that are there already."""
     others = sorted(set(files_of(output)) - {shard.count})
     if text == "auto" and others:
+        counts = " and ".join(map(str, others))
         raise UserError(
-            f"--shard auto is --shard {shard} here, and beside {output} there are shards of {' and '.join(map(str, others))}.",
-            f"If tasks of that array are submitted again, say --shard auto/{others[-1]}; for another set say --shard auto/{shard.count}.",
+            f"--shard auto is --shard {shard} here, and beside {output} there are shards of {counts}.",
+            f"If tasks of that array are submitted again, say --shard auto/{others[-1]}; "
+            f"for another set say --shard auto/{shard.count}.",
         )
 
 
@@ -188,26 +179,30 @@ def path(output: Path, shard: Shard) -> Path:
 
 
 def files_of(output: Path) -> dict[int, dict[int, Path]]:
-    """Shards of an output that are there, finished or partial: count -> number -> file. A finished one hides its partial."""
-    found: dict[int, dict[int, Path]] = {}
-    name = re.compile(
-        rf"{re.escape(output.stem)}\.shard-([0-9]{{4}})-of-([0-9]{{4}}){re.escape(output.suffix)}(\.partial)?"
-    )
+    """Shards of an output that are there, finished or partial: count -> number -> file.
+
+    A finished one hides its partial.
+    """
+    files: dict[int, dict[int, Path]] = {}
+    stem, suffix = re.escape(output.stem), re.escape(output.suffix)
+    name = re.compile(rf"{stem}\.shard-([0-9]{{4}})-of-([0-9]{{4}}){suffix}(\.partial)?")
     for file in sorted(output.parent.glob("*.shard-*"), reverse=True):  # .partial sorts after the name itself
-        match = name.fullmatch(file.name)
-        if match:
-            found.setdefault(int(match[2]), {})[int(match[1])] = file
-    return found
+        if match := name.fullmatch(file.name):
+            files.setdefault(int(match[2]), {})[int(match[1])] = file
+    return files
 
 
-def records_of(shard: Shard, work: Decisions) -> NDArray[np.int64]:
-    """The shard's records, rising: representatives in falling order of cost, dealt to and fro, so that no two shards differ by more than
-    one representative's; what costs nothing is dealt as well, and copies follow their representative."""
-    n = len(work.representative)
-    cost = np.bincount(work.segments.record, work.segments.length.astype(np.int64) + SPECIAL_TOKENS, n)
-    representatives = np.flatnonzero(work.representative == np.arange(n))
+def records_of(shard: Shard, decisions: Decisions) -> NDArray[np.int64]:
+    """The shard's records, rising: int64 [n].
+
+    Representatives, in falling order of cost, are dealt to and fro, so that no two shards differ by more than one
+    representative's cost. Those that cost nothing are dealt as well, and copies follow their representative.
+    """
+    n, segments = len(decisions.representative), decisions.segments
+    cost = np.bincount(segments.record, segments.length.astype(np.int64) + SPECIAL_TOKENS, n)
+    representatives = np.flatnonzero(decisions.representative == np.arange(n))
     order = representatives[np.argsort(-cost[representatives], kind="stable")]
-    turn, place = np.divmod(np.arange(len(order)), shard.count)
+    turn, seat = np.divmod(np.arange(len(order)), shard.count)
     owner = np.empty(n, np.int64)
-    owner[order] = np.where(turn % 2 == 0, place, shard.count - 1 - place)
-    return np.flatnonzero(owner[work.representative] == shard.number - 1)
+    owner[order] = np.where(turn % 2 == 0, seat, shard.count - 1 - seat)
+    return np.flatnonzero(owner[decisions.representative] == shard.number - 1)
