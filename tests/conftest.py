@@ -4,8 +4,9 @@ import gzip
 import json
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -27,6 +28,32 @@ for _number in STOP_SIGNALS:  # ignored by nohup and by a shell's `&`, and then 
 ROOT = Path(__file__).parent.parent
 VIRAL = ROOT / "examples" / "viral_proteins.fasta"
 TINY = ModelSpec("tiny", 2, 32, 4)
+Reported = TypeVar("Reported", pytest.TestReport, pytest.CollectReport)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nothing-missing", action="store_true", help="a skipped test fails, as in .ci/run")
+
+
+def failed_if_skipped(config: pytest.Config, report: Reported) -> Reported:
+    """The report of a test or a file. A reason that begins with "this machine" is of what nobody can install."""
+    if config.getoption("--nothing-missing") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not reason.removeprefix("Skipped: ").startswith("this machine"):
+            report.outcome, report.longrepr = "failed", f"--nothing-missing: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return failed_if_skipped(item.config, (yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return failed_if_skipped(collector.config, (yield))
 
 
 def read_fasta(path: Path) -> list[tuple[str, str]]:

@@ -2,21 +2,20 @@
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from children import Child, program
 from test_faults import datasets, one_thread  # noqa: F401  (in force here too)
 from virnucpro_cli import store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine import runner
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.features import cache as caches
 from virnucpro_cli.report import RunReport
 
 Make = Callable[..., Path]
@@ -167,15 +166,16 @@ def test_a_folder_with_other_things_in_it_is_no_cache(bench: Bench, make_fasta: 
     assert (bench.cache / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55")
 
 
+def killed_at_the_rename(fasta: str, output: str, model: str, cache: str) -> None:
+    rename = os.rename
+    caches.os.rename = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if str(b).endswith(".rows") else rename(a, b)
+    embed_fasta(fasta, output, model=model, device="cpu", max_residues=200, cache=cache)
+
+
 def test_a_kill_while_publishing_leaves_nothing_that_is_used(bench: Bench, make_fasta: Make) -> None:
     fasta = make_fasta(LENGTHS)
-    killed = (
-        "import os, signal\nfrom virnucpro_cli.features import cache\nfrom virnucpro_cli.embed import embed_fasta\n"
-        "cache.os.rename = lambda a, b, real=os.rename: os.kill(os.getpid(), 9) if str(b).endswith('.rows') else real(a, b)\n"
-        f"embed_fasta({str(fasta)!r}, {str(bench.folder / '1.h5')!r}, model={str(bench.model)!r}, device='cpu', "
-        f"max_residues=200, cache={str(bench.cache)!r})"
-    )
-    assert subprocess.run([sys.executable, "-c", killed]).returncode == -signal.SIGKILL
+    given = (fasta, bench.folder / "1.h5", bench.model, bench.cache)
+    assert Child(killed_at_the_rename, *map(str, given)).wait() == -signal.SIGKILL
     assert bench.segments() == [] and len(list(bench.cache.glob("*/*.unfinished"))) == 1
     assert bench.embed(fasta, "2.h5").counts["from the cache"] == 0
     bench.embed(fasta, "1.h5")  # resumes
@@ -184,11 +184,9 @@ def test_a_kill_while_publishing_leaves_nothing_that_is_used(bench: Bench, make_
 
 def test_two_runs_at_once_share_a_folder(bench: Bench, make_fasta: Make) -> None:
     fasta = make_fasta(LENGTHS)
-    command = [sys.executable, "-m", "virnucpro_cli", "embed", str(fasta), "--model", str(bench.model), "--device", "cpu",
-               "--cache", str(bench.cache), "-o"]  # fmt: skip
-    with ThreadPoolExecutor(2) as pool:
-        codes = list(pool.map(lambda i: subprocess.run([*command, str(bench.folder / f"{i}.h5")]).returncode, (1, 2)))
-    assert codes == [3, 3]  # one protein is empty
+    options = ("--model", bench.model, "--device", "cpu", "--cache", bench.cache, "-o")
+    runs = [program("embed", fasta, *options, bench.folder / f"{i}.h5") for i in (1, 2)]
+    assert [run.wait() for run in runs] == [3, 3]  # one protein is empty
     bench.same("1.h5", "2.h5")
     assert list(bench.cache.glob("*/*.unfinished")) == [] and bench.segments()
 

@@ -1,7 +1,6 @@
 """What people meet: exit codes, one clear message, help at once, and a clean stdout."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from children import program
 from conftest import ROOT
 from virnucpro_cli import __version__, cli, embed
 from virnucpro_cli.config import BenchConfig, EmbedConfig, ValidateConfig
@@ -86,10 +86,9 @@ def test_the_program_reads_standard_input_and_keeps_stdout_clean(
     tmp_path: Path, make_fasta: Make, tiny_model: Path
 ) -> None:
     fasta = make_fasta([10, 20, 30])
-    command = [sys.executable, "-m", "virnucpro_cli", "embed", "-", "-o", "out.h5", "--model", str(tiny_model)]
-    done = subprocess.run(command, input=fasta.read_bytes(), capture_output=True, cwd=tmp_path, check=False)
-    assert (done.returncode, done.stdout) == (0, b"")
-    assert b"3 proteins" in done.stderr and b"\x1b" not in done.stderr
+    run = program("embed", "-", "-o", "out.h5", "--model", tiny_model, folder=tmp_path, stdin=fasta.read_bytes())
+    assert (run.wait(), run.out) == (0, "")
+    assert "3 proteins" in run.err and "\x1b" not in run.err
     with read_embeddings(tmp_path / "out.h5") as file:
         assert file.complete and file.lengths.tolist() == [10, 20, 30]
 
@@ -224,7 +223,7 @@ def test_a_bad_option_is_refused_before_anything_is_written(
     assert [p.name for p in tmp_path.iterdir()] == ["in.fasta"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_refused(embed_tiny: Callable[..., Ran], make_fasta: Make) -> None:
     assert_user_error(embed_tiny(make_fasta([10]), "--device", "cuda"), "no usable CUDA GPU", "--device cpu")
 
@@ -385,14 +384,16 @@ def test_a_number_that_nobody_would_type_is_refused_in_a_line(
 CONFIGURATIONS = (EmbedConfig, ValidateConfig, BenchConfig)
 
 
-def help_of(command: str, columns: int = 80) -> str:
-    environment = {**os.environ, "COLUMNS": str(columns)}
-    return subprocess.check_output(
-        [sys.executable, "-m", "virnucpro_cli", command, "--help"], text=True, env=environment
-    )
+@pytest.fixture
+def help_of(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    def of(command: str, columns: int = 80) -> str:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return run(command, "--help").out
+
+    return of
 
 
-def test_the_help_of_embed_begins_with_what_most_people_need() -> None:
+def test_the_help_of_embed_begins_with_what_most_people_need(help_of: Callable[..., str]) -> None:
     headings = re.split(r"^(\w[\w ]*):\n", help_of("embed"), flags=re.MULTILINE)
     assert headings[1::2][:2] == ["Arguments", "Most used"]
     assert re.findall(r"--[a-z-]+", headings[4])[:1] == ["--output"]
@@ -401,12 +402,14 @@ def test_the_help_of_embed_begins_with_what_most_people_need() -> None:
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
 @pytest.mark.parametrize("command", ["embed", "validate", "bench"])
-def test_help_fits_the_terminal(command: str, columns: int) -> None:
+def test_help_fits_the_terminal(help_of: Callable[..., str], command: str, columns: int) -> None:
     assert max(map(len, help_of(command, columns).splitlines())) <= columns
 
 
 @pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda config: config.__name__)
-def test_every_field_is_an_option_and_every_word_that_it_may_be_stands_in_its_help(config: type[Any]) -> None:
+def test_every_field_is_an_option_and_every_word_that_it_may_be_stands_in_its_help(
+    help_of: Callable[..., str], config: type[Any]
+) -> None:
     text = " ".join(help_of(config.__name__.removesuffix("Config").lower()).split()).replace("- ", "-")
     for name, field in fields_of(config).items():
         assert field.metavar in text if name == "inputs" else f"{field.flag} " in text, name

@@ -1,8 +1,6 @@
 """`virnucpro extract` against fair-esm's own script, file by file: its reader, its batches, its model, its way to cut and pool."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from children import program
 from conftest import VIRAL, relative_l2
 from virnucpro_cli import cli
 from virnucpro_cli.errors import Stopped, UserError
@@ -319,19 +318,8 @@ def test_no_file_replaces_the_weights_or_the_fasta(tmp_path: Path, tiny: Path) -
 def test_standard_input_is_taken_as_by_embed(tmp_path: Path, tiny: Path, judge: Reference) -> None:
     fasta = tmp_path / "in.fasta"
     fasta.write_text(">a b\nMKVLA\n>\nGGTRS\n")
-    command = [
-        sys.executable,
-        "-m",
-        "virnucpro_cli",
-        "extract",
-        tiny,
-        "-",
-        tmp_path / "out",
-        "--include",
-        "mean",
-        "--nogpu",
-    ]
-    subprocess.run([str(each) for each in command], input=fasta.read_bytes(), check=True)
+    run = program("extract", tiny, "-", tmp_path / "out", "--include", "mean", "--nogpu", stdin=fasta.read_bytes())
+    assert run.wait() == 0, run.err
     assert_like_fair_esm(tmp_path / "out", by_fair_esm(judge, fasta, ("mean",), (2,), 1022))
 
 

@@ -608,7 +608,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
             ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
         )
         if done.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.decode().strip()}")
+            pytest.skip(f"this machine mounts no tmpfs: {done.stderr.decode().strip()}")
         mounted = True
         return folder
 

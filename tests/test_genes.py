@@ -5,7 +5,6 @@ import json
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,9 +18,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from children import CHILDREN, Child, program, until
 from conftest import ROOT, read_fasta
-from test_faults import CHILDREN, child, one_thread  # noqa: F401  (one_thread is in force here too)
-from virnucpro_cli import store
+from test_faults import child, one_thread  # noqa: F401  (one_thread is in force here too)
+from virnucpro_cli import report, store
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import embed_fasta
@@ -512,26 +512,27 @@ def test_shards_find_the_proteins_once_and_merge_to_the_single_run(
     assert verify.verify_file(str(output)).passed
 
 
-def test_of_two_runs_at_once_one_finds_the_proteins(tmp_path: Path, tiny_model: Path) -> None:
-    code = f"""
-from virnucpro_cli import report
-from virnucpro_cli.features import contigs as genes
-from virnucpro_cli.config import EmbedConfig
-import sys, pathlib
-real = genes._make
-def slow(*arguments):
-    import time
-    print("made", flush=True)
-    time.sleep(1)
-    return real(*arguments)
-genes._make = slow
-config = EmbedConfig(({str(CONTIGS)!r},), "out.h5", from_="contigs")
-sources = genes.fasta.open_sources(config.inputs, pathlib.Path())
-print(len(genes.Contigs(config).sources(sources, pathlib.Path("out.h5"), report.console(), report.Clock())[1].columns["genes/contig"]))
-"""
-    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE) for _ in range(3)]
-    said = [run.communicate(timeout=60)[0].split() for run in runs]
-    assert sorted(map(len, said)) == [1, 1, 2] and {words[-1] for words in said} == {b"6"}
+def find_genes_slowly() -> None:
+    """As a run does, in this folder; says when it calls them, and how many there are in the end."""
+    make = genes._make
+
+    def slow(*arguments: Any) -> Any:
+        print("made", flush=True)
+        time.sleep(1)
+        return make(*arguments)
+
+    genes._make = slow
+    given = EmbedConfig((str(CONTIGS),), "out.h5", from_="contigs")
+    sources = genes.fasta.open_sources(given.inputs, Path())
+    found = genes.Contigs(given).sources(sources, Path("out.h5"), report.console(), report.Clock())[1]
+    print(len(found.columns["genes/contig"]))
+
+
+def test_of_two_runs_at_once_one_finds_the_proteins(tmp_path: Path) -> None:
+    runs = [Child(find_genes_slowly, folder=tmp_path) for _ in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    said = [run.out.split() for run in runs]
+    assert sorted(map(len, said)) == [1, 1, 2] and {words[-1] for words in said} == {"6"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.proteins.faa", "out.proteins.npz"]
 
 
@@ -625,16 +626,12 @@ def test_a_config_file_says_from_as_the_option_does(tmp_path: Path) -> None:
 
 
 def test_a_stop_while_genes_are_found_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
-    dna = "".join(random.Random(0).choices("ACGT", k=400_000))
+    dna = "".join(random.Random(0).choices("ACGT", k=100_000))
     (tmp_path / "in.fna").write_text("".join(f">c{i}\n{dna}\n" for i in range(40)))
-    command = [sys.executable, "-m", "virnucpro_cli", "embed", "in.fna", "-o", "out.h5", "--from", "contigs"]
-    run = subprocess.Popen([*command, "--model", str(tiny_model)], cwd=tmp_path, stderr=subprocess.PIPE)
-    while not (tmp_path / "out.proteins.faa.virnucpro-new").exists():
-        assert run.poll() is None
-        time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
-    said = run.communicate(timeout=60)[1].decode()
-    assert run.returncode == 130 and "Traceback" not in said and "stopped by SIGINT" in said
+    run = program("embed", "in.fna", "-o", "out.h5", "--from", "contigs", "--model", tiny_model, folder=tmp_path)
+    until((tmp_path / "out.proteins.faa.virnucpro-new").exists, run)
+    run.kill(signal.SIGINT)
+    assert run.wait() == 130 and "Traceback" not in run.err and "stopped by SIGINT" in run.err
     assert [path.name for path in tmp_path.iterdir()] == ["in.fna"]
 
 

@@ -40,7 +40,9 @@ pytestmark = pytest.mark.gpu
 
 UNIPROT = ROOT / "tests" / "data" / "uniprot_5k.fasta.gz"
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-FP8 = pytest.param("fp8", marks=pytest.mark.skipif(not HOPPER, reason="fp8 is for Hopper GPUs"))
+FP8 = pytest.param(
+    "fp8", marks=pytest.mark.skipif(not HOPPER, reason="this machine has no Hopper GPU, which fp8 needs")
+)
 
 
 @lru_cache(maxsize=1)
@@ -117,7 +119,7 @@ def test_fp16_is_within_its_honest_error(tmp_path: Path) -> None:
     assert found["residue"].max() <= 1.5e-2
 
 
-@pytest.mark.skipif(not HOPPER, reason="the fused kernels are for Hopper GPUs")
+@pytest.mark.skipif(not HOPPER, reason="this machine has no Hopper GPU, which the fused kernels need")
 @pytest.mark.parametrize("name", ["demo", "random:650M"])
 def test_fp16_in_fused_kernels_loses_no_more_than_in_plain_steps(name: str, tmp_path: Path) -> None:
     fused, plain = (errors(name, "fp16", tmp_path, (-1,), 16384, backend) for backend in ("triton", "torch_varlen"))

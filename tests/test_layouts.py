@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from children import Child
 from virnucpro_cli import store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange import export, importing, layouts
+from virnucpro_cli.exchange.layouts import target as places
 from virnucpro_cli.exchange.layouts.layout import possible
 from virnucpro_cli.explore import inspect
 from virnucpro_cli.store import reader
@@ -77,6 +78,10 @@ def rows(made: Path) -> Callable[..., Any]:
 @pytest.fixture(params=[1 << 26, 1], ids=["one stretch", "a record at a time"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "CHUNK_BYTES", request.param)
+
+
+WHOLE = pytest.mark.parametrize("chunks", [1 << 26], ids=["one stretch"], indirect=True)
+"""Of tests to which it is all one how much is read at once."""
 
 
 def exported(made: Path, target: Path, to: str, **options: Any) -> Any:
@@ -433,32 +438,34 @@ def test_a_table_beside_the_target_that_is_not_exports_is_not_replaced(made: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["x.tsv"]
 
 
-KILLED = """
-import os, sys
-from virnucpro_cli import store
-from virnucpro_cli.exchange import export
-from virnucpro_cli.exchange.layouts import target
+def killed_export(source: str, to: str, target: str, moment: str) -> None:
+    """An export that dies after some records, or with the old target renamed and the new one not."""
+    reader.CHUNK_BYTES = 1
+    names_of, taken = store.EmbeddingFile.names_of, places._take_the_place_of
 
-names_of, taken = store.EmbeddingFile.names_of, target._take_the_place_of
-def killed(self, start, stop):
-    if start > 4:
-        os._exit(9)
-    return names_of(self, start, stop)
-def killed_between(*arguments):
-    rename, count = os.rename, []
-    def once(*names):
-        rename(*names)
-        os._exit(9)
-    os.rename = once
-    taken(*arguments)
-if sys.argv[4] == "writing":
-    store.EmbeddingFile.names_of = killed
-else:
-    target._take_the_place_of = killed_between
-export.export_file(*sys.argv[1:4], overwrite=True)
-"""
+    def killed(self: Any, start: int, stop: int) -> Any:
+        if start > 4:
+            os._exit(9)
+        return names_of(self, start, stop)
+
+    def killed_between(*arguments: Any) -> None:
+        rename = os.rename
+
+        def once(*names: Any) -> None:
+            rename(*names)
+            os._exit(9)
+
+        os.rename = once
+        taken(*arguments)
+
+    if moment == "writing":
+        store.EmbeddingFile.names_of = killed  # type: ignore[method-assign]
+    else:
+        places._take_the_place_of = killed_between
+    export.export_file(source, to, target, overwrite=True)
 
 
+@WHOLE
 @pytest.mark.parametrize("moment", ["writing", "between the names"])
 @pytest.mark.parametrize("to", ["fair-esm", "npy", "keyed-h5"])
 def test_nothing_of_a_killed_export_stays_once_it_runs_again(
@@ -468,13 +475,8 @@ def test_nothing_of_a_killed_export_stays_once_it_runs_again(
     target = exported(made, tmp_path / f"x{layouts.named(to).suffix}", to)
     before = everything(tmp_path)
     for _ in range(2):
-        script = KILLED.replace(
-            "import os", "import os\nfrom virnucpro_cli.store import reader; reader.CHUNK_BYTES = 1\nimport os", 1
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(made / "out.h5"), to, str(target), moment], check=False
-        )
-        assert done.returncode == (9 if moment == "writing" or to == "fair-esm" else 0)
+        child = Child(killed_export, str(made / "out.h5"), to, str(target), moment)
+        assert child.wait() == (9 if moment == "writing" or to == "fair-esm" else 0), child.err
         assert len(list(tmp_path.glob(".x*.virnucpro-partial"))) <= 1
     exported(made, target, to, overwrite=True)
     assert everything(tmp_path).keys() == before.keys()
@@ -951,18 +953,19 @@ def test_layouts_without_room_for_groups_say_so(made: Path, tmp_path: Path) -> N
         exported(made, tmp_path / "x.csv", "csv", kinds=("groups/mean",))
 
 
-KILLED_IMPORT = """
-import os, sys
-from virnucpro_cli.exchange import importing
-place = importing._place
-def killed(*arguments):
-    place(*arguments)
-    os._exit(9)
-importing._place = killed
-importing.import_file(sys.argv[1], sys.argv[2], None, (sys.argv[3],))
-"""
+def killed_import(source: str, output: str, fasta: str) -> None:
+    """An import that dies when its rows are placed."""
+    place = importing._place
+
+    def killed(*arguments: Any) -> None:
+        place(*arguments)
+        os._exit(9)
+
+    importing._place = killed
+    importing.import_file(source, output, None, (fasta,))
 
 
+@WHOLE
 def test_nothing_of_a_killed_import_stays_once_it_runs_again(made: Path, tmp_path: Path) -> None:
     target = exported(made, tmp_path / "x.npy", "npy")
     with gzip.open(tmp_path / "in.fasta.gz", "wb") as file:
@@ -970,8 +973,7 @@ def test_nothing_of_a_killed_import_stays_once_it_runs_again(made: Path, tmp_pat
     before = everything(tmp_path).keys()
     arguments = [str(target), str(tmp_path / "out.h5"), str(tmp_path / "in.fasta.gz")]
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", KILLED_IMPORT, *arguments], check=False)
-        assert done.returncode == 9
+        assert Child(killed_import, *arguments).wait() == 9
         assert everything(tmp_path).keys() - before == {str(tmp_path / "out.h5.partial")}
     importing.import_file(*arguments[:2], None, (arguments[2],))
     assert everything(tmp_path).keys() - before == {str(tmp_path / "out.h5")}

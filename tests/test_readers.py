@@ -74,7 +74,7 @@ def test_names_are_found_and_given_by_number_as_in_the_file(made: Path, monkeypa
 def test_reading_and_frames_need_no_torch(made: Path) -> None:
     code = (
         "import sys; from virnucpro_cli import read_embeddings\n"
-        f"file = read_embeddings({str(made)!r}); file.array(); file.to_pandas(); file.to_polars(); file.to_anndata()\n"
+        f"file = read_embeddings({str(made)!r}); file[0], file['b/1'], file.residues(0), file.array(); file.to_pandas(); file.to_polars(); file.to_anndata()\n"
         "assert 'torch' not in sys.modules; file.to_torch(); assert 'torch' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -258,7 +258,8 @@ def test_h5py_and_this_reader_can_have_a_file_open_at_once(made: Path, tmp_path:
 def test_a_loader_gives_every_done_row_with_its_record(made: Path, start: str | None) -> None:
     with read_embeddings(made) as file:
         data, expected, done = file.to_torch(), file[:], np.flatnonzero(file.status == 1)
-    loader = DataLoader(data, batch_size=3, num_workers=2 if start else 0, multiprocessing_context=start)
+    workers = {None: 0, "fork": 2, "spawn": 1}[start]  # one that is spawned imports PyTorch again
+    loader = DataLoader(data, batch_size=3, num_workers=workers, multiprocessing_context=start)
     batches = list(loader)
     assert torch.cat([records for _, records in batches]).tolist() == done.tolist() == [0, 1, 2, 4]
     np.testing.assert_array_equal(torch.cat([rows for rows, _ in batches]).numpy(), expected[done])

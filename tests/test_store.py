@@ -3,8 +3,6 @@
 import fcntl
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -492,16 +490,6 @@ def test_a_foreign_hdf5_file_is_refused(tmp_path: Path) -> None:
     assert store.fingerprint_of(tmp_path / "other.h5") is None
     with pytest.raises(UserError, match="schema"):
         EmbeddingFile(tmp_path / "other.h5")
-
-
-def test_reading_needs_no_torch(finished: Path) -> None:
-    code = (
-        "import sys, virnucpro_cli\n"
-        f"with virnucpro_cli.read_embeddings({str(finished)!r}) as file: file[0], file['zeta'], file.residues(0)\n"
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(("n", "size"), [(0, 3), (1, 3), (3, 3), (7, 3), (store.NAME_BLOCK + 1, None)])

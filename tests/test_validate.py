@@ -26,8 +26,6 @@ from virnucpro_cli.validation import agreement, fair_esm, oracle, plain_reader, 
 from virnucpro_cli.validation.validate import validate_model
 from virnucpro_cli.validation.verdict import Verdict
 
-pytestmark = pytest.mark.demo
-
 EDGES = Path(validate.shipped()[1])
 
 
@@ -71,6 +69,7 @@ def parts(verdict: Verdict) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.demo
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_an_honest_run_passes(judged: Callable[..., Verdict], dtype: str) -> None:
     verdict = judged(dtype=dtype)
@@ -80,16 +79,17 @@ def test_an_honest_run_passes(judged: Callable[..., Verdict], dtype: str) -> Non
     assert len(verdict.records) == 9
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mistake", [*MISTAKES, *MORE_MISTAKES])
-def test_every_mistake_fails_the_semantics(
-    judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, mistake: str
+@pytest.mark.parametrize("mistake", [None, *MISTAKES, *MORE_MISTAKES])
+def test_every_mistake_and_nothing_else_fails_the_semantics(
+    judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, tiny_model: Path, mistake: str | None
 ) -> None:
-    (MISTAKES | MORE_MISTAKES)[mistake](monkeypatch)
-    verdict = judged()
-    assert "Semantics" in parts(verdict)
+    if mistake is not None:
+        (MISTAKES | MORE_MISTAKES)[mistake](monkeypatch)
+    assert ("Semantics" in parts(judged(model=str(tiny_model)))) == (mistake is not None)
 
 
+@pytest.mark.slow
+@pytest.mark.demo
 def test_positions_that_run_on_fail_the_packing(
     judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,10 +99,11 @@ def test_positions_that_run_on_fail_the_packing(
 
 
 @pytest.mark.slow
+@pytest.mark.demo
 @pytest.mark.parametrize(
-    ("mistake", "dtype"),
-    [(wrong_constant_in_16_bit, "bf16"), (wrong_constant_in_16_bit, "fp16"), (tanh_gelu_in_16_bit, "fp16")],
-)
+    ("mistake", "dtype", "model"),
+    [(wrong_constant_in_16_bit, "bf16", "demo"), (wrong_constant_in_16_bit, "fp16", "tiny"), (tanh_gelu_in_16_bit, "fp16", "demo")],
+)  # fmt: skip
 def test_a_mistake_of_16_bit_kernels_fails_the_precision(
     judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, mistake: Mistake, dtype: str
 ) -> None:
@@ -111,10 +112,10 @@ def test_a_mistake_of_16_bit_kernels_fails_the_precision(
     assert parts(judged(dtype=dtype)) == {"Precision"}
 
 
-def test_the_users_own_gates_are_obeyed(judged: Callable[..., Verdict]) -> None:
-    strict = judged(dtype="bf16", min_cosine=0.99999, max_rel_l2=1e-3)
+def test_the_users_own_gates_are_obeyed(judged: Callable[..., Verdict], tiny_model: Path) -> None:
+    strict = judged(model=str(tiny_model), dtype="bf16", min_cosine=0.99999, max_rel_l2=1e-3)
     failed = {check.what for check in strict.checks if check.passed is False}
-    assert failed == {f"{kind}, layer 6: {what}" for kind in ("mean", "bos") for what in ("cosine", "relative L2")}
+    assert failed == {f"{kind}, layer 2: {what}" for kind in ("mean", "bos") for what in ("cosine", "relative L2")}
 
 
 def test_the_sample_is_spread_over_lengths_and_holds_the_odd_ones() -> None:
@@ -129,9 +130,9 @@ def test_the_sample_is_spread_over_lengths_and_holds_the_odd_ones() -> None:
 
 
 def test_one_of_the_users_own_proteins_is_enough_to_know_its_name(
-    judged: Callable[..., Verdict], proteins: Path
+    judged: Callable[..., Verdict], proteins: Path, tiny_model: Path
 ) -> None:
-    names = {record["name"] for record in judged(sample=3).records}
+    names = {record["name"] for record in judged(model=str(tiny_model), sample=3).records}
     assert names <= {name for name, _ in read_fasta(proteins)}
 
 
@@ -154,10 +155,10 @@ def test_errors_are_zero_only_for_equal_rows() -> None:
 
 
 @pytest.fixture
-def written(tmp_path: Path, proteins: Path) -> Callable[..., Path]:
+def written(tmp_path: Path, proteins: Path, tiny_model: Path) -> Callable[..., Path]:
     def write(**options: Any) -> Path:
         output = tmp_path / "out.h5"
-        embed.embed_fasta(proteins, output, **{"model": "demo", "device": "cpu", **options})
+        embed.embed_fasta(proteins, output, **{"model": str(tiny_model), "device": "cpu", **options})
         return output
 
     return write
@@ -167,7 +168,7 @@ def written(tmp_path: Path, proteins: Path) -> Callable[..., Path]:
     "options",
     [
         {},
-        {"pool": KINDS, "layers": (0, 3, -1), "store_dtype": "fp32"},
+        {"pool": KINDS, "layers": (0, 1, -1), "store_dtype": "fp32"},
         {"long": "window", "max_residues": 60, "overlap": 20, "pool": ("mean", "bos", "eos", "residue")},
         {"long": "full", "max_residues": 60},
         {"max_residues": 60, "invalid": "skip", "pool": ("residue",)},
@@ -201,8 +202,8 @@ def poke(path: Path, dataset: str, at: Any, value: Any) -> None:
         ("flags", 1, 8, "copied"),
         ("flags", 1, 512, "flags"),
         ("run/complete", (), 0, "complete"),
-        ("mean/6", (2, 5), np.nan, "done rows finite, skipped rows NaN"),
-        ("mean/6", (5, slice(0, 320, 2)), 0.5, "mean, layer 6: relative L2"),
+        ("mean/2", (2, 5), np.nan, "done rows finite, skipped rows NaN"),
+        ("mean/2", (5, slice(0, 32, 2)), 0.5, "mean, layer 2: relative L2"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(
@@ -217,7 +218,7 @@ def test_what_is_wrong_in_a_file_is_named(
 def give_up(path: Path) -> None:
     poke(path, "status", 3, 2)
     poke(path, "reason", 3, 4)
-    poke(path, "mean/6", 3, np.nan)
+    poke(path, "mean/2", 3, np.nan)
 
 
 def embeddings_elsewhere(path: Path) -> None:
@@ -245,26 +246,26 @@ def offsets_shifted(path: Path) -> None:
 @pytest.mark.parametrize(
     ("tamper", "named"),
     [
-        (give_up, "mean, layer 6: relative L2"),
+        (give_up, "mean, layer 2: relative L2"),
         (embeddings_elsewhere, "/embeddings"),
         (attribute("dtype", "bfloat16"), "attributes agree with the fingerprint"),
-        (attribute("layers", "[6]"), "attributes agree with the fingerprint"),
+        (attribute("layers", "[2]"), "attributes agree with the fingerprint"),
         (offsets_shifted, "residue/offsets"),
     ],
 )
 def test_tampering_is_named(written: Callable[..., Path], tamper: Callable[[Path], None], named: str) -> None:
-    path = written(layers=(0, 6), pool=("mean", "residue"))
+    path = written(layers=(0, 2), pool=("mean", "residue"))
     tamper(path)
     verdict = validate_model(against=path)
     assert named in {check.what for check in verdict.checks if check.passed is False}
 
 
-def test_a_copy_that_is_not_like_its_original_is_noticed(tmp_path: Path, proteins: Path) -> None:
+def test_a_copy_that_is_not_like_its_original_is_noticed(tmp_path: Path, proteins: Path, tiny_model: Path) -> None:
     twice, output = tmp_path / "twice.fasta", tmp_path / "twice.h5"
     twice.write_text(proteins.read_text() * 2)
-    embed.embed_fasta(twice, output, model="demo", device="cpu")
+    embed.embed_fasta(twice, output, model=str(tiny_model), device="cpu")
     assert validate_model(against=output, sample=2).passed
-    poke(output, "mean/6", (12, 5), 3.0)
+    poke(output, "mean/2", (12, 5), 3.0)
     failed = {check.what for check in validate_model(against=output, sample=2).checks if check.passed is False}
     assert "copies equal their originals" in failed
 
@@ -279,11 +280,11 @@ def test_a_damaged_file_is_a_user_error(written: Callable[..., Path], damage: Ca
         validate_model(against=path)
 
 
-def test_names_and_first_headers_are_read_as_embed_reads_them(tmp_path: Path) -> None:
+def test_names_and_first_headers_are_read_as_embed_reads_them(tmp_path: Path, tiny_model: Path) -> None:
     odd, output = tmp_path / "odd.fasta.gz", tmp_path / "odd.h5"  # a name that lies: it is not compressed
     odd.write_bytes("\ufeff  \n  >a\u00a0b c\nMKVLAT\n>d\u3000e\r\nMKV*\r\n>\nmkvt\n>\u00e9\x1c x\nMKVTT\n".encode())
     for policy in ("first", "full"):
-        embed.embed_fasta(odd, output, model="demo", device="cpu", id=policy, overwrite=True)
+        embed.embed_fasta(odd, output, model=str(tiny_model), device="cpu", id=policy, overwrite=True)
         verdict = validate_model(against=output)
         assert verdict.passed, [check for check in verdict.checks if check.passed is False]
 
@@ -312,15 +313,15 @@ def test_rows_of_neighbours_exchanged_are_noticed(written: Callable[..., Path]) 
     with read_embeddings(path) as file:
         assert (file.status == DONE).all()
         rows = file[:]
-    poke(path, "mean/6", slice(None), np.roll(rows, 1, axis=0))
+    poke(path, "mean/2", slice(None), np.roll(rows, 1, axis=0))
     verdict = validate_model(against=path)
-    assert {check.what for check in verdict.checks if check.passed is False} >= {"mean, layer 6: relative L2"}
+    assert {check.what for check in verdict.checks if check.passed is False} >= {"mean, layer 2: relative L2"}
 
 
 def test_other_weights_and_another_fasta_are_noticed(
-    written: Callable[..., Path], tiny_model: Path, proteins: Path, tmp_path: Path
+    written: Callable[..., Path], proteins: Path, tmp_path: Path
 ) -> None:
-    path = written(model=str(tiny_model))
+    path = written()
     other = tmp_path / "other.fasta"
     other.write_text(proteins.read_text().replace("MKV", "MKI"))
     verdict = validate_model(against=path, fasta=other)

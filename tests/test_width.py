@@ -3,13 +3,14 @@
 import os
 import pty
 import re
-import subprocess
-import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from children import program
 from conftest import read_fasta
 from virnucpro_cli import cli
 
@@ -23,21 +24,23 @@ pytestmark = pytest.mark.usefixtures("signal_handlers")
 def lines_on_a_terminal(arguments: list[str], folder: Path) -> list[str]:
     """Run the command with a terminal of 80 columns as its standard output and error."""
     ours, theirs = pty.openpty()
-    home = {**os.environ, "COLUMNS": "80", "LINES": "40", "TERM": "xterm"}
-    command = [sys.executable, "-m", "virnucpro_cli", *arguments]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, cwd=folder, env=home) as run:
-        os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                block = os.read(ours, 1 << 16)
-            except OSError:  # nobody has the other end any more
-                break
-            if not block:
-                break
-            shown += block
+    device = os.ttyname(theirs)
+    run = program(*arguments, folder=folder, shown=device, COLUMNS="80", LINES="40", TERM="xterm")
+    blocks: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # nobody has the other end any more
+            while block := os.read(ours, 1 << 16):
+                blocks.append(block)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    code = run.wait()
+    os.close(theirs)
+    reader.join(60)
+    shown = b"".join(blocks)
     os.close(ours)
-    assert run.returncode in (0, 1), shown.decode()
+    assert code in (0, 1), shown.decode()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
 

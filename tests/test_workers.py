@@ -18,7 +18,9 @@ from virnucpro_cli import store
 from virnucpro_cli.engine import devices, workers
 from virnucpro_cli.errors import UserError
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="this machine has no /proc, where workers are found"
+)
 
 INTO_EVERY_WORKER = """
 import os, sys, time
