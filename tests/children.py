@@ -23,15 +23,17 @@ CHILDREN.set_forkserver_preload(
 class Child:
     """A function in a process of its own, with this process's environment and folder, and files for its standard streams.
 
-    shown: a device for its output and errors in place of the files. variables: of its environment, in place of this one's.
+    shown: a device for its output and errors in place of the files; out: for its output alone.
+    variables: of its environment, in place of this one's.
     """
 
     def __init__(self, target: Callable[..., None], *arguments: Any, folder: Path | None = None, stdin: bytes = b"",
-                 shown: str = "", **variables: str):  # fmt: skip
+                 shown: str = "", out: str = "", **variables: str):  # fmt: skip
         self._streams: list[IO[bytes]] = [tempfile.NamedTemporaryFile() for _ in range(3)]  # noqa: SIM115
         self._streams[0].write(stdin)
         self._streams[0].flush()
-        names = [stream.name for stream in self._streams[:1]] + [shown or stream.name for stream in self._streams[1:]]
+        stdin_name, out_name, err_name = (stream.name for stream in self._streams)
+        names = [stdin_name, out or shown or out_name, shown or err_name]
         environment = {**os.environ, **variables}
         given = target, arguments, str(folder or Path.cwd()), environment, names
         self._process = CHILDREN.Process(target=_begin, args=given)
@@ -70,6 +72,19 @@ class Child:
 def program(*arguments: Any, before: Callable[[], None] | None = None, **more: Any) -> Child:
     """`virnucpro` with these arguments. before: what changes the program first."""
     return Child(_program, [str(each) for each in arguments], before, **more)
+
+
+def no_reader(number: int) -> None:
+    """A stream of this process becomes a pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, number)
+
+
+def closed(number: int) -> None:
+    """A stream of this process is as Python has it where it is started with `>&-` or `2>&-`."""
+    os.close(number)
+    setattr(sys, ("stdin", "stdout", "stderr")[number], None)
 
 
 def until(true: Callable[[], object], child: Child, seconds: float = 300) -> None:

@@ -1,6 +1,10 @@
 """Programs slow enough to be interrupted, however fast the machine is."""
 
+import time
 from pathlib import Path
+from typing import Any
+
+from virnucpro_cli.engine import runner
 
 SITE = """
 import sys
@@ -20,3 +24,14 @@ def packs(folder: Path, seconds: float, word: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(SITE.format(seconds=seconds, word=word))
     return folder
+
+
+def here(seconds: float) -> None:
+    """In this process every pack takes so long."""
+    compute_with = runner.compute_with
+
+    def slow(*of: Any) -> Any:
+        compute = compute_with(*of)
+        return lambda batch: (time.sleep(seconds), compute(batch))[1]
+
+    runner.compute_with = slow

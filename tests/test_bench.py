@@ -36,7 +36,7 @@ def run(tiny_model: Path, make_fasta: Callable[..., Path]) -> Bench:
 
 
 def test_the_tables_compare_both_workloads_in_all_ways(run: Bench) -> None:
-    found = run(token_budget=4096, fasta=())
+    found = run(token_budget=2048, fasta=())
     rows = found.tables["Throughput"]
     assert [(row["workload"], row["mode"].split(",")[0]) for row in rows] == [
         (name, kind) for name in ("natural", "fragments") for kind in ("packed", "padded", "padded")

@@ -33,8 +33,8 @@ from virnucpro_cli.model import weights
 CUT, OVERLAP = 40, 10
 """--max-residues and --overlap of all runs."""
 LAYERS = (0, 1, 2)
-EXAMPLES = 300
-"""As many as take two minutes on two cores."""
+EXAMPLES = 100
+"""As many as take a minute on a core."""
 OWN_FLAGS = store.TRUNCATED | store.REPLACED | store.RECOMPUTED | store.WINDOWED
 NOTHING_LEFT = "leaves nothing to embed|holds no residues"
 REFUSED = "is not a residue|longer than|alignment gap"

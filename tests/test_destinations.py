@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from children import program
+from children import closed, no_reader, program
 from virnucpro_cli import report
 from virnucpro_cli.benchmark import plot
 from virnucpro_cli.cluster import merge, status
@@ -80,23 +80,11 @@ def test_embeddings_is_the_last_requested_layer_even_if_it_was_named_before(
         assert np.array_equal(file[:], file.dataset("mean", 2)[:])
 
 
-def no_reader() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    os.dup2(writer, 2)
-
-
-def no_stderr() -> None:
-    """As Python has it where it is started with `2>&-`."""
-    os.close(2)
-    sys.stderr = None
-
-
 @pytest.mark.parametrize("stderr", ["broken pipe", "full", "closed"])
 def test_a_run_outlives_its_terminal(make_fasta: Make, tiny_model: Path, tmp_path: Path, stderr: str) -> None:
     out = tmp_path / "out.h5"
     command = ("embed", make_fasta([2000, 30]), "-o", out, "--model", tiny_model, "--device", "cpu")
-    run = program(*command, before={"broken pipe": no_reader, "closed": no_stderr}.get(stderr),
+    run = program(*command, before={"broken pipe": partial(no_reader, 2), "closed": partial(closed, 2)}.get(stderr),
                   shown="/dev/full" if stderr == "full" else "")  # fmt: skip
     assert run.wait() == 0
     with read_embeddings(out) as file:

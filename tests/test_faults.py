@@ -1,14 +1,13 @@
 """Kills, full disks and changing inputs: the same command, run again, always ends at the uninterrupted run's file."""
 
 import errno
+import functools
 import gc
 import json
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import torch
 
 import slowed
+from children import CHILDREN, program, until
 from conftest import write_model
 from virnucpro_cli import store
 from virnucpro_cli.batch import Embeddings, PackedBatch
@@ -31,8 +31,6 @@ from virnucpro_cli.store import disk as disk_calls
 
 KINDS = ("mean", "bos", "residue")
 MOMENTS = 20
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["virnucpro_cli.embed", "pytest", "safetensors.torch"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -143,7 +141,7 @@ def run_child(case: Case, output: Path, *death: Any, **more: Any) -> int:
     options = case.options(output=str(output), report=str(report_of(output)), **more)
     process = CHILDREN.Process(target=child, args=(options, *death))
     process.start()
-    process.join(120)
+    process.join(300)
     assert process.exitcode is not None
     return int(process.exitcode)
 
@@ -248,34 +246,27 @@ def test_an_overwriting_run_that_is_killed_leaves_the_old_file(small: Case, tmp_
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_stopped_program_says_how_to_go_on(case: Case, tmp_path: Path, number: signal.Signals) -> None:
     output = tmp_path / "out.h5"
-    command = [
-        sys.executable, "-m", "virnucpro_cli", "embed", str(case.fasta), "-o", str(output), "--model", str(case.model),
-        "--device", "cpu", "--token-budget", "1024", "--pool", ",".join(KINDS), "--long", "window",
-        "--max-residues", "200", "--overlap", "50",
-    ]  # fmt: skip
-    site = slowed.packs(tmp_path / "site", 0.02, "virnucpro_cli")
-    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    wait_for_rows(store.partial_path(output), process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert out == "" and "Traceback" not in err
-    assert number.name in err and "the same command resumes" in err
+    command = (
+        "embed", case.fasta, "-o", output, "--model", case.model, "--device", "cpu", "--token-budget", 1024,
+        "--pool", ",".join(KINDS), "--long", "window", "--max-residues", 200, "--overlap", 50,
+    )  # fmt: skip
+    run = program(*command, before=functools.partial(slowed.here, 0.02))
+    written: set[int] = set()
+
+    def rows_are_written() -> bool:
+        """After the layout."""
+        if store.partial_path(output).exists():
+            written.add(store.partial_path(output).stat().st_mtime_ns)
+        return len(written) == 3
+
+    until(rows_are_written, run)
+    run.kill(number)
+    assert run.wait() == 128 + number, run.err
+    assert run.out == "" and "Traceback" not in run.err
+    assert number.name in run.err and "the same command resumes" in run.err
     assert not output.exists()
     assert case.embed(output)["resumed proteins"] > 0
     case.check(output)
-
-
-def wait_for_rows(partial: Path, process: "subprocess.Popen[str]") -> None:
-    """Until the running program has written something after the layout."""
-    times: set[int] = set()
-    deadline = time.monotonic() + 60
-    while len(times) < 3 and process.poll() is None and time.monotonic() < deadline:
-        if partial.exists():
-            times.add(partial.stat().st_mtime_ns)
-        time.sleep(0.002)
 
 
 # --- a disk that forgets ------------------------------------------------------------------------------------------
@@ -649,7 +640,7 @@ def test_a_disk_that_fills_up_at_the_layout_is_left_clean(
         target=embed_without_room, args=(case.options(output=str(folder / "out.h5"), preallocate=preallocate), question)
     )
     process.start()
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 0, "HDF5 after a failed write can take the process down"
     assert answer.recv().startswith("No space is left for")
     left = (

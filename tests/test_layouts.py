@@ -257,6 +257,7 @@ def test_names_that_were_changed_are_reported(made: Path, tmp_path: Path) -> Non
     assert any("skipped left out" in note for note in summary.notes)
 
 
+@WHOLE
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../../x", "a\0b", "\n", "n" * 500, "名" * 100])
 def test_a_possible_name_is_a_file_name(tmp_path: Path, name: str) -> None:
     (tmp_path / f"{possible(name, 200)}.pt").write_bytes(b"")
@@ -373,6 +374,7 @@ ADDED = [a_file, a_pt_file_of_a_folder, a_link, a_changed_file, a_list_that_lead
          a_list_that_is_a_link]  # fmt: skip
 
 
+@WHOLE
 @pytest.mark.parametrize("add", ADDED)
 @pytest.mark.parametrize("to", FOLDERS)
 def test_a_folder_that_holds_anything_but_an_exports_files_is_never_replaced(
@@ -386,6 +388,7 @@ def test_a_folder_that_holds_anything_but_an_exports_files_is_never_replaced(
     assert everything(tmp_path) == before
 
 
+@WHOLE
 @pytest.mark.parametrize("to", FOLDERS)
 def test_the_folder_of_the_source_and_the_current_one_are_never_replaced(
     made: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
@@ -405,6 +408,7 @@ def test_the_folder_of_the_source_and_the_current_one_are_never_replaced(
         exported(made, Path("."), to, overwrite=True)
 
 
+@WHOLE
 def test_an_empty_folder_and_one_of_an_export_are_replaced_when_told(made: Path, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     exported(made, tmp_path / "x", "virnucpro", overwrite=True)
@@ -413,6 +417,7 @@ def test_an_empty_folder_and_one_of_an_export_are_replaced_when_told(made: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+@WHOLE
 def test_a_folder_that_changes_while_it_is_replaced_is_put_back(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,6 +436,7 @@ def test_a_folder_that_changes_while_it_is_replaced_is_put_back(
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+@WHOLE
 def test_a_table_beside_the_target_that_is_not_exports_is_not_replaced(made: Path, tmp_path: Path) -> None:
     (tmp_path / "x.tsv").write_text("label\thost\nmine\tbat\n")
     with pytest.raises(UserError, match="was not written by export"):
@@ -482,6 +488,7 @@ def test_nothing_of_a_killed_export_stays_once_it_runs_again(
     assert everything(tmp_path).keys() == before.keys()
 
 
+@WHOLE
 def test_two_exports_to_one_target_at_once_are_one_and_a_refusal(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,6 +506,7 @@ def test_two_exports_to_one_target_at_once_are_one_and_a_refusal(
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+@WHOLE
 def test_a_hidden_place_of_somebody_else_is_not_cleared(made: Path, tmp_path: Path) -> None:
     place = tmp_path / ".x.virnucpro-partial"
     place.mkdir()
@@ -508,6 +516,7 @@ def test_a_hidden_place_of_somebody_else_is_not_cleared(made: Path, tmp_path: Pa
     assert (place / "mine.txt").read_text() == "mine"
 
 
+@WHOLE
 @pytest.mark.parametrize(
     ("to", "options", "message"),
     [
@@ -528,6 +537,7 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@WHOLE
 def test_a_source_is_never_its_own_target(made: Path, tmp_path: Path) -> None:
     shutil.copy(made / "out.h5", tmp_path / "out.h5")
     before = (tmp_path / "out.h5").read_bytes()
@@ -536,6 +546,7 @@ def test_a_source_is_never_its_own_target(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out.h5").read_bytes() == before
 
 
+@WHOLE
 def test_keys_of_another_fasta_are_refused(made: Path, tmp_path: Path) -> None:
     (tmp_path / "other.fasta").write_text(">a\nMKV\n")
     with pytest.raises(UserError, match="is not what was embedded"):
@@ -544,6 +555,7 @@ def test_keys_of_another_fasta_are_refused(made: Path, tmp_path: Path) -> None:
         exported(made, tmp_path / "x.h5", "biotrainer", inputs=(str(tmp_path / "none.fasta"),))
 
 
+@WHOLE
 def test_an_unfinished_file_is_refused(made: Path, tmp_path: Path) -> None:
     shutil.copy(made / "out.h5", tmp_path / "out.h5")
     with h5py.File(tmp_path / "out.h5", "r+") as file:
@@ -552,6 +564,7 @@ def test_an_unfinished_file_is_refused(made: Path, tmp_path: Path) -> None:
         export.export_file(str(tmp_path / "out.h5"), "npy", str(tmp_path / "x.npy"))
 
 
+@WHOLE
 def test_parquet_without_pyarrow_names_the_extra(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"virnucpro\[parquet\]"):
@@ -640,6 +653,7 @@ def test_rows_follow_their_names_into_a_fasta_of_another_order(made: Path, tmp_p
     assert any("left out" in note for note in summary.notes)
 
 
+@WHOLE
 def test_a_uniprot_file_joins_by_accession(tmp_path: Path) -> None:
     (tmp_path / "in.fasta").write_text(">sp|P1|A_B\nMKV\n>sp|P2|C_D\nMK\n")
     with h5py.File(tmp_path / "x.h5", "w") as file:
@@ -650,6 +664,7 @@ def test_a_uniprot_file_joins_by_accession(tmp_path: Path) -> None:
         assert file.attributes["model"] == "unknown" and file.layers == [-1]
 
 
+@WHOLE
 def test_a_name_that_two_records_have_is_nobodys(tmp_path: Path) -> None:
     (tmp_path / "in.fasta").write_text(">a\nMKV\n>b\nMK\n>a\nMKVL\n")
     with h5py.File(tmp_path / "x.h5", "w") as file:
@@ -659,6 +674,7 @@ def test_a_name_that_two_records_have_is_nobodys(tmp_path: Path) -> None:
         assert [store.REASONS[reason] for reason in file.reason] == ["name not unique", "", "name not unique"]
 
 
+@WHOLE
 def test_what_is_not_finite_comes_in_as_skipped(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["a"], file["b"] = np.float32([2, np.inf]), np.float32([1, 1])
@@ -667,6 +683,7 @@ def test_what_is_not_finite_comes_in_as_skipped(tmp_path: Path) -> None:
         assert file.status.tolist() == [store.SKIPPED, store.DONE] and np.isnan(file[0]).all()
 
 
+@WHOLE
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x93NUMPY\1", b"PAR1....", store.HDF5_MAGIC + b"x" * 99])
 @pytest.mark.parametrize("to", [None, *(layout.name for layout in layouts.LAYOUTS)])
 def test_what_cannot_be_read_is_one_message_and_leaves_nothing(tmp_path: Path, content: bytes, to: str | None) -> None:
@@ -676,6 +693,7 @@ def test_what_cannot_be_read_is_one_message_and_leaves_nothing(tmp_path: Path, c
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
 
 
+@WHOLE
 def test_pickles_are_read_as_tensors_only(tmp_path: Path) -> None:
     class Boom:
         def __reduce__(self) -> Any:
@@ -687,6 +705,7 @@ def test_pickles_are_read_as_tensors_only(tmp_path: Path) -> None:
     assert not (tmp_path / "boom").exists()
 
 
+@WHOLE
 def test_an_import_never_replaces_what_it_was_not_told_to(made: Path, tmp_path: Path) -> None:
     target = exported(made, tmp_path / "x.npy", "npy")
     (tmp_path / "out.h5").write_text("mine")
@@ -697,6 +716,7 @@ def test_an_import_never_replaces_what_it_was_not_told_to(made: Path, tmp_path: 
         importing.import_file(str(tmp_path / "out.h5"), str(tmp_path / "again.h5"))
 
 
+@WHOLE
 def test_a_fasta_without_any_of_the_proteins_is_refused(made: Path, tmp_path: Path) -> None:
     target = exported(made, tmp_path / "x.npy", "npy")
     (tmp_path / "other.fasta").write_text(">q\nMKVVVV\n")
@@ -720,6 +740,7 @@ def test_inspect_verify_and_export_know_an_imported_file(
     same(made / "out.h5", back, "mean")
 
 
+@WHOLE
 def test_a_key_that_several_names_come_to_is_not_given_to_the_first_of_them(tmp_path: Path) -> None:
     (tmp_path / "in.fasta").write_text(">a/b\nMKV\n>a_b\nMKL\n>c\nMKT\n")
     with h5py.File(tmp_path / "published.h5", "w") as file:
@@ -750,6 +771,7 @@ def imported(source: Path, target: Path, fasta: Path | None = None, **options: A
         return file.names, rows
 
 
+@WHOLE
 def test_means_that_kept_a_dimension_come_in_as_means(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
     with h5py.File(tmp_path / "keepdim.h5", "w") as file:
@@ -761,6 +783,7 @@ def test_means_that_kept_a_dimension_come_in_as_means(tmp_path: Path) -> None:
         np.testing.assert_array_equal(rows["mean"], values)
 
 
+@WHOLE
 @pytest.mark.parametrize("rows", [1, 3, 7])
 def test_residues_that_are_not_a_row_for_each_are_refused(tmp_path: Path, rows: int) -> None:
     """A mean among residues, a cut protein, and rows of special tokens."""
@@ -777,6 +800,7 @@ def test_residues_that_are_not_a_row_for_each_are_refused(tmp_path: Path, rows: 
     assert not (tmp_path / "out.h5").exists()
 
 
+@WHOLE
 def test_names_with_a_slash_are_names_in_keyed_files(tmp_path: Path) -> None:
     names = ["a/b/c", "a/b/d", "sp|P1|x", "z/9"]
     with h5py.File(tmp_path / "x.h5", "w") as file:
@@ -800,6 +824,7 @@ def database(path: Path, texts: list[str], reduced: bool, models: tuple[str, ...
                 data.attrs.update(said)
 
 
+@WHOLE
 @pytest.mark.parametrize("reduced", [True, False])
 def test_a_database_of_biotrainer_core_joins_by_sequence(tmp_path: Path, reduced: bool) -> None:
     texts = ["MKVLA", "M", "GGTRSW"]
@@ -815,6 +840,7 @@ def test_a_database_of_biotrainer_core_joins_by_sequence(tmp_path: Path, reduced
         assert file.attributes["model"] == "Rostlab/prot_t5"
 
 
+@WHOLE
 def test_a_database_of_two_models_is_refused_by_their_names(tmp_path: Path) -> None:
     database(tmp_path / "x.h5", ["MKV"], True, ("one", "two"))
     with pytest.raises(UserError, match="several models, one and two"):
@@ -844,6 +870,7 @@ def test_h5ad_files_that_anndata_wrote_come_back(made: Path, tmp_path: Path, how
         np.testing.assert_array_equal(rows["mean"], one.dataset("mean", 2)[:n])
 
 
+@WHOLE
 def test_a_hash_that_two_names_share_joins_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from virnucpro_cli.exchange.imports import joining, source
 
@@ -874,6 +901,7 @@ def elsewhere_link(folder: Path) -> None:
         file["p"] = h5py.ExternalLink(str(folder / "secret.h5"), "a")
 
 
+@WHOLE
 @pytest.mark.parametrize("make", [elsewhere_virtual, elsewhere_raw, elsewhere_link])
 def test_values_of_other_files_are_never_imported(tmp_path: Path, make: Callable[[Path], None]) -> None:
     with h5py.File(tmp_path / "secret.h5", "w") as file:
@@ -885,6 +913,7 @@ def test_values_of_other_files_are_never_imported(tmp_path: Path, make: Callable
     assert not list(tmp_path.glob("out.h5*"))
 
 
+@WHOLE
 @pytest.mark.parametrize(("name", "layout"), [("x.csv", "csv"), ("X.Parquet", "parquet"), ("x.biotrainer.h5", "biotrainer"),
                                               ("x.h5ad", "anndata"), ("x.npy", "npy")])  # fmt: skip
 def test_the_suffix_of_the_target_tells_its_layout(made: Path, tmp_path: Path, name: str, layout: str) -> None:
@@ -911,6 +940,7 @@ def test_pandas_reads_the_numbers_of_a_table_as_they_are(made: Path, tmp_path: P
     np.testing.assert_array_equal(found, rows[DONE].astype(np.float32))
 
 
+@WHOLE
 @pytest.mark.parametrize("wrong", ["id,0,1\na,1\n", "id,0,1\na,1,x\n", "id,0,2\na,1,2\n", "name,0\na,1\n"])
 def test_a_wrong_line_of_a_table_is_named(tmp_path: Path, wrong: str) -> None:
     (tmp_path / "x.csv").write_text(wrong)
@@ -919,6 +949,7 @@ def test_a_wrong_line_of_a_table_is_named(tmp_path: Path, wrong: str) -> None:
     assert not list(tmp_path.glob("out.h5*"))
 
 
+@WHOLE
 def test_a_table_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("\ufeffid,0,1\n007,1.5,2\n")
     names, rows = imported(tmp_path / "x.csv", tmp_path / "out.h5")
@@ -948,6 +979,7 @@ def test_rows_of_groups_are_rows_of_a_table(tmp_path: Path, tiny_model: Path, to
         importing.import_file(str(target), str(tmp_path / "back.h5"))
 
 
+@WHOLE
 def test_layouts_without_room_for_groups_say_so(made: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no kind groups/mean"):
         exported(made, tmp_path / "x.csv", "csv", kinds=("groups/mean",))
@@ -980,6 +1012,7 @@ def test_nothing_of_a_killed_import_stays_once_it_runs_again(made: Path, tmp_pat
     same(made / "out.h5", tmp_path / "out.h5", "mean")
 
 
+@WHOLE
 def test_an_import_never_replaces_what_it_reads(made: Path, tmp_path: Path) -> None:
     exported(made, tmp_path / "x.npy", "npy")
     folder = exported(made, tmp_path / "tree", "fair-esm")

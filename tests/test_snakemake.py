@@ -46,6 +46,7 @@ def command(case: Case, shards: int, *how: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("snakemake")
 def test_the_example_workflow_ends_at_the_single_runs_file(tmp_path: Path) -> None:
     case = Case(tmp_path, 60)
@@ -54,7 +55,7 @@ def test_the_example_workflow_ends_at_the_single_runs_file(tmp_path: Path) -> No
     environment = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
     for _ in range(2):  # the second time there is nothing to do
         done = subprocess.run(
-            command(case, 3, "--cores", "2"), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+            command(case, 2, "--cores", "2"), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
     assert "Nothing to be done" in done.stderr

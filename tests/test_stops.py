@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from children import CHILDREN
 from conftest import write_model
-from test_faults import CHILDREN, datasets
+from test_faults import datasets
 from virnucpro_cli import cli, stopping
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine.placer import Placer
@@ -104,7 +105,7 @@ def ran(line: list[str], at: int = 0, trap: Callable[[], None] | None = None) ->
     answer, question = CHILDREN.Pipe(duplex=False)
     process = CHILDREN.Process(target=child, args=(line, at, question, trap))
     process.start()
-    process.join(120)
+    process.join(300)
     if answer.poll():
         return answer.recv()
     assert process.exitcode is not None

@@ -105,11 +105,16 @@ def test_positions_that_run_on_fail_the_packing(
     [(wrong_constant_in_16_bit, "bf16", "demo"), (wrong_constant_in_16_bit, "fp16", "tiny"), (tanh_gelu_in_16_bit, "fp16", "demo")],
 )  # fmt: skip
 def test_a_mistake_of_16_bit_kernels_fails_the_precision(
-    judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, mistake: Mistake, dtype: str
+    judged: Callable[..., Verdict],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+    mistake: Mistake,
+    dtype: str,
+    model: str,
 ) -> None:
-    """A tanh GELU is below the noise of bf16; fp16 sees it."""
+    """A tanh GELU is below the noise of bf16, and of a tiny model; fp16 sees it in a real one."""
     mistake(monkeypatch)
-    assert parts(judged(dtype=dtype)) == {"Precision"}
+    assert parts(judged(dtype=dtype, model=str(tiny_model) if model == "tiny" else model)) == {"Precision"}
 
 
 def test_the_users_own_gates_are_obeyed(judged: Callable[..., Verdict], tiny_model: Path) -> None:

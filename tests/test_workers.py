@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import children
 from test_faults import KINDS, Case, one_thread  # noqa: F401  (in force here too)
 from virnucpro_cli import store
 from virnucpro_cli.engine import devices, workers
@@ -63,14 +62,12 @@ class Program:
         folder = output.parent / "site"
         folder.mkdir(exist_ok=True)
         (folder / "sitecustomize.py").write_text(site.format(change=change))
-        command = [
-            sys.executable, "-m", "virnucpro_cli", "embed", str(case.fasta), "-o", str(output), "--model", str(case.model),
-            "--device", "cpu", "--token-budget", "1024", "--pool", ",".join(KINDS), "--long", "window",
-            "--max-residues", "200", "--overlap", "50", "--workers", str(workers), "--report", str(output.with_suffix(".json")),
-            *more,
-        ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "ONCE": str(folder / "once")}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.process = children.program(
+            "embed", case.fasta, "-o", output, "--model", case.model, "--device", "cpu", "--token-budget", 1024,
+            "--pool", ",".join(KINDS), "--long", "window", "--max-residues", 200, "--overlap", 50, "--workers", workers,
+            "--report", output.with_suffix(".json"), *more,
+            OMP_NUM_THREADS="1", PYTHONPATH=f"{folder}:{os.environ.get('PYTHONPATH', '')}", ONCE=str(folder / "once"),
+        )  # fmt: skip
 
     @property
     def workers(self) -> list[int]:
@@ -82,18 +79,17 @@ class Program:
 
     def wait_for_work(self, rows: int = 10) -> None:
         """Until some rows are done, which the parent says every five seconds: or are written, which shows at once."""
-        deadline, seen, partial = time.monotonic() + 60, set[int](), store.partial_path(self.output)
+        deadline, seen, partial = time.monotonic() + 300, set[int](), store.partial_path(self.output)
         while len(seen) < rows and self.process.poll() is None and time.monotonic() < deadline:
             if partial.exists():
                 seen.add(partial.stat().st_mtime_ns)
             time.sleep(0.002)
-        assert self.process.poll() is None, self.process.communicate()
+        assert self.process.poll() is None, self.process.err
 
     def end(self, code: int = 3) -> str:  # 3: some records are empty
-        _, err = self.process.communicate(timeout=120)
-        assert self.process.returncode == code, err
-        assert "Traceback" not in err
-        return err
+        assert self.process.wait() == code, self.process.err
+        assert "Traceback" not in self.process.err
+        return self.process.err
 
     def notes(self) -> str:
         return "\n".join(json.loads(self.output.with_suffix(".json").read_text())["notes"])
@@ -116,10 +112,9 @@ def status_of(pid: int) -> str:
         return "Z"
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-def test_any_number_of_workers_makes_the_same_file(case: Case, tmp_path: Path, workers: int) -> None:
+def test_several_workers_make_the_file_of_one(case: Case, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
-    counts = case.embed(output, workers=workers)
+    counts = case.embed(output, workers=3)
     assert counts["skipped"] == sum(i % 97 == 3 for i in range(600))
     case.check(output)
 
@@ -144,8 +139,7 @@ def test_a_worker_out_of_memory_halves_its_packs_and_says_so(case: Case, tmp_pat
 def test_a_worker_that_crashes_leaves_its_packs_to_the_others(case: Case, tmp_path: Path) -> None:
     crash = FAILS_ONCE.format(error='RuntimeError("an illegal memory access")')
     program = Program(case, tmp_path / "out.h5", 2, crash)
-    _, err = program.process.communicate(timeout=120)
-    assert program.process.returncode == 3 and "was lost" in err
+    assert program.process.wait() == 3 and "was lost" in program.process.err
     assert "was lost" in program.notes() and "an illegal memory access" in program.notes()
     case.check_rows(program.output)
 
@@ -184,7 +178,7 @@ def test_a_stopped_run_takes_its_workers_along_and_keeps_what_they_did(
     for pid in [program.process.pid, *(workers if number == signal.SIGINT else [])]:  # as a terminal does
         os.kill(pid, number)
     err = program.end(128 + number)
-    assert time.monotonic() - asked < 8 and number.name in err and "the same command resumes" in err
+    assert time.monotonic() - asked < 60 and number.name in err and "the same command resumes" in err
     assert gone(workers, 0.1)
     assert case.embed(program.output, workers=1)["resumed proteins"] > 0
     case.check_rows(program.output)
@@ -195,9 +189,9 @@ def test_a_killed_parent_leaves_no_worker_behind_and_no_lock(case: Case, tmp_pat
     program.wait_for_work()
     workers = program.workers
     program.process.kill()
-    program.process.communicate()
-    assert workers and gone(workers, 3)
-    case.embed(program.output, workers=2)
+    program.process.wait()
+    assert workers and gone(workers, 30)
+    case.embed(program.output)
     case.check_rows(program.output)
 
 
@@ -217,7 +211,7 @@ def test_workers_that_have_hardly_begun_end_with_their_parent(
 ) -> None:
     """While they import PyTorch, which takes long on a busy machine; whatever the parent does."""
     program = Program(case, tmp_path / "out.h5", 2, site=SLOW_TO_BEGIN)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(program.workers) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     workers = program.workers
@@ -226,8 +220,8 @@ def test_workers_that_have_hardly_begun_end_with_their_parent(
     if before is not None:
         os.kill(program.process.pid, before)
     program.process.kill()
-    program.process.communicate()
-    assert gone(workers, 2)
+    program.process.wait()
+    assert gone(workers, 30)
 
 
 @pytest.mark.slow
@@ -245,8 +239,7 @@ def test_a_kill_of_anybody_at_any_moment_is_made_good_by_the_same_command(
             if program.process.poll() is None:
                 os.kill(dice.choice(victims), signal.SIGKILL)
                 killed += 1
-        program.process.communicate(timeout=120)
-        if program.process.returncode != 0:
+        if program.process.wait() != 0:
             case.embed(program.output, workers=dice.choice((1, 2)))
         case.check_rows(program.output)
         program.output.unlink()
@@ -264,7 +257,7 @@ def test_no_room_for_what_workers_are_told_is_one_message(
         case.embed(tmp_path / "out.h5", workers=2)
     assert "TMPDIR" in told.value.remedy
     monkeypatch.undo()
-    case.embed(tmp_path / "out.h5", workers=2)
+    case.embed(tmp_path / "out.h5")
     case.check(tmp_path / "out.h5")
 
 
@@ -280,7 +273,7 @@ def test_when_the_disk_fails_the_workers_end_with_the_run(
         case.embed(tmp_path / "out.h5", workers=2)
     assert len(begun) == 2 and all(worker.process.poll() is not None for worker in begun)
     monkeypatch.undo()
-    case.embed(tmp_path / "out.h5", workers=2)
+    case.embed(tmp_path / "out.h5")
     case.check(tmp_path / "out.h5")
 
 
