@@ -109,6 +109,7 @@ def _begin(
         os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND), number)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
     for stop in STOP_SIGNALS:
         signal.signal(stop, signal.default_int_handler if stop == signal.SIGINT else signal.SIG_DFL)
     import torch
