@@ -114,19 +114,11 @@ def attributes_of(file: h5py.File, path: Path) -> tuple[dict[str, Any], dict[str
             f"{path} was not written by virnucpro embed, or by one of another schema than {schema.SCHEMA}.",
             "Give a file that embed, merge or import wrote; virnucpro import reads those of other tools.",
         )
-    for name in schema.WORDS:
-        if unfit(attributes.get(name, ""), str) is not None:
-            raise damaged(path, f"the attribute {name} is not text, or too long")
-    for name in schema.NUMBERS:
-        if not isinstance(attributes.get(name, 0), int | np.integer | np.bool_):
-            raise damaged(path, f"the attribute {name} is no whole number")
-    parsed = {}
-    for key, form in schema.JSONS.items():
-        name = key.removesuffix("?")
-        if name in attributes:
-            parsed[name] = _parsed(path, name, attributes[name])
-            if (place := unfit(parsed[name], form, whole=False)) is not None:
-                raise damaged(path, f"the attribute {f'{name}.{place}'.rstrip('.')} is not of its kind")
+    names = [name for key in schema.JSONS if (name := key.removesuffix("?")) in attributes]
+    parsed = {name: _parsed(path, name, attributes[name]) for name in names}
+    for values, form in ((attributes, schema.PLAIN), (parsed, schema.JSONS)):
+        if (place := unfit(values, form, whole=False)) is not None:
+            raise damaged(path, f"the attribute {place} is not of its kind")
     return attributes, parsed
 
 
@@ -171,7 +163,7 @@ def settings_of(
     rows = [f"{kind}/{layer}" for kind in settings["pool"] for layer in settings["layers"]]
     others = [f"unmasked/{name}" for name in unmasked(emit)] + ["contacts/values"] * ("contacts" in emit)
     others += ["residue/offsets"] * any_by_residue(settings["pool"], emit)
-    _check_there(path, [*rows, *others], data)
+    _check_has(path, [*rows, *others], data)
     stored = np.dtype(np.float16 if settings["store_dtype"] == "fp16" else np.float32)
     if other := [name for name in rows if data[name].dtype != stored]:
         raise damaged(path, f"{other[0]} is of {data[other[0]].dtype}, not {stored}")
@@ -229,7 +221,7 @@ def datasets_of(file: h5py.File, path: Path) -> dict[str, Dataset]:
     for name, each in data.items():
         if name != "embeddings":  # a second name
             _check(path, name, each, length, sizes)
-    _check_there(path, schema.NEEDED, data)
+    _check_has(path, schema.NEEDED, data)
     default = data.get("embeddings")
     if default is not None and not any(each == default for name, each in data.items() if name != "embeddings"):
         raise damaged(path, "embeddings is no second name of a dataset")
@@ -275,7 +267,7 @@ def _bind(path: Path, name: str, size: int, letter: str | int, sizes: dict[str, 
         raise damaged(path, f"{name} has {size:,} entries, and {right:,} is right")
 
 
-def _check_there(path: Path, names: "list[str] | tuple[str, ...]", data: dict[str, Dataset]) -> None:
+def _check_has(path: Path, names: "list[str] | tuple[str, ...]", data: dict[str, Dataset]) -> None:
     if lacking := [name for name in names if name not in data]:
         raise damaged(path, f"it has no {lacking[0]}")
 
@@ -326,7 +318,7 @@ def _possible_contacts(path: Path, data: dict[str, Dataset]) -> dict[str, NDArra
     names = tuple(f"contacts/{name}" for name in ("starts", "sizes", "status", "values"))
     if not any(name in data for name in names):
         return {}
-    _check_there(path, names, data)
+    _check_has(path, names, data)
     starts, sizes, status = (data[name][:] for name in names[:-1])
     sides, room = sizes.astype(np.int64), len(data["contacts/values"])
     return {

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -288,9 +288,9 @@ def making(path: Path, rename: Callable[[Path, Path], None]) -> Iterator[tuple[i
 
 @contextmanager
 def written_whole(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write that gets its name when all of it is on disk; replace: even if another has it.
+    """A file to write that gets its name when all of it is on disk, and is gone if the block fails.
 
-    Raises UserError if the disk fails, or another file has the name and shall not be replaced.
+    replace: even if another file has the name. Raises UserError if the disk fails, or another file is not replaced.
     """
     try:
         rename = os.replace if replace else partial(rename_new, kept=False)
@@ -301,12 +301,9 @@ def written_whole(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
         raise disk_error(error, path, resumable=False) from None
 
 
-@contextmanager
-def new_file(output: Path, overwrite: bool) -> Iterator[IO[bytes]]:
-    """A file that gets its name when it is whole and on disk, and that is gone if the block fails; see `check_new`."""
-    check_new(output, overwrite)
-    with written_whole(behind(output), overwrite) as file:
-        yield file
+def new_file(output: Path, overwrite: bool) -> AbstractContextManager[IO[bytes]]:
+    """A file to write, as `written_whole` gives it, where `check_new` saw that it can be made. A link stays one."""
+    return written_whole(behind(output), overwrite)
 
 
 def copy_back(output: Path) -> None:

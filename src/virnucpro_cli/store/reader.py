@@ -86,8 +86,7 @@ class EmbeddingFile:
     @cached_property
     def inputs(self) -> list[dict[str, Any]]:
         """Files that were embedded: path, bytes and sha256 of each."""
-        inputs: list[dict[str, Any]] = self._parsed["inputs"]
-        return inputs
+        return list(self._parsed["inputs"])
 
     def __repr__(self) -> str:
         proteins, state = counted(len(self), "protein"), "" if self.complete else ", not complete"
@@ -292,8 +291,8 @@ class EmbeddingFile:
     def residue_offsets(self) -> NDArray[np.int64]:
         """int64 [N + 1]; needs `--pool residue` or `--emit logits`. Raises UserError if the file has none."""
         if "residue/offsets" not in self._data:
-            made = "It was made without --pool residue and --emit logits."
-            raise Missing(f"{self.path} holds no rows of residues.", made)
+            reason = "It was made without --pool residue and --emit logits."
+            raise Missing(f"{self.path} holds no rows of residues.", reason)
         return self.at("residue/offsets")[:]
 
     @property

@@ -135,8 +135,6 @@ MOST_LAYERS = 1000
 COMPUTED_IN = ("float32", "float16", "bfloat16", "float8_e4m3fn", UNKNOWN)
 WORDS = ("model", "device", "attention", "tool_version", "created", "weights", "weights_sha256", "dtype")
 """Attributes of every file that are text."""
-NUMBERS = ("approximate", "model_layers")
-"""Attributes that are whole numbers, or yes and no."""
 
 
 class Whole(NamedTuple):
@@ -170,6 +168,8 @@ FINGERPRINT: dict[str, Form] = {
     "emit?": Distinct(set(EMITS)), "shard?": str, "groups?": str, "imported?": str, "unknown?": [str],
     "gene_caller?": {"name": _choices("genes"), "version": str},
 }  # fmt: skip
+PLAIN: Form = dict.fromkeys(WORDS, str) | dict.fromkeys(("approximate?", "model_layers?"), int | np.integer | np.bool_)
+"""Attributes that are text, and numbers or yes and no."""
 JSONS: dict[str, Form] = {
     "fingerprint": FINGERPRINT, "config": {"model": str}, "environment": {"torch?": str}, "argv": [str],
     "layers": Distinct(Whole(-1, 9999)), "pool": Distinct(set(KINDS)), "inputs": [_SOURCE],

@@ -353,7 +353,8 @@ class Store:
     def finish(self, report: str, overwrite: bool) -> str:
         """Store the report and the checksum, which is returned, declare the file complete, and give it its final name.
 
-        Raises UserError if a record is pending: whoever calls this believes that none is.
+        Without overwrite, no other file than `replaces` is replaced. Raises UserError if another file has the name, the
+        disk fails, or a record is pending: whoever calls this believes that none is.
         """
         self.commit()
         if pending := int((self.status == PENDING).sum()):
@@ -367,17 +368,13 @@ class Store:
         self._sync()
         self._write_text("run/complete", b"\1")
         self._sync()
-        self.publish(overwrite)
-        return checksum
-
-    def publish(self, overwrite: bool) -> None:
-        """Give the file its final name; without overwrite, no other file than the one that it replaces is replaced."""
         ours = self.replaces is not None and disk.is_the_file(self.output, self.replaces, unchanged=True)
         try:
             (os.replace if overwrite or ours else disk.rename_new)(self.path, self.output)
         except OSError as error:
             raise disk.disk_error(error, self.output, resumable=True) from None
         self.path = self.output
+        return checksum
 
     @contextmanager
     def filling(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import store
 from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.exchange.layouts.layout import Entry, Format, What
+from virnucpro_cli.store.reader import accession
 
 Int64 = NDArray[np.int64]
 LAST = -1
@@ -21,16 +22,11 @@ LAST = -1
 BATCH, BATCH_BYTES = 4096, 1 << 26
 
 
-def _accession(name: str) -> str:
-    found = re.match(r"(?:sp|tr)\|([^|]+)\|", name)
-    return found[1] if found else name
-
-
 READINGS: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("name", str),
     ("first word of the name", lambda name: "".join(name.split(None, 1)[:1])),
     ("name with _ for / and .", lambda name: re.sub(r"[/.]", "_", "".join(name.split(None, 1)[:1]))),  # ProtTrans
-    ("UniProt accession", _accession),
+    ("UniProt accession", accession),
 )
 """How names of a file and of a FASTA are made comparable; the first that finds most is taken."""
 
