@@ -1,4 +1,4 @@
-"""The file as the disk has it: its names and locks, reserved room, checksum, and what is said when a write fails."""
+"""The file as the disk has it: its names and locks, reserved room, checksum, and the message of a write that fails."""
 
 import ctypes
 import errno
@@ -36,7 +36,7 @@ REFUSALS: dict[str, tuple[tuple[int, ...], str]] = {
     "renameat2": (DENIES, "link and unlink"),
     "link": ((*DENIES, errno.EMLINK, errno.EXDEV), "an empty file takes the name first, which the rename replaces"),
 }
-"""Calls that not every file system has: errors of those without, and what a run does then. Others end it (exit 2)."""
+"""Calls that not every file system has: errors where they lack, and the way of a run then. Other errors end it."""
 
 
 @contextmanager
@@ -387,7 +387,7 @@ def reserve(fd: int, size: int) -> None:
 
 
 def sync_data(fd: int) -> None:
-    """Make durable what was written. Raises OSError if a write was lost."""
+    """Make all writes durable. Raises OSError if one was lost."""
     with _optional("fdatasync"):
         getattr(os, "fdatasync", os.fsync)(fd)  # Apple has the second alone
         return

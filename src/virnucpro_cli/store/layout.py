@@ -41,7 +41,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Extra:
-    """What a file holds besides the records' own columns and embeddings; names are those of datasets.
+    """Datasets of a file besides columns of records and embeddings, by name.
 
     columns: a value for each record [N]; tables: arrays and names of anything else; rows: how many each group of
     datasets `NAME/<layer>` has, values: how many single ones a dataset has, all filled later in the store dtype;
@@ -126,12 +126,12 @@ class Layout:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of what is filled later."""
+        """Bytes of the datasets that are filled later."""
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.filled.values())
 
     @property
     def file_bytes(self) -> int:
-        """What the whole file takes at most: embeddings, names with their heap entries, small columns, HDF5's own."""
+        """Bytes of the whole file at most: embeddings, names with their heap entries, small columns, HDF5's own."""
         columns = sum(56 * c.count + c.bytes if isinstance(c, Names) else c.nbytes for c in self.columns.values())
         columns += 8 * len(self.lengths)  # /run/sums
         return self.data_bytes + columns + schema.REPORT_BYTES + schema.ENVIRONMENT_BYTES + (1 << 17)

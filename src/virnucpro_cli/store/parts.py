@@ -1,4 +1,4 @@
-"""What an embeddings file holds beside rows of records: rows of groups, and contact maps."""
+"""Parts of an embeddings file beside rows of records: rows of groups, and contact maps."""
 
 from collections.abc import Callable
 from functools import cached_property

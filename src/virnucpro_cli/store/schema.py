@@ -21,9 +21,9 @@ REASONS = ("", "empty", "invalid residues", "too long", "not finite", "out of me
            "name not unique")  # fmt: skip
 EMPTY, INVALID, TOO_LONG, NOT_FINITE, NO_MEMORY, ABSENT, AMBIGUOUS = 1, 2, 3, 4, 5, 6, 7
 AFTER_TRYING = (NOT_FINITE, NO_MEMORY, ABSENT, AMBIGUOUS)
-"""Reasons that no policy gives: what came of an attempt."""
+"""Reasons that an attempt has, and no policy gives."""
 UNKNOWN = "unknown"
-"""What an imported file says where nothing is known."""
+"""The word of an imported file where nothing is known."""
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 REPORT_BYTES = 1 << 16
 ENVIRONMENT_BYTES = 1 << 14
@@ -59,7 +59,7 @@ def whole_lines(text: bytes) -> list[str]:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints in words, but for ONLY_PLACE."""
+    """Differences between two fingerprints in words, but for ONLY_PLACE."""
     keys = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
     words = {
         "contigs_sha256": "the content of the contigs differs",

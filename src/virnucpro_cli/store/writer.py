@@ -190,7 +190,7 @@ class Store:
         return sums.of_states([getattr(self, name)[rows] for name in STATES], self.environments)
 
     def _row_sums(self, records: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Sums of the digests of all rows of records (rising), of what was just placed or else is in the file."""
+        """Sums of the digests of all rows of records (rising), as just placed, else as in the file."""
         total = np.zeros(len(records), np.uint64)
         for name in self._vouched:
             rows, counts = self._rows_of(name, records)
@@ -310,7 +310,7 @@ class Store:
             self._fresh.clear()
 
     def settle(self, name: str, rows: NDArray[np.int64], value: int, columns: dict[str, NDArray[np.uint64]]) -> None:
-        """Make durable what was placed, with the values (uint64 [n]) of other columns for rows (int64 [n]).
+        """Make placed values durable, with those (uint64 [n]) of other columns for rows (int64 [n]).
 
         Then, also durably, give rows of the column `name` a value that vouches for them. Raises UserError on failure.
         """
