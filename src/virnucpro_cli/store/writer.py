@@ -49,11 +49,6 @@ def _extents(file: h5py.File, path: Path) -> dict[str, Extent]:
     return extents
 
 
-def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The numbers from each of the starts on, int64 [sum of counts]."""
-    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-
-
 class Store:
     """A laid-out file, locked by this process, filled row by row.
 
@@ -183,7 +178,7 @@ class Store:
         assert self._offsets is not None
         first = self._offsets[records]
         counts = self._offsets[records + 1] - first
-        return _ranges(first, counts), counts
+        return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum()), counts
 
     def _state_sums(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Digests of the states of rows, as this process holds them."""
@@ -253,28 +248,34 @@ class Store:
         starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)  # where a run of neighbours begins
         bounds = [*(starts * extent.row_bytes).tolist(), values.nbytes]
         offsets = (extent.offset + rows[starts] * extent.row_bytes).tolist()
-        data = memoryview(values.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
+        data = values.view(np.uint8).reshape(-1).data
         for (a, b), offset in zip(pairwise(bounds), offsets, strict=True):
             self._write(data[a:b], offset)
 
     def _write_column(self, name: str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
         """Write rows of a column that this process alone writes: rows between near ones go out with them."""
-        near = NEAR_BYTES // self.places[name].row_bytes
+        extent = self.places[name]
+        near = NEAR_BYTES // extent.row_bytes
         starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - near - 1) > near)
-        first, last = rows[starts], rows[np.append(starts[1:], len(rows)) - 1]
-        every = _ranges(first, last - first + 1)
-        column = self.read(name, every)[:, 0]
-        column[np.searchsorted(every, rows)] = values
-        self._write_rows(name, every, column)
+        for a, b in pairwise([*starts.tolist(), len(rows)]):
+            first, last = rows[[a, b - 1]].tolist()
+            column = np.empty(last - first + 1, extent.dtype)
+            self._read_run(name, first, column.view(np.uint8))
+            column[rows[a:b] - first] = values[a:b]
+            self._write(column.view(np.uint8).data, extent.offset + first * extent.row_bytes)
+
+    def _read_run(self, name: str, first: int, into: Any) -> None:
+        extent = self.places[name]
+        if os.preadv(self.fd, [into], extent.offset + first * extent.row_bytes) != into.nbytes:
+            raise UserError(f"{self.path} was cut short while it was filled.", "Remove it, and run again.")
 
     def read(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Rows (int64 [n]) of a dataset as written: [n, D] in its dtype. Raises UserError if the file was cut short."""
         extent = self.places[name]
-        data: Any = np.empty((len(rows), extent.row_bytes), np.uint8)
+        data = np.empty((len(rows), extent.row_bytes), np.uint8)
         starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)
         for a, b in pairwise([*starts.tolist(), len(rows)]):
-            if os.preadv(self.fd, [data[a:b]], extent.offset + int(rows[a]) * extent.row_bytes) != data[a:b].nbytes:
-                raise UserError(f"{self.path} was cut short while it was filled.", "Remove it, and run again.")
+            self._read_run(name, int(rows[a]), data[a:b])
         return data.view(extent.dtype)
 
     def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:
