@@ -22,12 +22,12 @@ import slowed
 from conftest import ROOT, write_model
 from virnucpro_cli import cli, fasta, report, store
 from virnucpro_cli.cluster.ray import actor as actors
-from virnucpro_cli.cluster.ray import driver, messages
+from virnucpro_cli.cluster.ray import driver
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine import runner
 from virnucpro_cli.engine.collate import VarlenCollator
-from virnucpro_cli.engine.placer import Placer
+from virnucpro_cli.engine.placer import Job, Placer
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
@@ -207,8 +207,9 @@ def placer_of(case: Case, config: EmbedConfig) -> Placer:
     table = fasta.index(fasta.open_sources(config.inputs, case.fasta.parent))
     work = decide(table, config)
     plan = in_blocks(work.segments.length, 1024)
-    file: Any = None
-    return Placer(file, table, work, plan, config, np.ones(len(table), np.bool_), report.Clock(), pin=False)
+    nowhere: Any = None
+    job = Job(config, table, work, plan, np.ones(len(table), np.bool_), nowhere, (4,), torch.float32)
+    return Placer(nowhere, job, report.Clock(), pin=False)
 
 
 def test_a_share_is_whole_whatever_packs_are_in_it(case: Case) -> None:
@@ -217,7 +218,7 @@ def test_a_share_is_whole_whatever_packs_are_in_it(case: Case) -> None:
     dice = np.random.default_rng(0)
     for _ in range(20):
         packs = dice.choice(len(plan), dice.integers(1, 6), replace=False).tolist()
-        share = messages.share_of(packs, plan, placer)
+        share = driver.share_of(packs, placer)
         collator = VarlenCollator(actors.Texts(share), share.segments, share.embedded, share.plan)
         for here, there in enumerate(packs):
             batch = actors.Collate()((collator, share.numbers, here))
@@ -226,6 +227,10 @@ def test_a_share_is_whole_whatever_packs_are_in_it(case: Case) -> None:
             for name in ("tokens", "positions", "cu_seqlens", "divisor", "query_tiles", "weights"):
                 ours, theirs = getattr(batch, name), getattr(expected, name)
                 assert theirs is None if ours is None else torch.equal(ours, theirs), name
+
+
+def words(messages: list[Any]) -> list[str]:
+    return [word for word, *_ in messages]
 
 
 @pytest.fixture
@@ -237,16 +242,17 @@ def actor() -> Any:
 
 def test_weights_that_are_not_on_a_node_are_sent_to_it(case: Case, actor: Any) -> None:
     found = locate.verified(locate.fetch(str(case.model), print))
-    assert not actor.load(replace(found, files=(Path("/nowhere/model.safetensors"),)), (4,))
-    assert not actor.load(replace(found, sha256="0" * 64), (4,)), "other weights under the same path"
+    missing = [("no weights",)]
+    assert actor.load(replace(found, files=(Path("/nowhere/model.safetensors"),)), (4,)) == missing
+    assert actor.load(replace(found, sha256="0" * 64), (4,)) == missing, "other weights under the same path"
     spec, state, notes = weights.load(found)
     sent = {key: each.numpy() for key, each in state.items()}
     for array in sent.values():
         array.flags.writeable = False  # as in Ray's object store
-    assert actor.take((spec, sent, notes), (4,))
+    assert words(actor.take((spec, sent, notes), (4,))) == ["done"]
     placer = placer_of(case, EmbedConfig(inputs=(str(case.fasta),), output="x.h5", **OPTIONS))
-    actor.work(messages.share_of([0], placer.collator.plan, placer))
-    assert actor.finish().ended
+    actor.work(driver.share_of([0], placer))
+    assert words(actor.work(None))[-2:] == ["rows", "done"]
 
 
 def test_an_actor_that_fails_says_so_and_answers_every_call(
@@ -256,12 +262,12 @@ def test_an_actor_that_fails_says_so_and_answers_every_call(
         raise runner.DeviceFailed("it fell off the bus")
 
     monkeypatch.setattr(runner, "serial", fails)
-    assert actor.load(locate.verified(locate.fetch(str(case.model), print)), (4,))
+    assert words(actor.load(locate.verified(locate.fetch(str(case.model), print)), (4,))) == ["done"]
     placer = placer_of(case, EmbedConfig(inputs=(str(case.fasta),), output="x.h5", **OPTIONS))
-    share = messages.share_of([0], placer.collator.plan, placer)
-    for answer in (actor.work(share), actor.work(share), actor.finish()):
-        assert answer.lost is not None and not answer.lost.fatal and not answer.ended
-        assert "fell off the bus" in answer.lost.error.what
+    share = driver.share_of([0], placer)
+    said = [message for share in (share, share, None) for message in actor.work(share)]
+    (lost,) = (rest[0] for word, *rest in said if word == "lost")
+    assert not lost.fatal and "fell off the bus" in lost.error.what and "done" not in words(said)
 
 
 def test_a_cluster_of_this_host_starts_by_itself_and_the_report_says_when_the_driver_is_the_limit(

@@ -17,7 +17,7 @@ from virnucpro_cli.embed import engines
 from virnucpro_cli.embed import summary as words
 from virnucpro_cli.embed.recipe import EmbedRun, attributes, decided, resolved_layers, target
 from virnucpro_cli.engine import devices
-from virnucpro_cli.engine.placer import Placer
+from virnucpro_cli.engine.placer import Job, Placer
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features import Loaded, asked_for
 from virnucpro_cli.kinds import unmasked
@@ -113,7 +113,8 @@ def _fill(run: EmbedRun) -> None:
     pending[decisions.representative[file.status == store.PENDING]] = True
     segments = decisions.segments
     packs = worst_first(plan, subset(plan, pending[segments.record]), segments.length)
-    placer = Placer(file, run.table, decisions, plan, run.config, pending, run.clock, computing.pins)
+    job = Job(run.config, run.table, decisions, plan, pending, run.weights, run.layers, computing.dtype)
+    placer = Placer(file, job, run.clock, computing.pins)
     exact_arithmetic()
     file.compute_in(computing.computed_by(len(packs) > 1))
     if len(packs):
@@ -121,10 +122,7 @@ def _fill(run: EmbedRun) -> None:
     if placer.broken or placer.unfit:
         from virnucpro_cli.engine.second_pass import second_pass
 
-        second_pass(
-            placer, run.weights, run.layers, run.config, computing.dtype, run.device, computing.backend,
-            engines.computed_at, run.tell,
-        )  # fmt: skip
+        second_pass(placer, run.device, computing.backend, run.tell)
     for feature in run.features:
         feature.after(run)
     with run.clock.stage("finish"):

@@ -1,6 +1,5 @@
 """Who computes the packs of a run: this process, worker processes of this host, or the actors of a Ray cluster."""
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.policies import Int64
 
 if TYPE_CHECKING:
-    from virnucpro_cli.cluster.ray import Cluster
+    from virnucpro_cli.cluster.ray.driver import Cluster
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Computing(ABC):
 
     def computed_by(self, several: bool) -> str:
         """The environment of a row, in a line of JSON. several: whether there are packs for all processes."""
-        return computed_by(self.device, self.dtype, self.local_device, self.processes if several else 1)
+        return devices.computed_by(self.device, self.dtype, self.local_device, self.processes if several else 1)
 
     @abstractmethod
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
@@ -90,12 +89,8 @@ class OnThisHost(Computing):
         from virnucpro_cli.engine import workers
 
         run.loaded = None
-        job = workers.Job(
-            run.config, run.weights, run.layers, self.dtype, self.device.attention, run.table, run.decisions, run.plan,
-            placer.todo, run.file.output, run.file.path, run.file.fd, devices.threads_of(self.processes),
-        )  # fmt: skip
         with _tracked(run, packs, placer):
-            rows = workers.compute_in_processes(job, packs, self.devices[: len(packs)], placer, run.tell)
+            rows = workers.compute_in_processes(placer, packs, self.devices, self.device.attention, run.tell)
         run.summary.tables["Workers"] = rows
 
 
@@ -111,7 +106,7 @@ class OnRay(Computing):
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         run.loaded = None
         with _tracked(run, packs, placer):
-            rows = self.cluster.run(packs, run.plan, placer, run.weights, run.layers, run.tell)
+            rows = self.cluster.run(placer, packs, run.tell)
         run.summary.tables["Nodes"] = rows
 
 
@@ -121,7 +116,7 @@ def chosen(config: EmbedConfig, alone: bool, out: Console, clock: report.Clock) 
     if config.engine == "local":
         yield _on_this_host(config, alone)
         return
-    from virnucpro_cli.cluster.ray import Cluster
+    from virnucpro_cli.cluster.ray.driver import Cluster
 
     with Cluster(config) as cluster:
         with clock.stage("start workers"):
@@ -148,20 +143,3 @@ def _on_this_host(config: EmbedConfig, alone: bool) -> OnThisHost:
 def _tracked(run: Run, packs: Int64, placer: Placer) -> report.Tracker:
     placer.tracker = report.Tracker(run.out, int(run.plan.tokens[packs].sum()))
     return placer.tracker
-
-
-def computed_by(device: devices.Device, dtype: torch.dtype, local_device: torch.device, processes: int = 1) -> str:
-    """The environment of a row, in a line of JSON. Its bits depend on that and on its input.
-
-    processes: that share a device of this host.
-    """
-    return json.dumps({
-        "device": device.name if processes == 1 else devices.describe_device(local_device, processes),
-        "dtype": attention.describe(dtype), "attention": device.attention, "torch": device.torch,
-        "virnucpro": device.virnucpro,
-    })  # fmt: skip
-
-
-def computed_at(device: torch.device, dtype: torch.dtype, backend: Backend) -> str:
-    """The environment of a row that a device of this host computes."""
-    return computed_by(devices.device_here(device, backend), dtype, device)

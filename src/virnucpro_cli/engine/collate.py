@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import alphabet
 from virnucpro_cli.batch import PackedBatch, query_tiles
-from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, Segments, bucket_of, window_weights
+from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Int64, Plan, Segments, bucket_of, window_weights
 
-Item = int | np.int64 | NDArray[np.int64]
+Item = int | np.int64 | Int64
 """A pack by its number in the plan, or segments that make up one."""
 
 
@@ -18,15 +18,18 @@ class Texts(Protocol):
     """Where a collator reads: a RecordTable, or what stands for one elsewhere."""
 
     @property
-    def length(self) -> NDArray[np.int32]: ...
+    def length(self) -> NDArray[np.int32]:
+        """Residues of each record, int32 [N]."""
+
     def check_unchanged(self) -> None: ...
-    def tokens(self, records: NDArray[np.int64], /) -> NDArray[np.uint8]: ...
+    def tokens(self, records: Int64, /) -> NDArray[np.uint8]:
+        """Tokens of the records, one behind the other, uint8 [residues of all]."""
 
 
 class VarlenCollator:
     """Makes the batch of any pack of a plan.
 
-    embedded: int [N], residues of each record that are embedded; a segment shorter than that is a window.
+    embedded: int32 [N], residues of each record that are embedded; a segment shorter than that is a window.
     """
 
     def __init__(self, table: Texts, segments: Segments, embedded: NDArray[np.int32], plan: Plan, pin: bool = False):
@@ -38,16 +41,12 @@ class VarlenCollator:
         numbers = self.segments_of(item)
         record = self.segments.record[numbers]
         length = self.segments.length[numbers].astype(np.int64)
+        total = self.embedded[record]
         seqlens = length + SPECIAL_TOKENS
         cu_seqlens = np.append(0, np.cumsum(seqlens))
         used = int(cu_seqlens[-1])
         rows = int(bucket_of(cu_seqlens[-1:], self.plan.token_budget)[0])
-        total = self.embedded[record]
-
         position = np.arange(used) - np.repeat(cu_seqlens[:-1], seqlens)
-        positions = self._tensor(rows, torch.int32)
-        positions.numpy()[:used] = position
-        positions.numpy()[used:] = 0
 
         whole, which = np.unique(record, return_inverse=True)  # windows share their record
         sizes = self.table.length[whole].astype(np.int64)
@@ -55,38 +54,27 @@ class VarlenCollator:
         text = self.table.tokens(whole).take(position + np.repeat(first - 1, seqlens), mode="clip")
         text[cu_seqlens[:-1]] = alphabet.CLS
         text[cu_seqlens[1:] - 1] = alphabet.EOS
-        tokens = self._tensor(rows, torch.int32)
-        tokens.numpy()[:used] = text
-        tokens.numpy()[used:] = alphabet.PAD
-        bounds = self._tensor(len(cu_seqlens), torch.int32)
-        bounds.numpy()[:] = cu_seqlens
-        divisor = self._tensor(len(numbers), torch.float32)
-        divisor.numpy()[:] = total
 
-        parts = query_tiles(cu_seqlens)
-        tiles = self._tensor(3 * len(parts), torch.int32).view(-1, 3)
-        tiles.numpy()[:] = parts
-
-        mask_ratio = None
+        mask_ratio = weights = None
         if (text == alphabet.MASK).any():
             masked = np.add.reduceat(text == alphabet.MASK, cu_seqlens[:-1], dtype=np.int64)
-            mask_ratio = self._tensor(rows, torch.float32)
-            mask_ratio.numpy()[:used] = np.repeat(np.float32(1) - (masked / seqlens).astype(np.float32), seqlens)
-            mask_ratio.numpy()[used:] = 1
-
-        weights = None
+            ratio = np.float32(1) - (masked / seqlens).astype(np.float32)
+            mask_ratio = self._tensor(np.repeat(ratio, seqlens), torch.float32, rows, filler=1)
         windows = np.flatnonzero(length < total)
         if len(windows):
-            weights = self._tensor(rows, torch.float32)
-            weights.numpy()[:] = 1
+            blending = np.ones(used, np.float32)
             for i in windows.tolist():
-                weights.numpy()[cu_seqlens[i] + 1 : cu_seqlens[i + 1] - 1] = self.weights_of(int(numbers[i]))
+                blending[cu_seqlens[i] + 1 : cu_seqlens[i + 1] - 1] = self.weights_of(int(numbers[i]))
+            weights = self._tensor(blending, torch.float32, rows, filler=1)
         return PackedBatch(
-            tokens, positions, bounds, divisor, tiles, mask_ratio, weights, numbers, seqlens, int(seqlens.max())
-        )
+            self._tensor(text, torch.int32, rows, filler=alphabet.PAD), self._tensor(position, torch.int32, rows),
+            self._tensor(cu_seqlens, torch.int32), self._tensor(total, torch.float32),
+            self._tensor(query_tiles(cu_seqlens).ravel(), torch.int32).view(-1, 3),
+            mask_ratio, weights, numbers, seqlens, int(seqlens.max()),
+        )  # fmt: skip
 
     def parts(self, item: Item, tokens: int) -> list[Any]:
-        """The segments of a pack in parts of at most so many tokens, or of one segment; the item itself if it is one part."""
+        """The segments of a pack in parts of at most so many tokens, or of one segment; the item if it is one part."""
         numbers = self.segments_of(item)
         ends = np.cumsum(self.segments.length[numbers].astype(np.int64) + SPECIAL_TOKENS)
         parts, first = [], 0
@@ -97,20 +85,25 @@ class VarlenCollator:
             first = upto
         return parts if len(parts) > 1 else [item]
 
-    def segments_of(self, item: Item) -> NDArray[np.int64]:
-        """Numbers of the segments of an item."""
+    def segments_of(self, item: Item) -> Int64:
+        """Numbers of the segments of an item, int64 [n]."""
         return item if isinstance(item, np.ndarray) else self.plan.pack(int(item))
 
     def weights_of(self, segment: int) -> NDArray[np.float32]:
-        """Blending weights, float32 [length], of a window."""
+        """Blending weights of a window, float32 [length]."""
         record = self.segments.record[segment]
         first, last = np.searchsorted(self.segments.record, [record, record + 1])
         starts = tuple(self.segments.start[first:last].tolist())
         window = int(self.segments.length[segment])
         return window_weights(int(self.embedded[record]), starts, window)[segment - int(first)]
 
-    def _tensor(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    def _tensor(self, values: NDArray[Any], dtype: torch.dtype, rows: int = 0, filler: int = 0) -> torch.Tensor:
+        """The values, and filler up to so many rows, in a tensor from which a copy to a device need not wait."""
+        rows = rows or len(values)
         try:
-            return torch.empty(rows, dtype=dtype, pin_memory=self.pin)
-        except RuntimeError:  # so little that it need not be pinned
-            return torch.empty(rows, dtype=dtype)
+            tensor = torch.empty(rows, dtype=dtype, pin_memory=self.pin)
+        except RuntimeError:  # no pinned memory is left
+            tensor = torch.empty(rows, dtype=dtype)
+        tensor.numpy()[: len(values)] = values
+        tensor.numpy()[len(values) :] = filler
+        return tensor

@@ -1,6 +1,7 @@
 """Devices of this host: which there are, their memory and dtypes, what their errors mean."""
 
 import ctypes
+import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,46 +19,46 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 
 
 def resolve_device(name: str, option: str = "--device") -> torch.device:
-    """`auto` (CUDA if there, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`. Raises UserError if it is absent or too old."""
+    """`auto` (CUDA if there, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`. Raises UserError if absent or too old."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    device = None
+    with suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"{option} is {name!r}.", "Choose auto, cpu, cuda, cuda:N or mps.") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            build = (
-                "this PyTorch is a CPU build"
-                if torch.version.cuda is None and torch.version.hip is None
-                else "none is visible"
-            )
-            raise UserError(
-                f"{option} {name}: there is no usable CUDA GPU ({build}).",
-                f"Use {option} cpu, or install a CUDA build of PyTorch.",
-            )
-        device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"{option} {name}: this host has {counted(torch.cuda.device_count(), 'visible GPU')}, numbered from 0."
-            )
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (5, 0):
-            raise UserError(
-                f"{torch.cuda.get_device_name(device)} is older than compute capability 5.0, the oldest supported."
-            )
-    elif device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise UserError(f"{option} mps: there is no Apple GPU here.", f"Use {option} cpu.")
-    elif device.type != "cpu" or device.index is not None:
+    if (
+        device is None
+        or device.type not in ("cuda", "mps", "cpu")
+        or (device.type == "cpu" and device.index is not None)
+    ):
         raise UserError(f"{option} is {name!r}.", "Choose auto, cpu, cuda, cuda:N or mps.")
-    return device
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"{option} mps: there is no Apple GPU here.", f"Use {option} cpu.")
+    return _gpu(device, option) if device.type == "cuda" else device
+
+
+def _gpu(device: torch.device, option: str) -> torch.device:
+    """The CUDA device with its number. Raises UserError if there is none such, or it is too old."""
+    if not torch.cuda.is_available():
+        for_cpu = torch.version.cuda is None and torch.version.hip is None
+        build = "this PyTorch is a CPU build" if for_cpu else "none is visible"
+        remedy = f"Use {option} cpu, or install a CUDA build of PyTorch."
+        raise UserError(f"{option} {device}: there is no usable CUDA GPU ({build}).", remedy)
+    count, number = torch.cuda.device_count(), device.index if device.index is not None else torch.cuda.current_device()
+    if number >= count:
+        raise UserError(f"{option} {device}: this host has {counted(count, 'visible GPU')}, numbered from 0.")
+    if torch.version.hip is None and torch.cuda.get_device_capability(number) < (5, 0):
+        gpu = torch.cuda.get_device_name(number)
+        raise UserError(f"{gpu} is older than compute capability 5.0, the oldest supported.")
+    return torch.device("cuda", number)
 
 
 def resolve_devices(name: str, workers: int | str) -> tuple[list[torch.device], list[str]]:
-    """The device of every process of a run, and notes: `auto` and `cuda` are all visible GPUs like the first, `cuda:0,2` those
-    two, anything else one device. workers, unless `auto`, is how many processes share them in turn."""
+    """The device of every process of a run, and notes. Raises UserError if one is absent, too old, or named twice.
+
+    `auto` and `cuda` are all visible GPUs like the first, `cuda:0,2` those two, anything else one device.
+    workers: how many processes share them in turn; `auto`: one for each.
+    """
     kind, _, numbers = name.partition(":")
-    notes = []
     if kind == "cuda" and "," in numbers:
         devices = [resolve_device(f"cuda:{number.strip()}") for number in numbers.split(",")]
         if len(set(devices)) < len(devices):
@@ -66,13 +67,11 @@ def resolve_devices(name: str, workers: int | str) -> tuple[list[torch.device], 
         devices = [resolve_device(name)]
         if devices[0].type == "cuda" and not numbers:
             devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    like = [d for d in devices if describe_device(d) == describe_device(devices[0])]
-    if len(like) < len(devices):
-        notes.append(
-            f"only the {len(like)} of {len(devices)} GPUs that are {describe_device(devices[0])} are used: others round otherwise"
-        )
+    first = describe_device(devices[0])
+    like = [device for device in devices if describe_device(device) == first]
+    unlike = f"only the {len(like)} of {len(devices)} GPUs that are {first} are used: others round otherwise"
     count = len(like) if workers == "auto" else int(workers)
-    return [like[i % len(like)] for i in range(count)], notes
+    return [like[i % len(like)] for i in range(count)], [unlike] if len(like) < len(devices) else []
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -100,9 +99,7 @@ def describe_device(device: torch.device, processes: int = 1) -> str:
     """Its kind, as far as bits depend on it; processes: that share the CPU's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"CPU, {counted(threads_of(processes), 'thread')}"
-    return device.type
+    return f"CPU, {counted(threads_of(processes), 'thread')}" if device.type == "cpu" else device.type
 
 
 def threads_of(processes: int) -> int:
@@ -126,24 +123,16 @@ def free_memory(device: torch.device) -> float:
 def _left_by_cgroups(own: Path, root: Path) -> float:
     """Bytes that containers and batch systems leave to this process; infinite if they set no limit."""
     left = float("inf")
-    try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        return left
-    for _, controllers, path in lines:
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        base, limit, used = (
-            (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
-            if controllers
-            else (root, "memory.max", "memory.current")
-        )
-        folder = base / path.lstrip("/")
+        limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        folder = root / controllers / path.lstrip("/")
         for each in (folder, *folder.parents):  # the limits of those around it count as well
-            if each == root.parent:
-                break
             with suppress(OSError, ValueError):  # "max", or no such file
-                left = min(left, int((each / limit).read_text()) - int((each / used).read_text()))
+                free = int((each / f"memory.{limit}").read_text()) - int((each / f"memory.{used}").read_text())
+                left = min(left, free)
     return left
 
 
@@ -151,15 +140,14 @@ def check_room(device: torch.device, needed: int, what: str) -> None:
     """Raise UserError if `needed` bytes surely do not fit the device's free memory."""
     free = free_memory(device)
     if needed > free:
-        raise UserError(
-            f"{what} need {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free on {describe_device(device)}.",
-            "Choose a smaller --model, a 16-bit --dtype, or another device.",
-        )
+        there = f"{free / 1e9:.1f} GB are free on {describe_device(device)}"
+        remedy = "Choose a smaller --model, a 16-bit --dtype, or another device."
+        raise UserError(f"{what} need {needed / 1e9:.1f} GB of memory, and {there}.", remedy)
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where packs are computed, on whatever host: what the plan, and the file's words about its values, depend on.
+    """A device that computes packs, on whatever host: what the plan, and the file's words about its values, depend on.
 
     kind: cuda, cpu or mps; name and attention as reports have them; free: bytes of memory.
     """
@@ -182,10 +170,25 @@ def device_here(device: torch.device, backend: attention.Backend) -> Device:
     )  # fmt: skip
 
 
-def auto_token_budget(kind: str, free: float, hidden: int, weight_bytes: int, stored: int = 0, sharing: int = 1) -> int:
-    """A power of two of tokens that surely fits: on a large GPU 32768, and for small models up to 131072, so that a pack
-    takes the device longer than launching it takes the host; 2048 on a CPU, where larger packs gain nothing.
+def computed_by(device: Device, dtype: torch.dtype, local_device: torch.device, processes: int = 1) -> str:
+    """What the bits of a row depend on besides its input, in a line of JSON. processes: that share a local device."""
+    return json.dumps({
+        "device": device.name if processes == 1 else describe_device(local_device, processes),
+        "dtype": attention.describe(dtype), "attention": device.attention,
+        "torch": device.torch, "virnucpro": device.virnucpro,
+    })  # fmt: skip
 
+
+def computed_at(device: torch.device, dtype: torch.dtype, backend: attention.Backend) -> str:
+    """The same of a device of this host."""
+    return computed_by(device_here(device, backend), dtype, device)
+
+
+def auto_token_budget(kind: str, free: float, hidden: int, weight_bytes: int, stored: int = 0, sharing: int = 1) -> int:
+    """A power of two of tokens that surely fits.
+
+    It is 32768 on a large GPU, and up to 131072 for small models, so that a pack takes the device longer than launching
+    it takes the host. On a CPU it is 2048: larger packs gain nothing there.
     stored: bytes that each token leaves to be copied out (per-residue rows), which three packs hold at a time;
     sharing: processes of this run on the device, of whose memory `free` bytes are free.
     """
@@ -196,15 +199,13 @@ def auto_token_budget(kind: str, free: float, hidden: int, weight_bytes: int, st
         while not stored and budget < 131072 and budget * hidden < 32768 * 1280:
             budget *= 2
         free = free // sharing - weight_bytes
-        # fp32 copies for rotary and pooling, fc1 and its GELU, the residual stream
-        per_token = 64 * hidden + 512 + 3 * stored
+        per_token = 64 * hidden + 512 + 3 * stored  # fp32 copies for rotary and pooling, fc1 and its GELU, the stream
         while budget > 1024 and budget * per_token > free // 2:
             budget //= 2
     return budget
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h
-
 GLIBC_THRESHOLD = 128 << 10
 
 
@@ -216,7 +217,7 @@ def _mallopt(mmap: int, trim: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a pack frees for the next pack, instead of giving it back page by page (a tenth of CPU time)."""
+    """Let glibc keep memory that a pack frees for the next one. Giving it back takes a tenth of the CPU time."""
     _mallopt(1 << 30, (1 << 31) - 1)
 
 
@@ -225,14 +226,15 @@ def as_before() -> Iterator[None]:
     """Put back, for a caller's own process, what a run changes in it: precision of the BLAS, and glibc's thresholds."""
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    names = [(matmul, "fp32_precision"), (cudnn.conv, "fp32_precision"), (cudnn.rnn, "fp32_precision"),
-             (matmul, "allow_fp16_reduced_precision_reduction"), (matmul, "allow_bf16_reduced_precision_reduction")]  # fmt: skip
-    before = [getattr(place, name) for place, name in names]
+    sixteen_bit = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    switches = [(owner, "fp32_precision") for owner in (matmul, cudnn.conv, cudnn.rnn)]
+    switches += [(matmul, name) for name in sixteen_bit]
+    before = [getattr(owner, name) for owner, name in switches]
     try:
         yield
     finally:
-        for (place, name), value in zip(names, before, strict=True):
-            setattr(place, name, value)
+        for (owner, name), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
         _mallopt(GLIBC_THRESHOLD, GLIBC_THRESHOLD)
 
 
@@ -242,6 +244,6 @@ def is_for_want_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(each in str(error) for each in words)
 
 
-def _is_of_the_device(error: RuntimeError) -> bool:
+def is_of_the_device(error: RuntimeError) -> bool:
     """PyTorch gives errors of the CUDA runtime a type of their own, but not those of cuBLAS and Triton."""
     return isinstance(error, torch.AcceleratorError) or any(w in str(error) for w in ("CUDA error", "Triton Error"))

@@ -1,4 +1,4 @@
-"""Runs packs through collation, forward and sink: serially, or overlapped on CUDA. The only place with streams and events."""
+"""Runs packs through collation, forward and sink: serially, or overlapped on CUDA with streams and events."""
 
 import sys
 from collections import deque
@@ -6,20 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, Protocol
 
 import torch
 
 from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.engine.devices import (
-    _is_of_the_device,
-    describe_device,
-    is_for_want_of_memory,
-    keep_freed_memory,
-    store_dtype,
-)
+from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.kinds import unmasked
 from virnucpro_cli.model.esm2 import ESM2
@@ -48,7 +42,7 @@ class _TooLarge(Exception):
 
     def __init__(self, item: Item, asked: Sequence[Item], tokens: int, error: Exception):
         super().__init__(str(error))
-        self.item, self.asked, self.tokens, self.told = item, asked, tokens, in_a_line(error)
+        self.item, self.asked, self.tokens, self.message = item, asked, tokens, in_a_line(error)
 
 
 COLLATE_AHEAD = 3
@@ -58,35 +52,36 @@ WRITES_BEHIND = 4
 
 def compute_with(model: ESM2, layers: tuple[int, ...], config: EmbedConfig) -> Compute:
     """What a run computes of a batch: the kinds, layers and scores that it stores."""
+    dtype = devices.store_dtype(config.store_dtype)
     if names := unmasked(config.emit):
         from virnucpro_cli.model.scores import Scorer, TokenHead
 
         last, head = model.spec.layers, TokenHead(model.head_state, model.device)
-        scorer = Scorer(config.pool, store_dtype(config.store_dtype), layers, last, head, names)
+        scorer = Scorer(config.pool, dtype, layers, last, head, names)
         return partial(model.embed, wanted=tuple({*layers, last}), pooler=scorer)
-    return partial(model.embed, wanted=layers, pooler=Pooler(config.pool, store_dtype(config.store_dtype)))
+    return partial(model.embed, wanted=layers, pooler=Pooler(config.pool, dtype))
 
 
 def serial(items: Iterator[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device) -> None:
     """One pack after the other on the calling thread. The reference for `overlapped`, and the path of the CPU."""
     if device.type == "cpu":
-        keep_freed_memory()
+        devices.keep_freed_memory()
     for item in items:
         batch = collate(item)
         try:
-            found = _to_host(compute(batch.to(device)), non_blocking=False)
+            embeddings = _to_host(compute(batch.to(device)), non_blocking=False)
         except (RuntimeError, MemoryError) as error:
-            if not is_for_want_of_memory(error):
+            if not devices.is_for_want_of_memory(error):
                 raise
             raise _TooLarge(item, (), batch.used, error) from None
-        sink(batch, found)
+        sink(batch, embeddings)
 
 
 def overlapped(items: Iterator[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device) -> None:
     """CUDA: collation on a thread, copies in and out on streams of their own, the sink on another thread.
 
-    The calling thread only launches; it waits for nothing but the pack that it retires. Packs reach the sink in order. Items
-    are asked for a few packs ahead.
+    The calling thread only launches; it waits for nothing but the pack that it retires. Packs reach the sink in order.
+    Items are asked for a few packs ahead.
     """
     copy_in, copy_out = torch.cuda.Stream(device), torch.cuda.Stream(device)
     main = torch.cuda.current_stream(device)
@@ -119,18 +114,18 @@ def overlapped(items: Iterator[Item], collate: Collate, compute: Compute, sink: 
                 with torch.cuda.stream(copy_in):
                     moved = batch.to(device)
                 main.wait_stream(copy_in)
-                found = compute(moved)
+                embeddings = compute(moved)
                 copy_out.wait_stream(main)
                 with torch.cuda.stream(copy_out):
-                    host = _to_host(found, non_blocking=True)
+                    host = _to_host(embeddings, non_blocking=True)
                     copied = torch.cuda.Event()
                     copied.record(copy_out)
             except (RuntimeError, MemoryError) as error:
-                if not is_for_want_of_memory(error):
+                if not devices.is_for_want_of_memory(error):
                     raise
                 too_large = _TooLarge(item, [item for item, _ in asked], batch.used, error)
                 break
-            in_flight.append((batch, host, copied, (moved, found)))  # the device tensors live until they are copied
+            in_flight.append((batch, host, copied, (moved, embeddings)))  # device tensors live until they are copied
             if len(in_flight) > IN_FLIGHT:
                 retire()
         while in_flight:
@@ -143,8 +138,10 @@ def overlapped(items: Iterator[Item], collate: Collate, compute: Compute, sink: 
 
 @contextmanager
 def _prompt_threads() -> Iterator[None]:
-    """Hand Python over between threads after 0.5 ms instead of 5: a thread that reads or writes lets go of it many times a pack,
-    and each time would wait that long for the one that launches."""
+    """Hand Python over between threads after 0.5 ms instead of 5.
+
+    A thread that reads or writes lets go of it many times a pack, and would wait each time for the one that launches.
+    """
     before = sys.getswitchinterval()
     sys.setswitchinterval(0.0005)
     try:
@@ -153,61 +150,55 @@ def _prompt_threads() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def _to_host(found: Embeddings, non_blocking: bool) -> Embeddings:
+def _to_host(embeddings: Embeddings, non_blocking: bool) -> Embeddings:
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if not non_blocking:
             return tensor.cpu()
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
-    assert found.finite is not None
-    return Embeddings(
-        {key: move(rows) for key, rows in found.pooled.items()},
-        {layer: move(rows) for layer, rows in found.residue.items()},
-        move(found.finite),
-    )
+    assert embeddings.finite is not None
+    pooled = {key: move(rows) for key, rows in embeddings.pooled.items()}
+    residue = {layer: move(rows) for layer, rows in embeddings.residue.items()}
+    return Embeddings(pooled, residue, move(embeddings.finite))
 
 
 def run_packs(
     packs: Iterable[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device,
     note: Callable[[str], None] = lambda text: None, unfit: Callable[[Item], None] | None = None,
 ) -> None:  # fmt: skip
-    """The runner that suits the device. A pack that the device has no memory for is halved, as are all of its size that follow,
-    and `note` is told; a single segment goes to `unfit`, or is an error without one. Packs already sunk are safe.
+    """The runner that suits the device. Packs already sunk are safe, whatever happens.
 
+    A pack that the device has no memory for is halved, as are all of its size that follow, and `note` is told.
+    A single segment goes to `unfit`; without one it is a UserError.
     Raises DeviceFailed when the device is of no use any more.
     """
-    chosen = overlapped if device.type == "cuda" else serial
-    items = iter(packs)
+    run = overlapped if device.type == "cuda" else serial
+    items, name = iter(packs), devices.describe_device(device)
     while True:
         try:
-            return chosen(items, collate, compute, sink, device)
+            return run(items, collate, compute, sink, device)
         except _TooLarge as problem:
             largest = problem.tokens // 2
             parts = collate.parts(problem.item, largest)
-            if len(parts) == 1:
-                what = f"out of memory on {describe_device(device)} with a single piece of {problem.tokens:,} tokens"
-                if unfit is None:
-                    remedy = "Run the same command on a device with more memory; what is done is kept."
-                    raise UserError(f"{what}: {problem.told}", remedy) from None
-                note(f"{what}; it is left for later ({problem.told})")
+            items = chain(problem.asked, items)
+            alone = f"out of memory on {name} with a single piece of {problem.tokens:,} tokens"
+            if len(parts) > 1:
+                smaller = f"packs of at most {largest:,} from here on ({problem.message})"
+                note(f"out of memory with {problem.tokens:,} tokens; {smaller}")
+                items = chain(parts, chain.from_iterable(map(collate.parts, items, repeat(largest))))
+            elif unfit is not None:
+                note(f"{alone}; it is left for later ({problem.message})")
                 unfit(problem.item)
-                items = chain(problem.asked, items)
             else:
-                note(
-                    f"out of memory with {problem.tokens:,} tokens; packs of at most {largest:,} from here on ({problem.told})"
-                )
-                items = chain(parts, _in_parts(chain(problem.asked, items), collate, largest))
+                remedy = "Run the same command on a device with more memory; what is done is kept."
+                raise UserError(f"{alone}: {problem.message}", remedy) from None
         except RuntimeError as error:
-            if not _is_of_the_device(error):
+            if not devices.is_of_the_device(error):
                 raise
             raise DeviceFailed(
-                f"{describe_device(device)} ({device}) failed: {in_a_line(error)}",
-                "What was computed before is kept: run the same command again. If it fails again, look at nvidia-smi and dmesg.",
+                f"{name} ({device}) failed: {in_a_line(error)}",
+                "What was computed before is kept: run the same command again. "
+                "If it fails again, look at nvidia-smi and dmesg.",
             ) from None
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _in_parts(items: Iterator[Item], collate: Collate, tokens: int) -> Iterator[Item]:
-    for item in items:
-        yield from collate.parts(item, tokens)

@@ -1,33 +1,46 @@
-"""An actor: a model on a device of some node."""
+"""An actor: a model on a device of some node. It is sent shares of the plan, and answers with messages to the dealer."""
 
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
-from typing import Any
+from threading import Lock, Thread
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from virnucpro_cli.batch import Embeddings, PackedBatch
-from virnucpro_cli.cluster.ray.messages import Looked, Returned, Rows, Share
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.engine import devices, runner
 from virnucpro_cli.engine.collate import VarlenCollator
-from virnucpro_cli.engine.workers import Lost, used_here
-from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.engine.dealing import Message, lost_by, used_here
+from virnucpro_cli.engine.placer import rows_of
+from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.plan.packing import ranges
+from virnucpro_cli.plan.packing import Int64, Plan, Segments, ranges
 
-AHEAD = 2
-"""Shares that an actor has at a time: it computes one while the other travels."""
+
+class Share(NamedTuple):
+    """Some packs, whole: the plan of them with its own numbers, and the tokens of their records.
+
+    tokens: uint8, one record behind the other, `lengths` int32 of each; numbers: int64, each segment's in the whole plan.
+    """
+
+    tokens: NDArray[np.uint8]
+    lengths: NDArray[np.int32]
+    embedded: NDArray[np.int32]
+    segments: Segments
+    plan: Plan
+    numbers: Int64
 
 
 class Texts:
@@ -40,13 +53,14 @@ class Texts:
     def check_unchanged(self) -> None:
         """They came whole."""
 
-    def tokens(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def tokens(self, records: Int64) -> NDArray[np.uint8]:
+        """Tokens of records int64 [n], one behind the other, uint8 [residues of all]."""
         size = self.length[records].astype(np.int64)
         return self._tokens[ranges(self._ends[records] - size, size)]
 
 
-Part = tuple[VarlenCollator, NDArray[np.int64], Any]
-"""Of a share: its collator, the numbers of its segments in the whole plan, and the item."""
+Part = tuple[VarlenCollator, Int64, Any]
+"""A pack of a share: the share's collator, the numbers of its segments in the whole plan, and the collator's item."""
 
 
 class Collate:
@@ -62,125 +76,88 @@ class Collate:
         return [(collator, numbers, each) for each in collator.parts(item, tokens)]
 
 
-def _node_id() -> str:
-    import ray
-
-    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-
-
 class Actor:
-    """A model on a device of some node. One thread computes for as long as there are shares; calls hand them in and take rows out."""
+    """A model on a device. One thread computes as long as there are shares; calls hand them in and take messages out."""
 
     def __init__(self, config: EmbedConfig, device: str, dtype: torch.dtype, threads: int):
         self.config, self.name, self.dtype, self.threads = config, device, dtype, threads
-        self._shares: SimpleQueue[tuple[Share, Event] | Event] = SimpleQueue()
-        self._done, self._lock = Returned(), Lock()
+        self._shares: SimpleQueue[Share | None] = SimpleQueue()
+        self._answers: SimpleQueue[None] = SimpleQueue()
+        self._messages: list[Message] = []
+        self._lock = Lock()
 
-    def look(self) -> Looked:
-        """Raises UserError for a device or backend that is not to be had here."""
+    def look(self) -> list[Message]:
+        """Say where it is. Raises UserError for a device or backend that is not to be had here."""
+        import ray
+
         torch.set_num_threads(self.threads)
         exact_arithmetic()
         self.device = devices.resolve_device(self.name)
         self.backend = attention_backends.resolve(self.config.attention, self.device, self.dtype)
-        return Looked(devices.device_here(self.device, self.backend), _node_id())
+        node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        return [("device", devices.device_here(self.device, self.backend), node_id)]
 
-    def load(self, weights: locate.Weights, layers: tuple[int, ...]) -> bool:
-        """Begin with the weights that are on this node; False if the same are not there."""
-        try:
-            there = all(Path(file).is_file() for file in weights.files)
-            here = locate.verified(replace(weights, sha256="", states=())) if there else None
-            if here is None or here.sha256 != weights.sha256:
-                return False
-        except (UserError, OSError):
-            return False
+    def load(self, weights: locate.Weights, layers: tuple[int, ...]) -> list[Message]:
+        """Begin with the weights that are on this node, if the same are there."""
+        here = None
+        if all(Path(file).is_file() for file in weights.files):
+            with suppress(UserError, OSError):
+                here = locate.verified(replace(weights, sha256="", states=()))
+        if here is None or here.sha256 != weights.sha256:
+            return [("no weights",)]
         return self.take(model_weights.load(here), layers)
 
-    def take(self, loaded: tuple[ModelSpec, dict[str, Any], tuple[str, ...]], layers: tuple[int, ...]) -> bool:
-        """Begin with weights that were sent."""
+    def take(self, loaded: tuple[ModelSpec, dict[str, Any], tuple[str, ...]], layers: tuple[int, ...]) -> list[Message]:
+        """Begin with weights that were sent. Raises UserError if they do not fit the device."""
         spec, state, _ = loaded
         with warnings.catch_warnings(action="ignore"):  # that those in Ray's store cannot be written
             state = {key: torch.as_tensor(each) for key, each in state.items()}
         devices.check_room(self.device, spec.parameters * self.dtype.itemsize, f"The weights of {spec.name}")
         model = ESM2(spec, state, self.dtype, self.device, self.backend)
         Thread(target=self._compute, args=(runner.compute_with(model, layers, self.config),), daemon=True).start()
-        return True
+        return [("done", used_here(self.device))]
 
-    def work(self, share: Share) -> Returned:
-        """Take a share on; answered when all of it is begun, with what was done by then."""
-        begun = Event()
-        self._shares.put((share, begun))
-        begun.wait()
-        return self._taken()
-
-    def finish(self) -> Returned:
-        """End what is begun; answered when it is."""
-        ended = Event()
-        self._shares.put(ended)
-        ended.wait()
-        done = self._taken()
-        done.ended = done.lost is None
-        return done
-
-    def _taken(self) -> Returned:
+    def work(self, share: Share | None) -> list[Message]:
+        """Take a share on, answered when it is begun, with what was done by then; None: answered when all is done."""
+        self._shares.put(share)
+        self._answers.get()
         with self._lock:
-            done = self._done
-            self._done = Returned(lost=done.lost)
-        done.used = used_here(self.device)
-        return done
+            messages, self._messages = self._messages, []
+        return messages
+
+    def _say(self, *message: Any) -> None:
+        with self._lock:
+            self._messages.append(message)
 
     def _compute(self, compute: runner.Compute) -> None:
         torch.set_num_threads(self.threads)  # of this thread
-        waiting: list[Event] = []
+        note = partial(self._say, "note")
         try:
             while True:
-                runner.run_packs(
-                    self._parts(waiting), Collate(), compute, self._sink, self.device, self._note, self._unfit
-                )
-                waiting.pop().set()
-        except UserError as error:
-            self._lose(Lost(error, fatal=not isinstance(error, runner.DeviceFailed)))
+                runner.run_packs(self._parts(), Collate(), compute, self._sink, self.device, note, self._unfit)
+                self._say("done", used_here(self.device))
+                self._answers.put(None)
         except Exception as error:
-            self._lose(Lost(UserError(in_a_line(error), "Run the same command again."), fatal=False))
+            self._say("lost", lost_by(error))
         while True:  # nothing is computed any more
-            for event in waiting:
-                event.set()
-            got = self._shares.get()
-            waiting = [got if isinstance(got, Event) else got[1]]
+            self._answers.put(None)
+            self._shares.get()
 
-    def _parts(self, waiting: list[Event]) -> Iterator[Part]:
-        while not isinstance(got := self._shares.get(), Event):
-            share, begun = got
-            waiting.append(begun)
-            pin = self.device.type == "cuda"
+    def _parts(self) -> Iterator[Part]:
+        pin = self.device.type == "cuda"
+        while (share := self._shares.get()) is not None:
+            self._say("begun")
+            self._answers.put(None)
             collator = VarlenCollator(Texts(share), share.segments, share.embedded, share.plan, pin)
-            for pack in range(len(share.plan)):
-                yield collator, share.numbers, pack
-            waiting.pop().set()
-        waiting.append(got)
-
-    def _lose(self, lost: Lost) -> None:
-        with self._lock:
-            self._done.lost = lost
-
-    def _note(self, text: str) -> None:
-        with self._lock:
-            self._done.notes.append(text)
+            yield from ((collator, share.numbers, pack) for pack in range(len(share.plan)))
 
     def _unfit(self, part: Part) -> None:
         collator, numbers, item = part
-        with self._lock:
-            self._done.unfit.append(int(numbers[collator.segments_of(item)[0]]))
+        self._say("unfit", int(numbers[collator.segments_of(item)[0]]))
 
-    def _sink(self, batch: PackedBatch, found: Embeddings) -> None:
-        store_dtype = devices.store_dtype(self.config.store_dtype)
+    def _sink(self, batch: PackedBatch, embeddings: Embeddings) -> None:
+        dtype = devices.store_dtype(self.config.store_dtype)
         if batch.weights is None:  # whole proteins leave as they are stored
-            found.pooled = {
-                key: rows if key[0] == "unmasked" else rows.to(store_dtype) for key, rows in found.pooled.items()
-            }
-        assert found.finite is not None
-        rows = Rows(
-            batch.segments, batch.seqlens, {key: each.numpy() for key, each in found.pooled.items()},
-            {layer: each[: batch.used].numpy() for layer, each in found.residue.items()}, found.finite.numpy(),
-        )  # fmt: skip
-        with self._lock:
-            self._done.rows.append(rows)
+            pooled = embeddings.pooled.items()
+            embeddings.pooled = {key: rows if key[0] == "unmasked" else rows.to(dtype) for key, rows in pooled}
+        self._say("rows", rows_of(batch, embeddings))

@@ -1,32 +1,33 @@
-"""The driver's side: a connection to a cluster, its actors, and who has which packs."""
+"""The driver's side: a connection to a cluster, its actors, and the packs that are dealt to them.
+
+An actor that dies, with its node or without, has its packs done by the others. One is started wherever there is room,
+at any time.
+"""
 
 import signal
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import virnucpro_cli
 from virnucpro_cli import stopping
-from virnucpro_cli.cluster.ray.actor import AHEAD, Actor
-from virnucpro_cli.cluster.ray.messages import Looked, Returned, share_of
+from virnucpro_cli.cluster.ray.actor import Actor, Share
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.engine import devices
+from virnucpro_cli.engine.dealing import Dealer, Lost, Message, Worker, lost_by
 from virnucpro_cli.engine.placer import Placer
-from virnucpro_cli.engine.workers import Lost, idle, undone
 from virnucpro_cli.errors import STOP_SIGNALS, UserError, in_a_line, install_command
 from virnucpro_cli.kinds import by_residue
 from virnucpro_cli.model import attention as attention_backends
-from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.plan.packing import Plan
+from virnucpro_cli.plan.packing import Int64, Plan, Segments, ranges
 
 LARGEST_SHARE = 16
 MOST_RETURNED = 1 << 28
@@ -35,16 +36,10 @@ NOWHERE = "a node"
 LIMITED = 0.7
 """Share of a run's time that the driver takes and writes rows, above which it is said that this is the limit."""
 MOST_DEATHS = 5
-"""Deaths in a row, without a pack done between them, after which the cluster is of no use. Actors that die together, as with
-several nodes, count once: a death counts if the actor was started after the one before it was noticed."""
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--engine ray needs Ray.", f"{install_command('ray')}, on every node of the cluster.") from None
-    return ray
+"""Deaths in a row, without a pack done between them, after which the cluster is of no use. Actors that die together, as
+with several nodes, count once: a death counts if the actor was started after the one before it was noticed."""
+ALIKE = {"name": "", "attention": "--attention ", "torch": "PyTorch ", "virnucpro": "virnucpro "}
+"""Attributes that devices of a cluster must agree in, and how they are called."""
 
 
 @contextmanager
@@ -67,21 +62,14 @@ def _stops() -> Iterator[None]:
         raise (stopping.stop_in(error) or error) from None
 
 
-@dataclass
-class _Member:
+@dataclass(eq=False)
+class _Member(Worker):
     """An actor as the driver knows it."""
 
-    number: int
     handle: Any
     node: str = NOWHERE
     node_id: str = ""
-    packs: list[int] = field(default_factory=list)  # sent to it, and not known to be done
-    tokens: int = 0
-    last_done: float = 0.0
-    used: dict[str, Any] = field(default_factory=dict)
-    ready: bool = False
-    asked: int = 0  # calls that it has not answered
-    ending: bool = False  # it was told that there are no more packs for now
+    lost: bool = False
 
     def __str__(self) -> str:
         return f"actor {self.number} on {self.node}"
@@ -91,20 +79,23 @@ class Cluster:
     """A connection to a Ray cluster, and the actors of one run on it."""
 
     def __init__(self, config: EmbedConfig):
-        self.ray, self.config = _ray(), config
+        try:
+            ray = self.ray = import_module("ray")
+        except ImportError:
+            remedy = f"{install_command('ray')}, on every node of the cluster."
+            raise UserError("--engine ray needs Ray.", remedy) from None
+        self.config = config
         with _own_signals():
             try:
-                self.ray.init(
+                ray.init(
                     address=config.ray_address, namespace="virnucpro", log_to_driver=False, logging_level="ERROR",
                     **({} if config.ray_address else {"include_dashboard": False}),
                 )  # fmt: skip
             except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(
-                    f"--ray-address {config.ray_address}: {in_a_line(error)}.",
-                    "ray status says whether a cluster runs.",
-                ) from None
+                remedy = "ray status says whether a cluster runs."
+                raise UserError(f"--ray-address {config.ray_address}: {in_a_line(error)}.", remedy) from None
         self.leaving: set[str] = set()
-        has = self.ray.cluster_resources()
+        has = ray.cluster_resources()
         on_gpus = config.device != "cpu" and (has.get("GPU", 0) >= 1 or config.device != "auto")
         self.kind = "cuda" if on_gpus else "cpu"
         cpus = self._of_nodes("CPU")
@@ -112,19 +103,22 @@ class Cluster:
         share = sum(cpus) // config.workers if isinstance(config.workers, int) else smallest
         self.threads = max(1, min(share, smallest, torch.get_num_threads() if not config.ray_address else smallest))
         self.dtype = devices.resolve_dtype(config.dtype, torch.device(self.kind))
-        self.members: dict[Any, _Member] = {}  # by the reference of each call that was not answered
-        self.all: list[_Member] = []
+        self.members: list[_Member] = []
+        self.calls: dict[Any, _Member] = {}  # whose answer has not come, by its reference
         self.device: devices.Device | None = None
 
     def __enter__(self) -> "Cluster":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for member in self.all:
-            with suppress(Exception):
-                self.ray.kill(member.handle)
+        for member in self.members:
+            self.kill(member)
         with suppress(Exception), _own_signals():
             self.ray.shutdown()
+
+    def kill(self, member: _Member) -> None:
+        with suppress(Exception):
+            self.ray.kill(member.handle)
 
     def room(self) -> int:
         """How many actors the cluster has room for now; with --workers, how many are asked for."""
@@ -135,7 +129,7 @@ class Cluster:
         return sum(count // self.threads for count in self._of_nodes("CPU"))
 
     def _of_nodes(self, resource: str) -> list[int]:
-        """What each node has of it, those left out that are dead or to be taken away."""
+        """How much each node has of it, those left out that are dead or to be taken away."""
         alive = (node for node in self.ray.nodes() if node["Alive"] and node["NodeID"] not in self.leaving)
         return [int(node["Resources"].get(resource, 0)) for node in alive]
 
@@ -149,45 +143,41 @@ class Cluster:
         with suppress(UserError):
             device = devices.resolve_device(self.kind)
             backend = attention_backends.resolve(self.config.attention, device, self.dtype)
-            if (
-                self.device is not None
-                and device.type == "cuda"
-                and devices.describe_device(device) == self.device.name
-            ):
+            name = self.device.name if self.device is not None else ""
+            if device.type == "cuda" and devices.describe_device(device) == name:
                 return device, backend
         return torch.device("cpu"), None
 
     def start(self) -> _Member:
         """One more actor; where and when is the cluster's affair."""
         wants = {"num_gpus": 1, "num_cpus": 0} if self.kind == "cuda" else {"num_cpus": self.threads}
-        remote = self.ray.remote(**wants, max_concurrency=AHEAD + 1, max_restarts=0)(Actor)
-        handle = remote.remote(self.config, self.kind, self.dtype, self.threads)
-        member = _Member(len(self.all) + 1, handle)
-        self.all.append(member)
-        self.call(member, handle.look.remote())
+        remote = self.ray.remote(**wants, max_restarts=0)(Actor)
+        member = _Member(len(self.members) + 1, remote.remote(self.config, self.kind, self.dtype, self.threads))
+        self.members.append(member)
+        self.calls[member.handle.look.remote()] = member
         return member
-
-    def call(self, member: _Member, answer: Any) -> None:
-        self.members[answer] = member
-        member.asked += 1
 
     @_stops()
     def first_device(self, say: Callable[[str], None]) -> devices.Device:
-        """Where the first actor is. Waits for it, and says so; raises UserError if the cluster has no room for one, or it fails there."""
-        what = "GPU" if self.kind == "cuda" else "CPU"
+        """The device of the first actor. Waits for it, and says so.
+
+        Raises UserError if the cluster has no room for one, or it fails there.
+        """
+        kind = "GPU" if self.kind == "cuda" else "CPU"
         if not self.room():
             raise UserError(
-                f"The Ray cluster has no {what} for an actor.",
-                "Add a node that has, choose another --device, or ask for some with --workers N where the cluster grows by itself.",
+                f"The Ray cluster has no {kind} for an actor.",
+                "Add a node that has, choose another --device, or ask for some with --workers N where the cluster "
+                "grows by itself.",
             )
         member = self.start()
-        (answer,) = self.members
+        (answer,) = self.calls
         if not self.ray.wait([answer], timeout=PATIENCE_SECONDS)[0]:
-            say(f"waiting for a {what} of the Ray cluster; ray status shows what it has, and what is asked for")
+            say(f"waiting for a {kind} of the Ray cluster; ray status shows what it has, and what is asked for")
         try:
-            self.device, member.node_id = self.ray.get(answer)
+            ((_, self.device, member.node_id),) = self.ray.get(answer)
         except self.ray.exceptions.RayError as error:
-            raise _told_by(error) or UserError(
+            raise _cause_of(error) or UserError(
                 f"No actor could be started on the Ray cluster: {in_a_line(error)}", "Look at ray status and its logs."
             ) from None
         assert isinstance(self.device, devices.Device)
@@ -200,211 +190,165 @@ class Cluster:
         return self.device
 
     @_stops()
-    def run(
-        self, packs: NDArray[np.int64], plan: Plan, placer: Placer, weights: locate.Weights, layers: tuple[int, ...],
-        note: Callable[[str], None],
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """Have all packs done; `note` is told of actors that were lost. Returns a row for each node.
+    def run(self, placer: Placer, packs: Int64, note: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Have all packs, int64 [P], done; `note` is told of actors that were lost. Returns a row for each node.
 
-        Raises UserError when actors die one after the other with nothing done, or when one meets what would stop every other.
+        Raises UserError when actors die one after the other with nothing done, or when one meets what would stop every
+        other.
         """
-        return _Round(self, packs, plan, placer, weights, layers, note).run()
+        dealer = _Actors(self, placer, packs, note)
+        dealer.run()
+        if dealer.receiving > LIMITED * dealer.seconds:
+            share = f"the driver took and wrote rows for {dealer.receiving / dealer.seconds:.0%} of the time"
+            note(f"{share}: its network or disk is the limit; --shard has no such limit")
+        return dealer.by_node()
 
     def check(self, device: devices.Device) -> None:
-        """Raise UserError for a node whose rows would not be like those of the first."""
-        assert self.device is not None
-        for name, what in (
-            ("name", ""),
-            ("attention", "--attention "),
-            ("torch", "PyTorch "),
-            ("virnucpro", "virnucpro "),
-        ):
-            here, there = getattr(self.device, name), getattr(device, name)
+        """Raise UserError for a device whose rows would not be like those of the first."""
+        first = self.device
+        assert first is not None
+        for name, word in ALIKE.items():
+            here, there = getattr(first, name), getattr(device, name)
             if here != there:
-                raise UserError(
-                    f"The nodes of the Ray cluster differ: {what}{here} on {self.device.node}, {what}{there} on {device.node}.",
-                    "Values would differ by how they round. Use nodes of one kind, with the same packages.",
-                )
+                both = f"{word}{here} on {first.node}, {word}{there} on {device.node}"
+                remedy = "Values would differ by how they round. Use nodes of one kind, with the same packages."
+                raise UserError(f"The nodes of the Ray cluster differ: {both}.", remedy)
 
 
-class _Round:
-    """The packs of a run, and which actor has which. An answer at a time is heeded; then whoever is free gets more."""
+class _Actors(Dealer):
+    """Deals packs to the actors of a cluster, each of which has one call to answer, or is ready for one."""
 
-    def __init__(
-        self, cluster: Cluster, packs: NDArray[np.int64], plan: Plan, placer: Placer, weights: locate.Weights,
-        layers: tuple[int, ...], note: Callable[[str], None],
-    ):  # fmt: skip
-        self.cluster, self.ray, self.note = cluster, cluster.ray, note
-        self.plan, self.placer, self.weights, self.layers = plan, placer, weights, layers
-        self.waiting = deque(packs.tolist())
-        self.largest = max(1, min(LARGEST_SHARE, MOST_RETURNED // max(1, self._bytes_of_a_pack())))
-        self.lost: set[int] = set()
-        self.retired: set[int] = set()  # their nodes are to be taken away, and they have nothing left to do
+    def __init__(self, cluster: Cluster, placer: Placer, packs: Int64, note: Callable[[str], None]):
+        super().__init__(placer, packs, note)
+        self.cluster, self.ray = cluster, cluster.ray
+        self.living = list(cluster.members)
+        plan = placer.job.plan
+        rows = len(placer.segments) / max(len(plan), 1)
+        pack_bytes = sum(  # about what the rows of a pack take on their way back
+            extent.row_bytes * (plan.token_budget if by_residue(*name.partition("/")[::2]) else rows)
+            for name, extent in placer.file.places.items()
+        )
+        self.largest_share = max(1, min(LARGEST_SHARE, MOST_RETURNED // max(1, int(pack_bytes))))
         self.alone = False
         self.deaths = 0  # since the last pack was done
         self.known = 0  # actors there were at the last death that counted
-        self.asked, self.began, self.looked = time.perf_counter(), 0.0, 0.0
-        self.receiving = 0.0  # seconds
+        self.looked = self.receiving = 0.0  # a moment, and seconds
         self.shipped: Any = None
 
-    def run(self) -> list[dict[str, Any]]:
-        cluster, busy = self.cluster, True
-        while busy:
-            self._grow()
-            self._wait_if_alone()
-            answered, _ = self.ray.wait(list(cluster.members), timeout=LOOK_SECONDS)
-            for answer in answered:
-                member = cluster.members.pop(answer)
-                member.asked -= 1
-                self._heed(member, self._result(answer))
-            for member in self._living():
-                if member.ready and not member.ending:
-                    self._hand_out(member)
-                    self._retire(member)
-            self.placer.commit_now_and_then()
-            busy = bool(self.waiting) or any(member.packs for member in self._living())
-        seconds = time.perf_counter() - self.began
-        self.placer.clock.seconds["forward"] = seconds
-        if self.receiving > LIMITED * seconds:
-            share = self.receiving / seconds
-            self.note(
-                f"the driver took and wrote rows for {share:.0%} of the time: its network or disk is the limit; --shard has no such limit"
-            )
-        return _by_node(cluster.all, self.lost, self.began, seconds)
-
-    def _living(self) -> list[_Member]:
-        return [member for member in self.cluster.all if member.number not in self.lost | self.retired]
+    def wait(self) -> Iterator[tuple[_Member, Iterable[Message]]]:
+        self._grow()
+        calls = self.cluster.calls
+        was_alone, self.alone = self.alone, not calls
+        if calls:
+            answers, _ = self.ray.wait(list(calls), timeout=LOOK_SECONDS)
+            yield from ((calls.pop(answer), self._messages(answer)) for answer in answers)
+        else:  # nobody is there whose answer Ray could wait for
+            if not was_alone:
+                self.note("no actor is left: waiting for a node of the Ray cluster")
+            time.sleep(LOOK_SECONDS)
 
     def _grow(self) -> None:
         """Start actors where there is room for more, and see whose nodes are to be taken away, now and then."""
         if time.perf_counter() - self.looked > LOOK_SECONDS:
             self.looked = time.perf_counter()
-            before = self.cluster.leaving
             self.cluster.look_who_leaves()
-            for member in self._living():
-                if member.node_id in self.cluster.leaving - before:
+            for member in self.living:
+                if member.node_id in self.cluster.leaving and not member.leaving:
+                    member.leaving = True
                     self.note(f"{member} gets no more packs: its node is to be taken away")
-            living = len(self._living())
+            living = len(self.living)
             for _ in range(min(self.cluster.room() - living, len(self.waiting) - living)):
-                self.cluster.start()
+                self.living.append(self.cluster.start())
 
-    def _wait_if_alone(self) -> None:
-        """Without any actor, and without room for one, there is nobody whose answer Ray could wait for."""
-        if self.cluster.members:
-            self.alone = False
-            return
-        if not self.alone:
-            self.note("no actor is left: waiting for a node of the Ray cluster")
-        self.alone = True
-        time.sleep(LOOK_SECONDS)
-
-    def _result(self, answer: Any) -> Any:
+    def _messages(self, answer: Any) -> list[Message]:
         began = time.perf_counter()
         try:
-            result = self.ray.get(answer)
+            return self.ray.get(answer)
         except self.ray.exceptions.RayError as error:
-            told = _told_by(error)
-            unsaid = UserError(in_a_line(error), "Run the same command again.")
-            result = Returned(lost=Lost(told or unsaid, fatal=told is not None))
-        self.receiving += time.perf_counter() - began
-        return result
+            return [("lost", lost_by(_cause_of(error) or error))]
+        finally:
+            self.receiving += time.perf_counter() - began
 
-    def _heed(self, member: _Member, result: Any) -> None:
-        """What comes of a call's answer: where the actor is, whether the weights are there, or what was done."""
-        call = self.cluster.call
-        if isinstance(result, Looked):
-            member.node, member.node_id = result.device.node, result.node
-            self.cluster.check(result.device)
-            call(member, member.handle.load.remote(self.weights, self.layers))
-        elif result is False:  # the weights are not on its node
-            if self.shipped is None:
-                spec, state, notes = model_weights.load(self.weights)
-                self.shipped = self.ray.put((spec, {key: each.numpy() for key, each in state.items()}, notes))
-            call(member, member.handle.take.remote(self.shipped, self.layers))
-        elif result is True:
-            member.ready = True
-            if not self.began:
-                self.began = self.placer.started = time.perf_counter()
-                self.placer.clock.seconds["start workers"] += self.began - self.asked
-        else:
-            self._take(member, result)
-            if result.lost is not None and member.number not in self.lost:
-                self._lose(member, result.lost)
+    def send(self, member: _Member, packs: list[int]) -> None:
+        share = share_of(packs, self.placer) if packs else None
+        self.cluster.calls[member.handle.work.remote(share)] = member
 
-    def _take(self, member: _Member, result: Returned) -> None:
-        began, placer = time.perf_counter(), self.placer
-        for rows in result.rows:
-            placer(rows, rows)
-            member.tokens += rows.used
-            self.deaths, member.last_done = 0, time.perf_counter()
-        self.receiving += time.perf_counter() - began
-        placer.unfit += placer.work.segments.record[result.unfit].tolist()
-        member.used = result.used or member.used
-        for text in result.notes:
-            self.note(f"{member}: {text}")
-        if result.ended:
-            member.packs, member.ending = [], False
+    def deal(self) -> None:
+        super().deal()
+        for member in [each for each in self.living if each.leaving and each.ready and not each.packs]:
+            self.living.remove(member)
+            self.cluster.kill(member)
 
-    def _lose(self, member: _Member, lost: Lost) -> None:
-        """Its packs go to the others. Raises its error if they would fare no better."""
-        self.lost.add(member.number)
+    def heed(self, member: Any, message: Message) -> None:
+        placer, job = self.placer, self.placer.job
+        match message:
+            case "device", device, node_id:
+                member.node, member.node_id = device.node, node_id
+                self.cluster.check(device)
+                self.cluster.calls[member.handle.load.remote(job.weights, job.layers)] = member
+            case ("no weights",):
+                if self.shipped is None:
+                    spec, state, notes = model_weights.load(job.weights)
+                    self.shipped = self.ray.put((spec, {key: each.numpy() for key, each in state.items()}, notes))
+                self.cluster.calls[member.handle.take.remote(self.shipped, job.layers)] = member
+            case "rows", rows:
+                began = time.perf_counter()
+                placer.place(rows)
+                member.tokens += rows.tokens
+                self.deaths, member.last_done = 0, time.perf_counter()
+                self.receiving += member.last_done - began
+            case "unfit", segment:
+                placer.unfit.append(int(placer.segments.record[segment]))
+            case _:
+                super().heed(member, message)
+
+    def lose(self, member: Any, lost: Lost) -> None:
+        member.lost = True
         if member.number > self.known:
-            self.deaths, self.known = self.deaths + 1, len(self.cluster.all)
-        with suppress(Exception):
-            self.ray.kill(member.handle)
-        if lost.fatal:
-            raise lost.error
-        if self.deaths == MOST_DEATHS:
-            raise UserError(
-                f"{self.deaths} actors were lost one after the other. The last, {member}: {lost.error.what}",
-                lost.error.remedy,
-            )
-        self.waiting.extend(undone(member.packs, self.plan, self.placer))
-        self.note(f"{member} was lost, and its packs go to the others: {lost.error.what}")
+            self.deaths, self.known = self.deaths + 1, len(self.cluster.members)
+        self.cluster.kill(member)
+        super().lose(member, lost)
 
-    def _hand_out(self, member: _Member) -> None:
-        stays = member.node_id not in self.cluster.leaving
-        while self.waiting and member.asked < AHEAD and stays:
-            count = min(-(-len(self.waiting) // (3 * AHEAD * max(1, len(self._living())))), self.largest)
-            share = [self.waiting.popleft() for _ in range(count)]
-            member.packs += share
-            self.cluster.call(member, member.handle.work.remote(share_of(share, self.plan, self.placer)))
-        if member.packs and not member.asked:  # there is no more for it now: it is to end those it has begun
-            member.ending = True
-            self.cluster.call(member, member.handle.finish.remote())
+    def hopeless(self) -> str | None:
+        return f"{self.deaths} actors were lost one after the other." if self.deaths == MOST_DEATHS else None
 
-    def _retire(self, member: _Member) -> None:
-        """Let an actor go whose node is to be taken away, when all that it had is done."""
-        if member.node_id in self.cluster.leaving and not member.packs and not member.asked:
-            self.retired.add(member.number)
-            with suppress(Exception):
-                self.ray.kill(member.handle)
-
-    def _bytes_of_a_pack(self) -> int:
-        """About what its rows take on their way back."""
-        rows = len(self.placer.work.segments) / max(len(self.plan), 1)
-        return int(sum(
-            place.row_bytes * (self.plan.token_budget if by_residue(*name.partition("/")[::2]) else rows)
-            for name, place in self.placer.file.places.items()
-        ))  # fmt: skip
+    def by_node(self) -> list[dict[str, Any]]:
+        rows = []
+        members = [member for member in self.cluster.members if member.node != NOWHERE]
+        for node in dict.fromkeys(member.node for member in members):
+            there = [member for member in members if member.node == node]
+            gone = sum(member.lost for member in there)
+            rows.append({
+                "node": node, "actors": len(there), "tokens": sum(member.tokens for member in there),
+                "idle at the end": sum(self.idle(member) for member in there) / len(there),
+                "CPU seconds": sum(member.used.get("CPU seconds", 0.0) for member in there),
+                "lost": f"{gone} lost" if gone else "",
+            })  # fmt: skip
+        return rows
 
 
-def _told_by(error: Exception) -> UserError | None:
+def _cause_of(error: Exception) -> UserError | None:
     """What an actor's own code had to say, if that is what Ray reports."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, UserError) else None
 
 
-def _by_node(members: list[_Member], lost: set[int], began: float, seconds: float) -> list[dict[str, Any]]:
-    rows = []
-    for node in dict.fromkeys(member.node for member in members if member.node != NOWHERE):
-        there = [member for member in members if member.node == node]
-        gone = sum(member.number in lost for member in there)
-        waited = [idle(member.last_done, began, seconds) for member in there]
-        rows.append({
-            "node": node, "actors": len(there), "tokens": sum(member.tokens for member in there),
-            "idle at the end": sum(waited) / len(waited),
-            "CPU seconds": sum(member.used.get("CPU seconds", 0.0) for member in there),
-            "lost": f"{gone} lost" if gone else "",
-        })  # fmt: skip
-    return rows
+def share_of(packs: Sequence[int], placer: Placer) -> Share:
+    """Everything that an actor needs to know of some packs; windows come with those they are blended with."""
+    segments, table, plan = placer.segments, placer.job.table, placer.job.plan
+    parts = [plan.pack(pack) for pack in packs]
+    wanted = np.concatenate(parts)
+    records = np.unique(segments.record[wanted])
+    first, last = (np.searchsorted(segments.record, records, side=side) for side in ("left", "right"))
+    counts = last - first
+    numbers = ranges(first, counts)
+    table.check_unchanged()
+    return Share(
+        table.tokens(records), table.length[records], placer.embedded[records],
+        Segments(np.repeat(np.arange(len(records)), counts), segments.start[numbers], segments.length[numbers]),
+        Plan(
+            np.searchsorted(numbers, wanted), np.append(0, np.cumsum([len(part) for part in parts])),
+            plan.bucket[list(packs)], plan.tokens[list(packs)], plan.token_budget,
+        ),
+        numbers,
+    )  # fmt: skip
