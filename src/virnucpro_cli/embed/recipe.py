@@ -59,8 +59,8 @@ def target(config: EmbedConfig, features: list[Feature]) -> Target:
 def _check_paths(output: Path, whole: Path, config: EmbedConfig, features: list[Feature]) -> None:
     """Nothing that is read may be written, and reports must have a place. Raises UserError."""
     store.check_destination(output)
-    named = [*config.inputs, *(name for feature in features for name in feature.reads())]
-    read = [*(Path(name) for name in named if name != "-"), *locate.files_read(config.model)]
+    named = [*config.inputs, *(getattr(config, option) for feature in features for option in feature.reads)]
+    read = [*(Path(name) for name in named if name not in (None, "-")), *locate.files_read(config.model)]
     beside = [path for feature in features for path in feature.writes(whole)]
     if output.exists() and any(_is_of(output, other) for other in read if other.exists()):
         refusal = f"The output {output} is one of the inputs, of the model or of the cache."

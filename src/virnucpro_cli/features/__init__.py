@@ -81,13 +81,11 @@ class Feature:
 
     needs_digests = False
     """Whether the index must keep the content hash of each record."""
+    reads: tuple[str, ...] = ()
+    """Options that name files or folders that it reads, which no output may overwrite."""
 
     def __init__(self, config: EmbedConfig):
         self.config = config
-
-    def reads(self) -> list[str]:
-        """Files that it reads, which no output may overwrite."""
-        return []
 
     def writes(self, whole: Path) -> list[Path]:
         """Files that it writes beside the output of all shards. Raises UserError if they cannot be written."""

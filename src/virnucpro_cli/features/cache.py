@@ -88,6 +88,7 @@ class Cache(Feature):
     """
 
     needs_digests = True
+    reads = ("cache",)
     run: Run
     digest: NDArray[np.uint64]
     folder: Path
@@ -96,9 +97,6 @@ class Cache(Feature):
     @property
     def root(self) -> Path:
         return Path(self.config.cache or "")
-
-    def reads(self) -> list[str]:
-        return [str(self.root.resolve())]
 
     def writes(self, whole: Path) -> list[Path]:
         if not self.config.dry_run:

@@ -21,6 +21,8 @@ BLOCK_BYTES = 1 << 25
 class Groups(Feature):
     """A row for each group of proteins."""
 
+    reads = ("group_table",)
+
     def __init__(self, config: EmbedConfig):
         """Raises UserError if the table of --group-table cannot be read, or is no table of two columns."""
         super().__init__(config)
@@ -30,9 +32,6 @@ class Groups(Feature):
             pairs = ((name, group) for name, group in tables.rows(lines, columns=2))
             self.named = tables.by_name(lines, pairs, "group")
             self.sha256 = lines.digest.hexdigest()
-
-    def reads(self) -> list[str]:
-        return [self.config.group_table] if self.config.group_table is not None else []
 
     def of_input(self, table: fasta.RecordTable, extra: store.Extra) -> store.Extra:
         """Columns and names of the groups, in the order of the contigs, or of their first record.

@@ -32,6 +32,8 @@ LEFT_OUT = "contact maps left out"
 class Contacts(Feature):
     """A contact map of each protein, or of those that a list names."""
 
+    reads = ("contacts_for",)
+
     def __init__(self, config: EmbedConfig):
         """Raises UserError if the list of --contacts-for cannot be read."""
         super().__init__(config)
@@ -41,9 +43,6 @@ class Contacts(Feature):
             lines = tables.Lines(config.contacts_for)
             self.names = {name.strip() for (name,) in tables.rows(lines, columns=1)} - {""}
             self.sha256 = lines.digest.hexdigest()
-
-    def reads(self) -> list[str]:
-        return [self.config.contacts_for] if self.config.contacts_for is not None else []
 
     def of_input(self, table: fasta.RecordTable, extra: store.Extra) -> store.Extra:
         """The fingerprint entry for the list. Raises UserError for a list that names no record."""
