@@ -21,7 +21,7 @@ from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange import export, extract, importing
-from virnucpro_cli.explore import inspect, mapping, search
+from virnucpro_cli.explore import MapConfig, SearchConfig, inspect, mapping, search
 from virnucpro_cli.model import locate
 from virnucpro_cli.model.spec import DEMO
 from virnucpro_cli.store import read_embeddings
@@ -112,8 +112,8 @@ def test_nothing_that_a_run_reads_is_written(
 
 
 READERS: dict[str, Callable[[str, str, str], Any]] = {
-    "search x": lambda file, fasta, to: search.search_file(file, fasta, 1, output=to, overwrite=True),
-    "map x.tsv": lambda file, fasta, to: mapping.write_map(file, to, "pca", overwrite=True),
+    "search x": lambda file, fasta, to: search.search_file(SearchConfig(file, fasta, 1, output=to, overwrite=True)),
+    "map x.tsv": lambda file, fasta, to: mapping.write_map(MapConfig(file, to, "pca", overwrite=True)),
     "export x.npy": lambda file, fasta, to: export.export_file(file, "npy", to, overwrite=True),
     "inspect x": lambda file, fasta, to: inspect.inspect_file(file, to),
     "verify x": lambda file, fasta, to: verify.verify_file(file, report_path=to),
@@ -253,10 +253,10 @@ def test_a_second_merge_into_one_output_is_refused(
 LINKED: dict[str, Callable[[Path, str], Any]] = {
     "inspect": lambda there, link: inspect.inspect_file(link),
     "verify": lambda there, link: verify.verify_file(link),
-    "search": lambda there, link: search.search_file(link, "p0"),
-    "search --query": lambda there, link: search.search_file(str(there), link),
-    "map": lambda there, link: mapping.write_map(link, f"{there}.tsv", "pca"),
-    "map --color": lambda there, link: mapping.write_map(str(there), f"{there}.tsv", "pca", f"{link}:host"),
+    "search": lambda there, link: search.search_file(SearchConfig(link, "p0")),
+    "search --query": lambda there, link: search.search_file(SearchConfig(str(there), link)),
+    "map": lambda there, link: mapping.write_map(MapConfig(link, f"{there}.tsv", "pca")),
+    "map --color": lambda there, link: mapping.write_map(MapConfig(str(there), f"{there}.tsv", "pca", f"{link}:host")),
     "export": lambda there, link: export.export_file(link, "npy"),
     "extract": lambda there, link: extract.extract_files("random:8M:1", link, f"{there}.d", ("mean",)),
     "validate --against": lambda there, link: validate.run(ValidateConfig(against=link)),

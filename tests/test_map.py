@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from virnucpro_cli import cli, errors, store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.explore import mapping
+from virnucpro_cli.explore import METHODS, MapConfig, mapping
 from virnucpro_cli.explore.default_rows import Pooled
 from virnucpro_cli.explore.maps import colour, projection
 from virnucpro_cli.kinds import POOLED
@@ -58,7 +58,7 @@ def drawn(made: Path, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
 
     def draw(name: str, method: str | None = "pca", color: str = "length", **options: Any) -> tuple[Any, Path]:
         color = color.replace("of.tsv", str(made.parent / "of.tsv"))
-        return mapping.write_map(str(made), str(tmp_path / name), method, color, **options), tmp_path / name
+        return mapping.write_map(MapConfig(str(made), str(tmp_path / name), method, color, **options)), tmp_path / name
 
     return draw
 
@@ -82,7 +82,7 @@ def test_pca_is_that_of_numpys_svd(n: int, dimensions: int, block: int, seed: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", projection.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_map_is_the_same_again_and_two_groups_lie_apart(method: str) -> None:
     dice = np.random.default_rng(0)
     array = (dice.normal(size=(80, 20)) + np.repeat([[0.0], [8.0]], 40, axis=0)).astype(np.float16)
@@ -150,7 +150,7 @@ def test_the_caption_says_what_is_shown(drawn: Callable[..., Any], capsys: pytes
 @pytest.mark.parametrize("kind", POOLED)
 def test_every_kind_of_pool_can_be_drawn(made: Path, tmp_path: Path, tiny_model: Path, kind: str) -> None:
     embed_fasta(made.parent / "in.fasta", tmp_path / "k.h5", model=str(tiny_model), device="cpu", pool=(kind,))
-    shown = mapping.write_map(str(tmp_path / "k.h5"), str(tmp_path / "k.tsv"), "pca", "length")
+    shown = mapping.write_map(MapConfig(str(tmp_path / "k.h5"), str(tmp_path / "k.tsv"), "pca", "length"))
     assert any(POOLED[kind] in line for line in shown.caption)
 
 
@@ -160,8 +160,8 @@ def test_every_kind_of_pool_can_be_drawn(made: Path, tmp_path: Path, tiny_model:
 def test_more_classes_than_can_be_told_apart_are_others() -> None:
     values = [f"c{i}" for i in range(30) for _ in range(i + 1)] + [None] * 5
     parts = colour.Classes("x", values).parts
-    assert [label for label, _, own in parts if not own] == [f"10 others ({sum(range(1, 11))})", "no value (5)"]
-    assert [label for label, _, own in parts if own][:2] == ["c29 (30)", "c28 (29)"]
+    assert [label for label, _, rank in parts if rank < 0] == [f"10 others ({sum(range(1, 11))})", "no value (5)"]
+    assert [label for label, _, rank in parts if rank >= 0][:2] == ["c29 (30)", "c28 (29)"]
     assert sorted(i for _, points, _ in parts for i in points.tolist()) == list(range(len(values)))
 
 
@@ -181,7 +181,7 @@ def test_groups_of_the_file_are_colours(made: Path, tmp_path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file["groups/of"] = np.arange(40) % 3 - 1
         file["groups/ids"] = np.array(["one", "two"], object)
-    by = mapping.write_map(str(path), str(tmp_path / "a.tsv"), "pca", "group").colour
+    by = mapping.write_map(MapConfig(str(path), str(tmp_path / "a.tsv"), "pca", "group")).colour
     assert by.words()[:4] == ["no value", "one", "two", "no value"]
 
 
@@ -278,10 +278,10 @@ def test_umap_of_few_proteins_is_refused_if_named_and_else_pca(made: Path, tmp_p
     path = Path(shutil.copy(made, tmp_path / "few.h5"))
     with h5py.File(path, "r+") as file:
         file["status"][9:] = store.SKIPPED
-    assert "PCA" in mapping.write_map(str(path), str(tmp_path / "a.png")).title
+    assert "PCA" in mapping.write_map(MapConfig(str(path), str(tmp_path / "a.png"))).title
     for method in ("umap", "tsne"):
         with pytest.raises(UserError, match="16 proteins or more"):
-            mapping.write_map(str(path), str(tmp_path / "b.png"), method)
+            mapping.write_map(MapConfig(str(path), str(tmp_path / "b.png"), method))
 
 
 @pytest.mark.parametrize(

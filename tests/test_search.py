@@ -21,7 +21,7 @@ from conftest import VIRAL, read_fasta, write_model
 from virnucpro_cli import cli, store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.explore import search
+from virnucpro_cli.explore import SearchConfig, search
 from virnucpro_cli.explore.default_rows import Pooled
 
 Make = Callable[..., Path]
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 def hits(path: Path, query: Path | str, k: int = 10, **options: Any) -> list[tuple[str, str, int, float, int, int]]:
     """The lines that a search writes, read back."""
     output = path.with_suffix(".tsv")
-    search.search_file(str(path), str(query), k, output=str(output), overwrite=True, **options)
+    search.search_file(SearchConfig(str(path), str(query), k, output=str(output), overwrite=True, **options))
     header, *lines = [line.split("\t") for line in output.read_text().splitlines()]
     assert tuple(header) == search.COLUMNS
     return [(q, hit, int(rank), float(cosine), int(a), int(b)) for q, hit, rank, cosine, a, b in lines]
@@ -187,7 +187,7 @@ def test_a_search_says_which_proteins_it_does_not_see(
     with h5py.File(unfinished, "r+") as file:
         file["status"][10:] = store.PENDING
         file["run/complete"][()] = 0
-    search.search_file(str(unfinished), "p/3", 3)
+    search.search_file(SearchConfig(str(unfinished), "p/3", 3))
     assert "not searched: 1 skipped, 20 not computed yet of 30 proteins" in capsys.readouterr().err
 
 
@@ -264,11 +264,11 @@ def test_neither_an_output_nor_an_input_is_overwritten(made: Path, tmp_path: Pat
     there = tmp_path / "there.tsv"
     there.write_text("mine")
     with pytest.raises(UserError, match="exists"):
-        search.search_file(str(made), "p/3", output=str(there))
+        search.search_file(SearchConfig(str(made), "p/3", output=str(there)))
     with pytest.raises(UserError, match="would overwrite"):
-        search.search_file(str(made), "p/3", output=str(made), overwrite=True)
+        search.search_file(SearchConfig(str(made), "p/3", output=str(made), overwrite=True))
     assert there.read_text() == "mine"
-    search.search_file(str(made), "p/3", output=str(there), overwrite=True)
+    search.search_file(SearchConfig(str(made), "p/3", output=str(there), overwrite=True))
     assert there.read_text().startswith("query\t") and [path.name for path in tmp_path.iterdir()] == ["there.tsv"]
 
 
@@ -276,7 +276,7 @@ def test_nothing_is_left_of_a_search_that_fails(made: Path, tmp_path: Path, monk
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(search, "nearest", lambda *_: 1 / 0)
     with pytest.raises(Exception, match="division"):
-        search.search_file(str(made), str(made.parent / "in.fasta"), output=str(tmp_path / "hits.tsv"))
+        search.search_file(SearchConfig(str(made), str(made.parent / "in.fasta"), output=str(tmp_path / "hits.tsv")))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ from virnucpro_cli import cli, report, tables
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.explore import inspect, mapping, search
+from virnucpro_cli.explore import MapConfig, SearchConfig, inspect, mapping, search
 from virnucpro_cli.machine import fetch
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.spec import ModelSpec
@@ -105,7 +105,7 @@ def test_a_byte_order_mark_hides_no_name(embed: Embed, tmp_path: Path) -> None:
     (tmp_path / "colours.tsv.gz").write_bytes(gzip.compress((tmp_path / "colours.tsv").read_bytes()))
     for name in ("colours.tsv", "colours.tsv.gz"):
         map_to = str(tmp_path / f"{name}.map.tsv")
-        shown = mapping.write_map(str(path), map_to, method="pca", color=f"{tmp_path / name}:class")
+        shown = mapping.write_map(MapConfig(str(path), map_to, method="pca", color=f"{tmp_path / name}:class"))
         assert shown.colour.words() == ["x", "y", "x", "y"]
     (tmp_path / "c.toml").write_bytes(BOM + b'[embed]\npool = ["bos"]\n')
     assert resolve(EmbedConfig, str(tmp_path / "c.toml"), {}).pool == ("bos",)
@@ -123,7 +123,7 @@ def test_a_byte_order_mark_in_the_config_of_a_model_is_none_of_its_text(embed: E
 def test_a_line_of_a_colour_table_that_lacks_the_column_is_named(embed: Embed, tmp_path: Path) -> None:
     (tmp_path / "colours.tsv").write_text("name\thost\tclass\np1\thuman\tx\np2\thuman\np3\tbat\ty\n")
     with pytest.raises(UserError, match=r"colours.tsv line 3 has 2 columns, not 3"):
-        mapping.write_map(str(embed()), str(tmp_path / "m.tsv"), color=f"{tmp_path / 'colours.tsv'}:class")
+        mapping.write_map(MapConfig(str(embed()), str(tmp_path / "m.tsv"), color=f"{tmp_path / 'colours.tsv'}:class"))
 
 
 def test_names_of_a_table_that_no_protein_has_are_counted(embed: Embed, tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_pandas_reads_back_every_name_of_every_table(
     with read_embeddings(path) as file:
         names = file.names
     assert len(set(names)) == len(ODD) and any("\t" in name for name in names)
-    search.search_file(str(path), str(path), k=1, output=str(tmp_path / "hits.tsv"))
-    mapping.write_map(str(path), str(tmp_path / "map.tsv"), method="pca")
+    search.search_file(SearchConfig(str(path), str(path), k=1, output=str(tmp_path / "hits.tsv")))
+    mapping.write_map(MapConfig(str(path), str(tmp_path / "map.tsv"), method="pca"))
     for table, column in (("qc", "name"), ("hits", "query"), ("map", "name")):
         read = pandas.read_csv(tmp_path / f"{table}.tsv", sep="\t", dtype=str, keep_default_na=False)
         assert read[column].tolist() == names, table
@@ -161,7 +161,7 @@ def test_pandas_reads_back_every_name_of_every_table(
     assert inspected == (tmp_path / "qc.tsv").read_text()
     assert pandas.read_csv(io.StringIO(inspected), sep="\t", dtype=str)["name"].tolist() == names
     coloured = mapping.write_map(
-        str(path), str(tmp_path / "m.tsv"), method="pca", color=f"{tmp_path / 'qc.tsv'}:length"
+        MapConfig(str(path), str(tmp_path / "m.tsv"), method="pca", color=f"{tmp_path / 'qc.tsv'}:length")
     )
     assert coloured.colour.words() == ["30"] * len(names)
 

@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import MISSING
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from virnucpro_cli.config import EmbedConfig, resolve
-from virnucpro_cli.config.options import Field, fields_of, table_of
+from virnucpro_cli.config.options import TABLES, Field, fields_of, table_of
 from virnucpro_cli.errors import UserError
 
 
@@ -41,7 +42,7 @@ Overwrite = Annotated[bool, _info(fields_of(EmbedConfig)["overwrite"])]
 def of(config: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function (settings, ...).
 
-    Its options are the fields of `config`, --config, and the function's further parameters.
+    Its options are the fields of `config`, --config if a TOML file has a table for it, and further parameters.
     """
     fields = fields_of(config)
 
@@ -50,7 +51,7 @@ def of(config: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]
 
         def command(**given: Any) -> None:
             others = {parameter.name: given.pop(parameter.name) for parameter in further}
-            toml = given.pop("config")
+            toml = given.pop("config", None)
             flags = {name: _value(fields[name], value) for name, value in given.items()}
             function(resolve(config, toml, flags), **others)
 
@@ -58,7 +59,7 @@ def of(config: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]
         toml = typer.Option("--config", metavar="FILE.toml", help=text, rich_help_panel="Input")
         parameters = [
             *(_parameter(field) for field in fields.values()),
-            _keyword("config", Annotated[str | None, toml], None),
+            *([_keyword("config", Annotated[str | None, toml], None)] if table_of(config) in TABLES else []),
             *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in further),
         ]
         command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -75,10 +76,11 @@ def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty)
 
 def _parameter(field: Field) -> inspect.Parameter:
     """The parameter that typer makes the option of a field of."""
-    if field.name == "inputs":
-        return _keyword(field.name, Annotated[list[str], typer.Argument(metavar=field.metavar, help=field.help)])
+    if field.argument:
+        info = typer.Argument(metavar=field.metavar, help=field.help)
+        return _keyword(field.name, Annotated[list[str] if field.several else str, info])
     info = _info(field, field.panel)
-    if field.name == "output":
+    if field.default in ("", MISSING):
         return _keyword(field.name, Annotated[str, info])
     if field.is_switch:
         return _keyword(field.name, Annotated[bool, info], False)

@@ -65,7 +65,7 @@ class EmbedConfig(Config):
     # fmt: off
     inputs: tuple[str, ...] = option(
         (), INPUT, "FASTA files, plain or gz, bz2, xz, zst; - for standard input.", "INPUT...", repeated=True,
-        path=True)
+        path=True, argument=True)
     output: str = option("", FIRST, "The HDF5 file to write.", "OUT.h5", written=True, short="o")
     model: str = option(
         "esm2_t33_650M_UR50D", FIRST, "8M, 35M, 150M, 650M, 3B, 15B, their long names, demo, or a path to a "

@@ -19,6 +19,8 @@ from virnucpro_cli.errors import UserError, choose, unread
 
 ABOVE_0, FINITE = math.ulp(0.0), sys.float_info.max
 NUMBERS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+TABLES = ("embed", "bench", "validate")
+"""Commands that have a table in a TOML file."""
 REMOVED = {
     "bio-embeddings": "keyed-h5 has a dataset for each protein, too, and reads its HDF5 files",
     "--virtual": "merge copies rows into one file, so leave it out",
@@ -41,7 +43,8 @@ class Field:
     kinds: types of its value, or of each of several; panel: its heading in --help; help: without the default;
     metavar: stands for its value; choices: the words that it, or each of several, may be; least, most: bounds;
     said: words for a default that its value does not tell; repeated: several values are given one by one;
-    path: a leading ~ is the home folder; written: a path of a file to write; short: a letter.
+    path: a leading ~ is the home folder; written: a path of a file to write; short: a letter;
+    argument: it is given without an option. A field without a default must be given.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Field:
     path: bool = False
     written: bool = False
     short: str = ""
+    argument: bool = False
 
     @property
     def flag(self) -> str:
@@ -72,7 +76,7 @@ class Field:
     @property
     def shown_default(self) -> str:
         """The default in words, empty if there is none to speak of."""
-        if self.said or self.is_switch or self.default in (None, (), ""):
+        if self.said or self.is_switch or self.default in (None, (), "", dataclasses.MISSING):
             return self.said
         return ",".join(map(str, self.default)) if self.several else str(self.default)
 
@@ -137,7 +141,7 @@ def _field(field: dataclasses.Field[Any]) -> Field:
 
 def flag_of(name: str) -> str:
     """The option of a field's name."""
-    return f"--{name.strip('_').replace('_', '-')}"
+    return f"{'-' if len(name) == 1 else '--'}{name.strip('_').replace('_', '-')}"
 
 
 def refuse_removed(word: str) -> None:
@@ -176,7 +180,7 @@ def _from_toml(config: type[Any], path: Path) -> dict[str, Any]:
     command = table_of(config)
     remedy = f"Options stand in a table [{command}]."
     for entry in content:
-        if entry not in ("embed", "bench", "validate"):
+        if entry not in TABLES:
             raise UserError(f"The config file {path} has an unknown entry {entry!r}.", remedy)
     values = content.get(command, {})
     if not isinstance(values, dict):

@@ -1,6 +1,6 @@
 """The search workflow: for each query the nearest rows of an embeddings file, by cosine, exactly.
 
-Products are in fp32, on the GPU if there is one; whatever could be among the first k is computed again in fp64, so that
+Products are in fp32, on the GPU if there is one. Whatever could be among the first k is computed again in fp64, so that
 neither the device nor the order of a sum decides who is nearer.
 """
 
@@ -8,7 +8,6 @@ import dataclasses
 import os
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ from virnucpro_cli import embed, report, scratch, store, tables
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import Stopped, UserError, absent, counted, unread
-from virnucpro_cli.explore import default_rows
+from virnucpro_cli.explore import SearchConfig, default_rows
 from virnucpro_cli.explore.default_rows import Pooled
 from virnucpro_cli.model import locate
 from virnucpro_cli.model.esm2 import exact_arithmetic
 from virnucpro_cli.validation import audit
 
 COLUMNS = ("query", "hit", "rank", "cosine", "query_length", "hit_length")
-MOST_HITS = 10_000
 QUERIES, HITS = 1024, 1 << 20
 """Queries, and hits of them, that are searched for in one pass over the file."""
 PAIRS = 4096
@@ -39,76 +37,61 @@ SAME = ("max_residues", "long", "overlap", "invalid", "gaps")
 """Settings that another file should share, for its rows to be compared with these."""
 
 
-@dataclass(frozen=True)
-class Queries:
-    """Rows to search with. own: whether they are rows of the database itself, which are then no hits of their own."""
+def search_file(settings: SearchConfig) -> int:
+    """Write the nearest rows of a file for each query as tab-separated text.
 
-    data: Pooled
-    own: bool
-
-
-def search_file(
-    database: str, query: str, k: int = 10, raw: bool = False, output: str | None = None, model: str | None = None,
-    overwrite: bool = False, force_protein: bool = False, kind: str | None = None, layer: int | None = None,
-    out: Console | None = None,
-) -> int:  # fmt: skip
-    """Write the nearest k rows of `database` for each query as tab-separated text to `output`, or standard output.
-
-    query: a FASTA (embedded with the database's own model and settings), a name in the database, or another embeddings
-    file. kind, layer: the rows compared, by default those of /embeddings. Cosines are of rows minus the database's mean row, unless raw. Returns the number of queries without a row.
-    Raises UserError for what the user can put right.
+    Cosines are of rows minus the file's mean row, unless raw. A FASTA query is embedded as the file was.
+    Returns the number of queries without a row. Raises UserError for what the user can put right.
     """
-    out = out or report.console()
-    if not 1 <= k <= MOST_HITS:
-        raise UserError(f"-k is {k}.", f"Give 1 to {MOST_HITS:,}.")
-    if output is not None:
-        report.check_places({"output": output}, [database, *([query] if os.path.exists(query) else [])])
-        store.check_new(Path(output), overwrite)
+    out, database, output, k = report.console(), settings.file, settings.output, settings.k
     with ExitStack() as stack:
         file = stack.enter_context(store.opened(database))
-        report.check_places({"output": output}, [*locate.files_read(audit.model_of(file, model))])
-        data = default_rows.of(file, database, kind, layer)
+        named = [settings.query] if os.path.exists(settings.query) else []
+        model_files = locate.files_read(audit.model_of(file, settings.model))
+        report.check_places({"output": output}, [database, *named, *model_files])
+        if output is not None:
+            store.check_new(Path(output), settings.overwrite)
+        data = default_rows.of(file, settings.kind, settings.layer)
         if not len(data):
             raise UserError(f"{database} holds no embedded protein.", "Its proteins were skipped, or not computed yet.")
-        if left_out := default_rows.lacking(data):
+        if left_out := data.lacking():
             out.print(f"not searched: {left_out}", style="yellow")
-        if len(data) < FEW and not raw:
+        if len(data) < FEW and not settings.raw:
             out.print(f"The mean of {counted(len(data), 'protein')} says little; --raw does without.", style="yellow")
-        queries = _queries(data, database, query, model, force_protein, stack, out)
-        lacking = len(queries.data.file) - len(queries.data) if not queries.own else 0
+        queries = _queries(data, settings, stack, out)
+        queries = dataclasses.replace(queries, size=min(QUERIES, HITS // k))
+        lacking = 0 if queries.file is file else len(queries.file) - len(queries)
         if lacking:
             out.print(f"{counted(lacking, 'protein')} of the query skipped, without hits", style="yellow")
         device = devices.resolve_device("auto")
         exact_arithmetic()
-        mean = np.zeros(data.array.shape[1]) if raw else data.mean()
-        out.print(
-            f"searching {counted(len(data), 'protein')} for {counted(len(queries.data), 'protein')} on {device.type}",
-            style="dim",
+        mean = np.zeros(data.array.shape[1]) if settings.raw else data.mean()
+        sizes = f"{counted(len(data), 'protein')} for {counted(len(queries), 'protein')}"
+        out.print(f"searching {sizes} on {device.type}", style="dim")
+        to = (
+            sys.stdout.buffer
+            if output is None
+            else stack.enter_context(store.new_file(Path(output), settings.overwrite))
         )
-        writer = sys.stdout.buffer if output is None else stack.enter_context(store.new_file(Path(output), overwrite))
         on_terminal = output is None and sys.stdout.isatty()
-        asked = dataclasses.replace(queries.data, size=min(QUERIES, HITS // k))
-        total = len(data) * -(-len(asked) // asked.size)
+        total = len(data) * -(-len(queries) // queries.size)
         tracker = stack.enter_context(report.Tracker(report.console(on_terminal or out.quiet), total, "rows"))
-        lines = stack.enter_context(tables.written_to(writer))
+        lines = stack.enter_context(tables.written_to(to))
         lines.writerow(COLUMNS)
-        for rows, values in asked.blocks():
-            own = rows if queries.own else np.full(len(rows), -1)
-            found, cosines = nearest(
-                data, directions(values.astype(np.float64), mean), own, k, mean, device, tracker.advance
-            )
-            _write(lines, file, queries.data.file, rows, found, cosines)
+        for rows, values in queries.blocks():
+            own = rows if queries.file is file else np.full(len(rows), -1)
+            directed = directions(values.astype(np.float64), mean)
+            hits, cosines = nearest(data, directed, own, k, mean, device, tracker.advance)
+            _write(lines, file, queries.file, rows, hits, cosines)
     if output is None:
-        writer.flush()
+        to.flush()
     else:
-        out.print(f"{output}: {counted(len(queries.data), 'query', 'queries')}")
+        out.print(f"{output}: {counted(len(queries), 'query', 'queries')}")
     return lacking
 
 
 def directions(values: Any, mean: Any) -> Any:
-    """Rows float64 [m, D] minus the mean, of length 1; one that is the mean itself has no direction, and is zero. Of NumPy or
-    of PyTorch.
-    """
+    """Rows minus the mean, of length 1: float64 [m, D] of NumPy or PyTorch. A row that is the mean becomes zero."""
     centred = values - mean
     norm = (centred * centred).sum(1, keepdims=True) ** 0.5
     some = norm > 1e-9 * (mean * mean).sum() ** 0.5
@@ -121,8 +104,8 @@ def nearest(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:  # fmt: skip
     """The k rows of largest cosine with each query, in falling order, equal ones by row number.
 
-    queries: float64 [m, D], see `directions`; own: int64 [m], a row that is no hit of its query. Returns row numbers int64
-    [m, k], -1 where there are fewer, and cosines float64 [m, k].
+    queries: float64 [m, D], see `directions`; own: int64 [m], a row that is no hit of its query.
+    Returns row numbers int64 [m, k], -1 where there are fewer, and cosines float64 [m, k].
     """
     rows = np.full((len(queries), k), -1)
     cosines = np.full((len(queries), k), -np.inf)
@@ -164,10 +147,9 @@ def _keep_best(
 # --- queries and hits ------------------------------------------------------------------------------------------------
 
 
-def _queries(
-    data: Pooled, database: str, query: str, model: str | None, force_protein: bool, stack: ExitStack, out: Console
-) -> Queries:  # fmt: skip
-    """What the word after --query stands for. A file of that name comes before a protein of that name."""
+def _queries(data: Pooled, settings: SearchConfig, stack: ExitStack, out: Console) -> Pooled:
+    """The rows that --query stands for: a file of that name comes before a protein of that name."""
+    query, database = settings.query, settings.file
     if query != "-" and not os.path.exists(query):
         if os.path.islink(query):
             raise UserError(f"The query {absent(query)}.", "Put the file there, or name another.")
@@ -180,12 +162,10 @@ def _queries(
         rows = np.intersect1d(named, data.rows)
         if not len(rows):
             raise UserError(f"{query} was skipped, or is not computed yet: it has no row.", "Choose another query.")
-        return Queries(dataclasses.replace(data, rows=rows), own=True)
-    if query != "-" and _is_hdf5(query):
-        if os.path.samefile(query, database):
-            return Queries(data, own=True)
-        return Queries(_of_file(data, database, query, stack, out), own=False)
-    return Queries(_embedded(data, database, query, model, force_protein, stack, out), own=False)
+        return dataclasses.replace(data, rows=rows)
+    if query == "-" or not _is_hdf5(query):
+        return _embedded(data, settings, stack, out)
+    return data if os.path.samefile(query, database) else _of_file(data, settings, stack, out)
 
 
 def _is_hdf5(path: str) -> bool:
@@ -193,73 +173,61 @@ def _is_hdf5(path: str) -> bool:
         with open(path, "rb") as file:
             return file.read(len(store.HDF5_MAGIC)) == store.HDF5_MAGIC
     except OSError as error:
-        raise UserError(
-            f"The query {unread(path, error)}.", "Give a FASTA file, a file of embed, or a protein's name."
-        ) from None
+        remedy = "Give a FASTA file, a file of embed, or a protein's name."
+        raise UserError(f"The query {unread(path, error)}.", remedy) from None
 
 
-def _of_file(data: Pooled, database: str, query: str, stack: ExitStack, out: Console) -> Pooled:
+def _of_file(data: Pooled, settings: SearchConfig, stack: ExitStack, out: Console) -> Pooled:
+    query, database, kind, layer = settings.query, settings.file, data.kind, data.layer
     other = stack.enter_context(store.opened(query))
     ours, theirs = data.file.settings, other.settings
-    if _other_model(ours, theirs):
+    if _is_other_model(ours, theirs):
+        raise UserError(f"{query} was made with other weights than {database}.", "Embed it with the same --model.")
+    if kind not in theirs["pool"] or layer not in theirs["layers"]:
         raise UserError(
-            f"{query} was made with other weights than {database}.", "Embed the queries with the same --model."
-        )
-    if data.kind not in theirs["pool"] or data.layer not in theirs["layers"]:
-        raise UserError(
-            f"{query} has no {data.kind}/{data.layer}, which {database} is searched by.",
-            f"Embed it with --pool {data.kind} --layers {data.layer}.",
+            f"{query} has no {kind}/{layer}, which {database} is searched by.",
+            f"Embed it with --pool {kind} --layers {layer}.",
         )
     for name in SAME:
         if ours.get(name) != theirs.get(name):
             out.print(f"{name} is {ours.get(name)} in {database}, {theirs.get(name)} in {query}", style="yellow")
-    done = np.flatnonzero(other.status == store.DONE)
-    return Pooled(other, data.kind, data.layer, other.array(data.kind, data.layer), done)
+    return default_rows.of(other, kind, layer)
 
 
-def _embedded(
-    data: Pooled, database: str, query: str, model: str | None, force_protein: bool, stack: ExitStack, out: Console
-) -> Pooled:  # fmt: skip
+def _embedded(data: Pooled, asked: SearchConfig, stack: ExitStack, out: Console) -> Pooled:
     """A FASTA, embedded as the database was, in a file that is removed in the end."""
-    settings = data.file.settings
-    found = audit.weights_of(data.file, database, model, out)
-    if found.sha256 != settings["weights_sha256"]:
-        raise UserError(
-            f"{database} was made with other weights than those of {found.place}.",
-            f"Say where the weights of SHA-256 {settings['weights_sha256'][:16]}... are: --model PATH.",
-        )
-    dtype = devices.short_name(getattr(torch, settings["dtype"]))
-    if settings["device"] != devices.resolve_device("auto").type:
-        dtype = "auto"
-    folder = stack.enter_context(scratch.folder())
-    policies = {name: settings[name] for name in (*SAME, "id", "dedup") if name in settings}
+    settings, query = data.file.settings, asked.query
+    weights = audit.weights_of(data.file, asked.file, asked.model, out)
+    other_weights = f"{asked.file} was made with other weights than those of {weights.place}"
+    if weights.sha256 != settings["weights_sha256"]:
+        sha256 = settings["weights_sha256"][:16]
+        raise UserError(f"{other_weights}.", f"Say where the weights of SHA-256 {sha256}... are: --model PATH.")
+    is_same_device = settings["device"] == devices.resolve_device("auto").type
     config = resolve(EmbedConfig, None, {
-        "inputs": query, "output": str(Path(folder) / "queries.h5"), "model": audit.model_of(data.file, model),
-        "layers": data.layer, "pool": data.kind, "dtype": dtype, "store_dtype": settings["store_dtype"], "quiet": True, "force_protein": force_protein, **policies,
+        "inputs": query, "output": str(Path(stack.enter_context(scratch.folder())) / "queries.h5"), "quiet": True,
+        "model": audit.model_of(data.file, asked.model), "layers": data.layer, "pool": data.kind,
+        "dtype": devices.short_name(getattr(torch, settings["dtype"])) if is_same_device else "auto",
+        "store_dtype": settings["store_dtype"], "force_protein": asked.force_protein,
+        **{name: settings[name] for name in (*SAME, "id", "dedup") if name in settings},
     })  # fmt: skip
-    out.print(f"embedding {'standard input' if query == '-' else query} with {found.place}", style="dim")
+    out.print(f"embedding {'standard input' if query == '-' else query} with {weights.place}", style="dim")
     try:
         embed.run(config)
     except UserError as error:
         if "--from contigs" not in error.remedy:
             raise
-        raise UserError(
-            error.what,
-            "Queries are proteins: virnucpro embed --from contigs finds those of contigs. Or --force-protein.",
-        ) from None
+        remedy = "Queries are proteins: virnucpro embed --from contigs finds those of contigs. Or --force-protein."
+        raise UserError(error.what, remedy) from None
     except Stopped as stop:
         stop.resumable = False  # the folder goes
         raise
     file = stack.enter_context(store.read_embeddings(config.output))
-    if _other_model(settings, file.settings):
-        raise UserError(
-            f"{database} was made with other weights than those of {found.place}: their heads differ.",
-            "Put the config.json back that the weights had then.",
-        )
-    return default_rows.of(file, config.output)
+    if _is_other_model(settings, file.settings):
+        raise UserError(f"{other_weights}: their heads differ.", "Put the config.json back that the weights had then.")
+    return default_rows.of(file)
 
 
-def _other_model(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+def _is_other_model(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     """Whether the weights or, where both files say it, the number of attention heads differ."""
     heads = {settings["heads"] for settings in (ours, theirs) if "heads" in settings}
     return ours["weights_sha256"] != theirs["weights_sha256"] or len(heads) > 1
@@ -267,14 +235,16 @@ def _other_model(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 def _write(
     lines: Any, base: store.EmbeddingFile, other: store.EmbeddingFile, queries: NDArray[np.int64],
-    found: NDArray[np.int64], cosines: NDArray[np.float64],
+    hits: NDArray[np.int64], cosines: NDArray[np.float64],
 ) -> None:  # fmt: skip
-    hit = found >= 0
-    hits = iter(zip(_names(base, found[hit]), base.lengths[found[hit]].tolist(), cosines[hit].tolist(), strict=True))
-    for name, length, count in zip(_names(other, queries), other.lengths[queries].tolist(), hit.sum(axis=1).tolist(), strict=True):  # fmt: skip
-        for rank in range(1, count + 1):
-            hit_name, hit_length, cosine = next(hits)
-            lines.writerow((name, hit_name, rank, f"{cosine:.6f}", length, hit_length))
+    """A line for each hit. queries: rows of `other`, int64 [m]; hits: rows of `base`, int64 [m, k], -1 for none."""
+    query, rank = np.nonzero(hits >= 0)
+    hit = hits[query, rank]
+    lines.writerows(zip(
+        np.array(_names(other, queries), object)[query], _names(base, hit), (rank + 1).tolist(),
+        (f"{cosine:.6f}" for cosine in cosines[query, rank].tolist()), other.lengths[queries[query]].tolist(),
+        base.lengths[hit].tolist(), strict=True,
+    ))  # fmt: skip
 
 
 def _names(file: store.EmbeddingFile, rows: NDArray[np.int64]) -> list[str]:

@@ -29,37 +29,42 @@ class Scale:
 
 @dataclass(frozen=True)
 class Classes:
-    """values [n], None where there is none; names: those shown, the most frequent first, at most MOST_CLASSES."""
+    """values [n], None where there is none. The most frequent MOST_CLASSES are shown, each by itself."""
 
     title: str
     values: list[str | None]
 
-    @property
-    def parts(self) -> list[tuple[str, NDArray[np.int64], bool]]:
-        """(label with its count, points, whether it is a class of its own), those that are none first: they lie below."""
-        counts = Counter(value for value in self.values if value is not None)
-        shown = sorted(counts, key=lambda value: (-counts[value], value))[:MOST_CLASSES]
-        places: dict[str | None, list[int]] = {}
-        for i, value in enumerate(self.values):
-            places.setdefault(value if value is None or value in shown else "", []).append(i)
-        rest = [(f"{len(counts) - len(shown):,} others", places.get("", [])), (NO_VALUE, places.get(None, []))]
-        parts = [(label, found, False) for label, found in rest if found]
-        parts += [(value, places[value], True) for value in shown]
-        return [(f"{label} ({len(found):,})", np.array(found), own) for label, found, own in parts]
-
     def words(self) -> list[str]:
         return [NO_VALUE if value is None else value for value in self.values]
+
+    @property
+    def parts(self) -> list[tuple[str, NDArray[np.int64], int]]:
+        """Label with its count, points (int64 [m]) and rank by frequency of each class.
+
+        The others are of rank -2, points without a value of rank -1: they come first, and lie below.
+        """
+        counts = Counter(value for value in self.values if value is not None)
+        shown = sorted(counts, key=lambda value: (-counts[value], value))[:MOST_CLASSES]
+        rank_of: dict[str | None, int] = {None: -1, **{value: rank for rank, value in enumerate(shown)}}
+        points: list[list[int]] = [[] for _ in range(-2, len(shown))]
+        for i, value in enumerate(self.values):
+            points[rank_of.get(value, -2) + 2].append(i)
+        labels = enumerate([f"{len(counts) - len(shown):,} others", NO_VALUE, *shown], start=-2)
+        parts = zip(labels, points, strict=True)
+        return [(f"{label} ({len(members):,})", np.array(members), rank) for (rank, label), members in parts if members]
 
 
 Colour = Scale | Classes
 
 
 def of(what: str, file: store.EmbeddingFile, rows: NDArray[np.int64]) -> Colour:
-    """The colour of some rows by `length`, `status`, `group` or FILE.tsv:column. Raises UserError if there is no such thing."""
+    """The colour of rows (int64 [n]): `length`, `status`, `group` or FILE.tsv:column. Raises UserError for others."""
     if what == "length":
         return Scale(LENGTH, file.lengths[rows].astype(np.float64), logarithmic=True)
     if what == "status":
-        return Classes("status", [_flags(int(flags)) for flags in file.flags[rows]])
+        flags = file.flags[rows].tolist()
+        named = {bits: ", ".join(name for bit, name in store.FLAG_NAMES.items() if bits & bit) for bits in set(flags)}
+        return Classes("status", [named[bits] or "done" for bits in flags])
     if what == "group":
         if file.groups is None:
             raise UserError(
@@ -73,10 +78,6 @@ def of(what: str, file: store.EmbeddingFile, rows: NDArray[np.int64]) -> Colour:
     return _column(path, column, file.names_at(rows))
 
 
-def _flags(flags: int) -> str:
-    return ", ".join(name for bit, name in store.FLAG_NAMES.items() if flags & bit) or "done"
-
-
 def _column(path: str, column: str, names: list[str]) -> Colour:
     """Numbers are a scale, unless they are whole and of at most MOST_CLASSES kinds, as cluster numbers are."""
     lines, wanted = tables.Lines(path), set(names)
@@ -86,10 +87,10 @@ def _column(path: str, column: str, names: list[str]) -> Colour:
         known = f"Its columns after the name: {', '.join(header[1:])}." if header[1:] else "It has no columns."
         raise UserError(f"{path} has no column {column!r}; names are in its first.", known)
     place = header.index(column, 1)
-    found = tables.by_name(lines, ((row[0], row[place]) for row in rows if row[0] in wanted), column)
-    values = [found.get(name, "").strip() or None for name in names]
-    there = {value for value in values if value is not None}
-    if not there:
+    value_of = tables.by_name(lines, ((row[0], row[place]) for row in rows if row[0] in wanted), column)
+    values = [value_of.get(name, "").strip() or None for name in names]
+    kinds = set(values) - {None}
+    if not kinds:
         raise UserError(
             f"{path} has no {column} for any protein of the map, such as {tables.cell(names[0])}.",
             "Its first column must hold the names as they are in the embeddings file.",
@@ -99,7 +100,7 @@ def _column(path: str, column: str, names: list[str]) -> Colour:
     except ValueError:
         return Classes(column, [None if value is None else tables.cell(value) for value in values])
     numbers[~np.isfinite(numbers)] = np.nan
-    known = numbers[np.isfinite(numbers)]
-    if len(known) == 0 or ((known == np.round(known)).all() and len(there) <= MOST_CLASSES):
+    known_numbers = numbers[np.isfinite(numbers)]
+    if (known_numbers == np.round(known_numbers)).all() and (len(kinds) <= MOST_CLASSES or not len(known_numbers)):
         return Classes(column, values)
     return Scale(column, numbers)

@@ -1,8 +1,11 @@
-"""A map as a picture (matplotlib), as a page to look around in (plotly), or as a table. Colours are told apart by people who
-do not see all of them: Okabe and Ito's for classes (https://jfly.uni-koeln.de/color/), each in three shapes; viridis for numbers.
+"""A map as a picture (matplotlib), as a page to look around in (plotly), or as a table.
+
+Colours are told apart by people who do not see all of them: Okabe and Ito's for classes
+(https://jfly.uni-koeln.de/color/), each in three shapes; viridis for numbers.
 """
 
 import html
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +15,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import tables
 from virnucpro_cli.errors import counted
-from virnucpro_cli.explore.maps.colour import LENGTH, MOST_CLASSES, Classes, Colour, Scale
+from virnucpro_cli.explore.maps.colour import LENGTH, MOST_CLASSES, NO_VALUE, Classes, Colour, Scale
 from virnucpro_cli.explore.maps.projection import Projection
 
 HUES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
@@ -41,23 +44,26 @@ class Map:
         return None if self.colour.title == LENGTH else self.colour.words()
 
 
-def _looks(number: int, own: bool) -> tuple[str, tuple[str, str]]:
-    """Colour and shape of a class."""
-    return (HUES[number % len(HUES)], SHAPES[number // len(HUES)]) if own else (GREY, SHAPES[0])
-
-
-def _classes(colour: Classes) -> list[tuple[str, NDArray[np.int64], str, tuple[str, str], int]]:
+def _classes(colour: Classes) -> Iterator[tuple[str, NDArray[np.int64], str, tuple[str, str], int]]:
     """(label, points, colour, shape, place in the legend) of each class, in the order of drawing."""
-    own = [label for label, _, is_own in colour.parts if is_own]
-    return [
-        (
-            label,
-            points,
-            *_looks(own.index(label) if is_own else 0, is_own),
-            own.index(label) if is_own else MOST_CLASSES + i,
-        )
-        for i, (label, points, is_own) in enumerate(colour.parts)
-    ]
+    for label, points, rank in colour.parts:
+        if rank < 0:
+            yield label, points, GREY, SHAPES[0], MOST_CLASSES + 2 + rank
+        else:
+            yield label, points, HUES[rank % len(HUES)], SHAPES[rank // len(HUES)], rank
+
+
+def _in_order(colour: Scale, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The points that have a value, shuffled so that no length lies on top, and those that have none."""
+    is_known = np.isfinite(colour.values)
+    return np.random.default_rng(seed).permutation(np.flatnonzero(is_known)), np.flatnonzero(~is_known)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:28]}...{text[-9:]}"
+
+
+# --- a picture -------------------------------------------------------------------------------------------------------
 
 
 def picture(shown: Map, file: IO[bytes], kind: str) -> None:
@@ -76,14 +82,12 @@ def picture(shown: Map, file: IO[bytes], kind: str) -> None:
     else:
         _scatter_in_classes(axes, shown, shown.colour, style)
     axes.set_aspect("equal", adjustable="datalim")
-    axes.spines[["top", "right"]].set_visible(False)
     if shown.projection.axes:
-        axes.set_xlabel(shown.projection.axes[0])
-        axes.set_ylabel(shown.projection.axes[1])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xlabel=shown.projection.axes[0], ylabel=shown.projection.axes[1])
     else:
         axes.spines[:].set_visible(False)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
     axes.set_title(_plain(shown.title), loc="left", fontsize=12)
     figure.supxlabel(_plain("\n".join(shown.caption)), x=0.02, ha="left", fontsize=7.5, color="#444444")
     figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
@@ -109,22 +113,15 @@ def _scatter_on_scale(axes: Any, shown: Map, colour: Scale, style: dict[str, Any
 
 def _scatter_in_classes(axes: Any, shown: Map, colour: Classes, style: dict[str, Any]) -> None:
     x, y = shown.projection.points.T
-    listed = []
+    drawn = {}
     for label, points, hue, (shape, _), place in _classes(colour):
-        drawn = axes.scatter(x[points], y[points], c=hue, marker=shape, label=_plain(_short(label)), **style)
-        listed.append((place, drawn))
+        drawn[place] = axes.scatter(x[points], y[points], c=hue, marker=shape, label=_plain(_short(label)), **style)
     legend = axes.legend(
-        handles=[drawn for _, drawn in sorted(listed, key=lambda entry: entry[0])], title=_plain(colour.title),
-        fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
+        handles=[drawn[place] for place in sorted(drawn)], title=_plain(colour.title), fontsize=8, loc="center left",
+        bbox_to_anchor=(1.01, 0.5), frameon=False,
     )  # fmt: skip
     for handle in legend.legend_handles:
         handle.set_sizes([30])
-
-
-def _in_order(colour: Scale, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The points that have a value, shuffled so that no length lies on top, and those that have none."""
-    known = np.isfinite(colour.values)
-    return np.random.default_rng(seed).permutation(np.flatnonzero(known)), np.flatnonzero(~known)
 
 
 def _plain(text: str) -> str:
@@ -132,8 +129,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _short(text: str, most: int = 40) -> str:
-    return text if len(text) <= most else f"{text[: most - 12]}...{text[-9:]}"
+# --- a page ----------------------------------------------------------------------------------------------------------
 
 
 def page(shown: Map, file: IO[bytes]) -> None:
@@ -141,14 +137,13 @@ def page(shown: Map, file: IO[bytes]) -> None:
     from plotly import graph_objects as go
 
     figure = go.Figure(_traces(shown))
-    of_axes, meant = shown.projection.axes or ("", ""), shown.projection.axes is not None
-    axis = {"zeroline": False, "showticklabels": meant, "showgrid": meant, "gridcolor": "#EEEEEE"}
+    x, y = shown.projection.axes or ("", "")
+    axis = {"zeroline": False, "showticklabels": x != "", "showgrid": x != "", "gridcolor": "#EEEEEE"}
     figure.update_layout(
         template="plotly_white", hovermode="closest", showlegend=isinstance(shown.colour, Classes),
         legend={"title": {"text": html.escape(shown.colour.title)}, "itemsizing": "constant"},
         title={"text": html.escape(shown.title), "x": 0.02}, margin={"t": 60, "b": 110, "l": 60},
-        xaxis={"title": {"text": of_axes[0]}, **axis},
-        yaxis={"title": {"text": of_axes[1]}, "scaleanchor": "x", **axis},
+        xaxis={"title": {"text": x}, **axis}, yaxis={"title": {"text": y}, "scaleanchor": "x", **axis},
         annotations=[{
             "text": "<br>".join(html.escape(line) for line in shown.caption), "showarrow": False, "xref": "paper",
             "yref": "paper", "x": 0, "y": 0, "xanchor": "left", "yanchor": "top", "yshift": -45, "align": "left",
@@ -165,15 +160,15 @@ def _traces(shown: Map) -> list[Any]:
     """The points of a page: those of each class, or those with a value and those without."""
     from plotly import graph_objects as go
 
-    x, y = shown.projection.points.T
+    x, y = shown.projection.points.T.astype(np.float32)
     kind = go.Scattergl if len(x) > MOST_DRAWN_AS_SVG else go.Scatter
-    size, hover = float(np.clip(300 / len(x) ** 0.5, 3, 8)), _hover(shown)
+    size, hover = float(np.clip(300 / len(x) ** 0.5, 3, 8)), np.array(_hover(shown), object)
 
     def dots(points: NDArray[np.int64], name: str, place: int = 0, **marker: Any) -> Any:
+        """Points (int64 [m]) as a trace."""
         return kind(
-            x=x[points].astype(np.float32), y=y[points].astype(np.float32), mode="markers", name=html.escape(name),
-            hovertext=[hover[i] for i in points.tolist()], hoverinfo="text", legendrank=place,
-            marker={"size": size, "opacity": 0.85, **marker},
+            x=x[points], y=y[points], mode="markers", name=html.escape(name), hovertext=hover[points].tolist(),
+            hoverinfo="text", legendrank=place, marker={"size": size, "opacity": 0.85, **marker},
         )  # fmt: skip
 
     if isinstance(shown.colour, Classes):
@@ -188,18 +183,20 @@ def _traces(shown: Map) -> list[Any]:
         ticks = _ticks(drawn.min(), drawn.max())
         bar |= {"tickvals": np.log10(ticks), "ticktext": [f"{tick:,.0f}" for tick in ticks]}
         drawn = np.log10(drawn)
-    traces = [dots(unknown, "no value", color=GREY)] if len(unknown) else []
+    traces = [dots(unknown, NO_VALUE, color=GREY)] if len(unknown) else []
     return [*traces, dots(order, title, color=drawn, colorscale="Viridis", colorbar=bar, showscale=True)]
 
 
 def _hover(shown: Map) -> list[str]:
     """What a page says of each point."""
-    words, title = shown.words, html.escape(shown.colour.title)
-    return [
+    lines = [
         f"<b>{html.escape(name)}</b><br>{counted(length, 'residue')}"
-        + (f"<br>{title}: {html.escape(words[i])}" if words else "")
-        for i, (name, length) in enumerate(zip(shown.names, shown.lengths.tolist(), strict=True))
+        for name, length in zip(shown.names, shown.lengths.tolist(), strict=True)
     ]
+    if shown.words is None:
+        return lines
+    title = html.escape(shown.colour.title)
+    return [f"{line}<br>{title}: {html.escape(word)}" for line, word in zip(lines, shown.words, strict=True)]
 
 
 def _ticks(least: float, most: float) -> list[float]:
@@ -208,15 +205,16 @@ def _ticks(least: float, most: float) -> list[float]:
     return [tick for tick in ticks if least <= tick <= most] or [least, most]
 
 
+# --- a table, and the choice -----------------------------------------------------------------------------------------
+
+
 def table(shown: Map, file: IO[bytes]) -> None:
-    """A line for each point: name, number of the record, x, y, length, and what it is coloured by unless that is the length."""
-    words = shown.words
-    header = ["name", "record", "x", "y", "length", *([shown.colour.title] if words else [])]
+    """A line for each point: name, record, x, y, length, and the value of its colour unless that is the length."""
+    more = [[]] * len(shown.names) if shown.words is None else [[word] for word in shown.words]
     with tables.written_to(file) as lines:
-        lines.writerow(header)
+        lines.writerow(["name", "record", "x", "y", "length", *([shown.colour.title] if more[0] else [])])
         for i, (x, y) in enumerate(shown.projection.points.tolist()):
-            line = [shown.names[i], shown.rows[i], f"{x:.6g}", f"{y:.6g}", shown.lengths[i]]
-            lines.writerow([*line, *([words[i]] if words else [])])
+            lines.writerow([shown.names[i], shown.rows[i], f"{x:.6g}", f"{y:.6g}", shown.lengths[i], *more[i]])
 
 
 def save(shown: Map, file: IO[bytes], path: Path) -> None:
