@@ -1,4 +1,4 @@
-"""File layouts of other tools: a module for each, which writes and reads it. Adding a layout is adding a module and a line here."""
+"""File layouts of other tools: a module for each, which writes and reads it."""
 
 from pathlib import Path
 
@@ -15,40 +15,31 @@ from virnucpro_cli.exchange.layouts import (
     scikit_bio,
     text,
     virnucpro,
-)
+)  # fmt: skip
 from virnucpro_cli.exchange.layouts.layout import Format
 from virnucpro_cli.store import DAMAGE
 
 LAYOUTS = (
-    npy.LAYOUT,
-    parquet.LAYOUT,
-    anndata.LAYOUT,
-    fair_esm.LAYOUT,
-    virnucpro.LAYOUT,
-    broad.LAYOUT,
-    scikit_bio.LAYOUT,
-    biotrainer.LAYOUT,
-    keyed_h5.LAYOUT,
-    text.CSV,
-    text.TSV,
-)
+    npy.LAYOUT, parquet.LAYOUT, anndata.LAYOUT, fair_esm.LAYOUT, virnucpro.LAYOUT, broad.LAYOUT, scikit_bio.LAYOUT,
+    biotrainer.LAYOUT, keyed_h5.LAYOUT, *text.LAYOUTS,
+)  # fmt: skip
 """In the order in which a file is tried: keyed_h5 is what HDF5 is that is nothing else."""
+NAMES = [layout.name for layout in LAYOUTS]
 
 
 def named(name: str) -> Format:
-    for layout in LAYOUTS:
-        if layout.name == name:
-            return layout
-    refuse_removed(name)
-    raise UserError(f"There is no layout {name!r}.", choose(name, [each.name for each in LAYOUTS]))
+    """The layout of that name. Raises UserError if there is none."""
+    if name not in NAMES:
+        refuse_removed(name)
+        raise UserError(f"There is no layout {name!r}.", choose(name, NAMES))
+    return LAYOUTS[NAMES.index(name)]
 
 
 def of_suffix(target: str | None) -> Format:
     """The layout whose suffix a target ends in. Raises UserError if there is none."""
     ends = [layout for layout in LAYOUTS if target and target.lower().endswith(layout.suffix)]
     if not ends:
-        names = ", ".join(each.name for each in LAYOUTS)
-        raise UserError("The name of the target does not tell its layout.", f"Say --to LAYOUT: {names}.")
+        raise UserError("The name of the target does not tell its layout.", f"Say --to LAYOUT: {', '.join(NAMES)}.")
     return max(ends, key=lambda layout: len(layout.suffix))
 
 

@@ -11,25 +11,26 @@ import numpy as np
 from virnucpro_cli.errors import needs
 from virnucpro_cli.exchange.layouts import hdf5
 from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, entry_of
-from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store import REASONS, STATUS_NAMES
-
-LONGEST_NAME = 1000
 
 
 def write(selection: Selection, target: Path) -> None:
-    """Every protein has a row in fp32, as linear algebra needs; of a skipped one it is NaN. obs_names are unique, obs["id"] is the name as it was.
+    """Every protein has a row in fp32, as linear algebra needs; a skipped one's is NaN.
 
-    X is written block by block, and never whole in memory.
+    obs_names are unique, obs["id"] is the name as it was. X is written block by block, and never whole in memory.
     """
     needs("anndata", "frames", "Writing .h5ad")
     import anndata as ad
     import pandas as pd
 
-    file, n = selection.file, selection.count(skipped=True)
+    file, n = selection.file, len(selection.file)
+    status, reason = (
+        pd.Categorical.from_codes(codes.astype(np.int8), list(words))
+        for codes, words in ((file.status, STATUS_NAMES), (file.reason, REASONS))
+    )
     obs = pd.DataFrame({
-        "id": file.names_of(0, n), "length": file.lengths, "status": _categories(file.status, STATUS_NAMES),
-        "reason": _categories(file.reason, REASONS), "flags": file.flags, "replaced": file.replaced,
+        "id": file.names_of(0, n), "length": file.lengths, "status": status, "reason": reason, "flags": file.flags,
+        "replaced": file.replaced,
     }, index=selection.keys(0, n))  # fmt: skip
     var = pd.DataFrame(index=[str(i) for i in range(selection.width)])
     with hdf5.created(target) as sink:
@@ -40,13 +41,6 @@ def write(selection: Selection, target: Path) -> None:
             data[block.numbers[0] : block.numbers[-1] + 1] = block.rows[selection.what]
 
 
-def _categories(codes: Any, words: tuple[str, ...]) -> Any:
-    """A pandas.Categorical of uint8 codes [N]."""
-    import pandas as pd
-
-    return pd.Categorical.from_codes(codes.astype(np.int8), list(words))
-
-
 @contextmanager
 def _backed(path: Path) -> Iterator[Any]:
     """The AnnData, with its X on disk, as its package reads it. Raises UserError if that is not installed."""
@@ -54,7 +48,8 @@ def _backed(path: Path) -> Iterator[Any]:
     import anndata
 
     with h5py.File(path, "r") as file:  # with the flags of anndata, which may have it open already
-        hdf5.check_whole(file)
+        for _ in hdf5.datasets(file):
+            pass  # none has its values elsewhere
     data = anndata.read_h5ad(path, backed="r")
     try:
         yield data
@@ -71,15 +66,15 @@ def read(path: Path) -> Iterator[Entry]:
         names = data.obs["id"] if "id" in data.obs else data.obs_names.to_series()
         if names.isna().any():
             raise ValueError(f"row {int(names.isna().to_numpy().argmax())} of obs has no id")
-        there = [name for name in ("length", "status", "reason") if name in data.obs]
-        columns = [data.obs[name].astype(object).where(data.obs[name].notna(), None).tolist() for name in there]
-        for name, row, *said in zip(names.astype(str), hdf5.rows(data.X), *columns, strict=True):
-            yield entry_of({"id": name, "kind": kind, **dict(zip(there, said, strict=True))}, row)
+        known = [name for name in ("length", "status", "reason") if name in data.obs]
+        columns = [data.obs[name].astype(object).where(data.obs[name].notna(), None).tolist() for name in known]
+        for name, row, *facts in zip(names.astype(str), hdf5.rows(data.X), *columns, strict=True):
+            yield entry_of({"id": name, "kind": kind, **dict(zip(known, facts, strict=True))}, row)
 
 
 def _provenance(data: Any) -> dict[str, Any]:
-    said = data.uns.get(hdf5.PROVENANCE, {})
-    return {name: value.item() if hasattr(value, "item") else value for name, value in said.items()}
+    facts = data.uns.get(hdf5.PROVENANCE, {})
+    return {name: value.item() if hasattr(value, "item") else value for name, value in facts.items()}
 
 
 def provenance(path: Path) -> dict[str, Any]:
@@ -92,6 +87,6 @@ def recognises(path: Path) -> bool:
 
 
 LAYOUT = Format(
-    "anndata", "AnnData's .h5ad", ".h5ad", tuple(POOLED),
-    write, read, provenance, recognises, holds_skipped=True, longest=LONGEST_NAME,
+    "anndata", "AnnData's .h5ad", ".h5ad", write, read, recognises, provenance=provenance, holds_skipped=True,
+    longest=1000,
 )  # fmt: skip

@@ -8,18 +8,14 @@ import numpy as np
 
 from virnucpro_cli.exchange.layouts import hdf5
 from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection
-from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store import opened_hdf5
 
 
 def write(selection: Selection, target: Path) -> None:
-    n = selection.count(skipped=False)
-    with hdf5.created(target) as sink:
-        file = sink.file
-        hdf5.mark(file, selection.provenance)
-        data = file.create_dataset("embeddings", (n, selection.width), np.float32)
-        names = file.create_dataset("sequence_ids", (n,), h5py.string_dtype("utf-8"))
-        at = 0
+    n, at = selection.rows(skipped=False), 0
+    with hdf5.created(target, selection) as sink:
+        data = sink.file.create_dataset("embeddings", (n, selection.width), np.float32)
+        names = sink.file.create_dataset("sequence_ids", (n,), h5py.string_dtype("utf-8"))
         for block in sink.each(selection.blocks()):
             stop = at + len(block.names)
             data[at:stop], names[at:stop] = block.rows[selection.what], block.names
@@ -41,6 +37,6 @@ def recognises(path: Path) -> bool:
 
 
 LAYOUT = Format(
-    "broad", "HDF5 with embeddings and sequence_ids, as the Broad's VirNucPro", ".broad.h5", tuple(POOLED),
-    write, read, hdf5.provenance, recognises,
+    "broad", "HDF5 with embeddings and sequence_ids, as the Broad's VirNucPro", ".broad.h5", write, read, recognises,
+    provenance=hdf5.provenance,
 )  # fmt: skip

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from virnucpro_cli.exchange.layouts import pt
-from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, encodable, no_provenance, possible
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, encodable, possible
 
 GROUPS = {"residue": "representations", "mean": "mean_representations", "bos": "bos_representations"}
-LONGEST_NAME = 200
 LONGEST_PART, MOST_PARTS = 252, 4
 """Bytes of a part of a path, without its .pt; a path is no longer than so many of these."""
 
@@ -27,7 +26,7 @@ def path_of(label: str, longest: int) -> str:
 
 
 def contents(selection: Selection) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(record number, key, what its file holds) of every protein that has an embedding."""
+    """(record number, key, content of its file) of every protein that has an embedding."""
     for block in selection.blocks():
         for number, name, key, values in block.each():
             content: dict[str, Any] = {"label": name}
@@ -44,15 +43,12 @@ def write(selection: Selection, target: Path) -> None:
 
 def read(path: Path) -> Iterator[Entry]:
     for file in [path] if path.is_file() else sorted(path.rglob("*.pt")):  # names with a / are in folders of their own
-        found = pt.load(file)
-        values = {
-            (kind, layer): pt.array(rows)
-            for kind, group in GROUPS.items()
-            for layer, rows in found.get(group, {}).items()
-        }
+        content = pt.load(file)
+        groups = {kind: content.get(group, {}) for kind, group in GROUPS.items()}
+        values = {(kind, layer): pt.array(rows) for kind, layers in groups.items() for layer, rows in layers.items()}
         if not values:
             raise ValueError(f"{file.name} holds none of {', '.join(GROUPS.values())}")
-        yield Entry(str(found.get("label", file.stem)), values, file.stem)
+        yield Entry(str(content.get("label", file.stem)), values, file.stem)
 
 
 def recognises(path: Path) -> bool:
@@ -60,6 +56,6 @@ def recognises(path: Path) -> bool:
 
 
 LAYOUT = Format(
-    "fair-esm", "fair-esm's extract.py, a .pt file per protein in a folder", ".fair-esm", tuple(GROUPS),
-    write, read, no_provenance, recognises, folder=True, several=True, longest=LONGEST_NAME,
+    "fair-esm", "fair-esm's extract.py, a .pt file per protein in a folder", ".fair-esm", write, read, recognises,
+    tuple(GROUPS), folder=True, several=True, longest=200,
 )  # fmt: skip

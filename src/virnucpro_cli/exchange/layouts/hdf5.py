@@ -1,4 +1,4 @@
-"""Parts that the layouts in HDF5 share: a way to write that HDF5 survives, the provenance in an attribute, a look at what is at the root."""
+"""Parts that the layouts in HDF5 share: a write that HDF5 survives, the provenance in an attribute, safe reading."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import h5py
 
-from virnucpro_cli.exchange.layouts.layout import begins
+from virnucpro_cli.exchange.layouts.layout import Selection, begins
 from virnucpro_cli.store import HDF5_MAGIC, blocks, opened_hdf5
 from virnucpro_cli.store.layout import Sink
 
@@ -18,23 +18,24 @@ MOST_DEEP = 32
 
 
 @contextmanager
-def created(path: Path) -> Iterator[Sink]:
-    """A new HDF5 file to write, at `sink.file`. Raises the error of a write that failed, once HDF5 has closed the file."""
+def created(path: Path, selection: Selection | None = None) -> Iterator[Sink]:
+    """A new HDF5 file to write, at `sink.file`, with the provenance of a selection.
+
+    Raises the error of a write that failed, once HDF5 has closed the file.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         sink = Sink(fd)
         try:
             with h5py.File(sink, "w") as sink.file:
+                if selection is not None:
+                    sink.file.attrs[PROVENANCE] = json.dumps(selection.provenance)
                 yield sink
         finally:
             sink.end()
         os.ftruncate(fd, sink.size)
     finally:
         os.close(fd)
-
-
-def mark(file: h5py.File, provenance: dict[str, Any]) -> None:
-    file.attrs[PROVENANCE] = json.dumps(provenance)
 
 
 def provenance(path: Path) -> dict[str, Any]:
@@ -51,23 +52,25 @@ def has(path: Path, *names: str) -> bool:
 
 
 def item(group: h5py.Group, name: str) -> Any:
-    """The group or dataset of a name. Raises ValueError if its bytes are not in this file: a link, or external or virtual storage."""
+    """The group or dataset of a name. Raises ValueError for a link, and for external or virtual storage."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise ValueError(f"{name!r} is a link")
-    found = group[name]
-    if isinstance(found, h5py.Dataset) and (found.is_virtual or found.external):
+    there = group[name]
+    if isinstance(there, h5py.Dataset) and (there.is_virtual or there.external):
         raise ValueError(f"{name!r} keeps its values in other files")
-    return found
+    return there
 
 
-def check_whole(group: h5py.Group, depth: int = 0) -> None:
-    """Raise ValueError if anything below a group is kept elsewhere, or deeper than any file needs."""
+def datasets(group: h5py.Group, above: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """(name, what is there) of all that is in a group and below, but for groups. Raises ValueError as `item` does."""
     if depth > MOST_DEEP:
-        raise ValueError(f"its groups are nested more than {MOST_DEEP} deep")
+        raise ValueError(f"{above!r} is nested more than {MOST_DEEP} deep")
     for name in group:
-        found = item(group, name)
-        if isinstance(found, h5py.Group):
-            check_whole(found, depth + 1)
+        there = item(group, name)
+        if isinstance(there, h5py.Group):
+            yield from datasets(there, f"{above}{name}/", depth + 1)
+        else:
+            yield above + name, there
 
 
 def texts(data: h5py.Dataset) -> Iterator[str]:

@@ -10,40 +10,30 @@ from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.store import opened_hdf5
 
-LONGEST_KEY = 1000
-
 
 def write(selection: Selection, target: Path, always_named: bool = False) -> None:
     """always_named: whether every dataset tells its protein's name, or only where its key does not."""
-    with hdf5.created(target) as sink:
-        file = sink.file
-        hdf5.mark(file, selection.provenance)
+    with hdf5.created(target, selection) as sink:
         for block in sink.each(selection.blocks()):
             for _, name, key, values in block.each():
-                if key in file:
+                if key in sink.file:
                     selection.shared += 1
                     continue
-                data = file.create_dataset(key, data=values[selection.what])
+                data = sink.file.create_dataset(key, data=values[selection.what])
                 if always_named or key != name:
                     data.attrs["original_id"] = name
 
 
-def datasets(group: h5py.Group, above: str = "", depth: int = 0) -> Iterator[tuple[str, h5py.Dataset]]:
-    """(key, dataset) of every protein. A name with a `/` made groups of its parts."""
-    if depth > hdf5.MOST_DEEP:
-        raise ValueError(f"{above!r} is nested more than {hdf5.MOST_DEEP} deep")
-    for name in group:
-        data = hdf5.item(group, name)
-        if isinstance(data, h5py.Group):
-            yield from datasets(data, f"{above}{name}/", depth + 1)
-        elif isinstance(data, h5py.Dataset) and data.ndim in (1, 2):
-            yield above + name, data
-        else:
-            raise ValueError(f"{above + name!r} is not a dataset of [D] or [L, D]")
+def datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
+    """(key, dataset) of every protein. A name with a `/` made groups of its parts. Raises ValueError for anything else."""
+    for key, data in hdf5.datasets(file):
+        if not isinstance(data, h5py.Dataset) or data.ndim not in (1, 2):
+            raise ValueError(f"{key!r} is not a dataset of [D] or [L, D]")
+        yield key, data
 
 
 def read(path: Path) -> Iterator[Entry]:
-    """Datasets of [1, D] are means whose first dimension was kept, unless another one has more rows or an export says residue."""
+    """Datasets of [1, D] are means whose first dimension was kept, if all are, unless an export says residue."""
     kind = hdf5.provenance(path).get("kind")
     with opened_hdf5(path) as file:
         kept = kind != "residue" and all(data.ndim == 2 and len(data) == 1 for _, data in datasets(file))
@@ -61,10 +51,8 @@ def first_of(path: Path) -> tuple[str, set[str]] | None:
     if not hdf5.has(path):
         return None
     with opened_hdf5(path) as file:
-        key, data = next(datasets(file), (None, None))
-        if key is None or data is None or data.dtype.kind != "f":
-            return None
-        return key, set(data.attrs)
+        key, data = next(datasets(file), ("", None))
+        return None if data is None or data.dtype.kind != "f" else (key, set(data.attrs))
 
 
 def recognises(path: Path) -> bool:
@@ -72,6 +60,6 @@ def recognises(path: Path) -> bool:
 
 
 LAYOUT = Format(
-    "keyed-h5", "HDF5, one dataset per protein, as UniProt and ProtTrans", ".keyed.h5", KINDS,
-    write, read, hdf5.provenance, recognises, longest=LONGEST_KEY,
+    "keyed-h5", "HDF5, one dataset per protein, as UniProt and ProtTrans", ".keyed.h5", write, read, recognises, KINDS,
+    hdf5.provenance, longest=1000,
 )  # fmt: skip

@@ -1,10 +1,9 @@
-"""What a layout is, and what passes between layouts and the workflows that write and read them."""
+"""A layout, and what passes between layouts and the workflows that write and read them."""
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli.errors import counted
-from virnucpro_cli.store import DONE, NAME_BLOCK, REASONS, STATUS_NAMES, EmbeddingFile, blocks
+from virnucpro_cli.kinds import POOLED
+from virnucpro_cli.store import DONE, REASONS, STATUS_NAMES, EmbeddingFile, blocks
 
 What = tuple[str, int]
 """Pooling kind and layer."""
+Names = Callable[[int, int], list[str]]
+"""Names, or keys, of a range of records."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A protein as a file holds it. values: (kind, layer) -> [D], or [L, D] of residues, perhaps not read before it is used.
+    """A protein as a file holds it. values: (kind, layer) -> [D], or [L, D] of residues, perhaps read on use only.
 
     layer: None where the layout has no place for it; key: what the layout knows it by instead of a name; length: residues,
     where the file says so; skipped: why it has no embedding.
@@ -35,7 +37,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring records, n of them. numbers: int64 [n]; rows: pooled [n, D], or of residues [sum of sizes, D]."""
+    """Neighbouring records, n of them. numbers: int64 [n]; sizes: int64 [n], rows of residues (1 if there are none).
+
+    rows: pooled [n, D], or of residues [sum of sizes, D], in the dtype of the file.
+    """
 
     numbers: NDArray[np.int64]
     names: list[str]
@@ -44,26 +49,29 @@ class Block:
     rows: dict[What, NDArray[Any]]
 
     def each(self) -> Iterator[tuple[int, str, str, dict[What, NDArray[Any]]]]:
-        """(number, name, key, its values) of every record."""
-        bounds = pairwise([0, *np.cumsum(self.sizes).tolist()])
-        for i, (number, (a, b)) in enumerate(zip(self.numbers.tolist(), bounds, strict=True)):
-            values = {what: rows[a:b] if what[0] == "residue" else rows[i] for what, rows in self.rows.items()}
+        """(number, name, key, values) of every record. Values are fp16 or fp32, [D] or [L, D] of residues."""
+        ends = np.cumsum(self.sizes).tolist()
+        for i, (number, end, size) in enumerate(zip(self.numbers.tolist(), ends, self.sizes.tolist(), strict=True)):
+            values = {
+                what: rows[end - size : end] if what[0] == "residue" else rows[i] for what, rows in self.rows.items()
+            }
             yield number, self.names[i], self.keys[i], values
 
 
 @dataclass
 class Selection:
-    """What of an embeddings file is exported. keys(start, stop) gives what the layout knows records by."""
+    """The part of an embeddings file that is exported. keys: what the layout knows records by.
+
+    shared: records that found their dataset there, written for an identical protein.
+    """
 
     file: EmbeddingFile
     kinds: tuple[str, ...]
     layers: tuple[int, ...]
-    keys: Callable[[int, int], list[str]]
+    keys: Names
     provenance: dict[str, Any]
     advance: Callable[[int], None] = lambda records: None
-    shared: int = field(
-        default=0, init=False
-    )  # records that found their dataset there, written for an identical protein
+    shared: int = field(default=0, init=False)
 
     @property
     def whats(self) -> list[What]:
@@ -82,38 +90,31 @@ class Selection:
     def dtype(self) -> np.dtype[Any]:
         return self.file.dataset(*self.what).dtype
 
-    def said(self, number: int) -> tuple[Any, str, str, Any]:
+    def facts(self, number: int) -> tuple[Any, str, str, Any]:
         """Length, status, reason and flags of a record, as tables have them."""
         file = self.file
         return file.lengths[number], STATUS_NAMES[file.status[number]], REASONS[file.reason[number]], file.flags[number]
 
-    def count(self, skipped: bool) -> int:
-        """How many records there are, those without an embedding among them or not."""
-        return len(self.file) if skipped else int((self.file.status == DONE).sum())
-
     def rows(self, skipped: bool) -> int:
-        """How many rows of the one kind those records have."""
-        if self.kinds[0] != "residue":
-            return self.count(skipped)
-        sizes = np.diff(self.file.residue_offsets)
-        return int((sizes if skipped else sizes[self.file.status == DONE]).sum())
+        """How many rows of the first kind there are, those of skipped records among them or not."""
+        wanted = np.ones(len(self.file), np.bool_) if skipped else self.file.status == DONE
+        return int(np.diff(self.file.residue_offsets)[wanted].sum() if self.kinds[0] == "residue" else wanted.sum())
 
     def blocks(self, skipped: bool = False) -> Iterator[Block]:
-        """The records in order, a stretch after the other; skipped ones, with rows that are NaN, if they are wanted."""
-        residues = "residue" in self.kinds
-        offsets = self.file.residue_offsets if residues else None
-        for stretch in self.file.chunks("residue" if residues else self.kinds[0]):
-            start, stop = stretch.start, stretch.stop
-            wanted = np.ones(stop - start, np.bool_) if skipped else self.file.status[stretch] == DONE
-            sizes = np.ones(stop - start, np.int64) if offsets is None else np.diff(offsets[start : stop + 1])
-            kept, rows = np.flatnonzero(wanted), {}
+        """The records in order, chunk by chunk; skipped ones, with rows that are NaN, if they are wanted."""
+        residues, file = "residue" in self.kinds, self.file
+        offsets = file.residue_offsets if residues else np.arange(len(file) + 1)
+        for chunk in file.chunks("residue" if residues else self.kinds[0]):
+            start, stop, rows = chunk.start, chunk.stop, {}
+            wanted = np.ones(stop - start, np.bool_) if skipped else file.status[chunk] == DONE
+            kept, sizes = np.flatnonzero(wanted), np.diff(offsets[start : stop + 1])
             for kind, layer in self.whats:
-                data = self.file.dataset(kind, layer)
-                if kind == "residue" and offsets is not None:
+                data = file.dataset(kind, layer)
+                if kind == "residue":
                     rows[kind, layer] = data[offsets[start] : offsets[stop]][np.repeat(wanted, sizes)]
                 else:
-                    rows[kind, layer] = data[stretch][wanted]
-            names, keys = self.file.names_of(start, stop), self.keys(start, stop)
+                    rows[kind, layer] = data[chunk][wanted]
+            names, keys = file.names_of(start, stop), self.keys(start, stop)
             yield Block(kept + start, [names[i] for i in kept], [keys[i] for i in kept], sizes[kept], rows)
             self.advance(stop - start)
 
@@ -122,21 +123,21 @@ class Selection:
 class Format:
     """A layout of files. Adding one is adding a module with this, and a line in `layouts.LAYOUTS`.
 
-    what: in a few words; suffix: of the default target; folder: whether the target is one; kinds: what it has room for;
-    several: for more than one layer at once; longest: bytes of a name that is a key or a file name (0: it is neither);
+    what: in a few words; suffix: of the default target; write(selection, target); read(path); recognises(path);
+    kinds: those that it has room for; provenance(path): as an earlier export wrote it; folder: whether the target is one;
+    several: room for more than one kind and layer; longest: bytes of a name that is a key or a file name (0: it is neither);
     key_of: what it knows a sequence by, if not by a name; beside: suffix of a file that lies beside the target;
-    is_beside(path): whether such a file is export's;
-    write(selection, target), read(path), provenance(path) as of an earlier export, recognises(path).
+    is_beside(path): whether such a file is export's.
     """
 
     name: str
     what: str
     suffix: str
-    kinds: tuple[str, ...]
     write: Callable[[Selection, Path], None]
     read: Callable[[Path], Iterator[Entry]]
-    provenance: Callable[[Path], dict[str, Any]]
     recognises: Callable[[Path], bool]
+    kinds: tuple[str, ...] = tuple(POOLED)
+    provenance: Callable[[Path], dict[str, Any]] = lambda path: {}
     folder: bool = False
     several: bool = False
     holds_skipped: bool = False
@@ -144,9 +145,6 @@ class Format:
     key_of: Callable[[bytes], str] | None = None
     beside: str = ""
     is_beside: Callable[[Path], bool] = lambda path: False
-
-
-# --- parts that layouts share ----------------------------------------------------------------------------------------
 
 
 def begins(path: Path, magic: bytes) -> bool:
@@ -157,24 +155,21 @@ def begins(path: Path, magic: bytes) -> bool:
         return file.read(len(magic)) == magic
 
 
-def entry_of(said: dict[str, Any], row: Any) -> Entry:
-    """An entry by what a table says of it: `id`, and kind, layer, length, status and reason where they are."""
-    layer, length = (int(said[name]) if said.get(name) not in (None, "") else None for name in ("layer", "length"))
-    skipped = str(said.get("reason") or "") if said.get("status") == "skipped" else ""
-    return Entry(str(said["id"]), {(said.get("kind") or "mean", layer): row}, length=length, skipped=skipped)
-
-
-def no_provenance(path: Path) -> dict[str, Any]:
-    """Of a layout that has no place for it."""
-    return {}
+def entry_of(facts: dict[str, Any], row: Any) -> Entry:
+    """An entry from its line of a table: `id`, and kind, layer, length, status and reason where they are."""
+    layer, length = (int(facts[name]) if facts.get(name) not in (None, "") else None for name in ("layer", "length"))
+    skipped = str(facts.get("reason") or "") if facts.get("status") == "skipped" else ""
+    return Entry(str(facts["id"]), {(facts.get("kind") or "mean", layer): row}, length=length, skipped=skipped)
 
 
 # --- names as keys ---------------------------------------------------------------------------------------------------
 
 
 def possible(name: str, longest: int) -> str:
-    """The name, made possible as an HDF5 key or a file name of so many bytes at most: `/` and what cannot be printed become `_`,
-    what is too long is cut and ends in a hash of all of it."""
+    """The name as an HDF5 key or a file name of so many bytes at most.
+
+    `/` and what cannot be printed become `_`. A name that is too long is cut, and ends in a hash of all of it.
+    """
     if "/" in name or not name.isprintable():
         name = "".join(c if c != "/" and c.isprintable() else "_" for c in name)
     if name in ("", ".", ".."):
@@ -197,47 +192,37 @@ def encodable(name: str) -> str:
 class Keys:
     """A key for every record: its name, made possible, with `_2` or a higher number behind it if an earlier one has it.
 
-    names(start, stop) gives those of a range; possible(name, longest) makes a key of one. Holds 8 bytes a record while it is made, and
-    the keys that have a number.
+    Holds the keys that have a number, and 8 bytes a record while it is made.
     """
 
-    def __init__(
-        self,
-        names: Callable[[int, int], list[str]],
-        count: int,
-        longest: int,
-        possible: Callable[[str, int], str] = possible,
-    ):
+    def __init__(self, names: Names, count: int, longest: int, possible: Callable[[str, int], str] = possible):
         self._names, self._longest, self._possible = names, longest, possible
         self._numbered: dict[int, str] = {}
         self.changed = 0
-        self.examples: list[tuple[str, str]] = []
+        self.examples: list[str] = []
         hashes = np.empty(count, np.int64)
         for block in blocks(count):
             hashes[block] = [hash(possible(name, longest)) for name in names(block.start, block.stop)]
-        taken, first, back = np.unique(hashes, return_index=True, return_inverse=True)
-        again = np.flatnonzero(first[back] != np.arange(count))
-        self._number(again, taken)
+        taken, first = np.unique(hashes, return_index=True)
+        repeats = np.ones(count, np.bool_)
+        repeats[first] = False
+        self._number(repeats, taken)
 
-    def _number(self, again: NDArray[np.int64], taken: NDArray[np.int64]) -> None:
-        new: set[str] = set()
+    def _number(self, repeats: NDArray[np.bool_], taken: NDArray[np.int64]) -> None:
+        """Give each repeat [N] a key with a number; taken: sorted hashes of all keys without one."""
+        numbered: set[str] = set()
         last: dict[str, int] = {}
-
-        def free(key: str) -> bool:
-            at = int(np.searchsorted(taken, hash(key)))
-            return key not in new and (at == len(taken) or taken[at] != hash(key))
-
-        for block in np.split(again, np.flatnonzero(np.diff(again // NAME_BLOCK)) + 1) if len(again) else []:
-            start = int(block[0])
-            names = self._names(start, int(block[-1]) + 1)
-            for record in block.tolist():
-                key = self._possible(names[record - start], self._longest - 12)
+        for block in blocks(len(repeats)):
+            records = block.start + np.flatnonzero(repeats[block])
+            names = self._names(block.start, block.stop) if len(records) else []
+            for record in records.tolist():
+                key = self._possible(names[record - block.start], self._longest - 12)
                 number = last.get(key, 1) + 1
-                while not free(f"{key}_{number}"):
+                while f"{key}_{number}" in numbered or _is_among(hash(f"{key}_{number}"), taken):
                     number += 1
                 last[key] = number
                 self._numbered[record] = f"{key}_{number}"
-                new.add(f"{key}_{number}")
+                numbered.add(f"{key}_{number}")
 
     def __call__(self, start: int, stop: int) -> list[str]:
         keys = []
@@ -245,13 +230,17 @@ class Keys:
             key = self._numbered.get(record) or self._possible(name, self._longest)
             if key != name:
                 self.changed += 1
-                if len(self.examples) < 3:
-                    self.examples.append((name, key))
+                self.examples = [*self.examples, f"{name!r} is {key!r}"][:3]
             keys.append(key)
         return keys
 
     @property
     def told(self) -> str:
         """Words for the names that were changed; empty if none was."""
-        shown = ", ".join(f"{name!r} is {key!r}" for name, key in self.examples)
-        return f"{counted(self.changed, 'name')} changed to be possible and unique: {shown}" if self.changed else ""
+        what = f"{counted(self.changed, 'name')} changed to be possible and unique: {', '.join(self.examples)}"
+        return what if self.changed else ""
+
+
+def _is_among(value: int, ordered: NDArray[np.int64]) -> bool:
+    at = int(np.searchsorted(ordered, value))
+    return at < len(ordered) and bool(ordered[at] == value)

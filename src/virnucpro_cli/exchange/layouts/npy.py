@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from virnucpro_cli import tables
-from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, begins, entry_of, no_provenance
+from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, begins, entry_of
 from virnucpro_cli.kinds import KINDS
 
 BESIDE = ".tsv"
@@ -16,11 +16,8 @@ COLUMNS = ("row", "rows", "id", "length", "status", "reason", "flags", "kind", "
 def write(selection: Selection, target: Path) -> None:
     """row: the first of a protein's, counted from 0; rows: how many, 1 of a pooled embedding; flags: the bits of embed's file."""
     kind, layer = selection.what
-    header = {
-        "descr": selection.dtype.str,
-        "fortran_order": False,
-        "shape": (selection.rows(skipped=True), selection.width),
-    }
+    shape = (selection.rows(skipped=True), selection.width)
+    header = {"descr": selection.dtype.str, "fortran_order": False, "shape": shape}
     with open(target, "wb") as array, open(target.with_suffix(BESIDE), "w", newline="", encoding="utf-8") as text:
         np.lib.format.write_array_header_1_0(array, header)
         table = tables.writer(text)
@@ -29,21 +26,19 @@ def write(selection: Selection, target: Path) -> None:
         for block in selection.blocks(skipped=True):
             block.rows[kind, layer].tofile(array)
             for number, name, size in zip(block.numbers.tolist(), block.names, block.sizes.tolist(), strict=True):
-                table.writerow((row, size, name, *selection.said(number), kind, layer))
+                table.writerow((row, size, name, *selection.facts(number), kind, layer))
                 row += size
 
 
 def read(path: Path) -> Iterator[Entry]:
     """Without the table, rows are named by their numbers."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array, beside = np.load(path, mmap_mode="r", allow_pickle=False), path.with_suffix(BESIDE)
     if array.ndim != 2 or array.dtype.kind != "f":
-        raise ValueError(
-            f"it is an array of {array.dtype} of shape {array.shape}, not [N, D] of floating-point numbers"
-        )
-    beside = path.with_suffix(BESIDE)
+        is_not = f"an array of {array.dtype} of shape {array.shape}"
+        raise ValueError(f"it is {is_not}, not [N, D] of floating-point numbers")
     if not beside.is_file():
-        for number, row in enumerate(array):
-            yield Entry(str(number), {("mean", None): row})
+        for number, values in enumerate(array):
+            yield Entry(str(number), {("mean", None): values})
         return
     end = 0
     table = tables.rows(tables.Lines(str(beside)))
@@ -69,6 +64,6 @@ def recognises(path: Path) -> bool:
 
 
 LAYOUT = Format(
-    "npy", "a NumPy array, and a table of its rows beside it", ".npy", KINDS,
-    write, read, no_provenance, recognises, holds_skipped=True, beside=BESIDE, is_beside=is_table,
+    "npy", "a NumPy array, and a table of its rows beside it", ".npy", write, read, recognises, KINDS,
+    holds_skipped=True, beside=BESIDE, is_beside=is_table,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Parquet: a row for each protein, its embedding as a list of fixed size, a row group for each stretch of records."""
+"""Parquet: a row for each protein, its embedding as a list of fixed size, a row group for each chunk of records."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,6 @@ import numpy as np
 
 from virnucpro_cli.errors import needs
 from virnucpro_cli.exchange.layouts.layout import Entry, Format, Selection, begins, entry_of
-from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store import REASONS, STATUS_NAMES
 
 PROVENANCE = b"virnucpro"
@@ -31,23 +30,20 @@ def write(selection: Selection, target: Path) -> None:
     """
     pa = _pyarrow()
     file, width = selection.file, selection.width
-    number = pa.from_numpy_dtype(selection.dtype)
     schema = pa.schema(
         [("id", pa.string()), ("length", pa.int32()), ("status", pa.string()), ("reason", pa.string()),
-         ("flags", pa.uint16()), ("embedding", pa.list_(number, width))],
+         ("flags", pa.uint16()), ("embedding", pa.list_(pa.from_numpy_dtype(selection.dtype), width))],
         {PROVENANCE: json.dumps(selection.provenance)},
     )  # fmt: skip
     with pa.parquet.ParquetWriter(target, schema) as out:
         for block in selection.blocks(skipped=True):
             rows, values = slice(int(block.numbers[0]), int(block.numbers[-1]) + 1), block.rows[selection.what]
-            columns = [
+            columns = (
                 block.names, file.lengths[rows], [STATUS_NAMES[s] for s in file.status[rows]],
                 [REASONS[r] for r in file.reason[rows]], file.flags[rows],
-                pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width),
-            ]  # fmt: skip
-            out.write_table(
-                pa.table([pa.array(c) if not isinstance(c, pa.Array) else c for c in columns], schema=schema)
-            )
+            )  # fmt: skip
+            embedding = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
+            out.write_table(pa.table([*map(pa.array, columns), embedding], schema=schema))
 
 
 def read(path: Path) -> Iterator[Entry]:
@@ -58,24 +54,21 @@ def read(path: Path) -> Iterator[Entry]:
         there = set(file.schema_arrow.names)
         if not {"id", "embedding"} <= there:
             raise ValueError(f"it has the columns {', '.join(sorted(there))}, and id and embedding are needed")
+        known = sorted(there & {"id", "length", "status", "reason"})
         width = 0
-        for batch in file.iter_batches(
-            BATCH, columns=sorted(there & {"id", "length", "status", "reason", "embedding"})
-        ):
-            each = {name: batch.column(name).to_pylist() for name in batch.schema.names if name != "embedding"}
+        for batch in file.iter_batches(BATCH, columns=[*known, "embedding"]):
             column = batch.column("embedding")
             values = column.drop_null().flatten().to_numpy(zero_copy_only=False)
             given = np.asarray(column.is_valid())
             width = len(values) // given.sum() if given.any() else width
             rows = np.full((len(given), width), np.nan, values.dtype)
             rows[given] = values.reshape(-1, width) if given.any() else 0
-            for *said, row in zip(*each.values(), rows, strict=True):
-                yield entry_of({**dict(zip(each, said, strict=True)), "kind": kind}, row)
+            for row, *facts in zip(rows, *(batch.column(name).to_pylist() for name in known), strict=True):
+                yield entry_of({**dict(zip(known, facts, strict=True)), "kind": kind}, row)
 
 
 def provenance(path: Path) -> dict[str, Any]:
-    found = (_pyarrow().parquet.read_schema(path).metadata or {}).get(PROVENANCE, b"{}")
-    return json.loads(found)
+    return json.loads((_pyarrow().parquet.read_schema(path).metadata or {}).get(PROVENANCE, b"{}"))
 
 
 def recognises(path: Path) -> bool:
@@ -83,6 +76,6 @@ def recognises(path: Path) -> bool:
 
 
 LAYOUT = Format(
-    "parquet", "Parquet, a list of fixed size for each protein", ".parquet", tuple(POOLED),
-    write, read, provenance, recognises, holds_skipped=True,
+    "parquet", "Parquet, a list of fixed size for each protein", ".parquet", write, read, recognises,
+    provenance=provenance, holds_skipped=True,
 )  # fmt: skip

@@ -28,9 +28,8 @@ def write(selection: Selection, target: Path) -> None:
     residues = selection.what[0] == "residue"
     if letters > MOST:
         raise UserError(f"scikit-bio's layout ends at {MOST:,} residues, and here are {letters:,}.", "Export parts.")
-    with hdf5.created(target) as sink:
+    with hdf5.created(target, selection) as sink:
         file = sink.file
-        hdf5.mark(file, selection.provenance)
         file.attrs["format"], file.attrs["format-version"] = "embedding", "1.0"
         file.attrs["dtype"], file.attrs["dim"] = "float32", selection.width
         data = file.create_dataset("embedding", (selection.rows(skipped=False), selection.width), np.float32)
@@ -55,11 +54,11 @@ def write(selection: Selection, target: Path) -> None:
 def read(path: Path) -> Iterator[Entry]:
     """scikit-bio's own writer (0.7) leaves out the last ends, which are those of the datasets."""
     with opened_hdf5(path) as file:
-        hdf5.check_whole(file)
-        ids, data = file["id"], file["embedding"]
+        there = dict(hdf5.datasets(file))
+        ids, data = there["id"], there["embedding"]
         kind = hdf5.provenance(path).get("kind") or ("residue" if len(data) == len(ids) else "mean")
-        ends = _complete(file["idptr"][:], len(ids))
-        rows_end = _complete(file["embedding_ptr"][:], len(data)) if "embedding_ptr" in file else ends
+        ends = _complete(there["idptr"][:], len(ids))
+        rows_end = _complete(there["embedding_ptr"][:], len(data)) if "embedding_ptr" in there else ends
         if len(rows_end) != len(ends):
             raise ValueError("idptr and embedding_ptr are of different lengths")
         letter = row = 0
@@ -79,6 +78,6 @@ def recognises(path: Path) -> bool:
 
 
 LAYOUT = Format(
-    "scikit-bio", "scikit-bio's embed format, HDF5", ".skbio.h5", KINDS,
-    write, read, hdf5.provenance, recognises, key_of=key_of,
+    "scikit-bio", "scikit-bio's embed format, HDF5", ".skbio.h5", write, read, recognises, KINDS, hdf5.provenance,
+    key_of=key_of,
 )  # fmt: skip
