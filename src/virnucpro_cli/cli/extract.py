@@ -36,7 +36,7 @@ def _positive(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of fair-esm's extract.py, with their defaults."""
-    found = _Parser(
+    parser = _Parser(
         "virnucpro extract",
         description="Write what fair-esm's extract.py writes: OUTDIR/{header}.pt for each\nprotein, in fp32.",
         epilog="Existing files are replaced, as extract.py does. An interrupted run is resumed\nby the same command.\n"
@@ -44,17 +44,18 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
         allow_abbrev=False,
     )
-    found.add_argument("model", metavar="MODEL", help="esm2_t6_8M_UR50D ..., a .pt file, or what embed --model takes")
-    found.add_argument("fasta", metavar="FASTA", help="proteins, plain or gz, bz2, xz, zst, or - for standard input")
-    found.add_argument("output", metavar="OUTDIR", help="made if it is not there")
-    found.add_argument("--include", nargs="+", choices=INCLUDE, required=True, help="what the files hold")
-    found.add_argument("--repr_layers", type=int, default=[-1], nargs="+", help="0 is the embedding, -1 the last layer")
-    found.add_argument(
-        "--toks_per_batch", type=_positive, help="tokens per pack; no value depends on it [default: auto]"
-    )
-    found.add_argument("--truncation_seq_length", type=_positive, default=1022, help="residues seen [default: 1022]")
-    found.add_argument("--nogpu", action="store_true", help="use the CPU even if there is a GPU")
-    return found
+    parser.add_argument("model", metavar="MODEL", help="esm2_t6_8M_UR50D ..., a .pt file, or what embed --model takes")
+    parser.add_argument("fasta", metavar="FASTA", help="proteins, plain or gz, bz2, xz, zst, or - for standard input")
+    parser.add_argument("output", metavar="OUTDIR", help="made if it is not there")
+    parser.add_argument("--include", nargs="+", choices=INCLUDE, required=True, help="what the files hold")
+    parser.add_argument("--repr_layers", dest="layers", type=int, default=[-1], nargs="+", metavar="REPR_LAYERS",
+                        help="0 is the embedding, -1 the last layer")  # fmt: skip
+    parser.add_argument("--toks_per_batch", dest="tokens", type=_positive, metavar="TOKS_PER_BATCH",
+                        help="tokens per pack; no value depends on it [default: auto]")  # fmt: skip
+    parser.add_argument("--truncation_seq_length", dest="longest", type=_positive, default=1022,
+                        metavar="TRUNCATION_SEQ_LENGTH", help="residues seen [default: 1022]")  # fmt: skip
+    parser.add_argument("--nogpu", dest="gpu", action="store_false", help="use the CPU even if there is a GPU")
+    return parser
 
 
 def _renamed(text: str) -> str:
@@ -65,14 +66,11 @@ def extract(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="MODEL FASTA OUTDIR --include KIND...")] = None,
 ) -> None:
     """Write the .pt files of fair-esm's extract.py, with its arguments."""
-    chosen = parser().parse_args(arguments or [])
+    settings = vars(parser().parse_args(arguments or []))
     from virnucpro_cli.exchange.extract import extract_files
 
     try:
-        written = extract_files(
-            chosen.model, chosen.fasta, chosen.output, tuple(chosen.include), layers=tuple(chosen.repr_layers),
-            longest=chosen.truncation_seq_length, tokens=chosen.toks_per_batch, gpu=not chosen.nogpu,
-        )  # fmt: skip
+        written = extract_files(**settings)
     except UserError as error:
         raise UserError(_renamed(error.what), _renamed(error.remedy)) from None
     if written.skipped:

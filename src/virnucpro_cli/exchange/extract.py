@@ -1,4 +1,4 @@
-"""The extract workflow: `embed` into a hidden file, and of that the fair-esm layout, as scripts/extract.py of fair-esm writes it.
+"""The extract workflow: `embed` into a hidden file, and of it the files of fair-esm's scripts/extract.py.
 
 The hidden file lies in the output directory until the tree is whole: an interrupted run resumes from it.
 """
@@ -10,21 +10,20 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
-from virnucpro_cli import embed, fasta, report, store
+from virnucpro_cli import embed, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import Stopped, UserError, counted, unread
 from virnucpro_cli.exchange.layouts import fair_esm, pt
 from virnucpro_cli.exchange.layouts.layout import Keys, Selection
+from virnucpro_cli.fasta import RecordTable, decompressed, index, open_sources
 from virnucpro_cli.model import locate
 from virnucpro_cli.store.disk import alone
 
@@ -41,28 +40,27 @@ class Written:
 
 
 def extract_files(
-    model: str, path: str, output: str, include: tuple[str, ...], *, layers: tuple[int, ...] = (-1,), longest: int = 1022,
+    model: str, fasta: str, output: str, include: Sequence[str], *, layers: Sequence[int] = (-1,), longest: int = 1022,
     tokens: int | None = None, gpu: bool = True,
 ) -> Written:  # fmt: skip
     """Do what `virnucpro extract` does. longest: residues seen of a protein; tokens: of a pack.
 
-    Each file is a dict of `label` (str), and as far as included `representations` {layer: [L, D]}, `mean_representations`
-    and `bos_representations` {layer: [D]}, `contacts` [L, L], all float32 (fair-esm's scripts/extract.py).
-    Raises UserError for what the user can put right, headers that occur twice among it.
+    Each file is a dict of `label` (str) and, as far as included, float32 tensors: `representations` {layer: [L, D]},
+    `mean_representations` and `bos_representations` {layer: [D]}, `contacts` [L, L] (fair-esm's scripts/extract.py).
+    Raises UserError for what the user can put right, such as a header that occurs twice.
     """
-    out, folder = report.console(), Path(output)
+    out, folder, include, layers = report.console(), Path(output), tuple(include), tuple(layers)
     try:
         folder.resolve().mkdir(parents=True, exist_ok=True)  # a link may name a folder that is not there yet
     except OSError as error:
         raise UserError(f"The directory {folder} cannot be made: {error.strerror}.", "Choose another OUTDIR.") from None
-    with _readable_twice(path) as proteins:
-        table = fasta.index(fasta.open_sources([proteins], folder))
+    with _readable_twice(fasta) as proteins:
+        table = index(open_sources([proteins], folder))
         labels = _labels(table, proteins)
-        own = (
-            folder / f".virnucpro-{_key(os.path.realpath(path))}-{_key(model, table.sha256, layers, longest, include)}"
-        )
-        with _locked(own, path):
-            paths = _paths(labels, folder, [path, *locate.files_read(model)], out)
+        same, this = _key(os.path.realpath(fasta)), _key(model, table.sha256, layers, longest, include)
+        own = folder / f".virnucpro-{same}-{this}"
+        with _locked(own, fasta):
+            paths = _paths(labels, folder, [fasta, *locate.files_read(model)], out)
             _discard_others(own)
             hidden = own.with_suffix(".h5")
             embed.run(EmbedConfig(
@@ -72,28 +70,24 @@ def extract_files(
                 device="auto" if gpu else "cpu", token_budget="auto" if tokens is None else max(tokens, 1024),
                 max_residues=longest,
             ), out)  # fmt: skip
-            done = _write(hidden, include, labels, paths, out)
+            written = _write(hidden, include, labels, paths, out)
             hidden.unlink(missing_ok=True)
-    written = Written(int(done.sum()), int((~done).sum()))
     out.print(f"{folder}: {counted(written.files, 'file')}")
     if written.skipped:
         out.print(f"{counted(written.skipped, 'protein')} without a file: empty, or not finite", style="yellow")
     return written
 
 
-def _write(
-    hidden: Path, include: tuple[str, ...], labels: list[str], paths: list[str], out: Console
-) -> NDArray[np.bool_]:
-    """Write the file of each record, and have all on disk. Returns bool [N]: which records have a file."""
+def _write(hidden: Path, include: Sequence[str], labels: list[str], paths: list[str], out: Console) -> Written:
+    """Write the file of each record, and have all on disk."""
     with store.read_embeddings(hidden) as file, report.Tracker(out, len(file), "files") as tracker:
         if file.contact_maps is not None and file.contact_maps.pending:
             raise UserError(
                 f"The contacts of {counted(file.contact_maps.pending, 'protein')} do not fit the memory of the device.",
                 "Use a smaller --truncation_seq_length or a larger device, or leave contacts out.",
             )
-        selection = Selection(
-            file, tuple(file.settings["pool"]), tuple(file.layers), lambda a, b: paths[a:b], {}, tracker.advance
-        )
+        pool, layers = tuple(file.settings["pool"]), tuple(file.layers)
+        selection = Selection(file, pool, layers, lambda a, b: paths[a:b], {}, tracker.advance)
         try:
             for number, path, content in fair_esm.contents(selection):
                 content["label"] = labels[number]
@@ -106,7 +100,8 @@ def _write(
         except Stopped as stop:
             stop.resumable = True
             raise
-        return file.status == store.DONE
+        done = int((file.status == store.DONE).sum())
+        return Written(done, len(file) - done)
 
 
 def _save(content: dict[str, Any], target: Path, new: Path) -> None:
@@ -116,10 +111,8 @@ def _save(content: dict[str, Any], target: Path, new: Path) -> None:
         os.replace(new, target)
     except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
         new.unlink(missing_ok=True)
-        raise UserError(
-            f"{target} cannot be written: {str(error).splitlines()[0]}.",
-            "Put that right, then run the same command again; the embeddings are kept.",
-        ) from None
+        remedy = "Put that right, then run the same command again; the embeddings are kept."
+        raise UserError(f"{target} cannot be written: {str(error).splitlines()[0]}.", remedy) from None
 
 
 # --- hidden files ----------------------------------------------------------------------------------------------------
@@ -136,7 +129,7 @@ def _locked(own: Path, path: str) -> AbstractContextManager[bool]:
 
 
 def _discard_others(own: Path) -> None:
-    """Remove the hidden files that interrupted runs of the same FASTA with other arguments left, unless they are alive."""
+    """Remove hidden files that interrupted runs of the same FASTA with other arguments left, unless they are alive."""
     same = own.name.rpartition("-")[0]
     for other in {path.with_name(path.name.partition(".h5")[0]) for path in own.parent.glob(f"{same}-*.h5*")} - {own}:
         with suppress(UserError), _locked(other, ""):
@@ -164,17 +157,17 @@ def _readable_twice(path: str) -> Iterator[str]:
         yield copy
 
 
-def _labels(table: fasta.RecordTable, path: str) -> list[str]:
+def _labels(table: RecordTable, path: str) -> list[str]:
     """The whole header of every record; of an empty one `seqnum` and the number of its line, as in fair-esm."""
     labels = table.names(0, len(table), full=True)
     if "" in labels:
-        with open(path, "rb") as raw, io.TextIOWrapper(fasta.decompressed(raw), "latin-1") as lines:
+        with open(path, "rb") as raw, io.TextIOWrapper(decompressed(raw), "latin-1") as lines:
             headers = [number for number, line in enumerate(lines) if line.startswith(">")]
         labels = [label or f"seqnum{line:09d}" for label, line in zip(labels, headers, strict=True)]
-    twice = [label for label, count in Counter(labels).items() if count > 1]
-    if twice:
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        headers_twice = f"{counted(len(twice), 'header')} more than once, first {twice[0][:80]!r}"
         raise UserError(
-            f"{path} has {counted(len(twice), 'header')} more than once, first {twice[0][:80]!r}; a header is the name of a file.",
+            f"{path} has {headers_twice}; a header is the name of a file.",
             "Make them differ, or use virnucpro embed, which keeps one row for each record.",
         )
     return labels
@@ -183,15 +176,14 @@ def _labels(table: fasta.RecordTable, path: str) -> list[str]:
 def _paths(labels: list[str], folder: Path, read: list[str | Path], out: Console) -> list[str]:
     """The path of each record's file below the folder, without its .pt.
 
-    Raises UserError if one is of a file that is read, or if a link leads it out of the folder.
+    Raises UserError for a file that is read, and for a link that leads out of the folder.
     """
-    paths = paths_of(labels, out)
-    inside, taken = folder.resolve(), {os.path.realpath(path) for path in read}
+    paths, inside = paths_of(labels, out), folder.resolve()
     for parent in sorted({os.path.dirname(path) for path in paths}):
         if not (folder / parent).resolve().is_relative_to(inside):
-            raise UserError(
-                f"{folder / parent} leads out of {folder}.", "Take the link away, or choose another OUTDIR."
-            )
+            what = f"{folder / parent} leads out of {folder}."
+            raise UserError(what, "Take the link away, or choose another OUTDIR.")
+    taken = {os.path.realpath(path) for path in read}
     for path in paths:
         if os.path.realpath(folder / f"{path}.pt") in taken:
             raise UserError(f"{folder / path}.pt would be replaced, which this run reads.", "Choose another OUTDIR.")
@@ -199,7 +191,10 @@ def _paths(labels: list[str], folder: Path, read: list[str | Path], out: Console
 
 
 def paths_of(labels: list[str], out: Console) -> list[str]:
-    """The path of each label's file, without its .pt: all different, and none is another's folder. `out` is told what was changed."""
+    """The path of each label's file, without its .pt: all different, and none is the folder of another.
+
+    `out` is told what was changed.
+    """
     nested = [fair_esm.path_of(label, fair_esm.LONGEST_PART) for label in labels if "/" in label]
     folders = {parent.as_posix() for path in nested for parent in Path(path).parents}
 

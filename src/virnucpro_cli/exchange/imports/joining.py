@@ -1,109 +1,108 @@
-"""Which entry of a source is which record of a FASTA: by its sequence, by its key, or by its name, read in one way or another."""
+"""Which entry of a source is which record of a FASTA: by its sequence, its key, or its name."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from operator import attrgetter
 
 import numpy as np
 
 from virnucpro_cli import fasta, store
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.exchange.imports.source import READINGS, Int64, Source
-from virnucpro_cli.exchange.layouts.layout import Entry, Format, Keys, possible
+from virnucpro_cli.exchange.layouts.layout import Entry, Keys, possible
 
 NOWHERE, SEVERAL = -1, -2
 
 
 @dataclass(frozen=True)
 class Way:
-    """How entries and records are matched: of(entry) and texts(start, stop) of records are equal where they belong together."""
+    """How entries and records are matched: of(entry) and texts(start, stop) of records are equal where they match."""
 
     how: str
     of: Callable[[Entry], str]
     texts: Callable[[int, int], Iterable[str]]
 
     def check(self, entries: list[Entry], records: Int64, which: Int64) -> None:
-        """Raise UserError unless records [k] are of entries[which], by their texts and not by a hash alone."""
-        for start, stop in pairwise([0, *(np.flatnonzero(np.diff(records) != 1) + 1).tolist(), len(records)]):
-            if start == stop:
-                continue
+        """Raise UserError unless records (int64 [k]) match entries[which], by their texts and not by a hash alone."""
+        breaks = np.flatnonzero(np.diff(records) != 1) + 1
+        for start, stop in pairwise([0, *breaks.tolist(), len(records)] if len(records) else []):
             first = int(records[start])
-            ours = self.texts(first, first + stop - start)
-            for record, (text, entry) in enumerate(zip(ours, which[start:stop].tolist(), strict=True), first):
+            texts = self.texts(first, first + stop - start)
+            for record, (text, entry) in enumerate(zip(texts, which[start:stop].tolist(), strict=True), first):
                 if text != self.of(entries[entry]):
+                    both = f"Record {record + 1:,} of the FASTA and {entries[entry].name!r}"
                     raise UserError(
-                        f"Record {record + 1:,} of the FASTA and {entries[entry].name!r} have one hash by {self.how}, and differ.",
-                        "This is chance: run the import again.",
+                        f"{both} have one hash by {self.how}, and differ.", "This is chance: run the import again."
                     )
 
 
-def joined(
-    source: str, layout: Format, found: Source, table: fasta.RecordTable, full: bool, notes: list[str]
-) -> tuple[Int64, Way]:  # fmt: skip
-    """For each record of the FASTA the entry that is its, NOWHERE, or SEVERAL where a name does not tell; and how that was found."""
+def joined(source: Source, table: fasta.RecordTable, full: bool, notes: list[str]) -> tuple[Int64, Way]:
+    """The entry of each of the N records, and how it was found. Raises UserError if no record has one.
 
-    def hashes(read: Callable[[int, int], Iterable[str]]) -> Int64:
+    int64 [N]: an entry's number, NOWHERE, or SEVERAL where a name does not tell.
+    """
+
+    def hashes(texts: Callable[[int, int], Iterable[str]]) -> Int64:
         every = store.blocks(len(table))
-        return np.concatenate([np.fromiter(map(hash, read(each.start, each.stop)), np.int64) for each in every])
+        return np.concatenate([np.fromiter(map(hash, texts(each.start, each.stop)), np.int64) for each in every])
 
-    names = partial(table.names, full=full)
-    if layout.key_of is not None and found.keyed:
-        key_of = layout.key_of
-        way = Way("sequence", attrgetter("key"), lambda a, b: map(key_of, table.sequences(a, b)))
-        theirs, ours = found.keys, hashes(way.texts)
-        best = _match(theirs, ours, by_content=True)
+    names, layout = partial(table.names, full=full), source.layout
+    key_of, longest = layout.key_of, layout.longest
+    if key_of is not None and source.keyed:
+        way = Way("sequence", _key, lambda a, b: map(key_of, table.sequences(a, b)))
+        theirs, ours = source.keys, hashes(way.texts)
+        entry_of = _match(theirs, ours, by_content=True)
     else:
         ways = []
-        if layout.longest and found.keyed:
-            keys = Way("key", attrgetter("key"), Keys(names, len(table), layout.longest))
-            ours = hashes(keys.texts)
-            alike = hashes(lambda a, b: (possible(name, layout.longest) for name in names(a, b)))
-            ways.append((_all_of_a_key(_match(found.keys, ours), alike), found.keys, ours, keys))
-        for theirs, (how, reading) in zip(found.names, READINGS, strict=True):
-            read = Way(how, partial(_read_name, reading), partial(_read_names, reading, names))
+        if longest and source.keyed:
+            keys = Keys(names, len(table), longest)
+            by_key = hashes(keys)
+            alike = hashes(lambda a, b: (possible(name, longest) for name in names(a, b)))
+            matches = _all_of_a_key(_match(source.keys, by_key), alike)
+            ways.append((matches, source.keys, by_key, Way("key", _key, keys)))
+        for theirs, (how, reading) in zip(source.names, READINGS, strict=True):
+            read = Way(how, partial(_name, reading), partial(_names, reading, names))
             ours = hashes(read.texts)
             ways.append((_match(theirs, ours), theirs, ours, read))
-        best, theirs, ours, way = max(ways, key=lambda way: int((way[0] >= 0).sum()))
-    if not (best >= 0).any():
-        raise UserError(
-            f"None of the {counted(len(found), 'protein')} of {source} is in the FASTA, by {way.how}.",
-            "Is it the FASTA that was embedded, and is --from right?",
-        )
+        entry_of, theirs, ours, way = max(ways, key=lambda way: int((way[0] >= 0).sum()))
+    proteins = f"{counted(len(source), 'protein')} of {source.path}"
+    if not (entry_of >= 0).any():
+        remedy = "Is it the FASTA that was embedded, and is --from right?"
+        raise UserError(f"None of the {proteins} is in the FASTA, by {way.how}.", remedy)
     if left_out := int((~np.isin(theirs, ours)).sum()):
-        notes.append(
-            f"{left_out:,} of {counted(len(found), 'protein')} of {source} not in the FASTA (by {way.how}), and left out"
-        )
-    return best, way
+        notes.append(f"{left_out:,} of {proteins} not in the FASTA (by {way.how}), and left out")
+    return entry_of, way
 
 
-def _read_name(reading: Callable[[str], str], entry: Entry) -> str:
+def _key(entry: Entry) -> str:
+    return entry.key
+
+
+def _name(reading: Callable[[str], str], entry: Entry) -> str:
     return reading(entry.name)
 
 
-def _read_names(
-    reading: Callable[[str], str], names: Callable[[int, int], list[str]], start: int, stop: int
-) -> Iterable[str]:
-    return map(reading, names(start, stop))
+def _names(reading: Callable[[str], str], names: Callable[[int, int], list[str]], a: int, b: int) -> Iterable[str]:
+    return map(reading, names(a, b))
 
 
 def _match(theirs: Int64, ours: Int64, by_content: bool = False) -> Int64:
-    """For each of ours the number of the one of theirs that is equal. Equal contents have equal rows; equal names need not."""
+    """For each of ours the number of the equal one of theirs. Equal contents have equal rows; equal names need not."""
     if not by_content and np.array_equal(theirs, ours):
         return np.arange(len(ours))
     known, first, count = np.unique(theirs, return_index=True, return_counts=True)
     at = np.minimum(np.searchsorted(known, ours), len(known) - 1)
-    there = known[at] == ours
-    entry = np.where(there, first[at], NOWHERE)
+    is_there = known[at] == ours
+    entry = np.where(is_there, first[at], NOWHERE)
     if not by_content:
         _, back, mine = np.unique(ours, return_inverse=True, return_counts=True)
-        entry[there & ((count[at] > 1) | (mine[back] > 1))] = SEVERAL
+        entry[is_there & ((count[at] > 1) | (mine[back] > 1))] = SEVERAL
     return entry
 
 
 def _all_of_a_key(entry: Int64, keys: Int64) -> Int64:
-    """The same, but where the names of several records come to one key, and not all of them are in the file, nobody knows whose those are."""
+    """Entries, but SEVERAL where names of several records come to one key and not all of those have an entry."""
     _, back, count = np.unique(keys, return_inverse=True, return_counts=True)
-    there = np.bincount(back, entry >= 0, len(count))
-    return np.where(((there > 0) & (there < count))[back], SEVERAL, entry)
+    matched = np.bincount(back, entry >= 0, len(count))
+    return np.where(((matched > 0) & (matched < count))[back], SEVERAL, entry)

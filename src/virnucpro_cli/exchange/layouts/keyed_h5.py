@@ -25,7 +25,7 @@ def write(selection: Selection, target: Path, always_named: bool = False) -> Non
 
 
 def datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
-    """(key, dataset) of every protein. A name with a `/` made groups of its parts. Raises ValueError for anything else."""
+    """(key, dataset) of every protein. A name with a `/` made groups of its parts. Raises ValueError for others."""
     for key, data in hdf5.datasets(file):
         if not isinstance(data, h5py.Dataset) or data.ndim not in (1, 2):
             raise ValueError(f"{key!r} is not a dataset of [D] or [L, D]")
@@ -47,7 +47,7 @@ def read(path: Path) -> Iterator[Entry]:
 
 
 def first_of(path: Path) -> tuple[str, set[str]] | None:
-    """(key, names of its attributes) of the first dataset, if all that is at the root looks like datasets of proteins."""
+    """(key, names of its attributes) of the first dataset, if it looks like that of a protein."""
     if not hdf5.has(path):
         return None
     with opened_hdf5(path) as file:

@@ -24,12 +24,12 @@ Names = Callable[[int, int], list[str]]
 class Entry:
     """A protein as a file holds it. values: (kind, layer) -> [D], or [L, D] of residues, perhaps read on use only.
 
-    layer: None where the layout has no place for it; key: what the layout knows it by instead of a name; length: residues,
+    layer: None where the layout has no place for it; key: known by the layout instead of a name; length: residues,
     where the file says so; skipped: why it has no embedding.
     """
 
     name: str
-    values: dict[tuple[str, int | None], Any]
+    values: dict[tuple[str, Any], Any]
     key: str = ""
     length: int | None = None
     skipped: str = ""
@@ -124,9 +124,9 @@ class Format:
     """A layout of files. Adding one is adding a module with this, and a line in `layouts.LAYOUTS`.
 
     what: in a few words; suffix: of the default target; write(selection, target); read(path); recognises(path);
-    kinds: those that it has room for; provenance(path): as an earlier export wrote it; folder: whether the target is one;
-    several: room for more than one kind and layer; longest: bytes of a name that is a key or a file name (0: it is neither);
-    key_of: what it knows a sequence by, if not by a name; beside: suffix of a file that lies beside the target;
+    kinds: those that it has room for; provenance(path): as an earlier export wrote it; folder: the target is one;
+    several: room for more than one kind and layer; longest: bytes of a name that is a key or a file name, else 0;
+    key_of: the key of a sequence, if keys are not names; beside: suffix of a file that lies beside the target;
     is_beside(path): whether such a file is export's.
     """
 

@@ -14,7 +14,7 @@ COLUMNS = ("row", "rows", "id", "length", "status", "reason", "flags", "kind", "
 
 
 def write(selection: Selection, target: Path) -> None:
-    """row: the first of a protein's, counted from 0; rows: how many, 1 of a pooled embedding; flags: the bits of embed's file."""
+    """row: a protein's first, counted from 0; rows: how many, 1 if pooled; flags: bits as in embed's file."""
     kind, layer = selection.what
     shape = (selection.rows(skipped=True), selection.width)
     header = {"descr": selection.dtype.str, "fortran_order": False, "shape": shape}

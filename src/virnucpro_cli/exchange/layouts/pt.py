@@ -1,4 +1,4 @@
-"""What the layouts of PyTorch files share: they are read as tensors and plain values only. Imports torch when it is used."""
+"""Parts that the layouts of PyTorch files share: they are read as tensors and plain values only."""
 
 import pickle
 from pathlib import Path

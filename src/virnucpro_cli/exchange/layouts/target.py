@@ -1,6 +1,6 @@
-"""Where an export lands: a hidden place beside the target while it is written, then the target, whole or not at all.
+"""The target of an export: written in a hidden place beside it, then renamed, whole or not at all.
 
-A folder holds a list of the files that export wrote into it, with their SHA-256. Only a folder of such files is ever replaced.
+A folder holds a list of the files that export wrote into it, with their SHA-256. Only such a folder is replaced.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ from virnucpro_cli.store.disk import alone, disk_error, rename_new, sync_folder
 LIST = ".virnucpro-export.json"
 MARK = ".virnucpro-partial"
 LONGEST_NAME = 200
+ELSEWHERE = "Choose another target with -o."
+UNTOUCHED = "The folder is not touched: choose another target with -o, or remove it yourself."
 Stamp = tuple[int, int, int]
 """Inode, bytes and time of change of a file."""
 
@@ -31,31 +33,31 @@ def check(target: Path, layout: Format, read: list[str], overwrite: bool) -> Non
     if layout.folder:
         _check_folder(target, read)
     else:
-        report.check_places({f"target {path.suffix}": str(path) for path in _beside(target, layout)}, read)
-    for path in _beside(target, layout):
-        if path.exists() and not overwrite:
+        report.check_places({f"target {path.suffix}": str(path) for path in _files(target, layout)}, read)
+    for path in filter(Path.exists, _files(target, layout)):
+        if not overwrite:
             raise UserError(f"{path} exists.", "Choose another target with -o, or --overwrite it.")
-        if path != target and path.exists() and not layout.is_beside(path):
-            raise UserError(f"{path} was not written by export.", "It is not touched: choose another target with -o.")
+        if path != target and not layout.is_beside(path):
+            raise UserError(f"{path} was not written by export.", f"It is not touched. {ELSEWHERE}")
     if layout.folder and target.exists():
         written(target)
 
 
-def _check_folder(target: Path, read: Iterable[str]) -> None:
+def _check_folder(target: Path, read: list[str]) -> None:
     whole = target.resolve()
-    if not whole.parent.is_dir():
-        raise UserError(f"There is no folder {target.parent}.", f"mkdir -p {target.parent}")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file, and this layout is a folder.", "Choose another target with -o.")
-    if Path.cwd().is_relative_to(whole):
-        raise UserError(f"{target} holds the current folder.", "Name a new folder with -o.")
-    for path in read:
-        if Path(path).resolve().is_relative_to(whole):
-            raise UserError(f"{target} holds {path}, which this export reads.", "Choose another target with -o.")
+    held = [path for path in read if Path(path).resolve().is_relative_to(whole)]
+    for is_so, what, remedy in (
+        (not whole.parent.is_dir(), f"There is no folder {target.parent}.", f"mkdir -p {target.parent}"),
+        (target.exists() and not target.is_dir(), f"{target} is a file, and this layout is a folder.", ELSEWHERE),
+        (Path.cwd().is_relative_to(whole), f"{target} holds the current folder.", "Name a new folder with -o."),
+        (bool(held), f"{target} holds {', '.join(held)}, which this export reads.", ELSEWHERE),
+    ):
+        if is_so:
+            raise UserError(what, remedy)
 
 
-def _beside(target: Path, layout: Format) -> list[Path]:
-    """The target, and what lies beside it: the target is last, as it vouches for the others."""
+def _files(target: Path, layout: Format) -> list[Path]:
+    """The target, and the file beside it. The target is last, as it vouches for the other."""
     return [*([target.with_suffix(layout.beside)] if layout.beside else []), target]
 
 
@@ -67,44 +69,35 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_list(folder: Path) -> None:
-    """Write the list of all files of a new folder into it."""
-    names = sorted(os.listdir(folder))
-    (folder / LIST).write_text(json.dumps({name: _sha256(folder / name) for name in names}, indent=0))
-
-
 def written(folder: Path) -> dict[str, Stamp]:
     """The files of a folder that export wrote, its list among them; an empty folder has none.
 
-    Raises UserError if anything else is in the folder, or if a file was changed since. Nothing outside the folder is looked at.
+    Raises UserError if anything else is in the folder, or if a file was changed since.
     """
-    there = _stamps(folder)
-    if not there:
-        return there
+    stamps = _stamps(folder)
+    if not stamps:
+        return stamps
     try:
-        listed = json.loads((folder / LIST).read_text()) if LIST in there else None
+        listed = json.loads((folder / LIST).read_text())
     except (OSError, ValueError):
         listed = None
     if not isinstance(listed, dict):
-        raise UserError(f"{folder} has no list of files that export wrote.", _UNTOUCHED)
-    for name in there:
-        if name != LIST and (name not in listed or listed[name] != _sha256(folder / name)):
-            raise UserError(f"{folder / name} was not written by export, or was changed since.", _UNTOUCHED)
-    return there
-
-
-_UNTOUCHED = "The folder is not touched: choose another target with -o, or remove it yourself."
+        raise UserError(f"{folder} has no list of files that export wrote.", UNTOUCHED)
+    for name in stamps.keys() - {LIST}:
+        if listed.get(name) != _sha256(folder / name):
+            raise UserError(f"{folder / name} was not written by export, or was changed since.", UNTOUCHED)
+    return stamps
 
 
 def _stamps(folder: Path) -> dict[str, Stamp]:
     """Every entry of a folder. Raises UserError if one is no plain file."""
-    found: dict[str, Stamp] = {}
+    stamps: dict[str, Stamp] = {}
     for entry in os.scandir(folder):
         if not entry.is_file(follow_symlinks=False):
-            raise UserError(f"{entry.path} was not written by export.", _UNTOUCHED)
+            raise UserError(f"{entry.path} was not written by export.", UNTOUCHED)
         status = entry.stat(follow_symlinks=False)
-        found[entry.name] = (status.st_ino, status.st_size, status.st_mtime_ns)
-    return found
+        stamps[entry.name] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return stamps
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:
@@ -122,7 +115,7 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 @contextmanager
 def placed(target: Path, layout: Format, overwrite: bool) -> Iterator[Path]:
-    """Where to write the target. What is there when the block ends is synced and takes its name; with `overwrite` the old goes only then.
+    """A place to write the target. At the end of the block it is synced, and takes the name of the target.
 
     Raises UserError if another export to the same target is alive, and of every error of the disk.
     """
@@ -149,12 +142,22 @@ def placed(target: Path, layout: Format, overwrite: bool) -> Iterator[Path]:
         raise _unwritable(target, error) from None
 
 
+def _unwritable(target: Path, error: Exception) -> UserError:
+    remedy = "Is there room? Or choose another disk with -o."
+    return UserError(f"{target} cannot be written: {in_a_line(error)}.", remedy)
+
+
 def _land(place: Path, target: Path, layout: Format, overwrite: bool) -> None:
     new = place / target.name
     if layout.folder:
-        write_list(new)
-    _sync(place)
-    for path in _beside(target, layout):
+        sums = {name: _sha256(new / name) for name in sorted(os.listdir(new))}
+        (new / LIST).write_text(json.dumps(sums, indent=0))
+    for folder, _, names in os.walk(place):
+        for name in names:
+            with open(Path(folder) / name, "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(folder))
+    for path in _files(target, layout):
         if layout.folder:
             _take_the_place_of(path, place, overwrite)
         elif overwrite:
@@ -165,13 +168,13 @@ def _land(place: Path, target: Path, layout: Format, overwrite: bool) -> None:
 
 
 def _take_the_place_of(path: Path, place: Path, overwrite: bool) -> None:
-    """Rename the new folder to `path`. An older one goes if every file is one that export wrote, and else is put back."""
+    """Rename the new folder to `path`. An older one goes if export wrote every file in it, and else is put back."""
     new, old = place / path.name, place / f"{path.name}.old"
     if not path.exists():
         os.rename(new, path)
         return
     if not overwrite:
-        raise UserError(f"{path} appeared while this export ran; it was not touched.", "Choose another target with -o.")
+        raise UserError(f"{path} appeared while this export ran; it was not touched.", ELSEWHERE)
     ours = written(path)
     os.rename(path, old)
     try:
@@ -185,35 +188,20 @@ def _take_the_place_of(path: Path, place: Path, overwrite: bool) -> None:
 
 
 def _clear(place: Path, target: Path, layout: Format) -> None:
-    """Remove what an export left in its hidden place. An old folder that was moved there goes back, or goes if it is export's."""
+    """Remove an export's hidden place. An old folder that was moved there goes back, or goes if it is export's."""
     if not os.path.lexists(place):
         return
-    there = [] if place.is_symlink() or not place.is_dir() else os.listdir(place)
-    ours = {MARK, f"{target.name}.old", *(path.name for path in _beside(target, layout))}
-    if place.is_symlink() or not place.is_dir() or not set(there) <= ours or (there and MARK not in there):
+    old, new = place / f"{target.name}.old", [place / path.name for path in _files(target, layout)]
+    is_folder = place.is_dir() and not place.is_symlink()
+    there = set(place.iterdir()) if is_folder else set()
+    if not is_folder or not there <= {place / MARK, old, *new} or (there and place / MARK not in there):
         raise UserError(f"{place} is in the way, and not of an export.", "Move it away, or choose another -o.")
-    old = place / f"{target.name}.old"
     if old.is_dir():
         if target.exists():
             _remove(old, written(old))
         else:
             os.rename(old, target)
-    for path in _beside(target, layout):
-        left = place / path.name
+    for left in new:
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     (place / MARK).unlink(missing_ok=True)
     place.rmdir()
-
-
-def _unwritable(target: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{target} cannot be written: {in_a_line(error)}.", "Is there room? Or choose another disk with -o."
-    )
-
-
-def _sync(folder: Path) -> None:
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with open(Path(place) / name, "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(place))
