@@ -39,9 +39,9 @@ READINGS: tuple[tuple[str, Callable[[str], str]], ...] = (
 class Source:
     """A file or folder of M entries. take: (kind, layer or None) of the source -> kind and layer to store.
 
-    keys: int64 [M], hashes of the entries' keys, for a source of which every entry has one; names: int64 [R, M], hashes of
-    the names as each of READINGS has them; lengths: int64 [M], residues, -1 where not said; sizes: int64 [M], rows of
-    residues; reasons: uint8 [M], why an entry has no embedding.
+    keyed: whether every entry has a key; keys: int64 [M], their hashes; names: int64 [R, M], hashes of names as each
+    of READINGS has them; lengths: int64 [M], residues, -1 where not said; sizes: int64 [M], rows of residues;
+    reasons: uint8 [M], why an entry has no embedding.
     """
 
     path: str
