@@ -1,1 +1,1 @@
-"""The packed forward over a plan: batches from records, rows on the device, rows on the host, in one process or more."""
+"""The forward over a plan: batches from records, rows on the device, rows on the host; one process or several."""

@@ -73,7 +73,7 @@ class Dealer(ABC):
         """Why the run cannot go on after a worker was lost."""
 
     def run(self) -> None:
-        """Have all packs done. Raises UserError when that is hopeless, or when a worker meets what would stop others."""
+        """Have all packs done. Raises UserError when that is hopeless, or a worker meets what would stop others."""
         try:
             while self.waiting or any(worker.packs for worker in self.living):
                 for worker, messages in self.wait():
@@ -142,9 +142,6 @@ class Dealer(ABC):
 def used_here(device: torch.device) -> dict[str, Any]:
     """What this process has used so far."""
     own = resource.getrusage(resource.RUSAGE_SELF)
-    used: dict[str, Any] = {
-        "CPU seconds": own.ru_utime + own.ru_stime, "peak host memory": report.size(own.ru_maxrss * 1024),
-    }  # fmt: skip
-    if device.type == "cuda":
-        used["peak GPU memory"] = report.size(torch.cuda.max_memory_allocated(device))
-    return used
+    used = {"CPU seconds": own.ru_utime + own.ru_stime, "peak host memory": report.size(own.ru_maxrss * 1024)}
+    of_gpu = {"peak GPU memory": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+    return used | {name: report.size(count) for name, count in of_gpu.items()}

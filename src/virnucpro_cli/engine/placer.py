@@ -58,7 +58,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(batch: PackedBatch, embeddings: Embeddings) -> Rows:
-    """The rows of a batch whose embeddings are on the host: views [n, D] and [used, D] in the dtypes of its tensors."""
+    """The rows of a batch whose embeddings are on the host: float32 [n, D], and [used, D] in the store dtype."""
     assert embeddings.finite is not None
     return Rows(
         batch.segments, batch.seqlens, {key: each.numpy() for key, each in embeddings.pooled.items()},
@@ -95,7 +95,7 @@ class Placer:
         self.place(rows_of(batch, embeddings))
 
     def place(self, rows: Rows) -> None:
-        """Place what a batch yields of pending records, and note what of it is not finite."""
+        """Place what a batch yields of pending records, float32 [n, D] and residues; note what of it is not finite."""
         with self.clock.stage("write (overlapped)" if self.collator.pin else "write"):
             record = self.segments.record[rows.segments]
             wanted = self.pending[record]
@@ -136,7 +136,7 @@ class Placer:
         self.file.mark(rows, store.SKIPPED, reason=reason)
 
     def rows_of(self, records: Int64) -> tuple[Int64, Int64]:
-        """Rows of representatives [n] and their copies, and the position of each one's representative; int64 [m] both."""
+        """Rows of representatives [n] and their copies, and the position of each's representative; both int64 [m]."""
         first = np.searchsorted(self._sorted_representatives, records, side="left")
         counts = np.searchsorted(self._sorted_representatives, records, side="right") - first
         source = np.repeat(np.arange(len(records)), counts)

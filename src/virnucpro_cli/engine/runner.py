@@ -151,15 +151,15 @@ def _prompt_threads() -> Iterator[None]:
 
 
 def _to_host(embeddings: Embeddings, non_blocking: bool) -> Embeddings:
-    def move(tensor: torch.Tensor) -> torch.Tensor:
+    def _moved(tensor: torch.Tensor) -> torch.Tensor:
         if not non_blocking:
             return tensor.cpu()
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
     assert embeddings.finite is not None
-    pooled = {key: move(rows) for key, rows in embeddings.pooled.items()}
-    residue = {layer: move(rows) for layer, rows in embeddings.residue.items()}
-    return Embeddings(pooled, residue, move(embeddings.finite))
+    pooled = {key: _moved(rows) for key, rows in embeddings.pooled.items()}
+    residue = {layer: _moved(rows) for layer, rows in embeddings.residue.items()}
+    return Embeddings(pooled, residue, _moved(embeddings.finite))
 
 
 def run_packs(

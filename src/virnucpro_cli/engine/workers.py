@@ -305,6 +305,7 @@ class _WorkerPlacer(Placer):
     file: _SharedStore
 
     def place(self, rows: Rows) -> None:
+        """Place rows, float32 [n, D] and residues, unless the parent has ended the channel."""
         super().place(rows)
         if self.file.post.ended:
             raise _Enough

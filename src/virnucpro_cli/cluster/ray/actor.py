@@ -1,4 +1,4 @@
-"""An actor: a model on a device of some node. It is sent shares of the plan, and answers with messages to the dealer."""
+"""An actor: a model on a device of some node. It takes shares of the plan, and answers with messages to the dealer."""
 
 import warnings
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from virnucpro_cli.plan.packing import Int64, Plan, Segments, ranges
 class Share(NamedTuple):
     """Some packs, whole: the plan of them with its own numbers, and the tokens of their records.
 
-    tokens: uint8, one record behind the other, `lengths` int32 of each; numbers: int64, each segment's in the whole plan.
+    tokens: uint8, one record behind the other, `lengths` int32 of each; numbers: int64, segments in the whole plan.
     """
 
     tokens: NDArray[np.uint8]
@@ -77,7 +77,7 @@ class Collate:
 
 
 class Actor:
-    """A model on a device. One thread computes as long as there are shares; calls hand them in and take messages out."""
+    """A model on a device. One thread computes while there are shares; calls hand them in and take messages out."""
 
     def __init__(self, config: EmbedConfig, device: str, dtype: torch.dtype, threads: int):
         self.config, self.name, self.dtype, self.threads = config, device, dtype, threads
