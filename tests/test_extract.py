@@ -18,7 +18,7 @@ from virnucpro_cli import cli
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.exchange import extract
 from virnucpro_cli.model import locate, weights
-from virnucpro_cli.validation.fair_esm import Reference
+from virnucpro_cli.validation.fair_esm import ALPHABET, Reference
 
 Make = Callable[..., Path]
 EVERYTHING = ("mean", "per_tok", "bos", "contacts")
@@ -30,7 +30,7 @@ def by_fair_esm(
     """What scripts/extract.py of fair-esm saves for each label, by its own FASTA reader, batches and model."""
     data = FastaBatchedDataset.from_file(fasta)
     batches = data.get_batch_indices(4096, extra_toks_per_seq=1)
-    convert = judge.alphabet.get_batch_converter(longest)
+    convert = ALPHABET.get_batch_converter(longest)
     found = {}
     for batch in batches:
         labels, texts, tokens = convert([data[i] for i in batch])

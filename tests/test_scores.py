@@ -19,7 +19,7 @@ from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.validation import verify
-from virnucpro_cli.validation.fair_esm import Reference, encode
+from virnucpro_cli.validation.fair_esm import ALPHABET, Reference, encode
 
 Make = Callable[..., Path]
 SMALL = ModelSpec("small", 2, 64, 4)
@@ -55,7 +55,7 @@ def by_fair_esm(model: Path, sequences: list[str]) -> NDArray[np.float64]:
     judge, rows = fair_esm(model), []
     for sequence in sequences:
         logits = logits_of(judge, sequence).double()
-        known = [judge.alphabet.get_idx(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
+        known = [ALPHABET.get_idx(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
         p = logits[:, known].softmax(-1)
         entropy = -(p * p.log()).sum(-1).mean()
         own = logits.log_softmax(-1)[torch.arange(len(logits)), encode(sequence)[1:-1]]
