@@ -92,7 +92,7 @@ def _notes(layout: Format, selection: Selection, skipped: int, unit: str) -> Ite
         shared = counted(selection.shared, "protein")
         yield f"{shared} in the dataset of an earlier one of the same sequence, under its name"
     if isinstance(selection.keys, Keys) and selection.keys.changed:
-        yield selection.keys.told
+        yield selection.keys.described
 
 
 def _chosen(
@@ -136,7 +136,7 @@ def _provenance(file: store.EmbeddingFile, kind: str, layer: int) -> dict[str, A
 
 
 def _keys(file: store.EmbeddingFile, rows: Any, layout: Format, inputs: tuple[str, ...], spool: Path) -> Names:
-    """What the layout knows records by: names, keys made of names, or, from the FASTA, keys of their sequences."""
+    """Names, keys made of names, or keys of sequences, which are read from the FASTA: the layout says which."""
     if layout.key_of:
         return _of_sequences(file, layout.key_of, inputs, spool)
     if not layout.longest:

@@ -207,5 +207,5 @@ def paths_of(labels: list[str], out: Console) -> list[str]:
     keys = Keys(lambda a, b: labels[a:b], len(labels), fair_esm.LONGEST_PART, path_of)
     paths = keys(0, len(labels))
     if keys.changed:
-        out.print(keys.told, style="yellow")
+        out.print(keys.described, style="yellow")
     return paths

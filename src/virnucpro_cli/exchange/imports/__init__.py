@@ -1,1 +1,1 @@
-"""What import is made of: what is in the source, which of its rows are whose, and the file that follows from both."""
+"""Parts of import: the contents of a source, their match with a FASTA, and the file that follows from both."""

@@ -130,7 +130,7 @@ def look(path: str, layout: Format, provenance: dict[str, Any], layer: int | Non
 
 
 def _taken(path: str, entry: Entry, said: int | None, asked: int | None) -> dict[tuple[str, int | None], What]:
-    """What to take, by the first entry. said: the layer by the provenance; asked: by --layer."""
+    """Kinds and layers to take, by the first entry. said: the layer by the provenance; asked: by --layer."""
     if asked is not None and said is not None and asked != said:
         raise UserError(f"{path} says that it is of layer {said}.", f"Leave --layer {asked} out.")
     unsaid = next(layer for layer in (said, asked, LAST) if layer is not None)

@@ -23,7 +23,7 @@ LAYOUTS = (
     npy.LAYOUT, parquet.LAYOUT, anndata.LAYOUT, fair_esm.LAYOUT, virnucpro.LAYOUT, broad.LAYOUT, scikit_bio.LAYOUT,
     biotrainer.LAYOUT, keyed_h5.LAYOUT, *text.LAYOUTS,
 )  # fmt: skip
-"""In the order in which a file is tried: keyed_h5 is what HDF5 is that is nothing else."""
+"""A file is tried in this order: keyed_h5 takes all HDF5 that is nothing else."""
 NAMES = [layout.name for layout in LAYOUTS]
 
 

@@ -235,7 +235,7 @@ class Keys:
         return keys
 
     @property
-    def told(self) -> str:
+    def described(self) -> str:
         """Words for the names that were changed; empty if none was."""
         what = f"{counted(self.changed, 'name')} changed to be possible and unique: {', '.join(self.examples)}"
         return what if self.changed else ""

@@ -1,4 +1,4 @@
-"""What the points of a map are coloured by: numbers on a scale, or classes with a colour and a shape each."""
+"""The colour of a map's points: numbers on a scale, or classes with a colour and a shape each."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -40,7 +40,7 @@ class Map:
 
     @property
     def words(self) -> list[str] | None:
-        """What each point is coloured by; None if that is the length, which is shown anyway."""
+        """The value of each point's colour; None if that is the length, which is shown anyway."""
         return None if self.colour.title == LENGTH else self.colour.words()
 
 
@@ -188,7 +188,7 @@ def _traces(shown: Map) -> list[Any]:
 
 
 def _hover(shown: Map) -> list[str]:
-    """What a page says of each point."""
+    """The words over each point of a page."""
     lines = [
         f"<b>{html.escape(name)}</b><br>{counted(length, 'residue')}"
         for name, length in zip(shown.names, shown.lengths.tolist(), strict=True)
