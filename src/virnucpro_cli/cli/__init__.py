@@ -165,7 +165,7 @@ def end_at_once() -> None:
 
 
 class _StandardOutput(io.RawIOBase):
-    """Standard output. The rest is dropped once its reader, say `head`, is gone. Another failure is a UserError, once."""
+    """Standard output. The rest is dropped once its reader, say `head`, is gone. Other failures: a UserError, once."""
 
     def __init__(self) -> None:
         self._gone = False
