@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,20 +97,22 @@ class Program:
 
 
 def gone(pids: list[int], within: float) -> bool:
+    """Whether the processes have ended within so many seconds, with all their threads: any of these still holds its files."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
-        alive = [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in status_of(pid)]
-        if not alive:
+        if all(set(threads_of(pid)) <= {"Z", "X"} for pid in pids):
             return True
         time.sleep(0.02)
     return False
 
 
-def status_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return "Z"
+def threads_of(pid: int) -> list[str]:
+    """The state of each thread of a process."""
+    states = []
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):
+            states.append(task.read_text().rsplit(")", 1)[1].split()[0])
+    return states
 
 
 def test_several_workers_make_the_file_of_one(case: Case, tmp_path: Path) -> None:

@@ -222,6 +222,9 @@ def _start(number: int, start: Start, job: Job, shared: IO[bytes]) -> _Process:
     ours, theirs = socketpair()
     spools = {source.spool.fileno() for source in job.table.sources if source.spool is not None}
     main_of = f"from {__name__} import main; main({theirs.fileno()}, {shared.fileno()})"
+    # Whoever sends a stop signal to all means the parent, which ends the channel. A worker inherits the mask: a handler
+    # of its own would come too late for a signal that meets Python while it starts.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", BOUND.format(parent=os.getpid()) + main_of],
@@ -230,6 +233,8 @@ def _start(number: int, start: Start, job: Job, shared: IO[bytes]) -> _Process:
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"Worker {number} cannot be started: {error.strerror}.", "Use fewer --workers.") from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     channel = Connection(ours.detach())
     with suppress(OSError):  # it has died; its channel will say so
@@ -320,8 +325,6 @@ class _WorkerPlacer(Placer):
 
 def main(channel_fd: int, job_fd: int) -> None:
     """Do the packs that come through the channel until it closes."""
-    for signum in STOP_SIGNALS:  # whoever sends them to all means the parent, which ends the channel
-        signal.signal(signum, signal.SIG_IGN)
     channel = Connection(channel_fd)
     with suppress(*PARENT_ENDED):
         try:
