@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,9 @@ WORK = {
 """Parts of the names of the device's kernels by kind of work; the first kind that fits counts."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """gemm_floor: tokens/s of a forward of nothing but its GEMMs at this many rows; rates in FLOP/s and bytes/s."""
+class Limits(NamedTuple):
+    """gemm_floor: tokens/s of a forward of nothing but its GEMMs; rates in FLOP/s and bytes/s."""
 
-    rows: int
     gemm_floor: float
     gemm_rate: float
     peak_gemm_rate: float
@@ -49,7 +47,7 @@ def measure(spec: ModelSpec, dtype: torch.dtype, device: torch.device, rows: int
     side = 8192 if device.type == "cuda" else 1536
     a = torch.randn(side, side, device=device).to(dtype)
     peak = 2.0 * side**3 / best_of(lambda: linear(a, a), device)
-    return Limits(rows, rows / (seconds * spec.layers), flops / seconds, peak, copy_rate(device))
+    return Limits(rows / (seconds * spec.layers), flops / seconds, peak, copy_rate(device))
 
 
 def linear_e4m3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -160,10 +160,11 @@ class _PaddedBatch:
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float
     ) -> torch.Tensor:
-        """PyTorch's scaled dot-product attention with a key mask, as padded scripts call it."""
+        """PyTorch's scaled dot-product attention with a key mask, as padded scripts call it; [T, H, Dh] of a dtype."""
         qs, ks, vs = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))
         mixed = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=self.mask, scale=scale)
         return mixed.transpose(1, 2).flatten(0, 1).contiguous()
 
     def mean(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Mean over residues, float32 [B, D], of hidden rows [B * L, D]."""
         return (hidden.unflatten(0, self.shape).float() * self.residues).sum(1)

@@ -33,7 +33,7 @@ def _or_zero(error: Float64, size: Float64) -> Float64:
 
 
 def bias(ours: Rows, expected: Rows) -> float:
-    """Norm of the mean error vector over the root mean square norm of the expected rows [n, D], float scalar.
+    """Norm of the mean error vector over the root mean square norm of the expected rows, float32 [n, D].
 
     Rounding errors cancel in the mean over many rows; a wrong formula leaves its mark.
     """
@@ -43,7 +43,7 @@ def bias(ours: Rows, expected: Rows) -> float:
 
 
 def neighbours_kept(ours: Rows, expected: Rows, k: int) -> float:
-    """Share of the k nearest neighbours by cosine of each expected row [n, D] that `ours` keeps, float scalar."""
+    """Share of the k nearest neighbours by cosine of each expected row, float32 [n, D], that `ours` keeps."""
 
     def nearest(rows: Rows) -> NDArray[np.int64]:
         unit = np.asarray(rows, np.float64)

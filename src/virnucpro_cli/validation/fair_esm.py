@@ -48,6 +48,7 @@ class Reference(Oracle):
                 layer.self_attn.rot_emb = _WideRotary(wide)
 
     def hidden(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """tokens: int64 [B, L]; layer -> [B, L, D] in the model's dtype."""
         return self.model(tokens, repr_layers=list(layers))["representations"]
 
 

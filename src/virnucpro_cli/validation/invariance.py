@@ -138,7 +138,7 @@ def bound_of(model: ESM2) -> float:
 def padded(judge: Oracle, own: Rows, truth: Rows, sample: Sample, layers: tuple[int, ...]) -> Iterator[Check]:
     """An ordinary padded batch of the oracle, which users call unpacked, beside the oracle alone and the fast path.
 
-    own, truth: float [n, D] of kind mean at the last layer.
+    own, truth: float32 [n, D] of kind mean at the last layer.
     """
     chosen = np.argsort(sample.lengths)[np.linspace(0, len(sample) - 1, 8).astype(int)]
     chosen = np.unique(chosen[sample.lengths[chosen] <= 1022])

@@ -91,7 +91,7 @@ class Sample:
         return np.asarray([len(ids) - 2 for ids in self.tokens], np.int64)
 
     def names_of(self, kind: str) -> NDArray[np.object_]:
-        """The protein of each row of a kind, object [n], for residue [sum of lengths]."""
+        """The protein of each row of a kind, of dtype object [n], for residue [sum of lengths]."""
         names = np.asarray(self.names, object)
         return np.repeat(names, self.lengths) if kind == "residue" else names
 
@@ -127,7 +127,7 @@ def pooled(residues: Array) -> dict[str, Array]:
 
 
 def rows_of(judge: Oracle, sample: Sample, layers: tuple[int, ...], together: int = 1) -> Rows:
-    """The oracle's rows of every kind, float [n, D] and for residue [sum of lengths, D], of every protein.
+    """The oracle's rows of every kind, float32 (float64 in fp64) [n, D], for residue [sum of lengths, D].
 
     It computes one protein at a time, or `together` of similar length as a padded batch.
     """

@@ -98,6 +98,7 @@ class _Subject:
         return oracle_of(spec)(spec, state, device, dtype)
 
     def oracle_rows(self, device: torch.device, dtype: torch.dtype, together: int = 1) -> Rows:
+        """The oracle's rows of every kind and layer, float32 [n, D], for residue [sum of lengths, D]."""
         how = f"{attention_backends.describe(dtype)} on {device.type}"
         self.say("reference", how)
         with self.clock.stage(f"reference, {how}"):
@@ -106,7 +107,7 @@ class _Subject:
     def exact_and_plain(self, truth: Rows, dtype: torch.dtype, device: torch.device) -> tuple[Rows, list[Rows]]:
         """Rows that stand for the exact ones, and those whose errors are the noise floor of the dtype.
 
-        truth: the oracle's rows in fp32.
+        truth: the oracle's rows in fp32, float32 [n, D] of each kind and layer, for residue [sum of lengths, D].
         """
         if dtype != torch.float32:
             return truth, [self.oracle_rows(device, stream_dtype(dtype))]
@@ -117,7 +118,7 @@ class _Subject:
         return self.oracle_rows(reference_device, torch.float64), plain
 
     def embedded(self, path: Path, dtype: str) -> Rows:
-        """What `embed` stores of the sample in a dtype, in fp32."""
+        """Rows that `embed` computes of the sample in a dtype, float32 [n, D], for residue [sum of lengths, D]."""
         config, attention = self.config, self.config.attention
         if dtype == "fp32":  # a backend named for the run's own dtype may not know fp32
             try:
