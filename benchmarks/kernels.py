@@ -19,8 +19,7 @@ from virnucpro_cli import report
 from virnucpro_cli.batch import query_tiles
 from virnucpro_cli.benchmark import limits, modes, workload
 from virnucpro_cli.engine import devices
-from virnucpro_cli.model import attention, weights
-from virnucpro_cli.model import spec as specs
+from virnucpro_cli.model import attention, families, weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.kernels import fused, plain
 from virnucpro_cli.model.kernels.attention import attention as short_attention
@@ -33,7 +32,7 @@ F32 = torch.float32
 
 def rows_of(name):
     """The token budget that a run would choose."""
-    return devices.auto_token_budget(DEVICE.type, devices.free_memory(DEVICE), specs.by_name(name).hidden, 0)
+    return devices.auto_token_budget(DEVICE.type, devices.free_memory(DEVICE), families.by_name(name).hidden, 0)
 
 
 def microseconds(call):
@@ -195,13 +194,13 @@ def main():
     rows = [
         row
         for name in options.models.split(",")
-        for row in kernels(specs.by_name(name), dtype, rows_of(name), copy_rate)
+        for row in kernels(families.by_name(name), dtype, rows_of(name), copy_rate)
     ]
     out.print(report.rows_table("Kernels", rows))
     torch.cuda.empty_cache()
     rows = []
     for name in options.models.split(","):
-        rows += forwards(specs.by_name(name), dtype, rows_of(name), options.seconds)
+        rows += forwards(families.by_name(name), dtype, rows_of(name), options.seconds)
         torch.cuda.empty_cache()
     out.print(report.rows_table("Forwards", rows))
 

@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 from virnucpro_cli import report
 from virnucpro_cli.benchmark import workload
 from virnucpro_cli.fasta.plain import write_texts
-from virnucpro_cli.model import spec as specs
-from virnucpro_cli.model import weights
+from virnucpro_cli.model import families, weights
 
 
 def write_model(spec, folder):
@@ -134,7 +133,7 @@ def main():
         folder = Path(name)
         loads = [(load, write_fasta(load, getattr(options, load), folder)) for load in ("natural", "fragments")]
         for model_name in options.models.split(","):
-            model = write_model(specs.by_name(model_name), folder / model_name)
+            model = write_model(families.by_name(model_name), folder / model_name)
             for load, path in loads:
                 first = rate_of_one = None
                 wall, found = 0.0, {}

@@ -23,7 +23,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange import export, extract, importing
 from virnucpro_cli.explore import MapConfig, SearchConfig, inspect, mapping, search
 from virnucpro_cli.model import locate
-from virnucpro_cli.model.spec import DEMO
+from virnucpro_cli.model.families import DEMO
 from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.validation import validate, verify
 

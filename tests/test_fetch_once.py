@@ -20,8 +20,7 @@ from children import CHILDREN
 from conftest import TINY, write_model
 from test_weights import FakeHub, Hub, fair_esm_pt, point_hub_at
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import locate, weights
-from virnucpro_cli.model import spec as specs
+from virnucpro_cli.model import families, locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 
 TASKS = 16
@@ -87,7 +86,7 @@ def task(number: int, home: Path, url: str, together: Barrier) -> None:
     os.environ |= {"XDG_CACHE_HOME": str(home / "xdg"), "TORCH_HOME": str(home / "torch")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
-        patch.setitem(specs.SIZES, SPEC.name, SPEC)
+        patch.setitem(families.SIZES, SPEC.name, SPEC)
         point_hub_at(patch, url)
         together.wait()
         try:

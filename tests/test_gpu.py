@@ -26,8 +26,7 @@ from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import index, open_sources
 from virnucpro_cli.kinds import EMITS, KINDS, UNMASKED
-from virnucpro_cli.model import attention, locate, weights
-from virnucpro_cli.model import spec as specs
+from virnucpro_cli.model import attention, families, locate, weights
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import buckets, first_fit_decreasing, whole_segments
@@ -353,7 +352,7 @@ def test_kills_for_half_a_minute_lose_nothing(tmp_path: Path) -> None:
     path, dice, records = tmp_path / "in.fasta", random.Random(0), read_fasta(UNIPROT)
     turned = [(f"{name} turned", sequence[::-1]) for name, sequence in records]  # or it would be over too soon
     path.write_text("".join(f">{n}\n{s}\n" for n, s in records + turned))
-    model = write_model(tmp_path / "model", specs.by_name("150M"))
+    model = write_model(tmp_path / "model", families.by_name("150M"))
     options = {"model": str(model), "token_budget": 4096, "pool": ("mean", "bos")}
     embed.embed_fasta(str(path), str(tmp_path / "whole.h5"), device="cuda:0", **options)
     started, kills, rounds = time.monotonic(), 0, 0
@@ -391,7 +390,7 @@ def test_kills_for_half_a_minute_lose_nothing(tmp_path: Path) -> None:
 def test_every_pool_and_score_is_the_cpus(
     dtype: str, largest: float, make_fasta: Callable[..., Path], tmp_path: Path
 ) -> None:
-    fasta, spec = make_fasta([50, 7, 300, 1, 120, 300, 64, 2, 900]), specs.ModelSpec("small", 2, 64, 4)
+    fasta, spec = make_fasta([50, 7, 300, 1, 120, 300, 64, 2, 900]), families.ModelSpec("small", 2, 64, 4)
     model = write_model(tmp_path / "model", spec)
     save_file(weights.random_state(spec) | weights.random_heads(spec), model / "model.safetensors")
     asked: dict[str, Any] = {"pool": KINDS, "emit": EMITS, "layers": (0, 1, 2), "store_dtype": "fp32"}

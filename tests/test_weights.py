@@ -27,8 +27,7 @@ from conftest import TINY, write_model
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import locate, scores, weights
-from virnucpro_cli.model import spec as specs
+from virnucpro_cli.model import esm2, families, locate, scores, weights
 from virnucpro_cli.model.spec import ModelSpec, resolve_layers
 from virnucpro_cli.store import CACHED, read_embeddings
 
@@ -196,11 +195,11 @@ def test_what_transformers_itself_writes_loads(tmp_path: Path) -> None:
     spec, found, _ = load(tmp_path / "hf")
     assert (spec.layers, spec.hidden, spec.heads) == (2, 32, 4)
     theirs = model.state_dict()
-    for name in weights.shapes(TINY):
+    for name in esm2.shapes(TINY):
         assert torch.equal(found[name], theirs[hf_name(name)]), name
     saved = load_file(tmp_path / "hf" / "model.safetensors")
     kept = [tensor for name, tensor in saved.items() if name.endswith("inv_freq")]
-    assert torch.equal(found[INV_FREQ], kept[0] if kept else weights.half_rounded_inv_freq(TINY))
+    assert torch.equal(found[INV_FREQ], kept[0] if kept else esm2.half_rounded_inv_freq(TINY))
 
 
 def test_what_transformers_saves_again_after_loading_it_loads(state: State, tmp_path: Path) -> None:
@@ -341,7 +340,7 @@ def test_a_lone_file_has_the_heads_of_the_config_beside_it(state: State, tmp_pat
 
 
 def test_a_lone_file_of_a_published_size_is_not_taken_for_the_published_model(tmp_path: Path) -> None:
-    state = weights.random_state(specs.SIZES["esm2_t6_8M_UR50D"])
+    state = weights.random_state(families.SIZES["esm2_t6_8M_UR50D"])
     state.pop(INV_FREQ)
     assert "how many attention heads" in refusal(safetensors(tmp_path / "own.safetensors", state))
 
@@ -399,6 +398,7 @@ OF_THE_SPEC = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
     "heads": "num_attention_heads",
+    "family": "model_type",
     "tied": "tie_word_embeddings",
 }
 """What is read of a model's configuration, and where it stands in config.json."""
@@ -425,8 +425,8 @@ def test_every_word_of_a_configuration_decides_the_identity_or_is_refused(
     options: dict[str, Any] = {"model": str(folder), "device": "cpu", "emit": ("entropy",)}
     embed_fasta(fasta, home / "out.h5", **options)
     before = (home / "out.h5").read_bytes()
-    for key in (*OF_THE_SPEC.values(), *weights._HF_CONFIG):
-        there = config.get(key, weights._HF_CONFIG.get(key, (None,))[0])
+    for key in (*OF_THE_SPEC.values(), *esm2.CONFIG):
+        there = config.get(key, esm2.CONFIG.get(key, (None,))[0])
         (folder / "config.json").write_text(json.dumps({**config, key: another(there)}))
         with pytest.raises(UserError):
             embed_fasta(fasta, home / "out.h5", **options)
@@ -600,11 +600,11 @@ def test_a_named_model_that_is_nowhere_is_none(home: Path) -> None:
 
 
 def test_short_and_long_names_are_the_same_model() -> None:
-    assert specs.by_name("650m") is specs.by_name("650M") is specs.SIZES["esm2_t33_650M_UR50D"]
+    assert families.by_name("650m") is families.by_name("650M") is families.SIZES["esm2_t33_650M_UR50D"]
     names = ("650", "650m", "ESM2-650M", "esm2_650m", "facebook/esm2_t33_650M_UR50D", "Facebook/ESM2_T33_650M_UR50D")
-    assert {specs.by_name(name) for name in names} == {specs.by_name("650M")}
-    assert specs.by_name("3") is specs.by_name("3B") and specs.by_name("15b") is specs.by_name("15")
-    assert [specs.by_name(name) for name in ("650MB", "", "esm2", "esm2-", "google/650M")] == [None] * 5
+    assert {families.by_name(name) for name in names} == {families.by_name("650M")}
+    assert families.by_name("3") is families.by_name("3B") and families.by_name("15b") is families.by_name("15")
+    assert [families.by_name(name) for name in ("650MB", "", "esm2", "esm2-", "google/650M")] == [None] * 5
 
 
 def test_a_path_comes_before_a_loose_name(home: Path, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,7 +627,7 @@ def test_a_misspelt_name_is_told_what_is_near(typed: str, meant: str) -> None:
 def named(monkeypatch: pytest.MonkeyPatch) -> ModelSpec:
     """A published model small enough for a test."""
     spec = ModelSpec("esm2_tiny", TINY.layers, TINY.hidden, TINY.heads)
-    monkeypatch.setitem(specs.SIZES, spec.name, spec)
+    monkeypatch.setitem(families.SIZES, spec.name, spec)
     return spec
 
 
@@ -721,7 +721,7 @@ def test_a_cache_that_cannot_be_written_costs_only_the_note(
 
 @pytest.mark.parametrize("name", ["demo", "650M"])
 def test_weights_that_are_not_the_published_ones_are_refused(home: Path, name: str) -> None:
-    spec = specs.by_name(name)
+    spec = families.by_name(name)
     assert spec is not None
     place = locate.places(spec)[0]
     folder = write_model(place if name == "demo" else place / "abc")

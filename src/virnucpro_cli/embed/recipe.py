@@ -20,7 +20,8 @@ from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.kinds import any_by_residue, unmasked
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, by_name, resolve_layers
+from virnucpro_cli.model.families import by_name
+from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, resolve_layers
 from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import decide
 

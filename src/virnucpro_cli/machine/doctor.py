@@ -17,7 +17,7 @@ from virnucpro_cli import report, store
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, install_command
 from virnucpro_cli.model import attention, locate
-from virnucpro_cli.model.spec import SIZES
+from virnucpro_cli.model.families import SIZES
 from virnucpro_cli.plan import shards
 from virnucpro_cli.store import disk
 

@@ -3,7 +3,7 @@
 from virnucpro_cli import report
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import locate
-from virnucpro_cli.model.spec import SIZES
+from virnucpro_cli.model.families import SIZES
 
 
 def fetch_weights(model: str) -> None:

@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from virnucpro_cli.errors import UserError, absent
-from virnucpro_cli.model.spec import DEMO, PUBLISHED_SHA256, SHORT_NAMES, SIZES, ModelSpec, by_name
+from virnucpro_cli.model.families import DEMO, PUBLISHED_SHA256, SHORT_NAMES, SIZES, by_name
+from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import disk
 
 SETTLED_NS = 2 * 10**9

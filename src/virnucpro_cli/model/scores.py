@@ -12,8 +12,7 @@ from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.locate import Weights
 from virnucpro_cli.model.pooling import Pooler, mean_over_residues
-from virnucpro_cli.model.spec import LAYER_NORM_EPS
-from virnucpro_cli.model.weights import DECODER, LM_HEAD, State
+from virnucpro_cli.model.spec import DECODER, LAYER_NORM_EPS, LM_HEAD, State
 
 AMINO_ACIDS = slice(4, 24)
 """The 20 of them, in the alphabet of 33 tokens."""

@@ -10,68 +10,23 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from virnucpro_cli import alphabet, stopping
+from virnucpro_cli import stopping
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.model.families import FAMILIES, SIZES, family_of
 from virnucpro_cli.model.locate import Weights, check_unchanged
-from virnucpro_cli.model.spec import SIZES, VOCABULARY, ModelSpec
+from virnucpro_cli.model.spec import DECODER, INV_FREQ, LM_HEAD, Family, ModelSpec, State
 
-State = dict[str, torch.Tensor]
-"""Tensors under the names of fair-esm's `ESM2.state_dict()`."""
-
-INV_FREQ = "layers.0.self_attn.rot_emb.inv_freq"
-CONTACT_HEAD, LM_HEAD = "contact_head.regression", "lm_head"
-DECODER = f"{LM_HEAD}.decoder.weight"
-
+DEFAULT = "esm2"
+"""The family of a lone file."""
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.)+")
 """Put before every name by data parallelism, torch.compile and PEFT."""
-_PREFIX = r"(?:encoder\.sentence_encoder\.|encoder\.|esm\.|model\.)?"
-_LAYER = r"encoder\.layer\.(\d+)"
-_NAMES = tuple((re.compile(_PREFIX + pattern), template) for pattern, template in (
-    (r"(embed_tokens\.weight|emb_layer_norm_after\.(?:weight|bias)|layers\.\d+\.(?:self_attn\.rot_emb\.inv_freq"
-     r"|(?:self_attn\.(?:[qkv]|out)_proj|self_attn_layer_norm|fc1|fc2|final_layer_norm)\.(?:weight|bias)))", r"\1"),
-    (r"embeddings\.word_embeddings\.weight", "embed_tokens.weight"),
-    *((rf"{_LAYER}\.attention\.self\.{word}\.(weight|bias)", rf"layers.\1.self_attn.{word[0]}_proj.\2")
-      for word in ("query", "key", "value")),
-    (_LAYER + r"\.attention\.self\.rotary_embeddings\.inv_freq", r"layers.\1.self_attn.rot_emb.inv_freq"),
-    # transformers 5 keeps one for all layers, and saves it with the layer's number as a literal star
-    (r"(?:encoder\.layer\.\*\.attention\.self\.)?rotary_embeddings\.inv_freq", INV_FREQ),
-    (_LAYER + r"\.attention\.output\.dense\.(weight|bias)", r"layers.\1.self_attn.out_proj.\2"),
-    (_LAYER + r"\.attention\.LayerNorm\.(weight|bias)", r"layers.\1.self_attn_layer_norm.\2"),
-    (_LAYER + r"\.intermediate\.dense\.(weight|bias)", r"layers.\1.fc1.\2"),
-    (_LAYER + r"\.output\.dense\.(weight|bias)", r"layers.\1.fc2.\2"),
-    (_LAYER + r"\.LayerNorm\.(weight|bias)", r"layers.\1.final_layer_norm.\2"),
-    (r"encoder\.emb_layer_norm_after\.(weight|bias)", r"emb_layer_norm_after.\1"),
-))  # fmt: skip
-"""Names of fair-esm, which stay, and of HuggingFace, as patterns; and what fair-esm calls each."""
-_LEFT_OUT = re.compile(
-    r"(esm\.)?(embeddings\.(position_ids|position_embeddings\.weight)|pooler\..*|contact_head\..*)"
-    r"|lm_head\..*|classifier\..*|score\..*|qa_outputs\..*|embed_out|encoder\.lm_head\..*"
-)
 _OF_THE_ENCODER = re.compile(r"emb(ed|_)|encoder|layer|norm|position|rotary|lora|adapter|ia3", re.IGNORECASE)
-_SETTINGS = {
-    "layers": ("num_hidden_layers", "encoder_layers"),
-    "hidden": ("hidden_size", "encoder_embed_dim"),
-    "heads": ("num_attention_heads", "encoder_attention_heads"),
-}
-"""Fields of a spec, as config.json and the settings in fair-esm's files call them."""
-_HF_CONFIG: dict[str, tuple[Any, Any]] = {
-    "model_type": ("esm", None),
-    "position_embedding_type": ("rotary", "absolute"),
-    "token_dropout": (True, False),
-    "emb_layer_norm_before": (False, None),
-    "layer_norm_eps": (1e-5, 1e-12),
-    "hidden_act": ("gelu", "gelu"),
-    "vocab_size": (VOCABULARY, VOCABULARY),
-    "is_decoder": (False, None),
-    "mask_token_id": (alphabet.MASK, alphabet.MASK),
-}
-"""The values that config.json must have, and HuggingFace's defaults, which it leaves out."""
 
 
 def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
     """Read the files: spec, state under fair-esm's names (checked, on the CPU), and notes for the report.
 
-    The state is in the dtypes of the file and has the shapes [rows, columns] of `shapes`. Of the heads for tokens and
+    The state is in the dtypes of the file and has the shapes [rows, columns] of the family. Of the heads for tokens and
     contacts, those that are whole are in it. Raises UserError naming the first tensors that are missing, mis-shaped or
     unknown inside the encoder.
     """
@@ -87,15 +42,17 @@ def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
         for name, tensor in tensors.items():
             _put(raw, _WRAPPERS.sub("", name), tensor, weights)
     check_unchanged(weights)
-    state, left_out = _renamed(raw, weights)
+    key = weights.spec.family if weights.spec else config.get("family", DEFAULT)
+    family = FAMILIES[key]
+    state, left_out = _renamed(raw, family, weights)
     words = " ".join(raw)
     if not config and "position_embeddings" in words and "inv_freq" not in words:
         raise UserError(
             f"{weights.place} has learned positions and no inv_freq: it may be an ESM-1, another model.",
             "If it is an ESM-2, give its HuggingFace directory with config.json.",
         )
-    spec = _spec_of(state, config, weights)
-    notes = [*weights.notes, *_settle_inv_freq(state, spec)]
+    spec = _spec_of(state, config, key, weights)
+    notes = [*weights.notes, *family.settle_inv_freq(state, spec)]
     if left_out:
         notes.append(f"a head of its own in the checkpoint is left out: {_some(left_out)}")
     _check_shapes(state, spec, weights)
@@ -114,14 +71,18 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(config, dict) or not all(isinstance(config.get(key, 1), int) for key, _ in _SETTINGS.values()):
+    name = config.get("model_type") if isinstance(config, dict) else None
+    key = next((key for key, family in FAMILIES.items() if family.CONFIG["model_type"][0] == name), DEFAULT)
+    family = FAMILIES[key]
+    fields = {field: there for field, (there, _) in family.SETTINGS.items()}
+    if not isinstance(config, dict) or not all(isinstance(config.get(there, 1), int) for there in fields.values()):
         raise UserError(f"{path} is not a model's configuration.", "Fetch or copy the model directory again.")
-    for key, (value, default) in _HF_CONFIG.items():
-        found = config.get(key, default)
+    for there, (value, default) in family.CONFIG.items():
+        found = config.get(there, default)
         if found != value and not (value is False and found is None):
-            raise UserError(f"{path} is not an ESM-2: {key} is {found!r}, and ESM-2 has {value!r}.")
-    sizes = {field: config.get(key) for field, (key, _) in _SETTINGS.items()}
-    return {**sizes, "tied": config.get("tie_word_embeddings", True)}
+            raise UserError(f"{path} is not an {family.TITLE}: {there} is {found!r}, and {family.TITLE} has {value!r}.")
+    sizes = {field: config.get(there) for field, there in fields.items()}
+    return {**sizes, "family": key, "tied": config.get("tie_word_embeddings", True)}
 
 
 def read_tensors(path: Path) -> State:
@@ -153,9 +114,8 @@ def _read_file(path: Path) -> tuple[State, dict[str, Any]]:
         under = " under 'model'" if isinstance(content, dict) else ""
         raise UserError(f"{path} holds a {type(tensors).__name__}{under}, not a dict of tensors.")
     settings = content.get("cfg", {}).get("model") if isinstance(content.get("cfg"), dict) else content.get("args")
-    sizes = (
-        {field: getattr(settings, key, None) for field, (_, key) in _SETTINGS.items()} if settings is not None else {}
-    )
+    fields = FAMILIES[DEFAULT].SETTINGS.items() if settings is not None else ()
+    sizes = {field: getattr(settings, key, None) for field, (_, key) in fields}
     return {k: v for k, v in tensors.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}, sizes
 
 
@@ -169,28 +129,28 @@ def _put(into: State, name: str, tensor: torch.Tensor, weights: Weights) -> None
     into[name] = tensor
 
 
-def _renamed(raw: State, weights: Weights) -> tuple[State, list[str]]:
+def _renamed(raw: State, family: Family, weights: Weights) -> tuple[State, list[str]]:
     """The encoder's tensors, and the names that are of a head of the checkpoint's own."""
     state: State = {}
     unknown = []
     for name, tensor in raw.items():
         plain = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        match = next((match.expand(to) for pattern, to in _NAMES if (match := pattern.fullmatch(plain))), None)
+        match = next((match.expand(to) for pattern, to in family.NAMES if (match := pattern.fullmatch(plain))), None)
         if match is not None:
             _put(state, match, tensor, weights)
-        elif not _LEFT_OUT.fullmatch(name):
+        elif not family.LEFT_OUT.fullmatch(name):
             unknown.append(name)
     within_esm = any(name.startswith("esm.") for name in raw)
     refused = [name for name in unknown if not within_esm or _OF_THE_ENCODER.search(name)]
     if refused:
         raise UserError(
-            f"{weights.place} holds tensors that ESM-2 does not have: {_some(refused)}.",
+            f"{weights.place} holds tensors that {family.TITLE} does not have: {_some(refused)}.",
             "Merge adapters (LoRA and the like) into the weights first. Other architectures are not supported.",
         )
     return state, unknown
 
 
-def _spec_of(state: State, config: dict[str, Any], weights: Weights) -> ModelSpec:
+def _spec_of(state: State, config: dict[str, Any], family: str, weights: Weights) -> ModelSpec:
     if "embed_tokens.weight" not in state:
         raise UserError(f"{weights.place} has no token embedding: it is not an ESM-2 checkpoint.")
     named, inv_freq = weights.spec, state.get(INV_FREQ)
@@ -208,57 +168,13 @@ def _spec_of(state: State, config: dict[str, Any], weights: Weights) -> ModelSpe
         )
     known = {(spec.layers, spec.hidden, spec.heads): spec.name for spec in reversed(SIZES.values())}
     name = named.name if named else known.get((layers, hidden, heads), weights.name)
-    spec = ModelSpec(name, layers, hidden, heads)
+    spec = ModelSpec(name, layers, hidden, heads, family)
     if named not in (None, spec):
         raise UserError(
             f"{weights.place} is not {name}: it has {layers} layers of {hidden} with {heads} heads.",
             "Remove it from the cache and fetch again.",
         )
     return spec
-
-
-def _settle_inv_freq(state: State, spec: ModelSpec) -> list[str]:
-    """Make layer 0's inv_freq stand for all, checking that they agree. Returns notes."""
-    expected = half_rounded_inv_freq(spec)
-    there = [state.pop(name).float() for name in [*state] if name.endswith("inv_freq")]
-    state[INV_FREQ] = first = there[0] if there else expected
-    if not there:
-        return ["the checkpoint has no inv_freq; the fp16-rounded exact values are used, as ESM-2 was trained"]
-    if any(not torch.equal(first, other) for other in there):
-        raise UserError("The checkpoint's layers have different inv_freq; ESM-2 has one for all.")
-    if first.shape == expected.shape and not torch.equal(first, expected):
-        return ["the checkpoint's inv_freq is not the fp16-rounded one of ESM-2; it is used as it stands"]
-    return []
-
-
-def half_rounded_inv_freq(spec: ModelSpec) -> torch.Tensor:
-    """`1 / 10000^(2i / head_dim)` rounded to fp16, float32 [head_dim / 2]: the values that ESM-2's checkpoints hold."""
-    exact = 1.0 / 10000.0 ** (torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
-    return exact.half().float()
-
-
-def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the encoder under fair-esm's name, with its shape."""
-    d = spec.hidden
-    layer: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj": (d, d) for name in ("q", "k", "v", "out")}
-    layer |= {"fc1": (4 * d, d), "fc2": (d, 4 * d), "self_attn_layer_norm": (d,), "final_layer_norm": (d,)}
-    parts = {f"layers.{i}.{part}": shape for i in range(spec.layers) for part, shape in layer.items()}
-    found: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (VOCABULARY, d)}
-    for part, shape in {**parts, "emb_layer_norm_after": (d,)}.items():
-        found |= {f"{part}.weight": shape, f"{part}.bias": shape[:1]}
-    return found
-
-
-def head_shapes(spec: ModelSpec) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Every tensor of each head under fair-esm's name, with its shape; lm_head's last matrix is the token embedding."""
-    d = spec.hidden
-    return {
-        LM_HEAD: {
-            "dense.weight": (d, d), "dense.bias": (d,), "layer_norm.weight": (d,), "layer_norm.bias": (d,),
-            "bias": (VOCABULARY,),
-        },
-        CONTACT_HEAD: {"weight": (1, spec.layers * spec.heads), "bias": (1,)},
-    }  # fmt: skip
 
 
 def _in_a_head(raw: State, name: str) -> torch.Tensor | None:
@@ -268,7 +184,7 @@ def _in_a_head(raw: State, name: str) -> torch.Tensor | None:
 def heads_in(raw: State, spec: ModelSpec) -> State:
     """The heads of which all tensors are in a file, in the shapes [...] of `head_shapes` and the dtypes of the file."""
     found: State = {}
-    for head, tensors in head_shapes(spec).items():
+    for head, tensors in family_of(spec).head_shapes(spec).items():
         there = {f"{head}.{part}": _in_a_head(raw, f"{head}.{part}") for part in tensors}
         if [None if each is None else tuple(each.shape) for each in there.values()] == list(tensors.values()):
             found |= there  # type: ignore[arg-type]
@@ -295,7 +211,7 @@ def _settle_decoder(heads: State, raw: State, table: torch.Tensor, tied: bool) -
 
 
 def _check_shapes(state: State, spec: ModelSpec, weights: Weights) -> None:
-    expected = {**shapes(spec), INV_FREQ: (spec.head_dim // 2,)}
+    expected = {**family_of(spec).shapes(spec), INV_FREQ: (spec.head_dim // 2,)}
     if missing := [name for name in expected if name not in state]:
         raise UserError(f"{weights.place} lacks {len(missing)} tensors of {spec.name}: {_some(missing)}.")
     for name, shape in expected.items():
@@ -312,16 +228,17 @@ def _some(names: list[str]) -> str:
 def random_state(spec: ModelSpec, seed: int = 0, device: torch.device | str = "cpu") -> State:
     """Random weights of trained-like scale, for benchmarks and tests, the same each time on the same kind of device.
 
-    fair-esm's names, float32 in the shapes [...] of `shapes`.
+    fair-esm's names, float32 in the shapes [...] of the family.
     """
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
-    for name, shape in shapes(spec).items():
+    for name, shape in family_of(spec).shapes(spec).items():
         mean, deviation = (1.0, 0.1) if name.endswith("weight") else (0.0, 0.02)  # of a LayerNorm, and of biases
         if len(shape) > 1:
             mean, deviation = 0.0, shape[-1] ** -0.5
         state[name] = torch.empty(shape, device=device).normal_(mean, deviation, generator=generator)
-    return state | {INV_FREQ: half_rounded_inv_freq(spec)}
+    family_of(spec).settle_inv_freq(state, spec)
+    return state
 
 
 def random_heads(spec: ModelSpec, seed: int = 0) -> State:
@@ -329,6 +246,6 @@ def random_heads(spec: ModelSpec, seed: int = 0) -> State:
     generator = torch.Generator().manual_seed(seed + 1)
     return {
         f"{head}.{part}": torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        for head, tensors in head_shapes(spec).items()
+        for head, tensors in family_of(spec).head_shapes(spec).items()
         for part, shape in tensors.items()
     }

@@ -13,8 +13,8 @@ from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.locate import Weights
-from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.model.weights import CONTACT_HEAD, State, heads_in, read_tensors
+from virnucpro_cli.model.spec import CONTACT_HEAD, ModelSpec, State
+from virnucpro_cli.model.weights import heads_in, read_tensors
 
 MAPS_AT_ONCE = 4
 

@@ -1,0 +1,35 @@
+"""The table of model families. A new family is a file and a row; nothing else knows which family runs."""
+
+import torch
+
+from virnucpro_cli.model import esm2
+from virnucpro_cli.model.attention import Backend
+from virnucpro_cli.model.esm2 import DEMO, ESM2
+from virnucpro_cli.model.spec import Family, ModelSpec, State
+
+__all__ = ["DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "family_of"]
+
+FAMILIES: dict[str, Family] = {"esm2": esm2}
+SIZES = {name: spec for family in FAMILIES.values() for name, spec in family.SIZES.items()}
+SHORT_NAMES = {short: name for family in FAMILIES.values() for short, name in family.SHORT_NAMES.items()}
+PUBLISHED_SHA256 = {name: pins for family in FAMILIES.values() for name, pins in family.PUBLISHED_SHA256.items()}
+
+
+def by_name(name: str) -> ModelSpec | None:
+    """The spec of `esm2_t33_650M_UR50D` (also after `facebook/`), `650M`, `650`, `ESM2-650M` or `demo`, in any case.
+
+    None for anything else.
+    """
+    plain = name.lower().removeprefix("facebook/")
+    full = next((family.ALIASES[plain] for family in FAMILIES.values() if plain in family.ALIASES), plain)
+    return {known.lower(): spec for known, spec in SIZES.items()}.get(full.lower())
+
+
+def family_of(spec: ModelSpec) -> Family:
+    return FAMILIES[spec.family]
+
+
+def build(spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.device, backend: Backend) -> ESM2:
+    """The packed forward of a spec, with its state (any floating dtype, shapes [...] of the family) on the device."""
+    model: ESM2 = family_of(spec).Model(spec, state, dtype, device, backend)
+    return model
