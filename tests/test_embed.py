@@ -463,7 +463,7 @@ def test_what_overflows_is_computed_on_the_cpu_where_the_device_has_no_room_for_
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return ESM2(spec, state, dtype, *on)
 
-    monkeypatch.setattr(second_pass, "ESM2", crowded)
+    monkeypatch.setattr(second_pass, "build", crowded)
     model = str(spoiled(tmp_path / "model", tiny_model, "W", 1e6))
     fasta = write(tmp_path / "in.fasta", ">a\nMKVLA\n>b\nMKWLA\n")
     report = embed(fasta, tmp_path / "half.h5", dtype="fp16", model=model)

@@ -25,7 +25,8 @@ from virnucpro_cli.errors import UserError, counted, in_a_line, needs
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.esm2 import exact_arithmetic
+from virnucpro_cli.model.families import build
 from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.validation.agreement import relative_l2
 
@@ -73,7 +74,7 @@ class _Bench:
         out.print(f"loading {name} on {devices.describe_device(self.device)}", style="dim")
         self.weights, self.loaded = weights, self._loaded(weights)
         self.spec, state, notes = self.loaded
-        self.model = ESM2(self.spec, state, self.dtype, self.device, self.backend)
+        self.model = build(self.spec, state, self.dtype, self.device, self.backend)
         auto = devices.auto_token_budget(self.device.type, devices.free_memory(self.device), self.spec.hidden, 0)
         self.budgets = [auto if budget == "auto" else int(budget) for budget in config.token_budget]
         self.best_budget = self.budgets[0]
@@ -218,7 +219,7 @@ class _Bench:
             if backend.steps is self.backend.steps:
                 model = self.model.with_attention(backend.attention)
             else:
-                model = ESM2(self.spec, self.loaded[1], self.dtype, self.device, backend)
+                model = build(self.spec, self.loaded[1], self.dtype, self.device, backend)
             mode = modes.packed(model, self.main, self.best_budget)[0]
             mode.run()
             seconds = float(np.median([timed(mode.run, self.device) for _ in range(ROUNDS)]))

@@ -18,7 +18,7 @@ from virnucpro_cli.errors import counted
 from virnucpro_cli.features import Run
 from virnucpro_cli.model import attention
 from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.families import build
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.policies import Int64
 
@@ -80,7 +80,7 @@ class OnThisHost(Computing):
         assert self.backend is not None
         with run.clock.stage("load model"):
             _, state, notes = run.take_weights()
-            model = ESM2(run.spec, state, self.dtype, self.local_device, self.backend)
+            model = build(run.spec, state, self.dtype, self.local_device, self.backend)
         for note in notes:
             run.tell(note)
         return runner.compute_with(model, run.layers, run.config)

@@ -18,6 +18,7 @@ from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.families import build
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET, Plan, first_fit_decreasing
 from virnucpro_cli.plan.policies import Int64
 
@@ -50,13 +51,13 @@ def second_pass(placer: Placer, device: torch.device, backend: Backend | None, n
         exact = attention_backends.resolve("auto", on, WIDE)
         placer.flag = store.RECOMPUTED
         placer.file.compute_in(devices.computed_at(on, WIDE, exact))
-        return again(records, lambda: ESM2(spec, state, WIDE, on, exact))
+        return again(records, lambda: build(spec, state, WIDE, on, exact))
 
     unfit, broken = _taken(placer)
     if len(unfit) and backend is not None:
         too_large = f"{counted(len(unfit), 'protein')} too large for {devices.describe_device(device)}"
         note(f"{too_large}: once more in parts of {PART:,} rows")
-        unfit, overflowed = again(unfit, lambda: ESM2(spec, state, job.dtype, device, backend).in_parts(PART))
+        unfit, overflowed = again(unfit, lambda: build(spec, state, job.dtype, device, backend).in_parts(PART))
         broken = np.union1d(broken, overflowed)
     if len(broken) and job.dtype != WIDE:
         name = attention_backends.describe(job.dtype)

@@ -34,7 +34,8 @@ from virnucpro_cli.engine.placer import Job, Placer, Pooled, Residue, Rows
 from virnucpro_cli.errors import STOP_SIGNALS, UserError
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.esm2 import exact_arithmetic
+from virnucpro_cli.model.families import build
 from virnucpro_cli.plan.policies import Int64
 from virnucpro_cli.store import Store
 
@@ -346,7 +347,7 @@ def _work(job: Job, start: Start, channel: Connection) -> None:
     exact_arithmetic()
     backend = attention_backends.resolve(start.attention, device, job.dtype)
     spec, state, _ = model_weights.load(job.weights)
-    model = ESM2(spec, state, job.dtype, device, backend)
+    model = build(spec, state, job.dtype, device, backend)
     del state
     post = _Post(channel)
     file = _SharedStore(post, *start.store)

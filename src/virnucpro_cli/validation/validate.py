@@ -26,7 +26,8 @@ from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.esm2 import exact_arithmetic
+from virnucpro_cli.model.families import build
 from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.store import RECOMPUTED, fingerprint_of, read_embeddings
 from virnucpro_cli.validation import audit, gates, invariance, oracle, oracle_of, plain_reader
@@ -185,7 +186,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         del precision
         with clock.stage("packing"):
             out.print("packing: the same proteins alone, in one pack, among strangers", style="dim")
-            model = ESM2(spec, state, dtype, device, backend)
+            model = build(spec, state, dtype, device, backend)
             verdict.checks += invariance.packing(model, path, own, sample, layers, config)
             verdict.checks += invariance.padded(subject.judge(reference_device), own, truth, sample, layers)
     return verdict
