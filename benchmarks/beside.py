@@ -101,7 +101,7 @@ def speed(old: Path, size: str, counts: dict[str, int], folder: Path) -> list[tu
     """(name, old, new) of each figure: medians of two runs each, in the order old, new, new, old."""
     from scaling import write_fasta, write_model
 
-    from virnucpro_cli.model import spec
+    from virnucpro_cli.model.families import by_name
 
     order = [old, HERE, HERE, old]
     figures: dict[str, list[tuple[Path, float]]] = {}
@@ -111,7 +111,7 @@ def speed(old: Path, size: str, counts: dict[str, int], folder: Path) -> list[tu
             if each["mode"].startswith("packed"):
                 name = f"bench, {each['workload']}, tokens/s"
                 figures.setdefault(name, []).append((checkout, each["tokens/s"]))
-    model = write_model(spec.by_name(size), folder / "model")
+    model = write_model(by_name(size), folder / "model")
     for load, count in counts.items():
         fasta = write_fasta(load, count, folder)
         embed(HERE, model, fasta, folder)  # the disk and Triton's cache are warm for both
