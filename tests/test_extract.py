@@ -18,6 +18,7 @@ from virnucpro_cli import cli
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.exchange import extract
 from virnucpro_cli.model import locate, weights
+from virnucpro_cli.model.spec import CONTACT_HEAD
 from virnucpro_cli.validation.fair_esm import ALPHABET, Reference
 
 Make = Callable[..., Path]
@@ -82,7 +83,7 @@ def tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(
         {"model": {f"encoder.sentence_encoder.{name}": each for name, each in state.items()}}, folder / "tiny.pt"
     )
-    head = {name: each for name, each in weights.random_heads(spec).items() if name.startswith(weights.CONTACT_HEAD)}
+    head = {name: each for name, each in weights.random_heads(spec).items() if name.startswith(CONTACT_HEAD)}
     torch.save({"model": head}, folder / "tiny-contact-regression.pt")
     return folder / "tiny.pt"
 
