@@ -335,18 +335,6 @@ def test_a_protein_too_large_for_the_gpu_is_computed_in_parts(tmp_path: Path, ca
     assert any("in parts of" in note for note in healed.notes) and not healed.counts["skipped"]
 
 
-def test_layers_brought_one_at_a_time_change_no_bit_of_fp32(tmp_path: Path) -> None:
-    device, (spec, state) = torch.device("cuda", 0), state_of("demo")
-    exact_arithmetic()
-    backend = attention.resolve("auto", device, torch.float32)
-    batch = packs.one_pack(tmp_path, [packs.random_protein(n, random.Random(n)) for n in (50, 50, 200)], 1024)
-    whole, streamed = (
-        packs.embeddings(ESM2(spec, state, torch.float32, device, backend, lazily), batch, (0, 3, 6))
-        for lazily in (False, True)
-    )
-    assert all(torch.equal(rows, streamed.pooled[key]) for key, rows in whole.pooled.items())
-
-
 def test_kills_for_half_a_minute_lose_nothing(tmp_path: Path) -> None:
     """Two workers on each GPU, any process killed at any moment, run again until it is done."""
     path, dice, records = tmp_path / "in.fasta", random.Random(0), read_fasta(UNIPROT)

@@ -12,7 +12,7 @@ from virnucpro_cli import report
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed import run
 from virnucpro_cli.store import TRUNCATED, read_embeddings
-from virnucpro_cli.validation.fair_esm import Reference
+from virnucpro_cli.validation.fair_esm import ALPHABET, Reference
 
 pytestmark = pytest.mark.demo
 UNIPROT = ROOT / "tests" / "data" / "uniprot_5k.fasta.gz"
@@ -86,7 +86,7 @@ def test_packed_equals_an_ordinary_padded_batch(hundred, device, demo, tmp_path)
     out = tmp_path / "out.h5"
     run(EmbedConfig(inputs=(str(path),), output=str(out), model="demo", device=device, store_dtype="fp32", quiet=True))
     reference = Reference(*demo)
-    _, _, tokens = reference.alphabet.get_batch_converter()(few)
+    _, _, tokens = ALPHABET.get_batch_converter()(few)
     with torch.inference_mode():
         padded = reference.model(tokens, repr_layers=[6])["representations"][6]
     with read_embeddings(out) as file:
