@@ -20,10 +20,11 @@ from virnucpro_cli.batch import query_tiles
 from virnucpro_cli.benchmark import limits, modes, workload
 from virnucpro_cli.engine import devices
 from virnucpro_cli.model import attention, families, weights
-from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.families import build
 from virnucpro_cli.model.kernels import fused, plain
 from virnucpro_cli.model.kernels.attention import attention as short_attention
 from virnucpro_cli.model.kernels.norm import quantised_norm, row_scale
+from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import stream_dtype
 
 DEVICE = torch.device("cuda")
@@ -121,7 +122,7 @@ def forwards(spec, dtype, rows, seconds):
     models = {}
     for name in ("triton", "torch_varlen"):
         own = dtype if name == "triton" else stream_dtype(dtype)
-        models[name] = ESM2(spec, state, own, DEVICE, attention.resolve(name, DEVICE, own))
+        models[name] = build(spec, state, own, DEVICE, attention.resolve(name, DEVICE, own))
     del state
     dice, found = np.random.default_rng(0), []
     for load in ("fragments", "natural"):

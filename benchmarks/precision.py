@@ -23,19 +23,20 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.model import attention, locate, weights
-from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.families import build
 from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.packed import PackedModel, exact_arithmetic
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import first_fit_decreasing, whole_segments
 from virnucpro_cli.validation import agreement, invariance, oracle, oracle_of, validate
 
 
-class WideResidual(ESM2):
+class WideResidual(PackedModel):
     """The same forward with the residual stream in fp32: sums are promoted, and each norm casts on its way out."""
 
     def __init__(self, spec, state, dtype, device, backend):
         super().__init__(spec, state, dtype, device, backend._replace(steps=SimpleNamespace(**vars(plain))))
-        self.embedding = ESM2(spec, state, torch.float32, device, backend).embedding
+        self.embedding = build(spec, state, torch.float32, device, backend).embedding
         steps, norm = self.backend.steps, self._layer_norm
         steps.query_key_value = lambda x, layer, rotary: plain.rotated(
             F.linear(norm(x, *layer.norm1), *layer.qkv), rotary
@@ -52,7 +53,7 @@ def models(name, device, dtypes):
     for short in dtypes:
         dtype = devices.DTYPES[short]
         backend = attention.resolve("torch_varlen" if device.type == "cuda" else "auto", device, dtype)
-        yield short, "same", ESM2(spec, state, dtype, device, backend)
+        yield short, "same", build(spec, state, dtype, device, backend)
         if dtype != torch.float32:
             yield short, "fp32", WideResidual(spec, state, dtype, device, backend)
 

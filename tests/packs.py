@@ -9,7 +9,7 @@ import torch
 from virnucpro_cli import fasta
 from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.engine.collate import VarlenCollator
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import Plan, Segments
 
@@ -33,7 +33,7 @@ def one_pack(folder: Path, sequences: list[str], rows: int) -> PackedBatch:
     return VarlenCollator(table, segments, table.length, plan)(0)
 
 
-def embeddings(model: ESM2, batch: PackedBatch, layers: tuple[int, ...]) -> Embeddings:
+def embeddings(model: PackedModel, batch: PackedBatch, layers: tuple[int, ...]) -> Embeddings:
     """All three pools of every layer, stored in fp32."""
     return model.embed(batch.to(model.device), layers, Pooler(("mean", "bos", "residue"), torch.float32))
 

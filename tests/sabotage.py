@@ -13,8 +13,8 @@ from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.model import esm2, pooling
 from virnucpro_cli.model.attention import sdpa
-from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.packed import OnLayer, PackedModel
 from virnucpro_cli.store import Store
 
 Mistake = Callable[[pytest.MonkeyPatch], None]
@@ -26,26 +26,26 @@ def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
 
 def rotary_tables_in(dtype: torch.dtype) -> Mistake:
     def sabotage(patch: pytest.MonkeyPatch) -> None:
-        reserve = ESM2.reserve_positions
+        reserve = PackedModel.reserve_positions
 
-        def rounded(model: ESM2, longest: int) -> None:
+        def rounded(model: PackedModel, longest: int) -> None:
             reserve(model, longest)
             model.cos, model.sin = model.cos.to(dtype).float(), model.sin.to(dtype).float()
 
-        patch.setattr(ESM2, "reserve_positions", rounded)
+        patch.setattr(PackedModel, "reserve_positions", rounded)
 
     return sabotage
 
 
 def recomputed_inv_freq(patch: pytest.MonkeyPatch) -> None:
-    reserve = ESM2.reserve_positions
+    reserve = PackedModel.reserve_positions
 
-    def exact(model: ESM2, longest: int) -> None:
+    def exact(model: PackedModel, longest: int) -> None:
         width = model.spec.head_dim
         model.inv_freq = 1.0 / 10000.0 ** (torch.arange(0, width, 2) / width)
         reserve(model, longest)
 
-    patch.setattr(ESM2, "reserve_positions", exact)
+    patch.setattr(PackedModel, "reserve_positions", exact)
 
 
 def interleaved_rotary(patch: pytest.MonkeyPatch) -> None:
@@ -57,16 +57,16 @@ def interleaved_rotary(patch: pytest.MonkeyPatch) -> None:
 
 
 def every_norm_final(patch: pytest.MonkeyPatch) -> None:
-    forward = ESM2.forward
+    forward = PackedModel.forward
 
-    def normed(model: ESM2, batch: PackedBatch, wanted: tuple[int, ...], on_layer: esm2.OnLayer) -> None:
+    def normed(model: PackedModel, batch: PackedBatch, wanted: tuple[int, ...], on_layer: OnLayer) -> None:
         def call(layer: int, hidden: torch.Tensor) -> None:
             last = layer == model.spec.layers
             on_layer(layer, hidden if last else plain.layer_norm(hidden, *model.norm))
 
         forward(model, batch, wanted, call)
 
-    patch.setattr(ESM2, "forward", normed)
+    patch.setattr(PackedModel, "forward", normed)
 
 
 def no_final_norm(patch: pytest.MonkeyPatch) -> None:
@@ -74,12 +74,12 @@ def no_final_norm(patch: pytest.MonkeyPatch) -> None:
 
 
 def layer_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    forward = ESM2.forward
+    forward = PackedModel.forward
 
-    def earlier(model: ESM2, batch: PackedBatch, wanted: tuple[int, ...], on_layer: esm2.OnLayer) -> None:
+    def earlier(model: PackedModel, batch: PackedBatch, wanted: tuple[int, ...], on_layer: OnLayer) -> None:
         forward(model, batch, tuple(max(n - 1, 0) for n in wanted), lambda n, x: [on_layer(w, x) for w in wanted if max(w - 1, 0) == n])  # fmt: skip
 
-    patch.setattr(ESM2, "forward", earlier)
+    patch.setattr(PackedModel, "forward", earlier)
 
 
 def mean_with_cls_and_eos(patch: pytest.MonkeyPatch) -> None:

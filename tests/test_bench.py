@@ -19,7 +19,8 @@ from virnucpro_cli.benchmark.bench import bench_model
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import attention, weights
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.families import build
+from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.report import RunReport
 from virnucpro_cli.validation.agreement import relative_l2
 
@@ -71,8 +72,8 @@ def test_the_users_own_file_is_timed_and_skipped_records_are_left_out(
     assert rows[0]["records/batch"] == 4
 
 
-def model_of(folder: Path) -> tuple[ESM2, workload.Workload]:
-    model = ESM2(
+def model_of(folder: Path) -> tuple[PackedModel, workload.Workload]:
+    model = build(
         TINY,
         weights.random_state(TINY),
         torch.float32,

@@ -24,7 +24,8 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import reading
 from virnucpro_cli.kinds import KINDS, OF_ALL_RESIDUES, POOLED
 from virnucpro_cli.model import locate, weights
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.families import build
+from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.report import RunReport
 from virnucpro_cli.store import read_embeddings
@@ -457,11 +458,11 @@ def test_what_overflows_is_computed_on_the_cpu_where_the_device_has_no_room_for_
 ) -> None:
     refused: list[torch.dtype] = []
 
-    def crowded(spec: ModelSpec, state: Any, dtype: torch.dtype, *on: Any) -> ESM2:
+    def crowded(spec: ModelSpec, state: Any, dtype: torch.dtype, *on: Any) -> PackedModel:
         if not refused:
             refused.append(dtype)
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return ESM2(spec, state, dtype, *on)
+        return build(spec, state, dtype, *on)
 
     monkeypatch.setattr(second_pass, "build", crowded)
     model = str(spoiled(tmp_path / "model", tiny_model, "W", 1e6))

@@ -26,7 +26,7 @@ from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine import devices, placer, runner
 from virnucpro_cli.errors import STOP_SIGNALS, UserError
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.store import disk as disk_calls
 
 KINDS = ("mean", "bos", "residue")
@@ -337,19 +337,19 @@ def test_rows_that_are_not_as_they_were_committed_are_computed_again(
 
 
 def out_of_memory_beyond(
-    patch: pytest.MonkeyPatch, tokens: int, longest: int, spared: Callable[[ESM2], bool] = lambda model: False
+    patch: pytest.MonkeyPatch, tokens: int, longest: int, spared: Callable[[PackedModel], bool] = lambda model: False
 ) -> list[int]:
     """A device with room for so many tokens, and segments up to so long, but for a model that is `spared`; the sizes that
     were tried."""
-    tried, embed = [], ESM2.embed
+    tried, embed = [], PackedModel.embed
 
-    def limited(model: ESM2, batch: PackedBatch, **how: Any) -> Embeddings:
+    def limited(model: PackedModel, batch: PackedBatch, **how: Any) -> Embeddings:
         tried.append(batch.used)
         if not spared(model) and (batch.used > tokens or batch.max_seqlen > longest):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore words.")
         return embed(model, batch, **how)
 
-    patch.setattr(ESM2, "embed", limited)
+    patch.setattr(PackedModel, "embed", limited)
     return tried
 
 
@@ -476,14 +476,14 @@ def test_packs_whose_rows_find_no_pinned_memory_are_halved(
 def test_a_host_without_memory_is_as_a_device_without(
     small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, embed = tmp_path / "out.h5", ESM2.embed
+    output, embed = tmp_path / "out.h5", PackedModel.embed
 
-    def limited(model: ESM2, batch: PackedBatch, **how: Any) -> Embeddings:
+    def limited(model: PackedModel, batch: PackedBatch, **how: Any) -> Embeddings:
         if batch.max_seqlen > 201:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
         return embed(model, batch, **how)
 
-    monkeypatch.setattr(ESM2, "embed", limited)
+    monkeypatch.setattr(PackedModel, "embed", limited)
     assert small.embed(output)["skipped"] == 3
     monkeypatch.undo()
     small.embed(output, retry_skipped=True)
@@ -543,17 +543,17 @@ def test_a_protein_too_large_for_the_device_is_computed_on_the_cpu_in_fp32(
 
 
 def test_a_failed_device_is_one_message_and_the_same_command_resumes(small: Case, tmp_path: Path) -> None:
-    output, embed = tmp_path / "out.h5", ESM2.embed
+    output, embed = tmp_path / "out.h5", PackedModel.embed
     with pytest.MonkeyPatch.context() as patch:
         left = [3]
 
-        def fails(model: ESM2, batch: PackedBatch, **how: Any) -> Embeddings:
+        def fails(model: PackedModel, batch: PackedBatch, **how: Any) -> Embeddings:
             left[0] -= 1
             if not left[0]:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")
             return embed(model, batch, **how)
 
-        patch.setattr(ESM2, "embed", fails)
+        patch.setattr(PackedModel, "embed", fails)
         with pytest.raises(UserError, match="failed: RuntimeError: CUDA error: an illegal memory access") as stopped:
             small.embed(output)
     assert "same command again" in stopped.value.remedy

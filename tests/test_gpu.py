@@ -27,7 +27,8 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import index, open_sources
 from virnucpro_cli.kinds import EMITS, KINDS, UNMASKED
 from virnucpro_cli.model import attention, families, locate, weights
-from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.families import build
+from virnucpro_cli.model.packed import PackedModel, exact_arithmetic
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import buckets, first_fit_decreasing, whole_segments
 from virnucpro_cli.store import read_embeddings
@@ -50,11 +51,11 @@ def state_of(name: str) -> tuple:
 
 
 @lru_cache(maxsize=1)
-def model_of(name: str, dtype: str, backend: str = "auto") -> ESM2:
+def model_of(name: str, dtype: str, backend: str = "auto") -> PackedModel:
     exact_arithmetic()
     device = torch.device("cuda", 0)
     spec, state = state_of(name)
-    return ESM2(spec, state, devices.DTYPES[dtype], device, attention.resolve(backend, device, devices.DTYPES[dtype]))
+    return build(spec, state, devices.DTYPES[dtype], device, attention.resolve(backend, device, devices.DTYPES[dtype]))
 
 
 @lru_cache(maxsize=1)
@@ -149,7 +150,7 @@ def test_a_protein_has_the_same_bits_in_any_pack_on_every_rung(name: str, dtype:
     assert not differing, differing
 
 
-def everything_of(model: ESM2, layers: tuple[int, ...]) -> runner.Compute:
+def everything_of(model: PackedModel, layers: tuple[int, ...]) -> runner.Compute:
     return partial(model.embed, wanted=layers, pooler=Pooler(("mean", "bos", "residue"), torch.float16))
 
 

@@ -16,8 +16,9 @@ from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.families import build
 from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import first_fit_decreasing
@@ -45,13 +46,13 @@ def no_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Packe
     return v.contiguous()
 
 
-def forward(model: ESM2, batch: PackedBatch, kinds: tuple[str, ...] = ("mean",)) -> Embeddings:
+def forward(model: PackedModel, batch: PackedBatch, kinds: tuple[str, ...] = ("mean",)) -> Embeddings:
     return model.embed(batch, (model.spec.layers,), Pooler(kinds, torch.float16))
 
 
-def model_of(layers: int) -> ESM2:
+def model_of(layers: int) -> PackedModel:
     spec = ModelSpec("tiny", layers, 32, 4)
-    return ESM2(
+    return build(
         spec, weights.random_state(spec), torch.float32, torch.device("cpu"), Backend("none", no_attention, plain)
     )
 

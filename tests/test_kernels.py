@@ -13,7 +13,7 @@ from packs import embeddings, one_pack, random_protein
 from test_attention import batch_of
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.attention import Backend, sdpa, triton
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.families import build
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
@@ -167,7 +167,7 @@ def test_the_stream_holds_no_biases_until_it_is_asked_for() -> None:
     spec = ModelSpec("small", 3, 64, 2)
     state = weights.random_state(spec)
     models = [
-        ESM2(spec, state, torch.float32, DEVICE, Backend("sdpa", sdpa.attention, steps)) for steps in (plain, fused)
+        build(spec, state, torch.float32, DEVICE, Backend("sdpa", sdpa.attention, steps)) for steps in (plain, fused)
     ]
     so_far = torch.zeros(64, device=DEVICE)
     for twin, layer in zip(*(model.layers for model in models), strict=True):
@@ -232,7 +232,7 @@ def test_the_fused_forward_is_the_plain_one(spec: ModelSpec, tmp_path: Path) -> 
         ("plain", torch.float16, Backend("sdpa", sdpa.attention, plain)),
         ("fused", torch.float16, Backend("triton", triton.attention, fused)),
     ):
-        rows[name] = embeddings(ESM2(spec, state, dtype, DEVICE, backend), batch, layers)
+        rows[name] = embeddings(build(spec, state, dtype, DEVICE, backend), batch, layers)
     for kind, layer in rows["exact"].pooled:
         exact, floor, found = (rows[name].pooled[kind, layer] for name in ("exact", "plain", "fused"))
         assert relative_l2(found, exact) <= max(1.5 * relative_l2(floor, exact), 2e-4), (kind, layer)
@@ -340,9 +340,9 @@ def test_the_fp8_forward_is_the_plain_one_roughly(spec: ModelSpec, tmp_path: Pat
     state, dice = weights.random_state(spec), random.Random(0)
     batch = one_pack(tmp_path, [random_protein(n, dice) for n in (1, 30, 62, 130)], 256)
     layers = tuple(range(spec.layers + 1))
-    exact = embeddings(ESM2(spec, state, torch.float32, DEVICE, Backend("sdpa", sdpa.attention, plain)), batch, layers)
+    exact = embeddings(build(spec, state, torch.float32, DEVICE, Backend("sdpa", sdpa.attention, plain)), batch, layers)
     rough = Backend("triton", triton.attention, fused)
-    found = embeddings(ESM2(spec, state, torch.float8_e4m3fn, DEVICE, rough), batch, layers)
+    found = embeddings(build(spec, state, torch.float8_e4m3fn, DEVICE, rough), batch, layers)
     for key, rows in exact.pooled.items():
         assert relative_l2(found.pooled[key], rows) <= (1.2e-1 if key[1] else 1e-3), key
 

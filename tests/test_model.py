@@ -13,7 +13,8 @@ from packs import among_strangers, embeddings, of_segment, one_pack, random_prot
 from sabotage import MISTAKES
 from virnucpro_cli import alphabet
 from virnucpro_cli.model import attention, weights
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.families import build
+from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET
 from virnucpro_cli.validation.fair_esm import Reference
@@ -26,8 +27,8 @@ Rows = dict[tuple[str, int], torch.Tensor]
 Demo = tuple[ModelSpec, dict[str, torch.Tensor]]
 
 
-def packed_model(spec: ModelSpec, state: dict[str, torch.Tensor]) -> ESM2:
-    return ESM2(spec, state, torch.float32, CPU, attention.resolve("sdpa", CPU, torch.float32))
+def packed_model(spec: ModelSpec, state: dict[str, torch.Tensor]) -> PackedModel:
+    return build(spec, state, torch.float32, CPU, attention.resolve("sdpa", CPU, torch.float32))
 
 
 def rows_of(sequences: list[str]) -> int:
@@ -36,7 +37,12 @@ def rows_of(sequences: list[str]) -> int:
 
 
 def embed(
-    model: ESM2, sequences: list[str], folder: Path, layers: tuple[int, ...] = LAYERS, pack: int = 10**9, rows: int = 0
+    model: PackedModel,
+    sequences: list[str],
+    folder: Path,
+    layers: tuple[int, ...] = LAYERS,
+    pack: int = 10**9,
+    rows: int = 0,
 ) -> list[Rows]:
     """What the fast path gives for each sequence, `pack` of them at a time, in the order given."""
     found: list[Rows] = []
@@ -93,7 +99,7 @@ def proteins() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def model(demo: Demo) -> ESM2:
+def model(demo: Demo) -> PackedModel:
     return packed_model(*demo)
 
 
@@ -116,7 +122,7 @@ def truth_of_three(reference: Reference, proteins: list[str]) -> list[Rows]:
 @pytest.mark.demo
 @pytest.mark.parametrize("pack", [1, 13], ids=["alone", "all-in-one"])
 def test_real_proteins_match_fair_esm_however_they_are_packed(
-    pack: int, model: ESM2, proteins: list[str], truth: list[Rows], tmp_path: Path
+    pack: int, model: PackedModel, proteins: list[str], truth: list[Rows], tmp_path: Path
 ) -> None:
     assert_within_gates(embed(model, proteins, tmp_path, pack=pack), truth)
 
@@ -124,7 +130,7 @@ def test_real_proteins_match_fair_esm_however_they_are_packed(
 @pytest.mark.slow
 @pytest.mark.demo
 def test_real_proteins_match_in_pairs_of_any_order(
-    model: ESM2, proteins: list[str], truth: list[Rows], tmp_path: Path
+    model: PackedModel, proteins: list[str], truth: list[Rows], tmp_path: Path
 ) -> None:
     order = random.Random(1).sample(range(len(proteins)), len(proteins))
     found = embed(model, [proteins[i] for i in order], tmp_path, pack=2)
@@ -132,7 +138,9 @@ def test_real_proteins_match_in_pairs_of_any_order(
 
 
 @pytest.mark.demo
-def test_masked_residues_rescale_their_own_protein_only(model: ESM2, reference: Reference, tmp_path: Path) -> None:
+def test_masked_residues_rescale_their_own_protein_only(
+    model: PackedModel, reference: Reference, tmp_path: Path
+) -> None:
     whole = "MKTVRQERLKSIVRILERSKEPVSGAQLAEELSVSRQVIVQDIAYLRSLGYNIVATPRGYVLAGG"
     sequences = [
         whole,
@@ -152,7 +160,7 @@ def test_masked_residues_rescale_their_own_protein_only(model: ESM2, reference: 
 
 
 @pytest.mark.demo
-def test_rare_and_ambiguous_residues_match(model: ESM2, reference: Reference, tmp_path: Path) -> None:
+def test_rare_and_ambiguous_residues_match(model: PackedModel, reference: Reference, tmp_path: Path) -> None:
     sequences = ["MKUBZOXV", "X" * 30, "OUZBX" * 20, "M.K-V", "MUKX<mask>BZ"]
     wanted = [expected(reference, sequence) for sequence in sequences]
     assert_within_gates(embed(model, sequences, tmp_path, rows=SMALLEST_BUCKET), wanted)
@@ -190,12 +198,12 @@ def test_a_protein_longer_than_1022_matches_when_embedded_whole(tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def tiny() -> tuple[ESM2, dict[str, torch.Tensor]]:
+def tiny() -> tuple[PackedModel, dict[str, torch.Tensor]]:
     state = weights.random_state(TINY, seed=5)
     return packed_model(TINY, state), state
 
 
-def test_layer_0_is_the_scaled_embedding(tiny: tuple[ESM2, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+def test_layer_0_is_the_scaled_embedding(tiny: tuple[PackedModel, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     model, state = tiny
     (found,) = embed(model, ["MKV"], tmp_path, (0,))
     table = state["embed_tokens.weight"]
@@ -205,7 +213,7 @@ def test_layer_0_is_the_scaled_embedding(tiny: tuple[ESM2, dict[str, torch.Tenso
 
 
 def test_only_the_last_layer_has_the_final_layer_norm(
-    tiny: tuple[ESM2, dict[str, torch.Tensor]], tmp_path: Path
+    tiny: tuple[PackedModel, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     model, state = tiny
     sequences = ["MKVLAA", "GGW"]
@@ -220,7 +228,7 @@ def test_only_the_last_layer_has_the_final_layer_norm(
 
 
 def test_a_layer_is_the_same_whichever_others_are_asked_for(
-    tiny: tuple[ESM2, dict[str, torch.Tensor]], tmp_path: Path
+    tiny: tuple[PackedModel, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     model, _ = tiny
     (together,) = embed(model, ["MKVLAAGG"], tmp_path, (2, 0, 1))
@@ -229,7 +237,9 @@ def test_a_layer_is_the_same_whichever_others_are_asked_for(
         assert alone and all(torch.equal(rows, together[key]) for key, rows in alone.items())
 
 
-def test_each_wanted_layer_is_called_once_in_order(tiny: tuple[ESM2, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+def test_each_wanted_layer_is_called_once_in_order(
+    tiny: tuple[PackedModel, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
     model, _ = tiny
     called: list[tuple[int, tuple[int, ...]]] = []
     batch = one_pack(tmp_path, ["MKV"], SMALLEST_BUCKET)
@@ -241,7 +251,7 @@ def test_each_wanted_layer_is_called_once_in_order(tiny: tuple[ESM2, dict[str, t
 
 
 @pytest.mark.demo
-def test_a_protein_has_the_same_bits_in_any_company(model: ESM2, proteins: list[str], tmp_path: Path) -> None:
+def test_a_protein_has_the_same_bits_in_any_company(model: PackedModel, proteins: list[str], tmp_path: Path) -> None:
     probes = [proteins[9][:length] for length in (8, 63, 350)]
     alone = [embed(model, [probe], tmp_path, rows=1024)[0] for probe in probes]
     generator = random.Random(0)
@@ -261,7 +271,7 @@ def test_a_protein_has_the_same_bits_in_any_company(model: ESM2, proteins: list[
 
 
 @pytest.mark.demo
-def test_equal_lengths_side_by_side_have_the_same_bits_as_alone(model: ESM2, tmp_path: Path) -> None:
+def test_equal_lengths_side_by_side_have_the_same_bits_as_alone(model: PackedModel, tmp_path: Path) -> None:
     generator = random.Random(2)
     twins = [random_protein(90, generator) for _ in range(11)]
     together = embed(model, twins, tmp_path, rows=1024)
@@ -270,7 +280,7 @@ def test_equal_lengths_side_by_side_have_the_same_bits_as_alone(model: ESM2, tmp
 
 
 @pytest.mark.demo
-def test_changing_a_neighbour_changes_no_other_bit(model: ESM2, tmp_path: Path) -> None:
+def test_changing_a_neighbour_changes_no_other_bit(model: PackedModel, tmp_path: Path) -> None:
     generator = random.Random(3)
     sequences = [random_protein(length, generator) for length in (200, 30, 61, 61, 150)]
     before = embed(model, sequences, tmp_path, rows=1024)
@@ -322,7 +332,7 @@ def test_the_gates_catch_each_mistake_that_others_made(
 
 
 @pytest.mark.demo
-def test_the_gates_catch_a_mask_that_does_not_rescale(model: ESM2, reference: Reference, tmp_path: Path) -> None:
+def test_the_gates_catch_a_mask_that_does_not_rescale(model: PackedModel, reference: Reference, tmp_path: Path) -> None:
     sequence = "MKTVRQERLKSIVRIL<mask>RSKEPVSGAQLAEEL"
     batch = one_pack(tmp_path, [sequence], SMALLEST_BUCKET)
     assert batch.mask_ratio is not None
@@ -337,7 +347,7 @@ def test_work_in_parts_changes_no_bit(tmp_path: Path) -> None:
     spec, generator = TINY, random.Random(3)
     state = weights.random_state(spec)
     backend = attention.resolve("sdpa", CPU, torch.float32)
-    whole = ESM2(spec, state, torch.float32, CPU, backend)
+    whole = build(spec, state, torch.float32, CPU, backend)
     sequences = [random_protein(n, generator) for n in (1500, 30, 700, 400)]
     expected_rows = embed(whole, sequences, tmp_path, (0, 1, 2), rows=3072)
     for other in (whole.in_parts(1024), whole.in_parts(2048)):

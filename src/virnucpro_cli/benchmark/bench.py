@@ -25,8 +25,8 @@ from virnucpro_cli.errors import UserError, counted, in_a_line, needs
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.esm2 import exact_arithmetic
 from virnucpro_cli.model.families import build
+from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.validation.agreement import relative_l2
 

@@ -12,7 +12,7 @@ from virnucpro_cli import alphabet
 from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.benchmark.workload import Workload
 from virnucpro_cli.engine.collate import VarlenCollator
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, first_fit_decreasing
 
@@ -46,7 +46,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def packed(model: ESM2, workload: Workload, token_budget: int) -> Packed:
+def packed(model: PackedModel, workload: Workload, token_budget: int) -> Packed:
     """Packed batches, with what made them."""
     plan = first_fit_decreasing(workload.segments.length, token_budget)
     embedded = np.zeros(len(workload.table), np.int32)
@@ -65,13 +65,13 @@ def packed(model: ESM2, workload: Workload, token_budget: int) -> Packed:
     return mode, plan, collate, host
 
 
-def mean_of_last(model: ESM2, batch: PackedBatch) -> torch.Tensor:
+def mean_of_last(model: PackedModel, batch: PackedBatch) -> torch.Tensor:
     """Means of the last layer, float16 [n, D] on the device."""
     last = model.spec.layers
     return model.embed(batch, (last,), Pooler(("mean",), torch.float16)).pooled["mean", last]
 
 
-def padded(model: ESM2, workload: Workload, token_budget: int, by_length: bool) -> Mode:
+def padded(model: PackedModel, workload: Workload, token_budget: int, by_length: bool) -> Mode:
     """Padded batches. In file order: as many records a batch as make the padded tokens of a batch average at most the
     budget. Sorted by length: as many as fit the budget.
     """

@@ -23,7 +23,7 @@ from virnucpro_cli.features import Loaded, asked_for
 from virnucpro_cli.kinds import unmasked
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.esm2 import exact_arithmetic
+from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.plan.packing import subset, worst_first
 
 __all__ = ["embed_fasta", "resolved_layers", "run"]

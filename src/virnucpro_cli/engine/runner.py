@@ -16,7 +16,7 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.kinds import unmasked
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.pooling import Pooler
 
 Item = Any
@@ -50,7 +50,7 @@ IN_FLIGHT = 2
 WRITES_BEHIND = 4
 
 
-def compute_with(model: ESM2, layers: tuple[int, ...], config: EmbedConfig) -> Compute:
+def compute_with(model: PackedModel, layers: tuple[int, ...], config: EmbedConfig) -> Compute:
     """What a run computes of a batch: the kinds, layers and scores that it stores."""
     dtype = devices.store_dtype(config.store_dtype)
     if names := unmasked(config.emit):

@@ -17,8 +17,8 @@ from virnucpro_cli.errors import counted, in_a_line
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.families import build
+from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET, Plan, first_fit_decreasing
 from virnucpro_cli.plan.policies import Int64
 
@@ -36,7 +36,7 @@ def second_pass(placer: Placer, device: torch.device, backend: Backend | None, n
     job = placer.job
     spec, state, _ = model_weights.load(job.weights)
 
-    def again(records: Int64, model_of: Callable[[], ESM2]) -> tuple[Int64, Int64]:
+    def again(records: Int64, model_of: Callable[[], PackedModel]) -> tuple[Int64, Int64]:
         """Embed records once more, and return what is still unfit, and still broken."""
         try:
             model = model_of()

@@ -34,8 +34,8 @@ from virnucpro_cli.engine.placer import Job, Placer, Pooled, Residue, Rows
 from virnucpro_cli.errors import STOP_SIGNALS, UserError
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.esm2 import exact_arithmetic
 from virnucpro_cli.model.families import build
+from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.plan.policies import Int64
 from virnucpro_cli.store import Store
 

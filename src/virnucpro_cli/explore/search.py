@@ -23,7 +23,7 @@ from virnucpro_cli.errors import Stopped, UserError, absent, counted, unread
 from virnucpro_cli.explore import SearchConfig, default_rows
 from virnucpro_cli.explore.default_rows import Pooled
 from virnucpro_cli.model import locate
-from virnucpro_cli.model.esm2 import exact_arithmetic
+from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.validation import audit
 
 COLUMNS = ("query", "hit", "rank", "cosine", "query_length", "hit_length")

@@ -1,25 +1,18 @@
-"""ESM-2: sizes, checkpoints, and the packed forward. fair-esm is the definition; comments name the mistakes of others.
+"""ESM-2: sizes, checkpoints, and the weights of its forward. fair-esm is the definition; comments name the mistakes of others.
 
-Shapes: T rows of a pack, H heads of Dh, D = H * Dh, L layers. A new size is a new row.
+A new size is a new row.
 """
 
-import copy
 import re
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from virnucpro_cli import alphabet
-from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model.attention import Attention, Backend
 from virnucpro_cli.model.kernels.plain import Layer, Pair
-from virnucpro_cli.model.pooling import Pooler
-from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, LM_HEAD, VOCABULARY, ModelSpec, Shapes, State, stream_dtype
+from virnucpro_cli.model.packed import Parts
+from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, LM_HEAD, VOCABULARY, ModelSpec, Shapes, State
 
 TITLE = "ESM-2"
 DEMO = ModelSpec("demo", 6, 320, 20)
@@ -100,122 +93,35 @@ CONFIG: dict[str, tuple[Any, Any]] = {
     "mask_token_id": (alphabet.MASK, alphabet.MASK),
 }
 
-OnLayer = Callable[[int, torch.Tensor], None]
-
 EMBED_SCALE = 0.88
 """`1 - 0.15 * 0.8`, the share of tokens not masked in training; applied at inference too (fair-esm esm2.py:86-92)."""
 
 
-class ESM2:
-    """Weights on one device in one dtype, and the forward over packed batches.
+def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:
+    """The weights of the forward, float32 on the device. The rows of `<mask>` and `<pad>` are zero, as in fair-esm."""
 
-    state: tensors under the names of fair-esm's `ESM2.state_dict()`, on any device, in any floating dtype.
-    dtype: float32, 16 bit, or float8_e4m3fn: then most products are in e4m3 and the rest is in fp16.
-    """
+    def pair(*names: str) -> Pair:
+        weight, bias = (
+            torch.cat([state[f"{name}.{part}"].to(device, torch.float32) for name in names])
+            for part in ("weight", "bias")
+        )
+        return weight, bias
 
-    def __init__(self, spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.device, backend: Backend):
-        self.rows_of_a_part: int | None = None
-        self.spec, self.dtype, self.device, self.backend = spec, dtype, device, backend
+    def layer(i: int) -> Layer:
+        return Layer(
+            norm1=pair(f"layers.{i}.self_attn_layer_norm"),
+            qkv=pair(*(f"layers.{i}.self_attn.{x}_proj" for x in "qkv")),
+            out=pair(f"layers.{i}.self_attn.out_proj"),
+            norm2=pair(f"layers.{i}.final_layer_norm"),
+            fc1=pair(f"layers.{i}.fc1"),
+            fc2=pair(f"layers.{i}.fc2"),
+        )
 
-        def pair(*names: str) -> Pair:
-            weight, bias = (
-                torch.cat([state[f"{name}.{part}"].to(device, torch.float32) for name in names])
-                for part in ("weight", "bias")
-            )
-            return weight, bias
-
-        self.head_state = {name: state[name] for name in state if name.startswith(("lm_head.", "embed_tokens."))}
-        # Rows of <mask> and <pad> are zero, as fair-esm zeroes them after the look-up.
-        table = state["embed_tokens.weight"].to(device, torch.float32) * EMBED_SCALE
-        table[[alphabet.PAD, alphabet.MASK]] = 0
-        self.embedding = table.to(stream_dtype(dtype))
-
-        def layer(i: int) -> Layer:
-            return Layer(
-                norm1=pair(f"layers.{i}.self_attn_layer_norm"),
-                qkv=pair(*(f"layers.{i}.self_attn.{x}_proj" for x in "qkv")),
-                out=pair(f"layers.{i}.self_attn.out_proj"),
-                norm2=pair(f"layers.{i}.final_layer_norm"),
-                fc1=pair(f"layers.{i}.fc1"),
-                fc2=pair(f"layers.{i}.fc2"),
-            )
-
-        layers, last_norm = map(layer, range(spec.layers)), pair("emb_layer_norm_after")
-        self.layers, self.norm = backend.steps.prepare(layers, last_norm, spec.head_dim, dtype)
-        # The checkpoint's own inv_freq: it is rounded to fp16, as in training, and must not be recomputed.
-        self.inv_freq = state[INV_FREQ].to(device, torch.float32)
-        self.cos = self.sin = torch.empty(0, spec.head_dim // 2, device=device)
-
-    def reserve_positions(self, longest: int) -> None:
-        """Make the rotary tables (fp32, whatever the dtype) cover segments of up to `longest` tokens."""
-        if longest > len(self.cos):
-            angles = torch.outer(torch.arange(longest, device=self.device, dtype=torch.float32), self.inv_freq)
-            self.cos, self.sin = angles.cos(), angles.sin()
-
-    def forward(self, batch: PackedBatch, wanted: tuple[int, ...], on_layer: OnLayer) -> None:
-        """Run the batch up to the last wanted layer, and call `on_layer(i, hidden [T, D])` for each wanted one.
-
-        Layer 0 is the scaled embedding, i the residual stream after layer i; only the last has the final LayerNorm.
-        `on_layer` must not keep `hidden`, which the next layer overwrites.
-        """
-        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with on_device, torch.inference_mode():
-            self._forward(batch, wanted, on_layer)
-
-    def _forward(self, batch: PackedBatch, wanted: tuple[int, ...], on_layer: OnLayer) -> None:
-        self.reserve_positions(batch.max_seqlen)
-        x = F.embedding(batch.tokens, self.embedding)  # [T, D]
-        if batch.mask_ratio is not None:
-            x = (x.float() / batch.mask_ratio[:, None]).to(x.dtype)
-        if 0 in wanted:
-            on_layer(0, x)
-        steps, scale = self.backend.steps, self.spec.head_dim**-0.5
-        size = self.rows_of_a_part or len(x)
-        parts = [slice(at, min(at + size, len(x))) for at in range(0, len(x), size)]
-        rotary = [steps.rotary(self.cos, self.sin, batch.positions[part]) for part in parts]
-        for number, layer in enumerate(self.layers[: max(wanted)], start=1):
-            thirds = (steps.query_key_value(x[part], layer, turn) for part, turn in zip(parts, rotary, strict=True))
-            q, k, v = _joined(thirds, parts)  # [T, H, Dh] each
-            mixed = self.backend.attention(q, k, v, batch, scale)
-            mixed[batch.used :] = 0  # filler: whatever the kernel left there
-            steps.add_attention(x, mixed, layer)
-            del q, k, v, mixed  # or they would stand beside the widest rows there are
-            for part in parts:
-                steps.add_inner(x[part], steps.gelu_inner(x[part], layer), layer)
-            if number in wanted:
-                last = number == self.spec.layers
-                on_layer(number, steps.last_norm(x, self.norm) if last else steps.residual(x, layer))
-
-    def embed(self, batch: PackedBatch, wanted: tuple[int, ...], pooler: Pooler) -> Embeddings:
-        """The pools of each wanted layer of the batch."""
-        embeddings = Embeddings()
-        self.forward(batch, wanted, lambda layer, hidden: pooler.add(embeddings, layer, hidden, batch))
-        return embeddings
-
-    def with_attention(self, attention: Attention) -> "ESM2":
-        """The same weights and steps with another attention function."""
-        return self._with(backend=self.backend._replace(attention=attention))
-
-    def in_parts(self, rows: int) -> "ESM2":
-        """The same, with the work around attention done on so many rows at a time: less memory, and the same bits."""
-        return self._with(rows_of_a_part=rows)
-
-    def _with(self, **changed: Any) -> "ESM2":
-        other = copy.copy(self)
-        vars(other).update(changed)
-        return other
-
-
-def _joined(pieces: Iterator[tuple[torch.Tensor, ...]], parts: list[slice]) -> tuple[torch.Tensor, ...]:
-    """Whole tensors of pieces that come one after the other, each the rows of a part; never two copies of all."""
-    first = next(pieces)
-    if len(parts) == 1:
-        return first
-    whole = tuple(each.new_empty(parts[-1].stop, *each.shape[1:]) for each in first)
-    for part, piece in zip(parts, chain([first], pieces), strict=True):
-        for into, each in zip(whole, piece, strict=True):
-            into[part] = each
-    return whole
+    embedding = state["embed_tokens.weight"].to(device, torch.float32) * EMBED_SCALE
+    embedding[[alphabet.PAD, alphabet.MASK]] = 0
+    # The checkpoint's own inv_freq: it is rounded to fp16, as in training, and must not be recomputed.
+    inv_freq = state[INV_FREQ].to(device, torch.float32)
+    return Parts(embedding, map(layer, range(spec.layers)), pair("emb_layer_norm_after"), inv_freq)
 
 
 def settle_inv_freq(state: State, spec: ModelSpec) -> list[str]:
@@ -260,14 +166,3 @@ def head_shapes(spec: ModelSpec) -> dict[str, Shapes]:
         },
         CONTACT_HEAD: {"weight": (1, spec.layers * spec.heads), "bias": (1,)},
     }  # fmt: skip
-
-
-Model = ESM2
-
-
-def exact_arithmetic() -> None:
-    """Turn off every reduced-precision shortcut of the BLAS: TF32, and 16-bit accumulation between split-K parts."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

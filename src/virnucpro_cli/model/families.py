@@ -4,8 +4,9 @@ import torch
 
 from virnucpro_cli.model import esm2
 from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.model.esm2 import DEMO, ESM2
-from virnucpro_cli.model.spec import Family, ModelSpec, State
+from virnucpro_cli.model.esm2 import DEMO
+from virnucpro_cli.model.packed import PackedModel
+from virnucpro_cli.model.spec import LM_HEAD, Family, ModelSpec, State
 
 __all__ = ["DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "family_of"]
 
@@ -29,7 +30,7 @@ def family_of(spec: ModelSpec) -> Family:
     return FAMILIES[spec.family]
 
 
-def build(spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.device, backend: Backend) -> ESM2:
+def build(spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.device, backend: Backend) -> PackedModel:
     """The packed forward of a spec, with its state (any floating dtype, shapes [...] of the family) on the device."""
-    model: ESM2 = family_of(spec).Model(spec, state, dtype, device, backend)
-    return model
+    head = {name: each for name, each in state.items() if name.startswith((f"{LM_HEAD}.", "embed_tokens."))}
+    return PackedModel(spec, family_of(spec).parts(spec, state, device), head, dtype, device, backend)

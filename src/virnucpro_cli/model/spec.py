@@ -1,7 +1,6 @@
 """An architecture as data, a family of them, and the names that tensors have here whatever the checkpoint."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,9 +83,8 @@ class Family(Protocol):
     def settle_inv_freq(self, state: State, spec: ModelSpec) -> list[str]:
         """Put `INV_FREQ`, float32 [Dh / 2], into the state. Returns notes."""
 
-    @property
-    def Model(self) -> Callable[..., Any]:
-        """The packed forward, made of a spec, state, dtype, device and backend."""
+    def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Any:
+        """The weights of the packed forward, as `packed.Parts`: float32 [...] on the device."""
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ from virnucpro_cli.engine import devices, runner
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.kinds import KINDS
-from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET, SPECIAL_TOKENS, arranged, buckets, whole_segments
 from virnucpro_cli.validation import agreement, gates
@@ -27,7 +27,7 @@ PACKING = "Packing: the same bits in any company"
 
 
 def packing(
-    model: ESM2, path: Path, base: Rows, sample: Sample, layers: tuple[int, ...], config: ValidateConfig
+    model: PackedModel, path: Path, base: Rows, sample: Sample, layers: tuple[int, ...], config: ValidateConfig
 ) -> Iterator[Check]:
     """Proteins alone, in one pack, first, last and shuffled among strangers, against `base`, as `embed` stored them.
 
@@ -84,7 +84,11 @@ def _indexed(path: Path) -> fasta.RecordTable:
 
 
 def in_packs(
-    model: ESM2, layers: tuple[int, ...], lengths: NDArray[np.int64], table: fasta.RecordTable, packs: list[list[int]]
+    model: PackedModel,
+    layers: tuple[int, ...],
+    lengths: NDArray[np.int64],
+    table: fasta.RecordTable,
+    packs: list[list[int]],
 ) -> list[tuple[int, Rows]]:
     """Record and rows of every segment of packs made by hand, through the collator, the forward and the pools.
 
@@ -121,7 +125,7 @@ def _difference(ours: Rows, theirs: Rows) -> float:
     return worst
 
 
-def _bitwise(name: str, differences: list[float], model: ESM2) -> Check:
+def _bitwise(name: str, differences: list[float], model: PackedModel) -> Check:
     bound, worst, compared = bound_of(model), max(differences, default=0.0), len(differences)
     differing = sum(difference > 0 for difference in differences)
     note = f"{differing} of {compared} differ" if differing else f"{compared} compared, all bitwise equal"
@@ -129,7 +133,7 @@ def _bitwise(name: str, differences: list[float], model: ESM2) -> Check:
     return Check(PACKING, name, compared > 0 and worst <= bound, worst=worst, limit=limit, note=note)
 
 
-def bound_of(model: ESM2) -> float:
+def bound_of(model: PackedModel) -> float:
     """The largest relative difference that packing may make: 0 on CUDA and CPU, roundoff where that is not promised."""
     promised = model.device.type in ("cuda", "cpu") and model.spec.head_dim >= 16
     return 0.0 if promised else gates.MAX_REL_L2[devices.short_name(model.dtype)]

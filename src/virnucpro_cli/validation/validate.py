@@ -26,8 +26,8 @@ from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.esm2 import exact_arithmetic
 from virnucpro_cli.model.families import build
+from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.store import RECOMPUTED, fingerprint_of, read_embeddings
 from virnucpro_cli.validation import audit, gates, invariance, oracle, oracle_of, plain_reader

@@ -24,8 +24,8 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.esm2 import exact_arithmetic
 from virnucpro_cli.model.families import build
+from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import Int64, Plan, Segments, ranges
 

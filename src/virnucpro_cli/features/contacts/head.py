@@ -10,9 +10,10 @@ import torch
 from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.model.esm2 import ESM2, exact_arithmetic
+from virnucpro_cli.model.families import build
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.locate import Weights
+from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import CONTACT_HEAD, ModelSpec, State
 from virnucpro_cli.model.weights import heads_in, read_tensors
 
@@ -25,7 +26,7 @@ class Contacts:
     def __init__(self, spec: ModelSpec, state: State, device: torch.device):
         exact_arithmetic()
         backend = Backend("contacts", self._attention, plain)
-        self.model = ESM2(spec, state, torch.float32, device, backend)
+        self.model = build(spec, state, torch.float32, device, backend)
         self.weight = state[f"{CONTACT_HEAD}.weight"].to(device, torch.float32).view(spec.layers, spec.heads)
         self.bias = state[f"{CONTACT_HEAD}.bias"].to(device, torch.float32)
         self.logits: list[torch.Tensor] = []
