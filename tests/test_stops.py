@@ -21,6 +21,7 @@ from virnucpro_cli import cli, stopping
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import STOP_SIGNALS, UserError
+from virnucpro_cli.model import weights
 
 CONTIGS = Path(__file__).parent.parent / "examples" / "contigs.fna"
 SHARDS = 2
@@ -151,7 +152,6 @@ def in_a_destructor() -> None:
 
 def in_compiled_code() -> None:
     """A signal in a library whose compiled code makes an error of its own of what a handler raises."""
-    import safetensors.torch
 
     def load_file(*_: Any) -> None:
         try:
@@ -159,7 +159,7 @@ def in_compiled_code() -> None:
         except BaseException as error:
             raise SystemError("returned a result with an exception set") from error
 
-    safetensors.torch.load_file = load_file
+    weights.load_file = load_file
 
 
 TRAPS: dict[str, Callable[[], None]] = {
