@@ -2,7 +2,7 @@
 
     python benchmarks/beside.py OLD_CHECKOUT [--same FASTA ...] [--speed 650M] [--natural 8000] [--fragments 30000]
 
-`--same` embeds each FASTA with a dozen sets of options by both (model: `--model`, else the demo) and compares each dataset.
+`--same` embeds each FASTA with a dozen sets of options by both (`--model`, else the demo) and compares each dataset.
 `--speed` times both in turn (old, new, new, old) with random weights: `bench --packed`, then whole runs of `embed`.
 The last line is the result as JSON; it exits 1 if a dataset differs.
 """

@@ -2,9 +2,9 @@
 
     python benchmarks/cluster_plan.py [--fasta tests/data/uniprot_5k.fasta.gz] [--load natural] [--markdown]
 
-The packer and the shards are the real ones, on a sample of real lengths; speeds are those of docs/benchmarks.md (650M, fp16, H100).
-10^10 proteins are not made: sums over that many are their expectations, and of the hand-out only its end is played through, before
-which no GPU ever waits.
+The packer and the shards are the real ones, on a sample of real lengths; speeds are those of docs/benchmarks.md (650M,
+fp16, H100). 10^10 proteins are not made: sums over that many are their expectations. Only the end of the hand-out is
+played through, before which no GPU ever waits.
 """
 
 import argparse
@@ -93,8 +93,11 @@ def tail_of_shards(seconds: float, speed: NDArray[np.float64]) -> float:
 
 
 def tail_of_hand_out(found: Sample, packs: int, speed: NDArray[np.float64], seed: int) -> float:
-    """s between the moment when all GPUs would have ended together and the last one's end, by the rule of workers.py: a GPU that
-    begins its last pack is given a third of its share of what is left. Longest packs first."""
+    """Seconds between the moment when all GPUs would have ended together and the end of the last.
+
+    The rule is that of engine/dealing.py: a GPU that begins its last pack gets a third of its share of the rest.
+    Longest packs first. speed: float64 [GPUs].
+    """
     dice, gpus = np.random.default_rng(seed), len(speed)
     played = min(packs, 2 * 3 * gpus * LARGEST_SHARE)
     rows = np.sort(dice.choice(found.plan.bucket, played))[::-1]
@@ -119,8 +122,10 @@ def writer_bears(found: Sample, residues: bool) -> dict[str, float]:
 
 
 def gpus_of_one_index(found: Sample, share: float = 0.1) -> float:
-    """At how many GPUs the index of the whole input, which every shard and a driver waits for, takes this share of the forward's
-    time. The number of proteins plays no part."""
+    """Number of GPUs at which the index of the whole input, for which all wait, takes this share of the forward's time.
+
+    The number of proteins plays no part.
+    """
     return share / ((INDEX[found.load] + PLAN) * found.proteins_per_second)
 
 
@@ -139,7 +144,8 @@ def row(found: Sample, proteins: int, gpus: int, seed: int) -> dict[str, float]:
     return {
         "proteins": proteins, "GPUs": gpus, "forward": forward, "index": index, "index memory": proteins * TABLE_BYTES,
         "shard tail": shard_tail, "hand-out tail": hand_tail, "merge": merge, "shards": forward / shard,
-        "shards, merged": forward / (shard + merge), "driver": forward / driver, "files": forward / files, "tokens out": gpus * RATE[found.load],
+        "shards, merged": forward / (shard + merge), "driver": forward / driver, "files": forward / files,
+        "tokens out": gpus * RATE[found.load],
         "mean rows in": gpus * found.proteins_per_second * ROW_BYTES,
         "residue rows in": gpus * found.proteins_per_second * ROW_BYTES * (found.tokens - SPECIAL_TOKENS),
     }  # fmt: skip
@@ -181,8 +187,9 @@ def main(arguments: list[str] | None = None) -> None:
     }
     print(
         f"{options.load}: {found.tokens:.1f} tokens a protein, density {found.plan.density_without_last:.4f}, "
-        f"{found.proteins_per_second:,.0f} proteins/s a GPU; of 512 shards of {options.sample:,} proteins the largest and the "
-        f"least differ by {int(np.ptp(dealt)):,} tokens; index and plan of the whole input take a tenth of the forward's time at "
+        f"{found.proteins_per_second:,.0f} proteins/s a GPU; of 512 shards of {options.sample:,} proteins the largest "
+        f"and the least differ by {int(np.ptp(dealt)):,} tokens; index and plan of the whole input take a tenth of the "
+        f"forward's time at "
         f"{gpus_of_one_index(found):.0f} GPUs\n"
     )
     for title, rows in tables.items():

@@ -2,8 +2,9 @@
 
     python benchmarks/kernels.py [--models 8M,150M,650M,3B] [--dtype fp16] [--seconds 2]
 
-The limit of a kernel is the larger of its bytes over the measured copy rate and, for linear layers, the time of cuBLAS for the
-product alone ("out, residual" adds in place: over and over here, which changes no time). Forwards: packs of one budget, mean pooling, random weights, interleaved rounds, median.
+The limit of a kernel is the larger of its bytes over the measured copy rate and, for linear layers, the time of cuBLAS
+for the product alone ("out, residual" adds in place: over and over here, which changes no time). Forwards: packs of one
+budget, mean pooling, random weights, interleaved rounds, median.
 """
 
 import argparse

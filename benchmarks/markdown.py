@@ -28,7 +28,8 @@ def main(paths: list[str]) -> None:
         if config["peers"]:
             command += f" --peers {','.join(config['peers'])}"
         print(
-            f"{about['device']}, torch {about['torch']}, attention `{about['attention']}`, {about['date']}. `{command}`\n"
+            f"{about['device']}, torch {about['torch']}, attention `{about['attention']}`, {about['date']}. "
+            f"`{command}`\n"
         )
         for title, rows in found["tables"].items():
             print(f"{title}:\n", *table(rows), sep="\n")

@@ -73,7 +73,11 @@ def errors(device, dtypes, size):
             for kind in ("mean", "bos", "residue"):
                 e = agreement.relative_l2(found[kind, spec.layers], truth[kind, spec.layers])
                 cosine = agreement.cosine(found[kind, spec.layers], truth[kind, spec.layers])
-                print(f"demo {short} residual {residual:4} {kind:7} relative L2 median {np.median(e):.2e} 99% {np.quantile(e, 0.99):.2e} worst {e.max():.2e} cosine min {cosine.min():.6f}", flush=True)  # fmt: skip
+                print(
+                    f"demo {short} residual {residual:4} {kind:7} relative L2 median {np.median(e):.2e} "
+                    f"99% {np.quantile(e, 0.99):.2e} worst {e.max():.2e} cosine min {cosine.min():.6f}",
+                    flush=True,
+                )
 
 
 def cost(name, device, dtypes, rounds, lengths):
@@ -104,7 +108,8 @@ def cost(name, device, dtypes, rounds, lengths):
             if turn:
                 seconds.setdefault((short, residual), []).append(time.perf_counter() - started)
     for (short, residual), each in seconds.items():
-        print(f"{name} {short} residual {residual:4} {tokens / np.median(each):,.0f} tokens/s (spread {min(each) / max(each):.2f})", flush=True)  # fmt: skip
+        rate, spread = tokens / np.median(each), min(each) / max(each)
+        print(f"{name} {short} residual {residual:4} {rate:,.0f} tokens/s (spread {spread:.2f})", flush=True)
 
 
 if __name__ == "__main__":

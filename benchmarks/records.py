@@ -2,7 +2,8 @@
 
     python benchmarks/records.py [--records 1000000] [--model 8M] [--workers auto]
 
-Random proteins of 30-90 residues, one in a hundred a copy of another. The model is random; `tiny` is a layer of width 16.
+Random proteins of 30-90 residues, one in a hundred a copy of another. The model is random; `tiny` is a layer of width
+16.
 """
 
 import argparse
@@ -57,7 +58,8 @@ def main():
         path, output, written = folder / "in.fasta", folder / "out.h5", folder / "report.json"
         write_fasta(path, options.records)
         model = str(write_model(TINY, folder / "tiny")) if options.model == "tiny" else f"random:{options.model}"
-        wall = timed("embed", str(path), "-o", str(output), "--model", model, "--workers", options.workers, "--report", str(written))  # fmt: skip
+        how = ["--model", model, "--workers", options.workers, "--report", str(written)]
+        wall = timed("embed", str(path), "-o", str(output), *how)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         verify = timed("verify", str(output), "--fasta", str(path))
         found = json.loads(written.read_text())
@@ -68,7 +70,8 @@ def main():
             assert len(file) == options.records and file.complete and np.isfinite(file[-1000:]).all()
         print(json.dumps({
             "records": options.records, "model": options.model, "device": found["environment"]["device"],
-            "torch": torch.__version__, "tokens": found["counts"]["tokens"], "wall s": round(wall, 1), "seconds": found["seconds"],
+            "torch": torch.__version__, "tokens": found["counts"]["tokens"], "wall s": round(wall, 1),
+            "seconds": found["seconds"],
             "peak host memory of a process": report.size(peak), "file": report.size(output.stat().st_size),
             "tokens/s": round(found["rates"]["tokens/s"]), "copied": found["counts"]["copied from an identical one"],
         }))  # fmt: skip

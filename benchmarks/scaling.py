@@ -1,10 +1,10 @@
-"""Whole `embed` runs on 1, 2 ... GPUs of this host: rates, tails, what each worker used, the same bits, and a worker killed midway.
+"""Whole `embed` runs on 1, 2 ... GPUs of this host: rates, tails, use by worker, the same bits, a worker killed midway.
 
-    python benchmarks/scaling.py [--models 650M,3B] [--gpus 1,2] [--natural 20000] [--fragments 200000] [--no-kill] [--ray [--no-gpu-driver]]
-                                 [--residue]
+    python benchmarks/scaling.py [--models 650M,3B] [--gpus 1,2] [--natural 20000] [--fragments 200000] [--no-kill]
+                                 [--ray [--no-gpu-driver]] [--residue]
 
-Random weights, as files. Efficiency: the rate over that of one GPU times their number, both of the forward stage (from the first
-worker that is ready to the last byte written), which leaves out start-up.
+Random weights, as files. Efficiency: the rate over that of one GPU times their number, both of the forward stage (from
+the first worker that is ready to the last byte written), which leaves out start-up.
 """
 
 import argparse
@@ -35,7 +35,8 @@ def write_model(spec, folder):
     state = weights.random_state(spec, 0, device)
     save_file({key: each.half().cpu() for key, each in state.items()}, folder / "model.safetensors")
     config = {
-        "model_type": "esm", "num_hidden_layers": spec.layers, "hidden_size": spec.hidden, "num_attention_heads": spec.heads,
+        "model_type": "esm", "num_hidden_layers": spec.layers, "hidden_size": spec.hidden,
+        "num_attention_heads": spec.heads,
         "position_embedding_type": "rotary", "token_dropout": True, "layer_norm_eps": 1e-5,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
@@ -61,14 +62,16 @@ ENGINES = {
 
 
 def start(path, output, model, gpus, engine, pool):
-    """A run on that many GPUs (or processes of a CPU). A driver without a GPU sees none; the cluster that runs here has them."""
+    """A run on that many GPUs (or processes of a CPU). A driver without a GPU sees none; the cluster here has them."""
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if "without" in engine else {})
     numbers = ":" + ",".join(map(str, range(gpus))) if engine == "local" else ""
     device = ["--device", f"cuda{numbers}" if torch.cuda.is_available() else "cpu"]
     return subprocess.Popen(
         [
-            sys.executable, "-m", "virnucpro_cli", "embed", str(path), "-o", str(output), "--model", str(model), *device,
-            "--workers", str(gpus), *ENGINES[engine], "--pool", pool, "--report", str(output.with_suffix(".json")),
-        ], stderr=subprocess.PIPE, text=True, env=os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if "without" in engine else {}),
+            sys.executable, "-m", "virnucpro_cli", "embed", str(path), "-o", str(output), "--model", str(model),
+            *device, "--workers", str(gpus), *ENGINES[engine], "--pool", pool,
+            "--report", str(output.with_suffix(".json")),
+        ], stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
 
@@ -159,12 +162,16 @@ def main():
                     rate_of_one = rate_of_one or rate / count
                     workers = found["tables"].get("Workers") or found["tables"].get("Nodes", [])
                     cpu = sum(worker["CPU seconds"] for worker in workers) / count if workers else "-"
+                    how = f"{', one killed' if kill else ''}{'' if engine == 'local' else ', ' + engine}"
+                    tails = [worker["idle at the end"] for worker in workers if not worker["lost"]]
                     rows.append({
-                        "model": model_name, "load": load, "GPUs": f"{count}{', one killed' if kill else ''}{'' if engine == 'local' else ', ' + engine}", "tokens": found["counts"]["tokens"],
+                        "model": model_name, "load": load, "GPUs": f"{count}{how}", "tokens": found["counts"]["tokens"],
                         "tokens/s": rate, "efficiency": round(rate / count / rate_of_one, 3),
-                        "tail, worst": f"{max((worker['idle at the end'] for worker in workers if not worker['lost']), default=0):.2%}",
-                        "forward s": found["seconds"]["forward"], "whole run s": wall, "CPU s a worker": cpu if cpu == "-" else f"{cpu:.1f}",
-                        "lost": sum(bool(worker["lost"]) for worker in workers), "same bits": "yes" if same(first, output) else "NO",
+                        "tail, worst": f"{max(tails, default=0):.2%}",
+                        "forward s": found["seconds"]["forward"], "whole run s": wall,
+                        "CPU s a worker": cpu if cpu == "-" else f"{cpu:.1f}",
+                        "lost": sum(bool(worker["lost"]) for worker in workers),
+                        "same bits": "yes" if same(first, output) else "NO",
                     })  # fmt: skip
                     print(rows[-1], flush=True)
                     used += [

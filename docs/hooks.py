@@ -130,8 +130,10 @@ def config_page() -> str:
     parts = [
         "# Configuration files",
         "`--config FILE.toml` of `embed`, `validate` and `bench` reads options from a table of the command's name. "
-        "An option of the command line wins over the file. A key that does not exist is an error, with the nearest that does.",
-        "`configs/` of the source holds examples. `virnucpro bench --save-config here.toml` writes one for this machine.",
+        "An option of the command line wins over the file. A key that does not exist is an error, with the nearest "
+        "that does.",
+        "`configs/` of the source holds examples. `virnucpro bench --save-config here.toml` writes one for this "
+        "machine.",
         f"```toml\n{(ROOT / 'configs' / 'virnucpro-3b.toml').read_text().strip()}\n```",
     ]
     for name, kind in TABLES.items():

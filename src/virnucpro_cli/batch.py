@@ -13,7 +13,10 @@ QUERY_TILE = 64
 
 
 def query_tiles(cu_seqlens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tiles of at most QUERY_TILE rows of one segment: [m, 3] of first row, the segment's first row, the row past its end."""
+    """Tiles of at most QUERY_TILE rows of one segment, int64 [m, 3].
+
+    Columns: the tile's first row, the segment's first row, the row past its end. cu_seqlens: int64 [n + 1].
+    """
     seqlens = np.diff(cu_seqlens)
     counts = -(-seqlens // QUERY_TILE)
     segment = np.repeat(np.arange(len(seqlens)), counts)
@@ -27,9 +30,9 @@ class PackedBatch:
     """n segments, each `<cls> residues <eos>`, one behind the other in T rows; rows past `cu_seqlens[-1]` are filler.
 
     Tensors: tokens int32 [T]; positions int32 [T], restarting at 0; cu_seqlens int32 [n + 1]; divisor float32 [n],
-    residues that the mean divides by; query_tiles int32 [m, 3], see the function; mask_ratio float32 [T] or None,
-    `1 - masked share` of each row's segment, only where a `<mask>` occurs; weights float32 [T] or None, blending weights,
-    only where a window of a long record occurs.
+    residues that the mean divides by; query_tiles int32 [m, 3], see the function.
+    mask_ratio: float32 [T], `1 - masked share` of each row's segment; None where no `<mask>` occurs.
+    weights: float32 [T], blending weights; None where no window of a long record occurs.
     Host: segments int64 [n], their numbers; seqlens int64 [n], tokens of each; max_seqlen.
     """
 
@@ -57,15 +60,19 @@ class PackedBatch:
 
         return replace(
             self, tokens=move(self.tokens), positions=move(self.positions), cu_seqlens=move(self.cu_seqlens),
-            divisor=move(self.divisor), query_tiles=move(self.query_tiles), mask_ratio=move(self.mask_ratio), weights=move(self.weights),
+            divisor=move(self.divisor), query_tiles=move(self.query_tiles), mask_ratio=move(self.mask_ratio),
+            weights=move(self.weights),
         )  # fmt: skip
 
 
 @dataclass
 class Embeddings:
-    """What one batch yields. pooled: (kind, layer) -> float32 [n, D], ("unmasked", score) -> float32 [n]; residue: layer -> [T, D] (logits -> [T, 33]) in the store dtype, or
-    float32 already multiplied by the blending weights where the batch has windows; finite: bool [n], whether all
-    that is stored of a segment is finite after the cast to the store dtype.
+    """The rows of one batch of n segments in T rows.
+
+    pooled: (kind, layer) -> float32 [n, D]; ("unmasked", score) -> float32 [n].
+    residue: layer -> [T, D], "logits" -> [T, 33], in the store dtype. Where the batch has windows: float32, already
+    multiplied by the blending weights.
+    finite: bool [n], whether everything stored of a segment is finite after the cast to the store dtype.
     """
 
     pooled: dict[tuple[str, Any], torch.Tensor] = field(default_factory=dict)

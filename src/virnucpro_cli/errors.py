@@ -20,7 +20,7 @@ _LONG_WORD = re.compile(r"\S{300,}")
 STOP_SIGNALS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
 )  # fmt: skip
-"""What asks for an orderly stop: a user, a lost terminal, and batch systems before they kill (SIGUSR1 and 2: as they are told to)."""
+"""Signals that ask for an orderly stop: by a user, a lost terminal, or a batch system (SIGUSR1, SIGUSR2)."""
 
 
 def in_a_line(error: BaseException) -> str:
@@ -39,7 +39,7 @@ def counted(n: int, one: str, several: str = "") -> str:
 
 
 def shortened(text: str) -> str:
-    """A message without the middle of a word that nobody would read, and without its own middle if it is longer than any of ours."""
+    """A message with the middle of very long words cut out, and its own middle if it is longer than any of ours."""
     text = _LONG_WORD.sub(lambda word: f"{word[0][:200]}...{word[0][-40:]}", text)
     return text if len(text) <= MOST_OF_A_MESSAGE else f"{text[:1500]} ... {text[-300:]}"
 
@@ -68,7 +68,7 @@ def absent(path: str) -> str:
 
 
 def unread(path: str, error: OSError) -> str:
-    """The words for a path that exists by its name and does not open: a link that leads nowhere, or what the system says."""
+    """Why a path that exists by its name does not open: a link that leads nowhere, or the system's words."""
     lost = isinstance(error, FileNotFoundError) and os.path.islink(path)
     return absent(path) if lost else f"{path} cannot be read: {error.strerror}"
 

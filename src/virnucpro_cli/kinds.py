@@ -1,4 +1,4 @@
-"""What can be stored of a protein. A new kind of pooling is a row here and a function in pooling.py (and the oracle's)."""
+"""Kinds of rows of a protein. A new kind of pooling is a row here and a function in pooling.py (and the oracle's)."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,13 @@ OF_ALL_RESIDUES = ("max", "std")
 """Kinds that windows of a protein do not add up to."""
 
 UNMASKED = {"logits": "logits", "entropy": "entropy", "pseudo-perplexity": "pseudo_perplexity"}
-"""What --emit names, and its dataset in /unmasked: of one pass over the unmasked protein, logits (sum L, 33) in the store
-dtype, scores float32 (N)."""
+"""Names of --emit and their datasets in /unmasked, from one pass over the unmasked protein.
+
+Logits are [sum L, 33] in the store dtype; scores are float32 [N].
+"""
 
 EMITS = (*UNMASKED, "contacts")
-"""What --emit names; contacts are of a pass of their own (contacts.py)."""
+"""All names of --emit; contacts take a pass of their own (features/contacts)."""
 
 
 def pooled(kinds: Sequence[str]) -> list[str]:

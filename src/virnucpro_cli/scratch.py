@@ -12,7 +12,7 @@ REMEDY = "Make room there, or set TMPDIR to a folder that can be written."
 
 @contextmanager
 def folder() -> Iterator[str]:
-    """A folder that is gone at the end. Raises UserError if it cannot be made, or if no space is left for what is put there."""
+    """A folder that is gone at the end. Raises UserError if it cannot be made, or if no space is left for its files."""
     try:
         made = tempfile.TemporaryDirectory(prefix="virnucpro-")
     except OSError as error:

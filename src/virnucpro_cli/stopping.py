@@ -1,7 +1,8 @@
-"""Signals that stop a run, one way for all commands: at once, or at the end of a block that must not be interrupted; never lost.
+"""Signals that stop a run, one way for all commands: at once, or at the end of a block that must not be interrupted.
 
-Python raises what a signal handler raises wherever the program is. In a callback of a compiled library, or in a destructor,
-that is swallowed, or ends the process. Such blocks are `held`; for others the handler looks again a moment later.
+Python raises the exception of a signal handler wherever the program is. In a callback of a compiled library, or in a
+destructor, it is swallowed, or ends the process. Such blocks are `held`; for others the handler looks again a moment
+later.
 """
 
 import signal
@@ -18,7 +19,7 @@ AGAIN_SECONDS = 0.2
 
 
 class Stopper:
-    """Turns a signal into Stopped. One that is on its way out is not disturbed; one that was swallowed is raised again."""
+    """Turns a signal into Stopped. A Stopped on its way out is not disturbed; a swallowed one is raised again."""
 
     def __init__(self) -> None:
         self.signum: int | None = None  # of the first signal

@@ -76,7 +76,7 @@ def rows(lines: Lines, columns: int | None = None) -> Iterator[list[str]]:
         except csv.Error as error:
             raise lines.refused(
                 f"is no line of a table: {error}.",
-                'A cell that begins with a quotation mark is quoted, with its quotation marks doubled: """a""" for "a".',
+                'Quote a cell that begins with a quotation mark, and double its quotation marks: """a""" for "a".',
             ) from None
         if not row:
             continue

@@ -1,6 +1,6 @@
 """The merge workflow: all shards of an output, checked against one another, into one file in the order of the FASTA.
 
-Every row is copied as it is. A merge that is killed goes on with the same command; what it leaves is an ordinary partial file.
+Every row is copied as it is. A killed merge goes on with the same command; it leaves an ordinary partial file.
 """
 
 import json
@@ -45,7 +45,10 @@ def merge_shards(
     overwrite: bool = False,
     report_path: str | None = None,
 ) -> report.RunReport:
-    """Merge the shards of `output`; count: of how many, if there are several sets. Raises UserError for what is missing or differs."""
+    """Merge the shards of `output`. count: the number of shards, if there are several sets.
+
+    Raises UserError for a shard that is missing or differs.
+    """
     target = store.behind(Path(output))
     store.check_destination(target)
     out, clock = report.console(), report.Clock()
@@ -82,7 +85,8 @@ def merge_shards(
             )
             summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), overwrite)
     out.print(
-        f"{target}: {counted(summary.counts['proteins'], 'protein')} of {counted(len(parts), 'shard')}, {report.size(target.stat().st_size)}"
+        f"{target}: {counted(summary.counts['proteins'], 'protein')} of {counted(len(parts), 'shard')}, "
+        f"{report.size(target.stat().st_size)}"
     )
     if report_path:
         report.save(report_path, summary.to_json())
@@ -163,7 +167,7 @@ def _checked(parts: list[_Part]) -> dict[str, Any]:
 
 
 def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> store.Store:
-    """The partial file of an earlier merge, or a new one: all columns final, and every row that is to be copied pending."""
+    """The partial file of an earlier merge, or a new one: columns are final, rows still to be copied are pending."""
     begun, layout = store.partial_path(output), _layout(parts, fingerprint)
     if begun.exists():
         there = store.fingerprint_of(begun)

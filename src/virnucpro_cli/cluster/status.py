@@ -11,7 +11,7 @@ from virnucpro_cli.plan import shards
 
 
 def show_shards(output: str) -> bool:
-    """Print a line for each shard of `output` to standard output; whether there is nothing left to do before (or but) the merge.
+    """Print a line for each shard of `output` to standard output. Returns whether only the merge, or nothing, is left.
 
     Raises UserError if there is neither a shard nor the output itself.
     """

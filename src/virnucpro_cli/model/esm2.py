@@ -1,6 +1,6 @@
-"""ESM-2: sizes, checkpoints, and the weights of its forward. fair-esm is the definition; comments name the mistakes of others.
+"""ESM-2: sizes, checkpoints, and the weights of its forward. A new size is a new row.
 
-A new size is a new row.
+fair-esm is the definition; comments name the mistakes of others.
 """
 
 import re
