@@ -1,6 +1,7 @@
 """How the house is built: packages in one order, no circle of files, and one home for each heavy library."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,7 +125,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
 
 
-MOST_OF_A_PLAIN_RUN = 60
+MOST_OF_A_PLAIN_RUN = 51
 """Modules of the package that a plain `virnucpro embed` imports, at most: what a run is not asked for is not imported."""
 
 
@@ -150,3 +151,32 @@ def test_a_plain_run_imports_only_what_it_needs(tiny_model: Path, tmp_path: Path
     )
     assert not [name for name in found if name.startswith(tuple(f"virnucpro_cli.{each}" for each in unasked))]
     assert [name for name in found if name.startswith("virnucpro_cli.features.")] == []
+
+
+MOST_LINES, MOST_PARAMETERS = 60, 8
+NO_SUBJECT = re.compile(r"(Of|Whose|Those|As|In|They|It|Its|What)\b")
+
+
+def functions_of(tree: ast.Module) -> list[ast.FunctionDef]:
+    """Every function but Triton's kernels, which take each pointer and stride as a parameter."""
+    every = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [node for node in every if not any("jit" in ast.unparse(each) for each in node.decorator_list)]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_functions_are_short_and_take_few_arguments(name: str) -> None:
+    for function in functions_of(TREES[name]):
+        named = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        count = len([each for each in named if each.arg not in ("self", "cls")])
+        lines = (function.end_lineno or 0) - function.lineno + 1
+        assert lines <= MOST_LINES and count <= MOST_PARAMETERS, f"{name}: {function.name}: {lines} lines, {count}"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_docstrings_begin_with_their_subject(name: str) -> None:
+    texts = [
+        node.value.value
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    assert [text[:60] for text in texts if NO_SUBJECT.match(text)] == []

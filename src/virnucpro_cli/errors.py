@@ -1,4 +1,4 @@
-"""What users are told when something is wrong, and the exit codes of the program."""
+"""The words for users when something is wrong, and the exit codes of the program."""
 
 import os
 import re

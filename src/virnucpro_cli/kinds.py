@@ -26,7 +26,7 @@ EMITS = (*UNMASKED, "contacts")
 
 
 def pooled(kinds: Sequence[str]) -> list[str]:
-    """Those of one row a protein, the first as the default embedding."""
+    """Kinds of one row a protein; the first is the default embedding."""
     return [kind for kind in POOLED if kind in kinds]
 
 

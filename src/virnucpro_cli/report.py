@@ -29,8 +29,10 @@ RANGES = 8
 
 @dataclass
 class RunReport:
-    """What a run did. Sections of plain numbers and words; `seconds` by stage, `rates` per second of the forward stage;
-    tables: title -> rows of columns; missed: things that were asked for, and are not in the file.
+    """The account of a run, in sections of plain numbers and words.
+
+    seconds: by stage. rates: per second of the forward stage. tables: title -> rows of columns. missed: things asked
+    for that are not in the file.
     """
 
     command: str

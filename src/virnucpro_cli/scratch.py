@@ -12,15 +12,15 @@ REMEDY = "Make room there, or set TMPDIR to a folder that can be written."
 
 @contextmanager
 def folder() -> Iterator[str]:
-    """A folder that is gone at the end. Raises UserError if it cannot be made, or if no space is left for its files."""
+    """A folder that is gone at the end. Raises UserError if it cannot be made, or if no space is left."""
     try:
-        made = tempfile.TemporaryDirectory(prefix="virnucpro-")
+        temporary = tempfile.TemporaryDirectory(prefix="virnucpro-")
     except OSError as error:
-        raise UserError(f"No temporary folder can be made: {error}.", REMEDY) from None
+        raise UserError(f"No temporary folder can be temporary: {error}.", REMEDY) from None
     try:
-        with made as path:
+        with temporary as path:
             yield path
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"No space is left for temporary files in {made.name}.", REMEDY) from None
+        raise UserError(f"No space is left for temporary files in {temporary.name}.", REMEDY) from None

@@ -1,1 +1,1 @@
-"""What `bench` is made of: workloads, the ways to batch them, the limits of the device, other tools, and the plot."""
+"""The parts of `bench`: workloads, the ways to batch them, the limits of the device, other tools, and the plot."""

@@ -108,7 +108,7 @@ class _Bench:
         self.report.tables.setdefault(title, []).append(row)
 
     def workloads(self, folder: Path) -> list[Workload]:
-        """As many tokens as let everything be done within `seconds`, from the speed of a short probe."""
+        """The number of tokens that let everything be done within `seconds`, from the speed of a short probe."""
         dice, largest, longest = np.random.default_rng(0), max(self.budgets), self.config.max_residues
         probe = workload.made_up("probe", workload.natural(2 * largest, dice), folder, longest)
         mode = modes.packed(self.model, probe, largest)[0]

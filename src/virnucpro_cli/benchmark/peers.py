@@ -56,7 +56,7 @@ def _tensor(batch: list[list[int]]) -> torch.Tensor:
 
 
 def fair_esm(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Run:
-    """As scripts/extract.py does: batches of 4,096 padded tokens, the layer to the host, the mean there, one by one."""
+    """The way of scripts/extract.py: batches of 4,096 padded tokens, the layer to the host, means there one by one."""
     from esm.data import Alphabet
     from esm.model.esm2 import ESM2
 

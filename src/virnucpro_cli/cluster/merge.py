@@ -98,13 +98,13 @@ def merge_shards(
 
 def _all_of(output: Path, count: int | None) -> list[Path]:
     """The finished shards 1, 2, ... of the output."""
-    found = shards.files_of(output)
+    sets = shards.files_of(output)
     if count is None:
-        if len(found) > 1:
-            counts = " and ".join(map(str, sorted(found)))
-            raise UserError(f"There are shards of {output} of {counts}.", f"Say which: --of {max(found)}.")
-        count = next(iter(found), 0)
-    there = found.get(count, {})
+        if len(sets) > 1:
+            counts = " and ".join(map(str, sorted(sets)))
+            raise UserError(f"There are shards of {output} of {counts}.", f"Say which: --of {max(sets)}.")
+        count = next(iter(sets), 0)
+    there = sets.get(count, {})
     if not there:
         raise UserError(
             f"There is no shard of {output}{f' of {count}' if count else ''}.", "virnucpro embed ... --shard 1/40"
@@ -265,7 +265,7 @@ def _copy_contacts(parts: list[_Part], file: store.Store) -> None:
 
 
 def _attributes(parts: list[_Part], fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Those of the first shard, but for what is of the whole."""
+    """Attributes of the first shard, except for those of the whole."""
     first = {key: value for key, value in parts[0].file.attributes.items() if key not in FROM_THE_LAYOUT}
     devices = dict.fromkeys(str(part.file.attributes["device"]) for part in parts)
     return first | {
@@ -311,16 +311,16 @@ def _rows(part: _Part, own: slice, kind: str, layer: int | str) -> NDArray[Any]:
 
 
 def _gathered(parts: list[_Part], start: int, stop: int, read: Callable[[_Part, slice], NDArray[Any]]) -> NDArray[Any]:
-    """What `read` gives for the rows of each part whose records are in [start, stop), in the order of the input."""
-    found: NDArray[Any] | None = None
+    """The results of `read` for the rows of each part whose records are in [start, stop), in the order of the input."""
+    rows: NDArray[Any] | None = None
     for part in parts:
         first, last = np.searchsorted(part.records, (start, stop)).tolist()
         if first < last:
             values = read(part, slice(first, last))
-            if found is None:
-                found = np.empty((stop - start, *values.shape[1:]), values.dtype)
-            found[part.records[first:last] - start] = values
-    return np.empty(0) if found is None else found
+            if rows is None:
+                rows = np.empty((stop - start, *values.shape[1:]), values.dtype)
+            rows[part.records[first:last] - start] = values
+    return np.empty(0) if rows is None else rows
 
 
 def _by_residue(settings: dict[str, Any]) -> bool:

@@ -17,19 +17,19 @@ def show_shards(output: str) -> bool:
     """
     target = store.behind(Path(output))
     out = report.stdout()
-    found = shards.files_of(target)
+    sets = shards.files_of(target)
     merged = store.fingerprint_of(target) if target.exists() else None
     if merged is not None:
         out.print(f"{target} is {'complete' if merged[1] else 'not complete'}")
     elif store.partial_path(target).exists():
         with store.opened(store.partial_path(target)) as file:
             out.print(f"{target} is {store.unfinished(file)}; the embed command, again, goes on")
-        if not found:
+        if not sets:
             return False
-    elif not found:
+    elif not sets:
         raise UserError(f"There is neither {target} nor a shard of it.", "virnucpro embed ... --shard 1/40 makes one.")
     done = merged is not None and merged[1]
-    for count, files in sorted(found.items()):
+    for count, files in sorted(sets.items()):
         complete = 0
         table = Table(title=f"{target} in {counted(count, 'shard')}", title_justify="left")
         for name in ("shard", "state", "proteins", "skipped", "file"):

@@ -30,7 +30,7 @@ class Lost(NamedTuple):
 
 
 def lost_by(error: BaseException) -> Lost:
-    """What is said of a worker that an error ended."""
+    """The words for a worker that an error ended."""
     if isinstance(error, UserError):
         return Lost(error, fatal=not isinstance(error, DeviceFailed))
     return Lost(UserError(in_a_line(error), "Run the same command again."), fatal=False)
@@ -133,14 +133,14 @@ class Dealer(ABC):
         self.note(f"{worker} was lost, and its packs go to the others: {lost.error.what}")
 
     def idle(self, worker: Worker) -> float:
-        """What share of the time a worker had nothing to do at the end."""
+        """Share of the time in which a worker had nothing to do at the end."""
         if not worker.last_done or not self.seconds:
             return 1.0
         return min(1.0, max(0.0, (self.began + self.seconds - worker.last_done) / self.seconds))
 
 
 def used_here(device: torch.device) -> dict[str, Any]:
-    """What this process has used so far."""
+    """Seconds and memory that this process has used so far."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     used = {"CPU seconds": own.ru_utime + own.ru_stime, "peak host memory": report.size(own.ru_maxrss * 1024)}
     of_gpu = {"peak GPU memory": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}

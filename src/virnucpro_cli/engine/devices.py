@@ -96,7 +96,7 @@ def describe_dtype(dtype: torch.dtype) -> str:
 
 
 def describe_device(device: torch.device, processes: int = 1) -> str:
-    """Its kind, as far as bits depend on it; processes: that share the CPU's threads."""
+    """The kind of a device, as far as bits depend on it; processes: that share the CPU's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {counted(threads_of(processes), 'thread')}" if device.type == "cpu" else device.type
@@ -171,7 +171,7 @@ def device_here(device: torch.device, backend: attention.Backend) -> Device:
 
 
 def computed_by(device: Device, dtype: torch.dtype, local_device: torch.device, processes: int = 1) -> str:
-    """What the bits of a row depend on besides its input, in a line of JSON. processes: that share a local device."""
+    """A line of JSON on which the bits of a row depend, besides its input. processes: that share a local device."""
     return json.dumps({
         "device": device.name if processes == 1 else describe_device(local_device, processes),
         "dtype": attention.describe(dtype), "attention": device.attention,

@@ -27,7 +27,7 @@ Residue = dict[int | str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Job:
-    """What a run computes, by whomever. pending: bool [N], the representatives whose rows are not in the file."""
+    """The computing of a run, by whomever. pending: bool [N], the representatives whose rows are not in the file."""
 
     config: EmbedConfig
     table: RecordTable
@@ -40,7 +40,7 @@ class Job:
 
 
 class Rows(NamedTuple):
-    """What a batch of n segments yields, on the host.
+    """The rows of a batch of n segments, on the host.
 
     segments: int64 [n], their numbers; seqlens: int64 [n], tokens of each; finite: bool [n]; pooled: (kind, layer) ->
     [n, D], ("unmasked", score) -> [n]; residue: layer -> [tokens of all, D].

@@ -51,7 +51,7 @@ WRITES_BEHIND = 4
 
 
 def compute_with(model: PackedModel, layers: tuple[int, ...], config: EmbedConfig) -> Compute:
-    """What a run computes of a batch: the kinds, layers and scores that it stores."""
+    """The function that a run applies to a batch: the kinds, layers and scores that it stores."""
     dtype = devices.store_dtype(config.store_dtype)
     if names := unmasked(config.emit):
         from virnucpro_cli.model.scores import Scorer, TokenHead

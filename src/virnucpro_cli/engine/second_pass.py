@@ -96,7 +96,7 @@ def _run(placer: Placer, records: Int64, compute: runner.Compute, device: torch.
 
 
 def _taken(placer: Placer) -> tuple[Int64, Int64]:
-    """What is unfit and what is broken, less what another worker has done meanwhile."""
+    """Records that are unfit and that are broken, int64 [n] each, less those that another worker has done meanwhile."""
     placer.file.commit()
     pending = placer.file.status == store.PENDING
     unfit, broken = (np.unique(np.asarray(each, np.int64)) for each in (placer.unfit, placer.broken))

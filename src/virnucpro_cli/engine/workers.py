@@ -81,7 +81,7 @@ class _Process(Worker):
         return f"worker {self.number} on {self.device}"
 
     def death(self) -> Lost:
-        """What became of it, whose channel has closed without a word."""
+        """The end of a worker whose channel has closed without a word."""
         code = self.process.wait()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = " (the kernel does that when memory runs out)" if code == -signal.SIGKILL else ""
@@ -301,8 +301,8 @@ class _SharedStore(Store):
         with self._lock:
             self._write_staged()
             self.post.send("placed", self._uncommitted, self.broken, self.unfit)
-            for told in (self._uncommitted, self.broken, self.unfit):
-                told.clear()
+            for items in (self._uncommitted, self.broken, self.unfit):
+                items.clear()
 
 
 class _WorkerPlacer(Placer):

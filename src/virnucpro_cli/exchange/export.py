@@ -152,8 +152,8 @@ def _of_sequences(
     file: store.EmbeddingFile, key_of: Callable[[bytes], str], inputs: tuple[str, ...], spool: Path
 ) -> Names:
     if not inputs or not all(Path(name).is_file() for name in inputs):
-        where = f"is not at {', '.join(inputs)}" if inputs else "is not known"
-        what = f"This layout knows proteins by their sequences, and the FASTA {where}."
+        why = f"is not at {', '.join(inputs)}" if inputs else "is not known"
+        what = f"This layout knows proteins by their sequences, and the FASTA {why}."
         raise UserError(what, "Say where it is: --fasta FILE")
     settings = file.settings
     table = fasta.index(fasta.open_sources(inputs, spool), gaps=settings.get("gaps", "keep"), dedup=False)

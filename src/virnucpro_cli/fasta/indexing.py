@@ -136,16 +136,16 @@ class _Stream:
         One `.` at the end that follows a residue is a stop, and falls off.
         """
         is_gap = (self.codes == alphabet.DASH) | (self.codes == alphabet.DOT)
-        where = np.flatnonzero(is_gap)
-        record = self.record_of(where)
-        last = (where == self.end[record] - 1) & ~(is_gap[where - 1] & (where > self.begin[record]))
-        stop = last & (self.codes[where] == alphabet.DOT)
+        at = np.flatnonzero(is_gap)
+        record = self.record_of(at)
+        last = (at == self.end[record] - 1) & ~(is_gap[at - 1] & (at > self.begin[record]))
+        stop = last & (self.codes[at] == alphabet.DOT)
         self.end[record[stop]] -= 1
-        where, record = where[~stop], record[~stop]
+        at, record = at[~stop], record[~stop]
         if policy == "x":
-            self.codes[where] = alphabet.X
+            self.codes[at] = alphabet.X
         elif policy == "strip":
-            self.drop(where)
+            self.drop(at)
         return self.count(record)
 
 
@@ -247,12 +247,12 @@ def _lines_of(source: Source) -> str:
 
 def _refuse_pir(chunk: bytes, source: Source, at: int) -> None:
     """Raise UserError for the title of a PIR record, which is no sequence."""
-    for found in _PIR.finditer(chunk) if b";" in chunk else ():
-        end = chunk.find(b"\n>", found.end())
-        text = chunk[found.end() : end if end >= 0 else len(chunk)].rstrip()
-        if text.endswith(b"*") or found[1].strip(b"*").translate(None, _RESIDUES):
+    for title in _PIR.finditer(chunk) if b";" in chunk else ():
+        end = chunk.find(b"\n>", title.end())
+        text = chunk[title.end() : end if end >= 0 else len(chunk)].rstrip()
+        if text.endswith(b"*") or title[1].strip(b"*").translate(None, _RESIDUES):
             raise _refused(
-                source, at + found.start(1), "is the title of a PIR record, and no sequence",
+                source, at + title.start(1), "is the title of a PIR record, and no sequence",
                 "Convert the file to FASTA, with Biopython for instance: "
                 "SeqIO.convert('in.pir', 'pir', 'out.fasta', 'fasta').",
             )  # fmt: skip

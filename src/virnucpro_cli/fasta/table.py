@@ -18,7 +18,7 @@ NEWLINE = ord("\n")
 
 @dataclass
 class RecordTable:
-    """What is known of N records, in input order.
+    """The facts of N records, in input order.
 
     offset: int64 [N], of each `>` in the concatenated sources; length: int32 [N], residues after white space and one
     trailing `*` are dropped; replaced: int32 [N], residues outside the alphabet; gaps: int32 [N]; unique_of: int64 [N],
@@ -49,7 +49,7 @@ class RecordTable:
 
     @property
     def text_bytes(self) -> int:
-        """Of all these records."""
+        """The facts of all these records together."""
         if self.following is not None:
             return int((self.following - self.offset).sum())
         return sum(source.size for source in self.sources)
@@ -196,5 +196,5 @@ class RecordTable:
         return names
 
     def examples(self, full: bool) -> str:
-        """Its first names, for a message."""
+        """The first names of the records, for a message."""
         return ", ".join(map(repr, self.names(0, min(3, len(self)), full)))

@@ -35,12 +35,12 @@ class Finding(NamedTuple):
 
 
 def check_machine() -> bool:
-    """Print what is found to standard output; whether nothing stands in the way of a run."""
+    """Print what is seen to standard output; whether nothing stands in the way of a run."""
     out = report.stdout()
     findings = list(look())
     table = report.facts_table("What a run would find here")
-    for what, found, remedy in findings:
-        table.add_row(what, f"{found}\n-> {remedy}" if remedy else found)
+    for what, seen, remedy in findings:
+        table.add_row(what, f"{seen}\n-> {remedy}" if remedy else seen)
     out.print(table)
     wrong = dict.fromkeys(finding.what for finding in findings if finding.remedy)
     out.print(f"to see to: {', '.join(wrong)}" if wrong else "nothing stands in the way")

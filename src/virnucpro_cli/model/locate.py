@@ -99,13 +99,13 @@ def places(spec: ModelSpec) -> list[Path]:
 def files_read(model: str) -> list[Path]:
     """Every file that may be read for a model: none of them may be written by the same run."""
     spec = by_name(model)
-    found: list[Path] = []
+    files: list[Path] = []
     for place in [Path(os.path.expanduser(model))] if spec is None else places(spec):
         if place.is_dir():
-            found += filter(Path.is_file, place.iterdir())
+            files += filter(Path.is_file, place.iterdir())
         elif place.is_file():
-            found += [place, place.with_name("config.json"), place.with_name(f"{place.stem}-contact-regression.pt")]
-    return found
+            files += [place, place.with_name("config.json"), place.with_name(f"{place.stem}-contact-regression.pt")]
+    return files
 
 
 def _hf_cache() -> Path:

@@ -183,12 +183,12 @@ def _in_a_head(raw: State, name: str) -> torch.Tensor | None:
 
 def heads_in(raw: State, spec: ModelSpec) -> State:
     """The heads of which all tensors are in a file, in the shapes [...] of `head_shapes` and the dtypes of the file."""
-    found: State = {}
+    heads: State = {}
     for head, tensors in family_of(spec).head_shapes(spec).items():
         there = {f"{head}.{part}": _in_a_head(raw, f"{head}.{part}") for part in tensors}
         if [None if each is None else tuple(each.shape) for each in there.values()] == list(tensors.values()):
-            found |= there  # type: ignore[arg-type]
-    return found
+            heads |= there  # type: ignore[arg-type]
+    return heads
 
 
 def _settle_decoder(heads: State, raw: State, table: torch.Tensor, tied: bool) -> list[str]:

@@ -13,12 +13,12 @@ from virnucpro_cli.plan.packing import Segments, whole_segments, windowed_segmen
 
 Int64 = NDArray[np.int64]
 POLICIES = ("max_residues", "long", "overlap", "invalid", "gaps", "id", "dedup")
-"""What decides, besides the sequences, what becomes of each record; overlap: of `--long window` only."""
+"""Settings that decide, besides the sequences, about each record; overlap: of `--long window` only."""
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What is to be embedded: per-record decisions, and the segments and packs that follow from them.
+    """The proteins to embed: per-record decisions, and the segments and packs that follow from them.
 
     representative: int64 [N], the record that is computed in a record's stead: itself or an identical earlier one.
     embedded: int32 [N], residues that are embedded; flags: uint16 [N]; status, reason: uint8 [N].

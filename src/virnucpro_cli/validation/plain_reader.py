@@ -16,7 +16,7 @@ ODD_LETTERS = b"XUBZO.-<"
 
 
 class PlainTable(NamedTuple):
-    """What there is to know of n records of some files.
+    """The facts of n records of some files.
 
     lengths, replaced: int64 [n], residues; odd: uint16 [n], a bit for each letter of ODD_LETTERS in the text, and one
     for replaced residues; sequences, names: void [n] of 16 bytes, digests of the cleaned text and of the name.

@@ -1,4 +1,4 @@
-"""What a file says of its records and stores of them, against what is to be expected."""
+"""The columns of a file, against those that its records should have."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ NAMED_FLAGS = (store.TRUNCATED, store.WINDOWED, store.COPIED)
 
 
 class Expected(NamedTuple):
-    """What becomes of each of N records under a run's policies.
+    """The decision about each of N records under a run's policies.
 
     lengths, replaced, embedded: int [N], residues; flags: uint16 [N]; reason: uint8 [N], why one is skipped, or 0;
     representative: int64 [N], the record that is computed in its stead.

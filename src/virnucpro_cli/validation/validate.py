@@ -61,7 +61,7 @@ def validate_model(**options: Any) -> Verdict:
 
 
 def _audit(config: ValidateConfig, path: str, out: Console, clock: report.Clock) -> Verdict:
-    """Of a file of ours as it is; of another tool's, of what becomes of it when it is imported."""
+    """Audit a file of ours as it is, and one of another tool as it would be imported."""
     if fingerprint_of(Path(path)) is not None or layouts.guessed(Path(path)) is None:
         return audit.audit_file(config, out, clock)
     if not config.fasta or not config.model:

@@ -53,7 +53,7 @@ class Check:
 
 @dataclass
 class Verdict:
-    """What a validation found. records: per protein numbers by metric; environment: what was compared on what."""
+    """The findings of a validation. records: per protein numbers by metric; environment: what was compared on what."""
 
     command: str
     checks: list[Check] = field(default_factory=list)

@@ -73,16 +73,16 @@ def _of_the_input(
         ]
         if len(table) != len(file):
             return checks, np.arange(len(file))
-        made = decide(table, config)
+        decisions = decide(table, config)
         other = np.zeros(len(table), np.bool_)
         for block in store.blocks(len(table)):
             names = table.names(block.start, block.stop, config.id == "full")
             there = file.names_of(block.start, block.stop)
             other[block] = [a != b for a, b in zip(names, there, strict=True)]
     expected = records.Expected(
-        table.length, table.replaced, made.embedded, made.flags, made.reason, made.representative
+        table.length, table.replaced, decisions.embedded, decisions.flags, decisions.reason, decisions.representative
     )
-    return [*checks, *records.compared(file, expected, other, INPUT)], made.representative
+    return [*checks, *records.compared(file, expected, other, INPUT)], decisions.representative
 
 
 def _within(shard: NDArray[np.int64], count: int) -> bool:

@@ -52,7 +52,7 @@ class Texts:
         self._ends = np.cumsum(share.lengths, dtype=np.int64)
 
     def check_unchanged(self) -> None:
-        """They came whole."""
+        """Nothing: a share came whole, and no file can change beneath it."""
 
     def tokens(self, records: Int64) -> NDArray[np.uint8]:
         """Tokens of records int64 [n], one behind the other, uint8 [residues of all]."""

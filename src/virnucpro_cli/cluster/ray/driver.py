@@ -139,7 +139,7 @@ class Cluster:
             self.leaving = set(self.ray._private.state.state.get_draining_nodes())
 
     def of_the_driver(self) -> tuple[torch.device, Backend | None]:
-        """What this process has for a second pass: a device like the actors', or a CPU."""
+        """The device of this process for a second pass: one like the actors', or a CPU."""
         with suppress(UserError):
             device = devices.resolve_device(self.kind)
             backend = attention_backends.resolve(self.config.attention, device, self.dtype)
@@ -328,7 +328,7 @@ class _Actors(Dealer):
 
 
 def _cause_of(error: Exception) -> UserError | None:
-    """What an actor's own code had to say, if that is what Ray reports."""
+    """The error of an actor's own code, if Ray reports one."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, UserError) else None
 

@@ -40,7 +40,7 @@ COLUMNS = {"contig": "q", "begin": "q", "end": "q", "strand": "b", "gaps": "q"}
 contig, its bases that lie in gaps."""
 Columns = dict[str, NDArray[Any]]
 NO_TABLE = (*store.DAMAGE, MemoryError, zipfile.BadZipFile, zlib.error)
-"""What NumPy and JSON raise for a file that is no such table."""
+"""Errors of NumPy and JSON for a file that is no such table."""
 
 
 class Paths(NamedTuple):
