@@ -34,7 +34,7 @@ OPTIONS = [
     "--pool mean --workers 2",
     "--pool mean --group-regex ^(.).*",
     "--pool mean --id full --attention sdpa",
-    "--emit pll",
+    "--pool mean --emit entropy,logits",
 ]
 
 
