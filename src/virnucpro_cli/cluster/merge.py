@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import report, store
 from virnucpro_cli.errors import UserError, counted
-from virnucpro_cli.features import contacts, groups
+from virnucpro_cli.features import Shards, stored_in
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.plan import shards
 from virnucpro_cli.store.disk import alone
@@ -76,8 +76,9 @@ def merge_shards(
             with clock.stage("copy"), report.Tracker(out, max(1, len(file.status)), "proteins") as tracker:
                 for rows in _copied(parts, file, fingerprint):
                     tracker.advance(rows)
-                _copy_contacts(parts, file)
-            groups.fill(file)
+            with clock.stage("features"):
+                for feature in stored_in(parts[0].file):
+                    feature.merge(file, _shards(parts))
             summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
             summary.seconds = dict(clock.seconds)
             summary.tables["Computed by"] = report.where_computed(
@@ -219,7 +220,7 @@ def _layout(parts: list[_Part], fingerprint: dict[str, Any]) -> store.Layout:
 
 
 def _extra(parts: list[_Part], n: int) -> store.Extra:
-    """Columns gathered, tables as the first shard has them, and room for the rows of groups."""
+    """Columns gathered, tables as the first shard has them, and what features make of their parts."""
 
     def gathered(name: str) -> NDArray[Any]:
         return _gathered(parts, 0, n, lambda part, rows: part.columns[name][rows])
@@ -231,37 +232,16 @@ def _extra(parts: list[_Part], n: int) -> store.Extra:
         return store.Names(len(data), partial(parts[0].file.texts, name), counted_already)
 
     tables = {name: table(name, data) for name, data in parts[0].file.tables.items()}
-    extra = store.Extra({name: gathered(name) for name in parts[0].columns if name not in contacts.COLUMNS}, tables)
-    return extra | groups.room(extra) | _contacts(parts, n)
+    features = stored_in(parts[0].file)
+    remade = {name for feature in features for name in feature.remade}
+    extra = store.Extra({name: gathered(name) for name in parts[0].columns if name not in remade}, tables)
+    for feature in features:
+        extra |= feature.of_merged(extra, _shards(parts))
+    return extra
 
 
-def _contacts(parts: list[_Part], n: int) -> store.Extra:
-    """Room for the maps of all parts, if they have any."""
-    if parts[0].file.contact_maps is None:
-        return store.Extra()
-    key, sizes, before = np.full(n, -1, np.int64), np.zeros(n, np.int32), 0
-    for part in parts:
-        maps = part.file.contact_maps
-        assert maps is not None
-        key[part.records] = np.where(maps.starts < 0, -1, maps.starts + before)
-        sizes[part.records] = maps.sizes
-        before += len(maps.values)
-    return contacts.laid_out(key, sizes)
-
-
-def _copy_contacts(parts: list[_Part], file: store.Store) -> None:
-    """Copy all maps that are pending, a part after the other; what its shard had no memory for stays so."""
-    for part in parts:
-        maps = part.file.contact_maps
-        if maps is None:
-            return
-        starts, status = file.read(contacts.STARTS, part.records)[:, 0], contacts.status_of(file)[part.records]
-        first, _ = contacts.sharers(starts, np.flatnonzero(status == store.PENDING))
-        for own in first:
-            contacts.place(file, int(starts[own]), int(maps.sizes[own]), maps.raw(own))
-        for code in (store.DONE, store.SKIPPED):
-            rows = part.records[(starts >= 0) & (status == store.PENDING) & (maps.status == code)]
-            contacts.settle(file, rows, code)
+def _shards(parts: list[_Part]) -> Shards:
+    return [(part.records, part.file) for part in parts]
 
 
 def _attributes(parts: list[_Part], fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from virnucpro_cli import report, store
 from virnucpro_cli.errors import counted, printable, shortened
-from virnucpro_cli.features import qc
+from virnucpro_cli.features import qc, stored_in
 from virnucpro_cli.kinds import POOLED, unmasked
 
 EXAMPLES = 3
@@ -52,10 +52,9 @@ def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) ->
         data, is_default = file.dataset(kind, name), file.default == f"{kind}/{name}"
         shape = " x ".join(f"{n:,}" for n in data.shape)
         table.add_row(f"/{kind}/{name}", f"{shape} {data.dtype}{'  (/embeddings)' if is_default else ''}")
-    if (maps := file.contact_maps) is not None:
-        left_out = f", {maps.pending:,} more left out: out of memory" if file.complete and maps.pending else ""
-        size = report.size(maps.values.nbytes)
-        table.add_row("/contacts", f"maps of {counted(maps.done, 'protein')}, {size}{left_out}")
+    for feature in stored_in(file):
+        for name, facts in feature.described(file):
+            table.add_row(name, facts)
     table.add_section()
     for name in ("model", "dtype", "attention", "device", "weights", "weights_sha256", "created", "tool_version"):
         table.add_row(name, str(file.attributes[name]))

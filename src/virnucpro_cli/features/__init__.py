@@ -1,14 +1,15 @@
 """Additions to a run: contigs, contacts, groups, a cache, quality columns. No feature imports another.
 
 A feature is a file in this package with a subclass of Feature, and a line of FEATURES. A run imports those it needs.
-It calls the hooks of its features in the order of the table. A hook does nothing unless the feature overrides it.
+It calls the hooks of its features in the order of the table, and so do commands on files that hold something of them.
+A hook does nothing unless the feature overrides it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +24,24 @@ from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import Plan
 from virnucpro_cli.plan.policies import Decisions
 
-FEATURES: dict[str, Callable[[EmbedConfig], Any]] = {
-    "contigs.Contigs": lambda config: config.from_ == "contigs",
-    "groups.Groups": lambda config: config.group or config.group_regex or config.group_table,
-    "contacts.Contacts": lambda config: "contacts" in config.emit,
-    "cache.Cache": lambda config: config.cache,
-    "qc.Table": lambda config: config.qc,
-}
-"""Module and class of each feature, and whether a configuration asks for it; in the order in which hooks are called."""
+
+class Known(NamedTuple):
+    """A feature in the table. leaves: a dataset of files that other commands must ask it about."""
+
+    module: str
+    name: str
+    is_asked_for: Callable[[EmbedConfig], Any]
+    leaves: str | None = None
+
+
+FEATURES = (
+    Known("contigs", "Contigs", lambda config: config.from_ == "contigs"),
+    Known("groups", "Groups", lambda config: config.group or config.group_regex or config.group_table, "groups/ids"),
+    Known("contacts", "Contacts", lambda config: "contacts" in config.emit, "contacts/starts"),
+    Known("cache", "Cache", lambda config: config.cache),
+    Known("qc", "Table", lambda config: config.qc),
+)
+"""Every feature, in the order in which hooks are called."""
 
 Loaded = tuple[ModelSpec, dict[str, Any], tuple[str, ...]]
 """Weights that were read: the sizes of the model, its tensors, and notes."""
@@ -38,8 +49,17 @@ Loaded = tuple[ModelSpec, dict[str, Any], tuple[str, ...]]
 
 def asked_for(config: EmbedConfig) -> "list[Feature]":
     """The features of a run. Raises UserError for what they cannot read."""
-    names = [name.split(".") for name, is_asked_for in FEATURES.items() if is_asked_for(config)]
-    return [getattr(import_module(f"{__name__}.{module}"), name)(config) for module, name in names]
+    return [_class_of(known)(config) for known in FEATURES if known.is_asked_for(config)]
+
+
+def stored_in(file: store.EmbeddingFile) -> "list[type[Feature]]":
+    """The features that left something in a file, of those whose hooks need to know."""
+    return [_class_of(known) for known in FEATURES if known.leaves is not None and file.holds(known.leaves)]
+
+
+def _class_of(known: Known) -> "type[Feature]":
+    of: type[Feature] = getattr(import_module(f"{__name__}.{known.module}"), known.name)
+    return of
 
 
 @dataclass(kw_only=True)
@@ -76,6 +96,10 @@ class Run:
         return loaded or model_weights.load(self.weights)
 
 
+Shards = list[tuple[NDArray[np.int64], store.EmbeddingFile]]
+"""Shards of an output: the numbers of its records, int64 [M], and its open file."""
+
+
 class Feature:
     """An addition to a run. The constructor reads its small files, and raises UserError for a bad file."""
 
@@ -83,6 +107,9 @@ class Feature:
     """Whether the index must keep the content hash of each record."""
     reads: tuple[str, ...] = ()
     """Options that name files or folders that it reads, which no output may overwrite."""
+
+    remade: tuple[str, ...] = ()
+    """Columns that a merge makes anew, where it copies all others."""
 
     def __init__(self, config: EmbedConfig):
         self.config = config
@@ -131,3 +158,24 @@ class Feature:
 
     def written(self, output: Path) -> None:
         """When the file has its final name."""
+
+    # --- files that hold something of it -----------------------------------------------------------------------------
+
+    @staticmethod
+    def of_merged(extra: store.Extra, shards: Shards) -> store.Extra:
+        """Columns and room in the merged file. extra: its tables and the columns that are copied."""
+        return store.Extra()
+
+    @staticmethod
+    def merge(file: store.Store, shards: Shards) -> None:
+        """Place in the merged file, whose rows are there, what is not of records."""
+
+    @staticmethod
+    def described(file: store.EmbeddingFile) -> Iterator[tuple[str, str]]:
+        """Lines of `inspect`: name and facts."""
+        yield from ()
+
+    @staticmethod
+    def count_wrong(file: store.EmbeddingFile) -> int:
+        """Number of stored things that are neither as their status says nor NaN."""
+        return 0

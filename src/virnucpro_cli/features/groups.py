@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import fasta, store, tables
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.features import Feature, Run
+from virnucpro_cli.features import Feature, Run, Shards
 from virnucpro_cli.plan.policies import Decisions
 from virnucpro_cli.store.schema import chunks
 
@@ -81,6 +81,14 @@ class Groups(Feature):
 
     def finish(self, run: Run) -> None:
         fill(run.file)
+
+    @staticmethod
+    def of_merged(extra: store.Extra, shards: Shards) -> store.Extra:
+        return room(extra)
+
+    @staticmethod
+    def merge(file: store.Store, shards: Shards) -> None:
+        fill(file)
 
 
 def room(extra: store.Extra) -> store.Extra:

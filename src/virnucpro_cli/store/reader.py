@@ -69,6 +69,10 @@ class EmbeddingFile:
         self.reason: NDArray[np.uint8] = columns["reason"]
         self.replaced: NDArray[np.int32] = columns["replaced"]
 
+    def holds(self, name: str) -> bool:
+        """Whether the file has a dataset of this name."""
+        return name in self._data
+
     def at(self, name: str) -> Dataset:
         """The dataset of that name in the file. Raises UserError if there is none."""
         if name not in self._data:
@@ -307,7 +311,7 @@ class EmbeddingFile:
         """All contact maps with their columns; None for a file made without `--emit contacts`."""
         from virnucpro_cli.store.parts import ContactMaps
 
-        return ContactMaps(self.at) if "contacts/values" in self._data else None
+        return ContactMaps(self.at) if self.holds("contacts/values") else None
 
     @property
     def columns(self) -> dict[str, NDArray[Any]]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import store
 from virnucpro_cli.errors import counted
+from virnucpro_cli.features import stored_in
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.validation.verdict import Check
 
@@ -79,7 +80,7 @@ def stored(file: store.EmbeddingFile, representative: NDArray[np.int64], part: s
     emit = settings.get("emit", ())
     done, skipped = file.status == store.DONE, file.status == store.SKIPPED
     copies = np.flatnonzero((representative != np.arange(len(file))) & done)
-    wrong, unlike = _wrong_maps(file), 0
+    wrong, unlike = sum(feature.count_wrong(file) for feature in stored_in(file)), 0
     names = [(kind, layer) for kind in settings["pool"] for layer in settings["layers"]]
     for kind, layer in (*names, *(("unmasked", name) for name in unmasked(emit))):
         data = file.dataset(kind, layer)
@@ -97,18 +98,3 @@ def stored(file: store.EmbeddingFile, representative: NDArray[np.int64], part: s
         check(part, "done rows finite, skipped rows NaN", wrong, f"{wrong:,} are not"),
         check(part, "copies equal their originals", unlike, f"{unlike:,} do not"),
     ]
-
-
-def _wrong_maps(file: store.EmbeddingFile) -> int:
-    """Contact maps that are neither finite and symmetric, where done, nor NaN."""
-    if (maps := file.contact_maps) is None:
-        return 0
-    wrong = 0
-    with_map = np.flatnonzero(maps.starts >= 0)
-    settled = (maps.status != store.PENDING) | file.complete  # one that is left out is NaN
-    for row in with_map[np.unique(maps.starts[with_map], return_index=True)[1]].tolist():
-        if settled[row]:
-            values = maps.raw(row)
-            symmetric = np.isfinite(values).all() and (values == values.T).all()
-            wrong += not (symmetric if maps.status[row] == store.DONE else np.isnan(values).all())
-    return wrong

@@ -4,7 +4,7 @@ Copies of a protein share its map. A map that is still pending in a finished fil
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,10 +17,11 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.engine.placer import COMMIT_SECONDS
 from virnucpro_cli.errors import UserError, counted
-from virnucpro_cli.features import Feature, Loaded, Run
+from virnucpro_cli.features import Feature, Loaded, Run, Shards
 from virnucpro_cli.features.contacts import head
 from virnucpro_cli.model import locate
 from virnucpro_cli.plan.policies import Decisions
+from virnucpro_cli.store.parts import ContactMaps
 
 T = TypeVar("T")
 BLOCK = 1 << 22  # values placed at a time
@@ -33,6 +34,7 @@ class Contacts(Feature):
     """A contact map of each protein, or of those that a list names."""
 
     reads = ("contacts_for",)
+    remade = COLUMNS
 
     def __init__(self, config: EmbedConfig):
         """Raises UserError if the list of --contacts-for cannot be read."""
@@ -97,6 +99,57 @@ class Contacts(Feature):
             run.summary.missed += left_out
             remedy = "the same command where there is more tries them again"
             run.tell(f"{counted(left_out, 'protein')} without a contact map: out of memory; {remedy}")
+
+    @staticmethod
+    def of_merged(extra: store.Extra, shards: Shards) -> store.Extra:
+        n = sum(len(records) for records, _ in shards)
+        key, sizes, before = np.full(n, -1, np.int64), np.zeros(n, np.int32), 0
+        for records, maps in _maps_of(shards):
+            key[records] = np.where(maps.starts < 0, -1, maps.starts + before)
+            sizes[records] = maps.sizes
+            before += len(maps.values)
+        return laid_out(key, sizes)
+
+    @staticmethod
+    def merge(file: store.Store, shards: Shards) -> None:
+        """Copy all maps that are pending, a shard after the other; what a shard had no memory for stays pending."""
+        for records, maps in _maps_of(shards):
+            starts, status = file.read(STARTS, records)[:, 0], status_of(file)[records]
+            first, _ = sharers(starts, np.flatnonzero(status == store.PENDING))
+            for own in first:
+                place(file, int(starts[own]), int(maps.sizes[own]), maps.raw(own))
+            for code in (store.DONE, store.SKIPPED):
+                rows = records[(starts >= 0) & (status == store.PENDING) & (maps.status == code)]
+                settle(file, rows, code)
+
+    @staticmethod
+    def described(file: store.EmbeddingFile) -> Iterator[tuple[str, str]]:
+        if (maps := file.contact_maps) is not None:
+            left_out = f", {maps.pending:,} more left out: out of memory" if file.complete and maps.pending else ""
+            size = report.size(maps.values.nbytes)
+            yield "/contacts", f"maps of {counted(maps.done, 'protein')}, {size}{left_out}"
+
+    @staticmethod
+    def count_wrong(file: store.EmbeddingFile) -> int:
+        """Number of maps that are neither finite and symmetric, where done, nor NaN."""
+        wrong = 0
+        if (maps := file.contact_maps) is not None:
+            with_map = np.flatnonzero(maps.starts >= 0)
+            settled = (maps.status != store.PENDING) | file.complete  # one that is left out is NaN
+            for row in with_map[np.unique(maps.starts[with_map], return_index=True)[1]].tolist():
+                if settled[row]:
+                    values = maps.raw(row)
+                    symmetric = np.isfinite(values).all() and (values == values.T).all()
+                    wrong += not (symmetric if maps.status[row] == store.DONE else np.isnan(values).all())
+        return wrong
+
+
+def _maps_of(shards: Shards) -> Iterator[tuple[NDArray[np.int64], ContactMaps]]:
+    """Records and maps of each shard."""
+    for records, file in shards:
+        maps = file.contact_maps
+        assert maps is not None
+        yield records, maps
 
 
 def laid_out(key: NDArray[np.int64], sizes: NDArray[np.int32]) -> store.Extra:
