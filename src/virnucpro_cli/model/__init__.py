@@ -1,1 +1,1 @@
-"""ESM-2: the table of its sizes, its packed forward, its weights, and the independent reference."""
+"""Model families: a file and a row of a table each; and the packed forward, weights, pooling and scores they share."""
