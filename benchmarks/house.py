@@ -15,7 +15,7 @@ from pathlib import Path
 
 ARRAY = re.compile(r"\b(ndarray|NDArray|Tensor|Array|Rows)\b")
 SHAPE = re.compile(r"\[[\w.+*/ -]+(?:,[\w.+*/ -]+)*\]|\((?:[\w.+*/ -]+,)[\w.,+*/ -]*\)|\bscalar\b")
-DTYPE = re.compile(r"\b(u?int(8|16|32|64)|float(16|32|64)|bool|fp16|fp32|bf16|bytes|dtype|uint)\b")
+DTYPE = re.compile(r"\b(u?int(8|16|32|64)|float(16|32|64)|bool|fp16|fp32|bf16|bytes|dtypes?|uint)\b")
 PLAIN_RUN = (
     "import sys\nfrom virnucpro_cli.cli import {main}\n"
     "sys.argv = ['virnucpro', 'embed', 'in.fasta', '-o', 'out.h5', '--model', 'demo', '--device', 'cpu', '-q']\n"
@@ -53,6 +53,12 @@ def functions(trees: dict[str, ast.Module]) -> Iterator[tuple[str, Function]]:
         for node in ast.walk(tree):
             if isinstance(node, Function):
                 yield f"{name}::{node.name}", node
+
+
+def outer(tree: ast.Module) -> set[Function]:
+    """Functions of the module and of its classes, without those inside functions."""
+    bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef))]
+    return {node for body in bodies for node in body if isinstance(node, Function)}
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
@@ -104,7 +110,8 @@ def measures(checkout: Path) -> dict[str, str]:
     every = list(functions(trees))
     long = [name for name, function in every if lines_of(function) > 60]
     wide = [name for name, function in every if parameters(function) > 8 and not is_kernel(function)]
-    arrays = [f for _, f in every if ARRAY.search(annotations(f)) and not f.name.startswith("_") and not is_kernel(f)]
+    public = {f for tree in trees.values() for f in outer(tree) if not f.name.startswith("_") and not is_kernel(f)}
+    arrays = [f for f in public if ARRAY.search(annotations(f))]
     told = [each for each in arrays if SHAPE.search(note := ast.get_docstring(each) or "") and DTYPE.search(note)]
     return {
         "rooms at the top level": str(len({each for each in room.values() if not each.startswith("__")})),

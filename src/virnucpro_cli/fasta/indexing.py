@@ -113,12 +113,15 @@ class _Stream:
     end: NDArray[np.int64]
 
     def record_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The record of each position in the stream, int64 [n] both."""
         return np.searchsorted(self.end, positions, side="right")
 
     def count(self, records: NDArray[np.int64]) -> NDArray[np.int32]:
+        """How often each record occurs, int32 [records of the chunk], in records, int64 [n]."""
         return np.bincount(records, minlength=len(self.begin)).astype(np.int32)
 
     def drop(self, positions: NDArray[np.int64]) -> None:
+        """Take codes out of the stream. positions: int64 [n], rising."""
         self.codes = np.delete(self.codes, positions)
         self.begin = self.begin - np.searchsorted(positions, self.begin)
         self.end = self.end - np.searchsorted(positions, self.end)

@@ -1,6 +1,6 @@
 """Rows with their labels as a data frame of pandas or polars, or as AnnData (extra `frames`), in float32.
 
-labels: a list or array of n values for each column, with a `position` for rows of residues; values: float [n, D].
+labels: a list or array of n values for each column, with a `position` for rows of residues; values: float16 or float32 [n, D].
 All raise UserError if the package is not installed.
 """
 
@@ -20,7 +20,7 @@ Labels = dict[str, Any]
 
 
 def to_pandas(labels: Labels, values: NDArray[Any]) -> "pandas.DataFrame":
-    """Labels of n rows and values, float [n, D]: name (and position) are the index, dimensions the other columns."""
+    """Labels of n rows and values, float16 or float32 [n, D]: name (and position) are the index, dimensions the other columns."""
     needs("pandas", "frames", "to_pandas")
     import pandas as pd
 
@@ -31,7 +31,7 @@ def to_pandas(labels: Labels, values: NDArray[Any]) -> "pandas.DataFrame":
 
 
 def to_polars(labels: Labels, values: NDArray[Any]) -> "polars.DataFrame":
-    """Labels of n rows, and a column `embedding` of the values, float [n, D]."""
+    """Labels of n rows, and a column `embedding` of the values, float16 or float32 [n, D]."""
     needs("polars", "frames", "to_polars")
     import polars as pl
 
@@ -40,7 +40,7 @@ def to_polars(labels: Labels, values: NDArray[Any]) -> "polars.DataFrame":
 
 
 def to_anndata(labels: Labels, values: NDArray[Any], made_by: dict[str, str]) -> "anndata.AnnData":
-    """Labels of n rows as obs, and the values, float [n, D], as X."""
+    """Labels of n rows as obs, and the values, float16 or float32 [n, D], as X."""
     needs("anndata", "frames", "to_anndata")
     import anndata as ad
     import pandas as pd
