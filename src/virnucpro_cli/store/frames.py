@@ -1,6 +1,7 @@
 """Rows with their labels as a data frame of pandas or polars, or as AnnData (extra `frames`), in float32.
 
-labels: a list or array of n values for each column, with a `position` for rows of residues; values: float16 or float32 [n, D].
+labels: a list or array of n values for each column, with a `position` for rows of residues.
+values: float16 or float32 [n, D].
 All raise UserError if the package is not installed.
 """
 
@@ -20,7 +21,7 @@ Labels = dict[str, Any]
 
 
 def to_pandas(labels: Labels, values: NDArray[Any]) -> "pandas.DataFrame":
-    """Labels of n rows and values, float16 or float32 [n, D]: name (and position) are the index, dimensions the other columns."""
+    """Labels of n rows and values, float16 or float32 [n, D]; name (and position) are the index."""
     needs("pandas", "frames", "to_pandas")
     import pandas as pd
 
