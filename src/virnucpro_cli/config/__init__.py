@@ -70,6 +70,9 @@ class EmbedConfig(Config):
     model: str = option(
         "esm2_t33_650M_UR50D", FIRST, "8M, 35M, 150M, 650M, 3B, 15B, their long names, demo, or a path to a "
         "fair-esm .pt, a .safetensors file or a HuggingFace directory.", "MODEL", path=True, said="650M")
+    adapter: tuple[str, ...] = option(
+        (), COMPUTE, "A folder with a LoRA or DoRA adapter of PEFT, merged into the model; may be repeated, in order.",
+        "DIR", repeated=True, path=True)
     pool: tuple[str, ...] = option(
         ("mean",), FIRST, f"Rows to store, any of {', '.join(KINDS)}.", "KIND,KIND", choices=KINDS)
     layers: tuple[int, ...] = option((-1,), FIRST, "Layers to store: 0 is the embedding, -1 the last.", "N,N")
@@ -221,6 +224,7 @@ class ValidateConfig(Config):
         None, GATES, "Largest relative L2 error of a pooled row.", "X", least=ABOVE_0, most=FINITE,
         said="fp32 1e-5, fp16 1e-2, bf16 6e-2")
     model: str | None = option(None, COMPUTE, "As in embed.", "MODEL", path=True, said="demo")
+    adapter: tuple[str, ...] = option((), COMPUTE, "As in embed.", "DIR", repeated=True, path=True)
     layers: tuple[int, ...] = option((), COMPUTE, "Layers to compare.", "N,N", said="0, the middle and the last")
     dtype: str = option("auto", COMPUTE, "As in embed.", "TYPE", choices=DTYPES)
     device: str = option("auto", COMPUTE, "As in embed.", "DEVICE")

@@ -18,7 +18,7 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.kinds import any_by_residue, unmasked
-from virnucpro_cli.model import attention, locate
+from virnucpro_cli.model import adapters, attention, locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import by_name
 from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, resolve_layers
@@ -61,7 +61,10 @@ def _check_paths(output: Path, whole: Path, config: EmbedConfig, features: list[
     """Nothing that is read may be written, and reports must have a place. Raises UserError."""
     store.check_destination(output)
     named = [*config.inputs, *(getattr(config, option) for feature in features for option in feature.reads)]
-    read = [*(Path(name) for name in named if name not in (None, "-")), *locate.files_read(config.model)]
+    read = [
+        *(Path(name) for name in named if name not in (None, "-")),
+        *locate.files_read(config.model, config.adapter),
+    ]
     beside = [path for feature in features for path in feature.writes(whole)]
     if output.exists() and any(_is_of(output, other) for other in read if other.exists()):
         refusal = f"The output {output} is one of the inputs, of the model or of the cache."
@@ -116,6 +119,8 @@ def decided(
     with clock.stage("index"):
         sources = fasta.open_sources(config.inputs, at.output.parent)
     located = locate.locate(config.model) if config.dry_run else locate.fetch(config.model, out.print)
+    if located is not None:
+        located = adapters.with_adapters(located, config.adapter)
     spec = by_name(config.model) if located is None else model_weights.spec_of(located)
     assert spec is not None
     layers = resolved_layers(config.layers, spec)
@@ -202,6 +207,12 @@ def _token_budget(config: EmbedConfig, computing: Computing, spec: ModelSpec, la
     return devices.auto_token_budget(device.kind, device.free, spec.hidden, weight_bytes, stored, computing.sharing)
 
 
+def _adapters(weights: locate.Weights) -> dict[str, str]:
+    """Attributes of a file that was made with adapters, whose `weights_sha256` is of base and adapters."""
+    entries = [{"path": str(each.folder), "sha256": each.sha256} for each in weights.adapters]
+    return {"base_sha256": weights.base_sha256, "adapters": json.dumps(entries)} if entries else {}
+
+
 def attributes(run: EmbedRun) -> dict[str, Any]:
     """Attributes of the file, for its readers."""
     config, fingerprint, environment = run.config, run.fingerprint, run.summary.environment
@@ -214,6 +225,7 @@ def attributes(run: EmbedRun) -> dict[str, Any]:
         "tool": "virnucpro", "tool_version": virnucpro_cli.__version__, **store.of_this_command(),
         "model": environment["model"], "model_layers": run.spec.layers, "weights": run.weights.place,
         "weights_sha256": run.weights.sha256, "weights_origin": locate.origin_of(run.weights),
+        **_adapters(run.weights),
         "dtype": fingerprint["dtype"], "approximate": fingerprint["dtype"] == approximate,
         "store_dtype": config.store_dtype, "attention": fingerprint["attention"], "device": environment["device"],
         **{name: json.dumps(value) for name, value in texts.items()},

@@ -200,6 +200,7 @@ def _environment(run: EmbedRun) -> dict[str, Any]:
         "torch": device.torch,
         "python": platform.python_version(),
         "model": f"{spec.name} ({spec.size})",
+        **({"adapters": ", ".join(config.adapter)} if config.adapter else {}),
         "device": chosen(device.name, config.device),
         **({"workers": chosen(computing.workers, config.workers)} if computing.workers else {}),
         "dtype": chosen(devices.describe_dtype(computing.dtype), config.dtype),
@@ -242,7 +243,7 @@ def describe_plan(run: EmbedRun) -> None:
     summary.environment["length histogram"] = histogram
     say(report.packing_table(summary))
     say("lengths:  " + ";  ".join(f"{label}: {n:,}" for label, n in histogram.items() if n))
-    for key in ("model", "weights", "device", "workers", "dtype", "attention", "token budget"):
+    for key in ("model", "adapters", "weights", "device", "workers", "dtype", "attention", "token budget"):
         if key in summary.environment:
             say(f"{key}: {summary.environment[key]}")
     free = store.free_space(run.output)

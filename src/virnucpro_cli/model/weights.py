@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from virnucpro_cli import stopping
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import adapters
 from virnucpro_cli.model.families import FAMILIES, SIZES, family_of
 from virnucpro_cli.model.locate import Weights, check_unchanged
 from virnucpro_cli.model.spec import DECODER, INV_FREQ, LM_HEAD, Family, ModelSpec, State
@@ -32,8 +33,9 @@ def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
     """
     if weights.seed is not None:
         assert weights.spec is not None
-        state = random_state(weights.spec, weights.seed) | random_heads(weights.spec, weights.seed)
-        return weights.spec, state, ("random weights: the embeddings mean nothing",)
+        state, heads = random_state(weights.spec, weights.seed), random_heads(weights.spec, weights.seed)
+        notes = ["random weights: the embeddings mean nothing", *_merge_adapters(state, heads, weights.spec, weights)]
+        return weights.spec, state | heads, tuple(notes)
     config = _read_config(weights.config) if weights.config else {}
     raw: State = {}
     for file in weights.files:
@@ -58,7 +60,17 @@ def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
     _check_shapes(state, spec, weights)
     heads = heads_in(raw, spec)
     notes += _settle_decoder(heads, raw, state["embed_tokens.weight"], config.get("tied", True))
+    notes += _merge_adapters(state, heads, spec, weights)
     return spec, state | heads, tuple(notes)
+
+
+def _merge_adapters(state: State, heads: State, spec: ModelSpec, weights: Weights) -> list[str]:
+    """Merge each adapter in its order, in float32, into tensors [...] under the names here. Returns notes."""
+    notes = []
+    for adapter in weights.adapters:
+        notes += adapters.merge(state, heads, adapter, read_tensors(adapter.files[1]), spec)
+    check_unchanged(weights)
+    return notes
 
 
 def spec_of(weights: Weights) -> ModelSpec:

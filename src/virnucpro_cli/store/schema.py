@@ -168,12 +168,17 @@ FINGERPRINT: dict[str, Form] = {
     "emit?": Distinct(set(EMITS)), "shard?": str, "groups?": str, "imported?": str, "unknown?": [str],
     "gene_caller?": {"name": _choices("genes"), "version": str},
 }  # fmt: skip
-PLAIN: Form = dict.fromkeys(WORDS, str) | dict.fromkeys(("approximate?", "model_layers?"), int | np.integer | np.bool_)
+PLAIN: Form = (
+    dict.fromkeys(WORDS, str)
+    | {"base_sha256?": str}
+    | dict.fromkeys(("approximate?", "model_layers?"), int | np.integer | np.bool_)
+)
 """Attributes that are text, and numbers or yes and no."""
 JSONS: dict[str, Form] = {
     "fingerprint": FINGERPRINT, "config": {"model": str}, "environment": {"torch?": str}, "argv": [str],
     "layers": Distinct(Whole(-1, 9999)), "pool": Distinct(set(KINDS)), "inputs": [_SOURCE],
     "contigs?": [_SOURCE], "columns?": [str], "tables?": [str], "merged_from?": [str],
+    "adapters?": [{"path": str, "sha256": str}],
 }  # fmt: skip
 """Attributes in JSON."""
 

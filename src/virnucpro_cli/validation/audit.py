@@ -5,6 +5,7 @@ Settings come from the file's fingerprint.
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.fasta.plain import refuse_unreadable
 from virnucpro_cli.kinds import pooled
-from virnucpro_cli.model import locate
+from virnucpro_cli.model import adapters, locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.plan.packing import window_weights, windowed_segments
 from virnucpro_cli.validation import agreement, gates, oracle, oracle_of, plain_reader, records
@@ -47,7 +48,7 @@ def audit_file(config: ValidateConfig, out: Console, clock: report.Clock) -> Ver
         out.print(f"reading {', '.join(paths)}", style="dim")
         with clock.stage("read FASTA"):
             table = plain_reader.read(paths, file.settings["id"], file.settings.get("gaps", "keep"))
-        weights = weights_of(file, path, config.model, out)
+        weights = weights_of(file, path, config.model, config.adapter, out)
         device = devices.resolve_device(config.reference_device, "--reference-device")
         spec, state, notes = model_weights.load(weights)
         family = oracle_of(spec)
@@ -88,16 +89,29 @@ def model_of(file: store.EmbeddingFile, named: str | None) -> str:
     return named or str(json.loads(file.attributes["config"])["model"])
 
 
-def weights_of(file: store.EmbeddingFile, path: str, named: str | None, out: Console) -> locate.Weights:
+def model_files(file: store.EmbeddingFile, named: str | None, adapter: tuple[str, ...] = ()) -> list[Path]:
+    """Files of the model and adapters that are named, or that the run of the file was given."""
+    return locate.files_read(model_of(file, named), adapters_of(file, adapter))
+
+
+def adapters_of(file: store.EmbeddingFile, named: tuple[str, ...]) -> tuple[str, ...]:
+    """The adapters that are named, or else those that the run of the file was given."""
+    return named or tuple(json.loads(file.attributes["config"]).get("adapter", ()))
+
+
+def weights_of(
+    file: store.EmbeddingFile, path: str, named: str | None, adapter: tuple[str, ...], out: Console
+) -> locate.Weights:
     """The weights that are named, or else those that the file at `path` names; the caller checks that they are its own.
 
     Raises UserError if they are not here and cannot be fetched.
     """
     model = model_of(file, named)
     try:
-        return locate.verified(locate.fetch(model, lambda text: out.print(text)))
+        found = locate.fetch(model, lambda text: out.print(text))
+        return locate.verified(adapters.with_adapters(found, adapters_of(file, adapter)))
     except UserError as error:
-        if named:
+        if named or adapters_of(file, ()):
             raise
         raise UserError(
             f"{path} was made with --model {model}, which is not here. {error.what}",
@@ -111,7 +125,7 @@ def _inputs(file: store.EmbeddingFile, config: ValidateConfig) -> tuple[str, ...
     paths = config.fasta or tuple(entry["path"] for entry in file.inputs)
     if not paths:
         raise UserError(f"{path} does not say what was embedded.", "Name it: --fasta FILE")
-    report.check_places({"report": config.report}, [path, *paths, *locate.files_read(model_of(file, config.model))])
+    report.check_places({"report": config.report}, [path, *paths, *model_files(file, config.model, config.adapter)])
     try:
         refuse_unreadable(paths)
     except UserError as error:

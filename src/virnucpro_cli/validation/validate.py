@@ -23,8 +23,8 @@ from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.exchange import importing, layouts
 from virnucpro_cli.fasta.plain import refuse_unreadable, write_texts
 from virnucpro_cli.kinds import KINDS
+from virnucpro_cli.model import adapters, locate
 from virnucpro_cli.model import attention as attention_backends
-from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import build
 from virnucpro_cli.model.packed import exact_arithmetic
@@ -42,7 +42,7 @@ def run(config: ValidateConfig, out: Console | None = None) -> Verdict:
     """Do what `virnucpro validate` does and return the verdict. Raises UserError for what the user can put right."""
     out = out or report.console(config.quiet)
     read = [*config.fasta, *([config.against] if config.against else [])]
-    read += map(str, locate.files_read(config.model or DEFAULT_MODEL))
+    read += map(str, locate.files_read(config.model or DEFAULT_MODEL, config.adapter))
     report.check_places({"report": config.report}, read)
     clock = report.Clock()
     exact_arithmetic()
@@ -131,6 +131,7 @@ class _Subject:
             inputs=(str(path),), output=str(output), model=config.model or DEFAULT_MODEL, layers=self.layers,
             pool=KINDS, dtype=dtype, store_dtype="fp32", device=config.device, attention=attention,
             token_budget=config.token_budget, max_residues=config.max_residues, force_protein=True, quiet=True,
+            adapter=config.adapter,
         )  # fmt: skip
         try:
             with self.clock.stage(f"embed, {dtype}"):
@@ -151,7 +152,8 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
     dtype = devices.resolve_dtype(config.dtype, device)
     backend = attention_backends.resolve(config.attention, device, dtype)
     reference_device = devices.resolve_device(config.reference_device, "--reference-device")
-    weights = locate.verified(locate.fetch(config.model or DEFAULT_MODEL, lambda text: out.print(text)))
+    found = locate.fetch(config.model or DEFAULT_MODEL, lambda text: out.print(text))
+    weights = locate.verified(adapters.with_adapters(found, config.adapter))
     with clock.stage("load model"):
         loaded = model_weights.load(weights)
     spec, state, notes = loaded

@@ -1,0 +1,250 @@
+"""PEFT's LoRA and DoRA adapters: what their files say, and their merge into weights in float32.
+
+Shapes: a matrix [out, in] and its low-rank factors A [r, in] and B [out, r]; the token table [V, D] is the other way.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from virnucpro_cli.errors import UserError, counted, unread
+from virnucpro_cli.model.families import by_name, family_of
+from virnucpro_cli.model.locate import ADAPTER_CONFIG, Adapter, Weights
+from virnucpro_cli.model.spec import DECODER, INV_FREQ, Family, ModelSpec, State
+
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PLAIN_STARTS = (True, False, "true", "false", "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base as it was."""
+CHANGED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+HARMLESS = frozenset((
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "qalora_group_size",
+    "lora_bias", "runtime_config", "ephemeral_gpu_offload",
+))  # fmt: skip
+"""Fields that the merge heeds, and fields that change nothing of it. Any other is refused where it is set."""
+
+_WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+")
+_PARTS = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?")
+_WORD_OF_PEFT = re.compile(r"lora|adapter|ia3|vera|prompt", re.IGNORECASE)
+_OF_THE_ENCODER = re.compile(r"(^|\.)(esm|encoder|layers?|embeddings)\.")
+
+
+@dataclass
+class _Change:
+    """Tensors of an adapter, by their parts, for one module of the base."""
+
+    path: str
+    parts: State = field(default_factory=dict)
+
+
+def with_adapters(weights: Weights, folders: Iterable[str]) -> Weights:
+    """The weights with the adapters of these folders, in order. Raises UserError for one that cannot be merged."""
+    adapters = tuple(map(_adapter_in, folders))
+    named = {each.folder.resolve() for each in adapters}
+    if len(named) < len(adapters):
+        raise UserError("--adapter names the same folder twice.", "Give it once.")
+    unasked = weights.config.parent if weights.config and (weights.config.parent / ADAPTER_CONFIG).is_file() else None
+    notes = weights.notes
+    if unasked is not None and unasked.resolve() not in named:
+        notes += (f"{unasked} holds an adapter too, which is not merged: --adapter {unasked} merges it",)
+    return replace(weights, adapters=adapters, notes=notes)
+
+
+def _adapter_in(name: str) -> Adapter:
+    folder = Path(name)
+    _settings(folder)
+    file = next((folder / each for each in FILES if (folder / each).is_file()), None)
+    if file is None:
+        raise UserError(f"The adapter {folder} holds neither {' nor '.join(FILES)}.", "Copy the whole folder.")
+    return Adapter(folder, (folder / ADAPTER_CONFIG, file))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json. Raises UserError, with the reason, if no merge gives this adapter's rows."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        settings = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"The adapter {unread(str(path), error)}.", "Give a folder that PEFT saved.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.", "Copy the folder again.") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("alpha_pattern") or {}, dict):
+        raise UserError(f"{path} is not the configuration of an adapter.", "Copy the folder again.")
+    if (kind := settings.get("peft_type")) != "LORA":
+        raise UserError(f"{folder} is an adapter of type {kind!r}; LoRA and DoRA can be merged.", _MERGE_FIRST)
+    start = settings.get("init_lora_weights", True)
+    start = start.lower() if isinstance(start, str) else start
+    if str(start).startswith(CHANGED_STARTS):
+        raise UserError(
+            f"{folder} began as {start}, which changed the weights of the base too: its factors fit no other base.",
+            "Save it with PEFT's path_initial_model_for_weight_conversion, or merge it into its own base.",
+        )
+    if start not in PLAIN_STARTS:
+        raise UserError(f"{folder} began in an unknown way: init_lora_weights is {start!r}.", _MERGE_FIRST)
+    if unknown := sorted(name for name, value in settings.items() if value and name not in HARMLESS):
+        raise UserError(f"{folder} uses {', '.join(unknown)}, of which no merge is known here.", _MERGE_FIRST)
+    return settings
+
+
+_MERGE_FIRST = "Merge it with PEFT (merge_and_unload), save the model, and give that with --model."
+
+
+def merge(state: State, heads: State, adapter: Adapter, tensors: State, spec: ModelSpec) -> list[str]:
+    """Merge an adapter's tensors into a model's, in float32. Returns notes.
+
+    state, heads: the model's tensors [out, in], [out] and [V, D], under the names here; changed tensors are new ones.
+    tensors: of the adapter's file, as they are named there. Raises UserError for what the base does not have.
+    """
+    settings = _settings(adapter.folder)
+    table = state["embed_tokens.weight"]
+    kept, changes, left_out = _sorted(tensors, state, heads, adapter, spec)
+    for name, tensor in kept.items():
+        into = state if name in state else heads
+        base = into.get(name, table if name == DECODER else tensor)
+        if base.shape != tensor.shape:
+            raise _other_shape(adapter, settings, name, tuple(tensor.shape), tuple(base.shape))
+        if name == INV_FREQ:
+            if not torch.equal(base, tensor.float()):
+                raise UserError(f"{adapter.folder} has another inv_freq than its base.", _MERGE_FIRST)
+        else:
+            into[name] = tensor.float()
+    for name, change in changes.items():
+        into = state if f"{name}.weight" in state else heads
+        if f"{name}.weight" == DECODER:
+            heads.setdefault(DECODER, table)
+        _merge_one(into, name, change, settings, adapter)
+    _untie(state, heads, table)
+    if not kept and not changes:
+        raise UserError(f"{adapter.folder} holds nothing that the encoder has.", "Give the adapter of an ESM-2.")
+    return [*_told(adapter, settings, changes, kept, spec), *_told_left_out(adapter, left_out)]
+
+
+def _untie(state: State, heads: State, table: torch.Tensor) -> None:
+    """Keep the last matrix of the token head at the base's table [V, D]: PEFT's forward adapts the embedding alone."""
+    if state["embed_tokens.weight"] is not table and "lm_head.bias" in heads:
+        heads.setdefault(DECODER, table)
+
+
+def _sorted(
+    tensors: State, state: State, heads: State, adapter: Adapter, spec: ModelSpec
+) -> tuple[State, dict[str, _Change], list[str]]:
+    """Tensors that replace one, by its name; changes, by the module's name; and what is of a head that is not here."""
+    family, kept, left_out = family_of(spec), State(), list[str]()
+    changes: dict[str, _Change] = {}
+    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    has_esm = any(name.startswith("esm.") for name in plain)
+    for name, tensor in plain.items():
+        match = _PARTS.fullmatch(name)
+        whole = f"{match[1]}.weight" if match else name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        here = name_here(whole, family, spec)
+        if here in state or here in heads or (here == DECODER and "lm_head.bias" in heads):
+            assert here is not None
+            if match:
+                changes.setdefault(here.removesuffix(".weight"), _Change(match[1])).parts[match[2]] = tensor
+            else:
+                kept[here] = tensor
+        elif _is_of_a_head(whole, has_esm, family):
+            left_out.append(name)
+        elif here is None or not here.endswith("inv_freq"):
+            raise UserError(
+                f"{adapter.folder} changes {name}, which {spec.name} does not have.", "Give the base it was made for."
+            )
+    return kept, changes, left_out
+
+
+def name_here(name: str, family: Family, spec: ModelSpec) -> str | None:
+    """What a tensor of the wrapped model is called here, in the encoder or in a head; None if it has no name here."""
+    plain = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    for pattern, to in family.NAMES:
+        if match := pattern.fullmatch(plain):
+            return match.expand(to)
+    short = plain.removeprefix("esm.")
+    heads = {f"{head}.{part}" for head, parts in family.head_shapes(spec).items() for part in parts}
+    return short if short in heads or short == DECODER else None
+
+
+def _is_of_a_head(name: str, has_esm: bool, family: Family) -> bool:
+    if family.LEFT_OUT.fullmatch(name):
+        return True
+    outside = not name.startswith("esm.") if has_esm else not _OF_THE_ENCODER.search(name)
+    return outside and not _WORD_OF_PEFT.search(name)
+
+
+def _merge_one(into: State, name: str, change: _Change, settings: dict[str, Any], adapter: Adapter) -> None:
+    """Merge the parts of one module: its matrix [out, in], or the token table [V, D], and its bias [out]."""
+    parts, weight = {part: tensor.float() for part, tensor in change.parts.items()}, into[f"{name}.weight"].float()
+    is_table = "lora_embedding_A" in parts
+    keys = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
+    magnitude, has_dora = parts.get("lora_magnitude_vector"), bool(settings.get("use_dora"))
+    if any(key not in parts for key in keys) or (magnitude is None) == has_dora:
+        raise UserError(f"{adapter.folder} has no whole adapter for {change.path}.", "Copy the folder again.")
+    a, b = (parts[key] for key in keys)
+    out, columns = reversed(weight.shape) if is_table else weight.shape
+    if a.ndim != 2 or a.shape[1] != columns or b.shape != (out, len(a)) or not len(a):
+        found = (*b.shape[:1], *a.shape[1:])
+        raise _other_shape(adapter, settings, change.path, found, (out, columns))
+    scale = _scale(len(a), change.path, settings, adapter)
+    delta = (b @ a).T * scale if is_table else b @ a * scale
+    merged = weight + delta
+    if magnitude is not None:
+        if magnitude.shape != (out,):
+            raise _other_shape(adapter, settings, f"{change.path}.lora_magnitude_vector", (*magnitude.shape,), (out,))
+        norm = torch.linalg.norm(merged, dim=0 if is_table else 1)
+        factor = magnitude / norm
+        merged = (factor if is_table else factor[:, None]) * merged
+    into[f"{name}.weight"] = merged
+    if (bias := parts.get("lora_B.bias")) is not None:
+        base = into.get(f"{name}.bias")
+        if base is None or base.shape != bias.shape:
+            raise _other_shape(adapter, settings, f"{change.path}.bias", tuple(bias.shape), (out,))
+        into[f"{name}.bias"] = base.float() + bias * scale
+
+
+def _scale(rank: int, path: str, settings: dict[str, Any], adapter: Adapter) -> float:
+    """Factor of B A: alpha / r, or alpha / sqrt(r). alpha is of the first pattern that fits the module's path."""
+    patterns, alpha = settings.get("alpha_pattern") or {}, settings.get("lora_alpha", 8)
+    try:
+        fitting = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path))
+        alpha = next(fitting, alpha)
+    except re.error as error:
+        raise UserError(f"{adapter.folder}: alpha_pattern has no regular expression: {error}.") from None
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise UserError(f"{adapter.folder}: lora_alpha is {alpha!r}, and must be a number.")
+    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+
+
+def _other_shape(
+    adapter: Adapter, settings: dict[str, Any], name: str, found: tuple[int, ...], needed: tuple[int, ...]
+) -> UserError:
+    base = settings.get("base_model_name_or_path")
+    return UserError(
+        f"{adapter.folder} does not fit the model: {name} has shape {found}, and the model needs {needed}.",
+        f"It was made for {base}: give that with --model." if base else "Give the base that it was made for.",
+    )
+
+
+def _told(
+    adapter: Adapter, settings: dict[str, Any], changes: dict[str, _Change], kept: State, spec: ModelSpec
+) -> list[str]:
+    kind = "DoRA" if settings.get("use_dora") else "LoRA"
+    replaced = f", {counted(len(kept), 'tensor')} replaced" if kept else ""
+    notes = [f"adapter {adapter.folder}: {kind} merged into {counted(len(changes), 'module')}{replaced}"]
+    base = settings.get("base_model_name_or_path")
+    known = by_name(base) if isinstance(base, str) else None
+    if known is not None and known.name != spec.name:
+        notes.append(f"adapter {adapter.folder} was made for {known.name}, and is merged into {spec.name}")
+    return notes
+
+
+def _told_left_out(adapter: Adapter, names: list[str]) -> list[str]:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    words = f"adapter {adapter.folder}: a task head is left out: {', '.join(names[:3])}{more}"
+    return [words] if names else []
