@@ -78,9 +78,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "odd rank": ("EsmModel", {"target_modules": ["query", "value"], "r": 3, "lora_alpha": 7}),
     "a regular expression": ("EsmModel", {"target_modules": r".*\.(query|intermediate\.dense)"}),
     "rslora": ("EsmForMaskedLM", {"target_modules": QKV, "use_rslora": True, "r": 5}),
-    "alpha_pattern": ("EsmModel", {"target_modules": QKV, "alpha_pattern": {"layer.1.attention.self.query": 32, "value": 3}}),
+    "alpha_pattern": (
+        "EsmModel", {"target_modules": QKV, "alpha_pattern": {"layer.1.attention.self.query": 32, "value": 3}},
+    ),
     "rank_pattern": ("EsmForMaskedLM", {"target_modules": QKV, "rank_pattern": {"key": 2, r"layer\.0\..*\.query": 16}}),
-    "both patterns": ("EsmModel", {"target_modules": QKV, "rank_pattern": {"key": 2}, "alpha_pattern": {"key": 5}, "use_rslora": True}),
+    "both patterns": (
+        "EsmModel",
+        {"target_modules": QKV, "rank_pattern": {"key": 2}, "alpha_pattern": {"key": 5}, "use_rslora": True},
+    ),
     "dora": ("EsmModel", {"target_modules": [*QKV, "dense"], "use_dora": True}),
     "dora, rslora": ("EsmForMaskedLM", {"target_modules": ["query"], "use_dora": True, "use_rslora": True, "r": 6}),
     "lora_bias": ("EsmModel", {"target_modules": [*QKV, "dense"], "lora_bias": True, "lora_alpha": 3}),
@@ -91,9 +96,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "all-linear, a token head": ("EsmForMaskedLM", {"target_modules": "all-linear"}),
     "embeddings": ("EsmModel", {"target_modules": ["word_embeddings", "query"]}),
     "embeddings, dora": ("EsmModel", {"target_modules": ["word_embeddings"], "use_dora": True}),
-    "modules_to_save": ("EsmModel", {"target_modules": QKV, "modules_to_save": ["intermediate", "emb_layer_norm_after"]}),
+    "modules_to_save": (
+        "EsmModel", {"target_modules": QKV, "modules_to_save": ["intermediate", "emb_layer_norm_after"]},
+    ),
     "a classifier": ("EsmForSequenceClassification", {"target_modules": QKV, "task_type": "SEQ_CLS"}),
-    "layers": ("EsmForTokenClassification", {"target_modules": QKV, "task_type": "TOKEN_CLS", "layers_to_transform": [1]}),
+    "layers": (
+        "EsmForTokenClassification",
+        {"target_modules": QKV, "task_type": "TOKEN_CLS", "layers_to_transform": [1]},
+    ),
 }  # fmt: skip
 
 
@@ -288,6 +298,25 @@ def test_the_file_and_its_methods_sentence_name_base_and_adapter(
     assert entry == {"path": str(adapter), "sha256": locate.sha256_of(sorted(adapter.glob("adapter_*")))}
     assert f"the adapter {adapter} (SHA-256 {entry['sha256'][:16]}) was merged" in " ".join(sentence.split())
     assert attributes["base_sha256"][:16] in sentence
+
+
+def test_shards_and_searches_use_the_adapters(tmp_path: Path, make_fasta: Callable[..., Path]) -> None:
+    from virnucpro_cli.cluster.merge import merge_shards
+    from virnucpro_cli.explore.search import SearchConfig, search_file
+
+    adapter, fasta = made(tmp_path), make_fasta([20, 30, 40, 50])
+    common = {"model": str(tmp_path / "base"), "adapter": str(adapter), "device": "cpu"}
+    for k in (1, 2):
+        embed_fasta(fasta, tmp_path / "o.h5", shard=f"{k}/2", **common)
+    merge_shards(tmp_path / "o.h5")
+    with read_embeddings(tmp_path / "o.h5") as file:
+        assert json.loads(file.attributes["adapters"])[0]["path"] == str(adapter)
+    search = SearchConfig(
+        file=str(tmp_path / "o.h5"), query=str(fasta), k=1, raw=True, output=str(tmp_path / "hits.tsv")
+    )
+    assert search_file(search) == 0
+    hits = [line.split("\t") for line in (tmp_path / "hits.tsv").read_text().splitlines()[1:]]
+    assert len(hits) == 4 and all(hit[0] == hit[1] for hit in hits)
 
 
 @pytest.mark.parametrize("options", [{"workers": 2}, {"dtype": "bf16"}])

@@ -57,6 +57,8 @@ class SearchConfig(Config):
         False, PANEL, "Plain cosines. Those of ESM-2 are nearly blind: unrelated proteins reach .9.")
     output: str | None = option(None, PANEL, "", "HITS.tsv", short="o", said="standard output")
     model: str | None = option(None, PANEL, "Where the weights of OUT.h5 are now, for a FASTA query.", "PATH")
+    adapter: tuple[str, ...] = option(
+        (), PANEL, "Where the adapters of OUT.h5 are now, in order.", "DIR", repeated=True, path=True)
     force_protein: bool = option(False, PANEL, "As in embed, for a FASTA query.")
     kind: str | None = option(None, PANEL, "Rows of which --pool.", "KIND", said="those of /embeddings")
     layer: int | None = option(None, PANEL, "Rows of which layer.", "N", said="the last stored")

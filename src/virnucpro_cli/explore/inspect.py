@@ -204,4 +204,5 @@ def _adapters(file: store.EmbeddingFile) -> str:
     if not adapters:
         return ""
     named = [f"{entry['path']} (SHA-256 {entry['sha256'][:16]})" for entry in adapters]
-    return f", into which the adapter{'s' if len(adapters) > 1 else ''} {_listed(named)} {'were' if len(adapters) > 1 else 'was'} merged,"
+    words = "the adapters {} were" if len(adapters) > 1 else "the adapter {} was"
+    return f", into which {words.format(_listed(named))} merged,"

@@ -46,7 +46,7 @@ def search_file(settings: SearchConfig) -> int:
     with ExitStack() as stack:
         file = stack.enter_context(store.opened(database))
         named = [settings.query] if os.path.exists(settings.query) else []
-        model_files = audit.model_files(file, settings.model)
+        model_files = audit.model_files(file, settings.model, settings.adapter)
         report.check_places({"output": output}, [database, *named, *model_files])
         if output is not None:
             store.check_new(Path(output), settings.overwrite)
@@ -196,7 +196,7 @@ def _of_file(data: Pooled, settings: SearchConfig, stack: ExitStack, out: Consol
 def _embedded(data: Pooled, asked: SearchConfig, stack: ExitStack, out: Console) -> Pooled:
     """A FASTA, embedded as the database was, in a file that is removed in the end."""
     settings, query = data.file.settings, asked.query
-    weights = audit.weights_of(data.file, asked.file, asked.model, (), out)
+    weights = audit.weights_of(data.file, asked.file, asked.model, asked.adapter, out)
     other_weights = f"{asked.file} was made with other weights than those of {weights.place}"
     if weights.sha256 != settings["weights_sha256"]:
         sha256 = settings["weights_sha256"][:16]
@@ -204,7 +204,8 @@ def _embedded(data: Pooled, asked: SearchConfig, stack: ExitStack, out: Console)
     is_same_device = settings["device"] == devices.resolve_device("auto").type
     config = resolve(EmbedConfig, None, {
         "inputs": query, "output": str(Path(stack.enter_context(scratch.folder())) / "queries.h5"), "quiet": True,
-        "model": audit.model_of(data.file, asked.model), "adapter": audit.adapters_of(data.file, ()), "layers": data.layer, "pool": data.kind,
+        "model": audit.model_of(data.file, asked.model), "adapter": audit.adapters_of(data.file, asked.adapter),
+        "layers": data.layer, "pool": data.kind,
         "dtype": devices.short_name(getattr(torch, settings["dtype"])) if is_same_device else "auto",
         "store_dtype": settings["store_dtype"], "force_protein": asked.force_protein,
         **{name: settings[name] for name in (*SAME, "id", "dedup") if name in settings},
