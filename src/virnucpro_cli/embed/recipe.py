@@ -18,7 +18,7 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.kinds import any_by_residue, unmasked
-from virnucpro_cli.model import adapters, attention, locate
+from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import by_name
 from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, resolve_layers
@@ -119,8 +119,10 @@ def decided(
     with clock.stage("index"):
         sources = fasta.open_sources(config.inputs, at.output.parent)
     located = locate.locate(config.model) if config.dry_run else locate.fetch(config.model, out.print)
-    if located is not None:
-        located = adapters.with_adapters(located, config.adapter)
+    if located is not None and config.adapter:
+        from virnucpro_cli.model.adapters import with_adapters
+
+        located = with_adapters(located, config.adapter)
     spec = by_name(config.model) if located is None else model_weights.spec_of(located)
     assert spec is not None
     layers = resolved_layers(config.layers, spec)

@@ -161,7 +161,7 @@ def _sorted(
 
 
 def name_here(name: str, family: Family, spec: ModelSpec) -> str | None:
-    """What a tensor of the wrapped model is called here, in the encoder or in a head; None if it has no name here."""
+    """The name here of a tensor of the wrapped model, in the encoder or in a head; None if there is none."""
     plain = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     for pattern, to in family.NAMES:
         if match := pattern.fullmatch(plain):

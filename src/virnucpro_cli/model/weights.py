@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from virnucpro_cli import stopping
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import adapters
 from virnucpro_cli.model.families import FAMILIES, SIZES, family_of
 from virnucpro_cli.model.locate import Weights, check_unchanged
 from virnucpro_cli.model.spec import DECODER, INV_FREQ, LM_HEAD, Family, ModelSpec, State
@@ -66,9 +65,13 @@ def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
 
 def _merge_adapters(state: State, heads: State, spec: ModelSpec, weights: Weights) -> list[str]:
     """Merge each adapter in its order, in float32, into tensors [...] under the names here. Returns notes."""
+    if not weights.adapters:
+        return []
+    from virnucpro_cli.model.adapters import merge
+
     notes = []
     for adapter in weights.adapters:
-        notes += adapters.merge(state, heads, adapter, read_tensors(adapter.files[1]), spec)
+        notes += merge(state, heads, adapter, read_tensors(adapter.files[1]), spec)
     check_unchanged(weights)
     return notes
 
