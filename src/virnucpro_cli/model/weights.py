@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from virnucpro_cli import stopping
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model.families import FAMILIES, SIZES, family_of
+from virnucpro_cli.model.families import DEMO, FAMILIES, SIZES, family_of
 from virnucpro_cli.model.locate import Weights, check_unchanged
 from virnucpro_cli.model.spec import DECODER, INV_FREQ, LM_HEAD, Family, ModelSpec, State
 
@@ -35,7 +35,7 @@ def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
         state, heads = random_state(weights.spec, weights.seed), random_heads(weights.spec, weights.seed)
         notes = ["random weights: the embeddings mean nothing", *_merge_adapters(state, heads, weights.spec, weights)]
         return weights.spec, state | heads, tuple(notes)
-    config = _read_config(weights.config) if weights.config else {}
+    config = _read_config(weights.config, weights.spec) if weights.config else {}
     raw: State = {}
     for file in weights.files:
         tensors, settings = _read_file(file)
@@ -43,23 +43,18 @@ def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
         for name, tensor in tensors.items():
             _put(raw, _WRAPPERS.sub("", name), tensor, weights)
     check_unchanged(weights)
-    key = weights.spec.family if weights.spec else config.get("family", DEFAULT)
+    told = (key for key, each in FAMILIES.items() if each.told_by(set(raw)))
+    key = weights.spec.family if weights.spec else config.get("family") or next(told, DEFAULT)
     family = FAMILIES[key]
     state, left_out = _renamed(raw, family, weights)
-    words = " ".join(raw)
-    if not config and "position_embeddings" in words and "inv_freq" not in words:
-        raise UserError(
-            f"{weights.place} has learned positions and no inv_freq: it may be an ESM-1, another model.",
-            "If it is an ESM-2, give its HuggingFace directory with config.json.",
-        )
     spec = _spec_of(state, config, key, weights)
-    notes = [*weights.notes, *family.settle_inv_freq(state, spec)]
+    heads = heads_in(raw, spec)
+    of_decoder = _settle_decoder(heads, raw, state["embed_tokens.weight"], config.get("tied", True))
+    notes = [*weights.notes, *family.settle(state, spec)]
     if left_out:
         notes.append(f"a head of its own in the checkpoint is left out: {_some(left_out)}")
     _check_shapes(state, spec, weights)
-    heads = heads_in(raw, spec)
-    notes += _settle_decoder(heads, raw, state["embed_tokens.weight"], config.get("tied", True))
-    notes += _merge_adapters(state, heads, spec, weights)
+    notes = [*notes, *of_decoder, *_merge_adapters(state, heads, spec, weights)]
     return spec, state | heads, tuple(notes)
 
 
@@ -81,23 +76,35 @@ def spec_of(weights: Weights) -> ModelSpec:
     return weights.spec or load(weights)[0]
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, spec: ModelSpec | None = None) -> dict[str, Any]:
+    """Fields of the spec, its family (the one of a spec that is known), and whether the token head is tied."""
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
-    name = config.get("model_type") if isinstance(config, dict) else None
-    key = next((key for key, family in FAMILIES.items() if family.CONFIG["model_type"][0] == name), DEFAULT)
+    said = config if isinstance(config, dict) else {}
+    key = spec.family if spec else min(FAMILIES, key=lambda key: _distance(said, FAMILIES[key]))
     family = FAMILIES[key]
     fields = {field: there for field, (there, _) in family.SETTINGS.items()}
     if not isinstance(config, dict) or not all(isinstance(config.get(there, 1), int) for there in fields.values()):
         raise UserError(f"{path} is not a model's configuration.", "Fetch or copy the model directory again.")
-    for there, (value, default) in family.CONFIG.items():
-        found = config.get(there, default)
-        if found != value and not (value is False and found is None):
-            raise UserError(f"{path} is not an {family.TITLE}: {there} is {found!r}, and {family.TITLE} has {value!r}.")
+    for there, found, value in _contradictions(config, family):
+        raise UserError(f"{path} is not an {family.TITLE}: {there} is {found!r}, and {family.TITLE} has {value!r}.")
     sizes = {field: config.get(there) for field, there in fields.items()}
     return {**sizes, "family": key, "tied": config.get("tie_word_embeddings", True)}
+
+
+def _contradictions(config: dict[str, Any], family: Family) -> list[tuple[str, Any, Any]]:
+    """Words of a configuration that are not the family's: the word, its value, and the family's."""
+    found = [(word, config.get(word, default), value) for word, (value, default) in family.CONFIG.items()]
+    return [each for each in found if each[1] != each[2] and not (each[2] is False and each[1] is None)]
+
+
+def _distance(config: dict[str, Any], family: Family) -> tuple[int, bool]:
+    """How far a configuration is from a family's; the classes that it names decide between equals."""
+    classes = config.get("architectures")
+    named = isinstance(classes, list) and any(each in family.ARCHITECTURES for each in classes)
+    return len(_contradictions(config, family)), not named
 
 
 def read_tensors(path: Path) -> State:
@@ -167,7 +174,7 @@ def _renamed(raw: State, family: Family, weights: Weights) -> tuple[State, list[
 
 def _spec_of(state: State, config: dict[str, Any], family: str, weights: Weights) -> ModelSpec:
     if "embed_tokens.weight" not in state:
-        raise UserError(f"{weights.place} has no token embedding: it is not an ESM-2 checkpoint.")
+        raise UserError(f"{weights.place} has no token embedding: it is not an {FAMILIES[family].TITLE} checkpoint.")
     named, inv_freq = weights.spec, state.get(INV_FREQ)
     numbers = [int(name.split(".")[1]) for name in state if name.startswith("layers.")]
     layers = config.get("layers") or max(numbers, default=-1) + 1
@@ -181,15 +188,22 @@ def _spec_of(state: State, config: dict[str, Any], family: str, weights: Weights
             f"{weights.place} does not say how many attention heads it has.",
             "Put its config.json beside it, or give a HuggingFace directory with it.",
         )
-    known = {(spec.layers, spec.hidden, spec.heads): spec.name for spec in reversed(SIZES.values())}
-    name = named.name if named else known.get((layers, hidden, heads), weights.name)
-    spec = ModelSpec(name, layers, hidden, heads, family)
+    name = named.name if named else _published_name(layers, hidden, heads, family) or weights.name
+    spec = ModelSpec(name, layers, hidden, heads, family, FAMILIES[family].LONGEST)
     if named not in (None, spec):
         raise UserError(
             f"{weights.place} is not {name}: it has {layers} layers of {hidden} with {heads} heads.",
             "Remove it from the cache and fetch again.",
         )
     return spec
+
+
+def _published_name(layers: int, hidden: int, heads: int, family: str) -> str | None:
+    """The only published model of a family with these sizes, if there is one."""
+    sizes = (layers, hidden, heads, family)
+    known = [each for each in SIZES.values() if (each.layers, each.hidden, each.heads, each.family) == sizes]
+    names = [each.name for each in known if each != DEMO]
+    return names[0] if len(names) == 1 else None
 
 
 def _in_a_head(raw: State, name: str) -> torch.Tensor | None:
@@ -232,7 +246,11 @@ def _check_shapes(state: State, spec: ModelSpec, weights: Weights) -> None:
     for name, shape in expected.items():
         if (found := tuple(state[name].shape)) != shape:
             raise UserError(f"{weights.place}: {name} has shape {found}, and {spec.name} needs {shape}.")
-    if surplus := [name for name in state if name not in expected]:
+    surplus = [name for name in state if name not in expected]
+    if foreign := [name for name in surplus if not name.startswith("layers.")]:
+        title = family_of(spec).TITLE
+        raise UserError(f"{weights.place} holds tensors that {title} does not have: {_some(foreign)}.")
+    if surplus:
         raise UserError(f"{weights.place} has more layers than its configuration says: {_some(surplus)}.")
 
 
@@ -252,7 +270,7 @@ def random_state(spec: ModelSpec, seed: int = 0, device: torch.device | str = "c
         if len(shape) > 1:
             mean, deviation = 0.0, shape[-1] ** -0.5
         state[name] = torch.empty(shape, device=device).normal_(mean, deviation, generator=generator)
-    family_of(spec).settle_inv_freq(state, spec)
+    family_of(spec).settle(state, spec)
     return state
 
 
