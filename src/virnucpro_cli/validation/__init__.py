@@ -1,14 +1,25 @@
 """`validate` and `verify`: the oracle's rows, how ours agree with them, the gates, and the verdict."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
+
+from virnucpro_cli.errors import UserError, install_command
 
 if TYPE_CHECKING:
     from virnucpro_cli.model.spec import ModelSpec
     from virnucpro_cli.validation.oracle import Oracle
 
+ORACLES = {"esm2": "fair_esm", "dplm": "transformers_esm", "esm1b": "fair_esm_1", "esm1v": "fair_esm_1"}
+"""The file beside this one that holds the oracle of a family, its class `Reference`."""
+
 
 def oracle_of(spec: "ModelSpec") -> type["Oracle"]:
-    """The oracle of a model's family. Another family is a file beside `fair_esm.py`, and a line here."""
-    from virnucpro_cli.validation.fair_esm import Reference
-
-    return Reference
+    """The oracle of a model's family. Raises UserError if the package that it is from is not installed."""
+    try:
+        module = import_module(f"virnucpro_cli.validation.{ORACLES[spec.family]}")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"Nothing to compare {spec.name} with: {error.name} is not installed.",
+            f"Install it: {install_command('test')}",
+        ) from None
+    return module.Reference  # type: ignore[no-any-return]
