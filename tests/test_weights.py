@@ -486,7 +486,7 @@ def test_more_layers_than_the_config_says_are_refused(state: State, tmp_path: Pa
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("layer_norm_eps", 1e-12), ("position_embedding_type", "absolute"), ("token_dropout", False),
+        ("layer_norm_eps", 1e-12), ("position_embedding_type", "relative_key"), ("token_dropout", False),
         ("emb_layer_norm_before", True), ("hidden_act", "gelu_new"), ("vocab_size", 64), ("model_type", "bert"),
         ("is_decoder", True), ("mask_token_id", 31),
     ],

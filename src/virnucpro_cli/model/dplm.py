@@ -32,7 +32,7 @@ SHORT_NAMES = {name.replace("_", "-"): name for name in SIZES}
 ALIASES = SHORT_NAMES | {f"airkingbd/{name}": name for name in SIZES}
 PUBLISHED_SHA256: dict[str, dict[str, str]] = {}
 """No source was found for the SHA-256 of the published files."""
-ARCHITECTURES = ("EsmForDPLM",)
+ARCHITECTURES: tuple[str, ...] = ("EsmForDPLM",)
 
 
 def repository(spec: ModelSpec) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-from virnucpro_cli.model import dplm, esm2
+from virnucpro_cli.model import dplm, esm1, esm2
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import DEMO
 from virnucpro_cli.model.packed import PackedModel
@@ -10,7 +10,7 @@ from virnucpro_cli.model.spec import LM_HEAD, Family, ModelSpec, State
 
 __all__ = ["DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "family_of"]
 
-FAMILIES: dict[str, Family] = {"esm2": esm2, "dplm": dplm}
+FAMILIES: dict[str, Family] = {"esm2": esm2, "dplm": dplm, "esm1b": esm1.ESM1B, "esm1v": esm1.ESM1V}
 SIZES = {name: spec for family in FAMILIES.values() for name, spec in family.SIZES.items()}
 SHORT_NAMES = {short: name for family in FAMILIES.values() for short, name in family.SHORT_NAMES.items()}
 PUBLISHED_SHA256 = {name: pins for family in FAMILIES.values() for name, pins in family.PUBLISHED_SHA256.items()}

@@ -18,6 +18,11 @@ from virnucpro_cli.model.spec import DECODER, INV_FREQ, LM_HEAD, Family, ModelSp
 
 DEFAULT = "esm2"
 """The family of a lone file."""
+OTHERS = {
+    "MSA Transformer": re.compile("row_self_attention|msa_position_embedding"),
+    "ESM-1": re.compile(r"self_attn\.bias_[kv]$|embed_out_bias"),
+}
+"""Models of fair-esm's that are known and not served, and a tensor that only they have."""
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.)+")
 """Put before every name by data parallelism, torch.compile and PEFT."""
 _OF_THE_ENCODER = re.compile(r"emb(ed|_)|encoder|layer|norm|position|rotary|lora|adapter|ia3", re.IGNORECASE)
@@ -43,6 +48,7 @@ def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
         for name, tensor in tensors.items():
             _put(raw, _WRAPPERS.sub("", name), tensor, weights)
     check_unchanged(weights)
+    _refuse_others(raw, weights)
     told = (key for key, each in FAMILIES.items() if each.told_by(set(raw)))
     key = weights.spec.family if weights.spec else config.get("family") or next(told, DEFAULT)
     family = FAMILIES[key]
@@ -69,6 +75,17 @@ def _merge_adapters(state: State, heads: State, spec: ModelSpec, weights: Weight
         notes += merge(state, heads, adapter, read_tensors(adapter.files[1]), spec)
     check_unchanged(weights)
     return notes
+
+
+def _refuse_others(raw: State, weights: Weights) -> None:
+    """Raise UserError for a model of fair-esm's that is none of the families here."""
+    for name in raw:
+        for title, pattern in OTHERS.items():
+            if pattern.search(name):
+                raise UserError(
+                    f"{weights.place} is an {title}: it has {name}.",
+                    f"{title} is another network. Use one of {', '.join(each.TITLE for each in FAMILIES.values())}.",
+                )
 
 
 def spec_of(weights: Weights) -> ModelSpec:
@@ -136,6 +153,8 @@ def _read_file(path: Path) -> tuple[State, dict[str, Any]]:
         under = " under 'model'" if isinstance(content, dict) else ""
         raise UserError(f"{path} holds a {type(tensors).__name__}{under}, not a dict of tensors.")
     settings = content.get("cfg", {}).get("model") if isinstance(content.get("cfg"), dict) else content.get("args")
+    if getattr(settings, "token_dropout", True) is False:
+        raise UserError(f"{path} is of a model without token dropout: its embeddings are scaled in another way.")
     fields = FAMILIES[DEFAULT].SETTINGS.items() if settings is not None else ()
     sizes = {field: getattr(settings, key, None) for field, (_, key) in fields}
     return {k: v for k, v in tensors.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}, sizes

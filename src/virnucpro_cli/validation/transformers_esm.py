@@ -37,8 +37,9 @@ class Reference(Oracle):
             vocab_size=len(ALPHABET), mask_token_id=ALPHABET.mask_idx, pad_token_id=ALPHABET.padding_idx,
             hidden_size=spec.hidden, num_hidden_layers=spec.layers, num_attention_heads=spec.heads,
             intermediate_size=4 * spec.hidden, position_embedding_type="rotary", token_dropout=True,
-            layer_norm_eps=1e-5, emb_layer_norm_before=False, attn_implementation="eager",
+            layer_norm_eps=1e-5, emb_layer_norm_before=False,
         )  # fmt: skip
+        config._attn_implementation = "eager"
         self.model = EsmModel(config, add_pooling_layer=False).eval()
         tensors = {_name(name): tensor for name, tensor in state.items() if "_head." not in name}
         missing, unexpected = self.model.load_state_dict(tensors, strict=False)

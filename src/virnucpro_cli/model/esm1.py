@@ -1,0 +1,113 @@
+"""ESM-1b and ESM-1v: ESM-2's layers after learned positions, without rotary embeddings. fair-esm is the definition.
+
+ESM-1b has a LayerNorm before its first layer and a contact regression. ESM-1v has neither.
+"""
+
+import re
+from typing import Any
+
+import torch
+
+from virnucpro_cli import alphabet
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import esm2
+from virnucpro_cli.model.packed import Parts
+from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, ModelSpec, Shapes, State, positions_of
+
+POSITIONS, FIRST_NORM = "embed_positions.weight", "emb_layer_norm_before"
+OFFSET = alphabet.PAD + 1
+"""Row of the table of positions that the first token of a segment has."""
+_FIRST_NORM_THERE = re.compile(r"(.*\.)?(emb_layer_norm_before|embeddings\.layer_norm)\.(weight|bias)")
+_POSITIONS_THERE = re.compile(r"(.*\.)?(embed_positions|embeddings\.position_embeddings)\.weight")
+
+
+LONGEST = 1022
+
+
+class Esm1:
+    """A family of models of one size with learned positions. first_norm: whether a LayerNorm follows them.
+
+    short_names: the full name of each model by its short one.
+    """
+
+    SETTINGS, LEFT_OUT, ARCHITECTURES, PEERS = esm2.SETTINGS, esm2.LEFT_OUT, esm2.ARCHITECTURES, False
+    NAMES = (
+        *esm2.NAMES,
+        (re.compile(esm2.PREFIX + r"embed_positions\.weight"), POSITIONS),
+        (re.compile(esm2.PREFIX + r"embeddings\.position_embeddings\.weight"), POSITIONS),
+        (re.compile(esm2.PREFIX + rf"{FIRST_NORM}\.(weight|bias)"), rf"{FIRST_NORM}.\1"),
+        (re.compile(esm2.PREFIX + r"embeddings\.layer_norm\.(weight|bias)"), rf"{FIRST_NORM}.\1"),
+    )
+
+    def __init__(self, key: str, title: str, first_norm: bool, short_names: dict[str, str]):
+        self.TITLE, self.first_norm = title, first_norm
+        self.LONGEST: int | None = LONGEST
+        self.SIZES = {name: ModelSpec(name, 33, 1280, 20, key, LONGEST) for name in short_names.values()}
+        self.SHORT_NAMES = short_names
+        self.ALIASES = {
+            alias: full
+            for short, full in short_names.items()
+            for alias in (short, short.replace("-", "_"), short.replace("esm1", "esm-1"))
+        }
+        self.PUBLISHED_SHA256: dict[str, dict[str, str]] = {}  # no source was found for them
+        self.CONFIG: dict[str, tuple[Any, Any]] = {
+            **esm2.CONFIG,
+            "position_embedding_type": ("absolute", "absolute"),
+            "emb_layer_norm_before": (first_norm, None),
+        }
+
+    def repository(self, spec: ModelSpec) -> str:
+        return f"facebook/{spec.name}"
+
+    def url(self, spec: ModelSpec) -> str | None:
+        return esm2.url(spec)
+
+    def told_by(self, names: set[str]) -> bool:
+        """Whether there are learned positions, and the first LayerNorm exactly if the family has it."""
+        first_norm, positions = (
+            any(pattern.fullmatch(name) for name in names) for pattern in (_FIRST_NORM_THERE, _POSITIONS_THERE)
+        )
+        return positions and first_norm == self.first_norm
+
+    def shapes(self, spec: ModelSpec) -> Shapes:
+        """Every tensor of the encoder under fair-esm's name, with its shape."""
+        assert spec.longest is not None
+        expected = esm2.shapes(spec) | {POSITIONS: (positions_of(spec.longest), spec.hidden)}
+        if self.first_norm:
+            expected |= {f"{FIRST_NORM}.{part}": (spec.hidden,) for part in ("weight", "bias")}
+        return expected
+
+    def head_shapes(self, spec: ModelSpec) -> dict[str, Shapes]:
+        """Every tensor of each head, with its shape. A contact head in a file of ESM-1v was never trained."""
+        heads = esm2.head_shapes(spec)
+        return heads if self.first_norm else {name: each for name, each in heads.items() if name != CONTACT_HEAD}
+
+    def settle(self, state: State, spec: ModelSpec) -> list[str]:
+        """Put `INV_FREQ` of zeros, float32 [Dh / 2], into the state: they turn nothing. Returns no notes.
+
+        The row of `<mask>` of the embedding [33, D] becomes zero, as in fair-esm: the token head sees it, too.
+        Raises UserError for a checkpoint with rotary frequencies.
+        """
+        if any(name.endswith("inv_freq") for name in state):
+            raise UserError(
+                f"The checkpoint is not an {self.TITLE}: it has rotary frequencies (inv_freq), as ESM-2 has.",
+                "Give the config.json that belongs to it (position_embedding_type is rotary for ESM-2).",
+            )
+        state[INV_FREQ] = torch.zeros(spec.head_dim // 2)
+        if (table := state["embed_tokens.weight"]).shape[0] > alphabet.MASK:
+            table = state["embed_tokens.weight"] = table.clone()
+            table[alphabet.MASK] = 0
+        return []
+
+    def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Parts:
+        """The weights of the forward, float32 [...] on the device; positions [longest + 2, D] begin at `<cls>`."""
+        parts = esm2.parts(spec, state, device)
+        wide = {
+            name: state[name].to(device, torch.float32) for name in state if name.startswith((POSITIONS, FIRST_NORM))
+        }
+        norm = (wide[f"{FIRST_NORM}.weight"], wide[f"{FIRST_NORM}.bias"]) if self.first_norm else None
+        return parts._replace(positions=wide[POSITIONS][OFFSET:].contiguous(), first_norm=norm)
+
+
+ESM1B = Esm1("esm1b", "ESM-1b", True, {"esm1b": "esm1b_t33_650M_UR50S"})
+ESM1V = Esm1("esm1v", "ESM-1v", False, {f"esm1v-{n}": f"esm1v_t33_650M_UR90S_{n}" for n in range(1, 6)})
