@@ -3,19 +3,27 @@
 import argparse
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import relative_l2
+from conftest import read_fasta, relative_l2, write_model
 from packs import random_protein
 from test_model import CPU, assert_within_gates, embed, expected, packed_model, same_bits, worst
-from virnucpro_cli.model import families, locate, weights
+from virnucpro_cli.benchmark.bench import bench_model
+from virnucpro_cli.config import EmbedConfig, resolve
+from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.embed import run as embed_run
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import esm1, families, locate, weights
 from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.packed import Parts
 from virnucpro_cli.model.scores import TokenHead
 from virnucpro_cli.model.spec import INV_FREQ, ModelSpec
+from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.validation import oracle_of
 from virnucpro_cli.validation.validate import validate_model
 
@@ -235,3 +243,154 @@ def test_what_transformers_writes_of_esm1_gives_its_rows(family: str, options: d
     for layer in (0, 1, 2):
         assert relative_l2(ours["residue", layer], found[layer][0, 1:-1]) < 2e-5
     assert "lm_head.bias" in state and ("contact_head.regression.weight" in state) == (family == "esm1b")
+
+
+# --- longest protein -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def esm1b(tmp_path: Path) -> Path:
+    fair_esm_1("esm1b", tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def test_longer_proteins_of_esm1b_go_by_windows_and_the_first_screen_says_so(
+    esm1b: Path, make_fasta: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fasta, options = make_fasta([30, 1022, 1500]), {"model": str(esm1b), "device": "cpu", "store_dtype": "fp32"}
+    config = resolve(EmbedConfig, None, {"inputs": (str(fasta),), "output": str(tmp_path / "out.h5"), **options})
+    embed_run(config)
+    assert "1 of 3 proteins embedded by windows of 1,022 residues" in " ".join(capsys.readouterr().err.split())
+    embed_fasta(fasta, tmp_path / "named.h5", long="window", **options)
+    embed_fasta(fasta, tmp_path / "cut.h5", long="truncate", **options)
+    with (
+        read_embeddings(tmp_path / "out.h5") as one,
+        read_embeddings(tmp_path / "named.h5") as other,
+        read_embeddings(tmp_path / "cut.h5") as cut,
+    ):
+        assert one.settings == other.settings and one.settings["long"] == "window"
+        assert (one.dataset("mean", 2)[:] == other.dataset("mean", 2)[:]).all()
+        assert (one.dataset("mean", 2)[:2] == cut.dataset("mean", 2)[:2]).all()
+        assert (one.dataset("mean", 2)[2] != cut.dataset("mean", 2)[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"max_residues": 1023}, "takes at most 1,022 residues, and --max-residues is 1,023"),
+     ({"long": "full"}, "takes at most 1,022 residues, so not --long full"),
+     ({"emit": ("entropy",)}, "Say --long truncate"), ({"pool": ("max",)}, "Say --long truncate")],
+)  # fmt: skip
+def test_what_esm1b_cannot_do_is_refused_in_one_sentence(
+    options: dict[str, Any], words: str, esm1b: Path, make_fasta: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        embed_fasta(make_fasta([30]), tmp_path / "out.h5", model=str(esm1b), device="cpu", **options)
+
+
+def test_validate_and_bench_refuse_what_is_longer_than_esm1b_takes(esm1b: Path, tmp_path: Path) -> None:
+    for workflow in (validate_model, bench_model):
+        with pytest.raises(UserError, match="at most 1,022"):
+            workflow(model=str(esm1b), device="cpu", max_residues=1500)
+
+
+@ESM1
+def test_esm1_is_validated_against_fair_esm(family: str, tmp_path: Path) -> None:
+    fair_esm_1(family, tmp_path / "model.pt")
+    verdict = validate_model(model=str(tmp_path / "model.pt"), device="cpu", sample=12)
+    assert verdict.passed, verdict.failed_parts
+
+
+@pytest.mark.parametrize("mistake", ["positions", "norm"])
+def test_validate_fails_if_positions_are_off_by_one_or_the_first_norm_is_left_out(
+    mistake: str, esm1b: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = esm1.Esm1.parts
+
+    def wrong(family: esm1.Esm1, spec: ModelSpec, state: State, device: torch.device) -> Parts:
+        parts = make(family, spec, state, device)
+        assert parts.positions is not None
+        return (
+            parts._replace(first_norm=None)
+            if mistake == "norm"
+            else parts._replace(positions=parts.positions.roll(-1, 0))
+        )
+
+    monkeypatch.setattr(esm1.Esm1, "parts", wrong)
+    verdict = validate_model(model=str(esm1b), device="cpu", sample=4, max_residues=100)
+    assert any(part.startswith("Semantics") for part in verdict.failed_parts)
+
+
+# --- contacts and scores ---------------------------------------------------------------------------------------------
+
+
+def test_contacts_of_esm1b_are_fair_esms_and_esm1v_has_none(make_fasta: Callable[..., Path], tmp_path: Path) -> None:
+    fasta, layouts = make_fasta([40]), {}
+    ((_, sequence),) = read_fasta(fasta)
+    for family in ("esm1b", "esm1v"):
+        layouts[family] = fair_esm_1(family, tmp_path / f"{family}.pt")
+        head = {f"contact_head.{name}": each for name, each in layouts[family].contact_head.state_dict().items()}
+        torch.save({"model": head}, tmp_path / f"{family}-contact-regression.pt")
+    options: dict[str, Any] = {"device": "cpu", "emit": ("contacts",), "long": "truncate", "store_dtype": "fp32"}
+    embed_fasta(fasta, tmp_path / "out.h5", model=str(tmp_path / "esm1b.pt"), **options)
+    ids = torch.tensor([oracle_of(of("esm1b")).encode(sequence)])
+    with torch.inference_mode():
+        wanted = layouts["esm1b"](ids, return_contacts=True)["contacts"][0]
+    with read_embeddings(tmp_path / "out.h5") as file:
+        assert relative_l2(file.contacts(0), wanted) < 1e-5
+    with pytest.raises(UserError, match="has no contact regression"):
+        embed_fasta(fasta, tmp_path / "none.h5", model=str(tmp_path / "esm1v.pt"), **options)
+
+
+# --- refusals and names ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("encoder.sentence_encoder.layers.0.row_self_attention.layer.k_proj.weight", "is an MSA Transformer"),
+     ("decoder.layers.0.self_attn.bias_k", "is an ESM-1"),
+     ("encoder.sentence_encoder.layers.0.self_attn.rot_emb.inv_freq", "not an ESM-1b|ESM-2 does not have: .*positions")],
+)  # fmt: skip
+def test_a_file_of_another_family_is_refused_by_name(name: str, words: str, esm1b: Path, tmp_path: Path) -> None:
+    content = torch.load(esm1b, weights_only=False)
+    content["model"][name] = torch.ones(8)
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=words):
+        loaded(tmp_path / "other.pt")
+
+
+def test_an_esm2_whose_configuration_is_that_of_esm1b_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    for first_norm, title in ((True, "ESM-1b"), (False, "ESM-1v")):
+        changed = {**config, "position_embedding_type": "absolute", "emb_layer_norm_before": first_norm}
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=f"not an {title}: it has rotary frequencies"):
+            loaded(folder)
+
+
+@pytest.mark.parametrize(("said", "written"), [(True, "esm1v"), (False, "esm1b")])
+def test_a_first_norm_that_contradicts_the_configuration_is_refused(said: bool, written: str, tmp_path: Path) -> None:
+    transformers_1(tmp_path / "hf", written)
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "emb_layer_norm_before": said}))
+    with pytest.raises(UserError, match="emb_layer_norm_before"):
+        loaded(tmp_path / "hf")
+
+
+def test_a_fair_esm_file_without_token_dropout_is_refused(esm1b: Path) -> None:
+    content = torch.load(esm1b, weights_only=False)
+    content["args"].token_dropout = False
+    torch.save(content, esm1b)
+    with pytest.raises(UserError, match="without token dropout"):
+        loaded(esm1b)
+
+
+def test_the_names_of_esm1_lead_to_their_models() -> None:
+    names = {"esm1b": "esm1b_t33_650M_UR50S", "ESM-1b": "esm1b_t33_650M_UR50S", "esm1v-3": "esm1v_t33_650M_UR90S_3",
+             "facebook/esm1v_t33_650M_UR90S_5": "esm1v_t33_650M_UR90S_5"}  # fmt: skip
+    for name, full in names.items():
+        spec = families.by_name(name)
+        assert spec is not None and spec.name == full and spec.longest == 1022
+        assert families.family_of(spec).repository(spec) == f"facebook/{full}"
+        assert str(families.family_of(spec).url(spec)).endswith(f"/{full}.pt")
+    assert families.by_name("esm1v-6") is None and families.by_name("esm1v") is None

@@ -25,9 +25,9 @@ from virnucpro_cli.errors import UserError, counted, in_a_line, needs
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import build
+from virnucpro_cli.model.families import build, family_of
 from virnucpro_cli.model.packed import exact_arithmetic
-from virnucpro_cli.model.spec import stream_dtype
+from virnucpro_cli.model.spec import check_longest, stream_dtype
 from virnucpro_cli.validation.agreement import relative_l2
 
 ROUNDS = 3
@@ -74,6 +74,7 @@ class _Bench:
         out.print(f"loading {name} on {devices.describe_device(self.device)}", style="dim")
         self.weights, self.loaded = weights, self._loaded(weights)
         self.spec, state, notes = self.loaded
+        check_longest(self.spec, config.max_residues)
         self.model = build(self.spec, state, self.dtype, self.device, self.backend)
         auto = devices.auto_token_budget(self.device.type, devices.free_memory(self.device), self.spec.hidden, 0)
         self.budgets = [auto if budget == "auto" else int(budget) for budget in config.token_budget]
@@ -185,8 +186,8 @@ class _Bench:
         settings = EmbedConfig(
             inputs=(load.path,), output=str(Path(load.path).with_suffix(".h5")), model=self.weights.name,
             dtype=self.config.dtype, device=self.config.device, attention=self.config.attention,
-            token_budget=self.best_budget, max_residues=self.config.max_residues, dedup=False, quiet=True,
-            force_protein=True,
+            token_budget=self.best_budget, max_residues=self.config.max_residues, long="truncate", dedup=False,
+            quiet=True, force_protein=True,
         )  # fmt: skip
         seconds = embed.run(settings, loaded=self.loaded).seconds
         wall = sum(seconds[name] for name in ("index", "plan", "forward"))
@@ -229,6 +230,9 @@ class _Bench:
 
     def time_peers(self) -> None:
         if not self.config.peers or self.main is None:
+            return
+        if not family_of(self.spec).PEERS:
+            self.report.notes.append(f"no peers are timed: they run ESM-2, another network than {self.spec.name}")
             return
         stream = stream_dtype(self.dtype)
         there, absent = peers.installed(self.config.peers, stream)

@@ -77,9 +77,10 @@ class EmbedConfig(Config):
         ("mean",), FIRST, f"Rows to store, any of {', '.join(KINDS)}.", "KIND,KIND", choices=KINDS)
     layers: tuple[int, ...] = option((-1,), FIRST, "Layers to store: 0 is the embedding, -1 the last.", "N,N")
     long: str = option(
-        "truncate", FIRST,
+        "auto", FIRST,
         "Proteins longer than --max-residues: cut, whole, covered by stitched windows, skipped, or refused.",
-        choices=("truncate", "full", "window", "skip", "error"))
+        choices=("auto", "truncate", "full", "window", "skip", "error"),
+        said="truncate; window for ESM-1b and ESM-1v")
     invalid: str = option(
         "x", INPUT, "Residues outside the alphabet: embed them as X, refuse them, or skip the protein.",
         choices=("x", "error", "skip"))

@@ -1,7 +1,7 @@
 """The decisions of a run, made before the model is loaded: where packs are computed, and the file's layout."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,7 @@ from virnucpro_cli.kinds import any_by_residue, unmasked
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import by_name
-from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, resolve_layers
+from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, check_longest, resolve_layers
 from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import decide
 
@@ -125,6 +125,7 @@ def decided(
         located = with_adapters(located, config.adapter)
     spec = by_name(config.model) if located is None else model_weights.spec_of(located)
     assert spec is not None
+    config = _with_long(config, spec)
     layers = resolved_layers(config.layers, spec)
     extra = store.Extra()
     for feature in features:
@@ -171,6 +172,27 @@ def resolved_layers(requested: tuple[int, ...], spec: ModelSpec) -> tuple[int, .
         return resolve_layers(requested, spec.layers)
     except ValueError as error:
         raise UserError(f"--layers: {error} of {spec.name}.", "0 is the embedding, -1 the last layer.") from None
+
+
+def _with_long(config: EmbedConfig, spec: ModelSpec) -> EmbedConfig:
+    """The configuration with what becomes of long proteins: cut, or by windows if the model itself has a limit.
+
+    Raises UserError for what the model or windows cannot do.
+    """
+    check_longest(spec, config.max_residues)
+    if config.long == "full" and spec.longest is not None:
+        raise UserError(
+            f"{spec.name} takes at most {spec.longest:,} residues, so not --long full.",
+            "Choose --long window, truncate, skip or error.",
+        )
+    if config.long != "auto":
+        return config
+    try:
+        return replace(config, long="truncate" if spec.longest is None else "window")
+    except UserError as error:  # a rule of windows, which nobody named
+        raise UserError(
+            f"{spec.name} takes longer proteins by windows. {error.what}", "Say --long truncate to cut them instead."
+        ) from None
 
 
 def _gaps(table: fasta.RecordTable, config: EmbedConfig) -> store.Extra:

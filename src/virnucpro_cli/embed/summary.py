@@ -86,6 +86,10 @@ def _warnings(run: EmbedRun) -> list[str]:
     unseen = int((table.length - decisions.embedded)[truncated].sum(dtype=np.int64)) / max(table.residues, 1)
     share = f"{unseen:.0%}" if unseen >= 0.01 else "under 1%"
     warn(truncated, f"truncated, {share} of residues not seen; --long window embeds them whole")
+    windowed = (decisions.flags & store.WINDOWED) > 0
+    if run.spec.longest is not None:
+        most = f"{run.spec.name} takes at most {run.spec.longest:,}"
+        warn(windowed, f"embedded by windows of {counted(config.max_residues, 'residue')}: {most}")
     if config.invalid == "x":
         odd = counted(int(table.replaced.sum(dtype=np.int64)), "residue")
         text = f"with {odd} outside the alphabet, embedded as X (column /replaced)"

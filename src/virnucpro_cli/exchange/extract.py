@@ -68,7 +68,7 @@ def extract_files(
                 pool=tuple(kind for name, kind in INCLUDED.items() if name in include) or ("bos",),
                 emit=("contacts",) if "contacts" in include else (), dtype="fp32", store_dtype="fp32",
                 device="auto" if gpu else "cpu", token_budget="auto" if tokens is None else max(tokens, 1024),
-                max_residues=longest,
+                max_residues=longest, long="truncate",
             ), out)  # fmt: skip
             written = _write(hidden, include, labels, paths, out)
             hidden.unlink(missing_ok=True)

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
+from virnucpro_cli.errors import UserError
+
 State = dict[str, torch.Tensor]
 """Tensors under their names in fair-esm's `ESM2.state_dict()`, which are the names here for every checkpoint."""
 Shapes = dict[str, tuple[int, ...]]
@@ -101,6 +103,15 @@ class Family(Protocol):
 
     def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Any:
         """The weights of the packed forward, as `packed.Parts`: float32 [...] on the device."""
+
+
+def check_longest(spec: ModelSpec, residues: int) -> None:
+    """Raise UserError if the model has fewer positions than a protein of so many residues needs."""
+    if spec.longest is not None and residues > spec.longest:
+        raise UserError(
+            f"{spec.name} takes at most {spec.longest:,} residues, and --max-residues is {residues:,}.",
+            f"Give --max-residues {spec.longest} or less; --long window embeds longer proteins by windows.",
+        )
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -130,8 +130,8 @@ class _Subject:
         settings = EmbedConfig(
             inputs=(str(path),), output=str(output), model=config.model or DEFAULT_MODEL, layers=self.layers,
             pool=KINDS, dtype=dtype, store_dtype="fp32", device=config.device, attention=attention,
-            token_budget=config.token_budget, max_residues=config.max_residues, force_protein=True, quiet=True,
-            adapter=config.adapter,
+            token_budget=config.token_budget, max_residues=config.max_residues, long="truncate", force_protein=True,
+            quiet=True, adapter=config.adapter,
         )  # fmt: skip
         try:
             with self.clock.stage(f"embed, {dtype}"):
