@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 import torch
 
 from conftest import read_fasta, relative_l2, write_model
-from packs import random_protein
+from packs import embeddings, one_pack, random_protein
 from test_model import CPU, assert_within_gates, embed, expected, packed_model, same_bits, worst
 from virnucpro_cli.benchmark.bench import bench_model
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.embed import run as embed_run
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.exchange.extract import extract_files
+from virnucpro_cli.machine import fetch
 from virnucpro_cli.model import esm1, families, locate, weights
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.packed import Parts
@@ -394,3 +397,84 @@ def test_the_names_of_esm1_lead_to_their_models() -> None:
         assert families.family_of(spec).repository(spec) == f"facebook/{full}"
         assert str(families.family_of(spec).url(spec)).endswith(f"/{full}.pt")
     assert families.by_name("esm1v-6") is None and families.by_name("esm1v") is None
+
+
+# --- the fused kernels -----------------------------------------------------------------------------------------------
+
+
+@ESM1
+def test_the_fused_steps_of_esm1_are_the_plain_ones_and_turn_nothing(family: str, tmp_path: Path) -> None:
+    """Interpreted where there is no GPU. Zeros among inv_freq make q and k those of the product, bit for bit."""
+    pytest.importorskip("triton")
+    from virnucpro_cli.model.attention import Backend, sdpa, triton
+    from virnucpro_cli.model.kernels import fused
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = of(family, 2, 128, 2)
+    state = weights.random_state(spec, seed=4)
+    batch = one_pack(tmp_path, ["MKVLAAGW", "MK<mask>VLA", *proteins(40)], 1024)
+    rows = {}
+    for name, dtype, backend in (
+        ("exact", torch.float32, Backend("sdpa", sdpa.attention, plain)),
+        ("plain", torch.float16, Backend("sdpa", sdpa.attention, plain)),
+        ("fused", torch.float16, Backend("triton", triton.attention, fused)),
+    ):
+        model = families.build(spec, state, dtype, device, backend)
+        rows[name] = embeddings(model, batch, (0, 1, 2)).residue
+    for layer in (0, 1, 2):
+        exact = rows["exact"][layer][: batch.used]
+        floor = relative_l2(rows["plain"][layer][: batch.used], exact)
+        assert relative_l2(rows["fused"][layer][: batch.used], exact) <= 1.5 * floor
+    x = torch.randn(64, spec.hidden, device=device).half()
+    positions = torch.arange(64, dtype=torch.int32, device=device)
+    model.reserve_positions(64)
+    still = fused.query_key_value(x, model.layers[0], fused.rotary(model.cos, model.sin, positions))
+    first = fused.query_key_value(x, model.layers[0], fused.rotary(model.cos, model.sin, positions * 0))
+    assert all(torch.equal(a, b) for a, b in zip(still, first, strict=True))
+
+
+# --- other commands --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dplm-150m", "dplm-650m", "dplm-3b", "esm1b", *(f"esm1v-{n}" for n in range(1, 6))])
+def test_fetch_and_doctor_list_every_model_by_name(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    spec = families.by_name(name)
+    assert spec is not None and locate.locate(name) is None
+    fetch.show()
+    assert f"{spec.name} " in capsys.readouterr().out
+    found = locate.locate(f"random:{name}")
+    assert found is not None and found.spec == spec
+
+
+def test_extract_writes_the_rows_of_esm1b_cut_as_fair_esm_does(
+    esm1b: Path, make_fasta: Callable[..., Path], tmp_path: Path
+) -> None:
+    fasta = make_fasta([30, 1100])
+    extract_files(str(esm1b), str(fasta), str(tmp_path / "out"), ["mean"], gpu=False)
+    spec, state, _ = loaded(esm1b)
+    for name, sequence in read_fasta(fasta):
+        content = torch.load(tmp_path / "out" / f"{name}.pt")
+        wanted = oracle_of(spec)(spec, state).embed(sequence[:1022], (2,))[2][1:-1].double().mean(0)
+        assert relative_l2(content["mean_representations"][2], wanted) < 1e-5
+
+
+def test_bench_times_esm1b_without_peers(esm1b: Path) -> None:
+    report = bench_model(model=str(esm1b), device="cpu", seconds=1, packed=True, peers=("fair-esm",))
+    assert any("no peers are timed" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("model", ["dplm", "esm1b", "esm1v"])
+def test_an_oracle_whose_package_is_missing_says_how_to_get_it(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = {"dplm": "transformers"}.get(model, "esm")
+    for name in [name for name in sys.modules if name.startswith("virnucpro_cli.validation.") and "esm" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match="is not installed") as caught:
+        oracle_of(of(model))
+    assert "virnucpro[test]" in caught.value.remedy
