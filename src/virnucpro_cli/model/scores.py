@@ -86,7 +86,7 @@ def check_head(state: State, weights: Weights) -> None:
     """Raise UserError if the weights have no head for tokens."""
     if f"{LM_HEAD}.bias" not in state:
         raise UserError(
-            f"The weights of {weights.name} have no language-model head of ESM-2 (lm_head.* in {weights.place}), "
+            f"The weights of {weights.name} have no language-model head (lm_head.* in {weights.place}), "
             "or its last matrix contradicts tie_word_embeddings of config.json.",
             "Use the published weights, or leave --emit out.",
         )

@@ -163,14 +163,14 @@ def _choices(name: str) -> set[str]:
 FINGERPRINT: dict[str, Form] = {
     "input_sha256": [str], "weights_sha256": str, "layers": Distinct(Whole(-1, 9999)), "pool": Distinct(set(KINDS)),
     "dtype": set(COMPUTED_IN), "store_dtype": _choices("store_dtype"), "max_residues": Whole(1, 1 << 31),
-    "long": _choices("long"), "invalid": _choices("invalid"), "id": _choices("id"), "dedup": bool,
+    "long": _choices("long") - {"auto"}, "invalid": _choices("invalid"), "id": _choices("id"), "dedup": bool,
     "attention": str, "device": str, "overlap?": Whole(0, 1 << 31), "gaps?": _choices("gaps"),
     "emit?": Distinct(set(EMITS)), "shard?": str, "groups?": str, "imported?": str, "unknown?": [str],
     "gene_caller?": {"name": _choices("genes"), "version": str},
 }  # fmt: skip
 PLAIN: Form = (
     dict.fromkeys(WORDS, str)
-    | {"base_sha256?": str}
+    | {"base_sha256?": str, "family?": str}
     | dict.fromkeys(("approximate?", "model_layers?"), int | np.integer | np.bool_)
 )
 """Attributes that are text, and numbers or yes and no."""
