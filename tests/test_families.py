@@ -411,6 +411,7 @@ def test_the_methods_sentence_names_the_family(esm1b: Path, make_fasta: Callable
 # --- the fused kernels -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @ESM1
 def test_the_fused_steps_of_esm1_are_the_plain_ones_and_turn_nothing(family: str, tmp_path: Path) -> None:
     """Interpreted where there is no GPU. Zeros among inv_freq make q and k those of the product, bit for bit."""
@@ -421,7 +422,7 @@ def test_the_fused_steps_of_esm1_are_the_plain_ones_and_turn_nothing(family: str
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = of(family, 2, 128, 2)
     state = weights.random_state(spec, seed=4)
-    batch = one_pack(tmp_path, ["MKVLAAGW", "MK<mask>VLA", *proteins(40)], 1024)
+    batch = one_pack(tmp_path, ["MKVLAAGW", "MK<mask>VLA", *proteins(40)], 128)
     rows = {}
     for name, dtype, backend in (
         ("exact", torch.float32, Backend("sdpa", sdpa.attention, plain)),
