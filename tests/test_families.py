@@ -447,7 +447,7 @@ def test_the_fused_steps_of_esm1_are_the_plain_ones_and_turn_nothing(family: str
 
 
 @pytest.mark.parametrize("name", ["dplm-150m", "dplm-650m", "dplm-3b", "esm1b", *(f"esm1v-{n}" for n in range(1, 6))])
-def test_fetch_and_doctor_list_every_model_by_name(
+def test_fetch_lists_every_model_by_name(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
