@@ -20,6 +20,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.explore import MapConfig, SearchConfig, inspect, mapping, search
 from virnucpro_cli.machine import fetch
 from virnucpro_cli.model import weights
+from virnucpro_cli.model.families import SIZES
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.validation.verdict import Check, Verdict
@@ -272,4 +273,4 @@ def test_commands_show_whole_paths_at_80_columns(
             assert shard.name in "".join(c for c in ran.out if c.isalnum() or c in "._-")
     fetch.show()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["model", "layers", "hidden", "place"] and len(lines) == 8
+    assert lines[0].split() == ["model", "layers", "hidden", "place"] and len(lines) == 1 + len(SIZES)
