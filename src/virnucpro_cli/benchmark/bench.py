@@ -25,7 +25,7 @@ from virnucpro_cli.errors import UserError, counted, in_a_line, needs
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import build, family_of
+from virnucpro_cli.model.families import build, family_of, flops, parameters
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import check_longest, stream_dtype
 from virnucpro_cli.validation.agreement import relative_l2
@@ -100,7 +100,7 @@ class _Bench:
             return model_weights.load(weights)
         spec = weights.spec
         assert spec is not None
-        needed = spec.parameters * (4 + self.dtype.itemsize)
+        needed = parameters(spec) * (4 + self.dtype.itemsize)
         devices.check_room(self.device, needed, f"Random weights of {spec.name}")
         state = model_weights.random_state(spec, weights.seed, self.device)
         return spec, state, ("random weights: speed does not depend on their values",)
@@ -166,7 +166,7 @@ class _Bench:
     def _limits(self, load: Workload, mode: Mode, seconds: float) -> None:
         of_device = limits.measure(self.spec, self.dtype, self.device, min(self.best_budget, 32768))
         attended, rate = float((load.sizes.astype(np.float64) ** 2).sum()), mode.used / seconds
-        flop = self.spec.flops(float(mode.used), attended, self.spec.layers)
+        flop = flops(self.spec, float(mode.used), attended, self.spec.layers)
         self._add("Limit", {
             "workload": load.name, "GEMM TFLOP/s": of_device.gemm_rate / 1e12,
             "square GEMM TFLOP/s": of_device.peak_gemm_rate / 1e12, "copy GB/s": of_device.copy_rate / 1e9,

@@ -18,7 +18,7 @@ from virnucpro_cli.errors import counted
 from virnucpro_cli.features import Run
 from virnucpro_cli.model import attention
 from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.model.families import build
+from virnucpro_cli.model.families import build, parameters
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.policies import Int64
 
@@ -49,7 +49,7 @@ class Computing(ABC):
 
     def check_room(self, spec: ModelSpec) -> None:
         """Raises UserError if the weights surely do not fit."""
-        devices.check_room(self.local_device, spec.parameters * self.dtype.itemsize, f"The weights of {spec.name}")
+        devices.check_room(self.local_device, parameters(spec) * self.dtype.itemsize, f"The weights of {spec.name}")
 
     def computed_by(self, several: bool) -> str:
         """The environment of a row, in a line of JSON. several: whether there are packs for all processes."""

@@ -20,7 +20,7 @@ from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.kinds import any_by_residue, unmasked
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import by_name
+from virnucpro_cli.model.families import by_name, parameters
 from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, check_longest, resolve_layers
 from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import decide
@@ -226,7 +226,7 @@ def _token_budget(config: EmbedConfig, computing: Computing, spec: ModelSpec, la
     if config.token_budget != "auto":
         return int(config.token_budget)
     stored = 4 * (spec.hidden * len(layers) * ("residue" in config.pool) + VOCABULARY * ("logits" in config.emit))
-    weight_bytes = spec.parameters * computing.dtype.itemsize
+    weight_bytes = parameters(spec) * computing.dtype.itemsize
     device = computing.device
     return devices.auto_token_budget(device.kind, device.free, spec.hidden, weight_bytes, stored, computing.sharing)
 

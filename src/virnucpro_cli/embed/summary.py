@@ -17,6 +17,7 @@ from virnucpro_cli.embed.recipe import EmbedRun
 from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted
+from virnucpro_cli.model.families import flops
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
 from virnucpro_cli.plan.policies import Int64
 
@@ -265,7 +266,7 @@ def describe_plan(run: EmbedRun) -> None:
 def _forward_seconds(run: EmbedRun) -> float | None:
     """An estimate from FLOPs and a measured rate; None if there is none for this device and dtype."""
     length = run.decisions.segments.length.astype(np.float64) + SPECIAL_TOKENS
-    flops = run.spec.flops(float(run.plan.bucket.sum()), float((length**2).sum()), max(run.layers))
+    operations = flops(run.spec, float(run.plan.bucket.sum()), float((length**2).sum()), max(run.layers))
     device, dtype = run.computing.device, devices.short_name(run.computing.dtype)
     if "H100" in device.name:
         kind, count = "H100", run.computing.gpus
@@ -274,4 +275,4 @@ def _forward_seconds(run: EmbedRun) -> float | None:
     else:
         return None
     rates = [rate for width, rate in MEASURED_FLOPS.get((kind, dtype), {}).items() if width <= run.spec.hidden]
-    return flops / (max(rates) * count) if rates else None
+    return operations / (max(rates) * count) if rates else None

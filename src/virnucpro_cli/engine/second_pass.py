@@ -17,7 +17,7 @@ from virnucpro_cli.errors import counted, in_a_line
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.model.families import build
+from virnucpro_cli.model.families import build, parameters
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET, Plan, first_fit_decreasing
 from virnucpro_cli.plan.policies import Int64
@@ -64,7 +64,7 @@ def second_pass(placer: Placer, device: torch.device, backend: Backend | None, n
         note(f"{counted(len(broken), 'protein')} had values that are not finite in {name}: once more in float32")
         still_unfit, broken = in_fp32(broken, device)
         unfit = np.union1d(unfit, still_unfit)
-    room = devices.free_memory(CPU) - 4 * spec.parameters
+    room = devices.free_memory(CPU) - 4 * parameters(spec)
     row_bytes = 24 * 4 * spec.hidden  # in fp32 a row takes some 20 times its width at most
     fits = row_bytes * placer.embedded[unfit].astype(np.int64) < room
     if fits.any() and (device, job.dtype) != (CPU, WIDE):

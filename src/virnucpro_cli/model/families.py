@@ -1,5 +1,7 @@
 """The table of model families. A new family is a file and a row; nothing else knows which family runs."""
 
+import math
+
 import torch
 
 from virnucpro_cli.model import dplm, esm1, esm2
@@ -8,7 +10,10 @@ from virnucpro_cli.model.esm2 import DEMO
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import LM_HEAD, Family, ModelSpec, State
 
-__all__ = ["DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "family_of"]
+__all__ = [
+    "DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "family_of", "flops",
+    "parameters",
+]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {"esm2": esm2, "dplm": dplm, "esm1b": esm1.ESM1B, "esm1v": esm1.ESM1V}
 SIZES = {name: spec for family in FAMILIES.values() for name, spec in family.SIZES.items()}
@@ -28,6 +33,18 @@ def by_name(name: str) -> ModelSpec | None:
 
 def family_of(spec: ModelSpec) -> Family:
     return FAMILIES[spec.family]
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Number of the encoder's parameters (no head)."""
+    return sum(map(math.prod, family_of(spec).shapes(spec).values()))
+
+
+def flops(spec: ModelSpec, tokens: float, attended: float, layers: int) -> float:
+    """Floating-point operations of `layers` layers over `tokens` rows; `attended`: sum of squared lengths."""
+    shapes = family_of(spec).shapes(spec).items()
+    weights = sum(math.prod(shape) for name, shape in shapes if name.startswith("layers.0.") and len(shape) == 2)
+    return layers * (2.0 * weights * tokens + 4.0 * spec.hidden * attended)
 
 
 def build(spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.device, backend: Backend) -> PackedModel:

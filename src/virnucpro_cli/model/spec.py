@@ -36,19 +36,9 @@ class ModelSpec:
         return self.hidden // self.heads
 
     @property
-    def parameters(self) -> int:
-        """Encoder parameters (no LM head)."""
-        rows = VOCABULARY + 2 + (0 if self.longest is None else positions_of(self.longest))
-        return self.layers * (12 * self.hidden**2 + 13 * self.hidden) + rows * self.hidden
-
-    @property
     def size(self) -> str:
         """Layers and width in words, for reports."""
         return f"{self.layers} layers of {self.hidden}"
-
-    def flops(self, tokens: float, attended: float, layers: int) -> float:
-        """Floating-point operations of `layers` layers over `tokens` rows; `attended`: sum of squared lengths."""
-        return layers * (24.0 * self.hidden**2 * tokens + 4.0 * self.hidden * attended)
 
 
 def positions_of(longest: int) -> int:

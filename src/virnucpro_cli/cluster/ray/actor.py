@@ -24,7 +24,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import build
+from virnucpro_cli.model.families import build, parameters
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import Int64, Plan, Segments, ranges
@@ -114,7 +114,7 @@ class Actor:
         spec, state, _ = loaded
         with warnings.catch_warnings(action="ignore"):  # that those in Ray's store cannot be written
             state = {key: torch.as_tensor(each) for key, each in state.items()}
-        devices.check_room(self.device, spec.parameters * self.dtype.itemsize, f"The weights of {spec.name}")
+        devices.check_room(self.device, parameters(spec) * self.dtype.itemsize, f"The weights of {spec.name}")
         model = build(spec, state, self.dtype, self.device, self.backend)
         Thread(target=self._compute, args=(runner.compute_with(model, layers, self.config),), daemon=True).start()
         return [("done", used_here(self.device))]
