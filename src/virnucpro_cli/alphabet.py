@@ -17,6 +17,8 @@ CLS: Final = 0
 PAD: Final = 1
 EOS: Final = 2
 X: Final = TOKENS.index("X")
+CHAIN_BREAK: Final = 31
+"""Fair-esm's `<null_1>`; ESM C reads `|` as it."""
 MASK: Final = 32
 
 # Codes above every token id, seen only between the reader's first look at a byte and its policies.
@@ -50,29 +52,57 @@ CODES: Final = _codes()
 GAPS: Final = b"-."
 DASH: Final = TOKENS.index("-")
 DOT: Final = TOKENS.index(".")
+BREAK: Final = ord("|")
+
+
+class Reading(NamedTuple):
+    """How a model family reads a sequence, where families differ.
+
+    chain_break: whether `|` is a token. scales_masks: whether rows beside a `<mask>` are scaled by the share of the
+    tokens that are not masked.
+    """
+
+    chain_break: bool = False
+    scales_masks: bool = True
+
+    @property
+    def more_letters(self) -> str:
+        """The letters that are residues beside those of fair-esm."""
+        return chr(BREAK) if self.chain_break else ""
+
+
+ESM: Final = Reading()
+"""The reading of fair-esm."""
 
 
 class Letters(NamedTuple):
-    """How gaps are read, as tables of 256 bytes.
+    """How gaps are read, as tables of 256 bytes, and by which family.
 
-    codes: as CODES; ids: token ids, all outside the alphabet as X; text: token ids, and SPACE and LESS as codes.
-    dropped: bytes that are no part of a sequence.
+    codes: as CODES, with the family's own letters; ids: token ids, all outside the alphabet as X, and gaps by their
+    policy; text: token ids, and SPACE and LESS as codes. dropped: bytes that are no part of a sequence.
+    outside: bytes that are no residues.
     """
 
     codes: bytes
     ids: bytes
     text: bytes
     dropped: bytes
+    outside: bytes
+    reading: Reading
 
 
 @cache
-def letters(gaps: str = "keep") -> Letters:
+def letters(gaps: str = "keep", reading: Reading = ESM) -> Letters:
     """Tables of a policy for gaps: `strip` drops them, `x` reads them as X; others have them as tokens (fair-esm)."""
     as_gap = {"strip": SPACE, "x": X}
-    codes = bytes(as_gap.get(gaps, code) if byte in GAPS else code for byte, code in enumerate(CODES))
-    ids = bytes(code if code < len(TOKENS) else X for code in codes)
-    text = bytes(code if code in (SPACE, LESS) else token for code, token in zip(codes, ids, strict=True))
-    return Letters(codes, ids, text, WHITE_SPACE + GAPS if gaps == "strip" else WHITE_SPACE)
+    own = {BREAK: CHAIN_BREAK} if reading.chain_break else {}
+    codes = bytes(own.get(byte, code) for byte, code in enumerate(CODES))
+    by_policy = bytes(as_gap.get(gaps, code) if byte in GAPS else code for byte, code in enumerate(codes))
+    ids = bytes(code if code < len(TOKENS) else X for code in by_policy)
+    text = bytes(code if code in (SPACE, LESS) else token for code, token in zip(by_policy, ids, strict=True))
+    dropped = WHITE_SPACE + GAPS if gaps == "strip" else WHITE_SPACE
+    outside = bytes(byte for byte, code in enumerate(codes) if INVALID <= code < SPACE)
+    return Letters(codes, ids, text, dropped, outside, reading)
 
 
 KEEP: Final = letters("keep")

@@ -20,7 +20,7 @@ from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.kinds import any_by_residue, unmasked
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import by_name, parameters
+from virnucpro_cli.model.families import by_name, family_of, parameters
 from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, check_longest, resolve_layers
 from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import decide
@@ -134,7 +134,7 @@ def decided(
     with clock.stage("index"):
         table = fasta.index(
             sources, on_invalid=config.invalid, gaps=config.gaps, dedup=config.dedup,
-            keep_digests=any(feature.needs_digests for feature in features),
+            keep_digests=any(feature.needs_digests for feature in features), reading=family_of(spec).READING,
         )  # fmt: skip
     _check_protein(table, config, out)
     extra |= _gaps(table, config)

@@ -21,6 +21,9 @@ class Texts(Protocol):
     def length(self) -> NDArray[np.int32]:
         """Residues of each record, int32 [N]."""
 
+    @property
+    def reading(self) -> alphabet.Reading: ...
+
     def check_unchanged(self) -> None: ...
     def tokens(self, records: Int64, /) -> NDArray[np.uint8]:
         """Tokens of the records, one behind the other, uint8 [residues of all]."""
@@ -56,7 +59,7 @@ class VarlenCollator:
         text[cu_seqlens[1:] - 1] = alphabet.EOS
 
         mask_ratio = weights = None
-        if (text == alphabet.MASK).any():
+        if self.table.reading.scales_masks and (text == alphabet.MASK).any():
             masked = np.add.reduceat(text == alphabet.MASK, cu_seqlens[:-1], dtype=np.int64)
             ratio = np.float32(1) - (masked / seqlens).astype(np.float32)
             mask_ratio = self._tensor(np.repeat(ratio, seqlens), torch.float32, rows, filler=1)

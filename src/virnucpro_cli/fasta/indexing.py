@@ -50,27 +50,32 @@ class _Part(NamedTuple):
 
 
 def index(
-    sources: list[Source], *, on_invalid: str = "x", gaps: str = "keep", dedup: bool = True, keep_digests: bool = False
+    sources: list[Source],
+    *,
+    on_invalid: str = "x",
+    gaps: str = "keep",
+    dedup: bool = True,
+    keep_digests: bool = False,
+    reading: alphabet.Reading = alphabet.ESM,
 ) -> RecordTable:
     """Read every byte once and return the record table.
 
     on_invalid: "x" counts residues outside the alphabet (they will embed as X); "error" refuses the first of them.
     gaps: see `alphabet.letters`. They are counted; "error" refuses the first, and so does on_invalid "error" if they
-    are kept.
+    are kept. reading: of the model family.
     Raises UserError, with file and line, on what is refused, and on NUL bytes, comment lines, PIR, and a `>` inside a
     sequence line.
     """
-    letters, strict = alphabet.letters(gaps), on_invalid == "error"
+    letters, strict = alphabet.letters(gaps, reading), on_invalid == "error"
     no_gaps = gaps == "error" or (gaps == "keep" and strict)
-    outside = bytes(byte for byte, code in enumerate(letters.codes) if alphabet.INVALID <= code < alphabet.SPACE)
     parts, sha256, kinds = list[_Part](), list[str](), list[NDArray[np.int64]]()
     for source in sources:
         sha, kinds_here = hashlib.sha256(), np.zeros(NO_LETTER + 1, np.int64)
         for chunk, at in _chunks(source, sha):
             _refuse_pir(chunk, source, at)
-            part = _index_chunk(chunk, source, at, gaps, kinds_here)
+            part = _index_chunk(chunk, source, at, gaps, letters, kinds_here)
             if (wrong := part.gaps * no_gaps + part.replaced * strict).any():
-                refused = alphabet.GAPS * no_gaps + outside * strict
+                refused = alphabet.GAPS * no_gaps + letters.outside * strict
                 raise _no_residue(source, int(part.offset[wrong.argmax()]) - source.base, refused, gaps == "keep")
             parts.append(part)
         sha256.append(sha.hexdigest())
@@ -152,7 +157,9 @@ class _Stream:
         return self.count(record)
 
 
-def _index_chunk(chunk: bytes, source: Source, at: int, gaps: str, kinds: NDArray[np.int64]) -> _Part:
+def _index_chunk(
+    chunk: bytes, source: Source, at: int, gaps: str, letters: alphabet.Letters, kinds: NDArray[np.int64]
+) -> _Part:
     """Columns of the records of a chunk, which begins at `at`. Adds its letters of each kind to `kinds`, int64 [6]."""
     text = np.frombuffer(chunk, np.uint8)
     line = np.append(0, np.flatnonzero(text == NEWLINE) + 1)
@@ -163,7 +170,7 @@ def _index_chunk(chunk: bytes, source: Source, at: int, gaps: str, kinds: NDArra
     is_header = first == ord(">")
     offset = line[is_header]
 
-    codes = np.frombuffer(chunk.translate(alphabet.CODES), np.uint8)
+    codes = np.frombuffer(chunk.translate(letters.codes), np.uint8)
     kept = np.repeat(~is_header, np.diff(line, append=len(text)))
     kept &= codes != alphabet.SPACE
     end = np.cumsum(np.add.reduceat(kept, offset, dtype=np.int64))

@@ -48,6 +48,10 @@ class RecordTable:
         return int(self.length.sum(dtype=np.int64))
 
     @property
+    def reading(self) -> alphabet.Reading:
+        return self.read_as.reading
+
+    @property
     def text_bytes(self) -> int:
         """The facts of all these records together."""
         if self.following is not None:

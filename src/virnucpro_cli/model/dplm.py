@@ -6,6 +6,7 @@ from virnucpro_cli.model.esm2 import (
     LONGEST,
     NAMES,
     PEERS,
+    READING,
     SETTINGS,
     head_shapes,
     parts,
@@ -15,7 +16,8 @@ from virnucpro_cli.model.esm2 import (
 from virnucpro_cli.model.spec import ModelSpec
 
 __all__ = [
-    "ALIASES", "ARCHITECTURES", "CONFIG", "LEFT_OUT", "LONGEST", "NAMES", "PEERS", "PUBLISHED_SHA256", "SETTINGS",
+    "ALIASES", "ARCHITECTURES", "CONFIG", "LEFT_OUT", "LONGEST", "NAMES", "PEERS", "PUBLISHED_SHA256", "READING",
+    "SETTINGS",
     "SHORT_NAMES", "SIZES", "TITLE", "head_shapes", "parts", "repository", "settle", "shapes", "told_by", "url",
 ]  # fmt: skip
 

@@ -31,6 +31,7 @@ class Esm1:
     """
 
     SETTINGS, LEFT_OUT, ARCHITECTURES, PEERS = esm2.SETTINGS, esm2.LEFT_OUT, esm2.ARCHITECTURES, False
+    READING = esm2.READING
     NAMES = (
         *esm2.NAMES,
         (re.compile(esm2.PREFIX + r"embed_positions\.weight"), POSITIONS),

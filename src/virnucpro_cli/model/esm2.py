@@ -93,6 +93,7 @@ CONFIG: dict[str, tuple[Any, Any]] = {
     "mask_token_id": (alphabet.MASK, alphabet.MASK),
 }
 ARCHITECTURES: tuple[str, ...] = ()
+READING = alphabet.ESM
 LONGEST: int | None = None
 PEERS = True
 

@@ -1,9 +1,12 @@
 """The table of model families. A new family is a file and a row; nothing else knows which family runs."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.model import dplm, esm1, esm2
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import DEMO
@@ -12,7 +15,7 @@ from virnucpro_cli.model.spec import LM_HEAD, Family, ModelSpec, State
 
 __all__ = [
     "DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "family_of", "flops",
-    "parameters",
+    "parameters", "reading_of",
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {"esm2": esm2, "dplm": dplm, "esm1b": esm1.ESM1B, "esm1v": esm1.ESM1V}
@@ -33,6 +36,11 @@ def by_name(name: str) -> ModelSpec | None:
 
 def family_of(spec: ModelSpec) -> Family:
     return FAMILIES[spec.family]
+
+
+def reading_of(attributes: Mapping[str, Any]) -> Reading:
+    """How the family of a file with these attributes reads a sequence; a file without a known one is ESM-2's."""
+    return FAMILIES.get(str(attributes.get("family")), esm2).READING
 
 
 def parameters(spec: ModelSpec) -> int:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError
 
 State = dict[str, torch.Tensor]
@@ -54,7 +55,8 @@ class Family(Protocol):
     CONFIG: the values that config.json must have, and HuggingFace's defaults, which it leaves out.
     ARCHITECTURES: classes in config.json that tell the family from others with the same CONFIG.
     NAMES: patterns of tensors in checkpoints, and their names here. LEFT_OUT: tensors that are known and not used.
-    LONGEST: as in a spec. PEERS: whether the peers of the benchmark have this network.
+    READING: how it reads a sequence. LONGEST: as in a spec.
+    PEERS: whether the peers of the benchmark have this network.
     """
 
     TITLE: str
@@ -67,6 +69,7 @@ class Family(Protocol):
     ARCHITECTURES: tuple[str, ...]
     NAMES: tuple[tuple[re.Pattern[str], str], ...]
     LEFT_OUT: re.Pattern[str]
+    READING: Reading
     LONGEST: int | None
     PEERS: bool
 

@@ -20,6 +20,7 @@ from virnucpro_cli.fasta.plain import refuse_unreadable
 from virnucpro_cli.kinds import pooled
 from virnucpro_cli.model import adapters, locate
 from virnucpro_cli.model import weights as model_weights
+from virnucpro_cli.model.families import reading_of
 from virnucpro_cli.plan.packing import window_weights, windowed_segments
 from virnucpro_cli.validation import agreement, gates, oracle, oracle_of, plain_reader, records
 from virnucpro_cli.validation.oracle import Oracle
@@ -47,7 +48,8 @@ def audit_file(config: ValidateConfig, out: Console, clock: report.Clock) -> Ver
         paths = _inputs(file, config)
         out.print(f"reading {', '.join(paths)}", style="dim")
         with clock.stage("read FASTA"):
-            table = plain_reader.read(paths, file.settings["id"], file.settings.get("gaps", "keep"))
+            more = reading_of(file.attributes).more_letters
+            table = plain_reader.read(paths, file.settings["id"], file.settings.get("gaps", "keep"), more)
         weights = weights_of(file, path, config.model, config.adapter, out)
         device = devices.resolve_device(config.reference_device, "--reference-device")
         spec, state, notes = model_weights.load(weights)
@@ -220,7 +222,8 @@ def _records(paths: tuple[str, ...], rows: NDArray[np.int64]) -> Iterator[tuple[
 
 def _numbers(file: store.EmbeddingFile, row: int, text: bytes, judge: Oracle) -> dict[str, Any]:
     """Name, residues, and relative L2 and cosine of every row that is stored of a record."""
-    expected = _oracle_rows(plain_reader.clean(text, file.settings.get("gaps", "keep"))[0], file.settings, judge)
+    cleaned, *_ = plain_reader.clean(text, file.settings.get("gaps", "keep"), judge.more_letters)
+    expected = _oracle_rows(cleaned, file.settings, judge)
     (name,) = file.names_of(row, row + 1)
     numbers: dict[str, Any] = {"row": row, "name": name, "residues": int(file.lengths[row])}
     for kind, layer in expected:

@@ -10,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from virnucpro_cli import fasta
+from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.engine import devices, runner
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.kinds import KINDS
+from virnucpro_cli.model.families import family_of
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET, SPECIAL_TOKENS, arranged, buckets, whole_segments
@@ -62,7 +64,8 @@ def packing(
     }
     run = partial(in_packs, model, layers, sample.lengths)
     split = {key: sample.by_protein(rows, key[0]) for key, rows in base.items()}
-    table = _indexed(path)
+    reading = family_of(model.spec).READING
+    table = _indexed(path, reading)
     for name, packs in arrangements.items():
         rows = run(table, [pack for pack in packs if pack])
         theirs = ({key: each[record] for key, each in split.items()} for record, _ in rows)
@@ -73,14 +76,14 @@ def packing(
     changed = pack[len(pack) // 2]
     texts, length = list(sample.texts), int(sample.lengths[changed])
     texts[changed] = (b"L" if texts[changed].strip() == b"W" * length else b"W") * length
-    altered = _indexed(write_texts(path.with_name("changed.fasta"), texts))
+    altered = _indexed(write_texts(path.with_name("changed.fasta"), texts), reading)
     pairs = zip(run(table, [pack]), run(altered, [pack]), strict=True)
     differences = [_difference(after, before) for (record, before), (_, after) in pairs if record != changed]
     yield _bitwise("one neighbour's residues changed", differences, model)
 
 
-def _indexed(path: Path) -> fasta.RecordTable:
-    return fasta.index(fasta.open_sources([str(path)], path.parent), dedup=False)
+def _indexed(path: Path, reading: Reading) -> fasta.RecordTable:
+    return fasta.index(fasta.open_sources([str(path)], path.parent), dedup=False, reading=reading)
 
 
 def in_packs(

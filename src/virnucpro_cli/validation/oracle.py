@@ -27,12 +27,15 @@ LONGEST = 4096
 class Oracle(ABC):
     """The authors' own class of a model family, from the Python package `package`, with given weights on one device.
 
+    more_letters: one-letter tokens of residues that fair-esm does not have.
+
     It shares no code with the fast path, so that it can judge it. In fp32, one unpadded sequence at a time, it is the
     definition of the embeddings. In another dtype it runs plainly: the noise floor of that dtype.
     """
 
     package: ClassVar[str]
     pad: ClassVar[int]
+    more_letters: ClassVar[str] = ""
 
     @abstractmethod
     def __init__(

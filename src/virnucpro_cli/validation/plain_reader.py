@@ -30,13 +30,13 @@ class PlainTable(NamedTuple):
     names: NDArray[Any]
 
 
-def read(paths: Iterable[str], id_policy: str = "first", gaps: str = "keep") -> PlainTable:
-    """Every record of the files, in order. id_policy, gaps: as --id and --gaps of embed."""
+def read(paths: Iterable[str], id_policy: str = "first", gaps: str = "keep", more: str = "") -> PlainTable:
+    """Every record of the files, in order. id_policy, gaps: as --id and --gaps of embed; more: as in `clean`."""
     shas, lengths, replaced, odd, sequences, names = [], array("q"), array("q"), array("H"), bytearray(), bytearray()
     for path in paths:
         sha = hashlib.sha256()
         for header, text in records(path, sha):
-            cleaned, length, wrong = clean(text, gaps)
+            cleaned, length, wrong = clean(text, gaps, more)
             upper = text.upper()
             odd.append(sum(1 << bit for bit, code in enumerate(ODD_LETTERS) if code in upper) | (wrong > 0) << 15)
             lengths.append(length)
@@ -98,12 +98,12 @@ def name_of(header: bytes, full: bool = False) -> str:
     return word.decode("utf-8", "backslashreplace")
 
 
-def clean(text: bytes, gaps: str = "keep") -> tuple[str, int, int]:
+def clean(text: bytes, gaps: str = "keep", more: str = "") -> tuple[str, int, int]:
     """Text of a record that is embedded, the number of its residues, and how many of those were replaced by X.
 
     White space, one trailing `*`, and one trailing `.` that follows a residue are dropped. Lower case is raised,
     `<mask>` is one token, and a letter outside the alphabet becomes X.
-    gaps: `strip` drops `-` and `.`, `x` makes them X.
+    gaps: `strip` drops `-` and `.`, `x` makes them X. more: letters of the model family beside RESIDUES.
     """
     upper = text.translate(None, b"\n\r \t\v\f" + (b"-." if gaps == "strip" else b"")).upper()
     if upper[-1:] == b"." and upper[-2:-1] not in (b".", b"-"):
@@ -112,7 +112,8 @@ def clean(text: bytes, gaps: str = "keep") -> tuple[str, int, int]:
     if gaps == "x":
         upper = upper.translate(bytes.maketrans(b"-.", b"XX"))
     pieces = upper.decode("latin-1").split("<MASK>")
-    replaced = sum(letter not in RESIDUES for piece in pieces for letter in piece)
+    known = RESIDUES + more
+    replaced = sum(letter not in known for piece in pieces for letter in piece)
     if replaced:
-        pieces = ["".join(letter if letter in RESIDUES else "X" for letter in piece) for piece in pieces]
+        pieces = ["".join(letter if letter in known else "X" for letter in piece) for piece in pieces]
     return "<mask>".join(pieces), sum(map(len, pieces)) + len(pieces) - 1, replaced

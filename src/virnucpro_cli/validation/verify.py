@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import fasta, report, scratch, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.model.families import reading_of
 from virnucpro_cli.plan.policies import POLICIES, decide
 from virnucpro_cli.validation import plain_reader, records
 from virnucpro_cli.validation.records import check
@@ -63,7 +64,10 @@ def _of_the_input(
         raise UserError(f"{path} is damaged: {error.what}", "Copy it again, or embed again.") from None
     with scratch.folder() as spool:
         sources = fasta.open_sources(paths, Path(spool))
-        table = fasta.index(sources, on_invalid=config.invalid, gaps=config.gaps, dedup=config.dedup)
+        table = fasta.index(
+            sources, on_invalid=config.invalid, gaps=config.gaps, dedup=config.dedup,
+            reading=reading_of(file.attributes),
+        )  # fmt: skip
         if (shard := file.records) is not None and _within(shard, len(table)):
             table = table.part(shard)
         note = f"{len(table):,} in the FASTA, {len(file):,} in the file"
@@ -91,7 +95,8 @@ def _within(shard: NDArray[np.int64], count: int) -> bool:
 
 def _by_the_plain_reader(file: store.EmbeddingFile, paths: tuple[str, ...]) -> list[Check]:
     """Names, lengths and replaced residues once more, by a reader that shares no code with the index."""
-    table = plain_reader.read(paths, file.settings["id"], file.settings.get("gaps", "keep"))
+    more = reading_of(file.attributes).more_letters
+    table = plain_reader.read(paths, file.settings["id"], file.settings.get("gaps", "keep"), more)
     rows = np.arange(len(file)) if file.records is None else file.records
     count = len(table.lengths)
     same = count == len(file) if file.records is None else _within(rows, count)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.engine import devices, runner
@@ -42,13 +43,14 @@ class Share(NamedTuple):
     segments: Segments
     plan: Plan
     numbers: Int64
+    reading: Reading
 
 
 class Texts:
     """The tokens of a share's records, as a collator wants them."""
 
     def __init__(self, share: Share):
-        self.length, self._tokens = share.lengths, share.tokens
+        self.length, self._tokens, self.reading = share.lengths, share.tokens, share.reading
         self._ends = np.cumsum(share.lengths, dtype=np.int64)
 
     def check_unchanged(self) -> None:

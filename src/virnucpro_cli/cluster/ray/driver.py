@@ -350,5 +350,5 @@ def share_of(packs: Sequence[int], placer: Placer) -> Share:
             np.searchsorted(numbers, wanted), np.append(0, np.cumsum([len(part) for part in parts])),
             plan.bucket[list(packs)], plan.tokens[list(packs)], plan.token_budget,
         ),
-        numbers,
+        numbers, table.reading,
     )  # fmt: skip
