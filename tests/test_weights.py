@@ -419,7 +419,7 @@ def test_every_word_of_a_configuration_decides_the_identity_or_is_refused(
     folder, fasta = hf_folder(home / "hf", tie_word_embeddings=False), make_fasta([20, 30])
     save_file(state | heads | untied, folder / "model.safetensors")
     read = set(weights._read_config(folder / "config.json")) | {each.name for each in dataclasses.fields(ModelSpec)}
-    assert read - {"name", "longest"} == set(OF_THE_SPEC)  # longest goes by the family
+    assert read - {"name", "longest", "inner"} == set(OF_THE_SPEC)  # those go by the family and by the tensors
 
     config = json.loads((folder / "config.json").read_text())
     options: dict[str, Any] = {"model": str(folder), "device": "cpu", "emit": ("entropy",)}

@@ -20,7 +20,7 @@ from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.kinds import any_by_residue, unmasked
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import by_name, family_of, parameters
+from virnucpro_cli.model.families import by_name, check_dtype, family_of, parameters
 from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, check_longest, resolve_layers
 from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import decide
@@ -125,6 +125,7 @@ def decided(
         located = with_adapters(located, config.adapter)
     spec = by_name(config.model) if located is None else model_weights.spec_of(located)
     assert spec is not None
+    check_dtype(spec, computing.dtype)
     config = _with_long(config, spec)
     layers = resolved_layers(config.layers, spec)
     extra = store.Extra()

@@ -16,7 +16,7 @@ import torch
 from virnucpro_cli.errors import UserError, counted, unread
 from virnucpro_cli.model.families import by_name, family_of
 from virnucpro_cli.model.locate import ADAPTER_CONFIG, Adapter, Weights
-from virnucpro_cli.model.spec import DECODER, INV_FREQ, Family, ModelSpec, State
+from virnucpro_cli.model.spec import DECODER, INV_FREQ, Family, ModelSpec, State, name_in
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PLAIN_STARTS = (True, False, "true", "false", "gaussian", "eva", "orthogonal")
@@ -163,10 +163,9 @@ def _sorted(
 def name_here(name: str, family: Family, spec: ModelSpec) -> str | None:
     """The name here of a tensor of the wrapped model, in the encoder or in a head; None if there is none."""
     plain = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    for pattern, to in family.NAMES:
-        if match := pattern.fullmatch(plain):
-            return match.expand(to)
-    short = plain.removeprefix("esm.")
+    if (here := name_in(family.NAMES, plain)) is not None:
+        return here
+    short = name_in(family.HEAD_NAMES, plain)
     heads = {f"{head}.{part}" for head, parts in family.head_shapes(spec).items() for part in parts}
     return short if short in heads or short == DECODER else None
 

@@ -2,6 +2,8 @@
 
 from virnucpro_cli.model.esm2 import (
     CONFIG,
+    FUSED,
+    HEAD_NAMES,
     LEFT_OUT,
     LONGEST,
     NAMES,
@@ -12,13 +14,14 @@ from virnucpro_cli.model.esm2 import (
     parts,
     settle,
     shapes,
+    told_sizes,
 )
 from virnucpro_cli.model.spec import ModelSpec
 
 __all__ = [
-    "ALIASES", "ARCHITECTURES", "CONFIG", "LEFT_OUT", "LONGEST", "NAMES", "PEERS", "PUBLISHED_SHA256", "READING",
-    "SETTINGS",
-    "SHORT_NAMES", "SIZES", "TITLE", "head_shapes", "parts", "repository", "settle", "shapes", "told_by", "url",
+    "ALIASES", "ARCHITECTURES", "CONFIG", "FUSED", "HEAD_NAMES", "LEFT_OUT", "LONGEST", "NAMES", "PEERS",
+    "PUBLISHED_SHA256", "READING", "SETTINGS", "SHORT_NAMES", "SIZES", "TITLE", "head_shapes", "parts", "repository",
+    "settle", "shapes", "told_by", "told_sizes", "url",
 ]  # fmt: skip
 
 TITLE = "DPLM"

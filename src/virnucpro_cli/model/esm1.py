@@ -31,7 +31,8 @@ class Esm1:
     """
 
     SETTINGS, LEFT_OUT, ARCHITECTURES, PEERS = esm2.SETTINGS, esm2.LEFT_OUT, esm2.ARCHITECTURES, False
-    READING = esm2.READING
+    told_sizes = staticmethod(esm2.told_sizes)
+    READING, HEAD_NAMES, FUSED = esm2.READING, esm2.HEAD_NAMES, esm2.FUSED
     NAMES = (
         *esm2.NAMES,
         (re.compile(esm2.PREFIX + r"embed_positions\.weight"), POSITIONS),

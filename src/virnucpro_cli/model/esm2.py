@@ -12,7 +12,7 @@ from virnucpro_cli import alphabet
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.kernels.plain import Layer, Pair
 from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, LM_HEAD, VOCABULARY, ModelSpec, Shapes, State
+from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, LM_HEAD, VOCABULARY, ModelSpec, Names, Shapes, State
 
 TITLE = "ESM-2"
 DEMO = ModelSpec("demo", 6, 320, 20)
@@ -72,11 +72,12 @@ NAMES = tuple((re.compile(PREFIX + pattern), template) for pattern, template in 
     (r"encoder\.emb_layer_norm_after\.(weight|bias)", r"emb_layer_norm_after.\1"),
 ))  # fmt: skip
 """Names of fair-esm, which stay, and of HuggingFace, as patterns; and what fair-esm calls each."""
+HEAD_NAMES: Names = ((re.compile(r"(?:esm\.|encoder\.)?(lm_head\..+|contact_head\.regression\..+)"), r"\1"),)
 LEFT_OUT = re.compile(
     r"(esm\.)?(embeddings\.(position_ids|position_embeddings\.weight)|pooler\..*|contact_head\..*)"
     r"|lm_head\..*|classifier\..*|score\..*|qa_outputs\..*|embed_out|encoder\.lm_head\..*"
 )
-SETTINGS = {
+SETTINGS: dict[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "encoder_layers"),
     "hidden": ("hidden_size", "encoder_embed_dim"),
     "heads": ("num_attention_heads", "encoder_attention_heads"),
@@ -95,7 +96,7 @@ CONFIG: dict[str, tuple[Any, Any]] = {
 ARCHITECTURES: tuple[str, ...] = ()
 READING = alphabet.ESM
 LONGEST: int | None = None
-PEERS = True
+FUSED = PEERS = True
 
 EMBED_SCALE = 0.88
 """`1 - 0.15 * 0.8`, the share of tokens not masked in training; applied at inference too (fair-esm esm2.py:86-92)."""
@@ -160,6 +161,13 @@ def half_rounded_inv_freq(spec: ModelSpec) -> torch.Tensor:
     """`1 / 10000^(2i / head_dim)` rounded to fp16, float32 [head_dim / 2]: the values that ESM-2's checkpoints hold."""
     exact = 1.0 / 10000.0 ** (torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
     return exact.half().float()
+
+
+def told_sizes(state: State) -> dict[str, int]:
+    """The number of heads, by the width of layer 0's inv_freq, float [Dh / 2]."""
+    inv_freq = state.get(INV_FREQ)
+    there = inv_freq is not None and len(inv_freq)
+    return {"heads": state["embed_tokens.weight"].shape[-1] // (2 * there)} if there else {}
 
 
 def shapes(spec: ModelSpec) -> Shapes:

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 
 from virnucpro_cli.alphabet import Reading
+from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import dplm, esm1, esm2
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import DEMO
+from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import LM_HEAD, Family, ModelSpec, State
 
 __all__ = [
-    "DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "family_of", "flops",
-    "parameters", "reading_of",
+    "DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "check_dtype", "family_of",
+    "flops", "parameters", "reading_of",
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {"esm2": esm2, "dplm": dplm, "esm1b": esm1.ESM1B, "esm1v": esm1.ESM1V}
@@ -43,6 +45,15 @@ def reading_of(attributes: Mapping[str, Any]) -> Reading:
     return FAMILIES.get(str(attributes.get("family")), esm2).READING
 
 
+def check_dtype(spec: ModelSpec, dtype: torch.dtype) -> None:
+    """Raise UserError for fp8 of a family without fused steps."""
+    if dtype == torch.float8_e4m3fn and not family_of(spec).FUSED:
+        raise UserError(
+            f"{spec.name} is not computed in fp8: there are no fused kernels for {family_of(spec).TITLE} yet.",
+            "Use --dtype fp16.",
+        )
+
+
 def parameters(spec: ModelSpec) -> int:
     """Number of the encoder's parameters (no head)."""
     return sum(map(math.prod, family_of(spec).shapes(spec).values()))
@@ -57,5 +68,9 @@ def flops(spec: ModelSpec, tokens: float, attended: float, layers: int) -> float
 
 def build(spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.device, backend: Backend) -> PackedModel:
     """The packed forward of a spec, with its state (any floating dtype, shapes [...] of the family) on the device."""
+    family = family_of(spec)
+    check_dtype(spec, dtype)
+    if not family.FUSED:
+        backend = backend._replace(steps=plain)
     head = {name: each for name, each in state.items() if name.startswith((f"{LM_HEAD}.", "embed_tokens."))}
-    return PackedModel(spec, family_of(spec).parts(spec, state, device), head, dtype, device, backend)
+    return PackedModel(spec, family.parts(spec, state, device), head, dtype, device, backend)

@@ -12,6 +12,7 @@ from virnucpro_cli.errors import UserError
 State = dict[str, torch.Tensor]
 """Tensors under their names in fair-esm's `ESM2.state_dict()`, which are the names here for every checkpoint."""
 Shapes = dict[str, tuple[int, ...]]
+Names = tuple[tuple[re.Pattern[str], str], ...]
 INV_FREQ = "layers.0.self_attn.rot_emb.inv_freq"
 CONTACT_HEAD, LM_HEAD = "contact_head.regression", "lm_head"
 DECODER = f"{LM_HEAD}.decoder.weight"
@@ -23,7 +24,11 @@ LAYER_NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One architecture. heads divide hidden; longest: residues that it can take at most, None if there is no limit."""
+    """One architecture. heads divide hidden.
+
+    longest: residues that it can take at most, None if there is no limit. inner: width inside a layer's second half,
+    None if it follows from hidden.
+    """
 
     name: str
     layers: int
@@ -31,6 +36,7 @@ class ModelSpec:
     heads: int
     family: str = "esm2"
     longest: int | None = None
+    inner: int | None = None
 
     @property
     def head_dim(self) -> int:
@@ -51,11 +57,12 @@ class Family(Protocol):
     """A module that is a model family; `families.FAMILIES` is the table of them.
 
     SIZES and PUBLISHED_SHA256 (by file) go by full name, to which SHORT_NAMES and ALIASES (lower case) lead.
-    SETTINGS: fields of a spec, as config.json and the settings in a fair-esm file call them.
+    SETTINGS: fields of a spec, and the words for each in config.json or in the settings of a fair-esm file.
     CONFIG: the values that config.json must have, and HuggingFace's defaults, which it leaves out.
     ARCHITECTURES: classes in config.json that tell the family from others with the same CONFIG.
-    NAMES: patterns of tensors in checkpoints, and their names here. LEFT_OUT: tensors that are known and not used.
-    READING: how it reads a sequence. LONGEST: as in a spec.
+    NAMES, HEAD_NAMES: patterns of tensors of the encoder and of heads in checkpoints, and their names here.
+    LEFT_OUT: tensors that are known and not used.
+    READING: how it reads a sequence. LONGEST: as in a spec. FUSED: whether the fused steps are this network's.
     PEERS: whether the peers of the benchmark have this network.
     """
 
@@ -64,13 +71,15 @@ class Family(Protocol):
     SHORT_NAMES: dict[str, str]
     ALIASES: dict[str, str]
     PUBLISHED_SHA256: dict[str, dict[str, str]]
-    SETTINGS: dict[str, tuple[str, str]]
+    SETTINGS: dict[str, tuple[str, ...]]
     CONFIG: dict[str, tuple[Any, Any]]
     ARCHITECTURES: tuple[str, ...]
-    NAMES: tuple[tuple[re.Pattern[str], str], ...]
+    NAMES: Names
+    HEAD_NAMES: Names
     LEFT_OUT: re.Pattern[str]
     READING: Reading
     LONGEST: int | None
+    FUSED: bool
     PEERS: bool
 
     def repository(self, spec: ModelSpec) -> str:
@@ -81,6 +90,9 @@ class Family(Protocol):
 
     def told_by(self, names: set[str]) -> bool:
         """Whether a checkpoint without configuration, with tensors of these names, is of this family."""
+
+    def told_sizes(self, state: State) -> dict[str, int]:
+        """Fields of a spec that its tensors tell, [...] under the names here, beside layers and hidden."""
 
     def shapes(self, spec: ModelSpec) -> Shapes:
         """Every tensor of the encoder, with its shape."""
@@ -96,6 +108,11 @@ class Family(Protocol):
 
     def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Any:
         """The weights of the packed forward, as `packed.Parts`: float32 [...] on the device."""
+
+
+def name_in(names: Names, name: str) -> str | None:
+    """The name here of a tensor of a checkpoint, None if no pattern is its."""
+    return next((match.expand(to) for pattern, to in names if (match := pattern.fullmatch(name))), None)
 
 
 def check_longest(spec: ModelSpec, residues: int) -> None:

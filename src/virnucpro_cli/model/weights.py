@@ -14,7 +14,7 @@ from virnucpro_cli import stopping
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.families import DEMO, FAMILIES, SIZES, family_of
 from virnucpro_cli.model.locate import Weights, check_unchanged
-from virnucpro_cli.model.spec import DECODER, INV_FREQ, LM_HEAD, Family, ModelSpec, State
+from virnucpro_cli.model.spec import DECODER, INV_FREQ, LM_HEAD, Family, ModelSpec, State, name_in
 
 DEFAULT = "esm2"
 """The family of a lone file."""
@@ -55,7 +55,7 @@ def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
     state, left_out = _renamed(raw, family, weights)
     spec = _spec_of(state, config, key, weights)
     heads = heads_in(raw, spec)
-    of_decoder = _settle_decoder(heads, raw, state["embed_tokens.weight"], config.get("tied", True))
+    of_decoder = _settle_decoder(heads, _of_heads(raw, spec), state["embed_tokens.weight"], config.get("tied", True))
     notes = [*weights.notes, *family.settle(state, spec)]
     if left_out:
         notes.append(f"a head of its own in the checkpoint is left out: {_some(left_out)}")
@@ -100,15 +100,19 @@ def _read_config(path: Path, spec: ModelSpec | None = None) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
     said = config if isinstance(config, dict) else {}
-    key = spec.family if spec else min(FAMILIES, key=lambda key: _distance(said, FAMILIES[key]))
+    alike = [key for key, each in FAMILIES.items() if each.CONFIG["model_type"][0] == said.get("model_type")]
+    key = spec.family if spec else min(alike or [DEFAULT], key=lambda key: _distance(said, FAMILIES[key]))
     family = FAMILIES[key]
-    fields = {field: there for field, (there, _) in family.SETTINGS.items()}
-    if not isinstance(config, dict) or not all(isinstance(config.get(there, 1), int) for there in fields.values()):
+    sizes = {field: _first_of(said, words) for field, words in family.SETTINGS.items()}
+    if not isinstance(config, dict) or not all(isinstance(size, int | None) for size in sizes.values()):
         raise UserError(f"{path} is not a model's configuration.", "Fetch or copy the model directory again.")
     for there, found, value in _contradictions(config, family):
         raise UserError(f"{path} is not an {family.TITLE}: {there} is {found!r}, and {family.TITLE} has {value!r}.")
-    sizes = {field: config.get(there) for field, there in fields.items()}
     return {**sizes, "family": key, "tied": config.get("tie_word_embeddings", True)}
+
+
+def _first_of(config: dict[str, Any], words: tuple[str, ...]) -> Any:
+    return next((config[word] for word in words if word in config), None)
 
 
 def _contradictions(config: dict[str, Any], family: Family) -> list[tuple[str, Any, Any]]:
@@ -155,8 +159,9 @@ def _read_file(path: Path) -> tuple[State, dict[str, Any]]:
     settings = content.get("cfg", {}).get("model") if isinstance(content.get("cfg"), dict) else content.get("args")
     if getattr(settings, "token_dropout", True) is False:
         raise UserError(f"{path} is of a model without token dropout: its embeddings are scaled in another way.")
-    fields = FAMILIES[DEFAULT].SETTINGS.items() if settings is not None else ()
-    sizes = {field: getattr(settings, key, None) for field, (_, key) in fields}
+    words = FAMILIES[DEFAULT].SETTINGS if settings is not None else {}
+    said = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
+    sizes = {field: _first_of(said, each) for field, each in words.items()}
     return {k: v for k, v in tensors.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}, sizes
 
 
@@ -176,12 +181,11 @@ def _renamed(raw: State, family: Family, weights: Weights) -> tuple[State, list[
     unknown = []
     for name, tensor in raw.items():
         plain = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        match = next((match.expand(to) for pattern, to in family.NAMES if (match := pattern.fullmatch(plain))), None)
-        if match is not None:
+        if (match := name_in(family.NAMES, plain)) is not None:
             _put(state, match, tensor, weights)
         elif not family.LEFT_OUT.fullmatch(name):
             unknown.append(name)
-    within_esm = any(name.startswith("esm.") for name in raw)
+    within_esm = any(name.startswith(("esm.", "esmc.")) for name in raw)
     refused = [name for name in unknown if not within_esm or _OF_THE_ENCODER.search(name)]
     if refused:
         raise UserError(
@@ -194,21 +198,19 @@ def _renamed(raw: State, family: Family, weights: Weights) -> tuple[State, list[
 def _spec_of(state: State, config: dict[str, Any], family: str, weights: Weights) -> ModelSpec:
     if "embed_tokens.weight" not in state:
         raise UserError(f"{weights.place} has no token embedding: it is not an {FAMILIES[family].TITLE} checkpoint.")
-    named, inv_freq = weights.spec, state.get(INV_FREQ)
+    named, told = weights.spec, FAMILIES[family].told_sizes(state)
     numbers = [int(name.split(".")[1]) for name in state if name.startswith("layers.")]
     layers = config.get("layers") or max(numbers, default=-1) + 1
     hidden = config.get("hidden") or state["embed_tokens.weight"].shape[-1]
-    heads = config.get("heads")
-    if not heads and inv_freq is not None and len(inv_freq):
-        heads = hidden // (2 * len(inv_freq))
-    heads = heads or (named.heads if named else 0)
+    heads = config.get("heads") or told.get("heads") or (named.heads if named else 0)
     if not heads or hidden % heads or (hidden // heads) % 2:
         raise UserError(
             f"{weights.place} does not say how many attention heads it has.",
             "Put its config.json beside it, or give a HuggingFace directory with it.",
         )
     name = named.name if named else _published_name(layers, hidden, heads, family) or weights.name
-    spec = ModelSpec(name, layers, hidden, heads, family, FAMILIES[family].LONGEST)
+    inner = config.get("inner") or told.get("inner")
+    spec = ModelSpec(name, layers, hidden, heads, family, FAMILIES[family].LONGEST, inner)
     if named not in (None, spec):
         raise UserError(
             f"{weights.place} is not {name}: it has {layers} layers of {hidden} with {heads} heads.",
@@ -225,28 +227,33 @@ def _published_name(layers: int, hidden: int, heads: int, family: str) -> str | 
     return names[0] if len(names) == 1 else None
 
 
-def _in_a_head(raw: State, name: str) -> torch.Tensor | None:
-    return next((raw[prefix + name] for prefix in ("", "esm.", "encoder.") if prefix + name in raw), None)
+def _of_heads(raw: State, spec: ModelSpec) -> State:
+    """Tensors of heads in a file, [...] as there, under the names here."""
+    names = {name: name_in(family_of(spec).HEAD_NAMES, name) for name in raw}
+    return {here: raw[name] for name, here in names.items() if here is not None}
 
 
 def heads_in(raw: State, spec: ModelSpec) -> State:
     """The heads of which all tensors are in a file, in the shapes [...] of `head_shapes` and the dtypes of the file."""
     heads: State = {}
+    named = _of_heads(raw, spec)
     for head, tensors in family_of(spec).head_shapes(spec).items():
-        there = {f"{head}.{part}": _in_a_head(raw, f"{head}.{part}") for part in tensors}
+        there = {f"{head}.{part}": named.get(f"{head}.{part}") for part in tensors}
         if [None if each is None else tuple(each.shape) for each in there.values()] == list(tensors.values()):
             heads |= there  # type: ignore[arg-type]
     return heads
 
 
-def _settle_decoder(heads: State, raw: State, table: torch.Tensor, tied: bool) -> list[str]:
+def _settle_decoder(heads: State, named: State, table: torch.Tensor, tied: bool) -> list[str]:
     """Add the last matrix [33, D] of the token head if it is one of its own, not the token embedding. Returns notes.
+
+    named: every tensor of a head in the file. A family whose head always has a matrix of its own has it already.
 
     The head is left out if the file and its configuration contradict each other (`tie_word_embeddings`).
     """
-    if f"{LM_HEAD}.bias" not in heads:
+    if f"{LM_HEAD}.bias" not in heads or DECODER in heads:
         return []
-    there = [each for name in (DECODER, f"{LM_HEAD}.weight") if (each := _in_a_head(raw, name)) is not None]
+    there = [named[name] for name in (DECODER, f"{LM_HEAD}.weight") if name in named]
     apart = [each for each in there if each.shape != table.shape or not torch.equal(each.to(table.dtype), table)]
     if not apart and (tied or there):
         return []

@@ -29,4 +29,6 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBa
     """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16."""
     from virnucpro_cli.model.kernels.attention import attention
 
+    if q.stride(0) != v.stride(0):  # of the plain steps; the kernel takes one distance between rows for all
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return attention(q, k, v, batch.query_tiles, scale)
