@@ -99,7 +99,7 @@ def kernels(spec, dtype, rows, copy_rate):
     row("norm, qkv, rotary", *both(lambda s, layer: s.query_key_value(x, layer, extra[s])), products["qkv"])
     mixed = x.view(rows, heads, head_dim)
     row("out, residual", *both(lambda s, layer: s.add_attention(stream, mixed, layer)), products["out"])
-    row("norm, fc1, GELU", *both(lambda s, layer: s.gelu_inner(x, layer)), products["fc1"])
+    row("norm, fc1, GELU", *both(lambda s, layer: s.inner(x, layer)), products["fc1"])
     row("fc2, residual", *both(lambda s, layer: s.add_inner(stream, inners[s], layer)), products["fc2"])
     for load in ("fragments", "natural"):
         lengths = getattr(workload, load)(rows, np.random.default_rng(0))

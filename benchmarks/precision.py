@@ -41,7 +41,7 @@ class WideResidual(PackedModel):
         steps.query_key_value = lambda x, layer, rotary: plain.rotated(
             F.linear(norm(x, *layer.norm1), *layer.qkv), rotary
         )
-        steps.gelu_inner = lambda x, layer: plain.gelu(F.linear(norm(x, *layer.norm2), *layer.fc1))
+        steps.inner = lambda x, layer: plain.gelu(F.linear(norm(x, *layer.norm2), *layer.fc1))
         steps.last_norm = lambda x, pair: norm(x, *pair)
 
     def _layer_norm(self, x, weight, bias):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from virnucpro_cli import fasta
+from virnucpro_cli.alphabet import ESM, Reading
 from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.model.packed import PackedModel
@@ -20,11 +21,11 @@ def random_protein(length: int, generator: random.Random) -> str:
     return "".join(generator.choices(RESIDUES, k=length))
 
 
-def one_pack(folder: Path, sequences: list[str], rows: int) -> PackedBatch:
+def one_pack(folder: Path, sequences: list[str], rows: int, reading: Reading = ESM) -> PackedBatch:
     """All sequences, in the order given, in one pack of `rows` rows."""
     path = folder / "pack.fasta"
     path.write_text("".join(f">{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
-    table = fasta.index(fasta.open_sources([str(path)], folder), dedup=False)
+    table = fasta.index(fasta.open_sources([str(path)], folder), dedup=False, reading=reading)
     n = np.arange(len(table))
     segments = Segments(n, np.zeros(len(n), np.int32), table.length)
     tokens = int(table.length.sum()) + 2 * len(n)

@@ -13,7 +13,7 @@ from packs import among_strangers, embeddings, of_segment, one_pack, random_prot
 from sabotage import MISTAKES
 from virnucpro_cli import alphabet
 from virnucpro_cli.model import attention, weights
-from virnucpro_cli.model.families import build
+from virnucpro_cli.model.families import build, family_of
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET
@@ -48,7 +48,7 @@ def embed(
     found: list[Rows] = []
     for start in range(0, len(sequences), pack):
         chunk = sequences[start : start + pack]
-        batch = one_pack(folder, chunk, rows or rows_of(chunk))
+        batch = one_pack(folder, chunk, rows or rows_of(chunk), family_of(model.spec).READING)
         result = embeddings(model, batch, layers)
         assert result.finite is not None and bool(result.finite.all())
         found += [of_segment(result, batch, i) for i in range(len(chunk))]

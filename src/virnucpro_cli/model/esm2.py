@@ -113,7 +113,7 @@ def url(spec: ModelSpec) -> str | None:
 def told_by(names: set[str]) -> bool:
     """Whether no other family's tensors are there: a checkpoint without rotary frequencies has learned positions."""
     words = " ".join(names)
-    return "inv_freq" in words or not re.search("embed_positions|position_embeddings", words)
+    return "inv_freq" in words or not re.search(r"embed_positions|position_embeddings|[qk]_(norm|ln)\.", words)
 
 
 def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:

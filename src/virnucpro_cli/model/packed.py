@@ -97,7 +97,7 @@ class PackedModel:
             steps.add_attention(x, mixed, layer)
             del q, k, v, mixed  # or they would stand beside the widest rows there are
             for part in parts:
-                steps.add_inner(x[part], steps.gelu_inner(x[part], layer), layer)
+                steps.add_inner(x[part], steps.inner(x[part], layer), layer)
             if number in wanted:
                 last = number == self.spec.layers
                 on_layer(number, steps.last_norm(x, self.norm) if last else steps.residual(x, layer))

@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ DEFAULT = "esm2"
 OTHERS = {
     "MSA Transformer": re.compile("row_self_attention|msa_position_embedding"),
     "ESM-1": re.compile(r"self_attn\.bias_[kv]$|embed_out_bias"),
+    "ESM C of multimolecule, whose tokens have other numbers": re.compile(r"\.self\.query_layer_norm\.|^EsmC[A-Z]"),
 }
-"""Models of fair-esm's that are known and not served, and a tensor that only they have."""
+"""Models that are known and not served, and a tensor or a class in config.json that only they have."""
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.)+")
 """Put before every name by data parallelism, torch.compile and PEFT."""
 _OF_THE_ENCODER = re.compile(r"emb(ed|_)|encoder|layer|norm|position|rotary|lora|adapter|ia3", re.IGNORECASE)
@@ -48,7 +50,7 @@ def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
         for name, tensor in tensors.items():
             _put(raw, _WRAPPERS.sub("", name), tensor, weights)
     check_unchanged(weights)
-    _refuse_others(raw, weights)
+    _refuse_others(raw, weights.place)
     told = (key for key, each in FAMILIES.items() if each.told_by(set(raw)))
     key = weights.spec.family if weights.spec else config.get("family") or next(told, DEFAULT)
     family = FAMILIES[key]
@@ -77,14 +79,14 @@ def _merge_adapters(state: State, heads: State, spec: ModelSpec, weights: Weight
     return notes
 
 
-def _refuse_others(raw: State, weights: Weights) -> None:
-    """Raise UserError for a model of fair-esm's that is none of the families here."""
-    for name in raw:
+def _refuse_others(names: Iterable[str], place: str) -> None:
+    """Raise UserError for tensors or classes of a model that is none of the families here."""
+    for name in names:
         for title, pattern in OTHERS.items():
             if pattern.search(name):
                 raise UserError(
-                    f"{weights.place} is an {title}: it has {name}.",
-                    f"{title} is another network. Use one of {', '.join(each.TITLE for each in FAMILIES.values())}.",
+                    f"{place} is an {title}: it has {name}.",
+                    f"It is another model. Use one of {', '.join(each.TITLE for each in FAMILIES.values())}.",
                 )
 
 
@@ -100,6 +102,8 @@ def _read_config(path: Path, spec: ModelSpec | None = None) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
     said = config if isinstance(config, dict) else {}
+    classes = said.get("architectures")
+    _refuse_others((each for each in classes if isinstance(each, str)) if isinstance(classes, list) else (), str(path))
     alike = [key for key, each in FAMILIES.items() if each.CONFIG["model_type"][0] == said.get("model_type")]
     key = spec.family if spec else min(alike or [DEFAULT], key=lambda key: _distance(said, FAMILIES[key]))
     family = FAMILIES[key]

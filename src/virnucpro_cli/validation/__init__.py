@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from virnucpro_cli.model.spec import ModelSpec
     from virnucpro_cli.validation.oracle import Oracle
 
-ORACLES = {"esm2": "fair_esm", "dplm": "transformers_esm", "esm1b": "fair_esm_1", "esm1v": "fair_esm_1"}
+ORACLES = {"esm2": "fair_esm", "dplm": "transformers_esm", "esm1b": "fair_esm_1", "esm1v": "fair_esm_1", "esmc": "esmc"}
 """The file beside this one that holds the oracle of a family, its class `Reference`."""
 
 

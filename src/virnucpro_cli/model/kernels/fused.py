@@ -26,7 +26,7 @@ from virnucpro_cli.model.kernels.norm import norm
 from virnucpro_cli.model.kernels.plain import Pair
 
 __all__ = [
-    "add_attention", "add_inner", "gelu_inner", "last_norm", "prepare", "query_key_value", "residual", "rotary"
+    "add_attention", "add_inner", "inner", "last_norm", "prepare", "query_key_value", "residual", "rotary"
 ]  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def add_attention(x: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> None:
     x.addmm_(mixed.view(x.shape), layer.out.T)
 
 
-def gelu_inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+def inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     """x [T, D], float16 or bf16, to gelu(fc1(LayerNorm(x))) [T, 4 D] in the dtype of x, or in e4m3 times a grain."""
     return gelu_linear(x, layer.fc1)
 

@@ -4,7 +4,7 @@ Shapes: T rows of a pack, H heads of Dh, D = H * Dh.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,11 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Layer(NamedTuple):
-    """Weight and bias of every part; qkv is the joint projection [3D, D]."""
+    """Weight and bias of every part; qkv is the joint projection [3D, D].
+
+    qk_norm: weights [D] of LayerNorms without bias of queries and of keys, before they are split into heads, or None.
+    gated: whether fc1 is [2F, D], the gate above what it multiplies (SwiGLU), and not [4D, D] before a GELU.
+    """
 
     norm1: Pair
     qkv: Pair
@@ -24,13 +28,15 @@ class Layer(NamedTuple):
     norm2: Pair
     fc1: Pair
     fc2: Pair
+    qk_norm: Pair | None = None
+    gated: bool = False
 
 
 def prepare(layers: Iterable[Layer], norm: Pair, head_dim: int, dtype: torch.dtype) -> tuple[list[Layer], Pair]:
     """Layers and the last norm, float32, in the form that the other functions take."""
 
-    def cast(pair: Pair) -> Pair:
-        return pair[0].to(dtype), pair[1].to(dtype)
+    def cast(part: Pair | bool | None) -> Any:
+        return (part[0].to(dtype), part[1].to(dtype)) if isinstance(part, tuple) else part
 
     return [Layer(*map(cast, layer)) for layer in layers], cast(norm)
 
@@ -42,7 +48,11 @@ def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rot
 
 def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torch.Tensor, ...]:
     """The stream x [T, D] to q, k, v [T, H, Dh] of its LayerNorm in the dtype of x, with q and k rotated."""
-    return rotated(F.linear(layer_norm(x, *layer.norm1), *layer.qkv), rotary)
+    qkv = F.linear(layer_norm(x, *layer.norm1), *layer.qkv)
+    if layer.qk_norm is not None:
+        for each, weight in zip(qkv.chunk(3, dim=-1), layer.qk_norm, strict=False):
+            each.copy_(layer_norm(each, weight))
+    return rotated(qkv, rotary)
 
 
 def rotated(qkv: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, ...]:
@@ -57,13 +67,14 @@ def add_attention(x: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> None:
     x += F.linear(mixed.reshape(x.shape), *layer.out)
 
 
-def gelu_inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """x [T, D] to gelu(fc1(LayerNorm(x))) [T, 4 D] of the same dtype."""
-    return gelu(F.linear(layer_norm(x, *layer.norm2), *layer.fc1))
+def inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """x [T, D] to gelu(fc1(LayerNorm(x))) [T, 4 D] of the same dtype, or gated to SwiGLU's silu(a) b [T, F]."""
+    wide = F.linear(layer_norm(x, *layer.norm2), *layer.fc1)
+    return swiglu(wide) if layer.gated else gelu(wide)
 
 
 def add_inner(x: torch.Tensor, inner: torch.Tensor, layer: Layer) -> None:
-    """x [T, D] += fc2(inner [T, 4 D]) of the same dtype."""
+    """x [T, D] += fc2(inner [T, 4 D], or [T, F]) of the same dtype."""
     x += F.linear(inner, *layer.fc2)
 
 
@@ -77,9 +88,15 @@ def last_norm(x: torch.Tensor, norm: Pair) -> torch.Tensor:
     return layer_norm(x, *norm)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """LayerNorm of x [T, D] with weight and bias [D], all of one dtype."""
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """LayerNorm of x [T, D] with weight and bias [D] or None, all of one dtype."""
     return F.layer_norm(x, weight.shape, weight, bias, eps=LAYER_NORM_EPS)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(a) b [T, F] of x [T, 2 F], which is a beside b, in its dtype. May overwrite x."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ def _one_layer(
     tables = steps.rotary(angles.cos(), angles.sin(), torch.arange(16, device=device, dtype=torch.int32))
     mixed = attention(*steps.query_key_value(x, layer, tables))
     steps.add_attention(x, mixed, layer)
-    inner = steps.gelu_inner(x, layer)
+    inner = steps.inner(x, layer)
     steps.add_inner(x, inner, layer)
     results = {"rotary_linear or attention": mixed, "gelu_linear": inner.float(), "norm": steps.last_norm(x, last)}
     if isinstance(layer.fc1, Quantised):
