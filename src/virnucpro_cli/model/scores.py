@@ -1,4 +1,4 @@
-"""Scores of a protein by ESM-2's head for tokens, from the one pass over its unmasked residues that embeds it.
+"""Scores of a protein by the model's head for tokens, from the one pass over its unmasked residues that embeds it.
 
 The head is computed in float32 on the rows of the last layer, whatever the forward's dtype.
 """
@@ -12,7 +12,7 @@ from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.locate import Weights
 from virnucpro_cli.model.pooling import Pooler, mean_over_residues
-from virnucpro_cli.model.spec import DECODER, LAYER_NORM_EPS, LM_HEAD, State
+from virnucpro_cli.model.spec import DECODER, LAYER_NORM_EPS, LM_HEAD, VOCABULARY, State
 
 AMINO_ACIDS = slice(4, 24)
 """The 20 of them, in the alphabet of 33 tokens."""
@@ -30,7 +30,8 @@ class TokenHead:
         ]
         names = [*parts, DECODER if DECODER in state else "embed_tokens.weight"]
         tensors = (state[name].to(device, torch.float32) for name in names)
-        self.weight, self.bias, self.scale, self.shift, self.last_bias, self.last = tensors
+        self.weight, self.bias, self.scale, self.shift, last_bias, last = tensors
+        self.last_bias, self.last = last_bias[:VOCABULARY], last[:VOCABULARY]  # ESM C has rows that are no tokens
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [T, 33] of the rows [T, D] of the last layer."""
