@@ -13,7 +13,7 @@ from packs import embeddings, one_pack, random_protein
 from test_attention import batch_of
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.attention import Backend, sdpa, triton
-from virnucpro_cli.model.families import build
+from virnucpro_cli.model.families import build, family_of
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
@@ -358,3 +358,23 @@ def test_query_tiles_cover_every_row_of_every_segment_once() -> None:
 
 def test_the_tile_is_one_that_the_tests_exercise() -> None:
     assert (linear.ROWS, linear.COLUMNS, linear.DEPTH_BYTES) == (128, 256, 128)
+
+
+def test_plain_steps_around_the_fused_attention_compute_what_plain_attention_computes(tmp_path: Path) -> None:
+    """A family without fused steps. Rows of its queries are nearer to each other than rows of its values."""
+    spec = ModelSpec("plain", 2, 128, 2, "esmc")
+    state, generator, reading = weights.random_state(spec), random.Random(0), family_of(spec).READING
+    sequences = [random_protein(length, generator) for length in (5, 70, 1, 33)]
+    batch = one_pack(tmp_path, [*sequences, "MK<mask>|VL"], 128, reading)
+    exact, half = (
+        build(spec, state, dtype, DEVICE, backend)
+        for dtype, backend in (
+            (torch.float32, Backend("sdpa", sdpa.attention, plain)),
+            (torch.float16, Backend("triton", triton.attention, fused)),
+        )
+    )
+    assert half.backend.steps is plain
+    truth, found = (embeddings(model, batch, (1, 2)) for model in (exact, half))
+    for layer in (1, 2):
+        error = relative_l2(found.residue[layer][: batch.used], truth.residue[layer][: batch.used])
+        assert error < 3e-3, f"layer {layer}: {error:.1e}"
