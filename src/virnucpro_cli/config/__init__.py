@@ -68,9 +68,9 @@ class EmbedConfig(Config):
         path=True, argument=True)
     output: str = option("", FIRST, "The HDF5 file to write.", "OUT.h5", written=True, short="o")
     model: str = option(
-        "esm2_t33_650M_UR50D", FIRST, "8M, 35M, 150M, 650M, 3B, 15B, dplm-150m, dplm-650m, dplm-3b, esm1b, "
-        "esm1v-1 to esm1v-5, their long names, demo, or a path to a fair-esm .pt, a .safetensors file or a "
-        "HuggingFace directory.", "MODEL", path=True, said="650M")
+        "esm2_t33_650M_UR50D", FIRST, "8M, 35M, 150M, 650M, 3B, 15B, dplm-150m, dplm-650m, dplm-3b, "
+        "esmc-300m, esmc-600m, esmc-6b, esm1b, esm1v-1 to esm1v-5, their long names, demo, or a path to a fair-esm "
+        ".pt, an esm 3.2 .pth, a .safetensors file or a HuggingFace directory.", "MODEL", path=True, said="650M")
     adapter: tuple[str, ...] = option(
         (), COMPUTE, "A folder with a LoRA or DoRA adapter of PEFT, merged into the model; may be repeated, in order.",
         "DIR", repeated=True, path=True)

@@ -31,7 +31,7 @@ from virnucpro_cli.validation.verdict import Check, Verdict
 STORED_FP16 = 5e-4
 """The error that rounding to fp16 on the way into the file may add."""
 
-FILE, VALUES = "File: what it says of itself and of the FASTA", "Values: stored rows against fair-esm in fp32"
+FILE, VALUES = "File: what it says of itself and of the FASTA", "Values: stored rows against the reference in fp32"
 NOT_FINITE_CHECKED = 3
 
 

@@ -35,7 +35,7 @@ ROUNDOFF = 2.0**-24
 SINGLE = ("mean", "bos")
 """Kinds whose rows are held to limits of their own: one of all residues, and one of a single place."""
 
-SEMANTICS = "Semantics: embed in fp32 against fair-esm"
+SEMANTICS = "Semantics: embed in fp32 against the reference"
 BINS = (0, 100, 300, 600, 1023)
 NEIGHBOURS = 5
 
