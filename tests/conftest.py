@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -9,6 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads of each would wait for each other's cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from safetensors.torch import save_file
 

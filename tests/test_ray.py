@@ -44,8 +44,10 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def slow_actors(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("PYTHONPATH", str(slowed.packs(folder / "site", 0.3, "default_worker.py")), prepend=os.pathsep)
+def slow_actors(folder: Path, patch: pytest.MonkeyPatch, seconds: float = 0.3) -> Path:
+    site = slowed.packs(folder / "site", seconds, "default_worker.py")
+    patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+    return site / "pace"
 
 
 class Case:
@@ -98,11 +100,25 @@ class Cluster:
         return [int(pid) for pid in listed.split()]
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Path]]:
+    """One cluster for all tests, and the file that holds the seconds that its actors take for a pack."""
+    with pytest.MonkeyPatch.context() as patch:
+        pace = slow_actors(tmp_path_factory.mktemp("actors"), patch, 0)
+        made = Cluster(2)
+        yield made, pace
+        made.ray.shutdown()
+
+
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    made = Cluster(2)
-    yield made
-    made.ray.shutdown()
+def cluster(shared: tuple[Cluster, Path]) -> Cluster:
+    """The cluster with two nodes, whatever became of those of the last test."""
+    made, pace = shared
+    pace.write_text("0")
+    made.nodes = [*made.ray.worker_nodes]
+    while len(made.nodes) < 2:
+        made.nodes.append(made.add())
+    return made
 
 
 class Driver:
@@ -135,69 +151,6 @@ def fill_of(partial: Path) -> int:
         return 0
     with h5py.File(partial, locking=False) as file:
         return int((file["mean/4"][:] != 0).any(axis=1).sum())
-
-
-def test_two_nodes_give_the_bits_of_one_process(case: Case, cluster: Cluster, tmp_path: Path) -> None:
-    found = Driver(case, tmp_path / "out.h5", cluster.ray.address).ended()
-    case.check(tmp_path / "out.h5")
-    (nodes,) = found["tables"]["Nodes"]  # all of this host, by its name
-    assert nodes["actors"] == 2 and nodes["tokens"] == found["counts"]["tokens"]
-
-
-def test_a_node_an_actor_and_the_driver_are_killed_and_no_row_is_lost(
-    case: Case, cluster: Cluster, tmp_path: Path
-) -> None:
-    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
-    driver.wait_for_rows()
-    driver.process.kill()
-    driver.process.wait()
-    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
-    driver.wait_for_rows()
-    cluster.ray.remove_node(cluster.nodes[0], allow_graceful=False)
-    os.kill(cluster.actors()[0], signal.SIGKILL)
-    cluster.add()
-    found = driver.ended()
-    case.check(tmp_path / "out.h5")
-    assert "lost" in found["tables"]["Nodes"][0]["lost"]
-
-
-def test_a_node_that_is_to_be_taken_away_ends_what_it_has_and_gets_no_more(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A notice of pre-emption, as clouds give them: nothing is lost, and what the node would have done is done elsewhere."""
-    slow_actors(tmp_path, monkeypatch)
-    cluster = Cluster(2)
-    try:
-        driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
-        driver.wait_for_rows()
-        subprocess.run(
-            [
-                sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.ray.address, "--node-id",
-                cluster.nodes[0].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test",
-                "--deadline-remaining-seconds", "60",
-            ], check=True, capture_output=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while len(cluster.actors()) > 1 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert driver.process.poll() is None, "its actor had gone while there was work for the other"
-        cluster.ray.remove_node(cluster.nodes[0], allow_graceful=False)
-        found = driver.ended()
-    finally:
-        cluster.ray.shutdown()
-    case.check(tmp_path / "out.h5")
-    assert any("its node is to be taken away" in note for note in found["notes"])
-    assert not any("lost" in note for note in found["notes"]) and found["tables"]["Nodes"][0]["lost"] == ""
-
-
-def test_a_driver_that_is_told_to_stop_keeps_what_it_has(case: Case, cluster: Cluster, tmp_path: Path) -> None:
-    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
-    driver.wait_for_rows()
-    driver.process.send_signal(signal.SIGTERM)
-    _, told = driver.process.communicate(timeout=30)
-    assert driver.process.returncode == 128 + signal.SIGTERM and "the same command resumes" in told
-    with store.read_embeddings(store.partial_path(tmp_path / "out.h5")) as file:
-        assert (file.status == store.DONE).any()
 
 
 # --- an actor, without a cluster --------------------------------------------------------------------------------
@@ -339,3 +292,65 @@ def test_the_nodes_of_the_example_are_started_when_they_are_asked_for(
         growing.shutdown()
     case.check(tmp_path / "out.h5")
     assert sum(node["actors"] for node in found["tables"]["Nodes"]) == 2
+
+
+# --- one cluster for all, and last: no other may run beside it ----------------------------------------------------
+
+
+def test_two_nodes_give_the_bits_of_one_process(case: Case, cluster: Cluster, tmp_path: Path) -> None:
+    found = Driver(case, tmp_path / "out.h5", cluster.ray.address).ended()
+    case.check(tmp_path / "out.h5")
+    (nodes,) = found["tables"]["Nodes"]  # all of this host, by its name
+    assert nodes["actors"] == 2 and nodes["tokens"] == found["counts"]["tokens"]
+
+
+def test_a_node_an_actor_and_the_driver_are_killed_and_no_row_is_lost(
+    case: Case, cluster: Cluster, tmp_path: Path
+) -> None:
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
+    driver.wait_for_rows()
+    driver.process.kill()
+    driver.process.wait()
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
+    driver.wait_for_rows()
+    cluster.ray.remove_node(cluster.nodes[0], allow_graceful=False)
+    os.kill(cluster.actors()[0], signal.SIGKILL)
+    cluster.add()
+    found = driver.ended()
+    case.check(tmp_path / "out.h5")
+    assert "lost" in found["tables"]["Nodes"][0]["lost"]
+
+
+def test_a_node_that_is_to_be_taken_away_ends_what_it_has_and_gets_no_more(
+    case: Case, cluster: Cluster, shared: tuple[Cluster, Path], tmp_path: Path
+) -> None:
+    """A notice of pre-emption, as clouds give them: nothing is lost, and what the node would have done is done elsewhere."""
+    shared[1].write_text("0.3")
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
+    driver.wait_for_rows()
+    subprocess.run(
+        [
+            sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.ray.address, "--node-id",
+            cluster.nodes[0].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test",
+            "--deadline-remaining-seconds", "60",
+        ], check=True, capture_output=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(cluster.actors()) > 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert driver.process.poll() is None, "its actor had gone while there was work for the other"
+    cluster.ray.remove_node(cluster.nodes[0], allow_graceful=False)
+    found = driver.ended()
+    case.check(tmp_path / "out.h5")
+    assert any("its node is to be taken away" in note for note in found["notes"])
+    assert not any("lost" in note for note in found["notes"]) and found["tables"]["Nodes"][0]["lost"] == ""
+
+
+def test_a_driver_that_is_told_to_stop_keeps_what_it_has(case: Case, cluster: Cluster, tmp_path: Path) -> None:
+    driver = Driver(case, tmp_path / "out.h5", cluster.ray.address)
+    driver.wait_for_rows()
+    driver.process.send_signal(signal.SIGTERM)
+    _, told = driver.process.communicate(timeout=30)
+    assert driver.process.returncode == 128 + signal.SIGTERM and "the same command resumes" in told
+    with store.read_embeddings(store.partial_path(tmp_path / "out.h5")) as file:
+        assert (file.status == store.DONE).any()
