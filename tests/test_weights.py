@@ -50,15 +50,6 @@ def state() -> State:
     return weights.random_state(TINY)
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Empty caches, all of them."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path
-
-
 def hf_name(name: str) -> str:
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)\.(\w+)", name)
     if layer:

@@ -24,6 +24,10 @@ def fetch(
     list_models: Annotated[
         bool, typer.Option("--list", help="Show which models are on this machine, and where.")
     ] = False,
+    accepted: Annotated[
+        bool,
+        typer.Option("--accept-licence", help="You have read a licence that has to be accepted, and accept it."),
+    ] = False,
 ) -> None:
     """Put weights into the cache ahead of time, for compute nodes without internet access."""
     from virnucpro_cli.machine.fetch import fetch_weights, show
@@ -32,6 +36,6 @@ def fetch(
         show()
     elif models:
         for model in models:
-            fetch_weights(model)
+            fetch_weights(model, accepted)
     else:
         raise UserError("fetch needs a model's name.", "virnucpro fetch 650M, or virnucpro fetch --list")

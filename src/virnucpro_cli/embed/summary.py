@@ -17,6 +17,7 @@ from virnucpro_cli.embed.recipe import EmbedRun
 from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted
+from virnucpro_cli.model import locate
 from virnucpro_cli.model.families import flops
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
 from virnucpro_cli.plan.policies import Int64
@@ -242,9 +243,7 @@ def describe_plan(run: EmbedRun) -> None:
     counts = np.histogram(run.table.length, [*EDGES, np.iinfo(np.int32).max])[0].tolist()
     histogram = dict(zip(labels, counts, strict=True))
     summary.counts["output bytes (estimate)"] = needed
-    summary.environment["weights"] = (
-        run.located.place if run.located else "not on this machine; the run will fetch them"
-    )
+    summary.environment["weights"] = run.located.place if run.located else locate.not_here(run.spec)
     summary.environment["length histogram"] = histogram
     say(report.packing_table(summary))
     say("lengths:  " + ";  ".join(f"{label}: {n:,}" for label, n in histogram.items() if n))

@@ -76,6 +76,8 @@ def _origins(file: store.EmbeddingFile, settings: dict[str, Any]) -> Iterator[tu
             yield name, f"{entry['path']} ({report.size(entry['bytes'])}, SHA-256 {entry['sha256'][:16]}...)"
     for entry in json.loads(file.attributes.get("adapters", "[]")):
         yield "adapter", f"{entry['path']} (SHA-256 {entry['sha256'][:16]}...)"
+    if "weights_licence" in file.attributes:
+        yield "licence of the weights", str(file.attributes["weights_licence"])
     if "gene_caller" in settings:
         yield "genes", ", ".join(f"{name} {value}" for name, value in settings["gene_caller"].items())
     if "groups" in settings:

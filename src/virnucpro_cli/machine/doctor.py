@@ -129,8 +129,7 @@ def _choices() -> Iterator[Finding]:
 
 def _place(name: str) -> str:
     weights = locate.locate(name)
-    absent = f"not here; embed fetches them, or ahead of time: virnucpro fetch {name}"
-    return weights.place if weights else absent
+    return weights.place if weights else locate.not_here(SIZES[name])
 
 
 def _cache() -> Finding:

@@ -6,13 +6,17 @@ from virnucpro_cli.model import locate
 from virnucpro_cli.model.families import SIZES
 
 
-def fetch_weights(model: str) -> None:
-    """Fetch a named model unless it is there, check it, and say where it is. Raises UserError if that fails."""
+def fetch_weights(model: str, accepted: bool = False) -> None:
+    """Fetch a named model unless it is there, check it, and say where it is and under which licence.
+
+    accepted: as in `locate.fetch`. Raises UserError if that fails.
+    """
     out = report.console()
-    weights = locate.verified(locate.fetch(model, lambda text: out.print(text)))
+    weights = locate.verified(locate.fetch(model, lambda text: out.print(text), accepted))
     if not weights.files:
         raise UserError(f"There is nothing to fetch for {model!r}.")
-    out.print(f"{weights.name}: {weights.place}\nSHA-256 {weights.sha256}")
+    licence = locate.licence_of(weights) or "not known here"
+    out.print(f"{weights.name}: {weights.place}\nSHA-256 {weights.sha256}\nlicence: {licence}")
 
 
 def show() -> None:

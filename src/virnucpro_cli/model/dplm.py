@@ -4,6 +4,7 @@ from virnucpro_cli.model.esm2 import (
     CONFIG,
     FUSED,
     HEAD_NAMES,
+    HUB_FILES,
     LEFT_OUT,
     LONGEST,
     NAMES,
@@ -16,12 +17,12 @@ from virnucpro_cli.model.esm2 import (
     shapes,
     told_sizes,
 )
-from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.model.spec import APACHE, Licence, ModelSpec
 
 __all__ = [
-    "ALIASES", "ARCHITECTURES", "CONFIG", "FUSED", "HEAD_NAMES", "LEFT_OUT", "LONGEST", "NAMES", "PEERS",
-    "PUBLISHED_SHA256", "READING", "SETTINGS", "SHORT_NAMES", "SIZES", "TITLE", "head_shapes", "parts", "repository",
-    "settle", "shapes", "told_by", "told_sizes", "url",
+    "ALIASES", "ARCHITECTURES", "CONFIG", "FUSED", "HEAD_NAMES", "HUB_FILES", "LEFT_OUT", "LONGEST", "NAMES", "PEERS",
+    "PUBLISHED_SHA256", "READING", "SETTINGS", "SHORT_NAMES", "SIZES", "TITLE", "head_shapes", "licence", "parts",
+    "repository", "settle", "shapes", "told_by", "told_sizes", "url",
 ]  # fmt: skip
 
 TITLE = "DPLM"
@@ -46,6 +47,10 @@ def repository(spec: ModelSpec) -> str:
 
 def url(spec: ModelSpec) -> str | None:
     return None
+
+
+def licence(spec: ModelSpec) -> Licence:
+    return APACHE
 
 
 def told_by(names: set[str]) -> bool:

@@ -12,7 +12,7 @@ from virnucpro_cli import alphabet
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import esm2
 from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, ModelSpec, Shapes, State, positions_of
+from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, MIT, Licence, ModelSpec, Shapes, State, positions_of
 
 POSITIONS, FIRST_NORM = "embed_positions.weight", "emb_layer_norm_before"
 OFFSET = alphabet.PAD + 1
@@ -31,6 +31,7 @@ class Esm1:
     """
 
     SETTINGS, LEFT_OUT, ARCHITECTURES, PEERS = esm2.SETTINGS, esm2.LEFT_OUT, esm2.ARCHITECTURES, False
+    HUB_FILES = esm2.HUB_FILES
     told_sizes = staticmethod(esm2.told_sizes)
     READING, HEAD_NAMES, FUSED = esm2.READING, esm2.HEAD_NAMES, esm2.FUSED
     NAMES = (
@@ -63,6 +64,9 @@ class Esm1:
 
     def url(self, spec: ModelSpec) -> str | None:
         return esm2.url(spec)
+
+    def licence(self, spec: ModelSpec) -> Licence:
+        return MIT
 
     def told_by(self, names: set[str]) -> bool:
         """Whether there are learned positions, and the first LayerNorm exactly if the family has it."""

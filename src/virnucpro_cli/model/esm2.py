@@ -12,7 +12,18 @@ from virnucpro_cli import alphabet
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.kernels.plain import Layer, Pair
 from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, LM_HEAD, VOCABULARY, ModelSpec, Names, Shapes, State
+from virnucpro_cli.model.spec import (
+    CONTACT_HEAD,
+    INV_FREQ,
+    LM_HEAD,
+    MIT,
+    VOCABULARY,
+    Licence,
+    ModelSpec,
+    Names,
+    Shapes,
+    State,
+)
 
 TITLE = "ESM-2"
 DEMO = ModelSpec("demo", 6, 320, 20)
@@ -52,6 +63,7 @@ The others are of facebook's files on huggingface.co, hub revisions c731040, 6fb
 as recorded by the FastPLMs project (github.com/Synthyra/FastPLMs, tests/goldens/esm2_*.json).
 No source was found for the 15B and for the .pt files of dl.fbaipublicfiles.com.
 """
+HUB_FILES: dict[str, str] = {}
 
 PREFIX = r"(?:encoder\.sentence_encoder\.|encoder\.|esm\.|model\.)?"
 LAYER = r"encoder\.layer\.(\d+)"
@@ -108,6 +120,10 @@ def repository(spec: ModelSpec) -> str:
 
 def url(spec: ModelSpec) -> str | None:
     return f"https://dl.fbaipublicfiles.com/fair-esm/models/{spec.name}.pt"
+
+
+def licence(spec: ModelSpec) -> Licence:
+    return Licence("GPL-3.0") if spec == DEMO else MIT
 
 
 def told_by(names: set[str]) -> bool:

@@ -12,7 +12,7 @@ import torch
 from virnucpro_cli import alphabet
 from virnucpro_cli.model.kernels.plain import Layer, Pair
 from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.spec import INV_FREQ, LM_HEAD, ModelSpec, Names, Shapes, State
+from virnucpro_cli.model.spec import INV_FREQ, LM_HEAD, MIT, Licence, ModelSpec, Names, Shapes, State
 
 TITLE = "ESM C"
 SIZES = {
@@ -21,14 +21,31 @@ SIZES = {
         ModelSpec("ESMC-300M", 30, 960, 15, "esmc", inner=2560),
         ModelSpec("ESMC-600M", 36, 1152, 18, "esmc", inner=3072),
         ModelSpec("ESMC-6B", 80, 2560, 40, "esmc", inner=6912),
+        ModelSpec("esmc-300m-2024-12", 30, 960, 15, "esmc", inner=2560),
+        ModelSpec("esmc-600m-2024-12", 36, 1152, 18, "esmc", inner=3072),
     )
 }
 SHORT_NAMES = {name.lower(): name for name in SIZES}
+_TERMS = "https://www.evolutionaryscale.ai/policies/cambrian-{}-license-agreement"
+FIRST_LICENCES = {
+    "esmc-300m-2024-12": Licence("Cambrian Open", _TERMS.format("open"), to_accept=True),
+    "esmc-600m-2024-12": Licence("Cambrian Non-Commercial", _TERMS.format("non-commercial"), to_accept=True),
+}
+HUB_FILES = {name: f"data/weights/{name.replace('-', '_')}_v0.pth" for name in FIRST_LICENCES}
+"""The makers' first files, in the layout of the package esm 3.2."""
+
+
+def _owner(name: str) -> str:
+    return "EvolutionaryScale" if name in FIRST_LICENCES else "biohub"
+
+
 ALIASES = {
     alias: name
     for short, name in SHORT_NAMES.items()
-    for alias in (short, short.replace("-", "_"), short.replace("esmc", "esm-c"), f"biohub/{short}")
-}
+    for alias in (
+        short, short.replace("-", "_"), short.replace("esmc", "esm-c"), f"{_owner(name).lower()}/{short}",
+    )
+}  # fmt: skip
 PUBLISHED_SHA256: dict[str, dict[str, str]] = {}
 """The published files were replaced by others of the same content, so no SHA-256 stands for a model."""
 
@@ -90,11 +107,15 @@ _OWN = re.compile(r"(.*\.)?(layernorm_qkv\..*|[qk]_ln\.weight|self_attn\.[qk]_no
 
 
 def repository(spec: ModelSpec) -> str:
-    return f"biohub/{spec.name}"
+    return f"{_owner(spec.name)}/{spec.name}"
 
 
 def url(spec: ModelSpec) -> str | None:
     return None
+
+
+def licence(spec: ModelSpec) -> Licence:
+    return FIRST_LICENCES.get(spec.name, MIT)
 
 
 def told_by(names: set[str]) -> bool:

@@ -17,7 +17,7 @@ from virnucpro_cli.model.spec import LM_HEAD, Family, ModelSpec, State
 
 __all__ = [
     "DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "check_dtype", "family_of",
-    "flops", "parameters", "reading_of",
+    "flops", "parameters", "reading_of", "short_name",
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {"esm2": esm2, "dplm": dplm, "esm1b": esm1.ESM1B, "esm1v": esm1.ESM1V, "esmc": esmc}
@@ -34,6 +34,11 @@ def by_name(name: str) -> ModelSpec | None:
     plain = name.lower().removeprefix("facebook/")
     full = next((family.ALIASES[plain] for family in FAMILIES.values() if plain in family.ALIASES), plain)
     return {known.lower(): spec for known, spec in SIZES.items()}.get(full.lower())
+
+
+def short_name(spec: ModelSpec) -> str:
+    """The shortest name of a published model; of others, the name that they have."""
+    return next((short for short, name in SHORT_NAMES.items() if name == spec.name), spec.name)
 
 
 def family_of(spec: ModelSpec) -> Family:

