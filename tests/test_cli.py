@@ -36,6 +36,7 @@ ORDER = [
     "status",
     "merge",
     "doctor",
+    "models",
     "fetch",
 ]
 

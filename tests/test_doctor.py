@@ -35,7 +35,8 @@ def test_doctor_shows_what_a_run_would_use_and_where_things_are(capsys: pytest.C
         "a run uses",
         "attention",
         "weights",
-        "esm2_t33_650M_UR50D",
+        "650M",
+        "esmc-600m",
         "this folder",
         "array job",
     ):

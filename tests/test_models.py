@@ -17,10 +17,12 @@ from conftest import write_model
 from test_esmc import SMALL, transformers_model, written
 from test_weights import COMMIT, FakeHub, Hub, point_hub_at
 from virnucpro_cli import cli
+from virnucpro_cli.benchmark.bench import bench_model
 from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.explore import inspect
-from virnucpro_cli.machine import fetch
+from virnucpro_cli.machine import doctor, fetch, models, speeds
 from virnucpro_cli.model import families, locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 
@@ -191,3 +193,132 @@ def test_each_model_that_cannot_be_fetched_says_where_it_was_looked_for_and_what
     assert all(str(place) in message for place in locate.places(spec))
     assert f"https://huggingface.co/{families.family_of(spec).repository(spec)}: " in message
     assert f"virnucpro fetch {spec.name}" in message and "--model PATH" in message
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The output of `virnucpro models ...` in a terminal of so many columns."""
+
+    def run(*arguments: str, columns: int = 80) -> str:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["models", *arguments])
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_table_has_every_model_in_80_columns_and_asks_no_hub(
+    says: Callable[..., str], first: Hub, home: Path
+) -> None:
+    shown = says()
+    names = [*families.SHORT_NAMES, "demo"]
+    assert [name for name in names if f"│ {name} " not in shown] == []
+    table = [line for line in shown.splitlines() if line[:1] in "┏┃┡│└┌"]
+    assert max(map(len, table)) <= 80 and "A-I K-Z - . |" in shown and "1,022 residues" in shown
+    assert first.requests == []
+
+
+@pytest.mark.parametrize("columns", [40, 60, 76])
+def test_a_narrow_terminal_has_every_model_in_lines(columns: int, says: Callable[..., str], home: Path) -> None:
+    shown = says(columns=columns)
+    assert all(f"│ {name} " in shown for name in [*families.SHORT_NAMES, "demo"]) and "layers of" in shown
+    assert max(len(line) for line in shown.splitlines() if line[:1] in "┏┃┡│└┌") <= columns
+
+
+def test_one_model_is_told_with_its_licence_its_place_and_the_way_to_have_it(
+    says: Callable[..., str], first: Hub, home: Path
+) -> None:
+    assert f"virnucpro fetch {FIRST} --accept-licence" in says(FIRST, columns=200)
+    fetch.fetch_weights(FIRST, accepted=True)
+    shown = says(f"EvolutionaryScale/{FIRST}", columns=300)
+    found = locate.locate(FIRST)
+    assert found is not None and found.place in shown and "Cambrian Non-Commercial (https://" in shown
+    assert "contacts" in says("650M") and "contacts" not in says(FIRST)
+    assert says(columns=300).count(found.place) == 1
+
+
+@pytest.mark.parametrize(("name", "count"), [("esmc", 5), ("ESM C", 5), ("ESM-1v", 5), ("esm2", 7), ("650", 1)])
+def test_a_name_is_of_a_model_or_of_a_family(name: str, count: int, says: Callable[..., str], home: Path) -> None:
+    assert len(json.loads(says(name, "--json"))) == count
+
+
+def test_json_holds_what_the_table_shows_and_more(says: Callable[..., str], home: Path) -> None:
+    rows = {row["name"]: row for row in json.loads(says("--json"))}
+    assert len(rows) == len(families.SIZES)
+    assert (rows["esm1b"]["longest"], rows["esmc-6b"]["longest"]) == (1022, None)
+    assert (rows[FIRST]["licence"], rows[FIRST]["licence_to_accept"]) == ("Cambrian Non-Commercial", True)
+    assert rows["3B"]["parameters"] == families.parameters(families.SIZES["esm2_t36_3B_UR50D"])
+    assert rows["8M"]["tokens/s"] is None and rows["8M"]["place"] is None
+
+
+def test_a_name_that_is_none_is_answered_with_the_nearest_and_a_path_with_the_way(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Did you mean ESMC-600M"):
+        models.show("esmc-600")
+    with pytest.raises(UserError, match="is a path"):
+        models.show(str(tmp_path))
+
+
+def test_fused_kernels_are_told_where_they_run_and_of_the_families_that_have_them() -> None:
+    on_hopper, on_ampere = models.Here("a GPU", "fp16", "triton"), models.Here("a GPU", "fp16", "torch_varlen")
+    for family in families.FAMILIES.values():
+        assert on_hopper.kernels(family) == ("fused" if family.FUSED else "plain")
+        assert on_ampere.kernels(family) == "plain"
+
+
+def test_where_nothing_can_run_the_table_is_shown_all_the_same(
+    says: Callable[..., str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: str) -> torch.device:
+        raise UserError("A GPU is older than compute capability 5.0.")
+
+    monkeypatch.setattr(devices, "resolve_device", refused)
+    assert "Nothing here can run a model" in says() and "virnucpro doctor" in says("8M")
+    assert json.loads(says("8M", "--json"))[0]["kernels"] is None
+
+
+# --- speeds --------------------------------------------------------------------------------------------------------
+
+
+def test_bench_keeps_the_speed_of_a_published_model_and_the_table_shows_it(
+    hub: Hub, says: Callable[..., str], make_fasta: Callable[..., Path], home: Path
+) -> None:
+    fetch.fetch_weights("esm2_tiny")
+    options = {"device": "cpu", "seconds": 0.01, "token_budget": 1024, "packed": True}
+    bench_model(model="esm2_tiny", fasta=make_fasta([30, 40]), **options)  # of other lengths than all models have
+    bench_model(model=write_model(home / "other", ModelSpec("other", 2, 48, 4)), **options)  # of no published model
+    assert speeds.remembered() == []
+    rates = [bench_model(model="esm2_tiny", **options).rates["tokens/s"] for _ in range(2)]
+    (kept,) = speeds.remembered()
+    assert (kept.model, kept.dtype, kept.rate) == ("esm2_tiny", "fp32", rates[-1])
+    assert all(f"{rates[-1]:,.0f}" in says(columns=columns) for columns in (80, 70))
+    assert json.loads(says("esm2_tiny", "--json"))[0]["tokens/s"] == rates[-1]
+
+
+def test_a_speed_of_another_device_or_dtype_is_not_shown_as_the_one_here(says: Callable[..., str], home: Path) -> None:
+    speeds.remember(speeds.Speed("esm2_t6_8M_UR50D", "another GPU", "fp16", "triton", 123456.0, "2026-01-01"))
+    assert json.loads(says("8M", "--json"))[0]["tokens/s"] is None
+    assert "123,456 on another GPU in fp16" in says("8M", columns=200)
+
+
+def test_a_damaged_note_and_a_cache_that_cannot_be_written_keep_no_speed(home: Path) -> None:
+    speed = speeds.Speed("esm2_t6_8M_UR50D", "CPU", "fp32", "sdpa", 1.0, "2026-01-01")
+    (home / "xdg").write_text("a file where the cache should be")
+    speeds.remember(speed)
+    assert speeds.remembered() == []
+    (home / "xdg").unlink()
+    speeds.remember(speed)
+    for content in ("", "[]", '{"model": "of another version"}'):
+        (home / "xdg" / "virnucpro" / "speeds" / "damaged.json").write_text(content)
+        assert speeds.remembered() == [speed]
+
+
+def test_doctor_has_a_line_for_each_model_that_is_here_and_one_for_the_others(first: Hub, home: Path) -> None:
+    fetch.fetch_weights(FIRST, accepted=True)
+    found = {finding.what: finding.found for finding in doctor.look() if finding.what.startswith("weights")}
+    assert set(found) == {f"weights {FIRST}", "weights not here"} and found[f"weights {FIRST}"].endswith(FILE)
+    assert all(name in found["weights not here"] for name in ("650M", "demo", "esm1v-5", "dplm-3b", "esmc-6b"))

@@ -22,10 +22,12 @@ from virnucpro_cli.benchmark.workload import Workload
 from virnucpro_cli.config import BenchConfig, EmbedConfig, resolve
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted, in_a_line, needs
+from virnucpro_cli.machine import speeds
+from virnucpro_cli.machine.speeds import Speed
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import build, family_of, flops, parameters
+from virnucpro_cli.model.families import SIZES, build, family_of, flops, parameters
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import check_longest, stream_dtype
 from virnucpro_cli.validation.agreement import relative_l2
@@ -120,7 +122,7 @@ class _Bench:
         tokens = int(np.clip(tokens, (4 if self.device.type == "cpu" else 2) * largest, 100 * largest))
         if self.config.fasta:
             return [workload.sampled(self.config.fasta, tokens, folder, longest)]
-        kinds = {"natural": workload.natural, "fragments": workload.fragments}
+        kinds = {workload.NATURAL: workload.natural, "fragments": workload.fragments}
         return [workload.made_up(name, lengths(tokens, dice), folder, longest) for name, lengths in kinds.items()]
 
     def time(self, load: Workload) -> None:
@@ -262,6 +264,13 @@ class _Bench:
             seconds = timed(lambda: run(subset), self.device)
         return len(subset), sum(map(len, subset)) / seconds
 
+    def _remember(self, load: str, rate: float) -> None:
+        """Keep tokens a second of a published model for `virnucpro models`, if they are of lengths that all have."""
+        if load == workload.NATURAL and self.spec.name in SIZES:
+            device, dtype = devices.describe_device(self.device), devices.short_name(self.dtype)
+            date = self.report.environment["date"]
+            speeds.remember(Speed(self.spec.name, device, dtype, self.backend.name, rate, date))
+
     def finish(self) -> report.RunReport:
         """Say what is best here, print the tables, and write the files that were asked for."""
         config, tables, best = self.config, self.report.tables, self.backend.name
@@ -270,6 +279,7 @@ class _Bench:
             rate = max(row["tokens/s"] for row in packed if row["workload"] == packed[0]["workload"])
             self.report.packing = {"density": packed[0]["density"], "token budget": self.best_budget}
             self.report.rates = {"tokens/s": rate}
+            self._remember(packed[0]["workload"], rate)
         if backends := tables.get("Attention backends"):
             best = max(backends, key=lambda row: row["tokens/s"])["backend"]
         self.report.environment["recommended"] = {"token_budget": self.best_budget, "attention": best}

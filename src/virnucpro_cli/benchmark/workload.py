@@ -23,6 +23,8 @@ UNIPROT_LENGTHS = (
 # fmt: on
 """Lengths of 5,000 UniProtKB proteins at every percentile from 0 to 100; their mean is 459."""
 
+NATURAL = "natural"
+"""The name of the workload whose lengths those are."""
 FRAGMENT_LENGTHS = (60, 165)
 RESIDUES = b"LAGVSERTIDPKQNFYMHWC"
 

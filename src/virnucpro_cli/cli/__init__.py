@@ -35,7 +35,7 @@ from virnucpro_cli.errors import (
 COMMANDS = {
     "embed": "embed", "bench": "bench", "validate": "validate", "inspect": "look", "verify": "validate",
     "search": "look", "map": "look", "extract": "extract", "export": "layouts", "import": "layouts",
-    "status": "shards", "merge": "shards", "doctor": "machine", "fetch": "machine",
+    "status": "shards", "merge": "shards", "doctor": "machine", "models": "machine", "fetch": "machine",
 }  # fmt: skip
 """Each command and the module of this package that has its function, in the order of --help."""
 

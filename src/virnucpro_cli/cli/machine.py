@@ -1,4 +1,4 @@
-"""Commands about this machine: doctor, fetch."""
+"""Commands about this machine: doctor, models, fetch."""
 
 from typing import Annotated
 
@@ -15,6 +15,25 @@ def doctor() -> None:
 
     if not check_machine():
         raise typer.Exit(EXIT_GATE_FAILED)
+
+
+def models(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="A model, such as 650M or esmc-600m, or a family, such as esmc."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print it as one line of JSON on standard output.")] = False,
+) -> None:
+    """Show the models: size, letters, licence, what is here, and speed.
+
+    Nothing is fetched. With NAME all that is known of one model is shown.
+
+    Tokens/s are those that virnucpro bench --model NAME measured last on this machine, on lengths of natural proteins.
+    They are of the device and dtype that a run would use here.
+    """
+    from virnucpro_cli.machine.models import show
+
+    show(name, json)
 
 
 def fetch(

@@ -17,7 +17,7 @@ from virnucpro_cli import report, store
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, install_command
 from virnucpro_cli.model import attention, locate
-from virnucpro_cli.model.families import SIZES
+from virnucpro_cli.model.families import SIZES, short_name
 from virnucpro_cli.plan import shards
 from virnucpro_cli.store import disk
 
@@ -54,8 +54,7 @@ def look() -> Iterator[Finding]:
     for number in range(torch.cuda.device_count()):
         yield _gpu(torch.device("cuda", number))
     yield from _choices()
-    for spec in SIZES.values():
-        yield _tried(f"weights {spec.name}", lambda name=spec.name: _place(name))  # type: ignore[misc]
+    yield from _weights()
     yield _cache()
     yield _room("this folder", Path.cwd(), "give another -o.", "choose another disk with -o.")
     yield _room("temporary folder", Path(tempfile.gettempdir()), "set TMPDIR.", "set TMPDIR to another disk.")
@@ -127,9 +126,23 @@ def _choices() -> Iterator[Finding]:
     yield Finding("host memory", f"{report.size(devices.free_memory(cpu))} free, {threads}")
 
 
+def _weights() -> Iterator[Finding]:
+    """A line for each model that is here, or is here in part, and one for all others."""
+    elsewhere = []
+    for spec in SIZES.values():
+        finding = _tried(f"weights {spec.name}", lambda name=spec.name: _place(name))  # type: ignore[misc]
+        if finding.found:
+            yield finding
+        else:
+            elsewhere.append(short_name(spec))
+    if elsewhere:
+        how = "embed fetches them, or ahead of time: virnucpro fetch NAME; virnucpro models shows their licences"
+        yield Finding("weights not here", f"{', '.join(elsewhere)}; {how}")
+
+
 def _place(name: str) -> str:
     weights = locate.locate(name)
-    return weights.place if weights else locate.not_here(SIZES[name])
+    return weights.place if weights else ""
 
 
 def _cache() -> Finding:
