@@ -89,6 +89,7 @@ LEFT_OUT = re.compile(
     r"(esm\.)?(embeddings\.(position_ids|position_embeddings\.weight)|pooler\..*|contact_head\..*)"
     r"|lm_head\..*|classifier\..*|score\..*|qa_outputs\..*|embed_out|encoder\.lm_head\..*"
 )
+JOINT: dict[str, tuple[str, ...]] = {}
 SETTINGS: dict[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "encoder_layers"),
     "hidden": ("hidden_size", "encoder_embed_dim"),

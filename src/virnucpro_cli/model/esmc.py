@@ -12,7 +12,7 @@ import torch
 from virnucpro_cli import alphabet
 from virnucpro_cli.model.kernels.plain import Layer, Pair
 from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.spec import INV_FREQ, LM_HEAD, MIT, Licence, ModelSpec, Names, Shapes, State
+from virnucpro_cli.model.spec import INV_FREQ, LM_HEAD, MIT, Licence, ModelSpec, Names, Shapes, State, pieces_of
 
 TITLE = "ESM C"
 SIZES = {
@@ -55,8 +55,10 @@ HEAD_DIM = 64
 """Width of a head in every published size; a file without configuration does not say it."""
 _PREFIX = r"(?:esmc\.)?"
 _BLOCK = r"transformer\.blocks\.(\d+)"
-_JOINT = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Matrices that stand in one tensor in some layouts, one below the other."""
+JOINT: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 NAMES: Names = tuple((re.compile(_PREFIX + pattern), template) for pattern, template in (
     (r"(embed_tokens\.weight|norm\.weight|layers\.\d+\.(?:self_attn\.(?:(?:[qkvo]_proj)|[qk]_norm)\.weight"
      r"|mlp\.(?:gate|up|down)_proj\.weight|(?:input|post_attention)_layernorm\.(?:weight|bias)))", r"\1"),
@@ -134,10 +136,9 @@ def told_sizes(state: State) -> dict[str, int]:
 def settle(state: State, spec: ModelSpec) -> list[str]:
     """Split joint matrices [n D, D] into those here, and put the exact `INV_FREQ` into the state. Returns no notes."""
     for name in [*state]:
-        *place, joint, _ = name.split(".")
-        if words := _JOINT.get(joint):
-            for word, matrix in zip(words, state.pop(name).chunk(len(words)), strict=False):
-                state[".".join([*place, word, "weight"])] = matrix
+        pieces = pieces_of(name, JOINT)
+        if len(pieces) > 1:
+            state |= zip(pieces, state.pop(name).chunk(len(pieces)), strict=False)
     state[INV_FREQ] = 1.0 / 10000.0 ** (torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
     return []
 

@@ -80,6 +80,7 @@ class Family(Protocol):
     ARCHITECTURES: classes in config.json that tell the family from others with the same CONFIG.
     NAMES, HEAD_NAMES: patterns of tensors of the encoder and of heads in checkpoints, and their names here.
     LEFT_OUT: tensors that are known and not used.
+    JOINT: words of matrices that stand in one tensor in some layouts, one below the other, by the word of that tensor.
     READING: how it reads a sequence. LONGEST: as in a spec. FUSED: whether the fused steps are this network's.
     PEERS: whether the peers of the benchmark have this network.
     """
@@ -96,6 +97,7 @@ class Family(Protocol):
     NAMES: Names
     HEAD_NAMES: Names
     LEFT_OUT: re.Pattern[str]
+    JOINT: dict[str, tuple[str, ...]]
     READING: Reading
     LONGEST: int | None
     FUSED: bool
@@ -135,6 +137,12 @@ class Family(Protocol):
 def name_in(names: Names, name: str) -> str | None:
     """The name here of a tensor of a checkpoint, None if no pattern is its."""
     return next((match.expand(to) for pattern, to in names if (match := pattern.fullmatch(name))), None)
+
+
+def pieces_of(name: str, joint: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Names of the tensors that the tensor of this name holds, one below the other, by a family's JOINT."""
+    *place, word, kind = name.split(".")
+    return tuple(".".join([*place, each, kind]) for each in joint.get(word, (word,)))
 
 
 def check_longest(spec: ModelSpec, residues: int) -> None:
