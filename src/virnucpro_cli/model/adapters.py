@@ -1,6 +1,7 @@
 """PEFT's LoRA and DoRA adapters: what their files say, and their merge into weights in float32.
 
 Shapes: a matrix [out, in] and its low-rank factors A [r, in] and B [out, r]; the token table [V, D] is the other way.
+A matrix of the wrapped model may be several here, one below the other.
 """
 
 import json
@@ -9,17 +10,17 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from virnucpro_cli.errors import UserError, counted, unread
 from virnucpro_cli.model.families import by_name, family_of
 from virnucpro_cli.model.locate import ADAPTER_CONFIG, Adapter, Weights
-from virnucpro_cli.model.spec import DECODER, INV_FREQ, Family, ModelSpec, State, name_in
+from virnucpro_cli.model.spec import DECODER, INV_FREQ, LM_HEAD, Family, ModelSpec, State, name_in, pieces_of
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
-PLAIN_STARTS = (True, False, "true", "false", "gaussian", "eva", "orthogonal")
+PLAIN_STARTS = (True, False, "true", "false", "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base as it was."""
 CHANGED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 HARMLESS = frozenset((
@@ -27,21 +28,50 @@ HARMLESS = frozenset((
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "qalora_group_size",
-    "lora_bias", "runtime_config", "ephemeral_gpu_offload",
+    "lora_bias", "runtime_config", "ephemeral_gpu_offload", "target_parameters",
 ))  # fmt: skip
 """Fields that the merge heeds, and fields that change nothing of it. Any other is refused where it is set."""
 
 _WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+")
 _PARTS = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?")
 _WORD_OF_PEFT = re.compile(r"lora|adapter|ia3|vera|prompt", re.IGNORECASE)
-_OF_THE_ENCODER = re.compile(r"(^|\.)(esm|encoder|layers?|embeddings)\.")
+_OF_THE_ENCODER = re.compile(r"(^|\.)(esmc?|encoder|transformer|layers?|blocks|embed\w*)\.")
+_PREFIXES = ("esm.", "esmc.")
+
+
+class _Base(NamedTuple):
+    """The model that is adapted: its tensors [...] by the names here."""
+
+    spec: ModelSpec
+    state: State
+    heads: State
+
+    def pieces(self, name: str) -> tuple[str, ...]:
+        """Names here of the tensors that are the one of this name in the wrapped model; none if a piece is absent."""
+        family = family_of(self.spec)
+        here = name_here(name, family, self.spec)
+        found = pieces_of(here, family.JOINT) if here else ()
+        return found if all(each in self.state or each in self.heads for each in found) else ()
+
+    def of(self, piece: str) -> State:
+        """The tensors among which that of a name here is, or belongs."""
+        return self.state if piece in self.state else self.heads
+
+    def joined(self, pieces: tuple[str, ...]) -> torch.Tensor:
+        """The matrix [out, in] or table [V, D] of these pieces, or a vector [out], float32."""
+        parts = [self.of(each)[each].float() for each in pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass
 class _Change:
-    """Tensors of an adapter, by their parts, for one module of the base."""
+    """Tensors of an adapter, by their parts, for one matrix of the base, which is in `pieces` here.
+
+    path: of its module, or its own if `target_parameters` names it; the keys of alpha_pattern are compared with it.
+    """
 
     path: str
+    pieces: tuple[str, ...]
     parts: State = field(default_factory=dict)
 
 
@@ -76,7 +106,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"The adapter {unread(str(path), error)}.", "Give a folder that PEFT saved.") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.", "Copy the folder again.") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("alpha_pattern") or {}, dict):
+    if not isinstance(settings, dict) or not _is_readable(settings):
         raise UserError(f"{path} is not the configuration of an adapter.", "Copy the folder again.")
     if (kind := settings.get("peft_type")) != "LORA":
         raise UserError(f"{folder} is an adapter of type {kind!r}; LoRA and DoRA can be merged.", _MERGE_FIRST)
@@ -94,6 +124,11 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def _is_readable(settings: dict[str, Any]) -> bool:
+    patterns, targets = settings.get("alpha_pattern") or {}, settings.get("target_parameters") or []
+    return isinstance(patterns, dict) and isinstance(targets, list) and all(isinstance(each, str) for each in targets)
+
+
 _MERGE_FIRST = "Merge it with PEFT (merge_and_unload), save the model, and give that with --model."
 
 
@@ -103,61 +138,78 @@ def merge(state: State, heads: State, adapter: Adapter, tensors: State, spec: Mo
     state, heads: the model's tensors [out, in], [out] and [V, D], under the names here; changed tensors are new ones.
     tensors: of the adapter's file, as they are named there. Raises UserError for what the base does not have.
     """
-    settings = _settings(adapter.folder)
+    settings, base = _settings(adapter.folder), _Base(spec, state, heads)
     table = state["embed_tokens.weight"]
-    kept, changes, left_out = _sorted(tensors, state, heads, adapter, spec)
+    is_tied = f"{LM_HEAD}.bias" in heads and DECODER not in heads
+    if is_tied:  # PEFT's forward adapts the embedding alone, or the last matrix alone
+        heads[DECODER] = table
+    kept, changes, left_out = _sorted(tensors, base, settings, adapter)
     for name, tensor in kept.items():
-        into = state if name in state else heads
-        base = into.get(name, table if name == DECODER else tensor)
-        if base.shape != tensor.shape:
-            raise _other_shape(adapter, settings, name, tuple(tensor.shape), tuple(base.shape))
-        if name == INV_FREQ:
-            if not torch.equal(base, tensor.float()):
-                raise UserError(f"{adapter.folder} has another inv_freq than its base.", _MERGE_FIRST)
-        else:
-            into[name] = tensor.float()
-    for name, change in changes.items():
-        into = state if f"{name}.weight" in state else heads
-        if f"{name}.weight" == DECODER:
-            heads.setdefault(DECODER, table)
-        _merge_one(into, name, change, settings, adapter)
-    _untie(state, heads, table)
+        there = base.joined((name,))
+        if there.shape != tensor.shape:
+            raise _other_shape(adapter, settings, name, tuple(tensor.shape), tuple(there.shape))
+        if name == INV_FREQ and not torch.equal(there, tensor.float()):
+            raise UserError(f"{adapter.folder} has another inv_freq than its base.", _MERGE_FIRST)
+        base.of(name)[name] = tensor.float()
+    for change in changes:
+        _merge_one(base, change, settings, adapter)
+    if is_tied and heads[DECODER] is state["embed_tokens.weight"]:
+        del heads[DECODER]
     if not kept and not changes:
-        raise UserError(f"{adapter.folder} holds nothing that the encoder has.", "Give the adapter of an ESM-2.")
-    return [*_told(adapter, settings, changes, kept, spec), *_told_left_out(adapter, left_out)]
-
-
-def _untie(state: State, heads: State, table: torch.Tensor) -> None:
-    """Keep the last matrix of the token head at the base's table [V, D]: PEFT's forward adapts the embedding alone."""
-    if state["embed_tokens.weight"] is not table and "lm_head.bias" in heads:
-        heads.setdefault(DECODER, table)
+        made_for = f"Give an adapter that was made for {family_of(spec).TITLE}."
+        raise UserError(f"{adapter.folder} holds nothing that the encoder has.", made_for)
+    return [*_told(adapter, settings, len(changes), len(kept), spec), *_told_left_out(adapter, left_out)]
 
 
 def _sorted(
-    tensors: State, state: State, heads: State, adapter: Adapter, spec: ModelSpec
-) -> tuple[State, dict[str, _Change], list[str]]:
-    """Tensors that replace one, by its name; changes, by the module's name; and what is of a head that is not here."""
-    family, kept, left_out = family_of(spec), State(), list[str]()
-    changes: dict[str, _Change] = {}
+    tensors: State, base: _Base, settings: dict[str, Any], adapter: Adapter
+) -> tuple[State, list[_Change], list[str]]:
+    """Tensors that replace one, by its name here; changes; and names of tensors of a head that is not here."""
+    kept, left_out, changes = State(), list[str](), dict[tuple[str, ...], _Change]()
+    modules: dict[str, State] = {}
     plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    has_esm = any(name.startswith("esm.") for name in plain)
     for name, tensor in plain.items():
         match = _PARTS.fullmatch(name)
-        whole = f"{match[1]}.weight" if match else name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        here = name_here(whole, family, spec)
-        if here in state or here in heads or (here == DECODER and "lm_head.bias" in heads):
-            assert here is not None
-            if match:
-                changes.setdefault(here.removesuffix(".weight"), _Change(match[1])).parts[match[2]] = tensor
-            else:
-                kept[here] = tensor
-        elif _is_of_a_head(whole, has_esm, family):
-            left_out.append(name)
-        elif here is None or not here.endswith("inv_freq"):
-            raise UserError(
-                f"{adapter.folder} changes {name}, which {spec.name} does not have.", "Give the base it was made for."
-            )
-    return kept, changes, left_out
+        path, part = (match[1], match[2]) if match else (name, "")
+        modules.setdefault(path, State())[part] = tensor
+    has_prefix = any(name.startswith(_PREFIXES) for name in plain)
+    for path, parts in modules.items():
+        whole, own = path.replace(".base_layer.", ".").replace(".modules_to_save.", "."), path
+        if "" not in parts:
+            whole, own = _matrix(path, parts, settings.get("target_parameters") or [], base, adapter)
+        if pieces := base.pieces(whole):
+            if "" in parts:
+                kept |= zip(pieces, parts[""].chunk(len(pieces)), strict=False)
+            elif changes.setdefault(pieces, change := _Change(own, pieces, parts)) is not change:
+                raise UserError(f"{adapter.folder} adapts {whole} twice.", _MERGE_FIRST)
+        elif _is_of_a_head(whole, has_prefix, family_of(base.spec)):
+            left_out += [name for name in plain if name == path or name.startswith(f"{path}.lora_")]
+        elif not whole.endswith("inv_freq"):
+            missing = f"{adapter.folder} changes {whole}, which {base.spec.name} does not have."
+            raise UserError(missing, "Give the base it was made for.")
+    return kept, list(changes.values()), left_out
+
+
+def _matrix(path: str, parts: State, targets: list[str], base: _Base, adapter: Adapter) -> tuple[str, str]:
+    """The name in the wrapped model of the matrix that a module's factors change, and the path of its `_Change`.
+
+    Files name the module alone where `target_parameters` names a matrix. If it has several, adapters stand around it
+    one in the other, in any order, and the shapes of the factors tell which matrix is whose.
+    """
+    module = re.sub(r"(\.base_layer)+$", "", path)
+    named = [f"{module}.{target.rpartition('.')[2]}" for target in targets]
+    named = [name for name, target in zip(named, targets, strict=True) if f".{name}".endswith(f".{target}")]
+    if named := [name for name in named if base.pieces(name)]:
+        factors = [tuple(parts[key].shape) for key in ("lora_B.weight", "lora_A.weight") if key in parts]
+        shape = (*factors[0][:1], *factors[-1][-1:]) if factors else ()
+        name = next((name for name in named if base.joined(base.pieces(name)).shape == shape), named[0])
+        return name, name
+    if base.pieces(f"{path}.layer_norm_weight"):
+        raise UserError(
+            f"{adapter.folder} adapts {path} before its LayerNorm, which no merge into its weights can do.",
+            "Train it with target_parameters, or on the model of transformers.",
+        )
+    return f"{path}.weight", path
 
 
 def name_here(name: str, family: Family, spec: ModelSpec) -> str | None:
@@ -170,26 +222,27 @@ def name_here(name: str, family: Family, spec: ModelSpec) -> str | None:
     return short if short in heads or short == DECODER else None
 
 
-def _is_of_a_head(name: str, has_esm: bool, family: Family) -> bool:
+def _is_of_a_head(name: str, has_prefix: bool, family: Family) -> bool:
     if family.LEFT_OUT.fullmatch(name):
         return True
-    outside = not name.startswith("esm.") if has_esm else not _OF_THE_ENCODER.search(name)
+    outside = not name.startswith(_PREFIXES) if has_prefix else not _OF_THE_ENCODER.search(name)
     return outside and not _WORD_OF_PEFT.search(name)
 
 
-def _merge_one(into: State, name: str, change: _Change, settings: dict[str, Any], adapter: Adapter) -> None:
+def _merge_one(base: _Base, change: _Change, settings: dict[str, Any], adapter: Adapter) -> None:
     """Merge the parts of one module: its matrix [out, in], or the token table [V, D], and its bias [out]."""
-    parts, weight = {part: tensor.float() for part, tensor in change.parts.items()}, into[f"{name}.weight"].float()
+    parts, weight = {part: tensor.float() for part, tensor in change.parts.items()}, base.joined(change.pieces)
     is_table = "lora_embedding_A" in parts
     keys = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
     magnitude, has_dora = parts.get("lora_magnitude_vector"), bool(settings.get("use_dora"))
     if any(key not in parts for key in keys) or (magnitude is None) == has_dora:
         raise UserError(f"{adapter.folder} has no whole adapter for {change.path}.", "Copy the folder again.")
     a, b = (parts[key] for key in keys)
-    out, columns = reversed(weight.shape) if is_table else weight.shape
-    if a.ndim != 2 or a.shape[1] != columns or b.shape != (out, len(a)) or not len(a):
+    needed = tuple(reversed(weight.shape)) if is_table else tuple(weight.shape)
+    out, columns = needed[0], needed[-1]
+    if len(needed) != 2 or a.ndim != 2 or a.shape[1] != columns or b.shape != (out, len(a)) or not len(a):
         found = (*b.shape[:1], *a.shape[1:])
-        raise _other_shape(adapter, settings, change.path, found, (out, columns))
+        raise _other_shape(adapter, settings, change.path, found, needed)
     scale = _scale(len(a), change.path, settings, adapter)
     delta = (b @ a).T * scale if is_table else b @ a * scale
     merged = weight + delta
@@ -199,12 +252,13 @@ def _merge_one(into: State, name: str, change: _Change, settings: dict[str, Any]
         norm = torch.linalg.norm(merged, dim=0 if is_table else 1)
         factor = magnitude / norm
         merged = (factor if is_table else factor[:, None]) * merged
-    into[f"{name}.weight"] = merged
+    base.of(change.pieces[0]).update(zip(change.pieces, merged.chunk(len(change.pieces)), strict=True))
     if (bias := parts.get("lora_B.bias")) is not None:
-        base = into.get(f"{name}.bias")
-        if base is None or base.shape != bias.shape:
+        name = f"{change.pieces[0].removesuffix('.weight')}.bias".replace("decoder.bias", "bias")
+        into = base.of(name)
+        if name not in into or into[name].shape != bias.shape:
             raise _other_shape(adapter, settings, f"{change.path}.bias", tuple(bias.shape), (out,))
-        into[f"{name}.bias"] = base.float() + bias * scale
+        into[name] = into[name].float() + bias * scale
 
 
 def _scale(rank: int, path: str, settings: dict[str, Any], adapter: Adapter) -> float:
@@ -230,12 +284,10 @@ def _other_shape(
     )
 
 
-def _told(
-    adapter: Adapter, settings: dict[str, Any], changes: dict[str, _Change], kept: State, spec: ModelSpec
-) -> list[str]:
+def _told(adapter: Adapter, settings: dict[str, Any], changed: int, kept: int, spec: ModelSpec) -> list[str]:
     kind = "DoRA" if settings.get("use_dora") else "LoRA"
-    replaced = f", {counted(len(kept), 'tensor')} replaced" if kept else ""
-    notes = [f"adapter {adapter.folder}: {kind} merged into {counted(len(changes), 'module')}{replaced}"]
+    replaced = f", {counted(kept, 'tensor')} replaced" if kept else ""
+    notes = [f"adapter {adapter.folder}: {kind} merged into {counted(changed, 'module')}{replaced}"]
     base = settings.get("base_model_name_or_path")
     known = by_name(base) if isinstance(base, str) else None
     if known is not None and known.name != spec.name:
