@@ -208,6 +208,91 @@ def test_an_adapted_embedding_leaves_the_token_heads_matrix_as_pefts_forward_doe
     assert not torch.equal(state["embed_tokens.weight"], base["embed_tokens.weight"])
 
 
+# --- an adapter beside the weights of its base -----------------------------------------------------------------------
+
+
+def both_in(folder: Path, **settings: Any) -> Path:
+    """The folder `base`, into which an adapter was saved too, and a copy of each in `plain` and `adapter`."""
+    adapter = made(folder, **settings)
+    shutil.copytree(folder / "base", folder / "plain")
+    for file in adapter.glob("adapter_*"):
+        shutil.copy(file, folder / "base")
+    return folder / "base"
+
+
+def test_a_folder_with_weights_and_an_adapter_is_merged_as_transformers_does(tmp_path: Path) -> None:
+    import transformers
+
+    folder = both_in(tmp_path, target_modules=[*QKV, "dense"])
+    theirs = transformers.EsmModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    assert relative_l2(rows_of(tmp_path, ()), forward_of(theirs)) < 1e-6
+    assert relative_l2(rows_of(tmp_path, (), model=str(tmp_path / "plain")), forward_of(theirs)) > 1e-2
+    told = loaded(folder)[2]
+    assert any("LoRA merged into" in note for note in told)
+    assert any(f"{folder} holds an adapter too, which is merged" in note for note in told)
+
+
+def test_weights_that_are_named_by_their_file_are_taken_without_the_adapter_beside_them(tmp_path: Path) -> None:
+    folder = both_in(tmp_path)
+    plain, merged = loaded(tmp_path / "plain")[1], loaded(folder)[1]
+    spec, state, notes = loaded(folder / "model.safetensors")
+    assert spec.layers == 3 and all(torch.equal(state[name], tensor) for name, tensor in plain.items())
+    assert not any("adapter" in note for note in notes)
+    assert any(f"--model {folder / 'model.safetensors'} takes them alone" in note for note in loaded(folder)[2])
+    assert not torch.equal(merged["layers.0.self_attn.q_proj.weight"], plain["layers.0.self_attn.q_proj.weight"])
+
+
+def test_a_folder_with_an_adapter_has_the_identity_of_base_and_adapter(
+    tmp_path: Path, make_fasta: Callable[..., Path]
+) -> None:
+    """By its SHA-256, in the file, in its Methods sentence, in a dry run, in the cache, in an audit and in a search."""
+    from virnucpro_cli.explore import inspect
+    from virnucpro_cli.explore.search import SearchConfig, search_file
+    from virnucpro_cli.validation.validate import validate_model
+
+    folder, fasta = both_in(tmp_path), make_fasta([20, 30, 40])
+    common = {"device": "cpu", "cache": str(tmp_path / "cache")}
+    apart = embed_fasta(
+        fasta, tmp_path / "apart.h5", model=str(tmp_path / "plain"), adapter=str(tmp_path / "adapter"), **common
+    )
+    done = embed_fasta(fasta, tmp_path / "o.h5", model=str(folder), **common)
+    assert done.counts["from the cache"] == 3 and apart.counts["from the cache"] == 0
+    assert done.environment["adapters"] == str(folder)
+    with read_embeddings(tmp_path / "o.h5") as file, read_embeddings(tmp_path / "apart.h5") as other:
+        assert json.loads(file.attributes["adapters"])[0]["path"] == str(folder)
+        assert file.settings["weights_sha256"] == other.settings["weights_sha256"] != file.attributes["base_sha256"]
+        assert f"the adapter {folder} (SHA-256" in " ".join(inspect.methods(file).split())
+    alone = embed_fasta(fasta, tmp_path / "alone.h5", model=str(folder / "model.safetensors"), **common)
+    assert alone.counts["from the cache"] == 0 and "adapters" not in alone.environment
+    assert validate_model(against=str(tmp_path / "o.h5")).passed
+    search = SearchConfig(file=str(tmp_path / "o.h5"), query=str(fasta), k=1, raw=True, output=str(tmp_path / "hits"))
+    assert search_file(search) == 0
+
+
+def test_other_adapters_are_merged_behind_the_one_beside_the_weights_and_none_twice(tmp_path: Path) -> None:
+    folder, second = both_in(tmp_path), made(tmp_path, name="second", seed=2, use_dora=True)
+    expected = loaded(tmp_path / "plain", tmp_path / "adapter", second)[1]
+    for folders in ((second,), (folder, second)):
+        found = loaded(folder, *folders)[1]
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    turned = loaded(folder, second, folder)[1]
+    expected = loaded(tmp_path / "plain", second, tmp_path / "adapter")[1]
+    assert all(torch.equal(turned[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_is_wrong_with_an_adapter_beside_the_weights_is_said(tmp_path: Path) -> None:
+    folder = both_in(tmp_path)
+    edited(folder, init_lora_weights="pissa")
+    with pytest.raises(UserError, match="changed the weights of the base too"):
+        loaded(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds neither adapter_model\.safetensors") as error:
+        loaded(folder)
+    assert "remove adapter_config.json" in str(error.value.remedy)
+    (folder / "adapter_config.json").unlink()
+    assert not any("adapter" in note for note in loaded(folder)[2])
+
+
 # --- identity --------------------------------------------------------------------------------------------------------
 
 
@@ -497,15 +582,11 @@ def test_an_adapter_in_the_place_of_a_model_says_what_to_give(folder: Path) -> N
     assert error.value.remedy == f"Give --model facebook/esm2_t6_8M_UR50D --adapter {folder / 'adapter'}."
 
 
-def test_an_adapter_beside_a_models_weights_is_told_unless_it_is_asked_for(folder: Path) -> None:
-    for file in (folder / "adapter").glob("adapter_*"):
-        shutil.copy(file, folder / "base")
-    told = loaded(folder / "base")[2]
-    assert any(f"--adapter {folder / 'base'} merges it" in note for note in told)
-    merged = loaded(folder / "base", folder / "base")
-    assert not any("not merged" in note for note in merged[2])
-    expected = loaded(folder / "base", folder / "adapter")[1]
-    assert all(torch.equal(merged[1][name], tensor) for name, tensor in expected.items())
+def test_the_tensors_of_an_adapter_in_the_place_of_a_model_say_what_to_give(folder: Path) -> None:
+    edited(folder / "adapter", base_model_name_or_path="facebook/esm2_t6_8M_UR50D")
+    with pytest.raises(UserError, match="is an adapter, and holds no model") as error:
+        locate.locate(str(folder / "adapter" / "adapter_model.safetensors"))
+    assert error.value.remedy == f"Give --model facebook/esm2_t6_8M_UR50D --adapter {folder / 'adapter'}."
 
 
 def test_a_folder_that_is_no_adapter_is_refused_before_the_input_is_read(folder: Path) -> None:

@@ -201,12 +201,13 @@ def _environment(run: EmbedRun) -> dict[str, Any]:
     def chosen(value: str, asked: Any) -> str:
         return f"{value} (auto)" if asked == "auto" else value
 
+    adapters = config.adapter if run.located is None else [str(each.folder) for each in run.located.adapters]
     return {
         "virnucpro": virnucpro_cli.__version__,
         "torch": device.torch,
         "python": platform.python_version(),
         "model": f"{spec.name} ({spec.size})",
-        **({"adapters": ", ".join(config.adapter)} if config.adapter else {}),
+        **({"adapters": ", ".join(adapters)} if adapters else {}),
         "device": chosen(device.name, config.device),
         **({"workers": chosen(computing.workers, config.workers)} if computing.workers else {}),
         "dtype": chosen(devices.describe_dtype(computing.dtype), config.dtype),

@@ -16,10 +16,9 @@ import torch
 
 from virnucpro_cli.errors import UserError, counted, unread
 from virnucpro_cli.model.families import by_name, family_of
-from virnucpro_cli.model.locate import ADAPTER_CONFIG, Adapter, Weights
+from virnucpro_cli.model.locate import ADAPTER_CONFIG, Adapter, Weights, adapter_in
 from virnucpro_cli.model.spec import DECODER, INV_FREQ, LM_HEAD, Family, ModelSpec, State, name_in, pieces_of
 
-FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PLAIN_STARTS = (True, False, "true", "false", "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base as it was."""
 CHANGED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -76,25 +75,19 @@ class _Change:
 
 
 def with_adapters(weights: Weights, folders: Iterable[str]) -> Weights:
-    """The weights with the adapters of these folders, in order. Raises UserError for one that cannot be merged."""
-    adapters = tuple(map(_adapter_in, folders))
+    """The weights with the adapters of these folders, in order, behind one that lies beside the weights.
+
+    One of the folders may be that one. Raises UserError for an adapter that cannot be merged.
+    """
+    adapters = []
+    for folder in map(Path, folders):
+        _settings(folder)
+        adapters.append(adapter_in(folder))
     named = {each.folder.resolve() for each in adapters}
     if len(named) < len(adapters):
         raise UserError("--adapter names the same folder twice.", "Give it once.")
-    unasked = weights.config.parent if weights.config and (weights.config.parent / ADAPTER_CONFIG).is_file() else None
-    notes = weights.notes
-    if unasked is not None and unasked.resolve() not in named:
-        notes += (f"{unasked} holds an adapter too, which is not merged: --adapter {unasked} merges it",)
-    return replace(weights, adapters=adapters, notes=notes)
-
-
-def _adapter_in(name: str) -> Adapter:
-    folder = Path(name)
-    _settings(folder)
-    file = next((folder / each for each in FILES if (folder / each).is_file()), None)
-    if file is None:
-        raise UserError(f"The adapter {folder} holds neither {' nor '.join(FILES)}.", "Copy the whole folder.")
-    return Adapter(folder, (folder / ADAPTER_CONFIG, file))
+    beside = tuple(each for each in weights.adapters if each.folder.resolve() not in named)
+    return replace(weights, adapters=(*beside, *adapters))
 
 
 def _settings(folder: Path) -> dict[str, Any]:

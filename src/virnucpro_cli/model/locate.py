@@ -43,6 +43,7 @@ HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 ELSEWHERE = "Set XDG_CACHE_HOME to a folder that can be written, or give --model PATH."
 Say = Callable[[str], None]
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -189,15 +190,16 @@ def _files_of(file: Path) -> tuple[Path, ...]:
 
 def _at_path(model: str) -> Weights:
     path = Path(os.path.expanduser(model))
-    if found := _weights_in(path, str(path)):
-        return found
+    if path.name not in ADAPTER_FILES and (found := _weights_in(path, str(path))):
+        return _with_its_adapter(found, path) if (path / ADAPTER_CONFIG).is_file() else found
     if path.is_symlink() and not path.exists():
         raise UserError(f"The model {absent(str(path))}.", "Put the weights there, or name them with --model.")
     if not path.exists():
         raise unknown_model(model)
-    if (path / ADAPTER_CONFIG).is_file():
+    folder = path.parent if path.is_file() else path
+    if (folder / ADAPTER_CONFIG).is_file() or path.is_file():
         raise UserError(
-            f"{path} is an adapter, and holds no model.", f"Give --model {_base_of(path)} --adapter {path}."
+            f"{path} is an adapter, and holds no model.", f"Give --model {_base_of(folder)} --adapter {folder}."
         )
     if not (path / "config.json").is_file():
         raise UserError(
@@ -207,6 +209,24 @@ def _at_path(model: str) -> Weights:
         f"{path} has no complete weights: looked for {', '.join(HF_FILES)}.",
         "Sharded weights need the index file and every shard that it names.",
     )
+
+
+def _with_its_adapter(weights: Weights, folder: Path) -> Weights:
+    """The weights of a folder with the adapter that lies beside them, as transformers loads such a folder."""
+    alone = f": --model {weights.files[0]} takes them alone" if len(weights.files) == 1 else ""
+    note = f"{folder} holds an adapter too, which is merged into its weights{alone}"
+    return replace(weights, adapters=(adapter_in(folder),), notes=(*weights.notes, note))
+
+
+def adapter_in(folder: Path) -> Adapter:
+    """The adapter in a folder. Raises UserError if its tensors are not there."""
+    file = next((folder / each for each in ADAPTER_FILES if (folder / each).is_file()), None)
+    if file is None:
+        raise UserError(
+            f"The adapter {folder} holds neither {' nor '.join(ADAPTER_FILES)}.",
+            f"Copy the whole folder. If there is no adapter, remove {ADAPTER_CONFIG}.",
+        )
+    return Adapter(folder, (folder / ADAPTER_CONFIG, file))
 
 
 def _base_of(adapter: Path) -> str:
