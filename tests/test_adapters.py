@@ -459,6 +459,26 @@ def test_validate_and_an_audit_merge_the_adapters(tmp_path: Path, make_fasta: Ca
     assert not validate_model(against=str(tmp_path / "o.h5"), adapter=str(other)).passed
 
 
+def test_extract_takes_base_and_adapter_in_one_folder_and_refuses_the_option_with_the_way(
+    tmp_path: Path, make_fasta: Callable[..., Path]
+) -> None:
+    from virnucpro_cli.cli import extract as command
+    from virnucpro_cli.exchange.extract import extract_files
+
+    folder, fasta = both_in(tmp_path), make_fasta([20])
+    written = extract_files(str(folder), str(fasta), str(tmp_path / "out"), ("mean",), gpu=False)
+    assert written.files == 1
+    (file,) = (tmp_path / "out").glob("*.pt")
+    found = torch.load(file, weights_only=True)["mean_representations"][3]
+    options = {"model": str(tmp_path / "plain"), "adapter": str(tmp_path / "adapter"), "device": "cpu"}
+    embed_fasta(fasta, tmp_path / "o.h5", **options, store_dtype="fp32")
+    with read_embeddings(tmp_path / "o.h5") as rows:
+        assert torch.equal(found, torch.from_numpy(rows.dataset("mean", 3)[0]))
+    with pytest.raises(UserError, match="no --adapter") as error:
+        command.parser().parse_args(["m", "f", "o", "--include", "mean", "--adapter", "x"])
+    assert "export --to fair-esm" in str(error.value.remedy)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,15 @@ class _Parser(argparse.ArgumentParser):
         super().error(shortened(message))
 
 
+class _NoAdapter(argparse.Action):
+    def __call__(self, *_: Any) -> NoReturn:
+        raise UserError(
+            "extract has the arguments of fair-esm's extract.py, and no --adapter.",
+            "Use virnucpro embed --adapter, then virnucpro export --to fair-esm; or copy the adapter into the folder "
+            "of its base, and give that as MODEL.",
+        )
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
@@ -54,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
                         help="tokens per pack; no value depends on it [default: auto]")  # fmt: skip
     parser.add_argument("--truncation_seq_length", dest="longest", type=_positive, default=1022,
                         metavar="TRUNCATION_SEQ_LENGTH", help="residues seen [default: 1022]")  # fmt: skip
+    parser.add_argument("--adapter", action=_NoAdapter, help=argparse.SUPPRESS)
     parser.add_argument("--nogpu", dest="gpu", action="store_false", help="use the CPU even if there is a GPU")
     return parser
 
