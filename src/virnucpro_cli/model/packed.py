@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -122,6 +123,13 @@ class PackedModel:
     def with_attention(self, attention: Attention) -> "PackedModel":
         """The same weights and steps with another attention function."""
         return self._with(backend=self.backend._replace(attention=attention))
+
+    def without_last_norm(self) -> "PackedModel":
+        """The same, but the last layer gives the residual stream too."""
+        steps = self.backend.steps
+        bare = SimpleNamespace(**vars(steps))
+        bare.last_norm = lambda x, norm: steps.residual(x, self.layers[-1])
+        return self._with(backend=self.backend._replace(steps=bare))
 
     def in_parts(self, rows: int) -> "PackedModel":
         """The same, with the work around attention done on so many rows at a time: less memory, and the same bits."""

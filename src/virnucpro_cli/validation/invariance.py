@@ -65,7 +65,7 @@ def packing(
     run = partial(in_packs, model, layers, sample.lengths)
     split = {key: sample.by_protein(rows, key[0]) for key, rows in base.items()}
     reading = family_of(model.spec).READING
-    table = _indexed(path, reading)
+    table = indexed(path, reading)
     for name, packs in arrangements.items():
         rows = run(table, [pack for pack in packs if pack])
         theirs = ({key: each[record] for key, each in split.items()} for record, _ in rows)
@@ -76,13 +76,14 @@ def packing(
     changed = pack[len(pack) // 2]
     texts, length = list(sample.texts), int(sample.lengths[changed])
     texts[changed] = (b"L" if texts[changed].strip() == b"W" * length else b"W") * length
-    altered = _indexed(write_texts(path.with_name("changed.fasta"), texts), reading)
+    altered = indexed(write_texts(path.with_name("changed.fasta"), texts), reading)
     pairs = zip(run(table, [pack]), run(altered, [pack]), strict=True)
     differences = [_difference(after, before) for (record, before), (_, after) in pairs if record != changed]
     yield _bitwise("one neighbour's residues changed", differences, model)
 
 
-def _indexed(path: Path, reading: Reading) -> fasta.RecordTable:
+def indexed(path: Path, reading: Reading) -> fasta.RecordTable:
+    """The records of a FASTA as `embed` reads them."""
     return fasta.index(fasta.open_sources([str(path)], path.parent), dedup=False, reading=reading)
 
 

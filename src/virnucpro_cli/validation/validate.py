@@ -1,7 +1,7 @@
 """The validate workflow: a sample of proteins through `embed` itself and through the oracle, and a verdict.
 
 Three parts. Semantics: the fast path in fp32 is the oracle. Precision: the run's own dtype is as near to that as the
-oracle is in the same dtype. Packing: a protein's bits do not depend on its neighbours.
+oracle is in the same dtype. Packing: a protein's bits do not depend on its neighbours. Then the range of each layer.
 """
 
 import os
@@ -30,7 +30,7 @@ from virnucpro_cli.model.families import build
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.store import RECOMPUTED, fingerprint_of, read_embeddings
-from virnucpro_cli.validation import audit, gates, invariance, oracle, oracle_of, plain_reader
+from virnucpro_cli.validation import audit, gates, invariance, largest, oracle, oracle_of, plain_reader
 from virnucpro_cli.validation.oracle import Oracle, Rows, Sample
 from virnucpro_cli.validation.verdict import Verdict
 
@@ -191,6 +191,10 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
             model = build(spec, state, dtype, device, backend)
             verdict.checks += invariance.packing(model, path, own, sample, layers, config)
             verdict.checks += invariance.padded(subject.judge(reference_device), own, truth, sample, layers)
+        with clock.stage("range"):
+            values = largest.by_layer(model, path, sample.lengths)
+            verdict.largest = values.tolist()
+            verdict.checks += largest.checks(values, dtype)
     return verdict
 
 

@@ -53,11 +53,16 @@ class Check:
 
 @dataclass
 class Verdict:
-    """The findings of a validation. records: per protein numbers by metric; environment: what was compared on what."""
+    """The findings of a validation.
+
+    records: per protein numbers by metric; environment: what was compared on what; largest: value of the residual
+    stream in each layer.
+    """
 
     command: str
     checks: list[Check] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
+    largest: list[float] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -89,8 +94,10 @@ class Verdict:
 
     def _rows(self) -> Iterator[_Row]:
         for part in dict.fromkeys(check.part for check in self.checks):
-            yield part, {}, "FAIL" if part in self.failed_parts else "pass"
-            for check in (check for check in self.checks if check.part == part):
+            checks = [check for check in self.checks if check.part == part]
+            is_judged = any(check.passed is not None for check in checks)
+            yield part, {}, "FAIL" if part in self.failed_parts else "pass" if is_judged else ""
+            for check in checks:
                 numbers = {"median": check.median, "99 %": check.p99, "worst": check.worst}
                 words = {"in": check.record, "floor": check.floor, "limit": check.limit}
                 state = f"FAIL {check.note}" if check.passed is False else check.note or ("ok" if check.passed else "")

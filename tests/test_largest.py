@@ -1,0 +1,90 @@
+"""The largest values that `validate` prints are those of the reference, and what overflows is said."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import TINY
+from test_esmc import SMALL
+from virnucpro_cli.alphabet import PAD
+from virnucpro_cli.fasta.plain import write_texts
+from virnucpro_cli.model import attention, families, weights
+from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.validation import largest, oracle_of
+from virnucpro_cli.validation.validate import validate_model
+
+CPU = torch.device("cpu")
+TEXTS = [b"MKVLAARNDCEQGHILK" * 9, b"M", b"MKUBZOXV", b"MK<mask>VLA", b"W" * 30]
+
+
+def raw_last_layer(judge: object, tokens: torch.Tensor) -> torch.Tensor:
+    """The stream after the reference's last layer [1, L, D], before its norm."""
+    found = []
+    layer = judge.model.layers[-1]  # type: ignore[attr-defined]
+    hook = layer.register_forward_hook(
+        lambda *each: found.append(each[2][0] if isinstance(each[2], tuple) else each[2])
+    )
+    judge.hidden(tokens, (0,))  # type: ignore[attr-defined]
+    hook.remove()
+    (rows,) = found
+    return rows.transpose(0, 1) if rows.shape[0] == tokens.shape[1] else rows
+
+
+@pytest.mark.parametrize("spec", [TINY, SMALL], ids=["ESM-2", "ESM C"])
+def test_the_largest_values_are_those_of_the_reference(spec: ModelSpec, tmp_path: Path) -> None:
+    """Each layer, the last before its norm, and whatever stands in the filler of a pack."""
+    state = weights.random_state(spec, seed=4)
+    state["embed_tokens.weight"][PAD] *= 1000
+    model = families.build(spec, state, torch.float32, CPU, attention.resolve("sdpa", CPU, torch.float32))
+    path = write_texts(tmp_path / "in.fasta", TEXTS)
+    judge = oracle_of(spec)(spec, state)
+    encoded = [torch.tensor([judge.encode(text.decode())]) for text in TEXTS]
+    values = largest.by_layer(model, path, np.array([ids.shape[1] - 2 for ids in encoded]))
+    expected = np.zeros(spec.layers + 1)
+    with torch.inference_mode():
+        for tokens in encoded:
+            hidden = judge.hidden(tokens, tuple(range(spec.layers)))
+            rows = [*hidden.values(), raw_last_layer(judge, tokens)]
+            expected = np.maximum(expected, [float(each.abs().max()) for each in rows])
+    assert np.allclose(values, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 8, 80])
+def test_lines_are_few_and_cover_every_layer(layers: int) -> None:
+    values = np.linspace(1, 100, layers + 1)
+    values[-1] = 6550.4
+    lines = list(largest.checks(values, torch.float16))
+    assert len(lines) == min(9, layers + 1) and all(line.passed is None for line in lines)
+    assert lines[0].what.startswith("layer") and " 0" in lines[0].what and lines[-1].what.endswith(f" {layers}")
+    assert lines[-1].note == "10% of fp16's 65,504" and lines[-1].worst == 6550.4
+    assert "in bf16" in next(largest.checks(values, torch.bfloat16)).part
+    assert "in fp16" in next(largest.checks(values, torch.float8_e4m3fn)).part
+
+
+def test_validate_prints_the_largest_values_and_reports_them_for_each_layer(
+    tiny_model: Path, tmp_path: Path, make_fasta: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An embedding that fp16 does not hold is told by its layer, and fails nothing by itself."""
+    options = {"fasta": str(make_fasta([20, 30, 50])), "device": "cpu", "quiet": False}
+    report = tmp_path / "report.json"
+    verdict = validate_model(model=str(tiny_model), report=str(report), **options)
+    values = json.loads(report.read_text())["largest"]
+    assert len(values) == TINY.layers + 1 and all(0 < value < 1000 for value in values) and verdict.passed
+    printed = capsys.readouterr().err
+    assert "Range: largest value of the residual stream in fp32" in " ".join(printed.split())
+    assert "65,504" in printed
+    tensors = {name: each.clone() for name, each in load_file(tiny_model / "model.safetensors").items()}
+    tensors["embed_tokens.weight"] *= 1e8
+    huge = tmp_path / "huge"
+    huge.mkdir()
+    save_file(tensors, huge / "model.safetensors")
+    (huge / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    verdict = validate_model(model=str(huge), dtype="fp16", report=str(report), **options)
+    assert json.loads(report.read_text())["largest"] == ["inf"] * (TINY.layers + 1)
+    (line, *_) = [check for check in verdict.checks if check.part.startswith("Range")]
+    assert line.note == "more than 65,504" and not any("Range" in part for part in verdict.failed_parts)
