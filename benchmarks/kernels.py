@@ -1,6 +1,6 @@
 """Every fused kernel against its limit and its plain twin, then whole forwards against the GEMM floor, on this GPU.
 
-    python benchmarks/kernels.py [--models 8M,150M,650M,3B] [--dtype fp16] [--seconds 2]
+    python benchmarks/kernels.py [--models 8M,150M,650M,3B,esmc-600m] [--dtype fp16] [--seconds 2]
 
 The limit of a kernel is the larger of its bytes over the measured copy rate and, for linear layers, the time of cuBLAS
 for the product alone ("out, residual" adds in place: over and over here, which changes no time). Forwards: packs of one
@@ -8,6 +8,7 @@ budget, mean pooling, random weights, interleaved rounds, median.
 """
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +30,6 @@ from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import stream_dtype
 
 DEVICE = torch.device("cuda")
-F32 = torch.float32
 
 
 def rows_of(name):
@@ -50,8 +50,11 @@ def kernels(spec, dtype, rows, copy_rate):
     d, heads, head_dim = spec.hidden, spec.heads, spec.head_dim
     compute, dtype = dtype, stream_dtype(dtype)
     linear = limits.linear_e4m3 if compute != dtype else F.linear
+    one = dataclasses.replace(spec, layers=1)
+    _, layers, norm, *_ = families.family_of(spec).parts(one, weights.random_state(one, 0, DEVICE), DEVICE)
+    parts = next(iter(layers))
     x = random(rows, d, dtype=dtype)
-    stream, inner = x.clone(), random(rows, 4 * d, dtype=dtype, scale=1e-3)
+    stream, inner = x.clone(), random(rows, parts.fc2[0].shape[1], dtype=dtype, scale=1e-3)
     inners = {fused: inner.to(compute), plain: inner}
     positions = (torch.arange(rows, device=DEVICE) % 400).int()
     angles = torch.outer(
@@ -59,9 +62,6 @@ def kernels(spec, dtype, rows, copy_rate):
     )
     tables = angles.cos(), angles.sin()
     found = []
-
-    def pair(out, depth):
-        return random(out, depth, dtype=F32, scale=depth**-0.5), random(out, dtype=F32)
 
     def row(name, ours, twin, limit):
         found.append(
@@ -76,8 +76,6 @@ def kernels(spec, dtype, rows, copy_rate):
         )
 
     norms, products, prepared, extra = {}, {}, {}, {}
-    norm = random(d, dtype=F32), random(d, dtype=F32)
-    parts = plain.Layer(norm, pair(3 * d, d), pair(d, d), norm, pair(4 * d, d), pair(d, 4 * d))
     for steps in (fused, plain):
         (prepared[steps],), norms[steps] = steps.prepare([parts], norm, head_dim, compute if steps is fused else dtype)
         extra[steps] = steps.rotary(*tables, positions)
@@ -99,7 +97,11 @@ def kernels(spec, dtype, rows, copy_rate):
     row("norm, qkv, rotary", *both(lambda s, layer: s.query_key_value(x, layer, extra[s])), products["qkv"])
     mixed = x.view(rows, heads, head_dim)
     row("out, residual", *both(lambda s, layer: s.add_attention(stream, mixed, layer)), products["out"])
-    row("norm, fc1, GELU", *both(lambda s, layer: s.inner(x, layer)), products["fc1"])
+    row(
+        "norm, fc1, SwiGLU" if parts.gated else "norm, fc1, GELU",
+        *both(lambda s, layer: s.inner(x, layer)),
+        products["fc1"],
+    )
     row("fc2, residual", *both(lambda s, layer: s.add_inner(stream, inners[s], layer)), products["fc2"])
     for load in ("fragments", "natural"):
         lengths = getattr(workload, load)(rows, np.random.default_rng(0))
@@ -109,7 +111,8 @@ def kernels(spec, dtype, rows, copy_rate):
         tiles = torch.from_numpy(query_tiles(bounds)).int().to(DEVICE)
         cu = torch.from_numpy(bounds).int().to(DEVICE)
         q, k, v = random(rows, 3, heads, head_dim, dtype=dtype).unbind(1)
-        ours = microseconds(lambda a=(q, k, v, tiles): short_attention(*a, head_dim**-0.5))
+        left = () if parts.qk_norm is None else (torch.ones(rows, 2, device=DEVICE),)
+        ours = microseconds(lambda a=(q, k, v, tiles), left=left: short_attention(*a, head_dim**-0.5, *left))
         from torch.nn.attention.varlen import varlen_attn
 
         longest = int(lengths.max())

@@ -363,14 +363,8 @@ def test_contacts_and_fp8_are_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no contact regression"):
         embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(folder), device="cpu", emit=("contacts",))
     backend = attention.resolve("sdpa", CPU, torch.float32)
-    with pytest.raises(UserError, match="is not computed in fp8: there are no fused kernels for ESM C yet"):
+    with pytest.raises(UserError, match="is not computed in fp8: there are no scales for ESM C yet"):
         families.build(SMALL, weights.random_state(SMALL), torch.float8_e4m3fn, CPU, backend)
-
-
-def test_a_backend_with_fused_steps_gets_plain_ones() -> None:
-    """The fused steps are those of another network."""
-    backend = attention.Backend("triton", lambda *_: torch.empty(0), steps=None)
-    assert families.build(SMALL, weights.random_state(SMALL), torch.float32, CPU, backend).backend.steps is plain
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

@@ -53,6 +53,17 @@ def exact_linear(x: torch.Tensor, offset: torch.Tensor, norm: plain.Pair, linear
     return torch.nn.functional.linear(normed, *(each.double() for each in linear))
 
 
+def gated(inner: int, width: int, heads: int, seed: int = 0) -> plain.Layer:
+    """A layer with norms of q and k and SwiGLU, float32; their weights are small, large and negative."""
+    gains = tuple(data(width, dtype=torch.float32, scale=2, seed=seed + each) for each in (8, 9))
+    norm, up = around(width), dense(2 * inner, width)
+    return plain.Layer(norm, dense(3 * width, width), dense(width, width), norm, up, dense(width, inner), gains, True)
+
+
+def prepared(layer: plain.Layer, head_dim: int, dtype: torch.dtype) -> fused.Layer:
+    return fused.prepare([layer], layer.norm1, head_dim, dtype)[0][0]
+
+
 def untouched(weight: torch.Tensor, bias: torch.Tensor) -> linear.Folded:
     """A linear layer whose rows are scaled by their LayerNorm and nothing else."""
     shift, bias = linear.whole_tiles(torch.zeros_like(bias)), linear.whole_tiles(bias)
@@ -142,6 +153,103 @@ def test_what_is_not_a_number_stays_so() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width", "inner"), [(130, 64, 384), (3, 320, 128), (140, 48, 200), (5, 960, 2560)])
+def test_swiglu_linear_is_swiglu_of_the_linear_layer_of_the_norm(
+    rows: int, width: int, inner: int, dtype: torch.dtype
+) -> None:
+    x, layer = data(rows, width, dtype=dtype), gated(inner, width, 1)
+    found = fused.inner(x, prepared(layer, 16, dtype))
+    gate, up = exact_linear(x, layer.out[1], layer.norm2, layer.fc1).chunk(2, dim=1)
+    assert found.dtype == dtype and found.shape[1] == -(-inner // 128) * 128
+    assert relative_l2(found[:, :inner], torch.nn.functional.silu(gate) * up) <= 2 * ROUNDING[dtype]
+    assert not found[:, inner:].any(), "what fills the last block"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_second_half_of_a_gated_layer_is_the_plain_one(dtype: torch.dtype) -> None:
+    """An inner width that ends inside a block."""
+    x, layer = data(40, 64, dtype=dtype), gated(200, 64, 1)
+    (twin,), _ = plain.prepare([layer], layer.norm1, 16, torch.float32)
+    found, exact = x.clone(), x.float() + layer.out[1]
+    fused.add_inner(found, fused.inner(x, prepared(layer, 16, dtype)), prepared(layer, 16, dtype))
+    plain.add_inner(exact, plain.inner(exact, twin), twin)
+    assert relative_l2(found.float() + layer.out[1] + layer.fc2[1], exact) <= 3 * ROUNDING[dtype]
+
+
+def test_the_fused_silu_is_right_everywhere() -> None:
+    """Through zero weights: fp16 values of every size as gates, times one."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    every = every[every.isfinite() & (every.abs() <= 60000)][:: 1 if ON_GPU else 61]
+    gates = torch.zeros(-(-len(every) // 128) * 128)
+    gates[: len(every)] = every.float()
+    bias = torch.stack((gates.view(-1, 128), torch.ones(len(gates) // 128, 128)), 1).flatten().to(DEVICE)
+    nothing = untouched(torch.zeros(len(bias), 16, dtype=torch.float16, device=DEVICE), bias)
+    found = linear.swiglu_linear(data(2, 16, dtype=torch.float16), nothing).double()[0].cpu()
+    exact = torch.nn.functional.silu(gates.double())
+    assert found.isfinite().all()
+    assert float(((found - exact).abs() / (exact.abs() + 1e-4)).max()) <= 6e-4
+
+
+def test_what_is_not_a_number_stays_so_in_a_gated_layer() -> None:
+    """In either half of a pair; and one such row of k is in the attention of its whole segment, and of no other."""
+    x, layer = data(70, 64, dtype=torch.float16), gated(128, 64, 1)
+    for half in (7, 128 + 7):
+        broken = layer.fc1[1].clone()
+        broken[half] = torch.nan
+        found = fused.inner(x, prepared(layer._replace(fc1=(layer.fc1[0], broken)), 16, torch.float16)).isnan()
+        assert found[:, 7].all() and int(found.sum()) == 70
+    tables = linear.rotary(*torch.zeros(2, 40, 8, device=DEVICE), (torch.arange(70, device=DEVICE) % 40).int())
+    tiles = batch_of([40, 30], 70).query_tiles.to(DEVICE)
+    for bad in (torch.nan, torch.inf):
+        x[33, 5] = bad
+        found = fused.query_key_value(x, prepared(layer, 16, torch.float16), tables)
+        assert found[3].isnan().any(1).nonzero().flatten().tolist() == [33]
+        mixed = attention.attention(*found[:3], tiles, 0.25, found[3]).isnan().flatten(1)
+        assert mixed[:40].all() and not mixed[40:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 8), (5, 16), (20, 24), (3, 64), (15, 64), (1, 128)])
+def test_queries_and_keys_times_their_scale_are_normed_and_rotated(
+    heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """Widths at which q ends where a block of columns does, and others."""
+    rows, width = 140, heads * head_dim
+    x, layer = data(rows, width, dtype=dtype), gated(128, width, heads)
+    positions = torch.cat((torch.arange(90), torch.arange(50))).int().to(DEVICE)
+    angles = torch.outer(torch.arange(90.0), 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)).to(DEVICE)
+
+    def run(steps, dtype):
+        (ready,), _ = steps.prepare([layer], layer.norm1, head_dim, dtype)
+        return steps.query_key_value(x.to(dtype), ready, steps.rotary(angles.cos(), angles.sin(), positions))
+
+    (*found, scale), exact = run(fused, dtype), run(plain, torch.float32)
+    assert scale.shape == (rows, 2) and scale.dtype == torch.float32
+    for got, expected, factor in zip(found, exact, (*scale.unbind(1), None), strict=True):
+        assert got.shape == (rows, heads, head_dim) and got.dtype == dtype
+        if factor is not None:
+            got = got.double() * factor.double()[:, None, None]
+            got = got.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        assert relative_l2(got, expected) <= 1.5 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[3], [32, 33, 31], [65, 64, 63, 5], [200, 97, 40, 3]])
+def test_attention_multiplies_rows_by_their_scale(lengths: list[int], dtype: torch.dtype) -> None:
+    rows, heads, head_dim = sum(lengths) + 13, 2, 16
+    q, k, v = data(rows, 3, heads, head_dim, dtype=dtype).unbind(1)
+    scale = data(rows, 2, dtype=torch.float32).abs() + 0.1
+    scale[sum(lengths) :] = torch.nan
+    batch = batch_of(lengths, rows)
+    found = attention.attention(q, k, v, batch.query_tiles.to(DEVICE), 0.25, scale)
+    normed = [
+        x.double().cpu() * each.double().cpu()[:, None, None] for x, each in zip((q, k), scale.unbind(1), strict=True)
+    ]
+    exact = sdpa.attention(*normed, v.double().cpu(), batch, 0.25)
+    assert relative_l2(found[: batch.used].cpu(), exact[: batch.used]) <= 2 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(4, 8), (20, 16), (20, 24), (4, 64), (1, 128)])
 def test_query_key_value_gives_the_scores_and_values_of_its_twin(heads: int, head_dim: int, dtype: torch.dtype) -> None:
     rows, width = 70, heads * head_dim
@@ -216,15 +324,33 @@ def test_a_segment_has_the_same_bits_wherever_it_stands() -> None:
     assert torch.equal(found[0][here], found[1][there])
 
 
+def test_a_row_of_a_gated_layer_has_the_same_bits_wherever_it_stands() -> None:
+    layer = prepared(gated(256, 80, 5), 16, torch.float16)
+    x, other = data(300, 80, dtype=torch.float16), data(200, 80, dtype=torch.float16, seed=4)
+    here, there = slice(100, 240), slice(7, 147)
+    other[there] = x[here]
+    assert torch.equal(fused.inner(x, layer)[here], fused.inner(other, layer)[there])
+    angles, found = data(140, 8, dtype=torch.float32), []
+    for rows, at, lengths in ((x, here, [100, 140, 60]), (other, there, [7, 140, 53])):
+        positions = torch.cat([torch.arange(each) for each in lengths]).int().to(DEVICE)
+        *qkv, scale = fused.query_key_value(rows, layer, linear.rotary(angles.cos(), angles.sin(), positions))
+        mixed = attention.attention(*qkv, batch_of(lengths, len(rows)).query_tiles.to(DEVICE), 0.25, scale)
+        found.append([each[at] for each in (*qkv, scale, mixed)])
+    assert all(map(torch.equal, *found))
+
+
+ESMC = [ModelSpec("gated", 2, 128, 2, "esmc", inner=384), ModelSpec("odd gated", 1, 48, 3, "esmc", inner=200)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "spec", [TINY, ModelSpec("small", 1, 128, 2), ModelSpec("odd", 1, 96, 4)], ids=lambda s: s.name
+    "spec", [TINY, ModelSpec("small", 1, 128, 2), ModelSpec("odd", 1, 96, 4), *ESMC], ids=lambda s: s.name
 )
 def test_the_fused_forward_is_the_plain_one(spec: ModelSpec, tmp_path: Path) -> None:
     """The whole chain, with filler rows and proteins of one to several tiles, against fp32."""
     state, dice = weights.random_state(spec), random.Random(0)
     sequences = [random_protein(n, dice) for n in (1, 30, 62, 63, 130)]
-    batch = one_pack(tmp_path, sequences, 320)
+    batch = one_pack(tmp_path, sequences, 320, family_of(spec).READING)
     layers = tuple(range(spec.layers + 1))
     rows = {}
     for name, dtype, backend in (
@@ -358,23 +484,3 @@ def test_query_tiles_cover_every_row_of_every_segment_once() -> None:
 
 def test_the_tile_is_one_that_the_tests_exercise() -> None:
     assert (linear.ROWS, linear.COLUMNS, linear.DEPTH_BYTES) == (128, 256, 128)
-
-
-def test_plain_steps_around_the_fused_attention_compute_what_plain_attention_computes(tmp_path: Path) -> None:
-    """A family without fused steps. Rows of its queries are nearer to each other than rows of its values."""
-    spec = ModelSpec("plain", 2, 128, 2, "esmc")
-    state, generator, reading = weights.random_state(spec), random.Random(0), family_of(spec).READING
-    sequences = [random_protein(length, generator) for length in (5, 70, 1, 33)]
-    batch = one_pack(tmp_path, [*sequences, "MK<mask>|VL"], 128, reading)
-    exact, half = (
-        build(spec, state, dtype, DEVICE, backend)
-        for dtype, backend in (
-            (torch.float32, Backend("sdpa", sdpa.attention, plain)),
-            (torch.float16, Backend("triton", triton.attention, fused)),
-        )
-    )
-    assert half.backend.steps is plain
-    truth, found = (embeddings(model, batch, (1, 2)) for model in (exact, half))
-    for layer in (1, 2):
-        error = relative_l2(found.residue[layer][: batch.used], truth.residue[layer][: batch.used])
-        assert error < 3e-3, f"layer {layer}: {error:.1e}"

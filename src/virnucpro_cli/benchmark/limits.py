@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from virnucpro_cli.benchmark.modes import synchronize
+from virnucpro_cli.model.families import products
 from virnucpro_cli.model.spec import ModelSpec
 
 WORK = {
@@ -35,10 +36,9 @@ class Limits(NamedTuple):
 
 def measure(spec: ModelSpec, dtype: torch.dtype, device: torch.device, rows: int) -> Limits:
     """Time the four GEMMs of a layer at `rows` rows, a large square one, and a copy."""
-    d = spec.hidden
     seconds = flops = 0.0
     linear = linear_e4m3 if dtype == torch.float8_e4m3fn else F.linear
-    for columns, out in ((d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)):
+    for columns, out in products(spec):
         x = torch.randn(rows, columns, device=device).to(dtype)
         w = (torch.randn(out, columns, device=device) * columns**-0.5).to(dtype)
         b = torch.randn(out, device=device).to(dtype)

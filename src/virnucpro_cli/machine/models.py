@@ -27,9 +27,10 @@ class Here(NamedTuple):
     dtype: str
     attention: str
 
-    def kernels(self, family: Family) -> str:
+    @property
+    def kernels(self) -> str:
         """The steps around attention: fused ones are those of `kernels.fused`."""
-        return "fused" if self.attention == "triton" and family.FUSED else "plain"
+        return "fused" if self.attention == "triton" else "plain"
 
 
 class Known(NamedTuple):

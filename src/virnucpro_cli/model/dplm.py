@@ -2,7 +2,7 @@
 
 from virnucpro_cli.model.esm2 import (
     CONFIG,
-    FUSED,
+    FP8,
     HEAD_NAMES,
     HUB_FILES,
     JOINT,
@@ -21,9 +21,9 @@ from virnucpro_cli.model.esm2 import (
 from virnucpro_cli.model.spec import APACHE, Licence, ModelSpec
 
 __all__ = [
-    "ALIASES", "ARCHITECTURES", "CONFIG", "FUSED", "HEAD_NAMES", "HUB_FILES", "JOINT", "LEFT_OUT", "LONGEST", "NAMES",
-    "PEERS", "PUBLISHED_SHA256", "READING", "SETTINGS", "SHORT_NAMES", "SIZES", "TITLE", "head_shapes", "licence", "parts",
-    "repository", "settle", "shapes", "told_by", "told_sizes", "url",
+    "ALIASES", "ARCHITECTURES", "CONFIG", "FP8", "HEAD_NAMES", "HUB_FILES", "JOINT", "LEFT_OUT", "LONGEST", "NAMES",
+    "PEERS", "PUBLISHED_SHA256", "READING", "SETTINGS", "SHORT_NAMES", "SIZES", "TITLE", "head_shapes", "licence",
+    "parts", "repository", "settle", "shapes", "told_by", "told_sizes", "url",
 ]  # fmt: skip
 
 TITLE = "DPLM"

@@ -109,7 +109,7 @@ CONFIG: dict[str, tuple[Any, Any]] = {
 ARCHITECTURES: tuple[str, ...] = ()
 READING = alphabet.ESM
 LONGEST: int | None = None
-FUSED = PEERS = True
+FP8 = PEERS = True
 
 EMBED_SCALE = 0.88
 """`1 - 0.15 * 0.8`, the share of tokens not masked in training; applied at inference too (fair-esm esm2.py:86-92)."""

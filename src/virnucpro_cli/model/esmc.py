@@ -104,7 +104,7 @@ CONFIG: dict[str, tuple[Any, Any]] = {
 ARCHITECTURES: tuple[str, ...] = ()
 READING = alphabet.Reading(chain_break=True, scales_masks=False)
 LONGEST: int | None = None
-FUSED = PEERS = False
+FP8 = PEERS = False
 _OWN = re.compile(r"(.*\.)?(layernorm_qkv\..*|[qk]_ln\.weight|self_attn\.[qk]_norm\.weight)")
 
 

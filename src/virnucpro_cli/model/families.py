@@ -11,13 +11,12 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import dplm, esm1, esm2, esmc
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import DEMO
-from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import LM_HEAD, Family, ModelSpec, State
 
 __all__ = [
     "DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "check_dtype", "family_of",
-    "flops", "parameters", "reading_of", "short_name",
+    "flops", "parameters", "products", "reading_of", "short_name",
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {"esm2": esm2, "dplm": dplm, "esm1b": esm1.ESM1B, "esm1v": esm1.ESM1V, "esmc": esmc}
@@ -51,12 +50,20 @@ def reading_of(attributes: Mapping[str, Any]) -> Reading:
 
 
 def check_dtype(spec: ModelSpec, dtype: torch.dtype) -> None:
-    """Raise UserError for fp8 of a family without fused steps."""
-    if dtype == torch.float8_e4m3fn and not family_of(spec).FUSED:
+    """Raise UserError for fp8 of a family whose largest values are not known beforehand."""
+    if dtype == torch.float8_e4m3fn and not family_of(spec).FP8:
         raise UserError(
-            f"{spec.name} is not computed in fp8: there are no fused kernels for {family_of(spec).TITLE} yet.",
+            f"{spec.name} is not computed in fp8: there are no scales for {family_of(spec).TITLE} yet.",
             "Use --dtype fp16.",
         )
+
+
+def products(spec: ModelSpec) -> tuple[tuple[int, int], ...]:
+    """Depth and columns of the four products of a layer: q, k and v together, out, what widens, and what narrows."""
+    d, shapes = spec.hidden, family_of(spec).shapes(spec).items()
+    matrices = [shape for name, shape in shapes if name.startswith("layers.0.") and len(shape) == 2]
+    widening = sum(columns for columns, depth in matrices if depth == d) - 4 * d
+    return (d, 3 * d), (d, d), (d, widening), (max(depth for _, depth in matrices), d)
 
 
 def parameters(spec: ModelSpec) -> int:
@@ -66,16 +73,12 @@ def parameters(spec: ModelSpec) -> int:
 
 def flops(spec: ModelSpec, tokens: float, attended: float, layers: int) -> float:
     """Floating-point operations of `layers` layers over `tokens` rows; `attended`: sum of squared lengths."""
-    shapes = family_of(spec).shapes(spec).items()
-    weights = sum(math.prod(shape) for name, shape in shapes if name.startswith("layers.0.") and len(shape) == 2)
-    return layers * (2.0 * weights * tokens + 4.0 * spec.hidden * attended)
+    return layers * (2.0 * sum(map(math.prod, products(spec))) * tokens + 4.0 * spec.hidden * attended)
 
 
 def build(spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.device, backend: Backend) -> PackedModel:
     """The packed forward of a spec, with its state (any floating dtype, shapes [...] of the family) on the device."""
     family = family_of(spec)
     check_dtype(spec, dtype)
-    if not family.FUSED:
-        backend = backend._replace(steps=plain)
     head = {name: each for name, each in state.items() if name.startswith((f"{LM_HEAD}.", "embed_tokens."))}
     return PackedModel(spec, family.parts(spec, state, device), head, dtype, device, backend)

@@ -81,7 +81,7 @@ class Family(Protocol):
     NAMES, HEAD_NAMES: patterns of tensors of the encoder and of heads in checkpoints, and their names here.
     LEFT_OUT: tensors that are known and not used.
     JOINT: words of matrices that stand in one tensor in some layouts, one below the other, by the word of that tensor.
-    READING: how it reads a sequence. LONGEST: as in a spec. FUSED: whether the fused steps are this network's.
+    READING: how it reads a sequence. LONGEST: as in a spec. FP8: whether its products may be in 8 bit.
     PEERS: whether the peers of the benchmark have this network.
     """
 
@@ -100,7 +100,7 @@ class Family(Protocol):
     JOINT: dict[str, tuple[str, ...]]
     READING: Reading
     LONGEST: int | None
-    FUSED: bool
+    FP8: bool
     PEERS: bool
 
     def repository(self, spec: ModelSpec) -> str:

@@ -1,7 +1,8 @@
 """Variable-length attention behind one signature; one small adapter file per backend, each doing exactly its name.
 
-An attention function takes q, k, v [T, H, Dh] (last dimension contiguous), the `PackedBatch` whose segments bound
+An attention function takes q, k, v [T, H, Dh] (last dimension contiguous), the `batch.PackedBatch` whose segments bound
 it, and the softmax scale; it returns [T, H, Dh]. Rows past `cu_seqlens[-1]` of the result are undefined.
+That of the fused steps also takes float32 [T, 2], by which rows of q and of k are still to be multiplied.
 """
 
 from collections.abc import Callable
@@ -10,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.errors import UserError
 
 BROKEN = "its kernels do not work here"
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedBatch, float], torch.Tensor]
+Attention = Callable[..., torch.Tensor]
 
 BACKENDS = ("triton", "torch_varlen", "flash_attn", "efficient", "sdpa")
 

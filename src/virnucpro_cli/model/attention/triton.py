@@ -25,10 +25,15 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
-    """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16."""
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch: PackedBatch,
+    scale: float,
+    qk_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16; qk_scale float32 [T, 2] or None, as of the kernel."""
     from virnucpro_cli.model.kernels.attention import attention
 
-    if q.stride(0) != v.stride(0):  # of the plain steps; the kernel takes one distance between rows for all
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return attention(q, k, v, batch.query_tiles, scale)
+    return attention(q, k, v, batch.query_tiles, scale, qk_scale)

@@ -1,5 +1,5 @@
 """Linear layers on Hopper, in 16 bit or e4m3, whose result is finished before it leaves the chip: by the rest of the
-LayerNorm before them, and GELU, or the rotary embedding of q and k, or by adding it to the residual stream.
+LayerNorm before them, and GELU or SwiGLU, or the rotary embedding of q and k, or by adding it to the residual stream.
 
 One persistent kernel: tiles of x and W come through the tensor memory accelerator, three deep; a tile of the result is
 finished in fp32 and stored a column block after the other. Every row is computed in the same order wherever it stands.
@@ -14,13 +14,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from virnucpro_cli.model.kernels.norm import quantised_norm, row_scale
+from virnucpro_cli.model.kernels.norm import qk_scale, quantised_norm, row_scale
 from virnucpro_cli.model.kernels.plain import Pair
 
 ROWS, COLUMNS, DEPTH_BYTES = 128, 256, 128
 """Tile of the result, and how much of the inner dimension is loaded at a time."""
-GELU, TURN_BY_TILE, TURN_BY_ROW, ADD = 1, 2, 3, 4
+GELU, TURN_BY_TILE, TURN_BY_ROW, ADD, SWIGLU = 1, 2, 3, 4, 5
 TURN_COLUMNS = COLUMNS // 4
+GATED = COLUMNS // 2
+"""Rows of the gate, and after them as many of what it multiplies, in the weight of a SwiGLU: they meet in one tile."""
 Rotary = tuple[torch.Tensor, torch.Tensor, int]
 
 
@@ -44,6 +46,11 @@ def gelu(x):
 
 
 @triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
 def _turn(acc, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     first, second = tl.split(tl.reshape(acc, (ROWS, COLUMNS // 2, 2)))
     return tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), (ROWS, COLUMNS))
@@ -56,14 +63,38 @@ def _vectors(shift, bias, column, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _normed(acc, vectors, scale):
+    shift, bias = vectors
+    return (acc + shift[None, :]) * scale[:, None] + bias[None, :]
+
+
+@triton.jit
+def _add_up_squares(
+    acc, sums, row, column, rows, rotated, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Sums over these columns of q, and of k. A block that has both has two places, so k is one further."""
+    r, width, to = row + tl.arange(0, ROWS), rotated // 2, column // COLUMNS
+    if ALIGNED:
+        tl.store(sums + (to + (column >= width).to(tl.int32)) * rows + r, tl.sum(acc * acc, 1), mask=r < rows)
+    else:
+        c = (column + tl.arange(0, COLUMNS))[None, :]
+        if column < width:
+            own = tl.where(c < width, acc * acc, 0.0)
+            tl.store(sums + to * rows + r, tl.sum(own, 1), mask=r < rows)
+        if column + COLUMNS > width:
+            own = tl.where((c >= width) & (c < rotated), acc * acc, 0.0)
+            tl.store(sums + (to + 1) * rows + r, tl.sum(own, 1), mask=r < rows)
+
+
+@triton.jit
 def _finish(
-    acc, vectors, y, scale, unit, cos, sin, table, positions, row, column, rows, rotated,
+    acc, vectors, y, scale, unit, cos, sin, table, positions, gain, sums, row, column, rows, rotated,
     EPILOGUE: tl.constexpr, FOLDED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     shift, bias = vectors
     if FOLDED:
-        acc = (acc + shift[None, :]) * scale[:, None] + bias[None, :]
+        acc = _normed(acc, vectors, scale)
     elif EPILOGUE == 4:
         acc = acc * unit
     else:
@@ -75,6 +106,9 @@ def _finish(
     elif EPILOGUE != 4 and column < rotated:
         c = column + tl.arange(0, COLUMNS)
         turned = (c < rotated)[None, :]  # v may begin among these columns
+        if gain is not None:
+            _add_up_squares(acc, sums, row, column, rows, rotated, ALIGNED, ROWS, COLUMNS)
+            acc = acc * tl.load(gain + c)[None, :]
         if EPILOGUE == 2:
             found = _turn(acc, cos, sin, ROWS, COLUMNS)
             acc = found if ALIGNED else tl.where(turned, found, acc)
@@ -97,7 +131,7 @@ def _halves(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _linear(
-    x, w, y, scales, shift, bias, table, positions, rows, columns, depth, rotated, unit, programs,
+    x, w, y, scales, shift, bias, table, positions, gain, sums, rows, columns, depth, rotated, unit, programs,
     EPILOGUE: tl.constexpr, FOLDED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -124,15 +158,22 @@ def _linear(
         left, right = _halves(acc, ROWS, COLUMNS)
         quarters = _halves(left, ROWS, COLUMNS // 2) + _halves(right, ROWS, COLUMNS // 2)
         vectors = _vectors(shift, bias, column, quarter)
-        for part in tl.static_range(4):
-            if ahead and part < 3:
-                following = _vectors(shift, bias, column + (part + 1) * quarter, quarter)
-            _finish(
-                quarters[part], vectors, y, scale, unit, cos, sin, table, positions, row, column + part * quarter,
-                rows, rotated, EPILOGUE, FOLDED, HEAD_DIM, ALIGNED, ROWS, quarter,
-            )  # fmt: skip
-            if part < 3:
-                vectors = following if ahead else _vectors(shift, bias, column + (part + 1) * quarter, quarter)
+        if EPILOGUE == 5:
+            for part in tl.static_range(2):
+                gate, up = quarters[part], quarters[part + 2]
+                gate = _normed(gate, _vectors(shift, bias, column + part * quarter, quarter), scale)
+                up = _normed(up, _vectors(shift, bias, column + (part + 2) * quarter, quarter), scale)
+                y.store([row, column // 2 + part * quarter], (silu(gate) * up).to(y.dtype))
+        else:
+            for part in tl.static_range(4):
+                if ahead and part < 3:
+                    following = _vectors(shift, bias, column + (part + 1) * quarter, quarter)
+                _finish(
+                    quarters[part], vectors, y, scale, unit, cos, sin, table, positions, gain, sums,
+                    row, column + part * quarter, rows, rotated, EPILOGUE, FOLDED, HEAD_DIM, ALIGNED, ROWS, quarter,
+                )  # fmt: skip
+                if part < 3:
+                    vectors = following if ahead else _vectors(shift, bias, column + (part + 1) * quarter, quarter)
 
 
 class Folded(NamedTuple):
@@ -140,12 +181,14 @@ class Folded(NamedTuple):
 
     weight [M, K] in 16 bit: W diag(gamma), each row less its mean, which takes the mean out of x; shift = weight offset
     and bias = b + W beta, float32, `whole_tiles` of [M]; offset float32 [K].
+    gain: weights of the norms of q and k, and ones for v, `whole_tiles` of [M]; None if q and k have no norms.
     """
 
     offset: torch.Tensor
     weight: torch.Tensor
     shift: torch.Tensor
     bias: torch.Tensor
+    gain: torch.Tensor | None = None
 
 
 class Quantised(NamedTuple):
@@ -171,12 +214,17 @@ class QuantisedSum(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """The rotary part of a launch: table, positions of the rows, head dimension, and number of turned columns."""
+    """The rotary part of a launch: table, positions of the rows, head dimension, and number of turned columns.
+
+    gain: as in `Folded`; sums: float32, where sums of squares of q and k go, as `qk_scale` wants them; None or both.
+    """
 
     table: torch.Tensor | TensorDescriptor
     positions: torch.Tensor
     head_dim: int = 16
     rotated: int = 0
+    gain: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
 
 
 def fold(norm: Pair, linear: Pair, offset: torch.Tensor, dtype: torch.dtype) -> Folded:
@@ -199,7 +247,12 @@ def whole_tiles(columns: torch.Tensor) -> torch.Tensor:
 
 def gelu_linear(x: torch.Tensor, layer: Folded | Quantised) -> torch.Tensor:
     """x [T, K] to gelu of the layer [T, M]: in the dtype of x, or in e4m3 if the layer is."""
-    return _normed(x, layer, GELU, layer.weight.dtype, Turn(layer.bias, layer.bias))
+    return _of_norm(x, layer, GELU, layer.weight.dtype, Turn(layer.bias, layer.bias))
+
+
+def swiglu_linear(x: torch.Tensor, layer: Folded) -> torch.Tensor:
+    """x [T, K] to silu(a) b [T, M / 2] of the layer, in its dtype; rows of a and b alternate, `GATED` of each."""
+    return _of_norm(x, layer, SWIGLU, x.dtype, Turn(layer.bias, layer.bias))
 
 
 def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rotary:
@@ -218,16 +271,18 @@ def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rot
 def rotary_linear(x: torch.Tensor, layer: Folded | Quantised, rotary: Rotary) -> tuple[torch.Tensor, ...]:
     """x [T, K] to q, k, v [T, H, Dh] in its dtype; q and k, the first two thirds of the layer, are rotated in fp32.
 
-    Their halves of every head are interleaved.
+    Their halves of every head are interleaved. If the layer has a gain, `qk_scale` [T, 2] is the fourth.
     """
     table, positions, head_dim = rotary
-    rotated = 2 * (len(layer.weight) // 3)
-    if TURN_COLUMNS % head_dim == 0:
-        blocks = TensorDescriptor.from_tensor(table, [ROWS, TURN_COLUMNS])
-        out = _normed(x, layer, TURN_BY_TILE, x.dtype, Turn(blocks, positions, head_dim, rotated))
-    else:
-        out = _normed(x, layer, TURN_BY_ROW, x.dtype, Turn(table, positions, head_dim, rotated))
-    return out.view(len(x), 3, -1, head_dim).unbind(1)
+    width, gain, sums = len(layer.weight) // 3, getattr(layer, "gain", None), None
+    if gain is not None:
+        sums = torch.empty(triton.cdiv(2 * width, TURN_COLUMNS) + 1, len(x), device=x.device)
+    by_tile = TURN_COLUMNS % head_dim == 0
+    source = TensorDescriptor.from_tensor(table, [ROWS, TURN_COLUMNS]) if by_tile else table
+    turn = Turn(source, positions, head_dim, 2 * width, gain, sums)
+    out = _of_norm(x, layer, TURN_BY_TILE if by_tile else TURN_BY_ROW, x.dtype, turn)
+    thirds = out.view(len(x), 3, -1, head_dim).unbind(1)
+    return thirds if sums is None else (*thirds, qk_scale(sums, width, TURN_COLUMNS))
 
 
 def add_linear(x: torch.Tensor, inner: torch.Tensor, layer: QuantisedSum) -> None:
@@ -241,8 +296,9 @@ def _vector(device: torch.device) -> torch.Tensor:
     return torch.zeros(COLUMNS, device=device)
 
 
-def _normed(x: torch.Tensor, layer: Folded | Quantised, epilogue: int, dtype: torch.dtype, turn: Turn) -> torch.Tensor:
-    y = torch.empty(len(x), len(layer.weight), dtype=dtype, device=x.device)
+def _of_norm(x: torch.Tensor, layer: Folded | Quantised, epilogue: int, dtype: torch.dtype, turn: Turn) -> torch.Tensor:
+    width = len(layer.weight) // 2 if epilogue == SWIGLU else len(layer.weight)
+    y = torch.empty(len(x), width, dtype=dtype, device=x.device)
     if isinstance(layer, Folded):
         scales, source, shift, unit = row_scale(x, layer.offset), x, layer.shift, 1.0
     else:
@@ -262,8 +318,8 @@ def _launch(
     _linear[(programs,)](
         TensorDescriptor.from_tensor(x, [ROWS, block]), TensorDescriptor.from_tensor(weight, [COLUMNS, block]),
         TensorDescriptor.from_tensor(y, [ROWS, COLUMNS // 4]), bias if scales is None else scales, shift, bias,
-        turn.table, turn.positions, rows, columns, depth, turn.rotated, unit, programs,
-        epilogue, scales is not None, turn.head_dim, turn.rotated % (COLUMNS // 4) == 0, ROWS, COLUMNS, block,
+        turn.table, turn.positions, turn.gain, turn.sums, rows, columns, depth, turn.rotated, unit, programs,
+        epilogue, scales is not None, turn.head_dim, turn.rotated % (COLUMNS // 2) == 0, ROWS, COLUMNS, block,
         num_warps=8, num_stages=3,
     )  # fmt: skip
 

@@ -64,6 +64,27 @@ def _quantised_norm(
         tl.store(out + at, (centred[part] * (scale * step)).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _qk_scale(sums, out, rows, width, eps, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    row, kind = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    total = tl.zeros((ROWS,), tl.float32)
+    for block in range(kind * (width // COLUMNS + 1), tl.cdiv((kind + 1) * width, COLUMNS) + kind):
+        total += tl.load(sums + block * rows + row, mask=row < rows, other=0.0)
+    tl.store(out + 2 * row + kind, 1.0 / tl.sqrt(total / width + eps), mask=row < rows)
+
+
+def qk_scale(sums: torch.Tensor, width: int, columns: int) -> torch.Tensor:
+    """1 / the root mean square of q and of k of a row, float32 [T, 2], as the norms before the split take it.
+
+    sums: float32 [n, T], sums of squares over blocks of columns of q [T, width] beside k. A block that holds the end of
+    q and the beginning of k is there twice, so blocks of k are one further.
+    """
+    rows = sums.shape[1]
+    out = torch.empty(rows, 2, device=sums.device)
+    _qk_scale[(triton.cdiv(rows, 128), 2)](sums, out, rows, width, LAYER_NORM_EPS, columns, 128, num_warps=4)
+    return out
+
+
 def row_scale(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """1 / the standard deviation (float32 [T]) of every row of x [T, D] + offset (float32 [D]), as LayerNorm takes it.
 
