@@ -63,7 +63,7 @@ class Slurm:
 
     def __call__(self, *command: str) -> str:
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60, cwd=self.folder
+            command, env=self.environment, capture_output=True, text=True, timeout=600, cwd=self.folder
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
@@ -72,7 +72,7 @@ class Slurm:
         """Of the jobs that have not ended: 12_3 -> RUNNING."""
         return dict(line.split(maxsplit=1) for line in self("squeue", "-h", "-r", "-o", "%i %T %r %S").splitlines())
 
-    def wait(self, what: str, true: Callable[[], object], seconds: float = 60) -> None:
+    def wait(self, what: str, true: Callable[[], object], seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < deadline, f"{what}; jobs: {self.states()}; {self.logs()}"
@@ -113,7 +113,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
             log = open(folder / f"{command[0]}.out", "w")  # noqa: SIM115
             daemons.append(subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=log))
             time.sleep(1)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 600
         while (
             "idle"
             not in subprocess.run(

@@ -354,7 +354,7 @@ def test_kills_for_half_a_minute_lose_nothing(tmp_path: Path) -> None:
         code = None
         while code != 0:
             program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 600
             while not store.partial_path(out).exists() and program.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             if kills < 3 * (rounds + 1):
@@ -363,7 +363,7 @@ def test_kills_for_half_a_minute_lose_nothing(tmp_path: Path) -> None:
                     listed = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
                     os.kill(dice.choice([program.pid, *map(int, listed)]), signal.SIGKILL)
                     kills += 1
-            told = program.communicate(timeout=120)[1]
+            told = program.communicate(timeout=600)[1]
             code = program.returncode
             assert code in (0, 2, -signal.SIGKILL), told
         with read_embeddings(out) as file, read_embeddings(tmp_path / "whole.h5") as whole:

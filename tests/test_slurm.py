@@ -40,7 +40,7 @@ def test_the_array_script_is_warned_requeued_and_merged(slurm: Slurm, tmp_path: 
     there = sorted(path.name for path in slurm.folder.glob("*.h5*"))
     assert not output.exists() and second.exists(), f"{slurm.states()}, {there}, {slurm.logs()}"
     slurm("scontrol", "update", f"JobId={job}_2", "StartTime=now")  # Slurm would hold it for two minutes
-    slurm.wait("the merge did not come about", lambda: output.exists() and not slurm.states(), 40)
+    slurm.wait("the merge did not come about", lambda: output.exists() and not slurm.states())
     case.check_rows(output)
     told = (slurm.folder / f"slurm-{job}_2.out").read_text()
     assert "stopped by SIGUSR1" in told and " of 134 proteins there already" in told, told

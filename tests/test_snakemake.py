@@ -55,7 +55,7 @@ def test_the_example_workflow_ends_at_the_single_runs_file(tmp_path: Path) -> No
     environment = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
     for _ in range(2):  # the second time there is nothing to do
         done = subprocess.run(
-            command(case, 2, "--cores", "2"), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+            command(case, 2, "--cores", "2"), cwd=folder, env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr[-3000:]
     assert "Nothing to be done" in done.stderr
@@ -81,7 +81,7 @@ def test_on_slurm_a_cancelled_shard_is_tried_again_and_the_end_is_the_same(slurm
         assert all(words in asked_for for words in ("gpu:1", "=16000M", "TimeLimit=12:00:00")), asked_for
         time.sleep(1)  # for some packs
         slurm("scancel", job)
-        slurm.wait("the workflow did not end", lambda: workflow.poll() is not None, 180)
+        slurm.wait("the workflow did not end", lambda: workflow.poll() is not None)
     finally:
         workflow.kill()
         workflow.wait()

@@ -103,7 +103,7 @@ def known(spec: ModelSpec, here: Here | None, measured: list[Speed]) -> Known:
         weights = locate.locate(spec.name)
     except UserError:  # half of them, which doctor speaks of
         weights = None
-    kernels = here.kernels(family) if here else ""
+    kernels = here.kernels if here else ""
     return Known(spec, family.licence(spec), weights.place if weights else None, kernels, speeds)
 
 
