@@ -13,17 +13,18 @@ import h5py
 import pytest
 import torch
 
-from conftest import write_model
+from conftest import TINY, write_model
+from packs import one_pack
 from test_esmc import SMALL, transformers_model, written
 from test_weights import COMMIT, FakeHub, Hub, point_hub_at
-from virnucpro_cli import cli
+from virnucpro_cli import alphabet, cli
 from virnucpro_cli.benchmark.bench import bench_model
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.explore import inspect
 from virnucpro_cli.machine import doctor, fetch, models, speeds
-from virnucpro_cli.model import families, locate, weights
+from virnucpro_cli.model import attention, families, locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 
 FIRST = "esmc-600m-2024-12"
@@ -320,3 +321,33 @@ def test_doctor_has_a_line_for_each_model_that_is_here_and_one_for_the_others(fi
     found = {finding.what: finding.found for finding in doctor.look() if finding.what.startswith("weights")}
     assert set(found) == {f"weights {FIRST}", "weights not here"} and found[f"weights {FIRST}"].endswith(FILE)
     assert all(name in found["weights not here"] for name in ("650M", "demo", "esm1v-5", "dplm-3b", "esmc-6b"))
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*families.FAMILIES])
+def test_letters_are_read_as_the_page_of_models_says(family: str) -> None:
+    reading = families.FAMILIES[family].READING
+    table = alphabet.letters("keep", reading)
+
+    def read(text: bytes) -> list[str]:
+        return [alphabet.TOKENS[i] for i in alphabet.token_ids(text, 99, table)]
+
+    assert read(b"mkBZUO") == [*"MKBZUO"] and read(b"J*_7") == ["X"] * 4 and read(b"M - .\nK") == [*"M-.K"]
+    assert alphabet.without_stop(b"MK*") == b"MK" and read(b"M<mask>K") == ["M", "<mask>", "K"]
+    assert read(b"|") == (["<null_1>"] if family == "esmc" else ["X"])
+    assert reading.scales_masks == (family != "esmc")
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_nothing_above_the_highest_layer_that_is_asked_for_is_computed(layer: int, tmp_path: Path) -> None:
+    """A model without its last layer."""
+    backend = attention.resolve("sdpa", torch.device("cpu"), torch.float32)
+    model = families.build(TINY, weights.random_state(TINY), torch.float32, torch.device("cpu"), backend)
+    batch, seen = one_pack(tmp_path, ["MKVLA"], 16), []
+    model.layers = [*model.layers[:1], None]
+    model.forward(batch, (0, layer), lambda number, hidden: seen.append(number))
+    assert seen == [*dict.fromkeys((0, layer))]
+    with pytest.raises(AttributeError):
+        model.forward(batch, (TINY.layers,), lambda number, hidden: None)
