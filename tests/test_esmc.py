@@ -271,7 +271,7 @@ def test_a_configuration_of_another_network_is_refused(word: str, value: Any, tm
     folder = written(tmp_path / "hf", "transformers", transformers_model())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {word: value}))
-    assert f"is not an ESM C: {word}" in refused(folder)
+    assert f"is not ESM C: {word}" in refused(folder)
 
 
 @pytest.mark.parametrize(

@@ -368,7 +368,7 @@ def test_an_esm2_whose_configuration_is_that_of_esm1b_is_refused(tmp_path: Path)
     for first_norm, title in ((True, "ESM-1b"), (False, "ESM-1v")):
         changed = {**config, "position_embedding_type": "absolute", "emb_layer_norm_before": first_norm}
         (folder / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=f"not an {title}: it has rotary frequencies"):
+        with pytest.raises(UserError, match=f"is not {title}: it has rotary frequencies"):
             loaded(folder)
 
 

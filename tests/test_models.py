@@ -193,7 +193,8 @@ def test_each_model_that_cannot_be_fetched_says_where_it_was_looked_for_and_what
     message = str(caught.value)
     assert all(str(place) in message for place in locate.places(spec))
     assert f"https://huggingface.co/{families.family_of(spec).repository(spec)}: " in message
-    assert f"virnucpro fetch {spec.name}" in message and "--model PATH" in message
+    accepting = " --accept-licence" if families.family_of(spec).licence(spec).to_accept else ""
+    assert f"`virnucpro fetch {name}{accepting}`" in message and "--model PATH" in message
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

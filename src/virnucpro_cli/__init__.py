@@ -1,4 +1,4 @@
-"""virnucpro: protein FASTA to ESM-2 embeddings, packed, resumable and checked."""
+"""virnucpro: protein FASTA to language-model embeddings, packed, resumable and checked."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -43,8 +43,8 @@ COMMANDS = {
 def program(*names: str) -> typer.Typer:
     """The command line with these commands. Only their modules are imported."""
     app = typer.Typer(
-        name="virnucpro", help="Protein FASTA to ESM-2 embeddings: packed, resumable, checked.", no_args_is_help=True,
-        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+        name="virnucpro", help="Protein FASTA to language-model embeddings: packed, resumable, checked.",
+        no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )  # fmt: skip
     app.callback(invoke_without_command=True)(_version)

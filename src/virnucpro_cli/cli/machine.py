@@ -38,7 +38,7 @@ def models(
 
 def fetch(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Model names, e.g. 650M demo.")
+        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Names, e.g. 650M demo; virnucpro models has all.")
     ] = None,
     list_models: Annotated[
         bool, typer.Option("--list", help="Show which models are on this machine, and where.")

@@ -15,10 +15,11 @@ VALIDATE_EPILOG = (
 
 @options.of(ValidateConfig)
 def validate(settings: ValidateConfig) -> None:
-    """Prove that the embeddings are ESM-2's: against fair-esm in fp32, one protein at a time.
+    """Prove that the embeddings are the model's: against a public reference in fp32, one protein at a time.
 
-    Nothing else is needed: virnucpro validate. The verdict has three parts: semantics (fp32 against fair-esm),
-    precision (the run's dtype against its noise floor) and packing (the same bits in any company).
+    Nothing else is needed: virnucpro validate. The reference is the class that other people run: fair-esm's for ESM-2,
+    transformers' for ESM C, and so on. The verdict has three parts: semantics (fp32 against the reference), precision
+    (the run's dtype against its noise floor) and packing (the same bits in any company).
     """
     from virnucpro_cli.validation import validate as workflow
 
@@ -41,7 +42,7 @@ def verify(
 ) -> None:
     """Check that a file is whole, unaltered since embed wrote it, and of this FASTA: every byte, every record.
 
-    It needs no model; whether the values are ESM-2's is told by: virnucpro validate --against OUT.h5.
+    It needs no model; whether the values are the model's is told by: virnucpro validate --against OUT.h5.
     """
     from virnucpro_cli.validation.verify import verify_file
 

@@ -221,7 +221,8 @@ class ValidateConfig(Config):
         most=1 << 63)
     seed: int = option(0, INPUT, "Seed of the sample.", "N", least=0, most=1 << 63)
     min_cosine: float | None = option(
-        None, GATES, "Least cosine of a pooled row with fair-esm's.", "X", least=-1, most=1, said="0.999, bf16 0.998")
+        None, GATES, "Least cosine of a pooled row with the reference's.", "X", least=-1, most=1,
+        said="0.999, bf16 0.998")
     max_rel_l2: float | None = option(
         None, GATES, "Largest relative L2 error of a pooled row.", "X", least=ABOVE_0, most=FINITE,
         said="fp32 1e-5, fp16 1e-2, bf16 6e-2")
@@ -233,7 +234,7 @@ class ValidateConfig(Config):
     attention: str = option("auto", COMPUTE, "As in embed.", "NAME", choices=BACKENDS)
     token_budget: int | str = option("auto", COMPUTE, "As in embed.", "N", least=1024, most=LARGEST)
     max_residues: int = _max_residues("As in embed.")
-    reference_device: str = option("cpu", COMPUTE, "Where fair-esm runs; cuda for large models.", "DEVICE")
+    reference_device: str = option("cpu", COMPUTE, "Where the reference runs; cuda for large models.", "DEVICE")
     report: str | None = _report()
     quiet: bool = _quiet("Print the verdict only.")
     # fmt: on

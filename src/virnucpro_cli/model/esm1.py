@@ -96,7 +96,7 @@ class Esm1:
         """
         if any(name.endswith("inv_freq") for name in state):
             raise UserError(
-                f"The checkpoint is not an {self.TITLE}: it has rotary frequencies (inv_freq), as ESM-2 has.",
+                f"The checkpoint is not {self.TITLE}: it has rotary frequencies (inv_freq), as ESM-2 has.",
                 "Give the config.json that belongs to it (position_embedding_type is rotary for ESM-2).",
             )
         state[INV_FREQ] = torch.zeros(spec.head_dim // 2)

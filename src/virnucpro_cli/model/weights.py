@@ -1,4 +1,4 @@
-"""Checkpoints of every layout to one dict with the keys of fair-esm's `ESM2.state_dict()`, checked against the spec."""
+"""Checkpoints of every layout to one dict with the names of their family here, checked against the spec."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ _OF_THE_ENCODER = re.compile(r"emb(ed|_)|encoder|layer|norm|position|rotary|lora
 
 
 def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
-    """Read the files: spec, state under fair-esm's names (checked, on the CPU), and notes for the report.
+    """Read the files: spec, state under the family's names (checked, on the CPU), and notes for the report.
 
     The state is in the dtypes of the file and has the shapes [rows, columns] of the family. Of the heads for tokens and
     contacts, those that are whole are in it. Raises UserError naming the first tensors that are missing, mis-shaped or
@@ -111,7 +111,7 @@ def _read_config(path: Path, spec: ModelSpec | None = None) -> dict[str, Any]:
     if not isinstance(config, dict) or not all(isinstance(size, int | None) for size in sizes.values()):
         raise UserError(f"{path} is not a model's configuration.", "Fetch or copy the model directory again.")
     for there, found, value in _contradictions(config, family):
-        raise UserError(f"{path} is not an {family.TITLE}: {there} is {found!r}, and {family.TITLE} has {value!r}.")
+        raise UserError(f"{path} is not {family.TITLE}: {there} is {found!r}, and {family.TITLE} has {value!r}.")
     return {**sizes, "family": key, "tied": config.get("tie_word_embeddings", True)}
 
 
@@ -194,14 +194,14 @@ def _renamed(raw: State, family: Family, weights: Weights) -> tuple[State, list[
     if refused:
         raise UserError(
             f"{weights.place} holds tensors that {family.TITLE} does not have: {_some(refused)}.",
-            "Merge adapters (LoRA and the like) into the weights first. Other architectures are not supported.",
+            "An adapter (LoRA) is given by --adapter, or merged beforehand. Other architectures are not supported.",
         )
     return state, unknown
 
 
 def _spec_of(state: State, config: dict[str, Any], family: str, weights: Weights) -> ModelSpec:
     if "embed_tokens.weight" not in state:
-        raise UserError(f"{weights.place} has no token embedding: it is not an {FAMILIES[family].TITLE} checkpoint.")
+        raise UserError(f"{weights.place} has no token embedding: it is no checkpoint of {FAMILIES[family].TITLE}.")
     named, told = weights.spec, FAMILIES[family].told_sizes(state)
     numbers = [int(name.split(".")[1]) for name in state if name.startswith("layers.")]
     layers = config.get("layers") or max(numbers, default=-1) + 1
@@ -252,7 +252,7 @@ def heads_in(raw: State, spec: ModelSpec) -> State:
 
 
 def _settle_decoder(heads: State, named: State, table: torch.Tensor, tied: bool) -> list[str]:
-    """Add the last matrix [33, D] of the token head if it is one of its own, not the token embedding. Returns notes.
+    """Add the last matrix [V, D] of the token head if it is one of its own, not the token embedding. Returns notes.
 
     named: every tensor of a head in the file. A family whose head always has a matrix of its own has it already.
 
@@ -294,7 +294,7 @@ def _some(names: list[str]) -> str:
 def random_state(spec: ModelSpec, seed: int = 0, device: torch.device | str = "cpu") -> State:
     """Random weights of trained-like scale, for benchmarks and tests, the same each time on the same kind of device.
 
-    fair-esm's names, float32 in the shapes [...] of the family.
+    The family's names, float32 in its shapes [...].
     """
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
