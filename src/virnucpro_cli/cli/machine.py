@@ -26,10 +26,14 @@ def models(
 ) -> None:
     """Show the models: size, letters, licence, what is here, and speed.
 
-    Nothing is fetched. With NAME all that is known of one model is shown.
+    Nothing is fetched. With NAME all that is known of one model is shown, or the models of a family.
+
+    Kernels are fused where our own run: on Hopper GPUs, for families that have them. Plain steps are PyTorch's.
 
     Tokens/s are those that virnucpro bench --model NAME measured last on this machine, on lengths of natural proteins.
     They are of the device and dtype that a run would use here.
+
+    A licence with a star binds whoever downloads the weights: virnucpro fetch NAME --accept-licence.
     """
     from virnucpro_cli.machine.models import show
 
@@ -48,7 +52,10 @@ def fetch(
         typer.Option("--accept-licence", help="You have read a licence that has to be accepted, and accept it."),
     ] = False,
 ) -> None:
-    """Put weights into the cache ahead of time, for compute nodes without internet access."""
+    """Put weights into the cache ahead of time, for compute nodes without internet access.
+
+    The licence of what is fetched is printed. Some have to be accepted first: virnucpro models marks them with a star.
+    """
     from virnucpro_cli.machine.fetch import fetch_weights, show
 
     if list_models:
