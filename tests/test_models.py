@@ -327,7 +327,7 @@ def test_doctor_has_a_line_for_each_model_that_is_here_and_one_for_the_others(fi
 # --- the page ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [*families.FAMILIES])
+@pytest.mark.parametrize("family", ["esm2", "dplm", "esm1b", "esm1v", "esmc"])
 def test_letters_are_read_as_the_page_of_models_says(family: str) -> None:
     reading = families.FAMILIES[family].READING
     table = alphabet.letters("keep", reading)
