@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from conftest import read_fasta, relative_l2, write_model
 from packs import embeddings, one_pack, random_protein
 from test_model import CPU, assert_within_gates, embed, expected, packed_model, same_bits, worst
+from virnucpro_cli import validation
 from virnucpro_cli.benchmark.bench import bench_model
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import embed_fasta
@@ -488,3 +490,31 @@ def test_an_oracle_whose_package_is_missing_says_how_to_get_it(model: str, monke
     with pytest.raises(UserError, match="is not installed") as caught:
         oracle_of(of(model))
     assert "virnucpro[test]" in caught.value.remedy
+
+
+RELEASES = {
+    "4.48.0": False, "4.55.4": False, "4.56.0": True, "4.57.6": True, "5.0.0rc1": True, "5.2.0": True, "5.3.0": False,
+    "5.24.0": False, "10.0": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_release_of_transformers_that_scales_masks_wrongly_is_no_judge(
+    release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Releases 4.56.0 to 5.2.0 divide by the padded length of a batch."""
+    monkeypatch.setattr(validation, "version", lambda package: release if package == "transformers" else "1")
+    if not RELEASES[release]:
+        assert oracle_of(of("dplm")).package == "transformers"
+        return
+    with pytest.raises(UserError, match=rf"transformers {release} scales padded proteins") as caught:
+        validate_model(model=str(dplm_folder(tmp_path / "dplm")[0]), device="cpu")
+    assert "virnucpro[test]" in caught.value.remedy
+    assert oracle_of(of("esm1b")).package == "fair-esm"
+
+
+def test_a_release_without_the_class_of_the_oracle_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "virnucpro_cli.validation.esmc", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
+    with pytest.raises(UserError, match="transformers is too old"):
+        oracle_of(ModelSpec("any", 2, 64, 1, "esmc"))

@@ -1,6 +1,7 @@
 """`validate` and `verify`: the oracle's rows, how ours agree with them, the gates, and the verdict."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from virnucpro_cli.errors import UserError, install_command
@@ -14,12 +15,20 @@ ORACLES = {"esm2": "fair_esm", "dplm": "transformers_esm", "esm1b": "fair_esm_1"
 
 
 def oracle_of(spec: "ModelSpec") -> type["Oracle"]:
-    """The oracle of a model's family. Raises UserError if the package that it is from is not installed."""
+    """The oracle of a model's family. Raises UserError if its package is not installed, too old, or has a fault."""
     try:
         module = import_module(f"virnucpro_cli.validation.{ORACLES[spec.family]}")
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        lacking = "is not installed" if isinstance(error, ModuleNotFoundError) else "is too old"
         raise UserError(
-            f"Nothing to compare {spec.name} with: {error.name} is not installed.",
+            f"Nothing to compare {spec.name} with: {error.name} {lacking}.",
             f"Install it: {install_command('test')}",
         ) from None
-    return module.Reference  # type: ignore[no-any-return]
+    reference: type[Oracle] = module.Reference
+    release = version(reference.package)
+    if fault := reference.fault_of(release):
+        raise UserError(
+            f"Nothing to compare {spec.name} with: {reference.package} {release} {fault}.",
+            f"Install a newer one: {install_command('test')}",
+        )
+    return reference

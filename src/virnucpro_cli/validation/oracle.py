@@ -45,6 +45,11 @@ class Oracle(ABC):
         """state: tensors by the names of the family's own checkpoints."""
         self.spec, self.device = spec, torch.device(device)
 
+    @classmethod
+    def fault_of(cls, release: str) -> str:
+        """The fault of a release of the package, as the end of a sentence, or nothing: a release may be no judge."""
+        return ""
+
     @staticmethod
     @abstractmethod
     def encode(text: str, longest: int | None = None) -> list[int]:

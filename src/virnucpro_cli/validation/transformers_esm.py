@@ -17,6 +17,8 @@ PARTS = {
     "final_layer_norm": "LayerNorm",
 }  # fmt: skip
 """fair-esm's name of each part of a layer, and HuggingFace's."""
+FIRST_WRONG, FIRST_RIGHT = (4, 56), (5, 3)
+"""Releases from the first to before the second scale beside `<mask>` by the padded length of a batch."""
 
 
 class Reference(Oracle):
@@ -49,6 +51,12 @@ class Reference(Oracle):
         rotary = self.model.rotary_embeddings
         assert rotary is not None
         rotary.inv_freq = state["layers.0.self_attn.rot_emb.inv_freq"].to(self.device, torch.float32)
+
+    @classmethod
+    def fault_of(cls, release: str) -> str:
+        """A release between FIRST_WRONG and FIRST_RIGHT is no judge."""
+        is_wrong = FIRST_WRONG <= tuple(map(int, re.findall(r"\d+", release)[:2])) < FIRST_RIGHT
+        return "scales padded proteins with `<mask>` by a wrong length" if is_wrong else ""
 
     def hidden(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """tokens: int64 [B, L]; layer -> [B, L, D] in the model's dtype."""
