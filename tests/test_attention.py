@@ -128,11 +128,11 @@ def test_what_is_not_a_number_stays_in_its_segment_and_filler_is_never_read() ->
 
 def test_auto_on_a_cpu_is_sdpa() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        assert attention.resolve("auto", CPU, dtype) == ("sdpa", sdpa.attention, plain, ())
+        assert attention.resolve("auto", CPU, dtype) == ("sdpa", sdpa.attention, plain, (), False)
 
 
 def test_a_named_backend_is_that_backend() -> None:
-    assert attention.resolve("sdpa", CPU, torch.float32) == ("sdpa", sdpa.attention, plain, ())
+    assert attention.resolve("sdpa", CPU, torch.float32) == ("sdpa", sdpa.attention, plain, (), False)
 
 
 @pytest.mark.parametrize("name", ["triton", "torch_varlen", "efficient", "flash_attn"])

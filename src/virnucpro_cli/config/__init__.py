@@ -96,6 +96,9 @@ class EmbedConfig(Config):
     dtype: str = option(
         "auto", COMPUTE, "Compute in auto, fp32, fp16, bf16 or fp8 (Hopper; approximate: errors of several %).", "TYPE",
         choices=DTYPES, said="auto: fp16 on CUDA, fp32 elsewhere")
+    residual: str = option(
+        "same", COMPUTE, "Residual stream in --dtype, or in fp32 for models that overflow in fp16 (plain PyTorch).",
+        choices=("same", "fp32"))
     device: str = option("auto", COMPUTE, "auto, cpu, cuda (all GPUs), cuda:N, cuda:N,N or mps.", "DEVICE")
     workers: int | str = option(
         "auto", COMPUTE, "Processes on this host, that share the devices; auto is one for each GPU, and one on a CPU.",
@@ -230,6 +233,7 @@ class ValidateConfig(Config):
     adapter: tuple[str, ...] = option((), COMPUTE, "As in embed.", "DIR", repeated=True, path=True)
     layers: tuple[int, ...] = option((), COMPUTE, "Layers to compare.", "N,N", said="0, the middle and the last")
     dtype: str = option("auto", COMPUTE, "As in embed.", "TYPE", choices=DTYPES)
+    residual: str = option("same", COMPUTE, "As in embed.", choices=("same", "fp32"))
     device: str = option("auto", COMPUTE, "As in embed.", "DEVICE")
     attention: str = option("auto", COMPUTE, "As in embed.", "NAME", choices=BACKENDS)
     token_budget: int | str = option("auto", COMPUTE, "As in embed.", "N", least=1024, most=LARGEST)
@@ -240,7 +244,7 @@ class ValidateConfig(Config):
     # fmt: on
 
     def rules(self) -> Iterator[Rule]:
-        for flag in self.given("layers", "dtype", "max_residues", "attention", "token_budget"):
+        for flag in self.given("layers", "dtype", "residual", "max_residues", "attention", "token_budget"):
             yield bool(self.against), f"{flag} has no meaning with --against.", "The file says how it was made."
 
 

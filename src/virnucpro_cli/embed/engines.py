@@ -132,7 +132,7 @@ def _on_this_host(config: EmbedConfig, alone: bool) -> OnThisHost:
     each = each[:1] if alone else each
     first, n, names = each[0], len(each), dict.fromkeys(map(str, each))
     dtype = devices.resolve_dtype(config.dtype, first)
-    backend = attention.resolve(config.attention, first, dtype)
+    backend = attention.resolve(config.attention, first, dtype, config.residual)
     workers = f"{counted(n, 'process', 'processes')} on {', '.join(names)}" if n > 1 else ""
     return OnThisHost(
         devices.device_here(first, backend), first, backend, dtype, len(names), workers, n, each.count(first),

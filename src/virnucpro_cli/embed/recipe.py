@@ -97,6 +97,8 @@ class EmbedRun(Run):
             policy["overlap"] = config.overlap
         if config.emit:
             policy["emit"] = list(config.emit)
+        if attention.is_wide(config.residual, self.computing.dtype):
+            policy["residual"] = config.residual
         for feature in self.features:
             policy |= feature.fingerprint(weights)
         if self.shard is not None:

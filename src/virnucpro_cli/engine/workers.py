@@ -345,7 +345,7 @@ def _work(job: Job, start: Start, channel: Connection) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or pinned memory makes a context on the first GPU in every worker
     exact_arithmetic()
-    backend = attention_backends.resolve(start.attention, device, job.dtype)
+    backend = attention_backends.resolve(start.attention, device, job.dtype, job.config.residual)
     spec, state, _ = model_weights.load(job.weights)
     model = build(spec, state, job.dtype, device, backend)
     del state

@@ -160,7 +160,8 @@ def _computed(file: store.EmbeddingFile, settings: dict[str, Any]) -> str:
     return (
         f"Embeddings ({kinds}; {_layers(settings['layers'])}) of{rest} {counted(len(file), 'protein')} ({residues}) "
         f"were computed with {_model(file)} by virnucpro {attributes['tool_version']} on {device} in "
-        f"{settings['dtype']}{' (approximate)' if attributes.get('approximate', False) else ''} with PyTorch {torch}, "
+        f"{settings['dtype']}{' (approximate)' if attributes.get('approximate', False) else ''}"
+        f"{' and a residual stream in float32' if settings.get('residual') == 'fp32' else ''} with PyTorch {torch}, "
         f"and stored as {'float16' if settings['store_dtype'] == 'fp16' else 'float32'}."
     )
 

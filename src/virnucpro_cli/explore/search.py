@@ -208,7 +208,7 @@ def _embedded(data: Pooled, asked: SearchConfig, stack: ExitStack, out: Console)
         "layers": data.layer, "pool": data.kind,
         "dtype": devices.short_name(getattr(torch, settings["dtype"])) if is_same_device else "auto",
         "store_dtype": settings["store_dtype"], "force_protein": asked.force_protein,
-        **{name: settings[name] for name in (*SAME, "id", "dedup") if name in settings},
+        **{name: settings[name] for name in (*SAME, "id", "dedup", "residual") if name in settings},
     })  # fmt: skip
     out.print(f"embedding {'standard input' if query == '-' else query} with {weights.place}", style="dim")
     try:

@@ -57,7 +57,7 @@ class PackedModel:
         self.rows_of_a_part: int | None = None
         self.spec, self.dtype, self.device, self.backend = spec, dtype, device, backend
         self.head_state = head_state
-        stream = stream_dtype(dtype)
+        stream = torch.float32 if backend.wide else stream_dtype(dtype)
         self.embedding = parts.embedding.to(stream)
         self.positions = None if parts.positions is None else parts.positions.to(stream)
         self.first_norm = parts.first_norm

@@ -11,7 +11,6 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.model.families import family_of
 from virnucpro_cli.model.packed import PackedModel
-from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.plan.packing import first_fit_decreasing, whole_segments
 from virnucpro_cli.validation.invariance import indexed
 from virnucpro_cli.validation.verdict import Check
@@ -42,9 +41,12 @@ def by_layer(model: PackedModel, path: Path, lengths: NDArray[np.int64]) -> NDAr
     return np.nan_to_num(largest.double().cpu().numpy(), nan=np.inf, posinf=np.inf)
 
 
-def checks(values: NDArray[np.float64], dtype: torch.dtype) -> Iterator[Check]:
-    """Lines to look at, of a few layers each; values: float64 [L + 1]. Nothing is judged."""
-    part = f"Range: largest value of the residual stream in {devices.short_name(stream_dtype(dtype))}"
+def checks(values: NDArray[np.float64], stream: torch.dtype) -> Iterator[Check]:
+    """Lines to look at, of a few layers each; values: float64 [L + 1]. Nothing is judged.
+
+    stream: dtype of the residual stream.
+    """
+    part = f"Range: largest value of the residual stream in {devices.short_name(stream)}"
     for layers in np.array_split(np.arange(len(values)), min(LINES, len(values))):
         first, last, worst = int(layers[0]), int(layers[-1]), float(values[layers].max())
         share = f"{100 * worst / FP16_MAX:.3g}% of fp16's" if np.isfinite(worst) else "more than"

@@ -131,7 +131,7 @@ class _Subject:
             inputs=(str(path),), output=str(output), model=config.model or DEFAULT_MODEL, layers=self.layers,
             pool=KINDS, dtype=dtype, store_dtype="fp32", device=config.device, attention=attention,
             token_budget=config.token_budget, max_residues=config.max_residues, long="truncate", force_protein=True,
-            quiet=True, adapter=config.adapter,
+            quiet=True, adapter=config.adapter, residual=config.residual,
         )  # fmt: skip
         try:
             with self.clock.stage(f"embed, {dtype}"):
@@ -150,7 +150,7 @@ class _Subject:
 def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verdict:
     device = devices.resolve_device(config.device)
     dtype = devices.resolve_dtype(config.dtype, device)
-    backend = attention_backends.resolve(config.attention, device, dtype)
+    backend = attention_backends.resolve(config.attention, device, dtype, config.residual)
     reference_device = devices.resolve_device(config.reference_device, "--reference-device")
     found = locate.fetch(config.model or DEFAULT_MODEL, lambda text: out.print(text))
     weights = locate.verified(adapters.with_adapters(found, config.adapter))
@@ -194,7 +194,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         with clock.stage("range"):
             values = largest.by_layer(model, path, sample.lengths)
             verdict.largest = values.tolist()
-            verdict.checks += largest.checks(values, dtype)
+            verdict.checks += largest.checks(values, model.embedding.dtype)
     return verdict
 
 

@@ -96,7 +96,8 @@ class Actor:
         torch.set_num_threads(self.threads)
         exact_arithmetic()
         self.device = devices.resolve_device(self.name)
-        self.backend = attention_backends.resolve(self.config.attention, self.device, self.dtype)
+        config = self.config
+        self.backend = attention_backends.resolve(config.attention, self.device, self.dtype, config.residual)
         node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         return [("device", devices.device_here(self.device, self.backend), node_id)]
 

@@ -142,7 +142,7 @@ class Cluster:
         """The device of this process for a second pass: one like the actors', or a CPU."""
         with suppress(UserError):
             device = devices.resolve_device(self.kind)
-            backend = attention_backends.resolve(self.config.attention, device, self.dtype)
+            backend = attention_backends.resolve(self.config.attention, device, self.dtype, self.config.residual)
             name = self.device.name if self.device is not None else ""
             if device.type == "cuda" and devices.describe_device(device) == name:
                 return device, backend

@@ -20,16 +20,22 @@ BACKENDS = ("triton", "torch_varlen", "flash_attn", "efficient", "sdpa")
 
 
 class Backend(NamedTuple):
-    """How a forward computes: attention, and `kernels.plain` or `kernels.fused` for the steps around it."""
+    """How a forward computes: attention, and `kernels.plain` or `kernels.fused` for the steps around it.
+
+    wide: whether the residual stream is in float32 whatever the dtype, which plain steps alone can do.
+    """
 
     name: str
     attention: Attention
     steps: Any
     notes: tuple[str, ...] = ()
+    wide: bool = False
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def resolve(name: str, device: torch.device, dtype: torch.dtype, residual: str = "same") -> Backend:
     """The backend of that name, or with `auto` the first that suits. Raises UserError if a named one cannot run.
+
+    residual: fp32 for a residual stream in float32.
 
     Each adapter module has `refusal(device, dtype) -> str | None` and `attention(q, k, v, batch, scale)`.
     """
@@ -42,7 +48,13 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         if name not in ("auto", "triton"):
             raise UserError(f"Attention backend {name} does not know fp8.", remedy)
         candidates = ["triton"]
-    refusal, notes = None, tuple[str, ...]()
+    refusal, notes, wide = None, tuple[str, ...](), is_wide(residual, dtype)
+    if wide:
+        if dtype == torch.float8_e4m3fn:
+            raise UserError("fp8 keeps its residual stream in fp16.", "Use --dtype fp16 with --residual fp32.")
+        notes = (
+            f"residual stream in float32, everything else in {describe(dtype)} and plain PyTorch around attention",
+        )
     for candidate in candidates:
         if candidate != "sdpa" and not is_nvidia(device):
             refusal = f"it needs an NVIDIA GPU, and this run is on {device.type}"
@@ -50,11 +62,17 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         adapter = import_module(f"virnucpro_cli.model.attention.{candidate}")
         refusal = adapter.refusal(device, dtype)
         if refusal is None:
-            steps = import_module(f"virnucpro_cli.model.kernels.{'fused' if candidate == 'triton' else 'plain'}")
-            return Backend(candidate, adapter.attention, steps, notes)
+            is_fused = candidate == "triton" and not wide
+            steps = import_module(f"virnucpro_cli.model.kernels.{'fused' if is_fused else 'plain'}")
+            return Backend(candidate, adapter.attention, steps, notes, wide)
         if BROKEN in refusal:
-            notes = (f"attention backend {candidate} would be faster on this device, but {refusal}",)
+            notes += (f"attention backend {candidate} would be faster on this device, but {refusal}",)
     raise UserError(f"Attention backend {candidates[-1]} cannot run here: {refusal}.", remedy)
+
+
+def is_wide(residual: str, dtype: torch.dtype) -> bool:
+    """Whether the residual stream of a forward in this dtype is wider than the rest."""
+    return residual == "fp32" and dtype != torch.float32
 
 
 def is_nvidia(device: torch.device) -> bool:

@@ -47,7 +47,7 @@ def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rot
 
 
 def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torch.Tensor, ...]:
-    """The stream x [T, D] to q, k, v [T, H, Dh] of its LayerNorm in the dtype of x, with q and k rotated."""
+    """The stream x [T, D] to q, k, v [T, H, Dh] of its LayerNorm in the layer's dtype, with q and k rotated."""
     qkv = F.linear(layer_norm(x, *layer.norm1), *layer.qkv)
     if layer.qk_norm is not None:
         for each, weight in zip(qkv.chunk(3, dim=-1), layer.qk_norm, strict=False):
@@ -63,18 +63,18 @@ def rotated(qkv: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, ...]:
 
 
 def add_attention(x: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> None:
-    """x [T, D] += the output projection of attention's result [T, H, Dh] of the same dtype."""
+    """x [T, D] += the output projection of attention's result [T, H, Dh], in the layer's dtype; x may be wider."""
     x += F.linear(mixed.reshape(x.shape), *layer.out)
 
 
 def inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """x [T, D] to gelu(fc1(LayerNorm(x))) [T, 4 D] of the same dtype, or gated to SwiGLU's silu(a) b [T, F]."""
+    """x [T, D] to gelu(fc1(LayerNorm(x))) [T, 4 D] in the layer's dtype, or gated to SwiGLU's silu(a) b [T, F]."""
     wide = F.linear(layer_norm(x, *layer.norm2), *layer.fc1)
     return swiglu(wide) if layer.gated else gelu(wide)
 
 
 def add_inner(x: torch.Tensor, inner: torch.Tensor, layer: Layer) -> None:
-    """x [T, D] += fc2(inner [T, 4 D], or [T, F]) of the same dtype."""
+    """x [T, D] += fc2(inner [T, 4 D], or [T, F]), in the layer's dtype; x may be wider."""
     x += F.linear(inner, *layer.fc2)
 
 
@@ -84,13 +84,14 @@ def residual(x: torch.Tensor, layer: Layer) -> torch.Tensor:
 
 
 def last_norm(x: torch.Tensor, norm: Pair) -> torch.Tensor:
-    """The final LayerNorm of the stream x [T, D] of the last layer, in the dtype of x."""
+    """The final LayerNorm of the stream x [T, D] of the last layer, in the dtype of the norm."""
     return layer_norm(x, *norm)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """LayerNorm of x [T, D] with weight and bias [D] or None, all of one dtype."""
-    return F.layer_norm(x, weight.shape, weight, bias, eps=LAYER_NORM_EPS)
+    """LayerNorm of x [T, D] with weight and bias [D] or None, in the dtype of x, and rounded to that of the weight."""
+    wide = bias if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), wide, eps=LAYER_NORM_EPS).to(weight.dtype)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
