@@ -11,11 +11,9 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from virnucpro_cli import fasta
 from virnucpro_cli.config import ValidateConfig
@@ -24,38 +22,19 @@ from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.model import attention, locate, weights
 from virnucpro_cli.model.families import build
-from virnucpro_cli.model.kernels import plain
-from virnucpro_cli.model.packed import PackedModel, exact_arithmetic
+from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import first_fit_decreasing, whole_segments
 from virnucpro_cli.validation import agreement, invariance, oracle, oracle_of, validate
-
-
-class WideResidual(PackedModel):
-    """The same forward with the residual stream in fp32: sums are promoted, and each norm casts on its way out."""
-
-    def __init__(self, spec, state, dtype, device, backend):
-        super().__init__(spec, state, dtype, device, backend._replace(steps=SimpleNamespace(**vars(plain))))
-        self.embedding = build(spec, state, torch.float32, device, backend).embedding
-        steps, norm = self.backend.steps, self._layer_norm
-        steps.query_key_value = lambda x, layer, rotary: plain.rotated(
-            F.linear(norm(x, *layer.norm1), *layer.qkv), rotary
-        )
-        steps.inner = lambda x, layer: plain.gelu(F.linear(norm(x, *layer.norm2), *layer.fc1))
-        steps.last_norm = lambda x, pair: norm(x, *pair)
-
-    def _layer_norm(self, x, weight, bias):
-        return plain.layer_norm(x, weight.float(), bias.float()).to(self.dtype)
 
 
 def models(name, device, dtypes):
     spec, state, _ = weights.load(locate.verified(locate.fetch(name, print)))
     for short in dtypes:
         dtype = devices.DTYPES[short]
-        backend = attention.resolve("torch_varlen" if device.type == "cuda" else "auto", device, dtype)
-        yield short, "same", build(spec, state, dtype, device, backend)
-        if dtype != torch.float32:
-            yield short, "fp32", WideResidual(spec, state, dtype, device, backend)
+        for residual in ("same",) if dtype == torch.float32 else ("same", "fp32"):
+            kernel = "torch_varlen" if device.type == "cuda" else "auto"
+            yield short, residual, build(spec, state, dtype, device, attention.resolve(kernel, device, dtype, residual))
 
 
 def errors(device, dtypes, size):
