@@ -1,6 +1,7 @@
 """The largest values that `validate` prints are those of the reference, and what overflows is said."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY
+from packs import random_protein
+from sabotage import wrong_constant_in_16_bit
 from test_esmc import SMALL
-from virnucpro_cli.alphabet import PAD
+from virnucpro_cli.alphabet import PAD, TOKENS
 from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.model import attention, families, weights
 from virnucpro_cli.model.spec import ModelSpec
@@ -87,3 +90,53 @@ def test_validate_prints_the_largest_values_and_reports_them_for_each_layer(
     assert json.loads(report.read_text())["largest"] == ["inf"] * (TINY.layers + 1)
     (line, *_) = [check for check in verdict.checks if check.part.startswith("Range")]
     assert line.note == "more than 65,504" and not any("Range" in part for part in verdict.failed_parts)
+
+
+@pytest.fixture(scope="module")
+def half_large(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that overflows in fp16 where a tryptophan is."""
+    folder = tmp_path_factory.mktemp("large")
+    tensors = {name: each.clone() for name, each in load_file(tiny_model / "model.safetensors").items()}
+    tensors["embed_tokens.weight"][TOKENS.index("W")] *= 1e7
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    return folder
+
+
+def with_tryptophans(path: Path, n: int) -> Path:
+    """Fourteen proteins, n of them with a tryptophan."""
+    generator = random.Random(3)
+    texts = [random_protein(20 + 5 * i, generator).replace("W", "A") for i in range(14)]
+    path.write_text("".join(f">p{i}\n{'W' if i < n else 'A'}{text}\n" for i, text in enumerate(texts)))
+    return path
+
+
+@pytest.mark.parametrize("residual", ["same", "fp32"])
+@pytest.mark.parametrize("n", [5, 14], ids=["some overflow", "all overflow"])
+def test_what_overflows_in_the_reference_too_is_not_judged_by_it(
+    half_large: Path, n: int, residual: str, tmp_path: Path
+) -> None:
+    """Proteins beside it are, and rows are held to the limits of the dtype whether they have a floor or not."""
+    verdict = validate_model(
+        model=str(half_large), device="cpu", dtype="fp16", residual=residual,
+        fasta=str(with_tryptophans(tmp_path / "in.fasta", n)),
+    )  # fmt: skip
+    assert verdict.passed, [check for check in verdict.checks if check.passed is False]
+    assert any(f"{n} proteins without a noise floor" in note for note in verdict.notes)
+    assert any("recomputed in fp32" in note for note in verdict.notes) == (residual == "same")
+    by_part = {name: [c for c in verdict.checks if c.part.startswith(name)] for name in ("Precision", "Packing")}
+    against = [check for check in by_part["Precision"] if check.limit == "1.5 x / 3 x"]
+    assert len(against) == (3 if n == 14 else 18) and {check.passed for check in against} == {None if n == 14 else True}
+    held = [check for check in by_part["Precision"] if check.limit in (">= 0.999", "1e-02")]
+    assert len(held) == 4 and all(check.passed for check in held)
+    bitwise = [check for check in by_part["Packing"] if check.limit]
+    assert len(bitwise) == (1 if n == 14 and residual == "same" else 6)
+
+
+def test_a_mistake_beside_proteins_that_overflow_fails(
+    half_large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_constant_in_16_bit(monkeypatch)
+    fasta = with_tryptophans(tmp_path / "in.fasta", 5)
+    verdict = validate_model(model=str(half_large), device="cpu", dtype="fp16", fasta=str(fasta))
+    assert any(part.startswith("Precision") for part in verdict.failed_parts)

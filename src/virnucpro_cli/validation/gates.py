@@ -32,6 +32,7 @@ FEWEST = 6
 ROUNDOFF = 2.0**-24
 """Half the spacing of fp32 numbers: no floor is taken to be lower."""
 
+NO_FLOOR = "no floor: the reference overflows"
 SINGLE = ("mean", "bos")
 """Kinds whose rows are held to limits of their own: one of all residues, and one of a single place."""
 
@@ -63,7 +64,8 @@ def semantics(ours: Rows, truth: Rows, sample: Sample, layers: tuple[int, ...]) 
 class Precision:
     """A run's rows beside exact ones, and its errors beside the noise floor: those of plain runs of the oracle.
 
-    ours, exact, each of plain: float [n, D] of each kind and layer, for residue [sum of lengths, D].
+    ours, exact, each of plain: float [n, D] of each kind and layer, for residue [sum of lengths, D]. Where the oracle
+    overflows in the dtype there is no floor: it is NaN, and nothing is judged by it.
     """
 
     def __init__(
@@ -80,7 +82,11 @@ class Precision:
         for key in [(kind, layer) for kind in KINDS for layer in layers]:
             self.errors[key] = agreement.relative_l2(ours[key], exact[key])
             floor = np.max([agreement.relative_l2(rows[key], exact[key]) for rows in plain], axis=0)
-            self.floors[key] = np.maximum(floor, ROUNDOFF)
+            self.floors[key] = np.where(np.isfinite(floor), np.maximum(floor, ROUNDOFF), np.nan)
+        self.overflows = int(np.isnan([self.floors["mean", layer] for layer in layers]).any(axis=0).sum())
+        self.note = (
+            f"{counted(self.overflows, 'protein')} without a noise floor: the reference overflows in {self.short}"
+        )
 
     def checks(self, config: ValidateConfig) -> Iterator[Check]:
         """Errors and bias against the floor, rows of the last layer against the limits, and numbers to look at."""
@@ -95,22 +101,30 @@ class Precision:
         return Check.of(self.part, what, values, self.sample.names_of(kind), lowest, **rest)
 
     def _against_the_floor(self, kind: str, layer: int) -> Check:
-        error, floor = self.errors[kind, layer], self.floors[kind, layer]
-        paired = float(np.median(np.maximum(error, ROUNDOFF) / floor))
-        worst = float(max(error.max(), ROUNDOFF) / floor.max())
-        judged = self.median_limit is None and len(self.sample) >= FEWEST
+        error, floor, what = self.errors[kind, layer], self.floors[kind, layer], f"{kind}, layer {layer}: relative L2"
+        there = np.isfinite(floor)
+        if not there.any():
+            return self._check(what, error, kind, note=NO_FLOOR)
+        paired = float(np.median(np.maximum(error, ROUNDOFF)[there] / floor[there]))
+        worst = float(max(error[there].max(), ROUNDOFF) / floor[there].max())
+        judged = self.median_limit is None and len(self.sample) - self.overflows >= FEWEST
         return self._check(
-            f"{kind}, layer {layer}: relative L2", error, kind,
+            what, error, kind,
             passed=(paired <= MEDIAN_OF_FLOOR and worst <= WORST_OF_FLOOR) if judged else None, floor=_said(floor),
             limit=f"{MEDIAN_OF_FLOOR} x / {WORST_OF_FLOOR:.0f} x", note=f"{paired:.2f} x / {worst:.2f} x",
         )  # fmt: skip
 
     def _bias(self, layer: int) -> Check:
-        key = "residue", layer
-        exact = self.exact[key]
-        bias = max(agreement.bias(self.ours[key], exact), ROUNDOFF)
-        floor = max(ROUNDOFF, *(agreement.bias(rows[key], exact) for rows in self.plain))
-        size = float(np.median(self.floors[key]))
+        key, what = ("residue", layer), f"residue, layer {layer}: mean signed error"
+        there = np.isfinite(self.floors[key])
+        if not there.any():
+            return Check(self.part, what, note=NO_FLOOR)
+        ours, exact, *plain = (rows[key] for rows in (self.ours, self.exact, *self.plain))
+        if not there.all():
+            ours, exact, *plain = (rows[there] for rows in (ours, exact, *plain))
+        bias = max(agreement.bias(ours, exact), ROUNDOFF)
+        floor = max(ROUNDOFF, *(agreement.bias(rows, exact) for rows in plain))
+        size = float(np.median(self.floors[key][there]))
         by_chance = 2 * size / len(exact) ** 0.5  # what is left of unbiased errors in a mean over few residues
         if self.dtype == torch.float32:
             # fp32 units round with a bias of their own (products of three TF32, fast exponentials: 3e-7 on an H100), so
@@ -118,7 +132,7 @@ class Precision:
             floor = max(floor, size)
         passed = bias <= BIAS_OF_FLOOR * floor + by_chance if self.median_limit is None else None
         return Check(
-            self.part, f"residue, layer {layer}: mean signed error", passed, worst=bias, floor=f"{floor:.1e}",
+            self.part, what, passed, worst=bias, floor=f"{floor:.1e}",
             limit=f"{BIAS_OF_FLOOR} x", note=f"{bias / floor:.2f} x",
         )  # fmt: skip
 
@@ -182,4 +196,7 @@ class Precision:
 
 
 def _said(floor: agreement.Float64) -> str:
+    floor = floor[np.isfinite(floor)]
+    if not len(floor):
+        return ""
     return f"{np.median(floor):.1e} / {floor.max():.1e}"

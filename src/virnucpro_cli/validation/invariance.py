@@ -1,7 +1,7 @@
 """The packing check: a protein's bits do not depend on what it is packed with."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +29,12 @@ PACKING = "Packing: the same bits in any company"
 
 
 def packing(
-    model: PackedModel, path: Path, base: Rows, sample: Sample, layers: tuple[int, ...], config: ValidateConfig
-) -> Iterator[Check]:
+    model: PackedModel, path: Path, base: Rows, sample: Sample, layers: tuple[int, ...], config: ValidateConfig,
+    again: Set[int] = frozenset(),
+) -> Iterator[Check]:  # fmt: skip
     """Proteins alone, in one pack, first, last and shuffled among strangers, against `base`, as `embed` stored them.
 
+    Those in `again` are not compared with it, which another dtype has computed.
     Then one neighbour's residues are changed. path: the FASTA of the sample; base: float32 [n, D] of each kind and
     layer, for residue [sum of lengths, D].
     """
@@ -68,9 +70,10 @@ def packing(
     table = indexed(path, reading)
     for name, packs in arrangements.items():
         rows = run(table, [pack for pack in packs if pack])
-        theirs = ({key: each[record] for key, each in split.items()} for record, _ in rows)
-        differences = [_difference(mine, other) for (_, mine), other in zip(rows, theirs, strict=True)]
-        yield _bitwise(name, differences, model)
+        compared = [(record, mine) for record, mine in rows if record not in again]
+        theirs = ({key: each[record] for key, each in split.items()} for record, _ in compared)
+        differences = [_difference(mine, other) for (_, mine), other in zip(compared, theirs, strict=True)]
+        yield _bitwise(name, differences, model, len(rows) - len(compared))
 
     pack = strangers(max(largest, int(np.sort(sizes)[-2:].sum())))
     changed = pack[len(pack) // 2]
@@ -129,11 +132,14 @@ def _difference(ours: Rows, theirs: Rows) -> float:
     return worst
 
 
-def _bitwise(name: str, differences: list[float], model: PackedModel) -> Check:
+def _bitwise(name: str, differences: list[float], model: PackedModel, overflowed: int = 0) -> Check:
+    """Whether all differences are in bounds. overflowed: records that are not among them, for want of rows."""
     bound, worst, compared = bound_of(model), max(differences, default=0.0), len(differences)
     differing = sum(difference > 0 for difference in differences)
     note = f"{differing} of {compared} differ" if differing else f"{compared} compared, all bitwise equal"
     limit = "bitwise" if bound == 0 else f"{bound:.0e}"
+    if overflowed and not compared:
+        return Check(PACKING, name, note=f"{overflowed} overflow, nothing to compare")
     return Check(PACKING, name, compared > 0 and worst <= bound, worst=worst, limit=limit, note=note)
 
 

@@ -7,7 +7,7 @@ oracle is in the same dtype. Packing: a protein's bits do not depend on its neig
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,8 @@ class _Subject:
     layers: tuple[int, ...]
     sample: Sample
     notes: list[str]
+    again: set[int] = field(default_factory=set)
+    """Proteins that were computed again in fp32."""
 
     def say(self, what: str, how: str) -> None:
         self.out.print(f"{what}: {counted(len(self.sample), 'protein')} in {how}", style="dim")
@@ -140,8 +142,11 @@ class _Subject:
             stop.resumable = False  # what it kept is in a temporary folder
             raise
         with read_embeddings(output) as file:
-            if again := int(((file.flags & RECOMPUTED) > 0).sum()):
-                self.notes.append(f"{counted(again, 'protein')} recomputed in fp32, after an overflow in {dtype}")
+            self.again.update(np.flatnonzero(file.flags & RECOMPUTED).tolist())
+            if self.again:
+                self.notes.append(
+                    f"{counted(len(self.again), 'protein')} recomputed in fp32, after an overflow in {dtype}"
+                )
             rows: Rows = {(kind, layer): file.dataset(kind, layer)[:] for kind in KINDS for layer in self.layers}
         os.unlink(output)
         return rows
@@ -185,11 +190,12 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         precision = gates.Precision(dtype, own, *subject.exact_and_plain(truth, dtype, device), sample, layers)
         verdict.checks += precision.checks(config)
         verdict.records = precision.records()
+        verdict.notes += [precision.note] if precision.overflows else []
         del precision
         with clock.stage("packing"):
             out.print("packing: the same proteins alone, in one pack, among strangers", style="dim")
             model = build(spec, state, dtype, device, backend)
-            verdict.checks += invariance.packing(model, path, own, sample, layers, config)
+            verdict.checks += invariance.packing(model, path, own, sample, layers, config, subject.again)
             verdict.checks += invariance.padded(subject.judge(reference_device), own, truth, sample, layers)
         with clock.stage("range"):
             values = largest.by_layer(model, path, sample.lengths)
