@@ -549,6 +549,35 @@ def test_what_no_merge_is_known_of_is_refused_with_its_name(settings: dict[str, 
     assert words in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"init_lora_weights": "lora_ga", "lora_ga_config": "LoraGAConfig"}, "changed the weights of the base too"),
+        ({"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}, "uses alora_invocation_tokens"),
+        ({"ensure_weight_tying": True, "modules_to_save": ["word_embeddings"]}, "uses ensure_weight_tying"),
+        ({"kasa_config": "KasaConfig"}, "uses kasa_config"),
+        ({"monteclora_config": "MontecloraConfig"}, "uses monteclora_config"),
+        ({"velora_config": "VeloraConfig"}, "uses velora_config"),
+        ({"arrow_config": "ArrowConfig"}, "uses arrow_config"),
+        ({"use_bdlora": "BdLoraConfig"}, "uses use_bdlora"),
+        ({"loftq_config": "LoftQConfig", "init_lora_weights": "loftq"}, "changed the weights of the base too"),
+        ({"eva_config": "EvaConfig", "init_lora_weights": "eva"}, ""),
+    ],
+)
+def test_variants_are_refused_as_peft_itself_writes_them(settings: dict[str, Any], words: str, folder: Path) -> None:
+    from peft.tuners.lora import config as of_peft
+
+    made = {
+        name: getattr(of_peft, value)() if isinstance(value, str) and hasattr(of_peft, value) else value
+        for name, value in settings.items()
+    }
+    of_peft.LoraConfig(target_modules=QKV, **made).save_pretrained(folder / "adapter")
+    if words:
+        assert words in refusal(folder)
+    else:
+        loaded(folder / "base", folder / "adapter")
+
+
 def test_fields_that_old_files_lack_mean_their_defaults(folder: Path) -> None:
     expected = loaded(folder / "base", folder / "adapter")[1]
     old = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": QKV}

@@ -49,6 +49,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("EsmcForMaskedLM", {"target_modules": [*QKV, "up_proj"], "use_dora": True}),
     "mica": ("EsmcModel", {"target_modules": QKV, "init_lora_weights": "mica"}),
     "embeddings": ("EsmcForMaskedLM", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "embeddings, dora": ("EsmcForMaskedLM", {"target_modules": ["embed_tokens"], "use_dora": True, "r": 3}),
     "bias of all": ("EsmcForMaskedLM", {"target_modules": QKV, "bias": "all"}),
     "a head with its biases": ("EsmcForMaskedLM", {"target_modules": ["dense", "decoder"], "lora_bias": True}),
     "modules_to_save": ("EsmcModel", {"target_modules": QKV, "modules_to_save": ["mlp", "norm"]}),
