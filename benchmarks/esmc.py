@@ -82,9 +82,7 @@ def speed(spec, state, dtype, seconds):
             rates = {name: way.used / float(np.median(times[name])) for name, way in ways.items()}
             row = {"model": spec.name, "load": load, "rows": rows, "GEMM floor": floor, **rates}
             if peer:
-                ids = [[0, *text, 2] for text in work.token_ids()]
-                peer(ids[:8])
-                row["transformers"] = sum(map(len, ids)) / min(seconds_of(lambda ids=ids: peer(ids)) for _ in range(2))
+                row["transformers"] = peer_rate(peer, work)
                 row["x transformers"] = rates["fused"] / row["transformers"]
             row["of the floor"] = rates["fused"] / floor
             split = limits.breakdown(ways["fused"].run, DEVICE)
@@ -114,6 +112,24 @@ def transformers_run(spec, dtype):
         return _huggingface(lambda config, **_: EsmcModel(config), config, DEVICE, dtype, PADDED)
     finally:
         torch.set_default_dtype(before)
+
+
+def peer_rate(run, work):
+    ids = [[0, *text, 2] for text in work.token_ids()]
+    run(ids[:8])
+    return sum(map(len, ids)) / min(seconds_of(lambda: run(ids)) for _ in range(2))
+
+
+def peer_alone(spec):
+    """Tokens/s of the transformers that is installed, by load: another version of it may be slower or faster."""
+    import transformers
+
+    run, dice, rates = transformers_run(spec, torch.float16), np.random.default_rng(0), {}
+    for load in LOADS:
+        with tempfile.TemporaryDirectory() as folder:
+            lengths = getattr(workload, load)((1 if spec.hidden > 2000 else 4) * PADDED, dice)
+            rates[load] = f"{peer_rate(run, workload.made_up(load, lengths, Path(folder), 1022)):,.0f}"
+    print(f"transformers {transformers.__version__}, {spec.name}, tokens/s:", rates, flush=True)
 
 
 def pack_of(spec, sequences, rows):
@@ -168,6 +184,7 @@ def same_bits(spec, state):
     from virnucpro_cli.plan.packing import buckets
 
     generator, found, layers = random.Random(1), {}, (0, 1, spec.layers // 2, spec.layers)
+    ladder = buckets(rows_of(spec))
     probes = [random_protein(n, generator) for n in (1, 33, 64, 130, 351)]
     for dtype in (torch.float16, torch.bfloat16):
         model = build(spec, state, dtype, DEVICE, attention.resolve("triton", DEVICE, dtype))
@@ -175,13 +192,13 @@ def same_bits(spec, state):
         for probe in probes:
             batch = pack_of(spec, [probe], 1024)
             alone.append(of_segment(embeddings(model, batch, layers), batch, 0))
-        for rows in buckets(PADDED):
+        for rows in ladder:
             sequences, at = among_strangers(probes, rows, generator)
             batch = pack_of(spec, sequences, rows)
             there = embeddings(model, batch, layers)
             pieces = [of_segment(there, batch, place) for place in at]
             same += all(torch.equal(one[key], two[key]) for one, two in zip(alone, pieces, strict=True) for key in one)
-        found[attention.describe(dtype)] = f"{same} of {len(buckets(PADDED))}"
+        found[attention.describe(dtype)] = f"{same} of {len(ladder)}"
         del model
         freed()
     print(spec.name, "buckets with the same bits:", found, flush=True)
@@ -231,10 +248,16 @@ def main():
     parser.add_argument("--old", type=Path)
     parser.add_argument("--beside", default="650M")
     parser.add_argument("--forward")
+    parser.add_argument("--peer", action="store_true", help="only transformers")
     options = parser.parse_args()
     exact_arithmetic()
     if options.forward:
         return forward(options.forward, options.seconds)
+    if options.peer:
+        for name in options.models.split(","):
+            peer_alone(families.by_name(name))
+            freed()
+        return None
     sys.path.insert(0, str(HERE / "tests"))
     from virnucpro_cli import report
 

@@ -111,7 +111,7 @@ def kernels(spec, dtype, rows, copy_rate):
         tiles = torch.from_numpy(query_tiles(bounds)).int().to(DEVICE)
         cu = torch.from_numpy(bounds).int().to(DEVICE)
         q, k, v = random(rows, 3, heads, head_dim, dtype=dtype).unbind(1)
-        left = () if parts.qk_norm is None else (torch.ones(rows, 2, device=DEVICE),)
+        left = () if parts.qk_norm is None else (torch.ones(rows, device=DEVICE),) * 2
         ours = microseconds(lambda a=(q, k, v, tiles), left=left: short_attention(*a, head_dim**-0.5, *left))
         from torch.nn.attention.varlen import varlen_attn
 

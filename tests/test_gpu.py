@@ -281,9 +281,18 @@ def test_validate_passes_on_a_large_random_model(dtype: str) -> None:
     assert verdict.passed, [check for check in verdict.checks if check.passed is False]
 
 
-def test_bench_runs_every_way_of_batching_and_they_agree() -> None:
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_validate_passes_on_a_random_esmc(dtype: str) -> None:
+    """In fused kernels where they run, bits in every bucket among them."""
+    pytest.importorskip("transformers.models.esmc")
+    verdict = validate_model(model="random:esmc-300m", device="cuda", dtype=dtype, sample=24, reference_device="cuda")
+    assert verdict.passed, [check for check in verdict.checks if check.passed is False]
+
+
+@pytest.mark.parametrize("model", ["random:150M", "random:esmc-300m"])
+def test_bench_runs_every_way_of_batching_and_they_agree(model: str) -> None:
     """No timing: only that every way of batching runs here and computes the same."""
-    found = bench_model(model="random:150M", device="cuda", seconds=2, token_budget=(8192, 16384))
+    found = bench_model(model=model, device="cuda", seconds=2, token_budget=(8192, 16384))
     assert [row["mode"].split(",")[0] for row in found.tables["Throughput"][:4]] == ["packed"] * 2 + ["padded"] * 2
 
 

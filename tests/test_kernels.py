@@ -203,8 +203,8 @@ def test_what_is_not_a_number_stays_so_in_a_gated_layer() -> None:
     for bad in (torch.nan, torch.inf):
         x[33, 5] = bad
         found = fused.query_key_value(x, prepared(layer, 16, torch.float16), tables)
-        assert found[3].isnan().any(1).nonzero().flatten().tolist() == [33]
-        mixed = attention.attention(*found[:3], tiles, 0.25, found[3]).isnan().flatten(1)
+        assert all(each.isnan().nonzero().flatten().tolist() == [33] for each in found[3:])
+        mixed = attention.attention(*found[:3], tiles, 0.25, *found[3:]).isnan().flatten(1)
         assert mixed[:40].all() and not mixed[40:].any()
 
 
@@ -223,9 +223,9 @@ def test_queries_and_keys_times_their_scale_are_normed_and_rotated(
         (ready,), _ = steps.prepare([layer], layer.norm1, head_dim, dtype)
         return steps.query_key_value(x.to(dtype), ready, steps.rotary(angles.cos(), angles.sin(), positions))
 
-    (*found, scale), exact = run(fused, dtype), run(plain, torch.float32)
-    assert scale.shape == (rows, 2) and scale.dtype == torch.float32
-    for got, expected, factor in zip(found, exact, (*scale.unbind(1), None), strict=True):
+    (*found, q_scale, k_scale), exact = run(fused, dtype), run(plain, torch.float32)
+    assert q_scale.shape == k_scale.shape == (rows,) and q_scale.dtype == torch.float32
+    for got, expected, factor in zip(found, exact, (q_scale, k_scale, None), strict=True):
         assert got.shape == (rows, heads, head_dim) and got.dtype == dtype
         if factor is not None:
             got = got.double() * factor.double()[:, None, None]
@@ -238,13 +238,11 @@ def test_queries_and_keys_times_their_scale_are_normed_and_rotated(
 def test_attention_multiplies_rows_by_their_scale(lengths: list[int], dtype: torch.dtype) -> None:
     rows, heads, head_dim = sum(lengths) + 13, 2, 16
     q, k, v = data(rows, 3, heads, head_dim, dtype=dtype).unbind(1)
-    scale = data(rows, 2, dtype=torch.float32).abs() + 0.1
-    scale[sum(lengths) :] = torch.nan
+    scale = data(2, rows, dtype=torch.float32).abs() + 0.1
+    scale[:, sum(lengths) :] = torch.nan
     batch = batch_of(lengths, rows)
-    found = attention.attention(q, k, v, batch.query_tiles.to(DEVICE), 0.25, scale)
-    normed = [
-        x.double().cpu() * each.double().cpu()[:, None, None] for x, each in zip((q, k), scale.unbind(1), strict=True)
-    ]
+    found = attention.attention(q, k, v, batch.query_tiles.to(DEVICE), 0.25, *scale)
+    normed = [x.double().cpu() * each.double().cpu()[:, None, None] for x, each in zip((q, k), scale, strict=True)]
     exact = sdpa.attention(*normed, v.double().cpu(), batch, 0.25)
     assert relative_l2(found[: batch.used].cpu(), exact[: batch.used]) <= 2 * ROUNDING[dtype]
 
@@ -333,9 +331,9 @@ def test_a_row_of_a_gated_layer_has_the_same_bits_wherever_it_stands() -> None:
     angles, found = data(140, 8, dtype=torch.float32), []
     for rows, at, lengths in ((x, here, [100, 140, 60]), (other, there, [7, 140, 53])):
         positions = torch.cat([torch.arange(each) for each in lengths]).int().to(DEVICE)
-        *qkv, scale = fused.query_key_value(rows, layer, linear.rotary(angles.cos(), angles.sin(), positions))
-        mixed = attention.attention(*qkv, batch_of(lengths, len(rows)).query_tiles.to(DEVICE), 0.25, scale)
-        found.append([each[at] for each in (*qkv, scale, mixed)])
+        q, k, v, *left = fused.query_key_value(rows, layer, linear.rotary(angles.cos(), angles.sin(), positions))
+        mixed = attention.attention(q, k, v, batch_of(lengths, len(rows)).query_tiles.to(DEVICE), 0.25, *left)
+        found.append([each[at] for each in (q, k, v, *left, mixed)])
     assert all(map(torch.equal, *found))
 
 

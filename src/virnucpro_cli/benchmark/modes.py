@@ -162,11 +162,10 @@ class _PaddedBatch:
     ) -> torch.Tensor:
         """PyTorch's scaled dot-product attention with a key mask, as padded scripts call it; [T, H, Dh] of a dtype.
 
-        left: float32 [T, 2] where the norms of q and k are left over, which this attention does not know.
+        left: float32 [T] each, by which q and k are still to be multiplied, if the steps leave something.
         """
-        for qk_scale in left:
-            for rows, each in zip((q, k), qk_scale.unbind(1), strict=True):
-                rows.mul_(each[:, None, None])
+        for rows, each in zip((q, k), left, strict=False):
+            rows.mul_(each[:, None, None])
         qs, ks, vs = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))
         mixed = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=self.mask, scale=scale)
         return mixed.transpose(1, 2).flatten(0, 1).contiguous()

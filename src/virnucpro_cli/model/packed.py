@@ -92,11 +92,11 @@ class PackedModel:
         rotary = [steps.rotary(self.cos, self.sin, batch.positions[part]) for part in parts]
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
             thirds = (steps.query_key_value(x[part], layer, turn) for part, turn in zip(parts, rotary, strict=True))
-            q, k, v, *qk_scale = _joined(thirds, parts)  # [T, H, Dh] each, and [T, 2] if norms of q and k are left over
-            mixed = self.backend.attention(q, k, v, batch, scale, *qk_scale)
+            q, k, v, *left = _joined(thirds, parts)  # [T, H, Dh] each, and what is left of norms of q and k, [T] each
+            mixed = self.backend.attention(q, k, v, batch, scale, *left)
             mixed[batch.used :] = 0  # filler: whatever the kernel left there
             steps.add_attention(x, mixed, layer)
-            del q, k, v, qk_scale, mixed  # or they would stand beside the widest rows there are
+            del q, k, v, left, mixed  # or they would stand beside the widest rows there are
             for part in parts:
                 steps.add_inner(x[part], steps.inner(x[part], layer), layer)
             if number in wanted:

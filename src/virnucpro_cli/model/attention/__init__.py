@@ -2,7 +2,7 @@
 
 An attention function takes q, k, v [T, H, Dh] (last dimension contiguous), the `batch.PackedBatch` whose segments bound
 it, and the softmax scale; it returns [T, H, Dh]. Rows past `cu_seqlens[-1]` of the result are undefined.
-That of the fused steps also takes float32 [T, 2], by which rows of q and of k are still to be multiplied.
+That of the fused steps also takes two float32 [T], by which rows of q and of k are still to be multiplied.
 """
 
 from collections.abc import Callable

@@ -31,9 +31,9 @@ def attention(
     v: torch.Tensor,
     batch: PackedBatch,
     scale: float,
-    qk_scale: torch.Tensor | None = None,
+    *left: torch.Tensor,
 ) -> torch.Tensor:
-    """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16; qk_scale float32 [T, 2] or None, as of the kernel."""
+    """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16; left: q_scale and k_scale of the kernel, or none."""
     from virnucpro_cli.model.kernels.attention import attention
 
-    return attention(q, k, v, batch.query_tiles, scale, qk_scale)
+    return attention(q, k, v, batch.query_tiles, scale, *left)

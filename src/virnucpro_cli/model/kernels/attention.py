@@ -18,7 +18,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _attention(
-    q, k, v, keys, values, out, tiles, qk_scale, scale, stride, heads,
+    q, k, v, keys, values, out, tiles, q_scale, k_scale, scale, stride, heads,
     HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
@@ -36,27 +36,26 @@ def _attention(
     k_tile = tl.load(k + at, mask=there, other=0.0)
     v_tile = tl.load(v + at, mask=there, other=0.0)
     score = tl.dot(q_tile, k_tile.T)
-    by_row = scale
-    if qk_scale is not None:
-        q_scale = tl.load(qk_scale + 2 * (first + query), mask=query < stop - first, other=0.0)
-        k_scale = tl.load(qk_scale + 2 * (tail + key) + 1, mask=key < stop - tail, other=0.0)
-        following = tl.load(qk_scale + 2 * (start + key) + 1, mask=key < tail - start, other=0.0)
-        scale, by_row, score = scale * q_scale, (scale * q_scale)[:, None], score * k_scale[None, :]
+    each = scale
+    if q_scale is not None:
+        scale = scale * tl.load(q_scale + first + query, mask=query < stop - first, other=0.0)
+        each = scale[:, None]
+        score *= tl.load(k_scale + tail + key, mask=key < stop - tail, other=0.0)[None, :]
+        following = tl.load(k_scale + start + key, mask=key < tail - start, other=0.0)
     score = tl.where((key < stop - tail)[None, :], score, float("-inf"))
     top = tl.max(score, 1) * scale
-    weight = tl.exp2(score * by_row - top[:, None])
+    weight = tl.exp2(score * each - top[:, None])
     sums = weight  # added up over the keys at the end
     acc = tl.dot(weight.to(v_tile.dtype), v_tile)
     for row in range(start, tail, KEYS):
         k_tile = keys.load([row, column])
         v_tile = values.load([row, column])
         score = tl.dot(q_tile, k_tile.T)  # columns of the next head meet zeros in q
-        if qk_scale is not None:
-            k_scale = following
-            following = tl.load(qk_scale + 2 * (row + KEYS + key) + 1, mask=row + KEYS + key < tail, other=0.0)
-            score = score * k_scale[None, :]
+        if q_scale is not None:
+            score *= following[None, :]
+            following = tl.load(k_scale + min(row + KEYS, tail - KEYS) + key)
         new = tl.maximum(top, tl.max(score, 1) * scale)
-        weight = tl.exp2(score * by_row - new[:, None])
+        weight = tl.exp2(score * each - new[:, None])
         shrink = tl.exp2(top - new)
         sums = sums * shrink[:, None] + weight
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * shrink[:, None])
@@ -72,19 +71,21 @@ def attention(
     v: torch.Tensor,
     tiles: torch.Tensor,
     scale: float,
-    qk_scale: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; tiles int32 [n, 3] of `batch.query_tiles`.
 
-    Heads of q, k and v are adjacent, and their rows equally far apart. qk_scale: float32 [T, 2], by which rows of q and
-    of k are still to be multiplied, or None.
+    Heads of q, k and v are adjacent, and their rows equally far apart. q_scale, k_scale: float32 [T], by which rows of
+    q and of k are still to be multiplied, or None.
     """
     rows, heads, head_dim = q.shape
     wide = max(16, triton.next_power_of_2(head_dim))
     out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)
     keys, values = (TensorDescriptor(x, [rows, heads * head_dim], [x.stride(0), 1], [KEYS, wide]) for x in (k, v))
+    registers = 96 if q_scale is not None and wide <= 64 else None  # five programs at a time on a multiprocessor
     _attention[(heads * len(tiles),)](
-        q, k, v, keys, values, out, tiles, qk_scale, scale * LOG2_E, q.stride(0), heads,
-        head_dim, wide, QUERY_TILE, KEYS, num_warps=4, num_stages=3,
+        q, k, v, keys, values, out, tiles, q_scale, k_scale, scale * LOG2_E, q.stride(0), heads,
+        head_dim, wide, QUERY_TILE, KEYS, num_warps=4, num_stages=3, maxnreg=registers,
     )  # fmt: skip
     return out

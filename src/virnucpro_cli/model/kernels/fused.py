@@ -74,8 +74,9 @@ def prepare(
         else:
             wide, fc2 = _gated(layer.fc1, fc2) if layer.gated else (layer.fc1, fc2)
             qkv, fc1 = fold(layer.norm1, (weight, bias), offset, dtype), fold(layer.norm2, wide, after_out, dtype)
-            qkv = qkv._replace(gain=gain)
-            prepared.append(Layer(qkv, out.to(dtype), fc1, fc2.to(dtype), after_fc2, layer.gated))
+            if not (offset.any() or after_out.any()):
+                qkv, fc1 = qkv._replace(shift=None), fc1._replace(shift=None)
+            prepared.append(Layer(qkv._replace(gain=gain), out.to(dtype), fc1, fc2.to(dtype), after_fc2, layer.gated))
         offset = after_fc2
     return prepared, LastNorm(offset, *norm)
 
@@ -128,7 +129,7 @@ def _interleaved(qkv: torch.Tensor, head_dim: int) -> torch.Tensor:
 def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torch.Tensor, ...]:
     """The stream x [T, D], float16 or bf16, to q, k, v [T, H, Dh] of its LayerNorm, with q and k rotated.
 
-    Where q and k have norms, a fourth result, float32 [T, 2], is what rows of q and of k are still to be multiplied by.
+    Where q and k have norms, two more, float32 [T] each, are what rows of q and of k are still to be multiplied by.
     """
     return rotary_linear(x, layer.qkv, rotary)
 

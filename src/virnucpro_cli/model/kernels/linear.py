@@ -59,13 +59,19 @@ def _turn(acc, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _vectors(shift, bias, column, COLUMNS: tl.constexpr):
     c = column + tl.arange(0, COLUMNS)
-    return tl.load(shift + c), tl.load(bias + c)  # not masked: they are as long as the tiles are wide
+    if shift is None:
+        own = tl.load(bias + c)
+        return own, own
+    else:
+        return tl.load(shift + c), tl.load(bias + c)  # not masked: they are as long as the tiles are wide
 
 
 @triton.jit
-def _normed(acc, vectors, scale):
+def _normed(acc, vectors, scale, SHIFTED: tl.constexpr):
     shift, bias = vectors
-    return (acc + shift[None, :]) * scale[:, None] + bias[None, :]
+    if SHIFTED:
+        acc = acc + shift[None, :]
+    return acc * scale[:, None] + bias[None, :]
 
 
 @triton.jit
@@ -89,12 +95,12 @@ def _add_up_squares(
 @triton.jit
 def _finish(
     acc, vectors, y, scale, unit, cos, sin, table, positions, gain, sums, row, column, rows, rotated,
-    EPILOGUE: tl.constexpr, FOLDED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr,
+    EPILOGUE: tl.constexpr, FOLDED: tl.constexpr, SHIFTED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     shift, bias = vectors
     if FOLDED:
-        acc = _normed(acc, vectors, scale)
+        acc = _normed(acc, vectors, scale, SHIFTED)
     elif EPILOGUE == 4:
         acc = acc * unit
     else:
@@ -140,37 +146,41 @@ def _linear(
     quarter: tl.constexpr = COLUMNS // 4
     # There are registers to load the next vectors early; the rotary tables leave none.
     ahead: tl.constexpr = EPILOGUE == 1
+    shifted: tl.constexpr = shift is not None
     for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, programs, flatten=True):
         group = tile // in_group * 8
         size = min(tiles_down - group, 8)
         row = (group + tile % in_group % size) * ROWS
         column = tile % in_group // size * COLUMNS
-        if EPILOGUE == 2:  # asked for here, to have come when the product is there
-            cos, sin = tl.split(tl.reshape(table.load([row, 0]), (ROWS, quarter // 2, 2)))
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, depth, DEPTH):
             acc = tl.dot(x.load([row, k]), w.load([column, k]).T, acc)
         scale = row + tl.arange(0, ROWS)
         if FOLDED:
             scale = tl.load(scales + scale)
-        if EPILOGUE != 2:
+        if EPILOGUE == 2:  # not before the product, which would lack their registers
+            cos, sin = tl.split(tl.reshape(table.load([row, 0]), (ROWS, quarter // 2, 2)))
+        else:
             cos, sin = scale, scale
         left, right = _halves(acc, ROWS, COLUMNS)
         quarters = _halves(left, ROWS, COLUMNS // 2) + _halves(right, ROWS, COLUMNS // 2)
         vectors = _vectors(shift, bias, column, quarter)
         if EPILOGUE == 5:
-            for part in tl.static_range(2):
-                gate, up = quarters[part], quarters[part + 2]
-                gate = _normed(gate, _vectors(shift, bias, column + part * quarter, quarter), scale)
-                up = _normed(up, _vectors(shift, bias, column + (part + 2) * quarter, quarter), scale)
-                y.store([row, column // 2 + part * quarter], (silu(gate) * up).to(y.dtype))
+            second = _vectors(shift, bias, column + quarter, quarter)
+            third = _vectors(shift, bias, column + 2 * quarter, quarter)
+            fourth = _vectors(shift, bias, column + 3 * quarter, quarter)
+            acc = silu(_normed(quarters[0], vectors, scale, shifted)) * _normed(quarters[2], third, scale, shifted)
+            y.store([row, column // 2], acc.to(y.dtype))
+            acc = silu(_normed(quarters[1], second, scale, shifted)) * _normed(quarters[3], fourth, scale, shifted)
+            y.store([row, column // 2 + quarter], acc.to(y.dtype))
         else:
             for part in tl.static_range(4):
                 if ahead and part < 3:
                     following = _vectors(shift, bias, column + (part + 1) * quarter, quarter)
                 _finish(
                     quarters[part], vectors, y, scale, unit, cos, sin, table, positions, gain, sums,
-                    row, column + part * quarter, rows, rotated, EPILOGUE, FOLDED, HEAD_DIM, ALIGNED, ROWS, quarter,
+                    row, column + part * quarter, rows, rotated, EPILOGUE, FOLDED, shifted, HEAD_DIM, ALIGNED,
+                    ROWS, quarter,
                 )  # fmt: skip
                 if part < 3:
                     vectors = following if ahead else _vectors(shift, bias, column + (part + 1) * quarter, quarter)
@@ -180,13 +190,13 @@ class Folded(NamedTuple):
     """LayerNorm of x + offset and the linear layer after it as one product: (x weight^T + shift) row_scale + bias.
 
     weight [M, K] in 16 bit: W diag(gamma), each row less its mean, which takes the mean out of x; shift = weight offset
-    and bias = b + W beta, float32, `whole_tiles` of [M]; offset float32 [K].
+    and bias = b + W beta, float32, `whole_tiles` of [M]; offset float32 [K]. No shift: the offset is zero.
     gain: weights of the norms of q and k, and ones for v, `whole_tiles` of [M]; None if q and k have no norms.
     """
 
     offset: torch.Tensor
     weight: torch.Tensor
-    shift: torch.Tensor
+    shift: torch.Tensor | None
     bias: torch.Tensor
     gain: torch.Tensor | None = None
 
@@ -271,7 +281,7 @@ def rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Rot
 def rotary_linear(x: torch.Tensor, layer: Folded | Quantised, rotary: Rotary) -> tuple[torch.Tensor, ...]:
     """x [T, K] to q, k, v [T, H, Dh] in its dtype; q and k, the first two thirds of the layer, are rotated in fp32.
 
-    Their halves of every head are interleaved. If the layer has a gain, `qk_scale` [T, 2] is the fourth.
+    Their halves of every head are interleaved. If the layer has a gain, two more come of `qk_scale`, each [T].
     """
     table, positions, head_dim = rotary
     width, gain, sums = len(layer.weight) // 3, getattr(layer, "gain", None), None
@@ -282,7 +292,7 @@ def rotary_linear(x: torch.Tensor, layer: Folded | Quantised, rotary: Rotary) ->
     turn = Turn(source, positions, head_dim, 2 * width, gain, sums)
     out = _of_norm(x, layer, TURN_BY_TILE if by_tile else TURN_BY_ROW, x.dtype, turn)
     thirds = out.view(len(x), 3, -1, head_dim).unbind(1)
-    return thirds if sums is None else (*thirds, qk_scale(sums, width, TURN_COLUMNS))
+    return thirds if sums is None else (*thirds, *qk_scale(sums, width, TURN_COLUMNS))
 
 
 def add_linear(x: torch.Tensor, inner: torch.Tensor, layer: QuantisedSum) -> None:
@@ -309,7 +319,7 @@ def _of_norm(x: torch.Tensor, layer: Folded | Quantised, epilogue: int, dtype: t
 
 def _launch(
     epilogue: int, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, scales: torch.Tensor | None,
-    vectors: tuple[torch.Tensor, torch.Tensor], unit: float, turn: Turn,
+    vectors: tuple[torch.Tensor | None, torch.Tensor], unit: float, turn: Turn,
 ) -> None:  # fmt: skip
     shift, bias = vectors
     (rows, depth), columns, block = x.shape, len(weight), DEPTH_BYTES // x.itemsize

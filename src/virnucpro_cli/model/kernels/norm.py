@@ -70,19 +70,19 @@ def _qk_scale(sums, out, rows, width, eps, COLUMNS: tl.constexpr, ROWS: tl.const
     total = tl.zeros((ROWS,), tl.float32)
     for block in range(kind * (width // COLUMNS + 1), tl.cdiv((kind + 1) * width, COLUMNS) + kind):
         total += tl.load(sums + block * rows + row, mask=row < rows, other=0.0)
-    tl.store(out + 2 * row + kind, 1.0 / tl.sqrt(total / width + eps), mask=row < rows)
+    tl.store(out + kind * rows + row, 1.0 / tl.sqrt(total / width + eps), mask=row < rows)
 
 
-def qk_scale(sums: torch.Tensor, width: int, columns: int) -> torch.Tensor:
-    """1 / the root mean square of q and of k of a row, float32 [T, 2], as the norms before the split take it.
+def qk_scale(sums: torch.Tensor, width: int, columns: int) -> tuple[torch.Tensor, ...]:
+    """1 / the root mean square of q and of k of a row, float32 [T] each, as the norms before the split take it.
 
     sums: float32 [n, T], sums of squares over blocks of columns of q [T, width] beside k. A block that holds the end of
     q and the beginning of k is there twice, so blocks of k are one further.
     """
     rows = sums.shape[1]
-    out = torch.empty(rows, 2, device=sums.device)
+    out = torch.empty(2, rows, device=sums.device)
     _qk_scale[(triton.cdiv(rows, 128), 2)](sums, out, rows, width, LAYER_NORM_EPS, columns, 128, num_warps=4)
-    return out
+    return out.unbind(0)
 
 
 def row_scale(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def quantised_norm(x: torch.Tensor, offset: torch.Tensor, step: float) -> torch.
 def _launch(kernel, x: torch.Tensor, *others: torch.Tensor | float) -> None:  # type: ignore[no-untyped-def]
     rows, d = x.shape
     wide = d & -d  # the largest power of two that divides it: 5 parts for all sizes of ESM-2 but one
-    if d // wide > 8:
+    if d // wide > 9:
         wide = triton.next_power_of_2(d)
     block = max(1, 256 // wide)  # a warp holds 16 bytes a thread; rows spread over several would change their layout
     kernel[(triton.cdiv(rows, block),)](
