@@ -197,3 +197,12 @@ def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(fused, "_interleaved", lambda each, head_dim: each)
     with pytest.raises(RuntimeError, match="rotary_linear or attention differs"):
         trial.try_out(CPU, torch.float16)
+    for name, other, blamed in (
+        ("_centred", lambda each: each, "rotary_linear or attention"),
+        ("swiglu_linear", lambda x, layer: fused.gelu_linear(x, layer)[:, :128], "swiglu_linear"),
+    ):
+        monkeypatch.undo()
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(fused, name, other)
+        with pytest.raises(RuntimeError, match=f"{blamed} differs"):
+            trial.try_out(CPU, torch.float16)

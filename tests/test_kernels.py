@@ -11,6 +11,7 @@ import interpreter
 from conftest import TINY, relative_l2
 from packs import embeddings, one_pack, random_protein
 from test_attention import batch_of
+from virnucpro_cli.benchmark import modes, workload
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.attention import Backend, sdpa, triton
 from virnucpro_cli.model.families import build, family_of
@@ -360,6 +361,18 @@ def test_the_fused_forward_is_the_plain_one(spec: ModelSpec, tmp_path: Path) -> 
     for kind, layer in rows["exact"].pooled:
         exact, floor, found = (rows[name].pooled[kind, layer] for name in ("exact", "plain", "fused"))
         assert relative_l2(found, exact) <= max(1.5 * relative_l2(floor, exact), 2e-4), (kind, layer)
+
+
+def test_padded_batches_through_the_fused_steps_finish_the_norms_of_queries_and_keys(tmp_path: Path) -> None:
+    """The baseline of `bench`: an attention of PyTorch's, which gets what the steps leave to attention."""
+    spec = ESMC[1]
+    state = weights.random_state(spec)
+    work = workload.made_up("few", np.array([5, 20, 33, 20]), tmp_path, 1022)
+    rows = []
+    for dtype, steps in ((torch.float32, plain), (torch.float16, fused)):
+        model = build(spec, state, dtype, DEVICE, Backend("any", sdpa.attention, steps))
+        rows.append(modes.padded(model, work, 80, by_length=True).run())
+    assert relative_l2(rows[1], rows[0]) <= 2e-3
 
 
 # --- fp8 ------------------------------------------------------------------------------------------------------------
