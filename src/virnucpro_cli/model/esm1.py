@@ -69,11 +69,12 @@ class Esm1:
         return MIT
 
     def told_by(self, names: set[str]) -> bool:
-        """Whether there are learned positions, and the first LayerNorm exactly if the family has it."""
+        """Whether there are learned positions alone, and the first LayerNorm exactly if the family has it."""
         first_norm, positions = (
             any(pattern.fullmatch(name) for name in names) for pattern in (_FIRST_NORM_THERE, _POSITIONS_THERE)
         )
-        return positions and first_norm == self.first_norm
+        rotary = any(name.endswith("inv_freq") for name in names)
+        return positions and not rotary and first_norm == self.first_norm
 
     def shapes(self, spec: ModelSpec) -> Shapes:
         """Every tensor of the encoder under fair-esm's name, with its shape."""

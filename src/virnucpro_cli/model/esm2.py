@@ -128,9 +128,8 @@ def licence(spec: ModelSpec) -> Licence:
 
 
 def told_by(names: set[str]) -> bool:
-    """Whether no other family's tensors are there: a checkpoint without rotary frequencies has learned positions."""
-    words = " ".join(names)
-    return "inv_freq" in words or not re.search(r"embed_positions|position_embeddings|[qk]_(norm|ln)\.", words)
+    """Whether tensors of these names are known to be of ESM-2: a checkpoint is, if no other family knows its own."""
+    return False
 
 
 def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:
@@ -162,15 +161,22 @@ def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:
 
 def settle(state: State, spec: ModelSpec) -> list[str]:
     """Make layer 0's inv_freq, float32 [Dh / 2], stand for all. Returns notes. Raises UserError if layers disagree."""
-    expected = half_rounded_inv_freq(spec)
+    return settle_inv_freq(state, half_rounded_inv_freq(spec), "the fp16-rounded one of ESM-2")
+
+
+def settle_inv_freq(state: State, expected: torch.Tensor, which: str) -> list[str]:
+    """Make layer 0's inv_freq, float32 [Dh / 2], stand for all, or the expected one if there is none. Returns notes.
+
+    which: the expected one in words. Raises UserError if layers disagree.
+    """
     there = [state.pop(name).float() for name in [*state] if name.endswith("inv_freq")]
     state[INV_FREQ] = first = there[0] if there else expected
     if not there:
-        return ["the checkpoint has no inv_freq; the fp16-rounded exact values are used, as ESM-2 was trained"]
+        return [f"the checkpoint has no inv_freq; {which} is used"]
     if any(not torch.equal(first, other) for other in there):
-        raise UserError("The checkpoint's layers have different inv_freq; ESM-2 has one for all.")
+        raise UserError("The checkpoint's layers have different inv_freq; the model has one for all.")
     if first.shape == expected.shape and not torch.equal(first, expected):
-        return ["the checkpoint's inv_freq is not the fp16-rounded one of ESM-2; it is used as it stands"]
+        return [f"the checkpoint's inv_freq is not {which}; it is used as it stands"]
     return []
 
 
