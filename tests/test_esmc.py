@@ -433,7 +433,7 @@ def mask_row_zeroed(patch: pytest.MonkeyPatch) -> None:
 
 
 def chain_break_as_x(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(esmc, "READING", esmc.READING._replace(chain_break=False))
+    patch.setattr(esmc, "READING", esmc.READING._replace(letters=alphabet.ESM.letters))
 
 
 MISTAKES = {
@@ -473,4 +473,4 @@ def test_the_oracle_takes_nothing_but_weights_from_the_state() -> None:
     changed = state | {INV_FREQ: state[INV_FREQ] * 0.5}
     one, other = (Reference(SMALL, each).embed("MKVLAAGW", (4,))[4] for each in (state, changed))
     assert torch.equal(one, other) and oracle_of(SMALL) is Reference
-    assert validate.plain_reader.clean(b"mk|v", more=Reference.more_letters) == ("MK|V", 4, 0)
+    assert validate.plain_reader.clean(b"mk|v", letters=Reference.letters) == ("MK|V", 4, 0)

@@ -1,10 +1,11 @@
-"""The 33 tokens of the ESM-1b/ESM-2 alphabet and the byte tables that turn FASTA text into them.
+"""The tokens of a model family and the byte tables that turn FASTA text into them; by default fair-esm's 33.
 
 Everything here is a 256-entry table for `bytes.translate`; white space is dropped by the caller through its
-own code. Ids are those of fair-esm's `Alphabet.from_architecture("ESM-1b")`.
+own code. Ids of the default are those of fair-esm's `Alphabet.from_architecture("ESM-1b")`.
 """
 
 from functools import cache
+from string import ascii_uppercase
 from typing import Final, NamedTuple
 
 TOKENS: Final = (
@@ -17,58 +18,53 @@ CLS: Final = 0
 PAD: Final = 1
 EOS: Final = 2
 X: Final = TOKENS.index("X")
-CHAIN_BREAK: Final = 31
-"""Fair-esm's `<null_1>`; ESM C reads `|` as it."""
 MASK: Final = 32
 
 # Codes above every token id, seen only between the reader's first look at a byte and its policies.
+DASH: Final = 198
+DOT: Final = 199
 INVALID: Final = 200
 STAR: Final = 201
 LESS: Final = 202
 GREATER: Final = 203
+INVALID_LETTERS: Final = 204
+"""The code of an A that is no token, then those of B to Z; so that `<mask>` is known by its codes."""
 SPACE: Final = 255
 
 WHITE_SPACE: Final = b"\n\r \t\v\f"
 MASK_TEXT: Final = b"<mask>"
-
-
-def _codes() -> bytes:
-    table = bytearray([INVALID]) * 256
-    for token_id, token in enumerate(TOKENS):
-        if len(token) == 1:
-            table[ord(token.upper())] = token_id
-            table[ord(token.lower())] = token_id
-    table[ord("*")] = STAR
-    table[ord("<")] = LESS
-    table[ord(">")] = GREATER
-    for byte in WHITE_SPACE:
-        table[byte] = SPACE
-    return bytes(table)
-
-
-CODES: Final = _codes()
-"""Byte -> token id (lower case accepted), or one of the codes above."""
-
 GAPS: Final = b"-."
-DASH: Final = TOKENS.index("-")
-DOT: Final = TOKENS.index(".")
-BREAK: Final = ord("|")
+
+
+RESIDUES: Final = "".join(token for token in TOKENS if len(token) == 1)
 
 
 class Reading(NamedTuple):
-    """How a model family reads a sequence, where families differ.
+    """How a model family reads sequences of a kind: letters, and ids of tokens, by default those of fair-esm.
 
-    chain_break: whether `|` is a token. scales_masks: whether rows beside a `<mask>` are scaled by the share of the
-    tokens that are not masked.
+    letters: tokens of one letter, whose ids follow each other from `first`. unknown: the letter for all others.
+    also: letters that are read as another one, in pairs. standard: number of letters, from the first on, that are
+    amino acids (or bases). scales_masks: whether rows beside a `<mask>` are scaled by the share of the tokens that are
+    not masked. zero: the id that column 0 of logits belongs to. width: columns of logits.
     """
 
-    chain_break: bool = False
+    letters: str = RESIDUES
+    first: int = TOKENS.index("L")
+    cls: int = CLS
+    pad: int = PAD
+    eos: int = EOS
+    mask: int = MASK
+    unknown: str = "X"
+    also: tuple[tuple[str, str], ...] = ()
+    standard: int = 20
     scales_masks: bool = True
+    zero: int = 0
+    width: int = len(TOKENS)
 
-    @property
-    def more_letters(self) -> str:
-        """The letters that are residues beside those of fair-esm."""
-        return chr(BREAK) if self.chain_break else ""
+    def ids(self) -> dict[str, int]:
+        """Token id of each letter that it has, in upper case."""
+        ids = {letter: self.first + i for i, letter in enumerate(self.letters)}
+        return ids | {letter: ids[other] for letter, other in self.also}
 
 
 ESM: Final = Reading()
@@ -78,12 +74,13 @@ ESM: Final = Reading()
 class Letters(NamedTuple):
     """How gaps are read, as tables of 256 bytes, and by which family.
 
-    codes: as CODES, with the family's own letters; ids: token ids, all outside the alphabet as X, and gaps by their
-    policy; text: token ids, and SPACE and LESS as codes. dropped: bytes that are no part of a sequence.
-    outside: bytes that are no residues.
+    codes: byte -> token id, lower case accepted, or one of the codes above; settled: code -> token id, by the policy
+    for gaps. ids: byte -> token id; text: the same, and SPACE and LESS as codes. dropped: bytes that are no part of a
+    sequence. outside: bytes that are no residues.
     """
 
     codes: bytes
+    settled: bytes
     ids: bytes
     text: bytes
     dropped: bytes
@@ -94,15 +91,23 @@ class Letters(NamedTuple):
 @cache
 def letters(gaps: str = "keep", reading: Reading = ESM) -> Letters:
     """Tables of a policy for gaps: `strip` drops them, `x` reads them as X; others have them as tokens (fair-esm)."""
-    as_gap = {"strip": SPACE, "x": X}
-    own = {BREAK: CHAIN_BREAK} if reading.chain_break else {}
-    codes = bytes(own.get(byte, code) for byte, code in enumerate(CODES))
-    by_policy = bytes(as_gap.get(gaps, code) if byte in GAPS else code for byte, code in enumerate(codes))
-    ids = bytes(code if code < len(TOKENS) else X for code in by_policy)
-    text = bytes(code if code in (SPACE, LESS) else token for code, token in zip(by_policy, ids, strict=True))
-    dropped = WHITE_SPACE + GAPS if gaps == "strip" else WHITE_SPACE
-    outside = bytes(byte for byte, code in enumerate(codes) if INVALID <= code < SPACE)
-    return Letters(codes, ids, text, dropped, outside, reading)
+    tokens = reading.ids()
+    codes, settled = bytearray([INVALID]) * 256, bytearray([tokens[reading.unknown]]) * 256
+    for i, letter in enumerate(ascii_uppercase):
+        codes[ord(letter)] = codes[ord(letter.lower())] = tokens.get(letter, INVALID_LETTERS + i)
+    for letter, token in tokens.items():
+        codes[ord(letter)] = codes[ord(letter.lower())] = settled[token] = token
+    for letter, code in (("-", DASH), (".", DOT), ("*", STAR), ("<", LESS), (">", GREATER)):
+        codes[ord(letter)] = code
+        if letter in tokens and (gaps != "x" or code not in (DASH, DOT)):
+            settled[code] = tokens[letter]
+    for byte in WHITE_SPACE:
+        codes[byte] = SPACE
+    ids = codes.translate(settled)
+    apart = WHITE_SPACE + GAPS if gaps == "strip" else WHITE_SPACE
+    text = bytes(SPACE if byte in apart else LESS if byte == ord("<") else token for byte, token in enumerate(ids))
+    outside = (byte for byte, code in enumerate(codes) if INVALID <= code < SPACE and chr(byte) not in tokens)
+    return Letters(bytes(codes), bytes(settled), bytes(ids), text, apart, bytes(outside), reading)
 
 
 KEEP: Final = letters("keep")
@@ -115,7 +120,7 @@ def token_ids(text: bytes, length: int, letters: Letters = KEEP) -> bytes:
     """
     if b"<" in text:
         pieces = text.translate(None, letters.dropped).lower().split(MASK_TEXT)
-        return bytes([MASK]).join(piece.translate(letters.ids) for piece in pieces)[:length]
+        return bytes([letters.reading.mask]).join(piece.translate(letters.ids) for piece in pieces)[:length]
     return text.translate(letters.ids, letters.dropped)[:length]
 
 

@@ -70,7 +70,7 @@ class Embeddings:
     """The rows of one batch of n segments in T rows.
 
     pooled: (kind, layer) -> float32 [n, D]; ("unmasked", score) -> float32 [n].
-    residue: layer -> [T, D], "logits" -> [T, 33], in the store dtype. Where the batch has windows: float32, already
+    residue: layer -> [T, D], "logits" -> [T, V], in the store dtype. Where the batch has windows: float32, already
     multiplied by the blending weights.
     finite: bool [n], whether everything stored of a segment is finite after the cast to the store dtype.
     """

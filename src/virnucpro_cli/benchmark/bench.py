@@ -5,6 +5,7 @@ Every figure is taken in one run, on the same sequences, through the same model 
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ class _Bench:
     def workloads(self, folder: Path) -> list[Workload]:
         """The number of tokens that let everything be done within `seconds`, from the speed of a short probe."""
         dice, largest, longest = np.random.default_rng(0), max(self.budgets), self.config.max_residues
-        probe = workload.made_up("probe", workload.natural(2 * largest, dice), folder, longest)
+        reading = family_of(self.spec).READING
+        probe = workload.made_up("probe", workload.natural(2 * largest, dice), folder, longest, reading=reading)
         mode = modes.packed(self.model, probe, largest)[0]
         seconds = limits.best_of(mode.run, self.device, least=0.0, repeats=1)
         turns = self.packed_wanted * len(self.budgets) + self.unpacked_wanted * 3.5 + 1.5
@@ -121,9 +123,10 @@ class _Bench:
         tokens = mode.used / seconds * 0.7 * self.config.seconds / turns
         tokens = int(np.clip(tokens, (4 if self.device.type == "cpu" else 2) * largest, 100 * largest))
         if self.config.fasta:
-            return [workload.sampled(self.config.fasta, tokens, folder, longest)]
+            return [workload.sampled(self.config.fasta, tokens, folder, longest, reading=reading)]
         kinds = {workload.NATURAL: workload.natural, "fragments": workload.fragments}
-        return [workload.made_up(name, lengths(tokens, dice), folder, longest) for name, lengths in kinds.items()]
+        made_up = partial(workload.made_up, folder=folder, max_residues=longest, reading=reading)
+        return [made_up(name, lengths(tokens, dice)) for name, lengths in kinds.items()]
 
     def time(self, load: Workload) -> None:
         """All ways through one workload, in interleaved rounds; then the limits, the stages and a whole `embed`."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from virnucpro_cli import alphabet
+from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.benchmark.workload import Workload
 from virnucpro_cli.engine.collate import VarlenCollator
@@ -78,7 +78,7 @@ def padded(model: PackedModel, workload: Workload, token_budget: int, by_length:
     sizes = workload.sizes
     groups = sorted_groups(sizes, token_budget) if by_length else file_order_groups(sizes, token_budget)
     texts = workload.token_ids()
-    batches = [_PaddedBatch.of(group, sizes, texts, model.device) for group in groups]
+    batches = [_PaddedBatch.of(group, sizes, texts, model.device, workload.table.reading) for group in groups]
     order = torch.from_numpy(np.argsort(np.concatenate(groups))).to(model.device)
 
     def run() -> torch.Tensor:
@@ -136,13 +136,13 @@ class _PaddedBatch:
     residues: torch.Tensor  # float32 [B, L, 1], 1 / residues at residues, else 0
 
     @staticmethod
-    def of(group: Int64, sizes: Int64, texts: list[bytes], device: torch.device) -> "_PaddedBatch":
+    def of(group: Int64, sizes: Int64, texts: list[bytes], device: torch.device, reading: Reading) -> "_PaddedBatch":
         width = int(sizes[group].max())
-        tokens = np.full((len(group), width), alphabet.PAD, np.int32)
+        tokens = np.full((len(group), width), reading.pad, np.int32)
         inside = np.zeros((len(group), width, 1), np.float32)
         for row, record in enumerate(group.tolist()):
             size = int(sizes[record])
-            tokens[row, 0], tokens[row, size - 1] = alphabet.CLS, alphabet.EOS
+            tokens[row, 0], tokens[row, size - 1] = reading.cls, reading.eos
             tokens[row, 1 : size - 1] = np.frombuffer(texts[record], np.uint8)
             inside[row, 1 : size - 1] = 1 / (size - SPECIAL_TOKENS)
         lengths = np.full(len(group), width)
@@ -153,7 +153,7 @@ class _PaddedBatch:
             torch.ones(len(group), device=device), torch.empty(0, 3, dtype=torch.int32, device=device),
             None, None, group, lengths, width,
         )  # fmt: skip
-        real = torch.from_numpy(tokens != alphabet.PAD).to(device)
+        real = torch.from_numpy(tokens != reading.pad).to(device)
         mask = None if bool(real.all()) else real[:, None, None, :]
         return _PaddedBatch(flat, (len(group), width), mask, torch.from_numpy(inside).to(device))
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import fasta
-from virnucpro_cli.alphabet import TOKENS, X
+from virnucpro_cli.alphabet import ESM, Reading
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Segments, whole_segments
@@ -65,31 +65,32 @@ def fragments(tokens: int, dice: np.random.Generator) -> NDArray[np.int64]:
     return dice.integers(low, high + 1, count)
 
 
-def made_up(name: str, lengths: NDArray[np.int64], folder: Path, max_residues: int, seed: int = 0) -> Workload:
+def made_up(
+    name: str, lengths: NDArray[np.int64], folder: Path, max_residues: int, seed: int = 0, reading: Reading = ESM
+) -> Workload:
     """Random proteins of the given lengths, int64 [n], written as FASTA and read back as any input."""
     dice = np.random.default_rng(seed)
     letters = np.frombuffer(RESIDUES, np.uint8)
     texts = [dice.choice(letters, length).tobytes() for length in lengths.tolist()]
-    return _indexed(name, write_texts(folder / f"{name}.fasta", texts), folder, max_residues)
+    return _indexed(name, write_texts(folder / f"{name}.fasta", texts), folder, max_residues, reading)
 
 
-def sampled(inputs: tuple[str, ...], tokens: int, folder: Path, max_residues: int, seed: int = 0) -> Workload:
+def sampled(
+    inputs: tuple[str, ...], tokens: int, folder: Path, max_residues: int, seed: int = 0, reading: Reading = ESM
+) -> Workload:
     """A random sample of the user's records of about `tokens` tokens, in their order; all if they are fewer."""
-    table = fasta.index(fasta.open_sources(inputs, folder), dedup=False)
+    table = fasta.index(fasta.open_sources(inputs, folder), dedup=False, reading=reading)
     able = np.flatnonzero(table.length > 0)
     sizes = np.minimum(table.length[able], max_residues).astype(np.int64) + SPECIAL_TOKENS
     order = np.random.default_rng(seed).permutation(len(able))
     enough = int(np.searchsorted(np.cumsum(sizes[order]), tokens)) + 1
     chosen = able[np.sort(order[:enough])]
-    texts = [_letters(ids) for ids in table.token_ids(chosen)]
-    return _indexed("input", write_texts(folder / "input.fasta", texts), folder, max_residues)
+    letters = {i: letter for letter, i in reading.ids().items()}
+    texts = ["".join(letters.get(i, reading.unknown) for i in ids).encode() for ids in table.token_ids(chosen)]
+    return _indexed("input", write_texts(folder / "input.fasta", texts), folder, max_residues, reading)
 
 
-def _letters(ids: bytes) -> bytes:
-    return "".join(TOKENS[i] if len(TOKENS[i]) == 1 else TOKENS[X] for i in ids).encode()
-
-
-def _indexed(name: str, path: Path, folder: Path, max_residues: int) -> Workload:
-    table = fasta.index(fasta.open_sources([str(path)], folder), dedup=False)
+def _indexed(name: str, path: Path, folder: Path, max_residues: int, reading: Reading) -> Workload:
+    table = fasta.index(fasta.open_sources([str(path)], folder), dedup=False, reading=reading)
     kept = np.flatnonzero(table.length > 0)
     return Workload(name, table, whole_segments(kept, table.length[kept].astype(np.int64), max_residues))

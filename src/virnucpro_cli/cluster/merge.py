@@ -205,12 +205,13 @@ def _layout(parts: list[_Part], fingerprint: dict[str, Any]) -> store.Layout:
         computed_by[part.records] = known[np.minimum(part.file.computed_by, len(lines) - 1)]
     spec = parts[0].file.dataset(fingerprint["pool"][0], fingerprint["layers"][0])
     offsets = _offsets(parts, n) if _by_residue(fingerprint) else None
+    scores = unmasked(fingerprint.get("emit", ()))
+    columns = parts[0].file.dataset("unmasked", "logits").shape[1] if "logits" in scores else 0
     layout = store.Layout(
         spec.shape[1], tuple(fingerprint["layers"]), tuple(fingerprint["pool"]), spec.dtype, column("lengths"),
         column("replaced"), column("flags"), np.where(status == store.DONE, store.PENDING, status).astype(np.uint8),
         column("reason"), offsets, names, 0, None, "\n".join(environments),
-        computed_by, unmasked(fingerprint.get("emit", ())), _attributes(parts, fingerprint),
-        _extra(parts, n),
+        computed_by, scores, _attributes(parts, fingerprint), _extra(parts, n), columns,
     )  # fmt: skip
     layout.attributes["merged_from"] = json.dumps([part.path.name for part in parts])
     copied = sum(

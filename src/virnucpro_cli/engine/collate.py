@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from virnucpro_cli import alphabet
+from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.batch import PackedBatch, query_tiles
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Int64, Plan, Segments, bucket_of, window_weights
 
@@ -22,7 +22,7 @@ class Texts(Protocol):
         """Residues of each record, int32 [N]."""
 
     @property
-    def reading(self) -> alphabet.Reading: ...
+    def reading(self) -> Reading: ...
 
     def check_unchanged(self) -> None: ...
     def tokens(self, records: Int64, /) -> NDArray[np.uint8]:
@@ -55,12 +55,13 @@ class VarlenCollator:
         sizes = self.table.length[whole].astype(np.int64)
         first = (np.cumsum(sizes) - sizes)[which] + self.segments.start[numbers]  # of each segment, in the text of all
         text = self.table.tokens(whole).take(position + np.repeat(first - 1, seqlens), mode="clip")
-        text[cu_seqlens[:-1]] = alphabet.CLS
-        text[cu_seqlens[1:] - 1] = alphabet.EOS
+        reading = self.table.reading
+        text[cu_seqlens[:-1]] = reading.cls
+        text[cu_seqlens[1:] - 1] = reading.eos
 
         mask_ratio = weights = None
-        if self.table.reading.scales_masks and (text == alphabet.MASK).any():
-            masked = np.add.reduceat(text == alphabet.MASK, cu_seqlens[:-1], dtype=np.int64)
+        if reading.scales_masks and (text == reading.mask).any():
+            masked = np.add.reduceat(text == reading.mask, cu_seqlens[:-1], dtype=np.int64)
             ratio = np.float32(1) - (masked / seqlens).astype(np.float32)
             mask_ratio = self._tensor(np.repeat(ratio, seqlens), torch.float32, rows, filler=1)
         windows = np.flatnonzero(length < total)
@@ -70,7 +71,7 @@ class VarlenCollator:
                 blending[cu_seqlens[i] + 1 : cu_seqlens[i + 1] - 1] = self.weights_of(int(numbers[i]))
             weights = self._tensor(blending, torch.float32, rows, filler=1)
         return PackedBatch(
-            self._tensor(text, torch.int32, rows, filler=alphabet.PAD), self._tensor(position, torch.int32, rows),
+            self._tensor(text, torch.int32, rows, filler=reading.pad), self._tensor(position, torch.int32, rows),
             self._tensor(cu_seqlens, torch.int32), self._tensor(total, torch.float32),
             self._tensor(query_tiles(cu_seqlens).ravel(), torch.int32).view(-1, 3),
             mask_ratio, weights, numbers, seqlens, int(seqlens.max()),

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,19 +24,23 @@ NUCLEOTIDE_SHARE, AMBIGUOUS_SHARE = 0.95, 0.5
 T or U are among them."""
 FEWEST_LETTERS = 20
 NUCLEOTIDES, IUPAC, OTHER, NO_LETTER = range(3), 3, 4, 5
-KIND_OF = bytearray([OTHER]) * 256
-for _kind, _letters in enumerate((b"AGN", b"C", b"TU", b"RYSWKMBDHV", b"", b"X-.")):
-    for _letter in _letters:
-        KIND_OF[alphabet.CODES[_letter]] = _kind
-"""Token id -> kind of letter: AGN, C, TU, other codes of IUPAC, others, and X and gaps."""
 _WEIGHT = bytes([2, 2, 2, 0, 0, 1]).ljust(256, b"\0")
 """Kind of letter -> weight. Weights add up to a sequence's length or more if half of its letters are ACGTUN."""
 
 _COMMENTS = np.isin(np.arange(256), list(b";#!"))
 _PIR = re.compile(rb"(?:^|\n)>(?:P1|F1|DL|DC|RL|RC|N1|N3|XX);[^\n]*\n([^\n]*)(?=\n)")
-_RESIDUES = bytes(byte for byte, code in enumerate(alphabet.CODES) if code < len(alphabet.TOKENS))
+_RESIDUES = bytes(byte for byte in range(256) if chr(byte).upper() in alphabet.ESM.letters)
 _MASK = re.compile(rb"\s*".join(re.escape(bytes([byte])) for byte in alphabet.MASK_TEXT), re.IGNORECASE)
-_MASK_CODES = re.compile(re.escape(alphabet.MASK_TEXT.translate(alphabet.CODES)))
+
+
+@cache
+def _kind_of(letters: alphabet.Letters) -> bytes:
+    """Token id -> kind of letter: AGN, C, TU, other codes of IUPAC, others, and X, gaps and stops."""
+    kinds = bytearray([OTHER]) * 256
+    for kind, several in enumerate((b"AGN", b"C", b"TU", b"RYSWKMBDHV", b"", b"X-.*")):
+        for letter in several:
+            kinds[letters.ids[letter]] = kind
+    return bytes(kinds)
 
 
 class _Part(NamedTuple):
@@ -76,7 +81,8 @@ def index(
             part = _index_chunk(chunk, source, at, gaps, letters, kinds_here)
             if (wrong := part.gaps * no_gaps + part.replaced * strict).any():
                 refused = alphabet.GAPS * no_gaps + letters.outside * strict
-                raise _no_residue(source, int(part.offset[wrong.argmax()]) - source.base, refused, gaps == "keep")
+                at_fault = int(part.offset[wrong.argmax()]) - source.base
+                raise _no_residue(source, at_fault, refused, gaps == "keep", reading)
             parts.append(part)
         sha256.append(sha.hexdigest())
         kinds.append(kinds_here)
@@ -131,14 +137,19 @@ class _Stream:
         self.begin = self.begin - np.searchsorted(positions, self.begin)
         self.end = self.end - np.searchsorted(positions, self.end)
 
-    def read_masks(self) -> None:
+    def read_masks(self, letters: alphabet.Letters) -> None:
         """Put one token for each `<mask>`."""
-        first = np.array([mask.start() for mask in _MASK_CODES.finditer(self.codes.tobytes())], np.int64)
+        mask_codes = re.compile(re.escape(alphabet.MASK_TEXT.translate(letters.codes)))
+        first = np.array([mask.start() for mask in mask_codes.finditer(self.codes.tobytes())], np.int64)
         first = first[first + len(alphabet.MASK_TEXT) <= self.end[self.record_of(first)]]  # not across records
-        self.codes[first] = alphabet.MASK
+        self.codes[first] = letters.reading.mask
         self.drop((first[:, None] + np.arange(1, len(alphabet.MASK_TEXT))).ravel())
 
-    def read_gaps(self, policy: str) -> NDArray[np.int32]:
+    def settle(self, at: NDArray[np.int64], letters: alphabet.Letters) -> None:
+        """Put tokens for the codes at these positions, int64 [n]."""
+        self.codes[at] = np.frombuffer(letters.settled, np.uint8)[self.codes[at]]
+
+    def read_gaps(self, policy: str, letters: alphabet.Letters) -> NDArray[np.int32]:
         """Count the gaps of each record, int32 [n], and apply the policy to them.
 
         One `.` at the end that follows a residue is a stop, and falls off.
@@ -149,10 +160,9 @@ class _Stream:
         last = (at == self.end[record] - 1) & ~(is_gap[at - 1] & (at > self.begin[record]))
         stop = last & (self.codes[at] == alphabet.DOT)
         self.end[record[stop]] -= 1
+        self.settle(at, letters)
         at, record = at[~stop], record[~stop]
-        if policy == "x":
-            self.codes[at] = alphabet.X
-        elif policy == "strip":
+        if policy == "strip":
             self.drop(at)
         return self.count(record)
 
@@ -175,24 +185,26 @@ def _index_chunk(
     kept &= codes != alphabet.SPACE
     end = np.cumsum(np.add.reduceat(kept, offset, dtype=np.int64))
     stream = _Stream(codes[kept], np.append(0, end[:-1]), end)
-    gap_counts = stream.read_gaps(gaps)
+    gap_counts = stream.read_gaps(gaps, letters)
     if b"<" in chunk:
-        stream.read_masks()
+        stream.read_masks(letters)
     where = np.flatnonzero(stream.codes >= alphabet.INVALID)
     record, code = stream.record_of(where), stream.codes[where]
     if (mark := code == alphabet.GREATER).any():
         raise _mark_inside(source, at + int(offset[record[mark.argmax()]]))
-    stop = (code == alphabet.STAR) & (where == stream.end[record] - 1)
+    is_star = code == alphabet.STAR
+    stop = is_star & (where == stream.end[record] - 1)
     stream.end[record[stop]] -= 1
-    stream.codes[where] = alphabet.X
+    wrong = ~is_star if "*" in letters.reading.letters else ~stop
+    stream.settle(where, letters)
 
     body = stream.codes.tobytes()
-    kind = body.translate(KIND_OF)
+    kind = body.translate(_kind_of(letters))
     kinds += [np.count_nonzero(np.frombuffer(kind, np.uint8) == each) for each in range(len(kinds))]
     digest, view = xxhash.xxh3_128_digest, memoryview(body)
     digests = [digest(view[a:b]) for a, b in zip(stream.begin.tolist(), stream.end.tolist(), strict=True)]
     return _Part(
-        offset + (source.base + at), (stream.end - stream.begin).astype(np.int32), stream.count(record[~stop]),
+        offset + (source.base + at), (stream.end - stream.begin).astype(np.int32), stream.count(record[wrong]),
         gap_counts, np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2), _nucleotide_like(kind, stream),
     )  # fmt: skip
 
@@ -283,20 +295,21 @@ def _mark_inside(source: Source, offset: int) -> UserError:
     )
 
 
-def _no_residue(source: Source, offset: int, refused: bytes, kept: bool) -> UserError:
+def _no_residue(source: Source, offset: int, refused: bytes, kept: bool, reading: alphabet.Reading) -> UserError:
     """The first letter that is refused in the record at `offset`. kept: gaps are kept, and refused by on_invalid."""
     text = source.record_text(offset)
     header = text.find(b"\n")
-    letters = _MASK.sub(lambda mask: b"X" * len(mask[0]), text[header:])
+    letters = _MASK.sub(lambda mask: reading.unknown.encode() * len(mask[0]), text[header:])
+    word = "residue" if reading.standard == alphabet.ESM.standard else "base"
     at = header + next(i for i, byte in enumerate(letters) if byte in refused)
     shown = text[at : at + 1].decode("latin-1")
-    remedy = "Correct the file, or use --invalid x (embed such residues as X) or --invalid skip."
+    remedy = f"Correct the file, or use --invalid x (embed such {word}s as {reading.unknown}) or --invalid skip."
     if shown in "-.":
-        remedy = "Use --gaps strip (leave gaps out) or x (embed them as X)" + (
+        remedy = f"Use --gaps strip (leave gaps out) or x (embed them as {reading.unknown})" + (
             "; --invalid error refuses those that are kept." if kept else ", or keep (embed them as fair-esm does)."
         )
     return UserError(
         f"{source.path}: record {_named(text)}, line {source.line_number(offset + at)}, "
-        f"column {at - text.rfind(NEWLINE, 0, at)}: {shown!r} is not a residue.",
+        f"column {at - text.rfind(NEWLINE, 0, at)}: {shown!r} is not a {word}.",
         remedy,
     )

@@ -102,7 +102,7 @@ CONFIG: dict[str, tuple[Any, Any]] = {
     "mask_token_id": (alphabet.MASK, alphabet.MASK),
 }
 ARCHITECTURES: tuple[str, ...] = ()
-READING = alphabet.Reading(chain_break=True, scales_masks=False)
+READING = alphabet.ESM._replace(letters=f"{alphabet.ESM.letters}|", scales_masks=False)
 LONGEST: int | None = None
 FP8 = PEERS = False
 _OWN = re.compile(r"(.*\.)?(layernorm_qkv\..*|[qk]_ln\.weight|self_attn\.[qk]_norm\.weight)")

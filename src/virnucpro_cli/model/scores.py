@@ -8,47 +8,50 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from virnucpro_cli.alphabet import ESM, Reading
 from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.locate import Weights
 from virnucpro_cli.model.pooling import Pooler, mean_over_residues
-from virnucpro_cli.model.spec import DECODER, LAYER_NORM_EPS, LM_HEAD, VOCABULARY, State
-
-AMINO_ACIDS = slice(4, 24)
-"""The 20 of them, in the alphabet of 33 tokens."""
+from virnucpro_cli.model.spec import DECODER, LAYER_NORM_EPS, LM_HEAD, State
 
 
 class TokenHead:
     """Dense, erf GELU, LayerNorm, and the token embedding as last matrix unless the head has its own.
 
+    width: columns that are tokens, all other rows of the last matrix are none (ESM C has some).
     The definition is RobertaLMHead in fair-esm's modules.py.
     """
 
-    def __init__(self, state: State, device: torch.device):
+    def __init__(self, state: State, device: torch.device, width: int = ESM.width):
         parts = [
             f"{LM_HEAD}.{x}" for x in ("dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "bias")
         ]
         names = [*parts, DECODER if DECODER in state else "embed_tokens.weight"]
         tensors = (state[name].to(device, torch.float32) for name in names)
         self.weight, self.bias, self.scale, self.shift, last_bias, last = tensors
-        self.last_bias, self.last = last_bias[:VOCABULARY], last[:VOCABULARY]  # ESM C has rows that are no tokens
+        self.last_bias, self.last = last_bias[:width], last[:width]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [T, 33] of the rows [T, D] of the last layer."""
+        """Logits float32 [T, V] of the rows [T, D] of the last layer."""
         inner = F.gelu(F.linear(hidden.float(), self.weight, self.bias))
         inner = F.layer_norm(inner, inner.shape[-1:], self.scale, self.shift, LAYER_NORM_EPS)
         return F.linear(inner, self.last, self.last_bias)
 
 
-def entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Entropy of each row of logits [T, 33] among the 20 amino acids alone, float64 [T], in nats: at most ln 20."""
-    log_p = logits[:, AMINO_ACIDS].double().log_softmax(-1)
+def entropy(logits: torch.Tensor, tokens: torch.Tensor, reading: Reading) -> torch.Tensor:
+    """Entropy of each row of logits [T, V] among the 20 amino acids alone, float64 [T], in nats: at most ln 20.
+
+    Of nucleotides it is among the four bases. tokens: int32 [T].
+    """
+    first = reading.first - reading.zero
+    log_p = logits[:, first : first + reading.standard].double().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def surprise(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """`-log p` of each row's token (int32 [T]) by its logits [T, 33], float64 [T], in nats, among all 33 tokens."""
-    return -logits.double().log_softmax(-1).gather(1, tokens.long()[:, None])[:, 0]
+def surprise(logits: torch.Tensor, tokens: torch.Tensor, reading: Reading) -> torch.Tensor:
+    """`-log p` of each row's token (int32 [T]) by its logits [T, V], float64 [T], in nats, among all V tokens."""
+    return -logits.double().log_softmax(-1).gather(1, tokens.long()[:, None] - reading.zero)[:, 0]
 
 
 SCORES: dict[str, Any] = {
@@ -63,10 +66,10 @@ class Scorer(Pooler):
 
     def __init__(
         self, kinds: tuple[str, ...], store_dtype: torch.dtype, layers: tuple[int, ...], last: int, head: TokenHead,
-        names: tuple[str, ...],
+        names: tuple[str, ...], reading: Reading = ESM,
     ):  # fmt: skip
         super().__init__(kinds, store_dtype)
-        self.layers, self.last, self.head, self.names = layers, last, head, names
+        self.layers, self.last, self.head, self.names, self.reading = layers, last, head, names, reading
 
     def add(self, into: Embeddings, layer: int, hidden: torch.Tensor, batch: PackedBatch) -> None:
         """Put the pools and scores of a layer's rows [T, D] of any dtype into the embeddings."""
@@ -78,7 +81,8 @@ class Scorer(Pooler):
                 self._keep(into, "logits", logits.to(self.store_dtype), batch)
             for name, (of_row, of_mean) in SCORES.items():
                 if name in self.names:
-                    score = of_mean(mean_over_residues(of_row(logits, batch.tokens)[:, None], batch))[:, 0].float()
+                    rows = of_row(logits, batch.tokens, self.reading)[:, None]
+                    score = of_mean(mean_over_residues(rows, batch))[:, 0].float()
                     into.pooled["unmasked", name] = score
                     self._note_finite(into, score.isfinite())
 

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import stopping
-from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.kinds import pooled
 from virnucpro_cli.store import schema
 from virnucpro_cli.store.disk import pwrite_all
@@ -90,6 +89,7 @@ class Layout:
     unmasked: tuple[str, ...] = ()  # datasets of /unmasked: logits by residue in the store dtype, scores float32 (N)
     attributes: dict[str, Any] = field(default_factory=dict)
     extra: Extra = field(default_factory=Extra)
+    vocabulary: int = 33  # columns of logits
 
     @property
     def filled(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -104,7 +104,7 @@ class Layout:
         }
         filled |= {f"unmasked/{name}": ((n,), np.dtype(np.float32)) for name in self.unmasked}
         if "logits" in self.unmasked:
-            filled["unmasked/logits"] = ((residues, len(TOKENS)), self.store_dtype)
+            filled["unmasked/logits"] = ((residues, self.vocabulary), self.store_dtype)
         return filled | {name: ((count,), self.store_dtype) for name, count in self.extra.values.items()}
 
     @property

@@ -436,7 +436,7 @@ class EmbeddingFile:
             yield from zip(self.names_of(rows.start, rows.stop), self.dataset()[rows], strict=True)
 
     def logits(self, key: int | str) -> NDArray[Any]:
-        """Logits of a record's residues, float16 or float32 [L, 33]; empty if it was skipped.
+        """Logits of a record's residues, float16 or float32 [L, V] for V tokens; empty if it was skipped.
 
         Raises UserError for a file made without `--emit logits`.
         """

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.alphabet import TOKENS
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.config.options import fields_of
 from virnucpro_cli.kinds import EMITS, KINDS, POOLED
@@ -82,7 +81,7 @@ MOST_OBJECTS = 1 << 14
 class Field(NamedTuple):
     """A dataset. name: a pattern; dtypes: those it may have; shape: letters are sizes that several datasets share.
 
-    N: records; R: residues; D: dimensions; G: groups; C: contigs; V: values of maps.
+    N: records; R: residues; T: tokens of the alphabet; D: dimensions; G: groups; C: contigs; V: values of maps.
     """
 
     name: str
@@ -99,7 +98,7 @@ FIELDS = (
     Field("residue/offsets", ("<i8",), ("N+1",)),
     Field(f"({'|'.join(POOLED)})/{LAYER}", REAL, ("N", "D")),
     Field(f"residue/{LAYER}", REAL, ("R", "D")),
-    Field("unmasked/logits", REAL, ("R", len(TOKENS))),
+    Field("unmasked/logits", REAL, ("R", "T")),
     Field("unmasked/(entropy|pseudo_perplexity)", ("<f4",), ("N",)),
     Field("contacts/values", REAL, ("V",)),
     Field("contacts/starts", ("<i8",), ("N",)),

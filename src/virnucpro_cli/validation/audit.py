@@ -48,8 +48,8 @@ def audit_file(config: ValidateConfig, out: Console, clock: report.Clock) -> Ver
         paths = _inputs(file, config)
         out.print(f"reading {', '.join(paths)}", style="dim")
         with clock.stage("read FASTA"):
-            more = reading_of(file.attributes).more_letters
-            table = plain_reader.read(paths, file.settings["id"], file.settings.get("gaps", "keep"), more)
+            letters = plain_reader.letters_of(reading_of(file.attributes))
+            table = plain_reader.read(paths, file.settings["id"], file.settings.get("gaps", "keep"), letters)
         weights = weights_of(file, path, config.model, config.adapter, out)
         device = devices.resolve_device(config.reference_device, "--reference-device")
         spec, state, notes = model_weights.load(weights)
@@ -222,7 +222,7 @@ def _records(paths: tuple[str, ...], rows: NDArray[np.int64]) -> Iterator[tuple[
 
 def _numbers(file: store.EmbeddingFile, row: int, text: bytes, judge: Oracle) -> dict[str, Any]:
     """Name, residues, and relative L2 and cosine of every row that is stored of a record."""
-    cleaned, *_ = plain_reader.clean(text, file.settings.get("gaps", "keep"), judge.more_letters)
+    cleaned, *_ = plain_reader.clean(text, file.settings.get("gaps", "keep"), judge.letters)
     expected = _oracle_rows(cleaned, file.settings, judge)
     (name,) = file.names_of(row, row + 1)
     numbers: dict[str, Any] = {"row": row, "name": name, "residues": int(file.lengths[row])}

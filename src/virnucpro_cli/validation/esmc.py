@@ -9,6 +9,7 @@ from transformers.models.esmc.tokenization_esmc import SEQUENCE_VOCAB
 
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.validation.oracle import Oracle
+from virnucpro_cli.validation.plain_reader import RESIDUES, Letters
 
 IDS = {token: i for i, token in enumerate(SEQUENCE_VOCAB)}
 
@@ -20,7 +21,8 @@ class Reference(Oracle):
     if tensors are missing or left over.
     """
 
-    package, pad, more_letters = "transformers", IDS["<pad>"], "|"
+    package, pad = "transformers", IDS["<pad>"]
+    letters = Letters({letter: letter for letter in f"{RESIDUES}|"})
 
     def __init__(
         self, spec: ModelSpec, state: dict[str, torch.Tensor], device: torch.device | str = "cpu",

@@ -15,6 +15,7 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model.locate import Weights
 from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.validation.plain_reader import FAIR_ESM, Letters
 
 Array = NDArray[np.floating]
 Rows = dict[tuple[str, int], Array]
@@ -27,7 +28,7 @@ LONGEST = 4096
 class Oracle(ABC):
     """The authors' own class of a model family, from the Python package `package`, with given weights on one device.
 
-    more_letters: one-letter tokens of residues that fair-esm does not have.
+    letters: those of its alphabet.
 
     It shares no code with the fast path, so that it can judge it. In fp32, one unpadded sequence at a time, it is the
     definition of the embeddings. In another dtype it runs plainly: the noise floor of that dtype.
@@ -35,7 +36,7 @@ class Oracle(ABC):
 
     package: ClassVar[str]
     pad: ClassVar[int]
-    more_letters: ClassVar[str] = ""
+    letters: ClassVar[Letters] = FAIR_ESM
 
     @abstractmethod
     def __init__(

@@ -2,17 +2,33 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import store
+from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.fasta import decompressed
 
-RESIDUES = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
 ODD_LETTERS = b"XUBZO.-<"
+
+
+class Letters(NamedTuple):
+    """Letters of a model family. read_as: the one that each of them is read as; unknown: the one for all others."""
+
+    read_as: Mapping[str, str]
+    unknown: str = "X"
+
+
+def letters_of(reading: Reading) -> Letters:
+    """The letters of a reading."""
+    return Letters({letter: letter for letter in reading.letters} | dict(reading.also), reading.unknown)
+
+
+RESIDUES = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
+FAIR_ESM = Letters({letter: letter for letter in RESIDUES})
 
 
 class PlainTable(NamedTuple):
@@ -30,13 +46,13 @@ class PlainTable(NamedTuple):
     names: NDArray[Any]
 
 
-def read(paths: Iterable[str], id_policy: str = "first", gaps: str = "keep", more: str = "") -> PlainTable:
-    """Every record of the files, in order. id_policy, gaps: as --id and --gaps of embed; more: as in `clean`."""
+def read(paths: Iterable[str], id_policy: str = "first", gaps: str = "keep", letters: Letters = FAIR_ESM) -> PlainTable:
+    """Every record of the files, in order. id_policy, gaps: as --id and --gaps of embed; letters: as in `clean`."""
     shas, lengths, replaced, odd, sequences, names = [], array("q"), array("q"), array("H"), bytearray(), bytearray()
     for path in paths:
         sha = hashlib.sha256()
         for header, text in records(path, sha):
-            cleaned, length, wrong = clean(text, gaps, more)
+            cleaned, length, wrong = clean(text, gaps, letters)
             upper = text.upper()
             odd.append(sum(1 << bit for bit, code in enumerate(ODD_LETTERS) if code in upper) | (wrong > 0) << 15)
             lengths.append(length)
@@ -98,22 +114,22 @@ def name_of(header: bytes, full: bool = False) -> str:
     return word.decode("utf-8", "backslashreplace")
 
 
-def clean(text: bytes, gaps: str = "keep", more: str = "") -> tuple[str, int, int]:
-    """Text of a record that is embedded, the number of its residues, and how many of those were replaced by X.
+def clean(text: bytes, gaps: str = "keep", letters: Letters = FAIR_ESM) -> tuple[str, int, int]:
+    """Text of a record that is embedded, the number of its residues, and how many of those were replaced.
 
     White space, one trailing `*`, and one trailing `.` that follows a residue are dropped. Lower case is raised,
-    `<mask>` is one token, and a letter outside the alphabet becomes X.
-    gaps: `strip` drops `-` and `.`, `x` makes them X. more: letters of the model family beside RESIDUES.
+    `<mask>` is one token, and a letter outside the alphabet becomes the unknown one, X for proteins.
+    gaps: `strip` drops `-` and `.`, `x` makes them unknown. letters: of the model family.
     """
     upper = text.translate(None, b"\n\r \t\v\f" + (b"-." if gaps == "strip" else b"")).upper()
     if upper[-1:] == b"." and upper[-2:-1] not in (b".", b"-"):
         upper = upper[:-1]
     upper = upper.removesuffix(b"*")
     if gaps == "x":
-        upper = upper.translate(bytes.maketrans(b"-.", b"XX"))
+        upper = upper.translate(bytes.maketrans(b"-.", 2 * letters.unknown.encode()))
     pieces = upper.decode("latin-1").split("<MASK>")
-    known = RESIDUES + more
+    known = letters.read_as
     replaced = sum(letter not in known for piece in pieces for letter in piece)
-    if replaced:
-        pieces = ["".join(letter if letter in known else "X" for letter in piece) for piece in pieces]
+    if replaced or letters != FAIR_ESM:
+        pieces = ["".join(known.get(letter, letters.unknown) for letter in piece) for piece in pieces]
     return "<mask>".join(pieces), sum(map(len, pieces)) + len(pieces) - 1, replaced

@@ -216,7 +216,7 @@ def choose(paths: Sequence[str], config: ValidateConfig, family: type[Oracle]) -
     Raises UserError if a file cannot be read, or if there are not two proteins.
     """
     refuse_unreadable(paths)
-    table = plain_reader.read(paths, more=family.more_letters)
+    table = plain_reader.read(paths, letters=family.letters)
     embedded = np.minimum(table.lengths, config.max_residues)
     fit = np.flatnonzero((embedded > 0) & (embedded <= oracle.LONGEST))
     if len(fit) < 2:
@@ -232,5 +232,5 @@ def choose(paths: Sequence[str], config: ValidateConfig, family: type[Oracle]) -
         if number in chosen:
             names.append(plain_reader.name_of(header) or f"record {number + 1}")
             texts.append(text)
-            tokens.append(family.encode(plain_reader.clean(text, more=family.more_letters)[0], config.max_residues))
+            tokens.append(family.encode(plain_reader.clean(text, letters=family.letters)[0], config.max_residues))
     return Sample(names, texts, tokens), notes

@@ -95,8 +95,8 @@ def _within(shard: NDArray[np.int64], count: int) -> bool:
 
 def _by_the_plain_reader(file: store.EmbeddingFile, paths: tuple[str, ...]) -> list[Check]:
     """Names, lengths and replaced residues once more, by a reader that shares no code with the index."""
-    more = reading_of(file.attributes).more_letters
-    table = plain_reader.read(paths, file.settings["id"], file.settings.get("gaps", "keep"), more)
+    letters = plain_reader.letters_of(reading_of(file.attributes))
+    table = plain_reader.read(paths, file.settings["id"], file.settings.get("gaps", "keep"), letters)
     rows = np.arange(len(file)) if file.records is None else file.records
     count = len(table.lengths)
     same = count == len(file) if file.records is None else _within(rows, count)
