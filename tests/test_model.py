@@ -12,8 +12,9 @@ from conftest import TINY, VIRAL, read_fasta, relative_l2
 from packs import among_strangers, embeddings, of_segment, one_pack, random_protein
 from sabotage import MISTAKES
 from virnucpro_cli import alphabet
+from virnucpro_cli.kinds import PROTEIN
 from virnucpro_cli.model import attention, weights
-from virnucpro_cli.model.families import build, family_of
+from virnucpro_cli.model.families import build, reading
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET
@@ -43,12 +44,13 @@ def embed(
     layers: tuple[int, ...] = LAYERS,
     pack: int = 10**9,
     rows: int = 0,
+    kind: str = PROTEIN,
 ) -> list[Rows]:
     """What the fast path gives for each sequence, `pack` of them at a time, in the order given."""
     found: list[Rows] = []
     for start in range(0, len(sequences), pack):
         chunk = sequences[start : start + pack]
-        batch = one_pack(folder, chunk, rows or rows_of(chunk), family_of(model.spec).READING)
+        batch = one_pack(folder, chunk, rows or rows_of(chunk), reading(model.spec, kind))
         result = embeddings(model, batch, layers)
         assert result.finite is not None and bool(result.finite.all())
         found += [of_segment(result, batch, i) for i in range(len(chunk))]

@@ -1,6 +1,10 @@
-"""Kinds of rows of a protein. A new kind of pooling is a row here and a function in pooling.py (and the oracle's)."""
+"""Kinds of input, and of rows of it. A new pooling is a row here and a function in pooling.py (and the oracle's)."""
 
 from collections.abc import Sequence
+
+PROTEIN, NUCLEOTIDE = "protein", "nucleotide"
+WORDS = {PROTEIN: ("protein", "residue"), NUCLEOTIDE: ("sequence", "base")}
+"""Kinds of input, and the words for a record and for a letter of it."""
 
 POOLED = {
     "mean": "the mean over residues",
@@ -18,7 +22,7 @@ OF_ALL_RESIDUES = ("max", "std")
 UNMASKED = {"logits": "logits", "entropy": "entropy", "pseudo-perplexity": "pseudo_perplexity"}
 """Names of --emit and their datasets in /unmasked, from one pass over the unmasked protein.
 
-Logits are [sum L, 33] in the store dtype; scores are float32 [N].
+Logits are [sum L, V] in the store dtype; scores are float32 [N].
 """
 
 EMITS = (*UNMASKED, "contacts")

@@ -12,7 +12,7 @@ from pathlib import Path
 from virnucpro_cli.config.options import ABOVE_0, FINITE, fields_of, flag_of, option
 from virnucpro_cli.config.options import resolve as resolve
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.kinds import EMITS, KINDS, OF_ALL_RESIDUES
+from virnucpro_cli.kinds import EMITS, KINDS, NUCLEOTIDE, OF_ALL_RESIDUES, PROTEIN, WORDS
 
 SYNONYMS = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float8": "fp8"}
 """Names of dtypes as PyTorch has them; the short ones are stored."""
@@ -69,8 +69,9 @@ class EmbedConfig(Config):
     output: str = option("", FIRST, "The HDF5 file to write.", "OUT.h5", written=True, short="o")
     model: str = option(
         "esm2_t33_650M_UR50D", FIRST, "8M, 35M, 150M, 650M, 3B, 15B, dplm-150m, dplm-650m, dplm-3b, "
-        "esmc-300m, esmc-600m, esmc-6b, esm1b, esm1v-1 to esm1v-5, their long names, demo, or a path to a fair-esm "
-        ".pt, an esm 3.2 .pth, a .safetensors file or a HuggingFace directory.", "MODEL", path=True, said="650M")
+        "esmc-300m, esmc-600m, esmc-6b, esm1b, esm1v-1 to esm1v-5, their long names, demo, or a path to a "
+        "fair-esm .pt, an esm 3.2 .pth, a .safetensors file or a HuggingFace directory.", "MODEL", path=True,
+        said="650M")
     adapter: tuple[str, ...] = option(
         (), COMPUTE, "A folder with a LoRA or DoRA adapter of PEFT, merged into the model; may be repeated, in order.",
         "DIR", repeated=True, path=True)
@@ -82,6 +83,9 @@ class EmbedConfig(Config):
         "Proteins longer than --max-residues: cut, whole, covered by stitched windows, skipped, or refused.",
         choices=("auto", "truncate", "full", "window", "skip", "error"),
         said="truncate; window for ESM-1b and ESM-1v")
+    kind: str = option(
+        PROTEIN, INPUT, "What the letters are; nucleotide for models that read nucleotides.",
+        choices=tuple(WORDS))
     invalid: str = option(
         "x", INPUT, "Residues outside the alphabet: embed them as X, refuse them, or skip the protein.",
         choices=("x", "error", "skip"))
@@ -154,6 +158,11 @@ class EmbedConfig(Config):
         None, CLUSTER, "auto or HOST:PORT of a running cluster.", "ADDRESS", said="start one here")
     # fmt: on
 
+    @property
+    def words(self) -> tuple[str, str]:
+        """The words for a record and for a letter of it."""
+        return WORDS[self.kind]
+
     def rules(self) -> Iterator[Rule]:
         bytes_of(self.cache_size)
         yield self.output == "-", "--output is -, and HDF5 cannot be written to a pipe.", "Name a file, such as out.h5."
@@ -172,6 +181,8 @@ class EmbedConfig(Config):
             yield bool(whole), refusal, "Choose --long full, or compute it from the rows of --pool residue."
             remedy = f"Give 0 or more, and less than --max-residues {self.max_residues}."
             yield self.overlap >= self.max_residues, f"--overlap is {self.overlap}.", remedy
+        for flag in (*self.given("force_protein"), *["--from contigs"] * (self.from_ == "contigs")):
+            yield self.kind == NUCLEOTIDE, f"{flag} is of proteins, not of --kind nucleotide.", "Leave one of them out."
         ray, refusal = self.engine == "ray", "--ray-address has a meaning with --engine ray only."
         yield self.ray_address is not None and not ray, refusal, "Add --engine ray."
         refusal = "--emit contacts is the work of one device, not of --engine ray."
@@ -231,6 +242,7 @@ class ValidateConfig(Config):
         said="fp32 1e-5, fp16 1e-2, bf16 6e-2")
     model: str | None = option(None, COMPUTE, "As in embed.", "MODEL", path=True, said="demo")
     adapter: tuple[str, ...] = option((), COMPUTE, "As in embed.", "DIR", repeated=True, path=True)
+    kind: str = option(PROTEIN, COMPUTE, "As in embed.", choices=tuple(WORDS))
     layers: tuple[int, ...] = option((), COMPUTE, "Layers to compare.", "N,N", said="0, the middle and the last")
     dtype: str = option("auto", COMPUTE, "As in embed.", "TYPE", choices=DTYPES)
     residual: str = option("same", COMPUTE, "As in embed.", choices=("same", "fp32"))
@@ -244,8 +256,10 @@ class ValidateConfig(Config):
     # fmt: on
 
     def rules(self) -> Iterator[Rule]:
-        for flag in self.given("layers", "dtype", "residual", "max_residues", "attention", "token_budget"):
+        for flag in self.given("kind", "layers", "dtype", "residual", "max_residues", "attention", "token_budget"):
             yield bool(self.against), f"{flag} has no meaning with --against.", "The file says how it was made."
+        lacking = self.kind == NUCLEOTIDE and not self.fasta
+        yield lacking, "The sequences that ship with virnucpro are proteins.", "Name nucleotides: --fasta FILE."
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def _is_retried(run: EmbedRun) -> bool:
         return False
     begun = store.partial_path(output).exists() and not config.restart
     more = not config.restart and words.has_more_memory(had, summary.memory) and _has_room(output)
-    skipped_before = f"{output}: {counted(missed, 'protein')} skipped"
+    skipped_before = f"{output}: {counted(missed, config.words[0])} skipped"
     if not (begun or more or config.retry_skipped):
         way = "--retry-skipped tries again, as does the same command where more is free"
         run.out.print(f"{skipped_before} for want of memory; {way}", style="yellow")
@@ -218,10 +218,10 @@ def _resumed(run: EmbedRun) -> store.Store:
     file = store.Store.resume(run.output)
     try:
         if lost := file.recheck(run.layout):
-            lost_rows = f"{counted(lost, 'protein')} not in {file.path} as they were committed"
+            lost_rows = f"{counted(lost, run.config.words[0])} not in {file.path} as they were committed"
             run.tell(f"{lost_rows}, and computed again: see to the disk")
         done = int((file.status == store.DONE).sum())
-        run.out.print(f"resuming {file.path}: {done:,} of {counted(len(run.table), 'protein')} there already")
+        run.out.print(f"resuming {file.path}: {done:,} of {counted(len(run.table), run.config.words[0])} there already")
         run.summary.counts["resumed proteins"] = done
     except BaseException:
         file.close()

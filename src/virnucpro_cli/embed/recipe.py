@@ -17,11 +17,11 @@ from virnucpro_cli.embed.engines import Computing
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features import Feature, Run
-from virnucpro_cli.kinds import any_by_residue, unmasked
+from virnucpro_cli.kinds import NUCLEOTIDE, PROTEIN, any_by_residue, unmasked
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import by_name, check_dtype, family_of, parameters
-from virnucpro_cli.model.spec import VOCABULARY, ModelSpec, check_longest, resolve_layers
+from virnucpro_cli.model.families import by_name, check_dtype, family_of, parameters, reading
+from virnucpro_cli.model.spec import ModelSpec, check_longest, resolve_layers
 from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import decide
 
@@ -99,6 +99,8 @@ class EmbedRun(Run):
             policy["emit"] = list(config.emit)
         if attention.is_wide(config.residual, self.computing.dtype):
             policy["residual"] = config.residual
+        if config.kind != PROTEIN:
+            policy["kind"] = config.kind
         for feature in self.features:
             policy |= feature.fingerprint(weights)
         if self.shard is not None:
@@ -128,7 +130,7 @@ def decided(
     spec = by_name(config.model) if located is None else model_weights.spec_of(located)
     assert spec is not None
     check_dtype(spec, computing.dtype)
-    config = _with_long(config, spec)
+    config, how = _with_long(config, spec), reading(spec, config.kind)
     layers = resolved_layers(config.layers, spec)
     extra = store.Extra()
     for feature in features:
@@ -137,9 +139,9 @@ def decided(
     with clock.stage("index"):
         table = fasta.index(
             sources, on_invalid=config.invalid, gaps=config.gaps, dedup=config.dedup,
-            keep_digests=any(feature.needs_digests for feature in features), reading=family_of(spec).READING,
+            keep_digests=any(feature.needs_digests for feature in features), reading=how,
         )  # fmt: skip
-    _check_protein(table, config, out)
+    _check_protein(table, config, spec, out)
     extra |= _gaps(table, config)
     with clock.stage("plan"):
         decisions, records = decide(table, config), None
@@ -153,14 +155,15 @@ def decided(
             decisions = decide(table, config)
         for feature in features:
             extra |= feature.of_part(records, decisions, extra)
-        plan = in_blocks(decisions.segments.length, _token_budget(config, computing, spec, layers))
+        plan = in_blocks(decisions.segments.length, _token_budget(config, computing, spec, layers, how.width))
         by_residue = any_by_residue(config.pool, config.emit)
         layout = store.Layout(
             spec.hidden, layers, config.pool, np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32),
             table.length, table.replaced, decisions.flags, decisions.status, decisions.reason,
             np.append(0, np.cumsum(decisions.embedded, dtype=np.int64)) if by_residue else None,
             partial(table.names, full=config.id == "full"), table.text_bytes - table.residues, records,
-            computing.computed_by(len(plan) > 1), unmasked=unmasked(config.emit), extra=extra,
+            computing.computed_by(len(plan) > 1), unmasked=unmasked(config.emit), vocabulary=how.width,
+            extra=extra,
         )  # fmt: skip
     return EmbedRun(
         config=config, spec=spec, layers=layers, table=table, decisions=decisions, plan=plan, layout=layout,
@@ -204,16 +207,19 @@ def _gaps(table: fasta.RecordTable, config: EmbedConfig) -> store.Extra:
     return store.Extra({"gaps": table.gaps} if table.gaps.any() else {}, fingerprint=changed)
 
 
-def _check_protein(table: fasta.RecordTable, config: EmbedConfig, out: Console) -> None:
+def _check_protein(table: fasta.RecordTable, config: EmbedConfig, spec: ModelSpec, out: Console) -> None:
     """Raise UserError for a file of nucleotides; name the first of single records that look like some."""
-    if config.force_protein:
+    if config.force_protein or config.kind == NUCLEOTIDE:
         return
+    ways = "--from contigs to find its proteins first, or --force-protein if these are proteins."
+    if family_of(spec).NUCLEOTIDES is not None:
+        ways = f"--kind nucleotide to embed them as they are, {ways}"
     for source, share in zip(table.sources, table.nucleotide_share, strict=True):
         if share >= fasta.NUCLEOTIDE_SHARE and config.from_ == "proteins":
             raise UserError(
                 f"{source.path} looks like nucleotides: {share:.1%} of its letters are A, C, G, T, U, N or their "
                 "ambiguity codes.",
-                "Say --from contigs to find its proteins first, or --force-protein if these are proteins.",
+                f"Say {ways}",
             )
     like = table.nucleotide_like
     if len(like):
@@ -225,10 +231,13 @@ def _check_protein(table: fasta.RecordTable, config: EmbedConfig, out: Console) 
         )
 
 
-def _token_budget(config: EmbedConfig, computing: Computing, spec: ModelSpec, layers: tuple[int, ...]) -> int:
+def _token_budget(
+    config: EmbedConfig, computing: Computing, spec: ModelSpec, layers: tuple[int, ...], columns: int
+) -> int:
+    """Tokens of a pack. columns: of logits."""
     if config.token_budget != "auto":
         return int(config.token_budget)
-    stored = 4 * (spec.hidden * len(layers) * ("residue" in config.pool) + VOCABULARY * ("logits" in config.emit))
+    stored = 4 * (spec.hidden * len(layers) * ("residue" in config.pool) + columns * ("logits" in config.emit))
     weight_bytes = parameters(spec) * computing.dtype.itemsize
     device = computing.device
     return devices.auto_token_budget(device.kind, device.free, spec.hidden, weight_bytes, stored, computing.sharing)
@@ -254,8 +263,9 @@ def attributes(run: EmbedRun) -> dict[str, Any]:
         "inputs": run.table.inputs, "fingerprint": fingerprint,
     }  # fmt: skip
     family = {} if run.spec.family == ModelSpec.family else {"family": run.spec.family}  # a file without it is ESM-2's
+    kind = {} if config.kind == PROTEIN else {"kind": config.kind}
     return {
-        "tool": "virnucpro", **family, "tool_version": virnucpro_cli.__version__, **store.of_this_command(),
+        "tool": "virnucpro", **family, **kind, "tool_version": virnucpro_cli.__version__, **store.of_this_command(),
         "model": environment["model"], "model_layers": run.spec.layers, "weights": run.weights.place,
         "weights_sha256": run.weights.sha256, "weights_origin": locate.origin_of(run.weights),
         **_licence(run.weights), **_adapters(run.weights),

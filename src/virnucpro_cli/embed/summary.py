@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 import virnucpro_cli
 from virnucpro_cli import fasta, report, store, tables
+from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.recipe import EmbedRun
 from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted
+from virnucpro_cli.kinds import PROTEIN
 from virnucpro_cli.model import locate
 from virnucpro_cli.model.families import flops
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
@@ -44,17 +46,12 @@ APPROXIMATE = (
     "fp8 is approximate: on real 8M weights a protein's mean is off by 4 % (median; the worst of 128 by 26 %), forty "
     "times what rounding in fp16 does. Check what your own downstream task makes of it."
 )
-GAPS = {
-    "keep": "embedded as tokens, as fair-esm does; --gaps strip leaves them out",
-    "strip": "left out",
-    "x": "embedded as X",
-}
 
 
 def begin(run: EmbedRun) -> None:
     """Give the report what is known before anything is computed."""
     summary, computing, counts = run.summary, run.computing, run.layout.extra.counts
-    shard = f"shard {run.shard}: {counted(len(run.table), 'protein')} of the input, into {run.output}"
+    shard = f"shard {run.shard}: {counted(len(run.table), run.config.words[0])} of the input, into {run.output}"
     summary.notes = [
         *([shard] if run.shard is not None else []), *_warnings(run), *computing.notes, *computing.device.notes,
         *([APPROXIMATE] if computing.dtype == torch.float8_e4m3fn else []),
@@ -76,38 +73,48 @@ def has_more_memory(there: dict[str, int], here: dict[str, int]) -> bool:
 
 def _warnings(run: EmbedRun) -> list[str]:
     config, table, decisions = run.config, run.table, run.decisions
-    notes = []
+    notes, (word, letter), unknown = [], config.words, table.reading.unknown
 
     def warn(chosen: NDArray[np.bool_], text: str, name_them: bool = False) -> None:
         """chosen: mask, bool [N]."""
         if chosen.any():
             names = f": {named(table, chosen, config)}" if name_them else ""
-            notes.append(f"{int(chosen.sum()):,} of {counted(len(table), 'protein')} {text}{names}")
+            notes.append(f"{int(chosen.sum()):,} of {counted(len(table), word)} {text}{names}")
 
     truncated = (decisions.flags & store.TRUNCATED) > 0
     unseen = int((table.length - decisions.embedded)[truncated].sum(dtype=np.int64)) / max(table.residues, 1)
     share = f"{unseen:.0%}" if unseen >= 0.01 else "under 1%"
-    warn(truncated, f"truncated, {share} of residues not seen; --long window embeds them whole")
+    warn(truncated, f"truncated, {share} of {letter}s not seen; --long window embeds them whole")
     windowed = (decisions.flags & store.WINDOWED) > 0
     if run.spec.longest is not None:
         most = f"{run.spec.name} takes at most {run.spec.longest:,}"
-        warn(windowed, f"embedded by windows of {counted(config.max_residues, 'residue')}: {most}")
+        warn(windowed, f"embedded by windows of {counted(config.max_residues, letter)}: {most}")
     if config.invalid == "x":
-        odd = counted(int(table.replaced.sum(dtype=np.int64)), "residue")
-        text = f"with {odd} outside the alphabet, embedded as X (column /replaced)"
+        odd = counted(int(table.replaced.sum(dtype=np.int64)), letter)
+        text = f"with {odd} outside the alphabet, embedded as {unknown} (column /replaced)"
         warn(table.replaced > 0, text, name_them=True)
     letters = counted(int(table.gaps.sum(dtype=np.int64)), "letter")
-    warn(table.gaps > 0, f"with gaps, {letters} - or ., {GAPS.get(config.gaps)} (column /gaps)")
+    warn(table.gaps > 0, f"with gaps, {letters} - or ., {_of_gaps(table.reading).get(config.gaps)} (column /gaps)")
     for code in (store.EMPTY, store.INVALID, store.TOO_LONG):
         warn(decisions.reason == code, f"skipped, their rows are NaN: {store.REASONS[code]}", name_them=True)
     if config.pool == ("residue",):
-        remedy = "add mean, say, to --pool for one row a protein"
+        remedy = f"add mean, say, to --pool for one row a {word}"
         notes.append(f"only per-residue rows are stored, so the file has no /embeddings; {remedy}")
     repeated = _repeated_names(table, config) if config.shard is None else 0
     if repeated:
-        share_it = f"{counted(repeated, 'protein')} {'shares its' if repeated == 1 else 'share their'} name"
+        share_it = f"{counted(repeated, word)} {'shares its' if repeated == 1 else 'share their'} name"
         notes.append(f"{share_it} with an earlier one; all are kept, one row each, in input order")
     return notes
+
+
+def _of_gaps(reading: Reading) -> dict[str, str]:
+    """Words for what becomes of gaps, by each --gaps that does not refuse them."""
+    kept = "tokens, as fair-esm does" if "-" in reading.letters else reading.unknown
+    return {
+        "keep": f"embedded as {kept}; --gaps strip leaves them out",
+        "strip": "left out",
+        "x": f"embedded as {reading.unknown}",
+    }
 
 
 def named(table: fasta.RecordTable, chosen: NDArray[np.bool_], config: EmbedConfig) -> str:
@@ -131,7 +138,8 @@ def end(run: EmbedRun) -> None:
             run.out.print(report.rows_table(title, rows))
     with store.read_embeddings(output) as file:
         skipped, reason = file.status == store.SKIPPED, file.reason[:]
-    proteins = [f"{len(table) - int(skipped.sum()):,} of {counted(len(table), 'protein')} embedded"]
+    word = config.words[0]
+    proteins = [f"{len(table) - int(skipped.sum()):,} of {counted(len(table), word)} embedded"]
     if skipped.any():
         reasons = {store.REASONS[code] for code in np.unique(reason[skipped]).tolist()}
         proteins.append(f"skipped: {named(table, skipped, config)} ({', '.join(sorted(reasons))})")
@@ -145,7 +153,7 @@ def end(run: EmbedRun) -> None:
         next_step = f"virnucpro status {shlex.quote(config.output)}"
     elif (reason[skipped] == store.NO_MEMORY).any():
         next_step = "the same command with --retry-skipped, where there is more memory"
-    run.out.print(f"proteins   {'; '.join(proteins)}")
+    run.out.print(f"{word + 's':<10} {'; '.join(proteins)}")
     run.out.print(f"truncated  {cut:,}" + ("; --long window embeds them whole" if cut else ""))
     run.out.print(f"time       {report.clock_time(run.clock.so_far())}{rate} ({device}, in {dtype})")
     if not output.name.startswith("."):
@@ -207,6 +215,7 @@ def _environment(run: EmbedRun) -> dict[str, Any]:
         "torch": device.torch,
         "python": platform.python_version(),
         "model": f"{spec.name} ({spec.size})",
+        **({"kind": config.kind} if config.kind != PROTEIN else {}),
         **({"adapters": ", ".join(adapters)} if adapters else {}),
         "device": chosen(device.name, config.device),
         **({"workers": chosen(computing.workers, config.workers)} if computing.workers else {}),
@@ -248,7 +257,7 @@ def describe_plan(run: EmbedRun) -> None:
     summary.environment["length histogram"] = histogram
     say(report.packing_table(summary))
     say("lengths:  " + ";  ".join(f"{label}: {n:,}" for label, n in histogram.items() if n))
-    for key in ("model", "adapters", "weights", "device", "workers", "dtype", "attention", "token budget"):
+    for key in ("model", "kind", "adapters", "weights", "device", "workers", "dtype", "attention", "token budget"):
         if key in summary.environment:
             say(f"{key}: {summary.environment[key]}")
     free = store.free_space(run.output)

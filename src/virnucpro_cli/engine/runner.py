@@ -16,6 +16,7 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.kinds import unmasked
+from virnucpro_cli.model.families import reading
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.pooling import Pooler
 
@@ -56,8 +57,9 @@ def compute_with(model: PackedModel, layers: tuple[int, ...], config: EmbedConfi
     if names := unmasked(config.emit):
         from virnucpro_cli.model.scores import Scorer, TokenHead
 
-        last, head = model.spec.layers, TokenHead(model.head_state, model.device)
-        scorer = Scorer(config.pool, dtype, layers, last, head, names)
+        how, last = reading(model.spec, config.kind), model.spec.layers
+        head = TokenHead(model.head_state, model.device, how.width)
+        scorer = Scorer(config.pool, dtype, layers, last, head, names, how)
         return partial(model.embed, wanted=tuple({*layers, last}), pooler=scorer)
     return partial(model.embed, wanted=layers, pooler=Pooler(config.pool, dtype))
 

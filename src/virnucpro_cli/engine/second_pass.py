@@ -33,7 +33,7 @@ def second_pass(placer: Placer, device: torch.device, backend: Backend | None, n
 
     backend: None where the run's device is on another host, so that what it has no memory for is for the CPU here.
     """
-    job = placer.job
+    job, word = placer.job, placer.job.config.words[0]
     spec, state, _ = model_weights.load(job.weights)
 
     def again(records: Int64, model_of: Callable[[], PackedModel]) -> tuple[Int64, Int64]:
@@ -55,20 +55,20 @@ def second_pass(placer: Placer, device: torch.device, backend: Backend | None, n
 
     unfit, broken = _taken(placer)
     if len(unfit) and backend is not None:
-        too_large = f"{counted(len(unfit), 'protein')} too large for {devices.describe_device(device)}"
+        too_large = f"{counted(len(unfit), word)} too large for {devices.describe_device(device)}"
         note(f"{too_large}: once more in parts of {PART:,} rows")
         unfit, overflowed = again(unfit, lambda: build(spec, state, job.dtype, device, backend).in_parts(PART))
         broken = np.union1d(broken, overflowed)
     if len(broken) and job.dtype != WIDE:
         name = attention_backends.describe(job.dtype)
-        note(f"{counted(len(broken), 'protein')} had values that are not finite in {name}: once more in float32")
+        note(f"{counted(len(broken), word)} had values that are not finite in {name}: once more in float32")
         still_unfit, broken = in_fp32(broken, device)
         unfit = np.union1d(unfit, still_unfit)
     room = devices.free_memory(CPU) - 4 * parameters(spec)
     row_bytes = 24 * 4 * spec.hidden  # in fp32 a row takes some 20 times its width at most
     fits = row_bytes * placer.embedded[unfit].astype(np.int64) < room
     if fits.any() and (device, job.dtype) != (CPU, WIDE):
-        note(f"{counted(int(fits.sum()), 'protein')} once more in float32 on the CPU, which takes its time")
+        note(f"{counted(int(fits.sum()), word)} once more in float32 on the CPU, which takes its time")
         still_unfit, overflowed = in_fp32(unfit[fits], CPU)
         unfit, broken = np.union1d(unfit[~fits], still_unfit), np.union1d(broken, overflowed)
     for records, reason, why in (
@@ -76,7 +76,7 @@ def second_pass(placer: Placer, device: torch.device, backend: Backend | None, n
         (broken, store.NOT_FINITE, "not finite in float32 or in what is stored"),
     ):
         if len(records):
-            note(f"{counted(len(records), 'protein')} skipped: {why}")
+            note(f"{counted(len(records), word)} skipped: {why}")
             placer.give_up(records, reason)
 
 

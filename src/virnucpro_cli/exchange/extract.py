@@ -19,12 +19,14 @@ from typing import Any
 from rich.console import Console
 
 from virnucpro_cli import embed, report, store
+from virnucpro_cli.alphabet import ESM
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import Stopped, UserError, counted, unread
 from virnucpro_cli.exchange.layouts import fair_esm, pt
 from virnucpro_cli.exchange.layouts.layout import Keys, Selection
 from virnucpro_cli.fasta import RecordTable, decompressed, index, open_sources
-from virnucpro_cli.model import locate
+from virnucpro_cli.model import locate, weights
+from virnucpro_cli.model.families import reading
 from virnucpro_cli.store.disk import alone
 
 INCLUDED = {"per_tok": "residue", "mean": "mean", "bos": "bos"}
@@ -61,6 +63,7 @@ def extract_files(
         own = folder / f".virnucpro-{same}-{this}"
         with _locked(own, fasta):
             paths = _paths(labels, folder, [fasta, *locate.files_read(model)], out)
+            _check_family(model, out)
             _discard_others(own)
             hidden = own.with_suffix(".h5")
             embed.run(EmbedConfig(
@@ -76,6 +79,16 @@ def extract_files(
     if written.skipped:
         out.print(f"{counted(written.skipped, 'protein')} without a file: empty, or not finite", style="yellow")
     return written
+
+
+def _check_family(model: str, out: Console) -> None:
+    """Raise UserError for a model that does not read as fair-esm does."""
+    spec = weights.spec_of(locate.fetch(model, lambda text: out.print(text)))
+    if reading(spec) != ESM:
+        raise UserError(
+            f"{spec.name} has another alphabet than fair-esm, whose files extract writes.",
+            "Use virnucpro embed, then virnucpro export to the layout fair-esm.",
+        )
 
 
 def _write(hidden: Path, include: Sequence[str], labels: list[str], paths: list[str], out: Console) -> Written:

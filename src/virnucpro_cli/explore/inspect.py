@@ -11,8 +11,8 @@ from rich.table import Table
 from virnucpro_cli import report, store
 from virnucpro_cli.errors import counted, printable, shortened
 from virnucpro_cli.features import qc, stored_in
-from virnucpro_cli.kinds import POOLED, unmasked
-from virnucpro_cli.model.families import FAMILIES
+from virnucpro_cli.kinds import POOLED, PROTEIN, WORDS, unmasked
+from virnucpro_cli.model.families import FAMILIES, reading_of
 from virnucpro_cli.model.spec import ModelSpec
 
 EXAMPLES = 3
@@ -37,18 +37,19 @@ def inspect_file(path: str, qc_path: str | None = None) -> None:
         elif file.complete:
             out.print(f"For your Methods:\n{methods(file)}")
         else:
-            pending = f"{int((file.status == store.PENDING).sum()):,} of {counted(len(file), 'protein')} pending"
+            word, _ = words_of(settings)
+            pending = f"{int((file.status == store.PENDING).sum()):,} of {counted(len(file), word)} pending"
             out.print(f"Not complete: {pending}. The command of its run, again, goes on.")
         if qc_path:
             qc.write(qc_path, file)
 
 
 def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
-    table = report.facts_table(path)
+    table, (word, _) = report.facts_table(path), words_of(settings)
     done = int((file.status != store.PENDING).sum())
-    table.add_row("complete", "yes" if file.complete else f"no: {done / max(len(file), 1):.1%} of the proteins")
+    table.add_row("complete", "yes" if file.complete else f"no: {done / max(len(file), 1):.1%} of the {word}s")
     table.add_row("size", report.size(Path(path).stat().st_size))
-    table.add_row("proteins", f"{len(file):,}")
+    table.add_row(f"{word}s", f"{len(file):,}")
     stored = [(kind, layer) for kind in settings["pool"] for layer in settings["layers"]]
     for kind, name in [*stored, *(("unmasked", name) for name in unmasked(settings.get("emit", ())))]:
         data, is_default = file.dataset(kind, name), file.default == f"{kind}/{name}"
@@ -70,7 +71,10 @@ def _origins(file: store.EmbeddingFile, settings: dict[str, Any]) -> Iterator[tu
     if len(file.environments) > 1:
         counts = np.bincount(file.computed_by[file.status == store.DONE], minlength=len(file.environments))
         for environment, count in zip(file.environments, counts.tolist(), strict=False):
-            yield f"{counted(count, 'protein')} computed by", ", ".join(f"{k} {v}" for k, v in environment.items())
+            made_by = ", ".join(f"{name} {value}" for name, value in environment.items())
+            yield f"{counted(count, words_of(settings)[0])} computed by", made_by
+    if "kind" in settings:
+        yield "kind", settings["kind"]
     for name, entries in (("input", file.inputs), ("contigs", json.loads(file.attributes.get("contigs", "[]")))):
         for entry in entries:
             yield name, f"{entry['path']} ({report.size(entry['bytes'])}, SHA-256 {entry['sha256'][:16]}...)"
@@ -88,7 +92,7 @@ def _origins(file: store.EmbeddingFile, settings: dict[str, Any]) -> Iterator[tu
 
 
 def _statuses(file: store.EmbeddingFile) -> Table:
-    table = report.facts_table("Proteins")
+    table = report.facts_table(f"{words_of(file.settings)[0]}s".capitalize())
 
     def row(title: str, chosen: Any) -> None:
         rows = np.flatnonzero(chosen)
@@ -117,7 +121,7 @@ def _numbers(file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
     sampled = f" (of {len(norms):,})" if len(norms) < len(file) else ""
     for title, values in (
         ("length", file.lengths),
-        ("residues embedded", qc.embedded_of(file, settings)[file.status != store.SKIPPED]),
+        (f"{words_of(settings)[1]}s embedded", qc.embedded_of(file, settings)[file.status != store.SKIPPED]),
         (f"norm of {file.default}{sampled}", norms[np.isfinite(norms)]),
     ):
         if len(values):
@@ -131,34 +135,37 @@ def _numbers(file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
 def methods(file: store.EmbeddingFile) -> str:
     """A paragraph that says how the embeddings were made, for a Methods section."""
     settings, done, skipped = file.settings, file.status == store.DONE, file.status == store.SKIPPED
-    longest = counted(settings["max_residues"], "residue")
-    overlap = counted(settings.get("overlap", 0), "residue")
+    (word, letter), unknown = words_of(settings), reading_of(file.attributes).unknown
+    longest, overlap = (counted(n, letter) for n in (settings["max_residues"], settings.get("overlap", 0)))
     reasons = np.bincount(file.reason[skipped], minlength=len(store.REASONS)).tolist()
     why = "; ".join(f"{reason}: {n}" for reason, n in zip(store.REASONS, reasons, strict=False) if n)
     exceptions = (
         ((file.flags & store.TRUNCATED > 0) & done, f"{{}} {{}} truncated to the first {longest}."),
         ((file.flags & store.WINDOWED > 0) & done,
          f"{{}} of more than {longest} {{}} embedded in windows that overlap by at least {overlap}, and blended."),
-        ((file.replaced > 0) & done, "In {}, residues outside the alphabet were embedded as X."),
+        ((file.replaced > 0) & done, f"In {{}}, {letter}s outside the alphabet were embedded as {unknown}."),
         ((file.flags & store.RECOMPUTED > 0) & done,
          "{} {} computed in float32, after an overflow or for want of memory."),
         (skipped, f"{{}} {{}} not embedded ({why})."),
     )  # fmt: skip
     counts = [(int(np.count_nonzero(chosen)), sentence) for chosen, sentence in exceptions]
-    said = [sentence.format(counted(n, "protein"), "was" if n == 1 else "were") for n, sentence in counts if n]
+    said = [sentence.format(counted(n, word), "was" if n == 1 else "were") for n, sentence in counts if n]
     return " ".join([_computed(file, settings), *_genes(file, settings.get("gene_caller")), *said])
 
 
 def _computed(file: store.EmbeddingFile, settings: dict[str, Any]) -> str:
     attributes, done = file.attributes, file.status == store.DONE
-    kinds = _listed([{**POOLED, "residue": "per-residue rows"}[kind] for kind in settings["pool"]])
+    word, letter = words_of(settings)
+    named = [{**POOLED, "residue": "per-residue rows"}[kind] for kind in settings["pool"]]
+    kinds = _listed(named).replace("residue", letter)
     device = str(attributes["device"]).removesuffix(" (auto)")
     device = f"a CPU ({device.removeprefix('CPU, ')})" if device.startswith("CPU, ") else device
     rest = "" if done.all() else f" {int(done.sum()):,} of"
-    residues = counted(int(file.lengths.sum(dtype=np.int64)), "residue")
+    of_kind = "" if word == PROTEIN else f", read as {settings['kind']}s"
+    residues = counted(int(file.lengths.sum(dtype=np.int64)), letter) + of_kind
     torch = json.loads(attributes["environment"]).get("torch", "of an unknown version")
     return (
-        f"Embeddings ({kinds}; {_layers(settings['layers'])}) of{rest} {counted(len(file), 'protein')} ({residues}) "
+        f"Embeddings ({kinds}; {_layers(settings['layers'])}) of{rest} {counted(len(file), word)} ({residues}) "
         f"were computed with {_model(file)} by virnucpro {attributes['tool_version']} on {device} in "
         f"{settings['dtype']}{' (approximate)' if attributes.get('approximate', False) else ''}"
         f"{' and a residual stream in float32' if settings.get('residual') == 'fp32' else ''} with PyTorch {torch}, "
@@ -180,6 +187,11 @@ def _genes(file: store.EmbeddingFile, caller: dict[str, Any] | None) -> Iterator
         yield f"The proteins are the {frames}, of {contigs}."
     else:
         yield f"The proteins are the frames without a stop codon of chunks of {caller['chunk']} bases, of {contigs}."
+
+
+def words_of(settings: dict[str, Any]) -> tuple[str, str]:
+    """The words for a record and a letter of a file with these settings."""
+    return WORDS[settings.get("kind", PROTEIN)]
 
 
 def _listed(words: list[str]) -> str:

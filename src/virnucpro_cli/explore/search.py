@@ -32,7 +32,7 @@ PAIRS = 4096
 """Pairs that are computed in fp64 at a time."""
 FEW = 10
 """Proteins up to which their mean says little."""
-SAME = ("max_residues", "long", "overlap", "invalid", "gaps")
+SAME = ("max_residues", "long", "overlap", "invalid", "gaps", "kind")
 """Settings that another file should share, for its rows to be compared with these."""
 
 

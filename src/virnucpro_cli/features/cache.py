@@ -119,7 +119,7 @@ class Cache(Feature):
         segments = run.decisions.segments
         tokens = int((segments.length[cached[segments.record]].astype(np.int64) + SPECIAL_TOKENS).sum())
         run.summary.counts |= {"from the cache": int(cached.sum()), "tokens saved by the cache": tokens}
-        proteins = f"{int(cached.sum()):,} of {counted(len(cached), 'protein')}"
+        proteins = f"{int(cached.sum()):,} of {counted(len(cached), self.config.words[0])}"
         run.tell(f"{proteins} ({counted(tokens, 'token')}) from the cache {self.root}")
 
     def _take(self) -> None:
@@ -161,7 +161,7 @@ class Cache(Feature):
             return
         size, most = len(rows) * (24 + sum(self.datasets.values())) + 4096, bytes_of(self.config.cache_size)
         if size > most:
-            not_put = f"{counted(len(rows), 'protein')} not put into the cache {self.root}"
+            not_put = f"{counted(len(rows), self.config.words[0])} not put into the cache {self.root}"
             run.tell(f"{not_put}: {report.size(size)} are more than --cache-size")
             return
         try:

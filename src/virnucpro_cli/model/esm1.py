@@ -33,7 +33,8 @@ class Esm1:
     SETTINGS, LEFT_OUT, ARCHITECTURES, PEERS = esm2.SETTINGS, esm2.LEFT_OUT, esm2.ARCHITECTURES, False
     HUB_FILES = esm2.HUB_FILES
     told_sizes = staticmethod(esm2.told_sizes)
-    READING, HEAD_NAMES, FP8, JOINT = esm2.READING, esm2.HEAD_NAMES, esm2.FP8, esm2.JOINT
+    READING, NUCLEOTIDES, HEAD_NAMES, FP8 = esm2.READING, esm2.NUCLEOTIDES, esm2.HEAD_NAMES, esm2.FP8
+    JOINT = esm2.JOINT
     NAMES = (
         *esm2.NAMES,
         (re.compile(esm2.PREFIX + r"embed_positions\.weight"), POSITIONS),

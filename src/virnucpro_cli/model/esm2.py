@@ -108,6 +108,7 @@ CONFIG: dict[str, tuple[Any, Any]] = {
 }
 ARCHITECTURES: tuple[str, ...] = ()
 READING = alphabet.ESM
+NUCLEOTIDES: alphabet.Reading | None = None
 LONGEST: int | None = None
 FP8 = PEERS = True
 

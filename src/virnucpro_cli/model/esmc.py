@@ -103,6 +103,7 @@ CONFIG: dict[str, tuple[Any, Any]] = {
 }
 ARCHITECTURES: tuple[str, ...] = ()
 READING = alphabet.ESM._replace(letters=f"{alphabet.ESM.letters}|", scales_masks=False)
+NUCLEOTIDES: alphabet.Reading | None = None
 LONGEST: int | None = None
 FP8 = PEERS = False
 _OWN = re.compile(r"(.*\.)?(layernorm_qkv\..*|[qk]_ln\.weight|self_attn\.[qk]_norm\.weight)")

@@ -8,6 +8,7 @@ import torch
 
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.kinds import PROTEIN
 from virnucpro_cli.model import dplm, esm1, esm2, esmc
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import DEMO
@@ -16,7 +17,7 @@ from virnucpro_cli.model.spec import LM_HEAD, Family, ModelSpec, State
 
 __all__ = [
     "DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "check_dtype", "family_of",
-    "flops", "parameters", "products", "reading_of", "short_name",
+    "flops", "parameters", "products", "reading", "reading_of", "short_name",
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {"esm2": esm2, "dplm": dplm, "esm1b": esm1.ESM1B, "esm1v": esm1.ESM1V, "esmc": esmc}
@@ -44,9 +45,22 @@ def family_of(spec: ModelSpec) -> Family:
     return FAMILIES[spec.family]
 
 
+def reading(spec: ModelSpec, kind: str = PROTEIN) -> Reading:
+    """How a family reads input of a kind. Raises UserError if it has no nucleotides."""
+    found = family_of(spec).READING if kind == PROTEIN else family_of(spec).NUCLEOTIDES
+    if found is None:
+        able = [each.TITLE for each in FAMILIES.values() if each.NUCLEOTIDES]
+        raise UserError(
+            f"{spec.name} reads proteins only, not --kind {kind}.", f"Leave it out, or use {' or '.join(able)}."
+        )
+    return found
+
+
 def reading_of(attributes: Mapping[str, Any]) -> Reading:
-    """How the family of a file with these attributes reads a sequence; a file without a known one is ESM-2's."""
-    return FAMILIES.get(str(attributes.get("family")), esm2).READING
+    """How the family of a file with these attributes reads its input; a file without a known one is ESM-2's."""
+    family = FAMILIES.get(str(attributes.get("family")), esm2)
+    nucleotides = family.NUCLEOTIDES if attributes.get("kind", PROTEIN) != PROTEIN else None
+    return nucleotides or family.READING
 
 
 def check_dtype(spec: ModelSpec, dtype: torch.dtype) -> None:

@@ -81,7 +81,8 @@ class Family(Protocol):
     NAMES, HEAD_NAMES: patterns of tensors of the encoder and of heads in checkpoints, and their names here.
     LEFT_OUT: tensors that are known and not used.
     JOINT: words of matrices that stand in one tensor in some layouts, one below the other, by the word of that tensor.
-    READING: how it reads a sequence. LONGEST: as in a spec. FP8: whether its products may be in 8 bit.
+    READING, NUCLEOTIDES: how it reads proteins, and nucleotides if it does. LONGEST: as in a spec.
+    FP8: whether its products may be in 8 bit.
     PEERS: whether the peers of the benchmark have this network.
     """
 
@@ -99,6 +100,7 @@ class Family(Protocol):
     LEFT_OUT: re.Pattern[str]
     JOINT: dict[str, tuple[str, ...]]
     READING: Reading
+    NUCLEOTIDES: Reading | None
     LONGEST: int | None
     FP8: bool
     PEERS: bool

@@ -37,13 +37,13 @@ def decide(table: RecordTable, config: EmbedConfig) -> Decisions:
 
     Raises UserError if there are long proteins and `long` is "error", or if nothing is left of a whole input.
     """
-    n = len(table)
+    n, (word, letter) = len(table), config.words
     lengths = table.length.astype(np.int64)
     is_long = lengths > config.max_residues
     if config.long == "error" and is_long.any():
         example = int(np.flatnonzero(is_long)[0])
         raise UserError(
-            f"{counted(int(is_long.sum()), 'protein')} longer than {counted(config.max_residues, 'residue')}; "
+            f"{counted(int(is_long.sum()), word)} longer than {counted(config.max_residues, letter)}; "
             f"the first is {table.names(example, example + 1)[0]!r} with {lengths[example]:,}.",
             "Choose --long truncate, full, window or skip, or a larger --max-residues.",
         )

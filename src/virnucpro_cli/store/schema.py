@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.config.options import fields_of
-from virnucpro_cli.kinds import EMITS, KINDS, POOLED
+from virnucpro_cli.kinds import EMITS, KINDS, NUCLEOTIDE, POOLED
 
 SCHEMA = 1
 PENDING, DONE, SKIPPED = 0, 1, 2
@@ -165,11 +165,11 @@ FINGERPRINT: dict[str, Form] = {
     "long": _choices("long") - {"auto"}, "invalid": _choices("invalid"), "id": _choices("id"), "dedup": bool,
     "attention": str, "device": str, "overlap?": Whole(0, 1 << 31), "gaps?": _choices("gaps"),
     "emit?": Distinct(set(EMITS)), "shard?": str, "groups?": str, "imported?": str, "unknown?": [str],
-    "gene_caller?": {"name": _choices("genes"), "version": str},
+    "kind?": {NUCLEOTIDE}, "gene_caller?": {"name": _choices("genes"), "version": str},
 }  # fmt: skip
 PLAIN: Form = (
     dict.fromkeys(WORDS, str)
-    | {"base_sha256?": str, "family?": str}
+    | {"base_sha256?": str, "family?": str, "kind?": str}
     | dict.fromkeys(("approximate?", "model_layers?"), int | np.integer | np.bool_)
 )
 """Attributes that are text, and numbers or yes and no."""

@@ -5,17 +5,22 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from virnucpro_cli.errors import UserError, install_command
+from virnucpro_cli.kinds import NUCLEOTIDE, PROTEIN
 
 if TYPE_CHECKING:
     from virnucpro_cli.model.spec import ModelSpec
     from virnucpro_cli.validation.oracle import Oracle
 
 ORACLES = {"esm2": "fair_esm", "dplm": "transformers_esm", "esm1b": "fair_esm_1", "esm1v": "fair_esm_1", "esmc": "esmc"}
-"""The file beside this one that holds the oracle of a family, its class `Reference`."""
+"""The file beside this one that holds the oracle of a family, its class by the kind of input."""
+CLASSES = {PROTEIN: "Reference", NUCLEOTIDE: "OfNucleotides"}
 
 
-def oracle_of(spec: "ModelSpec") -> type["Oracle"]:
-    """The oracle of a model's family. Raises UserError if its package is not installed, too old, or has a fault."""
+def oracle_of(spec: "ModelSpec", kind: str = PROTEIN) -> type["Oracle"]:
+    """The oracle of a model's family for a kind of input.
+
+    Raises UserError if its package is not installed, too old, or has a fault.
+    """
     try:
         module = import_module(f"virnucpro_cli.validation.{ORACLES[spec.family]}")
     except ImportError as error:
@@ -24,7 +29,7 @@ def oracle_of(spec: "ModelSpec") -> type["Oracle"]:
             f"Nothing to compare {spec.name} with: {error.name} {lacking}.",
             f"Install it: {install_command('test')}",
         ) from None
-    reference: type[Oracle] = module.Reference
+    reference: type[Oracle] = getattr(module, CLASSES[kind])
     release = version(reference.package)
     if fault := reference.fault_of(release):
         raise UserError(

@@ -17,7 +17,7 @@ from virnucpro_cli.config import ValidateConfig
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.fasta.plain import refuse_unreadable
-from virnucpro_cli.kinds import pooled
+from virnucpro_cli.kinds import PROTEIN, pooled
 from virnucpro_cli.model import adapters, locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import reading_of
@@ -53,7 +53,7 @@ def audit_file(config: ValidateConfig, out: Console, clock: report.Clock) -> Ver
         weights = weights_of(file, path, config.model, config.adapter, out)
         device = devices.resolve_device(config.reference_device, "--reference-device")
         spec, state, notes = model_weights.load(weights)
-        family = oracle_of(spec)
+        family = oracle_of(spec, file.settings.get("kind", PROTEIN))
         verdict = Verdict("validate --against", notes=list(notes))
         verdict.environment = {
             "file": path,

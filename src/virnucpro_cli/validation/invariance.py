@@ -17,7 +17,7 @@ from virnucpro_cli.engine import devices, runner
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.kinds import KINDS
-from virnucpro_cli.model.families import family_of
+from virnucpro_cli.model.families import reading
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET, SPECIAL_TOKENS, arranged, buckets, whole_segments
@@ -66,8 +66,8 @@ def packing(
     }
     run = partial(in_packs, model, layers, sample.lengths)
     split = {key: sample.by_protein(rows, key[0]) for key, rows in base.items()}
-    reading = family_of(model.spec).READING
-    table = indexed(path, reading)
+    how = reading(model.spec, config.kind)
+    table = indexed(path, how)
     for name, packs in arrangements.items():
         rows = run(table, [pack for pack in packs if pack])
         compared = [(record, mine) for record, mine in rows if record not in again]
@@ -78,8 +78,9 @@ def packing(
     pack = strangers(max(largest, int(np.sort(sizes)[-2:].sum())))
     changed = pack[len(pack) // 2]
     texts, length = list(sample.texts), int(sample.lengths[changed])
-    texts[changed] = (b"L" if texts[changed].strip() == b"W" * length else b"W") * length
-    altered = indexed(write_texts(path.with_name("changed.fasta"), texts), reading)
+    usual, rare = (how.letters[i].encode() for i in (0, how.standard - 2))  # L and W
+    texts[changed] = (usual if texts[changed].strip() == rare * length else rare) * length
+    altered = indexed(write_texts(path.with_name("changed.fasta"), texts), how)
     pairs = zip(run(table, [pack]), run(altered, [pack]), strict=True)
     differences = [_difference(after, before) for (record, before), (_, after) in pairs if record != changed]
     yield _bitwise("one neighbour's residues changed", differences, model)

@@ -22,11 +22,11 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.exchange import importing, layouts
 from virnucpro_cli.fasta.plain import refuse_unreadable, write_texts
-from virnucpro_cli.kinds import KINDS
+from virnucpro_cli.kinds import KINDS, PROTEIN
 from virnucpro_cli.model import adapters, locate
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import build
+from virnucpro_cli.model.families import build, reading
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.store import RECOMPUTED, fingerprint_of, read_embeddings
@@ -98,7 +98,7 @@ class _Subject:
 
     def judge(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Oracle:
         spec, state, _ = self.loaded
-        return oracle_of(spec)(spec, state, device, dtype)
+        return oracle_of(spec, self.config.kind)(spec, state, device, dtype)
 
     def oracle_rows(self, device: torch.device, dtype: torch.dtype, together: int = 1) -> Rows:
         """The oracle's rows of every kind and layer, float32 [n, D], for residue [sum of lengths, D]."""
@@ -132,8 +132,8 @@ class _Subject:
         settings = EmbedConfig(
             inputs=(str(path),), output=str(output), model=config.model or DEFAULT_MODEL, layers=self.layers,
             pool=KINDS, dtype=dtype, store_dtype="fp32", device=config.device, attention=attention,
-            token_budget=config.token_budget, max_residues=config.max_residues, long="truncate", force_protein=True,
-            quiet=True, adapter=config.adapter, residual=config.residual,
+            token_budget=config.token_budget, max_residues=config.max_residues, long="truncate", quiet=True,
+            force_protein=config.kind == PROTEIN, kind=config.kind, adapter=config.adapter, residual=config.residual,
         )  # fmt: skip
         try:
             with self.clock.stage(f"embed, {dtype}"):
@@ -163,8 +163,10 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         loaded = model_weights.load(weights)
     spec, state, notes = loaded
     layers = embed.resolved_layers(config.layers or (0, spec.layers // 2, spec.layers), spec)
+    reading(spec, config.kind)
+    family = oracle_of(spec, config.kind)
     with clock.stage("sample"):
-        sample, left_out = choose(config.fasta or shipped(), config, oracle_of(spec))
+        sample, left_out = choose(config.fasta or shipped(), config, family)
     verdict = Verdict("validate", notes=[*notes, *backend.notes, *left_out])
     residues = counted(int(sample.lengths.sum()), "residue")
     verdict.environment = {
@@ -173,7 +175,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         "device": devices.describe_device(device),
         "dtype": devices.describe_dtype(dtype),
         "attention": backend.name,
-        **oracle_of(spec).environment(weights, reference_device),
+        **family.environment(weights, reference_device),
         "sample": f"{counted(len(sample), 'protein')}, {residues}, seed {config.seed}",
         "inputs": list(config.fasta) or "the proteins that ship with virnucpro",
         "layers": list(layers),
