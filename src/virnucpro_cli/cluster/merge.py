@@ -79,6 +79,7 @@ def merge_shards(
             with clock.stage("features"):
                 for feature in stored_in(parts[0].file):
                     feature.merge(file, _shards(parts))
+            word, _ = parts[0].file.words
             summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
             summary.seconds = dict(clock.seconds)
             summary.tables["Computed by"] = report.where_computed(
@@ -86,7 +87,7 @@ def merge_shards(
             )
             summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), overwrite)
     out.print(
-        f"{target}: {counted(summary.counts['proteins'], 'protein')} of {counted(len(parts), 'shard')}, "
+        f"{target}: {counted(summary.counts['proteins'], word)} of {counted(len(parts), 'shard')}, "
         f"{report.size(target.stat().st_size)}"
     )
     if report_path:

@@ -35,7 +35,7 @@ def export_file(
         if not file.complete or (file.status == store.PENDING).any():
             raise UserError(f"{path} is not complete.", "Let its run finish: the same command of embed goes on.")
         rows: Any = _GroupRows(file, kinds[0]) if kinds[0].startswith(OF_GROUPS) else file
-        unit = "protein" if rows is file else "group"
+        unit = file.words[0] if rows is file else "group"
         named = inputs or tuple(entry["path"] for entry in file.inputs)
         targets.check(target, layout, [path, *named], overwrite)
         with report.Tracker(out, len(rows), "rows") as tracker:
@@ -85,11 +85,11 @@ class _GroupRows:
 
 def _notes(layout: Format, selection: Selection, skipped: int, unit: str) -> Iterator[str]:
     if skipped:
-        why = "that embed had skipped" if unit == "protein" else "without a member"
+        why = "that embed had skipped" if unit != "group" else "without a member"
         kept = "there, with NaN in place of an embedding" if layout.holds_skipped else "left out"
         yield f"{counted(skipped, unit)} {why} {kept}"
     if selection.shared:
-        shared = counted(selection.shared, "protein")
+        shared = counted(selection.shared, unit)
         yield f"{shared} in the dataset of an earlier one of the same sequence, under its name"
     if isinstance(selection.keys, Keys) and selection.keys.changed:
         yield selection.keys.described

@@ -40,7 +40,7 @@ class Pooled:
         n, pending = len(self.file), int((self.file.status == store.PENDING).sum())
         skipped = n - len(self) - pending
         parts = [f"{count:,} {word}" for count, word in ((skipped, "skipped"), (pending, "not computed yet")) if count]
-        return f"{', '.join(parts)} of {counted(n, 'protein')}" if parts else ""
+        return f"{', '.join(parts)} of {counted(n, self.file.words[0])}" if parts else ""
 
 
 def of(file: store.EmbeddingFile, kind: str | None = None, layer: int | None = None) -> Pooled:

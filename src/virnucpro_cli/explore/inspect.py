@@ -11,7 +11,7 @@ from rich.table import Table
 from virnucpro_cli import report, store
 from virnucpro_cli.errors import counted, printable, shortened
 from virnucpro_cli.features import qc, stored_in
-from virnucpro_cli.kinds import POOLED, PROTEIN, WORDS, unmasked
+from virnucpro_cli.kinds import POOLED, PROTEIN, unmasked
 from virnucpro_cli.model.families import FAMILIES, reading_of
 from virnucpro_cli.model.spec import ModelSpec
 
@@ -37,7 +37,7 @@ def inspect_file(path: str, qc_path: str | None = None) -> None:
         elif file.complete:
             out.print(f"For your Methods:\n{methods(file)}")
         else:
-            word, _ = words_of(settings)
+            word, _ = file.words
             pending = f"{int((file.status == store.PENDING).sum()):,} of {counted(len(file), word)} pending"
             out.print(f"Not complete: {pending}. The command of its run, again, goes on.")
         if qc_path:
@@ -45,7 +45,7 @@ def inspect_file(path: str, qc_path: str | None = None) -> None:
 
 
 def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
-    table, (word, _) = report.facts_table(path), words_of(settings)
+    table, (word, _) = report.facts_table(path), file.words
     done = int((file.status != store.PENDING).sum())
     table.add_row("complete", "yes" if file.complete else f"no: {done / max(len(file), 1):.1%} of the {word}s")
     table.add_row("size", report.size(Path(path).stat().st_size))
@@ -72,7 +72,7 @@ def _origins(file: store.EmbeddingFile, settings: dict[str, Any]) -> Iterator[tu
         counts = np.bincount(file.computed_by[file.status == store.DONE], minlength=len(file.environments))
         for environment, count in zip(file.environments, counts.tolist(), strict=False):
             made_by = ", ".join(f"{name} {value}" for name, value in environment.items())
-            yield f"{counted(count, words_of(settings)[0])} computed by", made_by
+            yield f"{counted(count, file.words[0])} computed by", made_by
     if "kind" in settings:
         yield "kind", settings["kind"]
     for name, entries in (("input", file.inputs), ("contigs", json.loads(file.attributes.get("contigs", "[]")))):
@@ -92,7 +92,7 @@ def _origins(file: store.EmbeddingFile, settings: dict[str, Any]) -> Iterator[tu
 
 
 def _statuses(file: store.EmbeddingFile) -> Table:
-    table = report.facts_table(f"{words_of(file.settings)[0]}s".capitalize())
+    table = report.facts_table(f"{file.words[0]}s".capitalize())
 
     def row(title: str, chosen: Any) -> None:
         rows = np.flatnonzero(chosen)
@@ -121,7 +121,7 @@ def _numbers(file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
     sampled = f" (of {len(norms):,})" if len(norms) < len(file) else ""
     for title, values in (
         ("length", file.lengths),
-        (f"{words_of(settings)[1]}s embedded", qc.embedded_of(file, settings)[file.status != store.SKIPPED]),
+        (f"{file.words[1]}s embedded", qc.embedded_of(file, settings)[file.status != store.SKIPPED]),
         (f"norm of {file.default}{sampled}", norms[np.isfinite(norms)]),
     ):
         if len(values):
@@ -135,7 +135,7 @@ def _numbers(file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
 def methods(file: store.EmbeddingFile) -> str:
     """A paragraph that says how the embeddings were made, for a Methods section."""
     settings, done, skipped = file.settings, file.status == store.DONE, file.status == store.SKIPPED
-    (word, letter), unknown = words_of(settings), reading_of(file.attributes).unknown
+    (word, letter), unknown = file.words, reading_of(file.attributes).unknown
     longest, overlap = (counted(n, letter) for n in (settings["max_residues"], settings.get("overlap", 0)))
     reasons = np.bincount(file.reason[skipped], minlength=len(store.REASONS)).tolist()
     why = "; ".join(f"{reason}: {n}" for reason, n in zip(store.REASONS, reasons, strict=False) if n)
@@ -155,7 +155,7 @@ def methods(file: store.EmbeddingFile) -> str:
 
 def _computed(file: store.EmbeddingFile, settings: dict[str, Any]) -> str:
     attributes, done = file.attributes, file.status == store.DONE
-    word, letter = words_of(settings)
+    word, letter = file.words
     named = [{**POOLED, "residue": "per-residue rows"}[kind] for kind in settings["pool"]]
     kinds = _listed(named).replace("residue", letter)
     device = str(attributes["device"]).removesuffix(" (auto)")
@@ -187,11 +187,6 @@ def _genes(file: store.EmbeddingFile, caller: dict[str, Any] | None) -> Iterator
         yield f"The proteins are the {frames}, of {contigs}."
     else:
         yield f"The proteins are the frames without a stop codon of chunks of {caller['chunk']} bases, of {contigs}."
-
-
-def words_of(settings: dict[str, Any]) -> tuple[str, str]:
-    """The words for a record and a letter of a file with these settings."""
-    return WORDS[settings.get("kind", PROTEIN)]
 
 
 def _listed(words: list[str]) -> str:

@@ -30,23 +30,24 @@ def write_map(settings: MapConfig) -> drawing.Map:
             chosen = np.random.default_rng(settings.seed).choice(n, settings.sample, replace=False)
             data = dataclasses.replace(data, rows=np.sort(data.rows[chosen]))
             n = len(data)
+        word, _ = file.words
         method, why = projection.chosen(settings.method, n)
         for line in [*caption, *([why] if why else [])]:
             out.print(line, style="yellow")
         by = colour.of(settings.color, file, data.rows)
         if unknown := by.words().count(colour.NO_VALUE):
             caption.append(f"{by.title}: known of {n - unknown:,} of {n:,}")
-        out.print(f"{method} of {counted(n, 'protein')}", style="dim")
+        out.print(f"{method} of {counted(n, word)}", style="dim")
         plane = projection.project(data, method, settings.seed)
         made_of = f"model {file.attributes['model']}, layer {data.layer}, {POOLED[data.kind]}"
         shown = drawing.Map(
             plane, by, data.rows, [tables.cell(name) for name in file.names_at(data.rows)], file.lengths[data.rows],
-            f"{plane.what.split(' ')[0]} of {counted(n, 'protein')} of {Path(path).name}",
+            f"{plane.what.split(' ')[0]} of {counted(n, word)} of {Path(path).name}",
             [plane.what, f"{made_of}; drawn by virnucpro {__version__}", *caption], settings.seed,
         )  # fmt: skip
         with store.new_file(target, settings.overwrite) as opened:
             drawing.save(shown, opened, target)
-    out.print(f"{target}: {counted(n, 'protein')}, {report.size(target.stat().st_size)}")
+    out.print(f"{target}: {counted(n, word)}, {report.size(target.stat().st_size)}")
     return shown
 
 

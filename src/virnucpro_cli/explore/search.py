@@ -55,17 +55,18 @@ def search_file(settings: SearchConfig) -> int:
             raise UserError(f"{database} holds no embedded protein.", "Its proteins were skipped, or not computed yet.")
         if left_out := data.lacking():
             out.print(f"not searched: {left_out}", style="yellow")
+        word, _ = file.words
         if len(data) < FEW and not settings.raw:
-            out.print(f"The mean of {counted(len(data), 'protein')} says little; --raw does without.", style="yellow")
+            out.print(f"The mean of {counted(len(data), word)} says little; --raw does without.", style="yellow")
         queries = _queries(data, settings, stack, out)
         queries = dataclasses.replace(queries, size=min(QUERIES, HITS // k))
         lacking = 0 if queries.file is file else len(queries.file) - len(queries)
         if lacking:
-            out.print(f"{counted(lacking, 'protein')} of the query skipped, without hits", style="yellow")
+            out.print(f"{counted(lacking, word)} of the query skipped, without hits", style="yellow")
         device = devices.resolve_device("auto")
         exact_arithmetic()
         mean = np.zeros(data.array.shape[1]) if settings.raw else data.mean()
-        sizes = f"{counted(len(data), 'protein')} for {counted(len(queries), 'protein')}"
+        sizes = f"{counted(len(data), word)} for {counted(len(queries), word)}"
         out.print(f"searching {sizes} on {device.type}", style="dim")
         to = (
             sys.stdout.buffer

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError, counted
-from virnucpro_cli.kinds import KINDS, POOLED
+from virnucpro_cli.kinds import KINDS, POOLED, PROTEIN, WORDS
 from virnucpro_cli.store import checked, disk
 from virnucpro_cli.store.checked import Dataset, columns_of, damage_named, damaged, datasets_of, opened_hdf5, reading
 from virnucpro_cli.store.schema import DONE, NAME_BLOCK, PENDING, STATUS_NAMES, blocks, chunks, unfit, whole_lines
@@ -87,13 +87,18 @@ class EmbeddingFile:
             raise damaged(self.path, "run/environments is empty")
         return settings
 
+    @property
+    def words(self) -> tuple[str, str]:
+        """The words for a record and for a letter of it: protein and residue, or sequence and base."""
+        return WORDS[self.settings.get("kind", PROTEIN)]
+
     @cached_property
     def inputs(self) -> list[dict[str, Any]]:
         """Files that were embedded: path, bytes and sha256 of each."""
         return list(self._parsed["inputs"])
 
     def __repr__(self) -> str:
-        proteins, state = counted(len(self), "protein"), "" if self.complete else ", not complete"
+        proteins, state = counted(len(self), self.words[0]), "" if self.complete else ", not complete"
         return f"<EmbeddingFile {str(self.path)!r}: {proteins}, {self.default or 'residues alone'}{state}>"
 
     def __contains__(self, name: object) -> bool:
@@ -480,7 +485,7 @@ def _check_there(path: Path, named: str | Path) -> None:
 def unfinished(file: EmbeddingFile) -> str:
     """Words for how far a partial file is."""
     done = int((file.status != PENDING).sum())
-    return f"unfinished: {done:,} of {counted(len(file), 'protein')} in {file.path.name}"
+    return f"unfinished: {done:,} of {counted(len(file), file.words[0])} in {file.path.name}"
 
 
 def _reopened(path: str, identity: str) -> EmbeddingFile:

@@ -76,7 +76,7 @@ def audit_file(config: ValidateConfig, out: Console, clock: report.Clock) -> Ver
         if not len(rows):
             verdict.checks.append(Check(VALUES, "rows that can be compared", False, note="there are none"))
             return verdict
-        compared = f"{len(rows):,} of {counted(len(file), 'protein')}"
+        compared = f"{len(rows):,} of {counted(len(file), file.words[0])}"
         verdict.environment["sample"] = f"{compared}, seed {config.seed}"
         out.print(f"reference: {compared} in fp32 on {device.type}", style="dim")
         with clock.stage("reference"):
@@ -201,7 +201,8 @@ def _sampled(
     fits = (piece <= longest) & (lengths > 0)
     done = (file.status == store.DONE) & (lengths > 0)
     if left_out := int((done & ~fits).sum()):
-        notes.append(f"{counted(left_out, 'protein')} of more than {longest:,} residues not compared: {why}")
+        word, letter = file.words
+        notes.append(f"{counted(left_out, word)} of more than {longest:,} {letter}s not compared: {why}")
     overflowed = np.flatnonzero(fits & (file.status == store.SKIPPED) & (file.reason == store.NOT_FINITE))
     if len(overflowed):
         rows = counted(len(overflowed), "row")

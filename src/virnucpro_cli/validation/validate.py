@@ -22,7 +22,7 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.exchange import importing, layouts
 from virnucpro_cli.fasta.plain import refuse_unreadable, write_texts
-from virnucpro_cli.kinds import KINDS, PROTEIN
+from virnucpro_cli.kinds import KINDS, PROTEIN, WORDS
 from virnucpro_cli.model import adapters, locate
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
@@ -94,7 +94,7 @@ class _Subject:
     """Proteins that were computed again in fp32."""
 
     def say(self, what: str, how: str) -> None:
-        self.out.print(f"{what}: {counted(len(self.sample), 'protein')} in {how}", style="dim")
+        self.out.print(f"{what}: {counted(len(self.sample), WORDS[self.config.kind][0])} in {how}", style="dim")
 
     def judge(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Oracle:
         spec, state, _ = self.loaded
@@ -144,9 +144,8 @@ class _Subject:
         with read_embeddings(output) as file:
             self.again.update(np.flatnonzero(file.flags & RECOMPUTED).tolist())
             if self.again:
-                self.notes.append(
-                    f"{counted(len(self.again), 'protein')} recomputed in fp32, after an overflow in {dtype}"
-                )
+                again = counted(len(self.again), file.words[0])
+                self.notes.append(f"{again} recomputed in fp32, after an overflow in {dtype}")
             rows: Rows = {(kind, layer): file.dataset(kind, layer)[:] for kind in KINDS for layer in self.layers}
         os.unlink(output)
         return rows
@@ -168,7 +167,8 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
     with clock.stage("sample"):
         sample, left_out = choose(config.fasta or shipped(), config, family)
     verdict = Verdict("validate", notes=[*notes, *backend.notes, *left_out])
-    residues = counted(int(sample.lengths.sum()), "residue")
+    word, letter = WORDS[config.kind]
+    residues = counted(int(sample.lengths.sum()), letter)
     verdict.environment = {
         "python": platform.python_version(),
         "model": f"{weights.name} ({spec.size})",
@@ -176,7 +176,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         "dtype": devices.describe_dtype(dtype),
         "attention": backend.name,
         **family.environment(weights, reference_device),
-        "sample": f"{counted(len(sample), 'protein')}, {residues}, seed {config.seed}",
+        "sample": f"{counted(len(sample), word)}, {residues}, seed {config.seed}",
         "inputs": list(config.fasta) or "the proteins that ship with virnucpro",
         "layers": list(layers),
     }
@@ -195,7 +195,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         verdict.notes += [precision.note] if precision.overflows else []
         del precision
         with clock.stage("packing"):
-            out.print("packing: the same proteins alone, in one pack, among strangers", style="dim")
+            out.print(f"packing: the same {word}s alone, in one pack, among strangers", style="dim")
             model = build(spec, state, dtype, device, backend)
             verdict.checks += invariance.packing(model, path, own, sample, layers, config, subject.again)
             verdict.checks += invariance.padded(subject.judge(reference_device), own, truth, sample, layers)
@@ -225,7 +225,8 @@ def choose(paths: Sequence[str], config: ValidateConfig, family: type[Oracle]) -
         raise UserError("There are not two proteins to validate with.", "Give a FASTA file with more proteins.")
     notes = []
     if count := int((embedded > oracle.LONGEST).sum()):
-        longer = f"{counted(count, 'protein')} of more than {oracle.LONGEST:,} residues"
+        word, letter = WORDS[config.kind]
+        longer = f"{counted(count, word)} of more than {oracle.LONGEST:,} {letter}s"
         notes.append(f"{longer} left out: eager attention does not fit")
     chosen = set(fit[oracle.stratified(embedded[fit], table.odd[fit], config.sample, config.seed)].tolist())
     names, texts, tokens = [], [], []
