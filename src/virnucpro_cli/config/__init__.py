@@ -69,7 +69,7 @@ class EmbedConfig(Config):
     output: str = option("", FIRST, "The HDF5 file to write.", "OUT.h5", written=True, short="o")
     model: str = option(
         "esm2_t33_650M_UR50D", FIRST, "8M, 35M, 150M, 650M, 3B, 15B, dplm-150m, dplm-650m, dplm-3b, "
-        "esmc-300m, esmc-600m, esmc-6b, esm1b, esm1v-1 to esm1v-5, their long names, demo, or a path to a "
+        "esmc-300m, esmc-600m, esmc-6b, esm1b, esm1v-1 to esm1v-5, lucavirus, their long names, demo, or a path to a "
         "fair-esm .pt, an esm 3.2 .pth, a .safetensors file or a HuggingFace directory.", "MODEL", path=True,
         said="650M")
     adapter: tuple[str, ...] = option(
@@ -84,7 +84,7 @@ class EmbedConfig(Config):
         choices=("auto", "truncate", "full", "window", "skip", "error"),
         said="truncate; window for ESM-1b and ESM-1v")
     kind: str = option(
-        PROTEIN, INPUT, "What the letters are; nucleotide for models that read nucleotides.",
+        PROTEIN, INPUT, "What the letters are; nucleotide for models that read nucleotides (LucaVirus).",
         choices=tuple(WORDS))
     invalid: str = option(
         "x", INPUT, "Residues outside the alphabet: embed them as X, refuse them, or skip the protein.",

@@ -9,7 +9,7 @@ import torch
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import PROTEIN
-from virnucpro_cli.model import dplm, esm1, esm2, esmc
+from virnucpro_cli.model import dplm, esm1, esm2, esmc, lucavirus
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import DEMO
 from virnucpro_cli.model.packed import PackedModel
@@ -20,7 +20,9 @@ __all__ = [
     "flops", "parameters", "products", "reading", "reading_of", "short_name",
 ]  # fmt: skip
 
-FAMILIES: dict[str, Family] = {"esm2": esm2, "dplm": dplm, "esm1b": esm1.ESM1B, "esm1v": esm1.ESM1V, "esmc": esmc}
+FAMILIES: dict[str, Family] = {
+    "esm2": esm2, "dplm": dplm, "esm1b": esm1.ESM1B, "esm1v": esm1.ESM1V, "esmc": esmc, "lucavirus": lucavirus,
+}  # fmt: skip
 SIZES = {name: spec for family in FAMILIES.values() for name, spec in family.SIZES.items()}
 SHORT_NAMES = {short: name for family in FAMILIES.values() for short, name in family.SHORT_NAMES.items()}
 PUBLISHED_SHA256 = {name: pins for family in FAMILIES.values() for name, pins in family.PUBLISHED_SHA256.items()}

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from virnucpro_cli.model.spec import ModelSpec
     from virnucpro_cli.validation.oracle import Oracle
 
-ORACLES = {"esm2": "fair_esm", "dplm": "transformers_esm", "esm1b": "fair_esm_1", "esm1v": "fair_esm_1", "esmc": "esmc"}
+ORACLES = {
+    "esm2": "fair_esm", "dplm": "transformers_esm", "esm1b": "fair_esm_1", "esm1v": "fair_esm_1", "esmc": "esmc",
+    "lucavirus": "lucavirus",
+}  # fmt: skip
 """The file beside this one that holds the oracle of a family, its class by the kind of input."""
 CLASSES = {PROTEIN: "Reference", NUCLEOTIDE: "OfNucleotides"}
 
