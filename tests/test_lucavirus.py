@@ -672,3 +672,32 @@ def test_an_oracle_that_is_missing_says_how_to_get_it(monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="lucavirus is not installed") as error:
         oracle_of(SMALL, NUCLEOTIDE)
     assert "virnucpro[test]" in error.value.remedy
+
+
+@BOTH
+def test_an_adapter_of_peft_gives_the_rows_of_pefts_own_forward(kind: str, small: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    parts = ["q_proj", "v_proj", "fc1", "embed_tokens"]
+    wrapped = get_peft_model(authors_model().lucavirus, LoraConfig(r=4, lora_alpha=8, target_modules=parts)).eval()
+    with torch.no_grad():
+        for name, tensor in wrapped.named_parameters():
+            if "lora_" in name:
+                tensor.normal_(0, 0.1)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    path = written(tmp_path / "in.fasta", [*sequences_of(kind, 40), *ODD[kind][-1:]])
+    embed_fasta(
+        path, tmp_path / "out.h5", model=str(small), adapter=(str(tmp_path / "adapter"),), kind=kind, device="cpu",
+        pool=("residue",), layers=(0, 4), store_dtype="fp32", force_protein=kind == PROTEIN,
+    )  # fmt: skip
+    with read_embeddings(tmp_path / "out.h5") as file:
+        for row, (_, text) in enumerate(plain_reader.records(str(path))):
+            ids = torch.tensor([REFERENCES[kind].encode(text.decode().strip())])
+            with torch.inference_mode():
+                found = wrapped(
+                    input_ids=ids, token_type_ids=torch.full_like(ids, kind == PROTEIN), output_hidden_states=True
+                )
+            for layer in (0, 4):
+                assert relative_l2(file.residues(row, layer), found.hidden_states[layer][0, 1:-1]) < 2e-5
+    assert validate_model(against=str(tmp_path / "out.h5"), reference_device="cpu").passed

@@ -172,6 +172,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
     verdict.environment = {
         "python": platform.python_version(),
         "model": f"{weights.name} ({spec.size})",
+        **({"kind": config.kind} if config.kind != PROTEIN else {}),
         "device": devices.describe_device(device),
         "dtype": devices.describe_dtype(dtype),
         "attention": backend.name,
