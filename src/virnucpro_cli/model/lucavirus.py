@@ -11,7 +11,7 @@ import torch
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.model import esm2
 from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.spec import LM_HEAD, ModelSpec, Names, Shapes, State
+from virnucpro_cli.model.spec import LM_HEAD, MIT, Licence, ModelSpec, Names, Shapes, State
 
 TITLE = "LucaVirus"
 SHORT_NAMES = {
@@ -64,12 +64,16 @@ CONFIG: dict[str, tuple[Any, Any]] = {
 """The layer_norm_eps in config.json is not among them: the authors' class does not read it, and has 1e-5."""
 ARCHITECTURES: tuple[str, ...] = ()
 LONGEST: int | None = None
-FUSED, PEERS = True, False
+FP8, PEERS, JOINT, HUB_FILES = True, False, esm2.JOINT, esm2.HUB_FILES
 told_sizes = esm2.told_sizes
 
 
 def repository(spec: ModelSpec) -> str:
     return f"LucaGroup/{spec.name}"
+
+
+def licence(spec: ModelSpec) -> Licence:
+    return MIT
 
 
 def url(spec: ModelSpec) -> str | None:
