@@ -50,7 +50,7 @@ def lines_on_a_terminal(arguments: list[str], folder: Path) -> list[str]:
     [
         (["bench", "--seconds", "0.2", "--token-budget", "1024,2048", *SIZED], "padded, sorted by length"),
         (["validate", "--sample", "3", *SIZED], "one neighbour's residues changed"),
-        (["doctor"], "weights esm2_t33_650M_UR50D"),
+        (["doctor"], "weights not here"),
     ],
     ids=["bench", "validate", "doctor"],
 )

@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
                         help="tokens per pack; no value depends on it [default: auto]")  # fmt: skip
     parser.add_argument("--truncation_seq_length", dest="longest", type=_positive, default=1022,
                         metavar="TRUNCATION_SEQ_LENGTH", help="residues seen [default: 1022]")  # fmt: skip
-    parser.add_argument("--adapter", action=_NoAdapter, help=argparse.SUPPRESS)
+    parser.add_argument("--adapter", action=_NoAdapter, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--nogpu", dest="gpu", action="store_false", help="use the CPU even if there is a GPU")
     return parser
 
