@@ -131,7 +131,14 @@ LAYOUTS = ["transformers", "sharded", "encoder", "engine", "esm 3.2", "esm 3.2 i
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(4, 960, 15), (3, 1152, 18), (2, 2560, 40)], ids=["300M", "600M", "6B"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((4, 960, 15), id="300M"),
+        pytest.param((3, 1152, 18), id="600M", marks=pytest.mark.slow),
+        pytest.param((2, 2560, 40), id="6B", marks=pytest.mark.slow),
+    ],
+)
 def test_esmc_is_transformers_own_model(sizes: tuple[int, int, int], tmp_path: Path) -> None:
     """Layers 0, first, middle and last, with mixed lengths in one pack."""
     spec = ModelSpec("wide", *sizes, "esmc")

@@ -474,6 +474,7 @@ def test_extract_writes_the_rows_of_esm1b_cut_as_fair_esm_does(
         assert relative_l2(content["mean_representations"][2], wanted) < 1e-5
 
 
+@pytest.mark.slow
 def test_bench_times_esm1b_without_peers(esm1b: Path) -> None:
     report = bench_model(model=str(esm1b), device="cpu", seconds=1, packed=True, peers=("fair-esm",))
     assert any("no peers are timed" in note for note in report.notes)

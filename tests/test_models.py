@@ -284,6 +284,7 @@ def test_where_nothing_can_run_the_table_is_shown_all_the_same(
 # --- speeds --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_keeps_the_speed_of_a_published_model_and_the_table_shows_it(
     hub: Hub, says: Callable[..., str], make_fasta: Callable[..., Path], home: Path
 ) -> None:

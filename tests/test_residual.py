@@ -89,7 +89,7 @@ def large(tiny_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "large"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_fp16_cannot_hold_needs_no_second_pass(
     large: Path, workers: int, tmp_path: Path, make_fasta: Callable[..., Path]
 ) -> None:

@@ -189,6 +189,7 @@ def _wide(models: list[Known], here: Here | None) -> Table:
 
 def _narrow(models: list[Known], here: Here | None) -> Iterable[Table]:
     table = report.facts_table("Models")
+    table.columns[0].no_wrap = True
     for model in models:
         spec, speed = model.spec, model.speed_in(here)
         rate = [f"{speed:,.0f} tokens/s"] if speed else []
