@@ -437,16 +437,6 @@ def test_the_second_pass_in_fp32_merges_the_adapters_too(tmp_path: Path) -> None
     assert relative_l2(half, rows_of(tmp_path, (), dtype="fp32")) > 1e-2
 
 
-@pytest.mark.slow
-def test_the_actors_of_ray_merge_the_adapters_too(tmp_path: Path, make_fasta: Callable[..., Path]) -> None:
-    adapter, fasta = made(tmp_path), make_fasta([300] * 12)
-    common = {"model": str(tmp_path / "base"), "adapter": str(adapter), "token_budget": 1024, "device": "cpu"}
-    embed_fasta(fasta, tmp_path / "here.h5", **common)
-    embed_fasta(fasta, tmp_path / "ray.h5", **common, engine="ray", workers=2)
-    with read_embeddings(tmp_path / "here.h5") as here, read_embeddings(tmp_path / "ray.h5") as there:
-        assert (here.dataset("mean", 3)[:] == there.dataset("mean", 3)[:]).all()
-
-
 def test_validate_and_an_audit_merge_the_adapters(tmp_path: Path, make_fasta: Callable[..., Path]) -> None:
     from virnucpro_cli.validation.validate import validate_model
 

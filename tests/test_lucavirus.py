@@ -705,18 +705,3 @@ def test_an_adapter_of_peft_gives_the_rows_of_pefts_own_forward(kind: str, small
             for layer in (0, 4):
                 assert relative_l2(file.residues(row, layer), found.hidden_states[layer][0, 1:-1]) < 2e-5
     assert validate_model(against=str(tmp_path / "out.h5"), reference_device="cpu").passed
-
-
-@pytest.mark.slow
-def test_a_ray_cluster_gives_the_bits_of_one_process(small: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    path = written(tmp_path / "in.fasta", [*ODD[NUCLEOTIDE], *sequences_of(NUCLEOTIDE, 60, 90)])
-    options: dict[str, Any] = {
-        "model": str(small), "kind": NUCLEOTIDE, "device": "cpu", "pool": ("mean", "residue"),
-        "emit": ("logits", "pseudo-perplexity"),
-    }  # fmt: skip
-    embed_fasta(path, tmp_path / "one.h5", workers=1, **options)
-    embed_fasta(path, tmp_path / "ray.h5", engine="ray", workers=1, **options)
-    with read_embeddings(tmp_path / "one.h5") as one, read_embeddings(tmp_path / "ray.h5") as ray:
-        for kind, name in (("mean", 4), ("residue", 4), ("unmasked", "logits"), ("unmasked", "pseudo_perplexity")):
-            assert np.array_equal(one.dataset(kind, name)[:], ray.dataset(kind, name)[:])

@@ -1,4 +1,7 @@
-"""The Ray engine on real clusters of several nodes: the bits of one process, whoever is killed."""
+"""The Ray engine on real clusters of several nodes: the bits of one process, whoever is killed.
+
+All tests that start a cluster are in this file, since two clusters on a host find each other.
+"""
 
 import json
 import os
@@ -7,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ import torch
 import yaml
 
 import slowed
+import test_adapters
+import test_lucavirus
 from conftest import ROOT, write_model
 from virnucpro_cli import cli, fasta, report, store
 from virnucpro_cli.cluster.ray import actor as actors
@@ -29,6 +34,7 @@ from virnucpro_cli.engine import runner
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.engine.placer import Job, Placer
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.kinds import NUCLEOTIDE
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import in_blocks
@@ -236,6 +242,30 @@ def test_a_cluster_of_this_host_starts_by_itself_and_the_report_says_when_the_dr
     case.check(tmp_path / "out.h5")
     (said,) = (note for note in made.notes if "is the limit" in note)
     assert "--shard" in said
+
+
+def test_actors_merge_adapters_too(tmp_path: Path, make_fasta: Callable[..., Path]) -> None:
+    adapter, few = test_adapters.made(tmp_path), make_fasta([300] * 12)
+    common = {"model": str(tmp_path / "base"), "adapter": str(adapter), "token_budget": 1024, "device": "cpu"}
+    embed_fasta(few, tmp_path / "here.h5", **common)
+    embed_fasta(few, tmp_path / "ray.h5", **common, engine="ray", workers=2)
+    with store.read_embeddings(tmp_path / "here.h5") as here, store.read_embeddings(tmp_path / "ray.h5") as there:
+        assert (here.dataset("mean", 3)[:] == there.dataset("mean", 3)[:]).all()
+
+
+def test_actors_give_the_bits_of_one_process_of_nucleotides(tmp_path: Path) -> None:
+    model = test_lucavirus.checkpoint(tmp_path / "model", "hub", test_lucavirus.authors_model())
+    texts = [*test_lucavirus.ODD[NUCLEOTIDE], *test_lucavirus.sequences_of(NUCLEOTIDE, 60, 90)]
+    path = test_lucavirus.written(tmp_path / "in.fasta", texts)
+    options: dict[str, Any] = {
+        "model": str(model), "kind": NUCLEOTIDE, "device": "cpu", "pool": ("mean", "residue"),
+        "emit": ("logits", "pseudo-perplexity"),
+    }  # fmt: skip
+    embed_fasta(path, tmp_path / "one.h5", workers=1, **options)
+    embed_fasta(path, tmp_path / "ray.h5", engine="ray", workers=1, **options)
+    with store.read_embeddings(tmp_path / "one.h5") as one, store.read_embeddings(tmp_path / "ray.h5") as there:
+        for kind, name in (("mean", 4), ("residue", 4), ("unmasked", "logits"), ("unmasked", "pseudo_perplexity")):
+            assert np.array_equal(one.dataset(kind, name)[:], there.dataset(kind, name)[:])
 
 
 def test_without_ray_the_remedy_is_told(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
