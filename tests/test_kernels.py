@@ -484,6 +484,23 @@ def test_the_fp8_forward_is_the_plain_one_roughly(spec: ModelSpec, tmp_path: Pat
         assert relative_l2(found.pooled[key], rows) <= (1.2e-1 if key[1] else 1e-3), key
 
 
+@pytest.mark.parametrize("family", ["esm2", "esmc"])
+def test_plain_steps_around_the_fused_attention_compute_what_plain_attention_computes(
+    family: str, tmp_path: Path
+) -> None:
+    """As with a residual stream in fp32. Rows of their queries are nearer to each other than rows of their values."""
+    spec, dice = ModelSpec("plain", 2, 128, 2, family), random.Random(0)
+    state = weights.random_state(spec)
+    sequences = [random_protein(length, dice) for length in (5, 70, 1, 33)]
+    batch = one_pack(tmp_path, [*sequences, "MK<mask>VL"], 128, family_of(spec).READING)
+    exact = build(spec, state, torch.float32, DEVICE, Backend("sdpa", sdpa.attention, plain))
+    wide = build(spec, state, torch.float16, DEVICE, Backend("triton", triton.attention, plain, wide=True))
+    truth, found = (embeddings(model, batch, (1, 2)) for model in (exact, wide))
+    for layer in (1, 2):
+        error = relative_l2(found.residue[layer][: batch.used], truth.residue[layer][: batch.used])
+        assert error < 3e-3, f"layer {layer}: {error:.1e}"
+
+
 def test_query_tiles_cover_every_row_of_every_segment_once() -> None:
     lengths = [200, 64, 65, 1 + SPECIAL_TOKENS]
     tiles = batch_of(lengths, sum(lengths)).query_tiles.tolist()
