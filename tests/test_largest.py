@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import test_lucavirus
 from conftest import TINY
 from packs import random_protein
 from sabotage import wrong_constant_in_16_bit
 from test_esmc import SMALL
 from virnucpro_cli.alphabet import PAD, TOKENS
 from virnucpro_cli.fasta.plain import write_texts
+from virnucpro_cli.kinds import NUCLEOTIDE
 from virnucpro_cli.model import attention, families, weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.validation import largest, oracle_of
@@ -47,7 +49,8 @@ def test_the_largest_values_are_those_of_the_reference(spec: ModelSpec, tmp_path
     path = write_texts(tmp_path / "in.fasta", TEXTS)
     judge = oracle_of(spec)(spec, state)
     encoded = [torch.tensor([judge.encode(text.decode())]) for text in TEXTS]
-    values = largest.by_layer(model, path, np.array([ids.shape[1] - 2 for ids in encoded]))
+    lengths = np.array([ids.shape[1] - 2 for ids in encoded])
+    values = largest.by_layer(model, path, lengths, families.reading(spec))
     expected = np.zeros(spec.layers + 1)
     with torch.inference_mode():
         for tokens in encoded:
@@ -55,6 +58,21 @@ def test_the_largest_values_are_those_of_the_reference(spec: ModelSpec, tmp_path
             rows = [*hidden.values(), raw_last_layer(judge, tokens)]
             expected = np.maximum(expected, [float(each.abs().max()) for each in rows])
     assert np.allclose(values, expected, rtol=1e-5)
+
+
+def test_the_largest_values_of_nucleotides_are_theirs_and_not_those_of_proteins(tmp_path: Path) -> None:
+    model = test_lucavirus.checkpoint(tmp_path / "model", "hub", test_lucavirus.authors_model())
+    texts = test_lucavirus.sequences_of(NUCLEOTIDE, 60, 90)
+    fasta = test_lucavirus.written(tmp_path / "in.fasta", texts)
+    verdict = validate_model(
+        model=str(model), fasta=(str(fasta),), kind=NUCLEOTIDE, dtype="fp32", device="cpu", quiet=True
+    )
+    spec, state, _ = test_lucavirus.loaded(model)
+    judge, layers = oracle_of(spec, NUCLEOTIDE)(spec, state), tuple(range(spec.layers))
+    with torch.inference_mode():
+        hidden = [judge.hidden(torch.tensor([judge.encode(text)]), layers) for text in texts]
+    expected = [max(float(each[layer].abs().max()) for each in hidden) for layer in layers]
+    assert np.allclose(verdict.largest[:-1], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layers", [1, 8, 80])

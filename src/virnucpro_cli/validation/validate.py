@@ -162,8 +162,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         loaded = model_weights.load(weights)
     spec, state, notes = loaded
     layers = embed.resolved_layers(config.layers or (0, spec.layers // 2, spec.layers), spec)
-    reading(spec, config.kind)
-    family = oracle_of(spec, config.kind)
+    how, family = reading(spec, config.kind), oracle_of(spec, config.kind)
     with clock.stage("sample"):
         sample, left_out = choose(config.fasta or shipped(), config, family)
     verdict = Verdict("validate", notes=[*notes, *backend.notes, *left_out])
@@ -201,7 +200,7 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
             verdict.checks += invariance.packing(model, path, own, sample, layers, config, subject.again)
             verdict.checks += invariance.padded(subject.judge(reference_device), own, truth, sample, layers)
         with clock.stage("range"):
-            values = largest.by_layer(model, path, sample.lengths)
+            values = largest.by_layer(model, path, sample.lengths, how)
             verdict.largest = values.tolist()
             verdict.checks += largest.checks(values, model.embedding.dtype)
     return verdict
