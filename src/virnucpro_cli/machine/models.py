@@ -34,15 +34,11 @@ class Here(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A published model. place: where its weights are on this machine, None if they are not.
-
-    kernels: the steps around attention here, empty where nothing can run. speeds: newest first.
-    """
+    """A published model. place: where its weights are on this machine, None if they are not; speeds: newest first."""
 
     spec: ModelSpec
     licence: Licence
     place: str | None
-    kernels: str
     speeds: list[Speed]
 
     def speed_in(self, here: Here | None) -> float | None:
@@ -55,7 +51,7 @@ def show(name: str | None = None, as_json: bool = False) -> None:
     """Print the models, or those of a name, to standard output. Raises UserError for a name that is none."""
     specs, here, out = named(name), computing(), report.stdout()
     measured = remembered()
-    models = [known(spec, here, measured) for spec in specs]
+    models = [known(spec, measured) for spec in specs]
     if as_json:
         print(json.dumps([facts(model, here) for model in models]))
     elif len(models) == 1:
@@ -97,14 +93,13 @@ def computing() -> Here | None:
     return Here(devices.describe_device(device), devices.short_name(dtype), backend.name)
 
 
-def known(spec: ModelSpec, here: Here | None, measured: list[Speed]) -> Known:
+def known(spec: ModelSpec, measured: list[Speed]) -> Known:
     family, speeds = family_of(spec), [each for each in measured if each.model == spec.name]
     try:
         weights = locate.locate(spec.name)
     except UserError:  # half of them, which doctor speaks of
         weights = None
-    kernels = here.kernels if here else ""
-    return Known(spec, family.licence(spec), weights.place if weights else None, kernels, speeds)
+    return Known(spec, family.licence(spec), weights.place if weights else None, speeds)
 
 
 def facts(model: Known, here: Here | None) -> dict[str, object]:
@@ -116,7 +111,7 @@ def facts(model: Known, here: Here | None) -> dict[str, object]:
         "longest": spec.longest, "emit": emitted(spec), "licence": licence, "licence_url": url,
         "licence_to_accept": to_accept, "published": published(spec), "place": model.place,
         "device": here.device if here else None, "dtype": here.dtype if here else None,
-        "attention": here.attention if here else None, "kernels": model.kernels or None,
+        "attention": here.attention if here else None, "kernels": here.kernels if here else None,
         "tokens/s": model.speed_in(here), "measured": [each._asdict() for each in model.speeds],
     }  # fmt: skip
 
@@ -161,9 +156,9 @@ def tables(models: list[Known], here: Here | None) -> Iterator[Table | report.Fi
     for name in ("family", "letters", "longest protein", "kernels here"):
         families.add_column(name, overflow="fold")
     for key in dict.fromkeys(model.spec.family for model in models):
-        first, family = next(each for each in models if each.spec.family == key), FAMILIES[key]
+        family = FAMILIES[key]
         longest = "no limit" if family.LONGEST is None else f"{family.LONGEST:,} residues"
-        families.add_row(family.TITLE, alphabet_of(family), longest, first.kernels or "none")
+        families.add_row(family.TITLE, alphabet_of(family), longest, here.kernels if here else "none")
     yield families
     yield report.Fitting(_wide(models, here), lambda fits: _narrow(models, here))
     places = report.facts_table("On this machine")
@@ -235,7 +230,7 @@ def about(model: Known, here: Here | None) -> Table:
         "licence": f"{model.licence}{', to be accepted before it is fetched' if model.licence.to_accept else ''}",
         "published": published(spec),
         "weights": model.place or locate.not_here(spec),
-        "kernels here": _kernels(model, here),
+        "kernels here": _kernels(here),
         "tokens/s": "\n".join(map(_speed, model.speeds))
         or f"not measured here; virnucpro bench --model {short_name(spec)} does",
     }
@@ -244,10 +239,10 @@ def about(model: Known, here: Here | None) -> Table:
     return table
 
 
-def _kernels(model: Known, here: Here | None) -> str:
+def _kernels(here: Here | None) -> str:
     if here is None:
         return "none: see virnucpro doctor"
-    steps = {"fused": "fused steps", "plain": "plain steps of PyTorch"}[model.kernels]
+    steps = {"fused": "fused steps", "plain": "plain steps of PyTorch"}[here.kernels]
     return f"{steps}, attention {here.attention}, on {here.device} in {here.dtype}"
 
 

@@ -182,9 +182,8 @@ def settle_inv_freq(state: State, expected: torch.Tensor, which: str) -> list[st
 
 
 def half_rounded_inv_freq(spec: ModelSpec) -> torch.Tensor:
-    """`1 / 10000^(2i / head_dim)` rounded to fp16, float32 [head_dim / 2]: the values that ESM-2's checkpoints hold."""
-    exact = 1.0 / 10000.0 ** (torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
-    return exact.half().float()
+    """The exact ones rounded to fp16, float32 [head_dim / 2]: the values that ESM-2's checkpoints hold."""
+    return spec.exact_inv_freq.half().float()
 
 
 def told_sizes(state: State) -> dict[str, int]:

@@ -140,7 +140,7 @@ def settle(state: State, spec: ModelSpec) -> list[str]:
         pieces = pieces_of(name, JOINT)
         if len(pieces) > 1:
             state |= zip(pieces, state.pop(name).chunk(len(pieces)), strict=False)
-    state[INV_FREQ] = 1.0 / 10000.0 ** (torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
+    state[INV_FREQ] = spec.exact_inv_freq
     return []
 
 

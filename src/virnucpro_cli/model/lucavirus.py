@@ -87,8 +87,7 @@ def told_by(names: set[str]) -> bool:
 
 def settle(state: State, spec: ModelSpec) -> list[str]:
     """Make layer 0's inv_freq, float32 [Dh / 2], stand for all. Returns notes. Raises UserError if layers disagree."""
-    exact = 1.0 / 10000.0 ** (torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
-    return esm2.settle_inv_freq(state, exact, "the exact one")
+    return esm2.settle_inv_freq(state, spec.exact_inv_freq, "the exact one")
 
 
 def shapes(spec: ModelSpec) -> Shapes:

@@ -47,6 +47,11 @@ class ModelSpec:
         """Layers and width in words, for reports."""
         return f"{self.layers} layers of {self.hidden}"
 
+    @property
+    def exact_inv_freq(self) -> torch.Tensor:
+        """`1 / 10000^(2i / head_dim)`, float32 [head_dim / 2]: the rotary frequencies as they are meant."""
+        return 1.0 / 10000.0 ** (torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim)
+
 
 class Licence(NamedTuple):
     """The terms of published weights. url: where they stand, if the name alone does not say it.
