@@ -22,7 +22,7 @@ import interpreter
 from slurm import slurm  # noqa: F401  (a fixture)
 from virnucpro_cli.errors import STOP_SIGNALS
 from virnucpro_cli.model import locate, weights
-from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.model.spec import ModelSpec, State
 
 if not torch.cuda.is_available():
     interpreter.prepare()
@@ -77,6 +77,23 @@ def read_fasta(path: Path) -> list[tuple[str, str]]:
 def relative_l2(found: torch.Tensor, expected: torch.Tensor) -> float:
     found, expected = torch.as_tensor(found).double().cpu(), torch.as_tensor(expected).double().cpu()
     return float((found - expected).norm() / expected.norm())
+
+
+def loaded(path: Path) -> tuple[ModelSpec, State, tuple[str, ...]]:
+    """Spec, state and notes of a checkpoint."""
+    found = locate.locate(str(path))
+    assert found is not None
+    return weights.load(found)
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Random parameters, norms and biases too."""
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.ndim == 2:
+                tensor.normal_(0, tensor.shape[-1] ** -0.5)
+            else:
+                tensor.normal_(1.0 if name.endswith("weight") else 0.0, 0.2)
 
 
 def write_model(folder: Path, spec: ModelSpec = TINY, seed: int = 0) -> Path:

@@ -21,6 +21,12 @@ def random_protein(length: int, generator: random.Random) -> str:
     return "".join(generator.choices(RESIDUES, k=length))
 
 
+def proteins(*lengths: int) -> list[str]:
+    """Random proteins, the same each time."""
+    generator = random.Random(1)
+    return [random_protein(length, generator) for length in lengths]
+
+
 def one_pack(folder: Path, sequences: list[str], rows: int, reading: Reading = ESM) -> PackedBatch:
     """All sequences, in the order given, in one pack of `rows` rows."""
     path = folder / "pack.fasta"

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import relative_l2
-from packs import among_strangers, random_protein
+from conftest import loaded, randomise, relative_l2
+from packs import among_strangers, proteins
 from test_model import CPU, assert_within_gates, embed, expected, packed_model, same_bits, worst
 from virnucpro_cli import alphabet, fasta
 from virnucpro_cli.cluster.ray import actor
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import attention, esmc, families, locate, weights
+from virnucpro_cli.model import attention, esmc, families, weights
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.scores import TokenHead
@@ -35,17 +35,6 @@ ODD = ["MKUBZOXV", "M.K-V", "MK<mask>VLA", "<mask>" * 4, "M", "MKV|LAAGW|M", "|"
 """Letters that are rare, gaps, masked residues, one residue, and chain breaks."""
 
 
-def proteins(*lengths: int) -> list[str]:
-    generator = random.Random(1)
-    return [random_protein(length, generator) for length in lengths]
-
-
-def loaded(path: Path) -> tuple[ModelSpec, State, tuple[str, ...]]:
-    found = locate.locate(str(path))
-    assert found is not None
-    return weights.load(found)
-
-
 def transformers_model(seed: int = 0, spec: ModelSpec = SMALL) -> Any:
     """transformers' own masked language model, its norms and biases random too."""
     from transformers import EsmcConfig, EsmcForMaskedLM
@@ -56,12 +45,7 @@ def transformers_model(seed: int = 0, spec: ModelSpec = SMALL) -> Any:
         intermediate_size=spec.inner, attn_implementation="eager",
     )  # fmt: skip
     model = EsmcForMaskedLM(config).eval()
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if tensor.ndim == 2:
-                tensor.normal_(0, tensor.shape[-1] ** -0.5)
-            else:
-                tensor.normal_(1.0 if name.endswith("weight") else 0.0, 0.2)
+    randomise(model)
     return model
 
 

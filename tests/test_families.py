@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import read_fasta, relative_l2, write_model
-from packs import embeddings, one_pack, random_protein
+from conftest import loaded, read_fasta, relative_l2, write_model
+from packs import embeddings, one_pack, proteins
 from test_model import CPU, assert_within_gates, embed, expected, packed_model, same_bits, worst
 from virnucpro_cli import validation
 from virnucpro_cli.benchmark.bench import bench_model
@@ -40,17 +39,6 @@ ODD = ["MKUBZOXV", "M.K-V", "MK<mask>VLA", "<mask>" * 4, "M", "MKTVRQERLKSIVRILE
 
 def of(family: str, layers: int = 3, hidden: int = 96, heads: int = 4, name: str = "small") -> ModelSpec:
     return ModelSpec(name, layers, hidden, heads, family, families.FAMILIES[family].LONGEST)
-
-
-def loaded(path: Path) -> tuple[ModelSpec, State, tuple[str, ...]]:
-    found = locate.locate(str(path))
-    assert found is not None
-    return weights.load(found)
-
-
-def proteins(*lengths: int) -> list[str]:
-    generator = random.Random(1)
-    return [random_protein(length, generator) for length in lengths]
 
 
 # --- DPLM ----------------------------------------------------------------------------------------------------------

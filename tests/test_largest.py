@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import test_lucavirus
-from conftest import TINY
+from conftest import TINY, loaded
 from packs import random_protein
 from sabotage import wrong_constant_in_16_bit
 from test_esmc import SMALL
@@ -67,7 +67,7 @@ def test_the_largest_values_of_nucleotides_are_theirs_and_not_those_of_proteins(
     verdict = validate_model(
         model=str(model), fasta=(str(fasta),), kind=NUCLEOTIDE, dtype="fp32", device="cpu", quiet=True
     )
-    spec, state, _ = test_lucavirus.loaded(model)
+    spec, state, _ = loaded(model)
     judge, layers = oracle_of(spec, NUCLEOTIDE)(spec, state), tuple(range(spec.layers))
     with torch.inference_mode():
         hidden = [judge.hidden(torch.tensor([judge.encode(text)]), layers) for text in texts]

@@ -13,7 +13,7 @@ import torch
 from lucavirus import LucaVirusConfig, LucaVirusForMaskedLM, LucaVirusModel, LucaVirusTokenizer
 from safetensors.torch import load_file, save_file
 
-from conftest import relative_l2, write_model
+from conftest import loaded, randomise, relative_l2, write_model
 from packs import among_strangers, embeddings, one_pack, random_protein
 from test_model import CPU, assert_within_gates, embed, expected, packed_model, same_bits, worst
 from virnucpro_cli import alphabet, fasta
@@ -58,12 +58,6 @@ def written(path: Path, sequences: list[str]) -> Path:
     return path
 
 
-def loaded(path: Path) -> tuple[ModelSpec, State, tuple[str, ...]]:
-    found = locate.locate(str(path))
-    assert found is not None
-    return weights.load(found)
-
-
 def authors_model(seed: int = 0, spec: ModelSpec = SMALL) -> Any:
     """The authors' masked language model with random weights; the last matrix is the token embedding."""
     torch.manual_seed(seed)
@@ -72,12 +66,8 @@ def authors_model(seed: int = 0, spec: ModelSpec = SMALL) -> Any:
         tie_word_embeddings=False,
     )  # fmt: skip
     model = LucaVirusForMaskedLM(config).eval()
+    randomise(model)
     with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if tensor.ndim == 2:
-                tensor.normal_(0, tensor.shape[-1] ** -0.5)
-            else:
-                tensor.normal_(1.0 if name.endswith("weight") else 0.0, 0.2)
         model.lm_head.decoder.weight.copy_(model.lucavirus.embeddings.embed_tokens.weight)
     return model
 

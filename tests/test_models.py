@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import socket
-import threading
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import h5py
@@ -16,7 +13,7 @@ import torch
 from conftest import TINY, write_model
 from packs import one_pack
 from test_esmc import SMALL, transformers_model, written
-from test_weights import COMMIT, FakeHub, Hub, point_hub_at
+from test_weights import COMMIT, FakeHub, Hub, point_hub_at, served
 from virnucpro_cli import alphabet, cli
 from virnucpro_cli.benchmark.bench import bench_model
 from virnucpro_cli.embed import embed_fasta
@@ -44,19 +41,6 @@ class FirstHub(FakeHub):
             self.send(self.files[name])
         else:
             self.send(b"", 404)
-
-
-def served(hub: Hub, handler: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *args: partial(handler, hub.files, hub.published, hub.requests)(*args)
-    )
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    point_hub_at(monkeypatch, f"http://127.0.0.1:{server.server_port}")
-    yield hub
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY
-from packs import among_strangers, random_protein
+from packs import among_strangers, proteins
 from test_adapters import stopped_after_one_pack
 from test_esmc import SMALL
 from test_model import CPU, embed, expected, same_bits, worst
@@ -31,11 +31,6 @@ from virnucpro_cli.validation.validate import validate_model
 
 ESM1B = ModelSpec("small", 3, 96, 4, "esm1b", 1022)
 SPECS = [TINY, replace(TINY, family="dplm"), ESM1B, SMALL]
-
-
-def proteins(*lengths: int) -> list[str]:
-    generator = random.Random(1)
-    return [random_protein(length, generator) for length in lengths]
 
 
 def model_in(spec: ModelSpec, state: dict[str, torch.Tensor], dtype: torch.dtype, residual: str) -> PackedModel:

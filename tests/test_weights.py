@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import TINY, write_model
+from conftest import TINY, loaded, write_model
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
@@ -88,14 +88,8 @@ def safetensors(path: Path, state: State) -> Path:
     return path
 
 
-def load(path: Path) -> tuple[ModelSpec, State, tuple[str, ...]]:
-    found = locate.locate(str(path))
-    assert found is not None
-    return weights.load(found)
-
-
 def assert_same(path: Path, expected: State) -> None:
-    spec, found, notes = load(path)
+    spec, found, notes = loaded(path)
     assert (spec.layers, spec.hidden, spec.heads) == (TINY.layers, TINY.hidden, TINY.heads)
     assert notes == ()
     assert {name for name in found if "_head." not in name} == expected.keys()
@@ -104,7 +98,7 @@ def assert_same(path: Path, expected: State) -> None:
 
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        load(path)
+        loaded(path)
     return str(caught.value)
 
 
@@ -183,7 +177,7 @@ def test_what_transformers_itself_writes_loads(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = EsmModel(config, add_pooling_layer=True).eval()
     model.save_pretrained(tmp_path / "hf")
-    spec, found, _ = load(tmp_path / "hf")
+    spec, found, _ = loaded(tmp_path / "hf")
     assert (spec.layers, spec.hidden, spec.heads) == (2, 32, 4)
     theirs = model.state_dict()
     for name in esm2.shapes(TINY):
@@ -209,16 +203,16 @@ def test_heads_come_along_where_they_are_whole_and_are_left_out_where_they_are_n
     named = {"fair-esm": {f"encoder.{name}" if "lm_head" in name else name: each for name, each in heads.items()},
              "hf": {f"esm.{name}" if "contact" in name else name: each for name, each in heads.items()}}  # fmt: skip
     for layout, tensors in named.items():
-        _, found, _ = load(safetensors(tmp_path / f"{layout}.safetensors", state | tensors))
+        _, found, _ = loaded(safetensors(tmp_path / f"{layout}.safetensors", state | tensors))
         assert all(torch.equal(found[name], each) for name, each in heads.items()), layout
     foreign = {**heads, "lm_head.bias": torch.zeros(40), "contact_head.regression.weight": torch.zeros(1, 9)}
     assert_same(safetensors(tmp_path / "foreign.safetensors", state | foreign), state)
-    assert not [name for name in load(tmp_path / "foreign.safetensors")[1] if "head" in name]
+    assert not [name for name in loaded(tmp_path / "foreign.safetensors")[1] if "head" in name]
 
 
 def test_a_half_precision_checkpoint_keeps_its_values(state: State, tmp_path: Path) -> None:
     halves = {name: tensor.half() for name, tensor in state.items()}
-    _, found, _ = load(fair_esm_pt(tmp_path / "tiny.pt", halves))
+    _, found, _ = loaded(fair_esm_pt(tmp_path / "tiny.pt", halves))
     assert all(torch.equal(found[name].float(), halves[name].float()) for name in state)
 
 
@@ -239,7 +233,7 @@ def test_without_inv_freq_the_fp16_rounded_values_are_used_and_a_note_says_so(st
     assert "heads" in refusal(path)  # a bare file of an unknown size does not say how many
     folder = hf_folder(tmp_path / "hf")
     os.replace(path, folder / "model.safetensors")
-    _, found, notes = load(folder)
+    _, found, notes = loaded(folder)
     exact = torch.tensor([10000.0 ** -(2 * i / TINY.head_dim) for i in range(TINY.head_dim // 2)], dtype=torch.float64)
     assert torch.equal(found[INV_FREQ], exact.half().float())
     assert len(notes) == 1 and "no inv_freq" in notes[0] and "fp16-rounded" in notes[0]
@@ -247,7 +241,7 @@ def test_without_inv_freq_the_fp16_rounded_values_are_used_and_a_note_says_so(st
 
 def test_the_checkpoints_own_inv_freq_is_kept_even_when_it_differs(state: State, tmp_path: Path) -> None:
     state[INV_FREQ] = state[INV_FREQ] * 1.01
-    _, found, notes = load(safetensors(tmp_path / "bare.safetensors", state))
+    _, found, notes = loaded(safetensors(tmp_path / "bare.safetensors", state))
     assert torch.equal(found[INV_FREQ], state[INV_FREQ])
     assert len(notes) == 1 and "as it stands" in notes[0]
 
@@ -308,7 +302,7 @@ def test_a_head_of_ones_own_is_left_out_with_a_note(state: State, tmp_path: Path
         hf_state(state, "esm.") | {"fc.0.weight": torch.ones(4, 32), "fc.0.bias": torch.ones(4)},
         folder / "model.safetensors",
     )
-    _, found, notes = load(folder)
+    _, found, notes = loaded(folder)
     assert found.keys() == state.keys() and len(notes) == 1 and "fc.0.weight" in notes[0]
 
 
@@ -327,7 +321,7 @@ def test_a_lone_file_has_the_heads_of_the_config_beside_it(state: State, tmp_pat
     for heads in (2, 8):
         folder = hf_folder(tmp_path / str(heads), num_attention_heads=heads)
         save_file(state, folder / "model.safetensors")
-        assert load(folder / "model.safetensors")[0].heads == heads
+        assert loaded(folder / "model.safetensors")[0].heads == heads
 
 
 def test_a_lone_file_of_a_published_size_is_not_taken_for_the_published_model(tmp_path: Path) -> None:
@@ -354,7 +348,7 @@ def test_a_token_head_with_a_last_matrix_of_its_own_is_used(key: str, state: Sta
     hidden = torch.randn(22, 32)
     with torch.no_grad():
         wanted = model.lm_head(hidden)
-    found = scores.TokenHead(load(tmp_path / "untied")[1], torch.device("cpu"))(hidden)
+    found = scores.TokenHead(loaded(tmp_path / "untied")[1], torch.device("cpu"))(hidden)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-6
 
 
@@ -557,7 +551,7 @@ def test_a_damaged_pickle_is_a_user_error_if_it_does_not_load(zipped: bool, stat
         path = tmp_path / f"damaged{attempt}.pt"
         path.write_bytes(damaged)
         with contextlib.suppress(UserError):
-            load(path)
+            loaded(path)
 
 
 @pytest.mark.parametrize(
@@ -848,11 +842,10 @@ class Hub:
         }
 
 
-@pytest.fixture
-def hub(home: Path, named: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    hub = Hub()
+def served(hub: Hub, handler: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The hub, on a server that the hub library asks."""
     server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *args: partial(FakeHub, hub.files, hub.published, hub.requests)(*args)
+        ("127.0.0.1", 0), lambda *args: partial(handler, hub.files, hub.published, hub.requests)(*args)
     )
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -861,6 +854,11 @@ def hub(home: Path, named: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Iterat
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def hub(home: Path, named: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    yield from served(Hub(), FakeHub, monkeypatch)
 
 
 def test_a_published_model_is_fetched_once(hub: Hub, home: Path, state: State, tmp_path: Path) -> None:
