@@ -113,6 +113,21 @@ def test_the_lock_of_the_genes_is_named_where_there_are_none(
     assert not list(tmp_path.glob("*.lock")) and not list(tmp_path.glob("*new"))
 
 
+def test_the_lock_of_a_killed_run_is_waited_for_while_its_workers_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.h5.partial"
+    worker, fd = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
+    disk.lock(worker, path)
+    monkeypatch.setattr(disk, "LINGER", 0.0)
+    with pytest.raises(UserError, match="Another run is writing"):
+        disk.lock(fd, path)
+    monkeypatch.undo()
+    monkeypatch.setattr(disk.time, "sleep", lambda seconds: os.close(worker))
+    assert disk.lock(fd, path)
+    os.close(fd)
+
+
 def test_a_lock_that_has_no_room_is_named(
     embed: Callable[..., RunReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import decide
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors beside other tests
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 pytestmark = pytest.mark.slow

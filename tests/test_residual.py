@@ -135,7 +135,7 @@ def test_a_search_embeds_its_queries_with_the_stream_of_the_file(
     from virnucpro_cli.explore import search
 
     fasta = make_fasta([20, 30, 40])
-    embed_fasta(fasta, tmp_path / "o.h5", model=str(large), device="cpu", dtype="fp16", residual="fp32")
+    embed_fasta(fasta, tmp_path / "o.h5", model=str(large), dtype="fp16", residual="fp32")
     used, real = [], search.embed.run
     monkeypatch.setattr(search.embed, "run", lambda config: (used.append(config), real(config)))
     asked = search.SearchConfig(

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -23,6 +24,8 @@ CHECKSUM_BLOCK = 1 << 24
 NEW = ".virnucpro-new"
 """Suffix of a file that is being made. Whatever has such a name is this program's; a lock is known by being empty."""
 ANOTHER = "Wait for it, or choose another output with -o."
+LINGER = 10.0
+"""Seconds in which a lock is asked for again: workers that were just starting when their run was killed hold it on."""
 
 ENOTSUPP = 524
 """The kernel's own number for "not supported", which some network file systems let out."""
@@ -173,10 +176,15 @@ def without_lock(path: Path) -> str:
 
 def lock(fd: int, path: Path) -> bool:
     """Take the file's lock, which the kernel drops when its process dies. Returns whether the file system has locks."""
-    try:
-        locked = _flock(fd, path)
-    except BlockingIOError:
-        raise UserError(f"Another run is writing {path} now.", ANOTHER) from None
+    patience = time.monotonic() + LINGER
+    while True:
+        try:
+            locked = _flock(fd, path)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= patience:
+                raise UserError(f"Another run is writing {path} now.", ANOTHER) from None
+        time.sleep(0.1)
     if not is_the_file(path, os.fstat(fd)):
         raise UserError(f"{path} was finished or replaced by another run just now.", "Run the command again.")
     return locked
