@@ -410,7 +410,7 @@ def test_the_fused_steps_of_esm1_are_the_plain_ones_and_turn_nothing(family: str
     from virnucpro_cli.model.kernels import fused
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    spec = of(family, 2, 128, 2)
+    spec = of(family, 1, 128, 2)
     state = weights.random_state(spec, seed=4)
     batch = one_pack(tmp_path, ["MKVLAAGW", "MK<mask>VLA", *proteins(40)], 128)
     rows = {}
@@ -420,8 +420,8 @@ def test_the_fused_steps_of_esm1_are_the_plain_ones_and_turn_nothing(family: str
         ("fused", torch.float16, Backend("triton", triton.attention, fused)),
     ):
         model = families.build(spec, state, dtype, device, backend)
-        rows[name] = embeddings(model, batch, (0, 1, 2)).residue
-    for layer in (0, 1, 2):
+        rows[name] = embeddings(model, batch, (0, 1)).residue
+    for layer in (0, 1):
         exact = rows["exact"][layer][: batch.used]
         floor = relative_l2(rows["plain"][layer][: batch.used], exact)
         assert relative_l2(rows["fused"][layer][: batch.used], exact) <= 1.5 * floor

@@ -627,7 +627,7 @@ def test_the_fused_steps_are_those_of_lucavirus(kind: str, tmp_path: Path) -> No
     from virnucpro_cli.model.kernels import fused
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    spec = ModelSpec("two layers", 2, 256, 2, "lucavirus")
+    spec = ModelSpec("a layer", 1, 256, 2, "lucavirus")
     state = weights.random_state(spec, seed=4)
     batch = one_pack(tmp_path, [*ODD[kind][:3], *sequences_of(kind, 40)], 128, families.reading(spec, kind))
     rows = {}
@@ -636,8 +636,8 @@ def test_the_fused_steps_are_those_of_lucavirus(kind: str, tmp_path: Path) -> No
         ("plain", torch.float16, Backend("sdpa", sdpa.attention, plain)),
         ("fused", torch.float16, Backend("triton", triton.attention, fused)),
     ):
-        rows[name] = embeddings(families.build(spec, state, dtype, device, backend), batch, (0, 1, 2)).residue
-    for layer in (0, 1, 2):
+        rows[name] = embeddings(families.build(spec, state, dtype, device, backend), batch, (0, 1)).residue
+    for layer in (0, 1):
         exact = rows["exact"][layer][: batch.used]
         floor = relative_l2(rows["plain"][layer][: batch.used], exact)
         assert relative_l2(rows["fused"][layer][: batch.used], exact) <= 1.5 * floor
