@@ -622,7 +622,10 @@ def test_a_partial_file_that_is_no_such_thing_is_discarded_only_when_told(
     assert output.exists() and not partial.exists()
 
 
-def test_a_run_refuses_the_output_that_another_run_is_writing(interrupted: tuple[Path, Path], embed: Embed) -> None:
+def test_a_run_refuses_the_output_that_another_run_is_writing(
+    interrupted: tuple[Path, Path], embed: Embed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.disk, "LINGER", 0.0)
     fasta, output = interrupted
     theirs = store.Store.resume(output)
     for options in ({}, {"restart": True}):

@@ -43,7 +43,7 @@ from virnucpro_cli.plan.policies import decide
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors beside other tests
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 SMALL = ModelSpec("small", 4, 192, 12)
 OPTIONS: dict[str, Any] = {

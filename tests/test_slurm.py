@@ -16,7 +16,6 @@ EXAMPLES = ROOT / "examples" / "slurm"
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("slurm")
 def test_the_array_script_is_warned_requeued_and_merged(slurm: Slurm, tmp_path: Path) -> None:
     case = Case(tmp_path, 400)
     output = slurm.folder / "out.h5"
@@ -49,7 +48,6 @@ def test_the_array_script_is_warned_requeued_and_merged(slurm: Slurm, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("slurm")
 def test_tasks_that_are_submitted_again_compute_their_own_shards(slurm: Slurm, tmp_path: Path) -> None:
     case = Case(tmp_path, 20)
     output = slurm.folder / "out.h5"

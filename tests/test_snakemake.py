@@ -63,7 +63,6 @@ def test_the_example_workflow_ends_at_the_single_runs_file(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("slurm")
 @pytest.mark.usefixtures("slurm_plugin")
 def test_on_slurm_a_cancelled_shard_is_tried_again_and_the_end_is_the_same(slurm: Slurm, tmp_path: Path) -> None:
     case = Case(tmp_path, 100)

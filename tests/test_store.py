@@ -14,7 +14,18 @@ import pytest
 
 from virnucpro_cli import store
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.store import DONE, EMPTY, PENDING, RECOMPUTED, SKIPPED, EmbeddingFile, Layout, Store, read_embeddings
+from virnucpro_cli.store import (
+    DONE,
+    EMPTY,
+    PENDING,
+    RECOMPUTED,
+    SKIPPED,
+    EmbeddingFile,
+    Layout,
+    Store,
+    disk,
+    read_embeddings,
+)
 
 NAMES = ["alpha", "β-lactamase", "alpha", "delta", "epsilon", "zeta"]
 LENGTHS = np.array([3, 2, 4, 0, 1, 5], np.int32)
@@ -421,7 +432,8 @@ def test_overwrite_replaces_a_finished_file_only_at_the_end(tmp_path: Path, fini
         assert "mean" not in read and "bos" in read
 
 
-def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "LINGER", 0.0)
     output = tmp_path / "out.h5"
     first = Store.create(output, layout())
     with pytest.raises(UserError, match="Another run"):
@@ -430,7 +442,10 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> Non
     Store.resume(output).close()
 
 
-def test_a_second_writer_leaves_the_first_ones_unfinished_layout_alone(tmp_path: Path) -> None:
+def test_a_second_writer_leaves_the_first_ones_unfinished_layout_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "LINGER", 0.0)
     output = tmp_path / "out.h5"
     new = tmp_path / "out.h5.partial.virnucpro-new"
     with open(new, "w") as theirs:
