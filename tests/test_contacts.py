@@ -174,7 +174,7 @@ def test_what_there_is_no_memory_for_is_left_out_and_tried_again(
     ]
     with pytest.MonkeyPatch.context() as patch:
         real = contacts.head.bytes_needed
-        patch.setattr(contacts.head, "bytes_needed", lambda spec, n: real(spec, n) if n < 100 else 1 << 60)
+        patch.setattr(contacts.head, "bytes_needed", lambda spec, n: real(spec, n) if max(n) < 100 else 1 << 60)
         with pytest.raises(SystemExit) as stop:
             cli.main(command)
     assert stop.value.code == 3 and "1 protein without a contact map: out of memory" in capsys.readouterr().err
@@ -194,9 +194,9 @@ def test_memory_that_ends_midway_leaves_out_one_map(tmp_path: Path, make_fasta: 
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return real(self, batch)
 
-    real = contacts.head.Contacts.__call__
+    real = contacts.head.Contacts.start
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contacts.head.Contacts, "__call__", scarce)
+        patch.setattr(contacts.head.Contacts, "start", scarce)
         assert embed(make_fasta([50, 130, 60]), tmp_path / "out.h5", model)["contact maps left out"] == 1
     with read_embeddings(tmp_path / "out.h5") as file:
         assert [len(file.contacts(row)) for row in range(3)] == [50, 0, 60]

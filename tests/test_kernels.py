@@ -12,6 +12,7 @@ from conftest import TINY, relative_l2
 from packs import embeddings, one_pack, random_protein
 from test_attention import batch_of
 from virnucpro_cli.benchmark import modes, workload
+from virnucpro_cli.features.contacts import totals
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.attention import Backend, sdpa, triton
 from virnucpro_cli.model.families import build, family_of
@@ -373,6 +374,50 @@ def test_padded_batches_through_the_fused_steps_finish_the_norms_of_queries_and_
         model = build(spec, state, dtype, DEVICE, Backend("any", sdpa.attention, steps))
         rows.append(modes.padded(model, work, 80, by_length=True).run())
     assert relative_l2(rows[1], rows[0]) <= 2e-3
+
+
+# --- sums of attention maps ------------------------------------------------------------------------------------------
+
+
+def totals_of(
+    lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype, is_fused: bool, skip: int = 0
+) -> totals.Totals:
+    """Of two layers of proteins of so many tokens; skip: the first tokens of the data are of others."""
+    made = totals.Totals(batch_of(lengths, sum(lengths) + 7).to(DEVICE), data(2, heads, dtype=torch.float32), is_fused)
+    for layer in range(2):
+        q, k = (data(900, heads, head_dim, dtype=dtype, scale=2, seed=2 * layer + each)[skip:] for each in range(2))
+        made.add(q[: sum(lengths) + 7], k[: sum(lengths) + 7], head_dim**-0.5)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 24), (2, 64)])
+def test_attention_maps_add_up_to_the_plain_ones(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    lengths = [3, 66, 64, 130, 12]
+    ours, twin = (totals_of(lengths, heads, head_dim, dtype, is_fused) for is_fused in (True, False))
+    assert relative_l2(ours.total, twin.total) <= 2e-6 and relative_l2(ours.margins, twin.margins) <= 2e-6
+    logits = ours.logits()
+    assert relative_l2(logits, twin.logits()) <= 1e-5
+    for size, start in zip(ours.sizes.tolist(), ours.starts.tolist(), strict=True):
+        square = logits[start : start + size * size].view(size, size)
+        assert torch.equal(square, square.T)
+
+
+def test_the_maps_of_a_protein_have_the_same_bits_in_any_company() -> None:
+    first = totals_of([80, 130, 9], 2, 24, torch.float16, True)
+    other = totals_of([5, 130], 2, 24, torch.float16, True, skip=75)
+    here, there = (slice(start, start + 128**2) for start in (int(first.starts[1]), int(other.starts[1])))
+    assert torch.equal(first.total[here], other.total[there])
+    assert torch.equal(first.margins[80:210], other.margins[5:135])
+
+
+def test_maps_that_are_not_numbers_stay_so_and_spoil_no_other() -> None:
+    made = totals.Totals(batch_of([20, 30], 64).to(DEVICE), data(1, 2, dtype=torch.float32), True)
+    q, k = data(64, 2, 16, dtype=torch.float16), data(64, 2, 16, dtype=torch.float16, seed=1)
+    q[25], k[60] = torch.nan, torch.nan
+    made.add(q, k, 0.25)
+    logits = made.logits()
+    assert logits[: 18 * 18].isfinite().all() and not logits[18 * 18 :].isfinite().any()
 
 
 # --- fp8 ------------------------------------------------------------------------------------------------------------

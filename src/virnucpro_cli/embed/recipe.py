@@ -97,17 +97,17 @@ class EmbedRun(Run):
             policy["overlap"] = config.overlap
         if config.emit:
             policy["emit"] = list(config.emit)
-        if attention.is_wide(config.residual, self.computing.dtype):
+        if attention.is_wide(config.residual, self.dtype):
             policy["residual"] = config.residual
         if config.kind != PROTEIN:
             policy["kind"] = config.kind
         for feature in self.features:
-            policy |= feature.fingerprint(weights)
+            policy |= feature.fingerprint(weights, self.dtype)
         if self.shard is not None:
             policy["shard"] = str(self.shard)
         return {
             "input_sha256": self.table.sha256, "weights_sha256": weights.sha256, "heads": self.spec.heads,
-            "layers": list(self.layers), "pool": list(config.pool), "dtype": attention.describe(self.computing.dtype),
+            "layers": list(self.layers), "pool": list(config.pool), "dtype": attention.describe(self.dtype),
             "store_dtype": config.store_dtype, **policy, "attention": self.computing.device.attention,
             "device": self.computing.device.kind, **self.layout.extra.fingerprint,
         }  # fmt: skip
@@ -167,7 +167,8 @@ def decided(
         )  # fmt: skip
     return EmbedRun(
         config=config, spec=spec, layers=layers, table=table, decisions=decisions, plan=plan, layout=layout,
-        device=computing.local_device, out=out, clock=clock, summary=report.RunReport("embed"), output=at.output,
+        device=computing.local_device, dtype=computing.dtype,
+        out=out, clock=clock, summary=report.RunReport("embed"), output=at.output,
         shard=at.shard, computing=computing, located=located, features=features,
     )  # fmt: skip
 

@@ -66,7 +66,8 @@ def _class_of(known: Known) -> "type[Feature]":
 class Run:
     """A run, decided. weights, fingerprint and file are there once the file is open, and locked.
 
-    loaded: the weights, if they were read already and no model is made of them yet; device: of this process.
+    loaded: the weights, if they were read already and no model is made of them yet; device: of this process; dtype: of
+    the forward.
     """
 
     config: EmbedConfig
@@ -77,6 +78,7 @@ class Run:
     plan: Plan
     layout: store.Layout
     device: torch.device
+    dtype: torch.dtype
     out: Console
     clock: report.Clock
     summary: report.RunReport
@@ -136,7 +138,7 @@ class Feature:
         """A sentence for the first screen."""
         return None
 
-    def fingerprint(self, weights: locate.Weights) -> dict[str, Any]:
+    def fingerprint(self, weights: locate.Weights, dtype: torch.dtype) -> dict[str, Any]:
         """Entries of the fingerprint that its values depend on, beside those of its columns."""
         return {}
 

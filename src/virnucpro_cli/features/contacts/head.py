@@ -1,68 +1,85 @@
 """Contacts as fair-esm predicts them: a logistic regression on the attention maps of every layer and head.
 
-One protein at a time. Maps are materialised a layer at a time and added up at once, so that memory holds one layer's.
+See fair-esm's modules.py, ContactPredictionHead.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.features.contacts import totals
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.families import build, family_of
-from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.locate import Weights
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import CONTACT_HEAD, ModelSpec, State
 from virnucpro_cli.model.weights import heads_in, read_tensors
+from virnucpro_cli.plan.packing import SPECIAL_TOKENS
 
-MAPS_AT_ONCE = 4
+ROW_WIDTHS = 20
+"""What a row takes in a forward, in widths of the model."""
 
 
 class Contacts:
-    """The contact head over an fp32 forward in plain steps. state: with the tensors of the contact head."""
+    """The contact head over a packed forward. state: with the tensors of the contact head."""
 
-    def __init__(self, spec: ModelSpec, state: State, device: torch.device):
+    def __init__(self, spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.device, backend: Backend):
         exact_arithmetic()
-        backend = Backend("contacts", self._attention, plain)
-        self.model = build(spec, state, torch.float32, device, backend)
+        self.attention = backend.attention
+        self.model = build(spec, state, dtype, device, backend).with_attention(self._attention)
         self.weight = state[f"{CONTACT_HEAD}.weight"].to(device, torch.float32).view(spec.layers, spec.heads)
         self.bias = state[f"{CONTACT_HEAD}.bias"].to(device, torch.float32)
-        self.logits: list[torch.Tensor] = []
+        self.is_fused = totals.refusal(device) is None
+        self.totals: totals.Totals | None = None
 
-    def __call__(self, batch: PackedBatch) -> torch.Tensor:
-        """Probabilities float32 [L, L] of a batch of one protein, on the host."""
-        try:
-            self.model.forward(batch.to(self.model.device), (self.model.spec.layers,), lambda layer, hidden: None)
-            logits = torch.stack(self.logits).sum(dim=0, dtype=torch.float64)
-            return (logits + self.bias).sigmoid().float().cpu()
-        finally:
-            self.logits = []
+    def __call__(self, batch: PackedBatch) -> list[torch.Tensor]:
+        """Probabilities float32 [L, L] of each protein of a batch, on the host."""
+        return self.start(batch)()
+
+    def start(self, batch: PackedBatch) -> Callable[[], list[torch.Tensor]]:
+        """Begin a batch; what is returned waits for the probabilities of `__call__`."""
+        device = self.model.device
+        batch = batch.to(device)
+        with torch.inference_mode():
+            self.totals = totals.Totals(batch, self.weight, self.is_fused)
+            try:
+                self.model.forward(batch, (self.model.spec.layers,), lambda layer, hidden: None)
+                found, sizes = (self.totals.logits() + self.bias).sigmoid(), self.totals.sizes.tolist()
+            finally:
+                self.totals = None
+            if device.type == "cuda":
+                host = torch.empty(found.shape, pin_memory=True)
+                host.copy_(found, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record(torch.cuda.current_stream(device))
+            else:
+                host, done = found.cpu(), None
+
+        def finish() -> list[torch.Tensor]:
+            if done is not None:
+                done.synchronize()
+            squares = host.split([size * size for size in sizes])
+            return [values.view(size, size) for values, size in zip(squares, sizes, strict=True)]
+
+        return finish
 
     def _attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float, *left: torch.Tensor
     ) -> torch.Tensor:
-        """Attention of the only segment, float32 [T, H, Dh]; this layer's share of the logits [L, L] is kept.
-
-        See fair-esm's modules.py, ContactPredictionHead.
-        """
-        (length,) = batch.seqlens.tolist()
-        q, k, v = (x[:length].transpose(0, 1) for x in (q, k, v))  # [H, length, Dh]
-        maps = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
-        out = torch.zeros(len(batch.tokens), *q.shape[::2], device=q.device)
-        out[:length] = (maps @ v).transpose(0, 1)
-        maps = maps[:, 1:-1, 1:-1]  # of residues
-        maps = maps + maps.transpose(1, 2)
-        rows = maps.sum(dim=2, keepdim=True)
-        maps -= rows * rows.transpose(1, 2) / rows.sum(dim=1, keepdim=True)  # average product correction
-        self.logits.append(torch.einsum("h,hij->ij", self.weight[len(self.logits)], maps))
-        return out
+        assert self.totals is not None and not left  # no family with norms of q and k has a contact regression
+        self.totals.add(q, k, scale)
+        return self.attention(q, k, v, batch, scale)
 
 
-def bytes_needed(spec: ModelSpec, residues: int) -> int:
-    """Memory beside the weights, for a protein of so many residues."""
-    return 4 * (residues + 2) ** 2 * (MAPS_AT_ONCE * spec.heads + 3 * spec.layers)
+def bytes_needed(spec: ModelSpec, sizes: list[int]) -> int:
+    """Memory beside the weights, for a batch of proteins of so many residues."""
+    rows, longest = sum(sizes) + SPECIAL_TOKENS * len(sizes), max(sizes) + SPECIAL_TOKENS
+    kept = 3 * sum(size * size for size in sizes) + rows * spec.layers * spec.heads
+    scratch = 4 * min(totals.VALUES_AT_ONCE, spec.heads * longest**2) + 3 * longest**2
+    return 4 * (kept + scratch + ROW_WIDTHS * rows * spec.hidden)
 
 
 def regression_beside(weights: Weights) -> list[Path]:
