@@ -41,6 +41,7 @@ from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import decide
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors beside other tests
+os.environ.setdefault("RAY_health_check_timeout_ms", "300000")  # a node that has no time for an answer is not lost
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 pytestmark = pytest.mark.slow

@@ -234,6 +234,15 @@ class Store:
             if self._staged_bytes > MOST_STAGED:
                 self._write_staged()
 
+    def place_at(self, name: str, first: int, values: NDArray[Any]) -> None:
+        """Write values [n, D], already in the store dtype, to a row and those that follow it, none of them staged."""
+        extent = self.places[name]
+        if values.nbytes != len(values) * extent.row_bytes or not 0 <= first <= extent.rows - len(values):
+            raise RuntimeError("values in another dtype or width than their rows, or outside of them")
+        with self._lock:
+            data = np.ascontiguousarray(values).view(np.uint8).reshape(-1).data
+            self._write(data, extent.offset + first * extent.row_bytes)
+
     def _write_staged(self) -> None:
         for name, parts in self._staged.items():
             rows = np.concatenate([rows for rows, _ in parts])
@@ -276,6 +285,13 @@ class Store:
         starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)
         for a, b in pairwise([*starts.tolist(), len(rows)]):
             self._read_run(name, int(rows[a]), data[a:b])
+        return data.view(extent.dtype)
+
+    def read_at(self, name: str, first: int, count: int) -> NDArray[Any]:
+        """A row and its neighbours, as `read`: [count, D]."""
+        extent = self.places[name]
+        data = np.empty((count, extent.row_bytes), np.uint8)
+        self._read_run(name, first, data)
         return data.view(extent.dtype)
 
     def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:

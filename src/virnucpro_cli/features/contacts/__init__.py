@@ -27,7 +27,9 @@ from virnucpro_cli.plan.policies import Decisions
 from virnucpro_cli.store.parts import ContactMaps
 
 T = TypeVar("T")
-Waiting = Callable[[], list[torch.Tensor]]
+Predicted = tuple[torch.Tensor, bool]
+"""A map [L, L] in the dtype of the file, and whether it is finite."""
+Waiting = Callable[[], list[Predicted]]
 """Waits for the maps of a batch that was begun."""
 BLOCK = 1 << 22  # values placed at a time
 VALUES, STARTS, SIZES, STATUS, SUMS = (f"contacts/{name}" for name in ("values", "starts", "sizes", "status", "sums"))
@@ -203,9 +205,9 @@ def fill(run: Run) -> int:
     settled: dict[int, list[NDArray[np.int64]]] = {store.DONE: [], store.SKIPPED: []}
     committed = time.perf_counter()
     with report.Tracker(run.out, int((sizes[first].astype(np.int64) ** 2).sum()), "pairs of residues") as tracker:
-        for (record, sharing_it), values in zip(records, predict(first, sizes), strict=True):
+        for (record, sharing_it), predicted in zip(records, predict(first, sizes), strict=True):
             size = int(sizes[record])
-            is_finite = values is not None and bool(values.isfinite().all())
+            values, is_finite = predicted or (None, False)
             place(file, int(starts[record]), size, values.numpy() if values is not None and is_finite else None)
             if values is None:
                 left_out += len(sharing_it)
@@ -229,13 +231,13 @@ class _Predictor:
         self.collate = VarlenCollator(run.table, segments, embedded, run.plan, pin=pin)
         self.models: dict[torch.dtype, head.Contacts | None] = {}
 
-    def __call__(self, records: list[int], sizes: NDArray[np.int32]) -> Iterator[torch.Tensor | None]:
-        """float32 [L, L] of each record of int32 [N] residues, in order; None for one that there is no memory for.
+    def __call__(self, records: list[int], sizes: NDArray[np.int32]) -> Iterator[Predicted | None]:
+        """The map of each record, of int32 [N] residues, in order; None for one that there is no memory for.
 
         A batch is computed while the one before it is stored.
         """
         dtype = dtype_of(self.run.dtype)
-        before: Iterator[torch.Tensor | None] = iter(())
+        before: Iterator[Predicted | None] = iter(())
         for batch in _batches(records, sizes, self.run.plan.token_budget):
             after = self._begun(batch, sizes, dtype)
             yield from before
@@ -244,17 +246,17 @@ class _Predictor:
 
     def _ended(
         self, batch: list[int], sizes: NDArray[np.int32], dtype: torch.dtype, begun: Waiting | None
-    ) -> Iterator[torch.Tensor | None]:
+    ) -> Iterator[Predicted | None]:
         maps = begun and _or_none(begun)
         if maps is None and len(batch) > 1:
             for record in batch:
                 yield from self._ended([record], sizes, dtype, self._begun([record], sizes, dtype))
             return
-        either: list[torch.Tensor] | list[None] = maps or [None]
-        for record, values in zip(batch, either, strict=True):
-            if values is not None and dtype != torch.float32 and not bool(values.isfinite().all()):
-                (values,) = self._ended([record], sizes, torch.float32, self._begun([record], sizes, torch.float32))
-            yield values
+        alone: list[Predicted | None] = [None]
+        for record, each in zip(batch, maps or alone, strict=True):
+            if each is not None and not each[1] and dtype != torch.float32:
+                (each,) = self._ended([record], sizes, torch.float32, self._begun([record], sizes, torch.float32))
+            yield each
 
     def _begun(self, batch: list[int], sizes: NDArray[np.int32], dtype: torch.dtype) -> Waiting | None:
         if dtype not in self.models:
@@ -271,7 +273,8 @@ class _Predictor:
         state = head.with_contact_head(state, spec, run.weights)
         named = run.config.attention if dtype == run.dtype else "auto"
         backend = attention.resolve(named, run.device, dtype, run.config.residual)
-        model = head.Contacts(spec, state, dtype, run.device, backend)
+        store_dtype = devices.store_dtype(run.config.store_dtype)
+        model = head.Contacts(spec, state, dtype, run.device, backend, store_dtype)
         refusal = totals.refusal(run.device)
         if refusal is not None and BROKEN in refusal:
             run.tell(f"contacts in plain steps: {refusal}")
@@ -334,7 +337,7 @@ def _sums(file: store.Store, records: NDArray[np.int64], status: NDArray[Any]) -
         for record, sharing in zip(*sharers(starts, records[status == code]), strict=True):
             hasher = xxhash.xxh3_64(seed=code)
             for part in store.blocks(int(sizes[record]) ** 2, BLOCK):
-                hasher.update(file.read(VALUES, int(starts[record]) + np.arange(part.start, part.stop)).data)
+                hasher.update(file.read_at(VALUES, int(starts[record]) + part.start, part.stop - part.start).data)
             sums[sharing] = hasher.intdigest()
     return sums[records]
 
@@ -362,9 +365,7 @@ def sharers(starts: NDArray[np.int64], records: NDArray[np.int64]) -> tuple[list
 def place(file: store.Store, start: int, size: int, values: NDArray[Any] | None = None) -> None:
     """Take a map, float32 [size, size], to its place, some rows at a time; NaN without values."""
     dtype = file.places[VALUES].dtype
-    group, _, name = VALUES.rpartition("/")
     for rows in store.blocks(size, max(1, BLOCK // size)):
         count = (rows.stop - rows.start) * size
-        flat = np.full(count, np.nan, dtype) if values is None else values[rows].astype(dtype).reshape(-1)
-        first = start + rows.start * size
-        file.place(group, name, np.arange(first, first + count), flat)
+        flat = np.full(count, np.nan, dtype) if values is None else values[rows].astype(dtype, copy=False).reshape(-1)
+        file.place_at(VALUES, start + rows.start * size, flat)

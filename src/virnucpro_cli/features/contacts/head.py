@@ -26,23 +26,30 @@ ROW_WIDTHS = 20
 class Contacts:
     """The contact head over a packed forward. state: with the tensors of the contact head."""
 
-    def __init__(self, spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.device, backend: Backend):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        state: State,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: Backend,
+        store_dtype: torch.dtype = torch.float32,
+    ):
         exact_arithmetic()
-        self.attention = backend.attention
+        self.attention, self.store_dtype = backend.attention, store_dtype
         self.model = build(spec, state, dtype, device, backend).with_attention(self._attention)
         self.weight = state[f"{CONTACT_HEAD}.weight"].to(device, torch.float32).view(spec.layers, spec.heads)
         self.bias = state[f"{CONTACT_HEAD}.bias"].to(device, torch.float32)
         self.is_fused = totals.refusal(device) is None
         self.totals: totals.Totals | None = None
 
-    def __call__(self, batch: PackedBatch) -> list[torch.Tensor]:
-        """Probabilities float32 [L, L] of each protein of a batch, on the host."""
+    def __call__(self, batch: PackedBatch) -> list[tuple[torch.Tensor, bool]]:
+        """Of each protein: probabilities [L, L] in the store dtype, on the host, and whether all are finite."""
         return self.start(batch)()
 
-    def start(self, batch: PackedBatch) -> Callable[[], list[torch.Tensor]]:
-        """Begin a batch; what is returned waits for the probabilities of `__call__`."""
-        device = self.model.device
-        batch = batch.to(device)
+    def start(self, batch: PackedBatch) -> Callable[[], list[tuple[torch.Tensor, bool]]]:
+        """Begin a batch; what is returned waits for the result of `__call__`."""
+        batch = batch.to(self.model.device)
         with torch.inference_mode():
             self.totals = totals.Totals(batch, self.weight, self.is_fused)
             try:
@@ -50,19 +57,18 @@ class Contacts:
                 found, sizes = (self.totals.logits() + self.bias).sigmoid(), self.totals.sizes.tolist()
             finally:
                 self.totals = None
-            if device.type == "cuda":
-                host = torch.empty(found.shape, pin_memory=True)
-                host.copy_(found, non_blocking=True)
-                done = torch.cuda.Event()
-                done.record(torch.cuda.current_stream(device))
-            else:
-                host, done = found.cpu(), None
+            squares = [size * size for size in sizes]
+            is_finite = torch.stack([each.isfinite().all() for each in found.split(squares)])
+            values, flags = _on_host(found.to(self.store_dtype)), _on_host(is_finite)
+            done = torch.cuda.Event() if values.is_pinned() else None
+            if done is not None:
+                done.record(torch.cuda.current_stream(self.model.device))
 
-        def finish() -> list[torch.Tensor]:
+        def finish() -> list[tuple[torch.Tensor, bool]]:
             if done is not None:
                 done.synchronize()
-            squares = host.split([size * size for size in sizes])
-            return [values.view(size, size) for values, size in zip(squares, sizes, strict=True)]
+            maps = [each.view(size, size) for each, size in zip(values.split(squares), sizes, strict=True)]
+            return list(zip(maps, flags.tolist(), strict=True))
 
         return finish
 
@@ -72,6 +78,14 @@ class Contacts:
         assert self.totals is not None and not left  # no family with norms of q and k has a contact regression
         self.totals.add(q, k, scale)
         return self.attention(q, k, v, batch, scale)
+
+
+def _on_host(found: torch.Tensor) -> torch.Tensor:
+    """The tensor, or one in pinned memory to which its device still copies it."""
+    if found.device.type != "cuda":
+        return found.cpu()
+    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+    return host.copy_(found, non_blocking=True)
 
 
 def bytes_needed(spec: ModelSpec, sizes: list[int]) -> int:

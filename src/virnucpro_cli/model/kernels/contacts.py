@@ -12,6 +12,8 @@ import triton.language as tl
 from virnucpro_cli.batch import QUERY_TILE
 
 LOG2_E = 1.4426950408889634
+PRECISION = "ieee"
+"""Of products in float32."""
 
 
 @triton.jit
@@ -26,6 +28,7 @@ def _tile(x, first, stop, column, stride, HEAD_DIM: tl.constexpr, WIDE: tl.const
 def _rows(
     q, k, tiles, lse, margins, scale, stride, heads, width, column,
     HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For each query: the logarithm of its sum of exponentials, and the share of it that residues have."""
     head = tl.program_id(0) % heads
@@ -37,7 +40,7 @@ def _rows(
     every, inner = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for at in range(start, stop, ROWS):
         keys = _tile(k, at, stop, head * HEAD_DIM, stride, HEAD_DIM, WIDE, ROWS)
-        score = tl.dot(queries, keys.T, input_precision="ieee") * scale
+        score = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
         key = at + index
         score = tl.where((key < stop)[None, :], score, float("-inf"))
         new = tl.maximum(top, tl.max(score, 1))
@@ -56,6 +59,7 @@ def _rows(
 def _columns(
     q, k, tiles, lse, margins, scale, stride, heads, width, column,
     HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For each key, to what `_rows` stored: its sum of probabilities over the queries that are residues."""
     head = tl.program_id(0) % heads
@@ -68,7 +72,7 @@ def _columns(
         queries = _tile(q, at, stop, head * HEAD_DIM, stride, HEAD_DIM, WIDE, ROWS)
         query = at + index
         below = tl.load(lse + query.to(tl.int64) * heads + head, mask=query < stop, other=0.0)
-        weight = tl.exp2(tl.dot(keys, queries.T, input_precision="ieee") * scale - below[None, :])
+        weight = tl.exp2(tl.dot(keys, queries.T, input_precision=PRECISION) * scale - below[None, :])
         residues = ((query > start) & (query < stop - 1))[None, :]
         total += tl.sum(tl.where(residues, weight, 0.0), 1)
     row = first + index
@@ -81,6 +85,7 @@ def _columns(
 def _total(
     q, k, tiles, lse, of_heads, starts, total, scale, stride, heads,
     HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of the weighted sum of all heads' maps, added to what other layers left there."""
     tile = tiles + 3 * tl.program_id(0)
@@ -94,7 +99,7 @@ def _total(
             queries = _tile(q, first, stop, head * HEAD_DIM, stride, HEAD_DIM, WIDE, ROWS)
             keys = _tile(k, other, stop, head * HEAD_DIM, stride, HEAD_DIM, WIDE, ROWS)
             below = tl.load(lse + row.to(tl.int64) * heads + head, mask=row < stop, other=0.0)
-            weight = tl.exp2(tl.dot(queries, keys.T, input_precision="ieee") * scale - below[:, None])
+            weight = tl.exp2(tl.dot(queries, keys.T, input_precision=PRECISION) * scale - below[:, None])
             acc += weight * tl.load(of_heads + head)
         rows_in, keys_in = (row > start) & (row < stop - 1), (key > start) & (key < stop - 1)
         at = tl.load(starts + tl.program_id(0)) + (row - start - 1).to(tl.int64)[:, None] * (stop - start - 2)
@@ -124,7 +129,7 @@ def add_maps(
     rows, heads, head_dim = q.shape
     wide = max(16, triton.next_power_of_2(head_dim))
     lse = torch.empty(rows, heads, device=q.device)
-    sizes = {"HEAD_DIM": head_dim, "WIDE": wide, "ROWS": QUERY_TILE, "num_warps": 4}
+    sizes = {"HEAD_DIM": head_dim, "WIDE": wide, "ROWS": QUERY_TILE, "PRECISION": PRECISION, "num_warps": 4}
     per_head, stride, scale = (heads * len(tiles),), q.stride(0), scale * LOG2_E
     _rows[per_head](q, k, tiles, lse, margins, scale, stride, heads, margins.stride(0), column, **sizes)
     _columns[per_head](q, k, tiles, lse, margins, scale, stride, heads, margins.stride(0), column, **sizes)
