@@ -12,8 +12,8 @@ import triton.language as tl
 from virnucpro_cli.batch import QUERY_TILE
 
 LOG2_E = 1.4426950408889634
-PRECISION = "ieee"
-"""Of products in float32."""
+PRECISION = "tf32x3"
+"""Of products in float32: each number as the sum of two of 11 bits, 3.5 to 8 times as fast on an H100 as "ieee"."""
 
 
 @triton.jit
