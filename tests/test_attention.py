@@ -135,7 +135,7 @@ def test_a_named_backend_is_that_backend() -> None:
     assert attention.resolve("sdpa", CPU, torch.float32) == ("sdpa", sdpa.attention, plain, (), False)
 
 
-@pytest.mark.parametrize("name", ["triton", "torch_varlen", "efficient", "flash_attn"])
+@pytest.mark.parametrize("name", ["triton", "portable", "torch_varlen", "efficient", "flash_attn"])
 def test_a_named_backend_that_cannot_run_is_an_error_with_the_reason(name: str) -> None:
     with pytest.raises(UserError) as caught:
         attention.resolve(name, CPU, torch.float16)
@@ -166,37 +166,92 @@ def test_kernels_that_do_not_work_here_are_passed_over_with_a_note(monkeypatch: 
     monkeypatch.setattr(attention, "is_nvidia", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
-    def no_compiler(device: torch.device, dtype: torch.dtype) -> None:
+    def no_compiler(*_: Any) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
     monkeypatch.setattr(trial, "try_out", no_compiler)
     found = attention.resolve("auto", CPU, torch.float16)
-    assert found.name == "torch_varlen" and len(found.notes) == 1
-    assert "triton would be faster" in found.notes[0] and "Failed to find C compiler." in found.notes[0]
+    assert found.name == "torch_varlen" and len(found.notes) == 2
+    for name, note in zip(("triton", "portable"), found.notes, strict=True):
+        assert f"{name} would be faster" in note and "Failed to find C compiler." in note
     with pytest.raises(UserError, match=r"triton cannot run here.*RuntimeError: Failed to find C compiler"):
         attention.resolve("triton", CPU, torch.float16)
 
-    def wordless(device: torch.device, dtype: torch.dtype) -> None:
+    def wordless(*_: Any) -> None:
         raise NotImplementedError
 
     monkeypatch.setattr(trial, "try_out", wordless)
     assert "NotImplementedError" in attention.resolve("auto", CPU, torch.float16).notes[0]
 
 
+def test_a_portable_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = pytest.importorskip("virnucpro_cli.model.kernels.trial")
+    from virnucpro_cli.model.kernels import portable
+
+    for name, other, blamed in (
+        ("rotary", lambda cos, sin, positions: (sin, cos, positions), "rotary_linear or attention"),
+        ("inner", lambda x, layer: plain.gelu(portable._linear(x, layer.fc1))[:, : 128 * (2 - layer.gated)], "swiglu"),
+        ("last_norm", lambda x, last: (x + last.offset).to(x.dtype), "norm"),
+    ):
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        trial.try_out(portable, CPU, torch.float16)
+        monkeypatch.setattr(portable, name, other)
+        with pytest.raises(RuntimeError, match=f"{blamed}.* differs"):
+            trial.try_out(portable, CPU, torch.float16)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(1.4, "portable"), (0.8, "torch_varlen")])
+def test_portable_kernels_are_taken_unasked_where_they_were_timed_to_be_faster(
+    gain: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = pytest.importorskip("virnucpro_cli.model.kernels.trial")
+    monkeypatch.setattr(attention, "is_nvidia", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "another GPU")
+    monkeypatch.setattr(trial, "try_out", lambda *_: None)
+    from virnucpro_cli.model.kernels import timed
+
+    monkeypatch.setattr(timed, "gain", lambda device, dtype: gain)
+    found = attention.resolve("auto", CPU, torch.float16)
+    assert found.name == chosen and f"{gain:.2f} times as fast as plain steps" in found.notes[0]
+    assert found.steps.__name__.endswith("portable" if gain > 1 else "plain")
+    assert attention.resolve("portable", CPU, torch.float16).name == "portable"
+    assert attention.resolve("auto", CPU, torch.float16, "fp32").steps is plain
+
+
+def test_a_timed_trial_is_made_once_and_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = pytest.importorskip("virnucpro_cli.model.kernels.timed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "another GPU")
+    made: list[float] = []
+    monkeypatch.setattr(timed, "_measured", lambda device, dtype: made.append(1.25) or 1.25)
+    for dtype in (torch.float16, torch.float16, torch.bfloat16):
+        timed.gain.cache_clear()
+        assert timed.gain(CPU, dtype) == 1.25
+    timed.gain.cache_clear()
+    assert len(made) == 2
+    (kept, _) = sorted(tmp_path.rglob("*.json"))
+    kept.write_text("{")
+    assert timed.gain(CPU, torch.float16) == timed.gain(CPU, torch.bfloat16) == 1.25 and len(made) == 3
+    timed.gain.cache_clear()
+
+
 def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     trial = pytest.importorskip("virnucpro_cli.model.kernels.trial")
-    fused = trial.fused
+    from virnucpro_cli.model.kernels import fused
+
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    trial.try_out(CPU, torch.float16)
+    trial.try_out(fused, CPU, torch.float16)
     gelu_linear = fused.gelu_linear
     monkeypatch.setattr(fused, "gelu_linear", lambda x, layer: gelu_linear(x, layer) * 1.1)
     with pytest.raises(RuntimeError, match="gelu_linear differs"):
-        trial.try_out(CPU, torch.float16)
+        trial.try_out(fused, CPU, torch.float16)
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(fused, "_interleaved", lambda each, head_dim: each)
     with pytest.raises(RuntimeError, match="rotary_linear or attention differs"):
-        trial.try_out(CPU, torch.float16)
+        trial.try_out(fused, CPU, torch.float16)
     for name, other, blamed in (
         ("_centred", lambda each: each, "rotary_linear or attention"),
         ("swiglu_linear", lambda x, layer: fused.gelu_linear(x, layer)[:, :128], "swiglu_linear"),
@@ -205,4 +260,4 @@ def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.Monk
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(fused, name, other)
         with pytest.raises(RuntimeError, match=f"{blamed} differs"):
-            trial.try_out(CPU, torch.float16)
+            trial.try_out(fused, CPU, torch.float16)

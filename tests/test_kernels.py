@@ -15,6 +15,7 @@ from virnucpro_cli.benchmark import modes, workload
 from virnucpro_cli.features.contacts import totals
 from virnucpro_cli.model import weights
 from virnucpro_cli.model.attention import Backend, sdpa, triton
+from virnucpro_cli.model.attention import portable as portable_attention
 from virnucpro_cli.model.families import build, family_of
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.spec import ModelSpec
@@ -23,7 +24,7 @@ from virnucpro_cli.plan.packing import SPECIAL_TOKENS
 pytest.importorskip(
     "triton", None if torch.cuda.is_available() else interpreter.OLDEST, reason="the interpreter needs triton>=3.9"
 )
-from virnucpro_cli.model.kernels import attention, e4m3, fused, linear, norm
+from virnucpro_cli.model.kernels import attention, e4m3, fused, linear, norm, portable
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -357,11 +358,13 @@ def test_the_fused_forward_is_the_plain_one(spec: ModelSpec, tmp_path: Path) -> 
         ("exact", torch.float32, Backend("sdpa", sdpa.attention, plain)),
         ("plain", torch.float16, Backend("sdpa", sdpa.attention, plain)),
         ("fused", torch.float16, Backend("triton", triton.attention, fused)),
+        ("portable", torch.float16, Backend("portable", portable_attention.attention, portable)),
     ):
         rows[name] = embeddings(build(spec, state, dtype, DEVICE, backend), batch, layers)
     for kind, layer in rows["exact"].pooled:
-        exact, floor, found = (rows[name].pooled[kind, layer] for name in ("exact", "plain", "fused"))
-        assert relative_l2(found, exact) <= max(1.5 * relative_l2(floor, exact), 2e-4), (kind, layer)
+        exact, floor, *found = (rows[name].pooled[kind, layer] for name in ("exact", "plain", "fused", "portable"))
+        for each in found:
+            assert relative_l2(each, exact) <= max(1.5 * relative_l2(floor, exact), 2e-4), (kind, layer)
 
 
 def test_padded_batches_through_the_fused_steps_finish_the_norms_of_queries_and_keys(tmp_path: Path) -> None:
@@ -374,6 +377,44 @@ def test_padded_batches_through_the_fused_steps_finish_the_norms_of_queries_and_
         model = build(spec, state, dtype, DEVICE, Backend("any", sdpa.attention, steps))
         rows.append(modes.padded(model, work, 80, by_length=True).run())
     assert relative_l2(rows[1], rows[0]) <= 2e-3
+
+
+# --- portable steps --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "half", "is_normed"), [(3, 12, False), (2, 32, True), (5, 8, True)])
+def test_portable_queries_and_keys_are_normed_and_rotated(
+    heads: int, half: int, is_normed: bool, dtype: torch.dtype
+) -> None:
+    width, rows = 2 * heads * half, 70
+    layer = gated(64, width, heads) if is_normed else gated(64, width, heads)._replace(qk_norm=None)
+    angles = data(rows, half, dtype=torch.float32, scale=3)
+    positions = torch.arange(rows, dtype=torch.int32, device=DEVICE).flip(0)
+    x = data(rows, width, dtype=dtype)
+    found = []
+    for steps, kind in ((portable, dtype), (plain, torch.float32)):
+        (ready,), _ = steps.prepare([layer], layer.norm1, 2 * half, kind)
+        found.append(steps.query_key_value(x.to(kind), ready, steps.rotary(angles.cos(), angles.sin(), positions)))
+    for ours, twin in zip(*found, strict=True):
+        assert ours.shape == twin.shape and relative_l2(ours, twin) <= 2.5 * ROUNDING[dtype]
+
+
+def test_portable_steps_are_the_same_bits_wherever_a_row_stands() -> None:
+    layer = gated(200, 96, 3)
+    (ready,), _ = portable.prepare([layer], layer.norm1, 32, torch.float16)
+    x, other = data(300, 96, dtype=torch.float16), data(300, 96, dtype=torch.float16, seed=4)
+    here, there = slice(100, 240), slice(7, 147)
+    other[there] = x[here]
+    assert torch.equal(portable.inner(x, ready)[here], portable.inner(other, ready)[there])
+
+
+def test_attention_without_descriptors_has_the_bits_of_attention_with_them() -> None:
+    lengths = [1, 40, 64, 130, 200]
+    q, k, v = (data(sum(lengths), 2, 24, dtype=torch.float16, seed=each) for each in range(3))
+    tiles = batch_of(lengths, sum(lengths)).query_tiles.to(DEVICE)
+    one, two = (attention.attention(q, k, v, tiles, 0.2, with_descriptors=each) for each in (True, False))
+    assert torch.equal(one, two)
 
 
 # --- sums of attention maps ------------------------------------------------------------------------------------------

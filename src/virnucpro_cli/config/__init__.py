@@ -17,7 +17,7 @@ from virnucpro_cli.kinds import EMITS, KINDS, NUCLEOTIDE, OF_ALL_RESIDUES, PROTE
 SYNONYMS = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float8": "fp8"}
 """Names of dtypes as PyTorch has them; the short ones are stored."""
 DTYPES = ("auto", "fp32", "fp16", "bf16", "fp8")
-BACKENDS = ("auto", "triton", "torch_varlen", "flash_attn", "efficient", "sdpa")
+BACKENDS = ("auto", "triton", "portable", "torch_varlen", "flash_attn", "efficient", "sdpa")
 LARGEST = 1 << 24
 MOST_WORKERS = 256
 PICTURES = (".png", ".pdf", ".svg", ".jpg")

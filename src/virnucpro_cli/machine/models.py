@@ -29,8 +29,8 @@ class Here(NamedTuple):
 
     @property
     def kernels(self) -> str:
-        """The steps around attention: fused ones are those of `kernels.fused`."""
-        return "fused" if self.attention == "triton" else "plain"
+        """The steps around attention, by the name of their module in `kernels`."""
+        return attention.STEPS.get(self.attention, "plain")
 
 
 class Known(NamedTuple):
@@ -242,7 +242,9 @@ def about(model: Known, here: Here | None) -> Table:
 def _kernels(here: Here | None) -> str:
     if here is None:
         return "none: see virnucpro doctor"
-    steps = {"fused": "fused steps", "plain": "plain steps of PyTorch"}[here.kernels]
+    steps = {"fused": "fused steps", "portable": "portable fused steps", "plain": "plain steps of PyTorch"}[
+        here.kernels
+    ]
     return f"{steps}, attention {here.attention}, on {here.device} in {here.dtype}"
 
 

@@ -16,11 +16,13 @@ from virnucpro_cli.errors import UserError
 BROKEN = "its kernels do not work here"
 Attention = Callable[..., torch.Tensor]
 
-BACKENDS = ("triton", "torch_varlen", "flash_attn", "efficient", "sdpa")
+BACKENDS = ("triton", "portable", "torch_varlen", "flash_attn", "efficient", "sdpa")
+STEPS = {"triton": "fused", "portable": "portable"}
+"""Backends with steps of their own in `kernels`; the others have plain ones."""
 
 
 class Backend(NamedTuple):
-    """How a forward computes: attention, and `kernels.plain` or `kernels.fused` for the steps around it.
+    """How a forward computes: attention, and `kernels.plain`, `fused` or `portable` for the steps around it.
 
     wide: whether the residual stream is in float32 whatever the dtype, which plain steps alone can do.
     """
@@ -37,7 +39,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, residual: str =
 
     residual: fp32 for a residual stream in float32.
 
-    Each adapter module has `refusal(device, dtype) -> str | None` and `attention(q, k, v, batch, scale)`.
+    Each adapter module has `refusal(device, dtype) -> str | None` and `attention(q, k, v, batch, scale)`. One whose
+    speed is not known on every GPU has `gain(device, dtype) -> float`: it is taken unasked where that is above 1.
     """
     if name != "auto" and name not in BACKENDS:
         raise UserError(f"There is no attention backend {name!r}.", f"Choose auto or one of {', '.join(BACKENDS)}.")
@@ -61,9 +64,12 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, residual: str =
             continue
         adapter = import_module(f"virnucpro_cli.model.attention.{candidate}")
         refusal = adapter.refusal(device, dtype)
+        if refusal is None and name == "auto" and hasattr(adapter, "gain"):
+            gain = adapter.gain(device, dtype)
+            notes += (f"attention backend {candidate} is {gain:.2f} times as fast as plain steps here, by a trial",)
+            refusal = None if gain > 1 else "plain steps are faster here"
         if refusal is None:
-            is_fused = candidate == "triton" and not wide
-            steps = import_module(f"virnucpro_cli.model.kernels.{'fused' if is_fused else 'plain'}")
+            steps = import_module(f"virnucpro_cli.model.kernels.{'plain' if wide else STEPS.get(candidate, 'plain')}")
             return Backend(candidate, adapter.attention, steps, notes, wide)
         if BROKEN in refusal:
             notes += (f"attention backend {candidate} would be faster on this device, but {refusal}",)

@@ -17,9 +17,10 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if find_spec("triton") is None:
         return "the triton package, which comes with PyTorch for CUDA, is not there"
     try:
+        from virnucpro_cli.model.kernels import fused
         from virnucpro_cli.model.kernels.trial import try_out
 
-        try_out(device, dtype)
+        try_out(fused, device, dtype)
     except Exception as error:  # no C compiler, no room for the cache, another Triton ...
         return f"{BROKEN} ({in_a_line(error)[:200]})"
     return None

@@ -1,8 +1,8 @@
 """Variable-length attention for short sequences: tiles of 64 queries of one segment, where FlashAttention-2 takes 128.
 
 A program owns 64 queries of one segment and one head. The segment's last, partly filled block of keys comes first, by
-plain masked loads that are all in flight at once; the full blocks follow through the tensor memory accelerator. The
-order of keys depends on the segment's length alone, so a segment's result is the same wherever it stands.
+plain masked loads that are all in flight at once; the full blocks follow, on Hopper through the tensor memory
+accelerator. The order of keys depends on the segment's length alone, so its result is the same wherever it stands.
 """
 
 import torch
@@ -48,8 +48,13 @@ def _attention(
     sums = weight  # added up over the keys at the end
     acc = tl.dot(weight.to(v_tile.dtype), v_tile)
     for row in range(start, tail, KEYS):
-        k_tile = keys.load([row, column])
-        v_tile = values.load([row, column])
+        if keys is not None:
+            k_tile = keys.load([row, column])
+            v_tile = values.load([row, column])
+        else:
+            at = (row + key).to(tl.int64)[:, None] * stride + column + d[None, :]
+            k_tile = tl.load(k + at, mask=d[None, :] < HEAD_DIM, other=0.0)
+            v_tile = tl.load(v + at, mask=d[None, :] < HEAD_DIM, other=0.0)
         score = tl.dot(q_tile, k_tile.T)  # columns of the next head meet zeros in q
         if q_scale is not None:
             score *= following[None, :]
@@ -73,16 +78,21 @@ def attention(
     scale: float,
     q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
+    *,
+    with_descriptors: bool = True,
 ) -> torch.Tensor:
     """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; tiles int32 [n, 3] of `batch.query_tiles`.
 
     Heads of q, k and v are adjacent, and their rows equally far apart. q_scale, k_scale: float32 [T], by which rows of
-    q and of k are still to be multiplied, or None.
+    q and of k are still to be multiplied, or None. with_descriptors: whether blocks come through the tensor memory
+    accelerator, which older GPUs lack.
     """
     rows, heads, head_dim = q.shape
     wide = max(16, triton.next_power_of_2(head_dim))
     out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)
-    keys, values = (TensorDescriptor(x, [rows, heads * head_dim], [x.stride(0), 1], [KEYS, wide]) for x in (k, v))
+    keys = values = None
+    if with_descriptors:
+        keys, values = (TensorDescriptor(x, [rows, heads * head_dim], [x.stride(0), 1], [KEYS, wide]) for x in (k, v))
     registers = 96 if q_scale is not None and wide <= 64 else None  # five programs at a time on a multiprocessor
     _attention[(heads * len(tiles),)](
         q, k, v, keys, values, out, tiles, q_scale, k_scale, scale * LOG2_E, q.stride(0), heads,

@@ -1,14 +1,14 @@
-"""A layer of each kind in fused kernels against its plain twin, on the device at hand, before they are relied on."""
+"""A layer of each kind in kernels against its plain twin, on the device at hand, before they are relied on."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli.model.kernels import fused, plain
+from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.kernels.attention import attention
-from virnucpro_cli.model.kernels.linear import Quantised
 from virnucpro_cli.model.kernels.plain import Pair
 from virnucpro_cli.model.spec import stream_dtype
 
@@ -17,24 +17,25 @@ LARGEST_DIFFERENCE = {torch.float16: 1e-2, torch.bfloat16: 2e-2, torch.float8_e4
 """Relative L2 of a step against its twin in fp32, after all steps before it; 5e-4, 4e-3 and 1e-1 are usual."""
 
 
-def try_out(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile every kernel on this device and compare one layer's steps with their plain twins.
+def try_out(steps: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Compile every kernel of `kernels.fused` or `kernels.portable`, and compare one layer's steps with their twins.
 
     Raises RuntimeError if a step differs, and any error of the compiler or the driver.
     """
+    attend = partial(attention, with_descriptors=not steps.__name__.endswith("portable"))
     with torch.cuda.device(device), torch.inference_mode():
         tiles = torch.tensor([[0, 0, ROWS]], device=device, dtype=torch.int32)
         for gated in (False,) if dtype == torch.float8_e4m3fn else (False, True):
-            noise = _Noise(device)
-            layer, inputs = _layer(noise, gated), (noise(ROWS, 64), noise(ROWS, 16, scale=3.0))
-            ours = _results(fused, layer, inputs, dtype, lambda q, k, v, *left: attention(q, k, v, tiles, SCALE, *left))
+            noise = Noise(device)
+            layer, inputs = made_up(noise, 64, gated), (noise(ROWS, 64), noise(ROWS, 16, scale=3.0))
+            ours = _results(steps, layer, inputs, dtype, lambda q, k, v, *left: attend(q, k, v, tiles, SCALE, *left))
             twins = _results(plain, layer, inputs, torch.float32, _plain_attention)
             for name, twin in twins.items():
                 if not (ours[name] - twin).norm() <= LARGEST_DIFFERENCE[dtype] * twin.norm():
                     raise RuntimeError(f"{name} differs from its plain twin")
 
 
-class _Noise:
+class Noise:
     """Normal numbers, float32 [*shape], the same each time."""
 
     def __init__(self, device: torch.device):
@@ -44,18 +45,21 @@ class _Noise:
         return torch.empty(shape, device=self.device).normal_(mean, scale, generator=self.generator)
 
 
-def _layer(noise: _Noise, gated: bool) -> plain.Layer:
-    """A layer of 2 heads of 32, float32: with norms of q and k and SwiGLU, or with neither."""
+def made_up(noise: Noise, width: int, gated: bool) -> plain.Layer:
+    """A layer, float32: with norms of q and k and SwiGLU, or with neither."""
 
     def pair(rows: int, depth: int) -> Pair:
         return noise(rows, depth), noise(rows)
 
     def norm() -> Pair:
-        return noise(64, mean=1.0), noise(64)
+        return noise(width, mean=1.0), noise(width)
 
-    gains = (noise(64, mean=1.0), noise(64, mean=1.0)) if gated else None
-    inner = 128 if gated else 256
-    return plain.Layer(norm(), pair(192, 64), pair(64, 64), norm(), pair(256, 64), pair(64, inner), gains, gated)
+    gains = (noise(width, mean=1.0), noise(width, mean=1.0)) if gated else None
+    inner = (2 if gated else 4) * width
+    return plain.Layer(
+        norm(), pair(3 * width, width), pair(width, width), norm(), pair(4 * width, width), pair(width, inner), gains,
+        gated,
+    )  # fmt: skip
 
 
 def _results(
@@ -75,7 +79,7 @@ def _results(
     steps.add_inner(x, inner, prepared)
     wide = "swiglu_linear" if layer.gated else "gelu_linear"
     results = {"rotary_linear or attention": mixed, wide: inner.float(), "norm": steps.last_norm(x, last)}
-    if isinstance(prepared.fc1, Quantised):
+    if dtype == torch.float8_e4m3fn:
         results[wide] /= prepared.fc1.grain
     return {name: each.float() for name, each in results.items()}
 

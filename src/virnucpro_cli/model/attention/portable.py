@@ -1,0 +1,44 @@
+"""Our own kernels in plain Triton, for NVIDIA GPUs of compute capability 8.0 and newer: attention with short tiles, and
+the steps around PyTorch's products."""
+
+from importlib.util import find_spec
+
+import torch
+
+from virnucpro_cli.batch import PackedBatch
+from virnucpro_cli.errors import in_a_line
+from virnucpro_cli.model.attention import BROKEN, describe
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 or bf16, not {describe(dtype)}"
+    if find_spec("triton") is None:
+        return "the triton package, which comes with PyTorch for CUDA, is not there"
+    try:
+        from virnucpro_cli.model.kernels import portable
+        from virnucpro_cli.model.kernels.trial import try_out
+
+        try_out(portable, device, dtype)
+    except Exception as error:  # no C compiler, no room for the cache, another Triton ...
+        return f"{BROKEN} ({in_a_line(error)[:200]})"
+    return None
+
+
+def gain(device: torch.device, dtype: torch.dtype) -> float:
+    """How many times as fast as plain steps it is on this device, by a timed trial."""
+    from virnucpro_cli.model.kernels import timed
+
+    return timed.gain(device, dtype)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:
+    """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16."""
+    from virnucpro_cli.model.kernels.attention import attention
+
+    if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps; the kernel takes one distance between rows
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return attention(q, k, v, batch.query_tiles, scale, with_descriptors=False)
