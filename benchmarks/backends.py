@@ -2,7 +2,7 @@
 
     python benchmarks/backends.py [--models 650M,150M] [--backends torch_varlen,portable,triton] [--dtype fp16]
 
-Random weights, mean pooling, packs of the budget that a run would choose, medians of interleaved rounds. The ratio is to
+Random weights, mean pooling, packs of the budget that a run would choose, medians of interleaved rounds. Ratios are to
 the first backend.
 """
 

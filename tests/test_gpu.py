@@ -127,10 +127,16 @@ def test_fp16_in_fused_kernels_loses_no_more_than_in_plain_steps(name: str, tmp_
         assert np.median(fused[kind]) <= np.median(plain[kind])
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32", FP8])
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [*((each, "auto") for each in ("fp16", "bf16", "fp32")), pytest.param("fp8", "auto", marks=FP8.marks),
+     ("fp16", "portable"), ("bf16", "portable")],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["demo", "random:650M"])
-def test_a_protein_has_the_same_bits_in_any_pack_on_every_rung(name: str, dtype: str, tmp_path: Path) -> None:
-    model = model_of(name, dtype)
+def test_a_protein_has_the_same_bits_in_any_pack_on_every_rung(
+    name: str, dtype: str, backend: str, tmp_path: Path
+) -> None:
+    model = model_of(name, dtype, backend)
     layers = (0, model.spec.layers // 2, model.spec.layers)
     generator = random.Random(1)
     probes = [packs.random_protein(n, generator) for n in (1, 33, 64, 130, 351)]
