@@ -600,6 +600,14 @@ def test_a_module_or_a_shape_that_the_base_lacks_is_refused(
     assert words.replace("adapted", "") in refusal(folder).replace(str(folder / "base"), "")
 
 
+def test_a_rank_that_is_not_that_of_the_configuration_is_refused(tmp_path: Path) -> None:
+    adapter = made(tmp_path)
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 5}))
+    with pytest.raises(UserError, match=r"contradicts itself: .* has rank \d+, its configuration 5"):
+        loaded(tmp_path / "base", adapter)
+
+
 def test_half_an_adapter_of_a_module_is_refused(folder: Path) -> None:
     file = folder / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)

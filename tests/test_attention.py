@@ -212,7 +212,7 @@ def test_portable_kernels_are_taken_unasked_where_they_were_timed_to_be_faster(
     monkeypatch.setattr(trial, "try_out", lambda *_: None)
     from virnucpro_cli.model.kernels import timed
 
-    monkeypatch.setattr(timed, "gain", lambda device, dtype: gain)
+    monkeypatch.setattr(timed, "gain", lambda *_: gain)
     found = attention.resolve("auto", CPU, torch.float16)
     assert found.name == chosen and f"{gain:.2f} times as fast as plain steps" in found.notes[0]
     assert found.steps.__name__.endswith("portable" if gain > 1 else "plain")
@@ -225,15 +225,16 @@ def test_a_timed_trial_is_made_once_and_kept(tmp_path: Any, monkeypatch: pytest.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "another GPU")
     made: list[float] = []
-    monkeypatch.setattr(timed, "_measured", lambda device, dtype: made.append(1.25) or 1.25)
+    monkeypatch.setattr(timed, "_measured", lambda *_: made.append(1.25) or 1.25)
+    both = (attention.Backend("a", sdpa.attention, plain), attention.Backend("b", sdpa.attention, plain))
     for dtype in (torch.float16, torch.float16, torch.bfloat16):
         timed.gain.cache_clear()
-        assert timed.gain(CPU, dtype) == 1.25
+        assert timed.gain(*both, CPU, dtype) == 1.25
     timed.gain.cache_clear()
     assert len(made) == 2
     (kept, _) = sorted(tmp_path.rglob("*.json"))
     kept.write_text("{")
-    assert timed.gain(CPU, torch.float16) == timed.gain(CPU, torch.bfloat16) == 1.25 and len(made) == 3
+    assert timed.gain(*both, CPU, torch.float16) == timed.gain(*both, CPU, torch.bfloat16) == 1.25 and len(made) == 3
     timed.gain.cache_clear()
 
 

@@ -80,6 +80,21 @@ def test_every_map_is_fair_esms(tmp_path: Path, make_fasta: Make, model: Path) -
     assert verify.verify_file(str(tmp_path / "out.h5")).passed
 
 
+def test_a_map_has_the_same_bits_in_any_company_and_is_symmetric(tmp_path: Path, make_fasta: Make, model: Path) -> None:
+    lengths = [30, 2, 315, 352, 343, 77, 1, 130]
+    fasta = make_fasta(lengths)
+    options = {"store_dtype": "fp32", "dtype": "fp32", "max_residues": 400, "force_protein": True}
+    embed(fasta, tmp_path / "all.h5", model, **options)
+    assert verify.verify_file(str(tmp_path / "all.h5")).passed
+    with read_embeddings(tmp_path / "all.h5") as every:
+        for row, (name, sequence) in enumerate(read_fasta(fasta)):
+            (tmp_path / "one.fasta").write_text(f">{name}\n{sequence}\n")
+            embed(tmp_path / "one.fasta", tmp_path / f"{row}.h5", model, **options)
+            with read_embeddings(tmp_path / f"{row}.h5") as alone:
+                found = every.contacts(row)
+                assert np.array_equal(found, found.T) and np.array_equal(found, alone.contacts(0)), lengths[row]
+
+
 @pytest.mark.demo
 def test_real_maps_are_fair_esms_and_far_from_even(tmp_path: Path, demo: Any) -> None:
     records = read_fasta(VIRAL)[:3]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from virnucpro_cli.benchmark import plot
 from virnucpro_cli.cluster import merge, status
 from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.embed import embed_fasta
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, shell_word
 from virnucpro_cli.exchange import export, extract, importing
 from virnucpro_cli.explore import MapConfig, SearchConfig, inspect, mapping, search
 from virnucpro_cli.model import locate
@@ -216,6 +217,11 @@ def test_a_name_of_another_format_is_refused_with_the_commands(
         embed_fasta(str(make_fasta([9])), str(tmp_path / name), model=str(tiny_model), device="cpu")
     assert way in told.value.remedy and "x.h5" in told.value.remedy
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
+
+
+@pytest.mark.parametrize(("path", "word"), [("-x.h5", "./-x.h5"), ("sp ace/ü.h5", "'sp ace/ü.h5'"), ("o.h5", "o.h5")])
+def test_a_path_in_a_command_that_is_advised_is_one_word_and_no_option(path: str, word: str) -> None:
+    assert shell_word(path) == word and shlex.split(shell_word(path))[0].endswith(path)
 
 
 def test_a_file_that_is_taken_for_a_folder_is_told(make_fasta: Make, tiny_model: Path, tmp_path: Path) -> None:

@@ -437,10 +437,10 @@ def test_attention_maps_add_up_to_the_plain_ones(heads: int, head_dim: int, dtyp
     lengths = [3, 66, 64, 130, 12]
     ours, twin = (totals_of(lengths, heads, head_dim, dtype, is_fused) for is_fused in (True, False))
     assert relative_l2(ours.total, twin.total) <= 2e-6 and relative_l2(ours.margins, twin.margins) <= 2e-6
-    logits = ours.logits()
-    assert relative_l2(logits, twin.logits()) <= 1e-5
+    found = ours.probabilities(0)
+    assert relative_l2(found, twin.probabilities(0)) <= 1e-5
     for size, start in zip(ours.sizes.tolist(), ours.starts.tolist(), strict=True):
-        square = logits[start : start + size * size].view(size, size)
+        square = found[start : start + size * size].view(size, size)
         assert torch.equal(square, square.T)
 
 
@@ -457,8 +457,8 @@ def test_maps_that_are_not_numbers_stay_so_and_spoil_no_other() -> None:
     q, k = data(64, 2, 16, dtype=torch.float16), data(64, 2, 16, dtype=torch.float16, seed=1)
     q[25], k[60] = torch.nan, torch.nan
     made.add(q, k, 0.25)
-    logits = made.logits()
-    assert logits[: 18 * 18].isfinite().all() and not logits[18 * 18 :].isfinite().any()
+    found = made.probabilities(0)
+    assert found[: 18 * 18].isfinite().all() and not found[18 * 18 :].isfinite().any()
 
 
 # --- fp8 ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,12 @@ def printable(text: str) -> str:
 def counted(n: int, one: str, several: str = "") -> str:
     """`1,234 proteins`, `1 protein`; several: the plural, if it is no `s` at the end."""
     return f"{n:,} {one if n == 1 else several or one + 's'}"
+
+
+def shell_word(path: str | Path) -> str:
+    """A path as a word of a command, which no shell splits and no program takes for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def shortened(text: str) -> str:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.segment import Segment
 from rich.table import Table
 
-from virnucpro_cli.errors import UserError, printable
+from virnucpro_cli.errors import UserError, printable, shell_word
 
 LOG_EVERY_SECONDS = 30.0
 RANGES = 8
@@ -97,7 +97,7 @@ def _folder_to_make(path: Path) -> str:
     """The command that makes a missing folder, if nothing is in its way."""
     folder, *above = path.absolute().parents
     missing = not folder.exists() and next(each for each in above if each.exists()).is_dir()
-    return f": mkdir -p {path.parent}" if missing and not path.is_dir() else ""
+    return f": mkdir -p {shell_word(path.parent)}" if missing and not path.is_dir() else ""
 
 
 def _reaches(path: Path, other: Path) -> bool:

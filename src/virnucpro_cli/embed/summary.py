@@ -2,7 +2,6 @@
 
 import platform
 import resource
-import shlex
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +16,7 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.recipe import EmbedRun
 from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Placer
-from virnucpro_cli.errors import counted
+from virnucpro_cli.errors import counted, shell_word
 from virnucpro_cli.kinds import PROTEIN
 from virnucpro_cli.model import locate
 from virnucpro_cli.model.families import flops
@@ -90,7 +89,9 @@ def _warnings(run: EmbedRun) -> list[str]:
         most = f"{run.spec.name} takes at most {run.spec.longest:,}"
         warn(windowed, f"embedded by windows of {counted(config.max_residues, letter)}: {most}")
     if config.invalid == "x":
-        odd = counted(int(table.replaced.sum(dtype=np.int64)), letter)
+        replaced = int(table.replaced.sum(dtype=np.int64))
+        odd, part = counted(replaced, letter), replaced / max(table.residues, 1)
+        odd += f", {part:.0%} of all," if part >= 0.05 else ""
         text = f"with {odd} outside the alphabet, embedded as {unknown} (column /replaced)"
         warn(table.replaced > 0, text, name_them=True)
     letters = counted(int(table.gaps.sum(dtype=np.int64)), "letter")
@@ -148,9 +149,9 @@ def end(run: EmbedRun) -> None:
     cut = summary.counts["truncated"]
     rate = f", {summary.rates['tokens/s']:,.0f} tokens/s in the model" if summary.rates else ""
     device, dtype = (str(summary.environment[name]).removesuffix(" (auto)") for name in ("device", "dtype"))
-    next_step = f"virnucpro inspect {shlex.quote(str(output))}"
+    next_step = f"virnucpro inspect {shell_word(output)}"
     if run.shard is not None:
-        next_step = f"virnucpro status {shlex.quote(config.output)}"
+        next_step = f"virnucpro status {shell_word(config.output)}"
     elif (reason[skipped] == store.NO_MEMORY).any():
         next_step = "the same command with --retry-skipped, where there is more memory"
     run.out.print(f"{word + 's':<10} {'; '.join(proteins)}")

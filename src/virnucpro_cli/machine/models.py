@@ -72,7 +72,7 @@ def named(name: str | None) -> list[ModelSpec]:
     for key, family in FAMILIES.items():
         if _plain(name) in (_plain(key), _plain(family.TITLE)):
             return [*family.SIZES.values()]
-    if Path(name).exists():
+    if name and Path(name).exists():
         remedy = f"virnucpro embed FASTA -o OUT.h5 --model {name} --dry-run says what it is."
         raise UserError(f"{name} is a path, and NAME is a published model or a family.", remedy)
     raise locate.unknown_model(name)

@@ -236,6 +236,13 @@ def _merge_one(base: _Base, change: _Change, settings: dict[str, Any], adapter: 
     if len(needed) != 2 or a.ndim != 2 or a.shape[1] != columns or b.shape != (out, len(a)) or not len(a):
         found = (*b.shape[:1], *a.shape[1:])
         raise _other_shape(adapter, settings, change.path, found, needed)
+    ranks = {settings.get("r", len(a)), *(settings.get("rank_pattern") or {}).values()}
+    if len(a) not in ranks:
+        of_config = ", ".join(map(str, sorted(ranks, key=str)))
+        refusal = (
+            f"{adapter.folder} contradicts itself: {change.path} has rank {len(a)}, its configuration {of_config}."
+        )
+        raise UserError(refusal, "Copy the folder again.")
     scale = _scale(len(a), change.path, settings, adapter)
     delta = (b @ a).T * scale if is_table else b @ a * scale
     merged = weight + delta

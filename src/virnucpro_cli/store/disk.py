@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, shell_word
 from virnucpro_cli.store.schema import CHECKSUM_BYTES
 
 OTHER_FILES = 256
@@ -79,7 +79,7 @@ def check_destination(output: Path) -> None:
         above = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
         if not above.is_dir():
             raise UserError(f"{above} is not a directory, and the output is to be in {folder}.", "Choose another -o.")
-        raise UserError(f"The output directory {folder} does not exist.", f"mkdir -p {folder}")
+        raise UserError(f"The output directory {folder} does not exist.", f"mkdir -p {shell_word(folder)}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"The output directory {folder} cannot be written.", "Choose another place with -o.")
 

@@ -95,6 +95,6 @@ def stored(file: store.EmbeddingFile, representative: NDArray[np.int64], part: s
             ours, theirs = data[copies[block]], data[originals][back]
             unlike += int((ours != theirs).reshape(len(ours), -1).any(axis=1).sum())
     return [
-        check(part, "done rows finite, skipped rows NaN", wrong, f"{wrong:,} are not"),
+        check(part, "done rows finite, skipped rows NaN", wrong, f"{wrong:,} are not, or maps not symmetric"),
         check(part, "copies equal their originals", unlike, f"{unlike:,} do not"),
     ]

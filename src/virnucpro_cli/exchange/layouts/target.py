@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from virnucpro_cli import report
-from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.errors import UserError, in_a_line, shell_word
 from virnucpro_cli.exchange.layouts.layout import Format, possible
 from virnucpro_cli.store.disk import alone, disk_error, rename_new, sync_folder
 
@@ -47,7 +47,7 @@ def _check_folder(target: Path, read: list[str]) -> None:
     whole = target.resolve()
     held = [path for path in read if Path(path).resolve().is_relative_to(whole)]
     for is_so, what, remedy in (
-        (not whole.parent.is_dir(), f"There is no folder {target.parent}.", f"mkdir -p {target.parent}"),
+        (not whole.parent.is_dir(), f"There is no folder {target.parent}.", f"mkdir -p {shell_word(target.parent)}"),
         (target.exists() and not target.is_dir(), f"{target} is a file, and this layout is a folder.", ELSEWHERE),
         (Path.cwd().is_relative_to(whole), f"{target} holds the current folder.", "Name a new folder with -o."),
         (bool(held), f"{target} holds {', '.join(held)}, which this export reads.", ELSEWHERE),

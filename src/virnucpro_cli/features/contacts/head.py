@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from virnucpro_cli.batch import PackedBatch
+from virnucpro_cli.engine.runner import copied
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.features.contacts import totals
 from virnucpro_cli.model.attention import Backend
@@ -20,7 +21,7 @@ from virnucpro_cli.model.weights import heads_in, read_tensors
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
 
 ROW_WIDTHS = 20
-"""What a row takes in a forward, in widths of the model."""
+"""A row of a forward takes so many widths of the model."""
 
 
 class Contacts:
@@ -44,7 +45,7 @@ class Contacts:
         self.totals: totals.Totals | None = None
 
     def __call__(self, batch: PackedBatch) -> list[tuple[torch.Tensor, bool]]:
-        """Of each protein: probabilities [L, L] in the store dtype, on the host, and whether all are finite."""
+        """Probabilities [L, L] of each protein, in the store dtype and on the host, and whether all are finite."""
         return self.start(batch)()
 
     def start(self, batch: PackedBatch) -> Callable[[], list[tuple[torch.Tensor, bool]]]:
@@ -54,19 +55,15 @@ class Contacts:
             self.totals = totals.Totals(batch, self.weight, self.is_fused)
             try:
                 self.model.forward(batch, (self.model.spec.layers,), lambda layer, hidden: None)
-                found, sizes = (self.totals.logits() + self.bias).sigmoid(), self.totals.sizes.tolist()
+                found, sizes = self.totals.probabilities(self.bias), self.totals.sizes.tolist()
             finally:
                 self.totals = None
             squares = [size * size for size in sizes]
             is_finite = torch.stack([each.isfinite().all() for each in found.split(squares)])
-            values, flags = _on_host(found.to(self.store_dtype)), _on_host(is_finite)
-            done = torch.cuda.Event() if values.is_pinned() else None
-            if done is not None:
-                done.record(torch.cuda.current_stream(self.model.device))
+            wait = copied(found.to(self.store_dtype), is_finite)
 
         def finish() -> list[tuple[torch.Tensor, bool]]:
-            if done is not None:
-                done.synchronize()
+            values, flags = wait()
             maps = [each.view(size, size) for each, size in zip(values.split(squares), sizes, strict=True)]
             return list(zip(maps, flags.tolist(), strict=True))
 
@@ -78,14 +75,6 @@ class Contacts:
         assert self.totals is not None and not left  # no family with norms of q and k has a contact regression
         self.totals.add(q, k, scale)
         return self.attention(q, k, v, batch, scale)
-
-
-def _on_host(found: torch.Tensor) -> torch.Tensor:
-    """The tensor, or one in pinned memory to which its device still copies it."""
-    if found.device.type != "cuda":
-        return found.cpu()
-    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-    return host.copy_(found, non_blocking=True)
 
 
 def bytes_needed(spec: ModelSpec, sizes: list[int]) -> int:
@@ -116,5 +105,5 @@ def with_contact_head(state: State, spec: ModelSpec, weights: Weights) -> State:
     looked = ", ".join([f"{CONTACT_HEAD}.* in {weights.place}", *map(str, beside)])
     raise UserError(
         f"The weights of {weights.name} have no contact regression; looked for {looked}.",
-        f"Put fair-esm's {spec.name}-contact-regression.pt there, use HuggingFace's weights, or leave contacts out.",
+        "Put fair-esm's contact regression of this model there, use HuggingFace's weights, or leave contacts out.",
     )

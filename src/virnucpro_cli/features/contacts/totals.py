@@ -16,7 +16,7 @@ from virnucpro_cli.model.attention import BROKEN, is_nvidia
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
 
 VALUES_AT_ONCE = 1 << 22
-"""Of maps in plain steps: some rows of all heads of a protein."""
+"""Values of maps that plain steps hold: some rows of all heads of a protein."""
 LARGEST_DIFFERENCE = 1e-4
 """Relative L2 of sums by the kernels beside plain ones, in the trial; 1e-6 is usual."""
 
@@ -43,14 +43,12 @@ class Totals:
         weight, column = self.weight[self.layer], self.layer * self.weight.shape[1]
         self.layer += 1
         if self.is_fused:
-            from virnucpro_cli.model.kernels.contacts import add_maps
+            from virnucpro_cli.model.kernels.contacts import Sums, add_maps
 
             if q.stride(0) != k.stride(0):
                 q, k = q.contiguous(), k.contiguous()
-            add_maps(
-                q, k, self.batch.query_tiles, scale, weight, self.tile_starts, self.total, self.margins, column,
-                self.batch.max_seqlen,
-            )  # fmt: skip
+            sums = Sums(self.total, self.tile_starts, self.margins, column)
+            add_maps(q, k, self.batch.query_tiles, self.batch.max_seqlen, scale, weight, sums)
             return
         first = 0
         for size, start in zip(self.sizes.tolist(), self.starts.tolist(), strict=True):
@@ -61,16 +59,21 @@ class Totals:
             )
             first = rows.stop
 
-    def logits(self) -> torch.Tensor:
-        """float32 [V]: the regression without its bias, [L, L] of each protein; symmetric to the bit."""
-        weight, first, logits = self.weight.reshape(-1), 1, torch.empty_like(self.total)
+    def probabilities(self, bias: torch.Tensor | float) -> torch.Tensor:
+        """float32 [V]: the regression's [L, L] of each protein; symmetric to the bit.
+
+        Each map is computed in memory of its own: on a CPU the bits of a sigmoid, or of a product, depend on where a
+        value stands.
+        """
+        weight, first, found = self.weight.reshape(-1), 1, torch.empty_like(self.total)
         for size, start in zip(self.sizes.tolist(), self.starts.tolist(), strict=True):
             part = slice(start, start + size * size)
-            total, margins = self.total[part].view(size, size), self.margins[first : first + size]
+            total, margins = self.total[part].view(size, size), self.margins[first : first + size].clone()
             product = (margins * (weight / margins.sum(0))) @ margins.T  # average product correction
-            torch.sub(total + total.T, (product + product.T) / 2, out=logits[part].view(size, size))
+            own = torch.sigmoid(total + total.T - (product + product.T) / 2 + bias)
+            torch.maximum(own, own.T, out=found[part].view(size, size))
             first += size + SPECIAL_TOKENS
-        return logits
+        return found
 
 
 def add_plain(
@@ -80,7 +83,7 @@ def add_plain(
 
     q, k: [L + 2, H, Dh]; weight: float32 [H]; total: float32 [L, L]; margins: float32 [L, H].
     """
-    q, k = (each.transpose(0, 1).float() for each in (q, k))  # [H, L + 2, Dh]
+    q, k = (each.transpose(0, 1).contiguous().float() for each in (q, k))  # [H, L + 2, Dh]
     heads, size = len(weight), len(total)
     step = max(1, VALUES_AT_ONCE // (heads * (size + SPECIAL_TOKENS)))
     for at in range(0, size, step):

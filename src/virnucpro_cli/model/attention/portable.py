@@ -7,7 +7,7 @@ import torch
 
 from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.errors import in_a_line
-from virnucpro_cli.model.attention import BROKEN, describe
+from virnucpro_cli.model.attention import BROKEN, Backend, describe
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -30,9 +30,12 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def gain(device: torch.device, dtype: torch.dtype) -> float:
     """How many times as fast as plain steps it is on this device, by a timed trial."""
-    from virnucpro_cli.model.kernels import timed
+    from virnucpro_cli.model.attention import efficient, torch_varlen
+    from virnucpro_cli.model.kernels import plain, portable, timed
 
-    return timed.gain(device, dtype)
+    other = efficient if torch_varlen.refusal(device, dtype) else torch_varlen
+    ours = Backend("portable", attention, portable)
+    return timed.gain(ours, Backend("plain", other.attention, plain), device, dtype)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float) -> torch.Tensor:

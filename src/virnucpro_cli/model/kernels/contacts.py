@@ -5,6 +5,8 @@ weight, and for each head the sums of its rows and columns. Each pass computes t
 store them. The order of additions depends on the segment alone.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from virnucpro_cli.batch import QUERY_TILE
 
 LOG2_E = 1.4426950408889634
 PRECISION = "tf32x3"
-"""Of products in float32: each number as the sum of two of 11 bits, 3.5 to 8 times as fast on an H100 as "ieee"."""
+"""Precision of products in float32: each number as two of 11 bits, on an H100 4 to 8 times as fast as "ieee"."""
 
 
 @triton.jit
@@ -108,30 +110,41 @@ def _total(
         tl.store(to, tl.load(to, mask=inside, other=0.0) + acc, mask=inside)
 
 
+class Sums(NamedTuple):
+    """Sums that the maps of layers are added to.
+
+    total: float32 [V]; starts: int64 [m], where in it the [L, L] of the segment of each of m tiles begins. margins:
+    float32 [T, C]; its columns from `column` on, one for each head, get the sums of rows and columns of residues.
+    """
+
+    total: torch.Tensor
+    starts: torch.Tensor
+    margins: torch.Tensor
+    column: int
+
+
 def add_maps(
     q: torch.Tensor,
     k: torch.Tensor,
     tiles: torch.Tensor,
+    max_seqlen: int,
     scale: float,
     of_heads: torch.Tensor,
-    starts: torch.Tensor,
-    total: torch.Tensor,
-    margins: torch.Tensor,
-    column: int,
-    max_seqlen: int,
+    sums: Sums,
 ) -> None:
     """Add the maps of a layer: q, k [T, H, Dh], float32 or 16 bit, rows equally far apart and heads adjacent.
 
-    tiles: int32 [m, 3] of `batch.query_tiles`. of_heads: float32 [H], the weight of each map. starts: int64 [m], where
-    in `total`, float32 [V], the [L, L] of each tile's segment begins. margins: float32 [T, C]; its columns from
-    `column` on, one for each head, get the sums of rows and columns of residues. max_seqlen: tokens of the longest.
+    tiles: int32 [m, 3] of `batch.query_tiles`. max_seqlen: tokens of the longest segment. of_heads: float32 [H], the
+    weight of each map.
     """
     rows, heads, head_dim = q.shape
     wide = max(16, triton.next_power_of_2(head_dim))
     lse = torch.empty(rows, heads, device=q.device)
     sizes = {"HEAD_DIM": head_dim, "WIDE": wide, "ROWS": QUERY_TILE, "PRECISION": PRECISION, "num_warps": 4}
     per_head, stride, scale = (heads * len(tiles),), q.stride(0), scale * LOG2_E
-    _rows[per_head](q, k, tiles, lse, margins, scale, stride, heads, margins.stride(0), column, **sizes)
-    _columns[per_head](q, k, tiles, lse, margins, scale, stride, heads, margins.stride(0), column, **sizes)
+    for kernel in (_rows, _columns):
+        kernel[per_head](
+            q, k, tiles, lse, sums.margins, scale, stride, heads, sums.margins.stride(0), sums.column, **sizes
+        )  # fmt: skip
     blocks = (len(tiles), triton.cdiv(max_seqlen, QUERY_TILE))
-    _total[blocks](q, k, tiles, lse, of_heads, starts, total, scale, stride, heads, **sizes)
+    _total[blocks](q, k, tiles, lse, of_heads, sums.starts, sums.total, scale, stride, heads, **sizes)

@@ -1,8 +1,9 @@
-"""Portable kernels against plain steps on the device at hand, timed once and remembered: nobody knows every GPU."""
+"""A backend beside another on the device at hand, timed once and remembered: nobody knows every GPU."""
 
 import hashlib
 import json
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -15,9 +16,8 @@ import virnucpro_cli
 from virnucpro_cli.batch import PackedBatch, query_tiles
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import locate
-from virnucpro_cli.model.attention import Backend, efficient, portable, torch_varlen
+from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.kernels import plain
-from virnucpro_cli.model.kernels import portable as steps
 from virnucpro_cli.model.kernels.trial import Noise, made_up
 
 WIDTH, HEAD_DIM = 640, 64
@@ -27,36 +27,37 @@ ROUNDS = 7
 
 
 @cache
-def gain(device: torch.device, dtype: torch.dtype) -> float:
-    """How many times as fast as plain steps the portable kernels compute a layer, of 640 on 8,192 rows.
+def gain(ours: Backend, other: Backend, device: torch.device, dtype: torch.dtype) -> float:
+    """How many times as fast as another backend ours computes a layer, of 640 on 8,192 rows.
 
     Measured in a fraction of a second, and kept in the cache for the same GPU and versions: a run that is resumed
     chooses as before.
     """
     about = (
-        torch.cuda.get_device_name(device), str(dtype), torch.__version__, triton.__version__, virnucpro_cli.__version__
+        ours.name, other.name, torch.cuda.get_device_name(device), str(dtype), torch.__version__, triton.__version__,
+        virnucpro_cli.__version__,
     )  # fmt: skip
-    with suppress(OSError, UserError, ValueError, TypeError):
-        path = locate.cache_dir() / "timed" / f"{hashlib.sha256('|'.join(about).encode()).hexdigest()}.json"
-        return float(json.loads(path.read_text())["gain"])
-    found = _measured(device, dtype)
+    name = f"{hashlib.sha256('|'.join(about).encode()).hexdigest()}.json"
+    with suppress(OSError, UserError, ValueError, TypeError, KeyError):
+        return float(json.loads((locate.cache_dir() / "timed" / name).read_text())["gain"])
+    found = _measured(ours, other, device, dtype)
     with suppress(OSError, UserError):
+        path = locate.cache_dir() / "timed" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"about": about, "gain": found}))
     return found
 
 
-def _measured(device: torch.device, dtype: torch.dtype) -> float:
+def _measured(ours: Backend, other: Backend, device: torch.device, dtype: torch.dtype) -> float:
     with torch.cuda.device(device), torch.inference_mode():
         layer = made_up(Noise(device), WIDTH, gated=False)
-        other = efficient if torch_varlen.refusal(device, dtype) else torch_varlen
-        backends = Backend("portable", portable.attention, steps), Backend("plain", other.attention, plain)
-        forwards = [_forward(each, layer, device, dtype) for each in backends]
-        ours, theirs = list[float](), list[float]()
+        forwards = [_forward(each, layer, device, dtype) for each in (ours, other)]
+        seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(ROUNDS):
-            for forward, seconds in zip(forwards, (ours, theirs), strict=True):
-                seconds.append(_seconds_of(forward))
-    return statistics.median(theirs[2:]) / statistics.median(ours[2:])
+            for forward, each in zip(forwards, seconds, strict=True):
+                each.append(_seconds_of(forward))
+    own, others = (statistics.median(each[2:]) for each in seconds)
+    return others / own
 
 
 def _forward(backend: Backend, layer: plain.Layer, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
@@ -83,10 +84,9 @@ def _forward(backend: Backend, layer: plain.Layer, device: torch.device, dtype: 
 
 
 def _seconds_of(call: Callable[[], None], times: int = 5) -> float:
-    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    started.record()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
     for _ in range(times):
         call()
-    ended.record()
-    ended.synchronize()
-    return started.elapsed_time(ended)
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
