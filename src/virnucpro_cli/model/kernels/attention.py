@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from virnucpro_cli.batch import QUERY_TILE
+from virnucpro_cli.model.kernels import OPTIONS
 
 KEYS = 32
 LOG2_E = 1.4426950408889634
@@ -96,6 +97,6 @@ def attention(
     registers = 96 if q_scale is not None and wide <= 64 else None  # five programs at a time on a multiprocessor
     _attention[(heads * len(tiles),)](
         q, k, v, keys, values, out, tiles, q_scale, k_scale, scale * LOG2_E, q.stride(0), heads,
-        head_dim, wide, QUERY_TILE, KEYS, num_warps=4, num_stages=3, maxnreg=registers,
+        head_dim, wide, QUERY_TILE, KEYS, num_warps=4, num_stages=3, maxnreg=registers, **OPTIONS,
     )  # fmt: skip
     return out

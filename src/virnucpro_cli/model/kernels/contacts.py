@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from virnucpro_cli.batch import QUERY_TILE
+from virnucpro_cli.model.kernels import OPTIONS
 
 LOG2_E = 1.4426950408889634
 PRECISION = "tf32x3"
@@ -140,11 +141,12 @@ def add_maps(
     rows, heads, head_dim = q.shape
     wide = max(16, triton.next_power_of_2(head_dim))
     lse = torch.empty(rows, heads, device=q.device)
-    sizes = {"HEAD_DIM": head_dim, "WIDE": wide, "ROWS": QUERY_TILE, "PRECISION": PRECISION, "num_warps": 4}
+    sizes = {"HEAD_DIM": head_dim, "WIDE": wide, "ROWS": QUERY_TILE, "PRECISION": PRECISION} | OPTIONS
     per_head, stride, scale = (heads * len(tiles),), q.stride(0), scale * LOG2_E
+    width, column = sums.margins.stride(0), sums.column
     for kernel in (_rows, _columns):
         kernel[per_head](
-            q, k, tiles, lse, sums.margins, scale, stride, heads, sums.margins.stride(0), sums.column, **sizes
+            q, k, tiles, lse, sums.margins, scale, stride, heads, width, column, **sizes, num_warps=4
         )  # fmt: skip
     blocks = (len(tiles), triton.cdiv(max_seqlen, QUERY_TILE))
-    _total[blocks](q, k, tiles, lse, of_heads, sums.starts, sums.total, scale, stride, heads, **sizes)
+    _total[blocks](q, k, tiles, lse, of_heads, sums.starts, sums.total, scale, stride, heads, **sizes, num_warps=4)

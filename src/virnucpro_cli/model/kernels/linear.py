@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from virnucpro_cli.model.kernels import OPTIONS
 from virnucpro_cli.model.kernels.norm import qk_scale, quantised_norm, row_scale
 from virnucpro_cli.model.kernels.plain import Pair
 
@@ -330,7 +331,7 @@ def _launch(
         TensorDescriptor.from_tensor(y, [ROWS, COLUMNS // 4]), bias if scales is None else scales, shift, bias,
         turn.table, turn.positions, turn.gain, turn.sums, rows, columns, depth, turn.rotated, unit, programs,
         epilogue, scales is not None, turn.head_dim, turn.rotated % (COLUMNS // 2) == 0, ROWS, COLUMNS, block,
-        num_warps=8, num_stages=3,
+        num_warps=8, num_stages=3, **OPTIONS,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from virnucpro_cli.model.kernels import OPTIONS
 from virnucpro_cli.model.spec import LAYER_NORM_EPS
 
 
@@ -81,7 +82,7 @@ def qk_scale(sums: torch.Tensor, width: int, columns: int) -> tuple[torch.Tensor
     """
     rows = sums.shape[1]
     out = torch.empty(2, rows, device=sums.device)
-    _qk_scale[(triton.cdiv(rows, 128), 2)](sums, out, rows, width, LAYER_NORM_EPS, columns, 128, num_warps=4)
+    _qk_scale[(triton.cdiv(rows, 128), 2)](sums, out, rows, width, LAYER_NORM_EPS, columns, 128, num_warps=4, **OPTIONS)
     return out.unbind(0)
 
 
@@ -116,5 +117,14 @@ def _launch(kernel, x: torch.Tensor, *others: torch.Tensor | float) -> None:  # 
         wide = triton.next_power_of_2(d)
     block = max(1, 256 // wide)  # a warp holds 16 bytes a thread; rows spread over several would change their layout
     kernel[(triton.cdiv(rows, block),)](
-        x, *others, rows, LAYER_NORM_EPS, d, wide, triton.cdiv(d, wide), block, num_warps=max(1, wide // 256)
+        x,
+        *others,
+        rows,
+        LAYER_NORM_EPS,
+        d,
+        wide,
+        triton.cdiv(d, wide),
+        block,
+        num_warps=max(1, wide // 256),
+        **OPTIONS,
     )

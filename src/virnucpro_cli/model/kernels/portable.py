@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.kernels import OPTIONS, plain
 from virnucpro_cli.model.kernels.norm import norm
 from virnucpro_cli.model.kernels.plain import Pair
 from virnucpro_cli.model.spec import LAYER_NORM_EPS
@@ -126,7 +126,7 @@ def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torc
     heads = width // (2 * half)
     sizes = {"HALF": half, "WIDE": triton.next_power_of_2(half), "HEADS": triton.next_power_of_2(heads)}
     _turn[(len(x), 2)](
-        qkv, layer.gain, cos, sin, positions, LAYER_NORM_EPS, qkv.stride(0), heads, **sizes, num_warps=4
+        qkv, layer.gain, cos, sin, positions, LAYER_NORM_EPS, qkv.stride(0), heads, **sizes, num_warps=4, **OPTIONS
     )  # fmt: skip
     return tuple(each.unflatten(1, (heads, 2 * half)) for each in qkv.chunk(3, dim=1))
 
@@ -143,7 +143,7 @@ def inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
         return F.gelu(wide)
     out = wide.new_empty(len(wide), wide.shape[1] // 2)
     blocks = (len(wide), triton.cdiv(out.shape[1], GATE_COLUMNS))
-    _gate[blocks](wide, out, out.shape[1], GATE_COLUMNS, num_warps=4)
+    _gate[blocks](wide, out, out.shape[1], GATE_COLUMNS, num_warps=4, **OPTIONS)
     return out
 
 
