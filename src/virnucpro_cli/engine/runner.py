@@ -139,7 +139,7 @@ def overlapped(items: Iterator[Item], collate: Collate, compute: Compute, sink: 
 
 
 def copied(*found: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
-    """Begin to copy tensors of one device to the host; what is returned waits for the copies, and gives them."""
+    """Begin to copy tensors [...] of any dtype from one device to the host; what is returned waits, and gives them."""
     device = found[0].device
     if device.type != "cuda":
         return lambda: [each.cpu() for each in found]

@@ -288,7 +288,7 @@ class Store:
         return data.view(extent.dtype)
 
     def read_at(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """A row and its neighbours, as `read`: [count, D]."""
+        """A row and those that follow it, [count, D] in the dtype of the dataset, as `read`."""
         extent = self.places[name]
         data = np.empty((count, extent.row_bytes), np.uint8)
         self._read_run(name, first, data)

@@ -49,7 +49,7 @@ class Contacts:
         return self.start(batch)()
 
     def start(self, batch: PackedBatch) -> Callable[[], list[tuple[torch.Tensor, bool]]]:
-        """Begin a batch; what is returned waits for the result of `__call__`."""
+        """Begin a batch; what is returned waits for what `__call__` gives: [L, L] in the store dtype, and bool."""
         batch = batch.to(self.model.device)
         with torch.inference_mode():
             self.totals = totals.Totals(batch, self.weight, self.is_fused)

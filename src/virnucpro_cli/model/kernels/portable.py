@@ -119,7 +119,10 @@ def _gate(x, out, width, COLUMNS: tl.constexpr):
 
 
 def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torch.Tensor, ...]:
-    """The stream x [T, D] to q, k, v [T, H, Dh] of its LayerNorm, with q and k normed, if they are, and rotated."""
+    """The stream x [T, D], float16 or bf16, to q, k, v [T, H, Dh] of its LayerNorm, with q and k rotated.
+
+    Where q and k have norms, they are normed before.
+    """
     cos, sin, positions = rotary
     qkv = _linear(x, layer.qkv)
     half, width = cos.shape[1], x.shape[1]
@@ -132,12 +135,12 @@ def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torc
 
 
 def add_attention(x: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> None:
-    """x [T, D] += the output projection of attention's result [T, H, Dh]; no bias."""
+    """x [T, D], float16 or bf16, += the output projection of attention's result [T, H, Dh]; no bias."""
     x.addmm_(mixed.view(x.shape), layer.out.T)
 
 
 def inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """x [T, D] to gelu(fc1(LayerNorm(x))) [T, 4 D], or gated to SwiGLU's silu(a) b [T, F]."""
+    """x [T, D], float16 or bf16, to gelu(fc1(LayerNorm(x))) [T, 4 D], or gated to SwiGLU's silu(a) b [T, F]."""
     wide = _linear(x, layer.fc1)
     if not layer.gated:
         return F.gelu(wide)
@@ -148,7 +151,7 @@ def inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
 
 
 def add_inner(x: torch.Tensor, inner: torch.Tensor, layer: Layer) -> None:
-    """x [T, D] += fc2(inner [T, 4 D], or [T, F]), no bias."""
+    """x [T, D], float16 or bf16, += fc2(inner [T, 4 D], or [T, F]), no bias."""
     x.addmm_(inner, layer.fc2.T)
 
 
