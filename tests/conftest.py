@@ -34,11 +34,17 @@ for _number in STOP_SIGNALS:  # ignored by nohup and by a shell's `&`, and then 
 ROOT = Path(__file__).parent.parent
 VIRAL = ROOT / "examples" / "viral_proteins.fasta"
 TINY = ModelSpec("tiny", 2, 32, 4)
+LONGEST = ("test_ray.py", "test_recipes.py")
 Reported = TypeVar("Reported", pytest.TestReport, pytest.CollectReport)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nothing-missing", action="store_true", help="a skipped test fails, as in .ci/run")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def failed_if_skipped(config: pytest.Config, report: Reported) -> Reported:
