@@ -44,12 +44,11 @@ class Contacts:
         self.is_fused = totals.refusal(device) is None
         self.totals: totals.Totals | None = None
 
-    def __call__(self, batch: PackedBatch) -> list[tuple[torch.Tensor, bool]]:
-        """Probabilities [L, L] of each protein, in the store dtype and on the host, and whether all are finite."""
-        return self.start(batch)()
-
     def start(self, batch: PackedBatch) -> Callable[[], list[tuple[torch.Tensor, bool]]]:
-        """Begin a batch; what is returned waits for what `__call__` gives: [L, L] in the store dtype, and bool."""
+        """Begin a batch. What is returned waits for the probabilities [L, L] of each protein.
+
+        They are in the store dtype, on the host, each with whether all are finite.
+        """
         batch = batch.to(self.model.device)
         with torch.inference_mode():
             self.totals = totals.Totals(batch, self.weight, self.is_fused)

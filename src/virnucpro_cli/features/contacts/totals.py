@@ -5,14 +5,12 @@ maps, and the sums of rows and columns of each, say all. By kernels where there 
 """
 
 from functools import cache
-from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 from virnucpro_cli.batch import QUERY_TILE, PackedBatch, query_tiles
-from virnucpro_cli.errors import in_a_line
-from virnucpro_cli.model.attention import BROKEN, is_nvidia
+from virnucpro_cli.model.attention import is_nvidia, kernels_refusal
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
 
 VALUES_AT_ONCE = 1 << 22
@@ -97,14 +95,14 @@ def add_plain(
 @cache
 def refusal(device: torch.device) -> str | None:
     """Why the kernels cannot be used on a device, after a trial; None if they can."""
-    if not is_nvidia(device) or find_spec("triton") is None:
-        return "they need an NVIDIA GPU and the triton package"
-    try:
+    if not is_nvidia(device):
+        return "they need an NVIDIA GPU"
+
+    def try_out() -> None:
         with torch.cuda.device(device), torch.inference_mode():
             _try_out(device)
-    except Exception as error:  # no C compiler, no room for the cache, another Triton ...
-        return f"{BROKEN} ({in_a_line(error)[:200]})"
-    return None
+
+    return kernels_refusal(try_out)
 
 
 def _try_out(device: torch.device) -> None:

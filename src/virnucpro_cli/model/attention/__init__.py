@@ -7,11 +7,12 @@ That of the fused steps also takes two float32 [T], by which rows of q and of k 
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, in_a_line
 
 BROKEN = "its kernels do not work here"
 Attention = Callable[..., torch.Tensor]
@@ -79,6 +80,17 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, residual: str =
 def is_wide(residual: str, dtype: torch.dtype) -> bool:
     """Whether the residual stream of a forward in this dtype is wider than the rest."""
     return residual == "fp32" and dtype != torch.float32
+
+
+def kernels_refusal(try_out: Callable[[], None]) -> str | None:
+    """Why Triton kernels cannot be used here, None if they can. try_out: their trial, which raises where they fail."""
+    if find_spec("triton") is None:
+        return "the triton package, which comes with PyTorch for CUDA, is not there"
+    try:
+        try_out()
+    except Exception as error:  # no C compiler, no room for the cache, another Triton ...
+        return f"{BROKEN} ({in_a_line(error)[:200]})"
+    return None
 
 
 def is_nvidia(device: torch.device) -> bool:

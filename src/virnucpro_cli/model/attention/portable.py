@@ -1,13 +1,10 @@
 """Our own kernels in plain Triton, for NVIDIA GPUs of compute capability 8.0 and newer: attention with short tiles, and
 the steps around PyTorch's products."""
 
-from importlib.util import find_spec
-
 import torch
 
 from virnucpro_cli.batch import PackedBatch
-from virnucpro_cli.errors import in_a_line
-from virnucpro_cli.model.attention import BROKEN, Backend, describe
+from virnucpro_cli.model.attention import Backend, describe, kernels_refusal
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -16,16 +13,13 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in fp16 or bf16, not {describe(dtype)}"
-    if find_spec("triton") is None:
-        return "the triton package, which comes with PyTorch for CUDA, is not there"
-    try:
-        from virnucpro_cli.model.kernels import portable
-        from virnucpro_cli.model.kernels.trial import try_out
 
-        try_out(portable, device, dtype)
-    except Exception as error:  # no C compiler, no room for the cache, another Triton ...
-        return f"{BROKEN} ({in_a_line(error)[:200]})"
-    return None
+    def try_out() -> None:
+        from virnucpro_cli.model.kernels import portable, trial
+
+        trial.try_out(portable, device, dtype)
+
+    return kernels_refusal(try_out)
 
 
 def gain(device: torch.device, dtype: torch.dtype) -> float:

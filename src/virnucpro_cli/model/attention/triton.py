@@ -1,12 +1,9 @@
 """Our own fused kernels on NVIDIA Hopper: attention with short tiles, and the steps around it."""
 
-from importlib.util import find_spec
-
 import torch
 
 from virnucpro_cli.batch import PackedBatch
-from virnucpro_cli.errors import in_a_line
-from virnucpro_cli.model.attention import BROKEN, describe
+from virnucpro_cli.model.attention import describe, kernels_refusal
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -14,16 +11,13 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it is written for Hopper (compute capability 9.0), not for {torch.cuda.get_device_name(device)}"
     if dtype not in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
         return f"it computes in fp16, bf16 or fp8, not {describe(dtype)}"
-    if find_spec("triton") is None:
-        return "the triton package, which comes with PyTorch for CUDA, is not there"
-    try:
-        from virnucpro_cli.model.kernels import fused
-        from virnucpro_cli.model.kernels.trial import try_out
 
-        try_out(fused, device, dtype)
-    except Exception as error:  # no C compiler, no room for the cache, another Triton ...
-        return f"{BROKEN} ({in_a_line(error)[:200]})"
-    return None
+    def try_out() -> None:
+        from virnucpro_cli.model.kernels import fused, trial
+
+        trial.try_out(fused, device, dtype)
+
+    return kernels_refusal(try_out)
 
 
 def attention(

@@ -117,14 +117,5 @@ def _launch(kernel, x: torch.Tensor, *others: torch.Tensor | float) -> None:  # 
         wide = triton.next_power_of_2(d)
     block = max(1, 256 // wide)  # a warp holds 16 bytes a thread; rows spread over several would change their layout
     kernel[(triton.cdiv(rows, block),)](
-        x,
-        *others,
-        rows,
-        LAYER_NORM_EPS,
-        d,
-        wide,
-        triton.cdiv(d, wide),
-        block,
-        num_warps=max(1, wide // 256),
-        **OPTIONS,
-    )
+        x, *others, rows, LAYER_NORM_EPS, d, wide, triton.cdiv(d, wide), block, num_warps=max(1, wide // 256), **OPTIONS
+    )  # fmt: skip
