@@ -82,6 +82,16 @@ def is_wide(residual: str, dtype: torch.dtype) -> bool:
     return residual == "fp32" and dtype != torch.float32
 
 
+def sm80_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why what needs compute capability 8.0 and 16 bit cannot run; None if it can."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 or bf16, not {describe(dtype)}"
+    return None
+
+
 def kernels_refusal(try_out: Callable[[], None]) -> str | None:
     """Why Triton kernels cannot be used here, None if they can. try_out: their trial, which raises where they fail."""
     if find_spec("triton") is None:

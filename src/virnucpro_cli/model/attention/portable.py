@@ -4,15 +4,12 @@ the steps around PyTorch's products."""
 import torch
 
 from virnucpro_cli.batch import PackedBatch
-from virnucpro_cli.model.attention import Backend, describe, kernels_refusal
+from virnucpro_cli.model.attention import Backend, kernels_refusal, sm80_refusal
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"it needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it computes in fp16 or bf16, not {describe(dtype)}"
+    if why := sm80_refusal(device, dtype):
+        return why
 
     def try_out() -> None:
         from virnucpro_cli.model.kernels import portable, trial
@@ -36,6 +33,4 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBa
     """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16."""
     from virnucpro_cli.model.kernels.attention import attention
 
-    if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps; the kernel takes one distance between rows
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return attention(q, k, v, batch.query_tiles, scale, with_descriptors=False)

@@ -4,15 +4,12 @@ import torch
 from torch.nn.attention import current_flash_attention_impl
 
 from virnucpro_cli.batch import PackedBatch
-from virnucpro_cli.model.attention import describe
+from virnucpro_cli.model.attention import sm80_refusal
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"it needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it computes in fp16 or bf16, not {describe(dtype)}"
+    if why := sm80_refusal(device, dtype):
+        return why
     if (other := current_flash_attention_impl()) not in (None, "FA2"):
         return f"it is FlashAttention-2, and this process has put {other} in its place"
     return None

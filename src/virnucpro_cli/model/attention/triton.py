@@ -31,6 +31,4 @@ def attention(
     """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16; left: q_scale and k_scale of the kernel, or none."""
     from virnucpro_cli.model.kernels.attention import attention
 
-    if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps; the kernel takes one distance between rows
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return attention(q, k, v, batch.query_tiles, scale, *left)

@@ -84,10 +84,12 @@ def attention(
 ) -> torch.Tensor:
     """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; tiles int32 [n, 3] of `batch.query_tiles`.
 
-    Heads of q, k and v are adjacent, and their rows equally far apart. q_scale, k_scale: float32 [T], by which rows of
-    q and of k are still to be multiplied, or None. with_descriptors: whether blocks come through the tensor memory
-    accelerator, which older GPUs lack.
+    Heads of q, k and v are adjacent; they are copied unless their rows are equally far apart. q_scale, k_scale: float32
+    [T], by which rows of q and of k are still to be multiplied, or None. with_descriptors: whether blocks come through
+    the tensor memory accelerator, which older GPUs lack.
     """
+    if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     rows, heads, head_dim = q.shape
     wide = max(16, triton.next_power_of_2(head_dim))
     out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)
