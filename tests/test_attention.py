@@ -240,12 +240,12 @@ def test_a_timed_trial_is_made_once_and_kept(tmp_path: Any, monkeypatch: pytest.
 
 def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     trial = pytest.importorskip("virnucpro_cli.model.kernels.trial")
-    from virnucpro_cli.model.kernels import fused
+    from virnucpro_cli.model.kernels import fused, linear
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     trial.try_out(fused, CPU, torch.float16)
-    gelu_linear = fused.gelu_linear
-    monkeypatch.setattr(fused, "gelu_linear", lambda x, layer: gelu_linear(x, layer) * 1.1)
+    gelu_linear = linear.gelu_linear
+    monkeypatch.setattr(linear, "gelu_linear", lambda x, layer: gelu_linear(x, layer) * 1.1)
     with pytest.raises(RuntimeError, match="gelu_linear differs"):
         trial.try_out(fused, CPU, torch.float16)
     monkeypatch.undo()
@@ -255,7 +255,7 @@ def test_a_kernel_that_differs_from_its_twin_is_refused(monkeypatch: pytest.Monk
         trial.try_out(fused, CPU, torch.float16)
     for name, other, blamed in (
         ("_centred", lambda each: each, "rotary_linear or attention"),
-        ("swiglu_linear", lambda x, layer: fused.gelu_linear(x, layer)[:, :128], "swiglu_linear"),
+        ("swiglu_linear", lambda x, layer: linear.gelu_linear(x, layer)[:, :128], "swiglu_linear"),
     ):
         monkeypatch.undo()
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

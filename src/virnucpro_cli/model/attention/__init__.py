@@ -42,6 +42,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, residual: str =
 
     Each adapter module has `refusal(device, dtype) -> str | None` and `attention(q, k, v, batch, scale)`. One whose
     speed is not known on every GPU has `gain(device, dtype) -> float`: it is taken unasked where that is above 1.
+    One with more to tell has `notes(device, dtype) -> tuple[str, ...]`.
     """
     if name != "auto" and name not in BACKENDS:
         raise UserError(f"There is no attention backend {name!r}.", f"Choose auto or one of {', '.join(BACKENDS)}.")
@@ -70,6 +71,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, residual: str =
             notes += (f"attention backend {candidate} is {gain:.2f} times as fast as plain steps here, by a trial",)
             refusal = None if gain > 1 else "plain steps are faster here"
         if refusal is None:
+            notes += adapter.notes(device, dtype) if hasattr(adapter, "notes") else ()
             steps = import_module(f"virnucpro_cli.model.kernels.{'plain' if wide else STEPS.get(candidate, 'plain')}")
             return Backend(candidate, adapter.attention, steps, notes, wide)
         if BROKEN in refusal:

@@ -20,6 +20,14 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return kernels_refusal(try_out)
 
 
+def notes(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Notes for the user on how this backend computes here; none where all is as it should be."""
+    from virnucpro_cli.model.kernels import pingpong
+
+    refusal = None if dtype == torch.float8_e4m3fn else pingpong.refusal(device, dtype)
+    return () if refusal is None else (f"products are up to a third slower than they could be: {refusal}",)
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,

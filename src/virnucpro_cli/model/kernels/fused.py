@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.kernels import linear, pingpong, plain
 from virnucpro_cli.model.kernels.e4m3 import E4M3, quantise, quantise_sum
 from virnucpro_cli.model.kernels.linear import (
     GATED,
@@ -20,9 +20,7 @@ from virnucpro_cli.model.kernels.linear import (
     Rotary,
     add_linear,
     fold,
-    gelu_linear,
     rotary,
-    rotary_linear,
     swiglu_linear,
     whole_tiles,
 )
@@ -131,7 +129,8 @@ def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torc
 
     Where q and k have norms, two more, float32 [T] each, are what rows of q and of k are still to be multiplied by.
     """
-    return rotary_linear(x, layer.qkv, rotary)
+    way = pingpong if pingpong.takes(x, layer.qkv, rotary.table.shape[1]) else linear
+    return way.rotary_linear(x, layer.qkv, rotary)
 
 
 def add_attention(x: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> None:
@@ -147,7 +146,7 @@ def inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     if layer.gated:
         assert isinstance(layer.fc1, Folded)  # fp8 is refused
         return swiglu_linear(x, layer.fc1)
-    return gelu_linear(x, layer.fc1)
+    return (pingpong if pingpong.takes(x, layer.fc1) else linear).gelu_linear(x, layer.fc1)
 
 
 def add_inner(x: torch.Tensor, inner: torch.Tensor, layer: Layer) -> None:

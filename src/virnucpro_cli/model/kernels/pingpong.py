@@ -1,0 +1,194 @@
+"""Linear layers on Hopper that are finished while the next tile is multiplied, by the kernel in `pingpong.cu`.
+
+Functions of `linear`, for folded layers in 16 bit without norms of q and k and without a gate. The kernel is CUDA C++:
+NVRTC and `cuda.bindings`, which come with PyTorch for CUDA, compile it once, and the cache keeps it.
+"""
+
+import ctypes
+import hashlib
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.model import locate
+from virnucpro_cli.model.kernels.linear import Folded, Quantised, Rotary, fold
+from virnucpro_cli.model.kernels.norm import row_scale
+from virnucpro_cli.model.kernels.trial import LARGEST_DIFFERENCE, Noise
+
+SOURCE = Path(__file__).with_suffix(".cu")
+ROWS, COLUMNS, DEPTH, PIECE, STAGES, THREADS = 128, 160, 64, 32, 5, 384
+"""Constants of the source, which says what they are."""
+SHARED = STAGES * (ROWS + COLUMNS) * DEPTH * 2 + 16 * 16 * PIECE * 2 + 16 * STAGES + 1024
+HEAD_DIMS = (16, 24, 32, 64)
+ELEMENTS = {torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def takes(x: torch.Tensor, layer: Folded | Quantised, head_dim: int | None = None) -> bool:
+    """Whether the functions here are for such rows [T, K] and such a layer. head_dim: of its rotary embedding."""
+    if not isinstance(layer, Folded) or layer.gain is not None or head_dim not in (None, *HEAD_DIMS):
+        return False
+    columns, depth = layer.weight.shape
+    return columns % PIECE == 0 and depth % 8 == 0 and refusal(x.device, x.dtype) is None
+
+
+@cache
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot be used there; None if it can: it was compiled, and is as exact as it should be."""
+    if dtype not in ELEMENTS or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "it is written for 16 bit and Hopper"
+    try:
+        with torch.cuda.device(device), torch.inference_mode():
+            _try_out(device, dtype)
+    except Exception as error:  # no NVRTC, no cuda.bindings, another driver ...
+        return in_a_line(error)[:200]
+    return None
+
+
+def gelu_linear(x: torch.Tensor, layer: Folded) -> torch.Tensor:
+    """x [T, K] to gelu of the layer [T, M], both float16 or bf16."""
+    return _launch(x, layer, 0, 0, None, None)
+
+
+def rotary_linear(x: torch.Tensor, layer: Folded, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+    """x [T, K] to q, k, v [T, H, Dh] in its dtype; q and k, the first two thirds of the layer, are rotated in fp32.
+
+    Their halves of every head are interleaved.
+    """
+    head_dim = rotary.table.shape[1]
+    out = _launch(x, layer, head_dim, 2 * (len(layer.weight) // 3), rotary.table, rotary.positions)
+    return out.view(len(x), 3, -1, head_dim).unbind(1)
+
+
+def options(element: str, head_dim: int, shifted: bool) -> list[str]:
+    """Options of the compiler: what the kernel is to do, and the operands of a product, which are too many to write."""
+    outputs = ", ".join(f"%{i}" for i in range(COLUMNS // 2))
+    accumulators = ", ".join(f'"+f"(acc[{i}])' for i in range(COLUMNS // 2))
+    macros: dict[str, Any] = {"ELEMENT": f'"{element}"', "OUTPUTS": f'"{outputs}"', "ACCUMULATORS": accumulators}
+    if head_dim:
+        macros["HEAD_DIM"] = head_dim
+    if shifted:
+        macros["SHIFTED"] = 1
+    return ["--gpu-architecture=sm_90a", "-default-device", *(f"-D{name}={value}" for name, value in macros.items())]
+
+
+def compiled(source: bytes, options: Sequence[str]) -> bytes:
+    """The machine code of CUDA C++ that includes nothing. Raises RuntimeError with what the compiler says."""
+    from cuda.bindings import nvrtc
+
+    program = _checked(nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), 0, [], []))
+    given = [option.encode() for option in options]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
+    if error != 0:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{error.name}: {log.decode(errors='replace')}")
+    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return code
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """The result of a call of `cuda.bindings`. Raises RuntimeError for the error beside it."""
+    error, *found = result
+    if error != 0:
+        raise RuntimeError(f"{type(error).__name__}: {error.name}")
+    return found[0] if found else None
+
+
+def _kept(options: Sequence[str]) -> bytes:
+    """The machine code of the kernel, from the cache if it is there."""
+    from cuda.bindings import nvrtc
+
+    source, (_, *version) = SOURCE.read_bytes(), nvrtc.nvrtcVersion()
+    name = hashlib.sha256("|".join([*options, *map(str, version)]).encode() + source).hexdigest()
+    with suppress(OSError, UserError):
+        return (locate.cache_dir() / "kernels" / name).read_bytes()
+    code = compiled(source, options)
+    with suppress(OSError, UserError):
+        path = locate.cache_dir() / "kernels" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(code)
+    return code
+
+
+@cache
+def _function(device: torch.device, element: str, head_dim: int, shifted: bool) -> tuple[Any, int]:
+    """The kernel on the device, and how many pairs of blocks run there at a time."""
+    from cuda.bindings import driver
+
+    torch.cuda.synchronize(device)  # the device has a context now, if it had none
+    module = _checked(driver.cuModuleLoadData(_kept(options(element, head_dim, shifted))))
+    function = _checked(driver.cuModuleGetFunction(module, b"pingpong"))
+    largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuFuncSetAttribute(function, largest, SHARED))
+    return function, torch.cuda.get_device_properties(device).multi_processor_count // 2
+
+
+@lru_cache(4096)
+def _boxes(address: int, rows: int, width: int, box: int, element: str) -> Any:
+    """How the tensor memory accelerator reads boxes [box, DEPTH] of a matrix [rows, width] in 16 bit."""
+    from cuda.bindings import driver
+
+    types = driver.CUtensorMapDataType
+    return _checked(
+        driver.cuTensorMapEncodeTiled(
+            types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if element == "f16" else types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2, address, [driver.cuuint64_t(width), driver.cuuint64_t(rows)], [driver.cuuint64_t(2 * width)],
+            [driver.cuuint32_t(DEPTH), driver.cuuint32_t(box)], [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )  # fmt: skip
+
+
+KINDS = (None,) * 2 + (ctypes.c_void_p,) * 6 + (ctypes.c_int,) * 4
+
+
+def _launch(
+    x: torch.Tensor, layer: Folded, head_dim: int, rotated: int, table: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    from cuda.bindings import driver
+
+    (rows, depth), columns, element = x.shape, len(layer.weight), ELEMENTS[x.dtype]
+    y, scales = torch.empty(rows, columns, dtype=x.dtype, device=x.device), row_scale(x, layer.offset)
+    function, pairs = _function(x.device, element, head_dim, layer.shift is not None)
+    pointers = (y, scales, layer.shift, layer.bias, table, positions)
+    values = (
+        _boxes(x.data_ptr(), rows, depth, ROWS, element),
+        _boxes(layer.weight.data_ptr(), columns, depth, COLUMNS // 2, element),
+        *(0 if each is None else each.data_ptr() for each in pointers), rows, columns, depth, rotated,
+    )  # fmt: skip
+    blocks = 2 * min(pairs, -(-rows // (2 * ROWS)) * -(-columns // COLUMNS))
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    _checked(driver.cuLaunchKernel(function, blocks, 1, 1, THREADS, 1, 1, SHARED, stream, (values, KINDS), 0))
+    return y
+
+
+def _try_out(device: torch.device, dtype: torch.dtype) -> None:
+    """Compare the kernel with PyTorch where each of its groups has several tiles. Raises RuntimeError if it differs."""
+    noise, heads, depth = Noise(device), 5, 136
+    rows = 4 * ROWS * torch.cuda.get_device_properties(device).multi_processor_count // 6
+    norm, x = (noise(depth, mean=1.0), noise(depth)), noise(rows, depth).to(dtype)
+    angles, positions = noise(64, 32, scale=3.0), torch.arange(rows, device=device, dtype=torch.int32) % 64
+    rotary = Rotary(torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(1), positions)
+    layer = noise(3 * heads * 64, depth), noise(3 * heads * 64)
+    folded, wide = fold(norm, layer, noise(depth), dtype), x.float()
+    exact = F.linear(F.layer_norm(wide + folded.offset, (depth,), *norm), *layer)
+    turns = torch.polar(torch.ones_like(angles), angles)[positions.long()][:, None]
+    turned = torch.view_as_complex(exact[:, : 2 * heads * 64].reshape(rows, 2 * heads, 32, 2)) * turns
+    whole = torch.cat([torch.view_as_real(turned).flatten(1), exact[:, 2 * heads * 64 :]], dim=1)
+    found = torch.cat([each.flatten(1) for each in rotary_linear(x, folded, rotary)], dim=1)
+    pairs = (gelu_linear(x, folded), F.gelu(exact)), (found, whole)
+    for ours, twin in pairs:
+        if not (ours.float() - twin).norm() <= LARGEST_DIFFERENCE[dtype] * twin.norm():
+            raise RuntimeError("it differs from PyTorch")
