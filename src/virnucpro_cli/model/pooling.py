@@ -10,9 +10,7 @@ from virnucpro_cli.batch import Embeddings, PackedBatch
 
 def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Mean over the residues of each segment (no `<cls>`, no `<eos>`), float32 [n, D]; a window's weighted share."""
-    rows = hidden.float()
-    if batch.weights is not None:
-        rows = rows * batch.weights[:, None]
+    rows = hidden if batch.weights is None else hidden.float() * batch.weights[:, None]
     return mean_over_residues(rows, batch).float()
 
 
@@ -33,7 +31,7 @@ def maximum(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 
 def deviation(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Population standard deviation over each segment's residues, float32 [n, D], in two passes. Not of windows."""
-    wide = _wide(hidden.float())
+    wide = _wide(hidden)
     mean = mean_over_residues(wide, batch)
     rows = torch.arange(len(hidden), dtype=batch.cu_seqlens.dtype, device=hidden.device)
     owner = torch.bucketize(rows, batch.cu_seqlens[1:-1], right=True)  # of filler, the last segment: it is in no sum
@@ -64,7 +62,7 @@ def _over_residues(reduction: str, rows: torch.Tensor, batch: PackedBatch) -> to
 
 def _wide(rows: torch.Tensor) -> torch.Tensor:
     """Rows in float64, which Apple GPUs lack: a float32 sum of row after row would err more than the forward."""
-    return rows if rows.device.type == "mps" else rows.double()
+    return rows.float() if rows.device.type == "mps" else rows.double()
 
 
 class Pooler:

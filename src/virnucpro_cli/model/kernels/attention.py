@@ -1,8 +1,8 @@
 """Variable-length attention for short sequences: tiles of 64 queries of one segment, where FlashAttention-2 takes 128.
 
 A program owns 64 queries of one segment and one head. The segment's last, partly filled block of keys comes first, by
-plain masked loads that are all in flight at once; the full blocks follow, on Hopper through the tensor memory
-accelerator. The order of keys depends on the segment's length alone, so its result is the same wherever it stands.
+plain masked loads that are all in flight at once; the full blocks follow, on Hopper those of wide heads through the
+tensor memory accelerator. The order of keys depends on the segment's length alone, so a result is the same anywhere.
 """
 
 import torch
@@ -85,8 +85,8 @@ def attention(
     """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; tiles int32 [n, 3] of `batch.query_tiles`.
 
     Heads of q, k and v are adjacent; they are copied unless their rows are equally far apart. q_scale, k_scale: float32
-    [T], by which rows of q and of k are still to be multiplied, or None. with_descriptors: whether blocks come through
-    the tensor memory accelerator, which older GPUs lack.
+    [T], by which rows of q and of k are still to be multiplied, or None. with_descriptors: whether blocks of wide heads
+    come through the tensor memory accelerator, which older GPUs lack.
     """
     if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -94,7 +94,7 @@ def attention(
     wide = max(16, triton.next_power_of_2(head_dim))
     out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)
     keys = values = None
-    if with_descriptors:
+    if with_descriptors and head_dim >= 64:  # narrower blocks come sooner by plain loads
         keys, values = (TensorDescriptor(x, [rows, heads * head_dim], [x.stride(0), 1], [KEYS, wide]) for x in (k, v))
     registers = 96 if q_scale is not None and wide <= 64 else None  # five programs at a time on a multiprocessor
     _attention[(heads * len(tiles),)](

@@ -113,9 +113,10 @@ def quantised_norm(x: torch.Tensor, offset: torch.Tensor, step: float) -> torch.
 def _launch(kernel, x: torch.Tensor, *others: torch.Tensor | float) -> None:  # type: ignore[no-untyped-def]
     rows, d = x.shape
     wide = d & -d  # the largest power of two that divides it: 5 parts for all sizes of ESM-2 but one
-    if d // wide > 9:
-        wide = triton.next_power_of_2(d)
     block = max(1, 256 // wide)  # a warp holds 16 bytes a thread; rows spread over several would change their layout
+    if d // wide > 9:
+        wide = triton.next_power_of_2(d) // 4
+        block = max(1, 512 // wide)
     kernel[(triton.cdiv(rows, block),)](
         x, *others, rows, LAYER_NORM_EPS, d, wide, triton.cdiv(d, wide), block, num_warps=max(1, wide // 256), **OPTIONS
     )  # fmt: skip
