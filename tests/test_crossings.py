@@ -33,7 +33,7 @@ from virnucpro_cli.model import weights
 CUT, OVERLAP = 40, 10
 """--max-residues and --overlap of all runs."""
 LAYERS = (0, 1, 2)
-EXAMPLES = 100
+EXAMPLES = 60
 """As many as take a minute on a core."""
 OWN_FLAGS = store.TRUNCATED | store.REPLACED | store.RECOMPUTED | store.WINDOWED
 NOTHING_LEFT = "leaves nothing to embed|holds no residues"

@@ -340,7 +340,7 @@ def test_a_row_of_a_gated_layer_has_the_same_bits_wherever_it_stands() -> None:
     assert all(map(torch.equal, *found))
 
 
-ESMC = [ModelSpec("gated", 2, 128, 2, "esmc", inner=384), ModelSpec("odd gated", 1, 48, 3, "esmc", inner=200)]
+ESMC = [ModelSpec("gated", 1, 128, 2, "esmc", inner=384), ModelSpec("odd gated", 1, 48, 3, "esmc", inner=200)]
 
 
 @pytest.mark.slow
