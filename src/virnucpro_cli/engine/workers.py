@@ -9,7 +9,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,31 +30,18 @@ from virnucpro_cli.engine import runner
 from virnucpro_cli.engine.dealing import Dealer, Lost, Message, Worker, lost_by, used_here
 from virnucpro_cli.engine.devices import threads_of
 from virnucpro_cli.engine.placer import Job, Placer, Pooled, Residue, Rows
-from virnucpro_cli.errors import STOP_SIGNALS, UserError
+from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import build
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.plan.policies import Int64
+from virnucpro_cli.processes import started
 from virnucpro_cli.store import Store
 
 LARGEST_SHARE = 256
 """Packs dealt at once, at most."""
 STOP_SECONDS = 10.0
-BOUND = """
-import ctypes, os, threading, time
-try:
-    ctypes.CDLL(None).prctl(1, 9)
-except AttributeError:
-    pass
-def end_with_parent():
-    while os.getppid() == {parent}:
-        time.sleep(0.5)
-    os.kill(os.getpid(), 9)
-threading.Thread(target=end_with_parent, daemon=True).start()
-"""
-"""A worker must not outlive its parent, however that ends: another run may soon hold the file. The kernel sees to it
-where it can (PR_SET_PDEATHSIG, SIGKILL), elsewhere a thread. It comes first: PyTorch takes seconds to import."""
 
 
 class Start(NamedTuple):
@@ -223,19 +209,11 @@ def _start(number: int, start: Start, job: Job, shared: IO[bytes]) -> _Process:
     ours, theirs = socketpair()
     spools = {source.spool.fileno() for source in job.table.sources if source.spool is not None}
     main_of = f"from {__name__} import main; main({theirs.fileno()}, {shared.fileno()})"
-    # Whoever sends a stop signal to all means the parent, which ends the channel. A worker inherits the mask: a handler
-    # of its own would come too late for a signal that meets Python while it starts.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", BOUND.format(parent=os.getpid()) + main_of],
-            pass_fds=[theirs.fileno(), shared.fileno(), start.store[2], *spools],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0,
-        )  # fmt: skip
+        descriptors = [theirs.fileno(), shared.fileno(), start.store[2], *spools]
+        process = started(main_of, descriptors, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     except OSError as error:
         raise UserError(f"Worker {number} cannot be started: {error.strerror}.", "Use fewer --workers.") from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     channel = Connection(ours.detach())
     with suppress(OSError):  # it has died; its channel will say so

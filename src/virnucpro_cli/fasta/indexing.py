@@ -4,9 +4,10 @@ import hashlib
 import re
 import shlex
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -18,6 +19,7 @@ from virnucpro_cli.fasta import reading
 from virnucpro_cli.fasta.compressed import LONGEST_MAGIC, PROGRAMS, kind_of
 from virnucpro_cli.fasta.reading import BOM, HEAD_BYTES, Source
 from virnucpro_cli.fasta.table import NEWLINE, RecordTable
+from virnucpro_cli.processes import cores, in_order
 
 NUCLEOTIDE_SHARE, AMBIGUOUS_SHARE = 0.95, 0.5
 """Least share of the letters of nucleotides: ACGTUN, or these and the other codes of IUPAC if ACGTUN are half and C and
@@ -26,6 +28,9 @@ FEWEST_LETTERS = 20
 NUCLEOTIDES, IUPAC, OTHER, NO_LETTER = range(3), 3, 4, 5
 _WEIGHT = bytes([2, 2, 2, 0, 0, 1]).ljust(256, b"\0")
 """Kind of letter -> weight. Weights add up to a sequence's length or more if half of its letters are ACGTUN."""
+
+SPAN_BYTES = 1 << 24
+"""Bytes of a span, the work of a helper at a time."""
 
 _COMMENTS = np.isin(np.arange(256), list(b";#!"))
 _PIR = re.compile(rb"(?:^|\n)>(?:P1|F1|DL|DC|RL|RC|N1|N3|XX);[^\n]*\n([^\n]*)(?=\n)")
@@ -43,8 +48,16 @@ def _kind_of(letters: alphabet.Letters) -> bytes:
     return bytes(kinds)
 
 
+class How(NamedTuple):
+    """How letters are read and what is refused, as `index` is told."""
+
+    on_invalid: str
+    gaps: str
+    reading: alphabet.Reading
+
+
 class _Part(NamedTuple):
-    """Columns of the records of a chunk, as in a RecordTable. digest: uint64 [n, 2]; nucleotide_like: bool [n]."""
+    """Columns of some records, as in a RecordTable. digest: uint64 [n, 2]; nucleotide_like: bool [n]."""
 
     offset: NDArray[np.int64]
     length: NDArray[np.int32]
@@ -52,6 +65,10 @@ class _Part(NamedTuple):
     gaps: NDArray[np.int32]
     digest: NDArray[np.uint64]
     nucleotide_like: NDArray[np.bool_]
+
+
+_NONE = np.empty(0, np.int32)
+_NOTHING = _Part(np.empty(0, np.int64), _NONE, _NONE, _NONE, np.empty((0, 2), np.uint64), np.empty(0, np.bool_))
 
 
 def index(
@@ -62,57 +79,101 @@ def index(
     dedup: bool = True,
     keep_digests: bool = False,
     reading: alphabet.Reading = alphabet.ESM,
+    helpers: int | None = None,
 ) -> RecordTable:
     """Read every byte once and return the record table.
 
     on_invalid: "x" counts residues outside the alphabet (they will embed as X); "error" refuses the first of them.
     gaps: see `alphabet.letters`. They are counted; "error" refuses the first, and so does on_invalid "error" if they
-    are kept. reading: of the model family.
+    are kept. reading: of the model family. helpers: processes that read large sources, a span each; by default one for
+    each core. One, or a small source: this process reads.
     Raises UserError, with file and line, on what is refused, and on NUL bytes, comment lines, PIR, and a `>` inside a
     sequence line.
     """
-    letters, strict = alphabet.letters(gaps, reading), on_invalid == "error"
-    no_gaps = gaps == "error" or (gaps == "keep" and strict)
+    how, helpers = How(on_invalid, gaps, reading), cores() if helpers is None else helpers
     parts, sha256, kinds = list[_Part](), list[str](), list[NDArray[np.int64]]()
     for source in sources:
-        sha, kinds_here = hashlib.sha256(), np.zeros(NO_LETTER + 1, np.int64)
-        for chunk, at in _chunks(source, sha):
-            _refuse_pir(chunk, source, at)
-            part = _index_chunk(chunk, source, at, gaps, letters, kinds_here)
-            if (wrong := part.gaps * no_gaps + part.replaced * strict).any():
-                refused = alphabet.GAPS * no_gaps + letters.outside * strict
-                at_fault = int(part.offset[wrong.argmax()]) - source.base
-                raise _no_residue(source, at_fault, refused, gaps == "keep", reading)
-            parts.append(part)
+        sha = hashlib.sha256()
+        with ThreadPoolExecutor(1, "sha256") as thread:
+            hashed = thread.submit(source.read_all, sha.update)
+            if helpers == 1 or source.size < 2 * SPAN_BYTES:
+                found = [index_span(source, how, 0, source.size)]
+            else:
+                begins = range(0, source.size, SPAN_BYTES)
+                spans = [(source, how, begin, min(begin + SPAN_BYTES, source.size)) for begin in begins]
+                spool = [] if source.spool is None else [source.spool.fileno()]
+                found = list(in_order(index_span, spans, min(helpers, len(spans)), spool))
+            hashed.result()
+        parts += [part for part, _ in found]
         sha256.append(sha.hexdigest())
-        kinds.append(kinds_here)
+        kinds.append(np.sum([kinds_here for _, kinds_here in found], axis=0))
         source.check_unchanged(sha256[-1])
 
-    offset, length, replaced, gap_counts, digest, like = (np.concatenate(column) for column in zip(*parts, strict=True))
+    offset, length, replaced, gap_counts, digest, like = _joined(parts)
     return RecordTable(
         sources, sha256, offset, length, replaced, _first_of_equal(digest) if dedup else np.arange(len(offset)),
-        _nucleotide_share(np.stack(kinds)).tolist(), digest if keep_digests else None, read_as=letters,
-        gaps=gap_counts, nucleotide_like=np.flatnonzero(like),
+        _nucleotide_share(np.stack(kinds)).tolist(), digest if keep_digests else None,
+        read_as=alphabet.letters(gaps, reading), gaps=gap_counts, nucleotide_like=np.flatnonzero(like),
     )  # fmt: skip
 
 
-def _chunks(source: Source, sha: Any) -> Iterator[tuple[bytes, int]]:
-    """Whole records, about READ_BYTES at a time, each with its offset in the source. The first byte is a `>`."""
-    text, at, position, size = b"", 0, 0, reading.READ_BYTES
-    while position < source.size:
+def _joined(parts: list[_Part]) -> _Part:
+    return _Part(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def index_span(source: Source, how: How, begin: int, end: int) -> tuple[_Part, NDArray[np.int64]]:
+    """Columns of the records that begin in [begin, end), and how many letters of each kind they have, int64 [6]."""
+    letters, strict = alphabet.letters(how.gaps, how.reading), how.on_invalid == "error"
+    no_gaps = how.gaps == "error" or (how.gaps == "keep" and strict)
+    kinds, parts = np.zeros(NO_LETTER + 1, np.int64), [_NOTHING]
+    for chunk, at in _chunks(source, begin, end):
+        _refuse_pir(chunk, source, at)
+        part = _index_chunk(chunk, source, at, how.gaps, letters, kinds)
+        if (wrong := part.gaps * no_gaps + part.replaced * strict).any():
+            refused = alphabet.GAPS * no_gaps + letters.outside * strict
+            at_fault = int(part.offset[wrong.argmax()]) - source.base
+            raise _no_residue(source, at_fault, refused, how.gaps == "keep", how.reading)
+        parts.append(part)
+    return _joined(parts), kinds
+
+
+def _chunks(source: Source, begin: int, end: int) -> Iterator[tuple[bytes, int]]:
+    """Whole records that begin in [begin, end), about READ_BYTES at a time, each with its offset in the source.
+
+    The first byte of a chunk is a `>`.
+    """
+    at = position = _first_record(source, begin, end)
+    text, size = b"", reading.READ_BYTES
+    while at < end:
         raw = source.read_raw(position, min(size, source.size - position))
-        sha.update(raw)
         if (nul := raw.find(b"\0")) >= 0:
             raise _refused(source, position + nul, "holds NUL bytes: the file is damaged", "Copy or fetch it again.")
         text += raw.replace(b"\r", b"\n")
         position += len(raw)
-        begin = 0 if at else text.find(b">")  # a BOM or blank lines stand before the first
-        end = len(text) if position == source.size else text.rfind(b"\n>") + 1
-        if 0 <= begin < end:
-            yield text[begin:end], at + begin
-            text, at, size = text[end:], at + end, reading.READ_BYTES
+        upto = len(text) if position == source.size else text.rfind(b"\n>") + 1
+        if at + upto > end and (beyond := text.find(b"\n>", end - 1 - at)) >= 0:
+            upto = beyond + 1
+        if upto:
+            yield text[:upto], at
+            text, at, size = text[upto:], at + upto, reading.READ_BYTES
         else:  # one record longer than all that was read: read on in ever larger pieces
             size *= 2
+
+
+def _first_record(source: Source, begin: int, end: int) -> int:
+    """The offset of the first record that begins in [begin, end); end if none does.
+
+    It begins behind a line end, for which the byte before is read too; the first of all may have a BOM before it.
+    """
+    mark = b"\n>" if begin else b">"
+    position, last = max(begin - 1, 0), b""
+    while position < end:
+        text = last + source.read(position, min(reading.READ_BYTES, end - position))
+        if (found := text.find(mark)) >= 0:
+            return position - len(last) + found + len(mark) - 1
+        position += len(text) - len(last)
+        last = text[-1:]
+    return end
 
 
 @dataclass
@@ -230,17 +291,36 @@ def _nucleotide_share(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For each 128-bit digest (two words a row) the first row with the same digest."""
+    """For each 128-bit digest (two words a row) the first row with the same digest.
+
+    Rows are parted by their first byte, so that each part is sorted within the cache, by a thread of its own.
+    """
     high, low = np.ascontiguousarray(digest.T)
+    byte = (high >> np.uint64(56)).astype(np.uint8)
+    rows = np.argsort(byte, kind="stable")
+    bounds = np.append(0, np.cumsum(np.bincount(byte, minlength=256)))
+    unique_of = np.empty(len(digest), np.int64)
+
+    def settle(part: int) -> None:
+        own = rows[bounds[part] : bounds[part + 1]]
+        unique_of[own] = own[_first_of_part(high[own], low[own])]
+
+    with ThreadPoolExecutor(min(cores(), 16)) as threads:
+        list(threads.map(settle, range(256)))
+    return unique_of
+
+
+def _first_of_part(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """For each pair of words the first place of an equal one, int64 [n]."""
     order = np.argsort(high, kind="stable")
     same = high[order[1:]] == high[order[:-1]]
     if (low[order[1:]][same] != low[order[:-1]][same]).any():  # a 64-bit collision: sort by both words
         order = np.lexsort((low, high))
         same = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
-    is_first = np.append(True, ~same)
-    unique_of = np.empty(len(digest), np.int64)
-    unique_of[order] = order[is_first][np.cumsum(is_first) - 1]
-    return unique_of
+    is_first = np.append(True, ~same)[: len(order)]
+    first = np.empty(len(order), np.int64)
+    first[order] = order[is_first][np.cumsum(is_first) - 1]
+    return first
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

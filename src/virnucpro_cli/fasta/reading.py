@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -83,10 +83,14 @@ class Source:
             raise self.changed()
         _ACCEPTED[self] = now  # a link was made, say
 
+    def read_all(self, take: Callable[[bytes], object]) -> None:
+        """Give all bytes to the function, in pieces, as they stand in the file."""
+        for at in range(0, self.size, READ_BYTES):
+            take(self.read_raw(at, min(READ_BYTES, self.size - at)))
+
     def _sha256(self) -> str:
         sha = hashlib.sha256()
-        for at in range(0, self.size, READ_BYTES):
-            sha.update(self.read_raw(at, min(READ_BYTES, self.size - at)))
+        self.read_all(sha.update)
         return sha.hexdigest()
 
     def changed(self) -> UserError:

@@ -5,7 +5,6 @@ OUT.proteins.npz beside it vouches for what it was made from, and holds where on
 
 import hashlib
 import json
-import os
 import zipfile
 import zlib
 from array import array
@@ -25,6 +24,7 @@ from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.features.contigs import chunks, codons, pyrodigal_gv, six_frame
 from virnucpro_cli.features.contigs.codons import Genes
+from virnucpro_cli.processes import cores
 from virnucpro_cli.store import disk
 
 CALLERS: dict[str, Any] = {"pyrodigal-gv": pyrodigal_gv, "six-frame": six_frame, "virnucpro": chunks}
@@ -208,7 +208,7 @@ def _called(contigs: fasta.RecordTable, caller: Any) -> Iterator[tuple[Genes, in
     def of(name: str, sequence: bytes) -> tuple[Genes, int]:
         return caller(name, sequence), sum(stop - start for start, stop in codons.gaps(sequence))
 
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cores()
     pool = ThreadPoolExecutor(threads)
     waiting: deque[Future[tuple[Genes, int]]] = deque()
     try:
