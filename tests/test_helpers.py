@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from children import Child, until
 from virnucpro_cli import alphabet, fasta, processes
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import RecordTable, indexing
@@ -125,6 +126,21 @@ def test_helpers_end_with_the_caller_who_wants_no_more() -> None:
     helper = next(found)
     found.close()  # type: ignore[attr-defined]
     gone(lambda: os.kill(helper, 0))
+
+
+def call_without_end(told: Path) -> None:
+    found = processes.in_order(eval, [(WHERE_I_AM,), ("__import__('time').sleep(600)",)], 1)
+    told.with_suffix(".new").write_text(str(next(found)))
+    told.with_suffix(".new").rename(told)
+    next(found)
+
+
+def test_a_helper_does_not_outlive_a_killed_caller(tmp_path: Path) -> None:
+    told = tmp_path / "helper"
+    caller = Child(call_without_end, told)
+    until(told.exists, caller)
+    caller.kill()
+    gone(lambda: os.kill(int(told.read_text()), 0))
 
 
 def gone(ask: Callable[[], None], seconds: float = 60) -> None:

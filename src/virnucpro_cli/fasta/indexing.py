@@ -31,6 +31,8 @@ _WEIGHT = bytes([2, 2, 2, 0, 0, 1]).ljust(256, b"\0")
 
 SPAN_BYTES = 1 << 24
 """Bytes of a span, the work of a helper at a time."""
+MOST_HELPERS = 16
+"""Helpers at once, at most: each takes some 60 MB."""
 
 _COMMENTS = np.isin(np.arange(256), list(b";#!"))
 _PIR = re.compile(rb"(?:^|\n)>(?:P1|F1|DL|DC|RL|RC|N1|N3|XX);[^\n]*\n([^\n]*)(?=\n)")
@@ -86,11 +88,11 @@ def index(
     on_invalid: "x" counts residues outside the alphabet (they will embed as X); "error" refuses the first of them.
     gaps: see `alphabet.letters`. They are counted; "error" refuses the first, and so does on_invalid "error" if they
     are kept. reading: of the model family. helpers: processes that read large sources, a span each; by default one for
-    each core. One, or a small source: this process reads.
+    each core up to 16. One, or a small source: this process reads.
     Raises UserError, with file and line, on what is refused, and on NUL bytes, comment lines, PIR, and a `>` inside a
     sequence line.
     """
-    how, helpers = How(on_invalid, gaps, reading), cores() if helpers is None else helpers
+    how, helpers = How(on_invalid, gaps, reading), helpers or min(cores(), MOST_HELPERS)
     parts, sha256, kinds = list[_Part](), list[str](), list[NDArray[np.int64]]()
     for source in sources:
         sha = hashlib.sha256()
@@ -305,7 +307,7 @@ def _first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:
         own = rows[bounds[part] : bounds[part + 1]]
         unique_of[own] = own[_first_of_part(high[own], low[own])]
 
-    with ThreadPoolExecutor(min(cores(), 16)) as threads:
+    with ThreadPoolExecutor(min(cores(), MOST_HELPERS)) as threads:
         list(threads.map(settle, range(256)))
     return unique_of
 
