@@ -1,6 +1,7 @@
 """The pass over the bytes: where records begin, how long they are, what in them is no residue, and which are alike."""
 
 import hashlib
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ from virnucpro_cli.fasta import reading
 from virnucpro_cli.fasta.compressed import LONGEST_MAGIC, PROGRAMS, kind_of
 from virnucpro_cli.fasta.reading import BOM, HEAD_BYTES, Source
 from virnucpro_cli.fasta.table import NEWLINE, RecordTable
-from virnucpro_cli.processes import cores, in_order
 
 NUCLEOTIDE_SHARE, AMBIGUOUS_SHARE = 0.95, 0.5
 """Least share of the letters of nucleotides: ACGTUN, or these and the other codes of IUPAC if ACGTUN are half and C and
@@ -92,7 +92,7 @@ def index(
     Raises UserError, with file and line, on what is refused, and on NUL bytes, comment lines, PIR, and a `>` inside a
     sequence line.
     """
-    how, helpers = How(on_invalid, gaps, reading), helpers or min(cores(), MOST_HELPERS)
+    how = How(on_invalid, gaps, reading)
     parts, sha256, kinds = list[_Part](), list[str](), list[NDArray[np.int64]]()
     for source in sources:
         sha = hashlib.sha256()
@@ -101,10 +101,7 @@ def index(
             if helpers == 1 or source.size < 2 * SPAN_BYTES:
                 found = [index_span(source, how, 0, source.size)]
             else:
-                begins = range(0, source.size, SPAN_BYTES)
-                spans = [(source, how, begin, min(begin + SPAN_BYTES, source.size)) for begin in begins]
-                spool = [] if source.spool is None else [source.spool.fileno()]
-                found = list(in_order(index_span, spans, min(helpers, len(spans)), spool))
+                found = _by_helpers(source, how, helpers)
             hashed.result()
         parts += [part for part, _ in found]
         sha256.append(sha.hexdigest())
@@ -117,6 +114,16 @@ def index(
         _nucleotide_share(np.stack(kinds)).tolist(), digest if keep_digests else None,
         read_as=alphabet.letters(gaps, reading), gaps=gap_counts, nucleotide_like=np.flatnonzero(like),
     )  # fmt: skip
+
+
+def _by_helpers(source: Source, how: How, helpers: int | None) -> list[tuple[_Part, NDArray[np.int64]]]:
+    """Results of `index_span` for each span of a source."""
+    from virnucpro_cli.processes import cores, in_order  # not for most files
+
+    begins = range(0, source.size, SPAN_BYTES)
+    spans = [(source, how, begin, min(begin + SPAN_BYTES, source.size)) for begin in begins]
+    spool = [] if source.spool is None else [source.spool.fileno()]
+    return list(in_order(index_span, spans, min(helpers or min(cores(), MOST_HELPERS), len(spans)), spool))
 
 
 def _joined(parts: list[_Part]) -> _Part:
@@ -307,7 +314,7 @@ def _first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:
         own = rows[bounds[part] : bounds[part + 1]]
         unique_of[own] = own[_first_of_part(high[own], low[own])]
 
-    with ThreadPoolExecutor(min(cores(), MOST_HELPERS)) as threads:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_HELPERS)) as threads:
         list(threads.map(settle, range(256)))
     return unique_of
 
