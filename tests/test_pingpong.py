@@ -1,6 +1,7 @@
 """The products of CUDA C++ against their Triton twins and float64 on a Hopper GPU; elsewhere that they compile."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,16 @@ ROUNDING = {torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
 def test_it_compiles_for_hopper(element: str, head_dim: int, shifted: bool) -> None:
     code = pingpong.compiled(pingpong.SOURCE.read_bytes(), pingpong.options(element, head_dim, shifted))
     assert code.startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="NVRTC is for Linux")
+def test_it_is_compiled_once_and_kept_whole(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = pingpong.options("f16", 0, True)
+    code = pingpong._machine_code(options)
+    (file,) = (home / "xdg" / "virnucpro" / "kernels").iterdir()
+    assert file.read_bytes() == code
+    monkeypatch.setattr(pingpong, "compiled", lambda source, options: pytest.fail("it is kept"))
+    assert pingpong._machine_code(options) == code
 
 
 def test_what_the_compiler_says_is_the_message() -> None:

@@ -5,16 +5,15 @@
 // the other finishes and stores its own, so the tensor cores do not wait. Two blocks lie side by side on two
 // multiprocessors, with neighbouring rows and the same columns: each loads half of the tile of W, for both.
 //
-// Compiled with ELEMENT (f16 or bf16), HEAD_DIM (16, 24, 32 or 64, for the rotary embedding, else GELU) and SHIFTED
-// (whether there is a shift).
+// Compiled with ROWS, COLUMNS, DEPTH, PIECE and STAGES, see `pingpong.py`, ELEMENT (f16 or bf16), HEAD_DIM (16, 24, 32 or
+// 64, for the rotary embedding, else GELU) and SHIFTED (whether there is a shift).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 struct __align__(64) TensorMap { u64 opaque[16]; };
 
-constexpr int ROWS = 128, COLUMNS = 160, DEPTH = 64, PIECE = 32;
-constexpr int STAGES = 5, PIECES = COLUMNS / PIECE;
+constexpr int PIECES = COLUMNS / PIECE;
 #ifdef HEAD_DIM
 constexpr int PERIOD = HEAD_DIM / 8;  // blocks of eight columns after which angles come again
 #else

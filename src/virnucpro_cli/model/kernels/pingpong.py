@@ -5,9 +5,7 @@ NVRTC and `cuda.bindings`, which come with PyTorch for CUDA, compile it once, an
 """
 
 import ctypes
-import hashlib
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli.errors import UserError, in_a_line
-from virnucpro_cli.model import locate
+from virnucpro_cli.errors import in_a_line
+from virnucpro_cli.model.keeping import keep, kept
 from virnucpro_cli.model.kernels.linear import Folded, Quantised, Rotary, fold
 from virnucpro_cli.model.kernels.norm import row_scale
 from virnucpro_cli.model.kernels.trial import LARGEST_DIFFERENCE, Noise
 
 SOURCE = Path(__file__).with_suffix(".cu")
 ROWS, COLUMNS, DEPTH, PIECE, STAGES, THREADS = 128, 160, 64, 32, 5, 384
-"""Constants of the source, which says what they are."""
+"""Rows and columns of a tile, how much of the inner dimension is loaded at a time, columns that are finished at a time,
+loads in flight, and threads of a block."""
 SHARED = STAGES * (ROWS + COLUMNS) * DEPTH * 2 + 16 * 16 * PIECE * 2 + 16 * STAGES + 1024
 HEAD_DIMS = (16, 24, 32, 64)
 ELEMENTS = {torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -69,7 +68,8 @@ def options(element: str, head_dim: int, shifted: bool) -> list[str]:
     """Options of the compiler: what the kernel is to do, and the operands of a product, which are too many to write."""
     outputs = ", ".join(f"%{i}" for i in range(COLUMNS // 2))
     accumulators = ", ".join(f'"+f"(acc[{i}])' for i in range(COLUMNS // 2))
-    macros: dict[str, Any] = {"ELEMENT": f'"{element}"', "OUTPUTS": f'"{outputs}"', "ACCUMULATORS": accumulators}
+    macros: dict[str, Any] = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "PIECE": PIECE, "STAGES": STAGES}
+    macros |= {"ELEMENT": f'"{element}"', "OUTPUTS": f'"{outputs}"', "ACCUMULATORS": accumulators}
     if head_dim:
         macros["HEAD_DIM"] = head_dim
     if shifted:
@@ -102,19 +102,16 @@ def _checked(result: tuple[Any, ...]) -> Any:
     return found[0] if found else None
 
 
-def _kept(options: Sequence[str]) -> bytes:
+def _machine_code(options: Sequence[str]) -> bytes:
     """The machine code of the kernel, from the cache if it is there."""
     from cuda.bindings import nvrtc
 
     source, (_, *version) = SOURCE.read_bytes(), nvrtc.nvrtcVersion()
-    name = hashlib.sha256("|".join([*options, *map(str, version)]).encode() + source).hexdigest()
-    with suppress(OSError, UserError):
-        return (locate.cache_dir() / "kernels" / name).read_bytes()
-    code = compiled(source, options)
-    with suppress(OSError, UserError):
-        path = locate.cache_dir() / "kernels" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(code)
+    about = "|".join([*options, *map(str, version)]).encode() + source
+    code = kept("kernels", about)
+    if code is None:
+        code = compiled(source, options)
+        keep("kernels", about, code)
     return code
 
 
@@ -124,7 +121,7 @@ def _function(device: torch.device, element: str, head_dim: int, shifted: bool) 
     from cuda.bindings import driver
 
     torch.cuda.synchronize(device)  # the device has a context now, if it had none
-    module = _checked(driver.cuModuleLoadData(_kept(options(element, head_dim, shifted))))
+    module = _checked(driver.cuModuleLoadData(_machine_code(options(element, head_dim, shifted))))
     function = _checked(driver.cuModuleGetFunction(module, b"pingpong"))
     largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(function, largest, SHARED))

@@ -1,6 +1,5 @@
 """A backend beside another on the device at hand, timed once and remembered: nobody knows every GPU."""
 
-import hashlib
 import json
 import statistics
 import time
@@ -14,9 +13,8 @@ import triton
 
 import virnucpro_cli
 from virnucpro_cli.batch import PackedBatch, query_tiles
-from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import locate
 from virnucpro_cli.model.attention import Backend
+from virnucpro_cli.model.keeping import keep, kept
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.kernels.trial import Noise, made_up
 
@@ -37,14 +35,11 @@ def gain(ours: Backend, other: Backend, device: torch.device, dtype: torch.dtype
         ours.name, other.name, torch.cuda.get_device_name(device), str(dtype), torch.__version__, triton.__version__,
         virnucpro_cli.__version__,
     )  # fmt: skip
-    name = f"{hashlib.sha256('|'.join(about).encode()).hexdigest()}.json"
-    with suppress(OSError, UserError, ValueError, TypeError, KeyError):
-        return float(json.loads((locate.cache_dir() / "timed" / name).read_text())["gain"])
+    key = "|".join(about).encode()
+    with suppress(ValueError, TypeError, KeyError):
+        return float(json.loads(kept("timed", key, ".json") or b"null")["gain"])
     found = _measured(ours, other, device, dtype)
-    with suppress(OSError, UserError):
-        path = locate.cache_dir() / "timed" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"about": about, "gain": found}))
+    keep("timed", key, json.dumps({"about": about, "gain": found}).encode(), ".json")
     return found
 
 
