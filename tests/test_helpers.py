@@ -95,6 +95,20 @@ def test_a_helper_refuses_in_the_words_of_one_process(
     assert str(helped.value) == str(alone.value)
 
 
+@pytest.mark.parametrize("helpers", [1, 2])
+def test_a_refusal_does_not_wait_until_a_large_file_is_hashed(
+    helpers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = tmp_path / "a.fasta", list[int]()
+    path.write_bytes(b">a\nMK>V\n" + b">b\nMKV\n" * 20_000)
+    os.truncate(path, 1 << 38)  # a hole, which takes no room
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: read.append(size) or pread(fd, size, at))  # type: ignore[func-returns-value]
+    with pytest.raises(UserError):
+        table_of(path, helpers=helpers)
+    assert sum(read) < 1 << 36
+
+
 def test_results_come_in_the_order_of_the_calls_from_other_processes() -> None:
     tasks = [(f"({WHERE_I_AM}, {number})",) for number in range(20)]
     found = list(processes.in_order(eval, tasks, 3))

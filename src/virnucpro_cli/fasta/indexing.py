@@ -1,6 +1,5 @@
 """The pass over the bytes: where records begin, how long they are, what in them is no residue, and which are alike."""
 
-import hashlib
 import os
 import re
 import shlex
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -95,16 +95,19 @@ def index(
     how = How(on_invalid, gaps, reading)
     parts, sha256, kinds = list[_Part](), list[str](), list[NDArray[np.int64]]()
     for source in sources:
-        sha = hashlib.sha256()
+        given_up = Event()
         with ThreadPoolExecutor(1, "sha256") as thread:
-            hashed = thread.submit(source.read_all, sha.update)
-            if helpers == 1 or source.size < 2 * SPAN_BYTES:
-                found = [index_span(source, how, 0, source.size)]
-            else:
-                found = _by_helpers(source, how, helpers)
-            hashed.result()
+            hashed = thread.submit(source.sha256, given_up)
+            try:
+                if helpers == 1 or source.size < 2 * SPAN_BYTES:
+                    found = [index_span(source, how, 0, source.size)]
+                else:
+                    found = _by_helpers(source, how, helpers)
+                sha256.append(hashed.result())
+            except BaseException:
+                given_up.set()  # or a refusal would wait until a large file is read to its end
+                raise
         parts += [part for part, _ in found]
-        sha256.append(sha.hexdigest())
         kinds.append(np.sum([kinds_here for _, kinds_here in found], axis=0))
         source.check_unchanged(sha256[-1])
 
@@ -307,7 +310,8 @@ def _first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:
     high, low = np.ascontiguousarray(digest.T)
     byte = (high >> np.uint64(56)).astype(np.uint8)
     rows = np.argsort(byte, kind="stable")
-    bounds = np.append(0, np.cumsum(np.bincount(byte, minlength=256)))
+    counts = np.bincount(byte, minlength=256)
+    bounds = np.append(0, np.cumsum(counts))
     unique_of = np.empty(len(digest), np.int64)
 
     def settle(part: int) -> None:
@@ -315,7 +319,7 @@ def _first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:
         unique_of[own] = own[_first_of_part(high[own], low[own])]
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_HELPERS)) as threads:
-        list(threads.map(settle, range(256)))
+        list(threads.map(settle, np.flatnonzero(counts).tolist()))
     return unique_of
 
 
@@ -326,7 +330,7 @@ def _first_of_part(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray
     if (low[order[1:]][same] != low[order[:-1]][same]).any():  # a 64-bit collision: sort by both words
         order = np.lexsort((low, high))
         same = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
-    is_first = np.append(True, ~same)[: len(order)]
+    is_first = np.append(True, ~same)
     first = np.empty(len(order), np.int64)
     first[order] = order[is_first][np.cumsum(is_first) - 1]
     return first

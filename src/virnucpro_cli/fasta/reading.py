@@ -9,10 +9,11 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import Event
 from typing import IO, Any
 
 from virnucpro_cli.errors import UserError, absent
@@ -79,18 +80,17 @@ class Source:
         now = _state_of(_reopened(self))
         if now in (self.state, _ACCEPTED.get(self)):
             return
-        if now[:3] != self.state[:3] or sha256 != self._sha256():
+        if now[:3] != self.state[:3] or sha256 != self.sha256():
             raise self.changed()
         _ACCEPTED[self] = now  # a link was made, say
 
-    def read_all(self, take: Callable[[bytes], object]) -> None:
-        """Give all bytes to the function, in pieces, as they stand in the file."""
-        for at in range(0, self.size, READ_BYTES):
-            take(self.read_raw(at, min(READ_BYTES, self.size - at)))
-
-    def _sha256(self) -> str:
+    def sha256(self, given_up: Event | None = None) -> str:
+        """The SHA-256 of all bytes, as they stand in the file. given_up: once set, nobody wants it any more."""
         sha = hashlib.sha256()
-        self.read_all(sha.update)
+        for at in range(0, self.size, READ_BYTES):
+            if given_up is not None and given_up.is_set():
+                break
+            sha.update(self.read_raw(at, min(READ_BYTES, self.size - at)))
         return sha.hexdigest()
 
     def changed(self) -> UserError:
