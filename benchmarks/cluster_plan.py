@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import fasta, report
 from virnucpro_cli.benchmark import workload
+from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.engine.workers import LARGEST_SHARE
 from virnucpro_cli.plan import shards
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, in_blocks, whole_segments
-from virnucpro_cli.plan.policies import Decisions
 
 RATE = {"natural": 359e3, "fragments": 387e3}  # tokens/s of a GPU, whole packs
 INDEX = {"natural": 4.1e-6, "fragments": 1.43e-6}  # s a record: .0162 s for 3,935 records; 14.3 s for 10^7
@@ -45,7 +45,7 @@ class Sample:
     load: str
     lengths: NDArray[np.int64]
     plan: Plan
-    work: Decisions
+    table: fasta.RecordTable
 
     @property
     def tokens(self) -> float:
@@ -62,24 +62,20 @@ def sample(load: str, path: Path | None, count: int, seed: int) -> Sample:
     if path is None:
         lengths = getattr(workload, load)(600 * count, dice)[:count]
     else:
-        table_ = fasta.index(fasta.open_sources([str(path)], Path(".")), dedup=False)
-        lengths = dice.choice(table_.length[table_.length > 0], count).astype(np.int64)
+        read = fasta.index(fasta.open_sources([str(path)], Path(".")), dedup=False)
+        lengths = dice.choice(read.length[read.length > 0], count).astype(np.int64)
     lengths = np.minimum(lengths, 1022)
     segments = whole_segments(np.arange(len(lengths)), lengths)
-    nothing = np.zeros(len(lengths), np.uint8)
-    work = Decisions(
-        np.arange(len(lengths)), lengths.astype(np.int32), nothing.astype(np.uint16), nothing, nothing, segments
-    )
-    return Sample(load, lengths, in_blocks(segments.length, BUDGET), work)
+    numbers, nothing = np.arange(len(lengths)), np.zeros(len(lengths), np.int32)
+    table = fasta.RecordTable([], [], numbers, lengths.astype(np.int32), nothing, numbers, [])
+    return Sample(load, lengths, in_blocks(segments.length, BUDGET), table)
 
 
 def shard_tokens(found: Sample, count: int) -> NDArray[np.int64]:
     """Tokens of the first shards and the last of `count`, dealt by the real code."""
-    numbers = sorted({*range(1, min(count, 4) + 1), count})
-    return np.asarray([
-        int((found.lengths[shards.records_of(shards.Shard(number, count), found.work)] + SPECIAL_TOKENS).sum())
-        for number in numbers
-    ])  # fmt: skip
+    numbers, config = sorted({*range(1, min(count, 4) + 1), count}), EmbedConfig()
+    dealt = [shards.records_of(shards.Shard(number, count), found.table, config) for number in numbers]
+    return np.asarray([int((found.lengths[records] + SPECIAL_TOKENS).sum()) for records in dealt])
 
 
 def speeds(gpus: int, seed: int) -> NDArray[np.float64]:

@@ -33,6 +33,7 @@ ORDER = [
     "extract",
     "export",
     "import",
+    "index",
     "status",
     "merge",
     "doctor",

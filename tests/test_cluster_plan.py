@@ -27,8 +27,9 @@ def found(request: pytest.FixtureRequest, plan: ModuleType) -> object:
     return plan.sample("natural" if natural else "fragments", UNIPROT if natural else None, 20_000, 1)
 
 
-def test_shards_differ_by_one_protein_at_most_and_make_the_whole(plan: ModuleType, found: object) -> None:
-    assert np.ptp(plan.shard_tokens(found, 64)) <= found.lengths.max() + 2
+def test_shards_differ_by_one_block_at_most_and_make_the_whole(plan: ModuleType, found: object) -> None:
+    block = 20_000 // (64 * plan.shards.BLOCKS)
+    assert np.ptp(plan.shard_tokens(found, 64)) <= block * (found.lengths.max() + 2)
     assert plan.shard_tokens(found, 4).sum() == (found.lengths + 2).sum() == found.plan.tokens.sum()
 
 

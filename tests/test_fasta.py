@@ -401,7 +401,7 @@ def test_without_dedup_every_protein_stands_for_itself(table_of: Callable[..., R
 
 def test_proteins_that_share_half_a_hash_are_kept_apart() -> None:
     digests = np.array([[7, 2], [5, 9], [7, 1], [7, 2], [7, 1], [5, 9]], np.uint64)
-    assert fasta.indexing._first_of_equal(digests).tolist() == [0, 1, 2, 0, 2, 1]
+    assert fasta.indexing.first_of_equal(digests).tolist() == [0, 1, 2, 0, 2, 1]
 
 
 def test_nucleotides_are_told_from_proteins(table_of: Callable[..., RecordTable]) -> None:

@@ -172,7 +172,7 @@ def test_shards_are_a_fair_partition_that_keeps_equal_records_together(
     config = EmbedConfig(inputs=(str(path),), long=long, max_residues=100, overlap=30)
     table = index(open_sources([str(path)], folder))
     work = decide(table, config)
-    parts = [shards.records_of(Shard(number, count), work) for number in range(1, count + 1)]
+    parts = [shards.records_of(Shard(number, count), table, config) for number in range(1, count + 1)]
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(table)))
     home = np.empty(len(table), np.int64)
     for number, part in enumerate(parts):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -60,8 +61,9 @@ def in_order(
     calls = _Calls(function, descriptors)
     with ThreadPoolExecutor(helpers, "helper") as threads:
         try:
-            for future in [threads.submit(calls, task) for task in tasks]:
-                yield future.result()
+            futures = deque(threads.submit(calls, task) for task in tasks)
+            while futures:  # no result is kept once it is given
+                yield futures.popleft().result()
         finally:
             calls.kill()
             threads.shutdown(cancel_futures=True)

@@ -35,7 +35,8 @@ from virnucpro_cli.errors import (
 COMMANDS = {
     "embed": "embed", "bench": "bench", "validate": "validate", "inspect": "look", "verify": "validate",
     "search": "look", "map": "look", "extract": "extract", "export": "layouts", "import": "layouts",
-    "status": "shards", "merge": "shards", "doctor": "machine", "models": "machine", "fetch": "machine",
+    "index": "shards", "status": "shards", "merge": "shards", "doctor": "machine", "models": "machine",
+    "fetch": "machine",
 }  # fmt: skip
 """Each command and the module of this package that has its function, in the order of --help."""
 

@@ -36,6 +36,10 @@ def _info(field: Field, panel: str | None = None) -> Any:
 
 ReportFile = Annotated[str | None, _info(fields_of(EmbedConfig)["report"])]
 QcFile = Annotated[str | None, _info(fields_of(EmbedConfig)["qc"])]
+Output = Annotated[str, _info(fields_of(EmbedConfig)["output"])]
+Model = Annotated[str | None, _info(fields_of(EmbedConfig)["model"])]
+Kind = Annotated[str | None, _info(fields_of(EmbedConfig)["kind"])]
+Gaps = Annotated[str | None, _info(fields_of(EmbedConfig)["gaps"])]
 Overwrite = Annotated[bool, _info(fields_of(EmbedConfig)["overwrite"])]
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import report, store
 from virnucpro_cli.errors import UserError, counted
+from virnucpro_cli.fasta import kept
 from virnucpro_cli.features import Shards, stored_in
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.plan import shards
@@ -86,6 +87,7 @@ def merge_shards(
                 file.environments, file.computed_by, file.status == store.DONE
             )
             summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), overwrite)
+    kept.forget(kept.path_of(target))
     out.print(
         f"{target}: {counted(summary.counts['proteins'], word)} of {counted(len(parts), 'shard')}, "
         f"{report.size(target.stat().st_size)}"

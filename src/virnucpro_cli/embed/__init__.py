@@ -15,7 +15,7 @@ from virnucpro_cli import report, store
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import engines
 from virnucpro_cli.embed import summary as words
-from virnucpro_cli.embed.recipe import EmbedRun, attributes, decided, resolved_layers, target
+from virnucpro_cli.embed.recipe import EmbedRun, attributes, decided, inputs_of, resolved_layers, target
 from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Job, Placer
 from virnucpro_cli.errors import UserError, counted
@@ -39,8 +39,8 @@ def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None =
     out, clock = out or report.console(config.quiet), report.Clock()
     features = asked_for(config)
     at = target(config, features)
-    with engines.chosen(config, loaded is not None, out, clock) as computing:
-        begun = decided(config, features, at, computing, out, clock)
+    with inputs_of(config, at, out) as inputs, engines.chosen(config, loaded is not None, out, clock) as computing:
+        begun = decided(config, features, at, inputs, computing, out, clock)
         begun.loaded = loaded
         words.begin(begun)
         for note in begun.summary.notes:

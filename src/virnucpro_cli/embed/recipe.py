@@ -114,21 +114,21 @@ class EmbedRun(Run):
 
 
 def decided(
-    config: EmbedConfig, features: list[Feature], at: Target, computing: Computing, out: Console, clock: report.Clock
+    config: EmbedConfig,
+    features: list[Feature],
+    at: Target,
+    inputs: fasta.Inputs,
+    computing: Computing,
+    out: Console,
+    clock: report.Clock,
 ) -> EmbedRun:
     """Read the input and decide. All that is read is opened before the first long step.
 
     Raises UserError for what the user can put right.
     """
     with clock.stage("index"):
-        sources = fasta.open_sources(config.inputs, at.output.parent)
-    located = locate.locate(config.model) if config.dry_run else locate.fetch(config.model, out.print)
-    if located is not None and config.adapter:
-        from virnucpro_cli.model.adapters import with_adapters
-
-        located = with_adapters(located, config.adapter)
-    spec = by_name(config.model) if located is None else model_weights.spec_of(located)
-    assert spec is not None
+        sources = inputs.sources(config.inputs, at.output.parent)
+    located, spec = _located(config, out)
     check_dtype(spec, computing.dtype)
     config, how = _with_long(config, spec), reading(spec, config.kind)
     layers = resolved_layers(config.layers, spec)
@@ -137,22 +137,20 @@ def decided(
         sources, more = feature.sources(sources, at.whole, out, clock)
         extra |= more
     with clock.stage("index"):
-        table = fasta.index(
-            sources, on_invalid=config.invalid, gaps=config.gaps, dedup=config.dedup,
-            keep_digests=any(feature.needs_digests for feature in features), reading=how,
-        )  # fmt: skip
+        keep_digests = any(feature.needs_digests for feature in features)
+        table = inputs.table(sources, fasta.How(config.invalid, config.gaps, how), config.dedup, keep_digests)
     _check_protein(table, config, spec, out)
     extra |= _gaps(table, config)
     with clock.stage("plan"):
-        decisions, records = decide(table, config), None
         for feature in features:
             extra |= feature.of_input(table, extra)
+        records = None
         if at.shard is not None:
             from virnucpro_cli.plan.shards import records_of
 
-            records = records_of(at.shard, decisions)
+            records = records_of(at.shard, table, config)
             table, extra = table.part(records), extra.part(records)
-            decisions = decide(table, config)
+        decisions = decide(table, config)
         for feature in features:
             extra |= feature.of_part(records, decisions, extra)
         plan = in_blocks(decisions.segments.length, _token_budget(config, computing, spec, layers, how.width))
@@ -171,6 +169,43 @@ def decided(
         out=out, clock=clock, summary=report.RunReport("embed"), output=at.output,
         shard=at.shard, computing=computing, located=located, features=features,
     )  # fmt: skip
+
+
+def inputs_of(config: EmbedConfig, at: Target, out: Console) -> fasta.Inputs:
+    """How inputs are read: the index of large ones is kept beside the output. A dry run writes none."""
+    if config.dry_run or not fasta.is_large(config.inputs):
+        return fasta.Inputs()
+    from virnucpro_cli.fasta import kept
+
+    needed_by = None if at.shard is not None else store.partial_path(at.output)
+    return kept.Kept(kept.path_of(at.whole), partial(out.print, style="yellow"), needed_by)
+
+
+def _located(config: EmbedConfig, out: Console) -> tuple[locate.Weights | None, ModelSpec]:
+    """The weights, which are fetched if they are not here and the run is no dry one, and the sizes of the model."""
+    located = locate.locate(config.model) if config.dry_run else locate.fetch(config.model, out.print)
+    if located is not None and config.adapter:
+        from virnucpro_cli.model.adapters import with_adapters
+
+        located = with_adapters(located, config.adapter)
+    spec = by_name(config.model) if located is None else model_weights.spec_of(located)
+    assert spec is not None
+    return located, spec
+
+
+def index_input(config: EmbedConfig, out: Console) -> None:
+    """Make the index that shards of this configuration map, and say what it holds. Raises UserError."""
+    from virnucpro_cli.fasta import kept
+
+    at = target(config, [])
+    _, spec = _located(replace(config, dry_run=True), out)
+    path, how = kept.path_of(at.whole), fasta.How("x", config.gaps, reading(spec, config.kind))
+    with kept.Kept(path, partial(out.print, style="yellow")) as inputs:
+        table = inputs.table(inputs.sources(config.inputs, path.parent), how)
+    (word, letter), copies = config.words, int((table.unique_of != np.arange(len(table))).sum())
+    out.print(f"{counted(len(table), word)}, {counted(table.residues, letter)}, {copies:,} like an earlier one")
+    if not fasta.is_large(config.inputs):
+        out.print("no index of so small an input is kept: every run reads it in a second")
 
 
 def resolved_layers(requested: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:

@@ -11,8 +11,6 @@ from functools import partial
 from itertools import chain
 from typing import IO, Any
 
-from xopen import xopen
-
 BLOCK_BYTES, MOST_AT_ONCE = 1 << 20, 1 << 24
 MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
 MAGIC |= {bytes([0x50 + i, 0x2A, 0x4D, 0x18]): "zst" for i in range(16)}
@@ -50,6 +48,8 @@ def decompressed(file: IO[bytes]) -> IO[bytes]:
         case "xz":
             return _plain(_every_stream(file, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), padded=True))
         case kind:
+            from xopen import xopen  # for a third of a second, and not by helpers, which read plain bytes
+
             opened: Any = xopen(file, "rb", threads=0, format=kind)
             return opened
 

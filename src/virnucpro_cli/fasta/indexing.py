@@ -3,12 +3,13 @@
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from threading import Event
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import xxhash
@@ -18,7 +19,7 @@ from virnucpro_cli import alphabet
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import reading
 from virnucpro_cli.fasta.compressed import LONGEST_MAGIC, PROGRAMS, kind_of
-from virnucpro_cli.fasta.reading import BOM, HEAD_BYTES, Source
+from virnucpro_cli.fasta.reading import BOM, HEAD_BYTES, Source, open_sources
 from virnucpro_cli.fasta.table import NEWLINE, RecordTable
 
 NUCLEOTIDE_SHARE, AMBIGUOUS_SHARE = 0.95, 0.5
@@ -29,10 +30,15 @@ NUCLEOTIDES, IUPAC, OTHER, NO_LETTER = range(3), 3, 4, 5
 _WEIGHT = bytes([2, 2, 2, 0, 0, 1]).ljust(256, b"\0")
 """Kind of letter -> weight. Weights add up to a sequence's length or more if half of its letters are ACGTUN."""
 
-SPAN_BYTES = 1 << 24
+SPAN_BYTES = 1 << 23
 """Bytes of a span, the work of a helper at a time."""
+FEWEST_SPANS = 12
+"""Spans of a source that is worth helpers: a smaller one is read before they have begun."""
 MOST_HELPERS = 16
 """Helpers at once, at most: each takes some 60 MB."""
+WORTH_BYTES = 1 << 25
+"""Bytes of the inputs from which on their index is kept: less is read again in a second."""
+ROWS_AT_ONCE = 1 << 19
 
 _COMMENTS = np.isin(np.arange(256), list(b";#!"))
 _PIR = re.compile(rb"(?:^|\n)>(?:P1|F1|DL|DC|RL|RC|N1|N3|XX);[^\n]*\n([^\n]*)(?=\n)")
@@ -58,7 +64,33 @@ class How(NamedTuple):
     reading: alphabet.Reading
 
 
-class _Part(NamedTuple):
+class Inputs:
+    """Inputs of a run, opened and indexed. A subclass keeps the index, for which the context of the run matters."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def sources(self, inputs: Sequence[str], folder: Path) -> list[Source]:
+        """Open the inputs as `open_sources` does."""
+        return open_sources(inputs, folder)
+
+    def table(self, sources: list[Source], how: How, dedup: bool = True, keep_digests: bool = False) -> RecordTable:
+        """The record table of the sources, as `index` gives it."""
+        return index(
+            sources, on_invalid=how.on_invalid, gaps=how.gaps, dedup=dedup, keep_digests=keep_digests,
+            reading=how.reading,
+        )  # fmt: skip
+
+
+def is_large(files: Sequence[str]) -> bool:
+    """Whether an index of the files is worth keeping."""
+    return sum(os.path.getsize(name) for name in files if os.path.isfile(name)) >= WORTH_BYTES
+
+
+class Part(NamedTuple):
     """Columns of some records, as in a RecordTable. digest: uint64 [n, 2]; nucleotide_like: bool [n]."""
 
     offset: NDArray[np.int64]
@@ -70,7 +102,7 @@ class _Part(NamedTuple):
 
 
 _NONE = np.empty(0, np.int32)
-_NOTHING = _Part(np.empty(0, np.int64), _NONE, _NONE, _NONE, np.empty((0, 2), np.uint64), np.empty(0, np.bool_))
+_NOTHING = Part(np.empty(0, np.int64), _NONE, _NONE, _NONE, np.empty((0, 2), np.uint64), np.empty(0, np.bool_))
 
 
 def index(
@@ -92,59 +124,65 @@ def index(
     Raises UserError, with file and line, on what is refused, and on NUL bytes, comment lines, PIR, and a `>` inside a
     sequence line.
     """
-    how = How(on_invalid, gaps, reading)
-    parts, sha256, kinds = list[_Part](), list[str](), list[NDArray[np.int64]]()
-    for source in sources:
-        given_up = Event()
-        with ThreadPoolExecutor(1, "sha256") as thread:
-            hashed = thread.submit(source.sha256, given_up)
-            try:
-                if helpers == 1 or source.size < 2 * SPAN_BYTES:
-                    found = [index_span(source, how, 0, source.size)]
-                else:
-                    found = _by_helpers(source, how, helpers)
-                sha256.append(hashed.result())
-            except BaseException:
-                given_up.set()  # or a refusal would wait until a large file is read to its end
-                raise
-        parts += [part for part, _ in found]
-        kinds.append(np.sum([kinds_here for _, kinds_here in found], axis=0))
-        source.check_unchanged(sha256[-1])
-
+    parts = list[Part]()
+    sha256, shares = read_all(sources, How(on_invalid, gaps, reading), parts.append, helpers)
     offset, length, replaced, gap_counts, digest, like = _joined(parts)
     return RecordTable(
-        sources, sha256, offset, length, replaced, _first_of_equal(digest) if dedup else np.arange(len(offset)),
-        _nucleotide_share(np.stack(kinds)).tolist(), digest if keep_digests else None,
+        sources, sha256, offset, length, replaced, first_of_equal(digest) if dedup else np.arange(len(offset)),
+        shares, digest if keep_digests else None,
         read_as=alphabet.letters(gaps, reading), gaps=gap_counts, nucleotide_like=np.flatnonzero(like),
     )  # fmt: skip
 
 
-def _by_helpers(source: Source, how: How, helpers: int | None) -> list[tuple[_Part, NDArray[np.int64]]]:
-    """Results of `index_span` for each span of a source."""
-    from virnucpro_cli.processes import cores, in_order  # not for most files
+def read_all(
+    sources: list[Source], how: How, take: Callable[[Part], None], helpers: int | None = None
+) -> tuple[list[str], list[float]]:
+    """Read every byte once, and give the columns of all records to `take`, in their order.
 
+    Returns the SHA-256 of each source, and its share of letters of nucleotides. Raises UserError as `index` does.
+    """
+    sha256, kinds = list[str](), np.zeros((len(sources), NO_LETTER + 1), np.int64)
+    for source, its_kinds in zip(sources, kinds, strict=True):
+        given_up = Event()
+        with ThreadPoolExecutor(1, "sha256") as thread:
+            hashed = thread.submit(source.sha256, given_up)
+            try:
+                for part, kinds_here in _by_span(source, how, helpers):
+                    take(part)
+                    its_kinds += kinds_here
+                sha256.append(hashed.result())
+            except BaseException:
+                given_up.set()  # or a refusal would wait until a large file is read to its end
+                raise
+        source.check_unchanged(sha256[-1])
+    return sha256, _nucleotide_share(kinds).tolist()
+
+
+def _by_span(source: Source, how: How, helpers: int | None) -> Iterator[tuple[Part, NDArray[np.int64]]]:
+    """Results of `index_span` for each span of a source, in order; of helpers, if the source is large."""
     begins = range(0, source.size, SPAN_BYTES)
     spans = [(source, how, begin, min(begin + SPAN_BYTES, source.size)) for begin in begins]
+    if helpers == 1 or (helpers is None and len(spans) < FEWEST_SPANS):
+        yield from (index_span(*span) for span in spans)
+        return
+    from virnucpro_cli.processes import cores, in_order  # not for most files
+
     spool = [] if source.spool is None else [source.spool.fileno()]
-    return list(in_order(index_span, spans, min(helpers or min(cores(), MOST_HELPERS), len(spans)), spool))
+    yield from in_order(index_span, spans, min(helpers or min(cores(), MOST_HELPERS), len(spans)), spool)
 
 
-def _joined(parts: list[_Part]) -> _Part:
-    return _Part(*map(np.concatenate, zip(*parts, strict=True)))
+def _joined(parts: list[Part]) -> Part:
+    return Part(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def index_span(source: Source, how: How, begin: int, end: int) -> tuple[_Part, NDArray[np.int64]]:
+def index_span(source: Source, how: How, begin: int, end: int) -> tuple[Part, NDArray[np.int64]]:
     """Columns of the records that begin in [begin, end), and how many letters of each kind they have, int64 [6]."""
-    letters, strict = alphabet.letters(how.gaps, how.reading), how.on_invalid == "error"
-    no_gaps = how.gaps == "error" or (how.gaps == "keep" and strict)
+    letters = alphabet.letters(how.gaps, how.reading)
     kinds, parts = np.zeros(NO_LETTER + 1, np.int64), [_NOTHING]
     for chunk, at in _chunks(source, begin, end):
         _refuse_pir(chunk, source, at)
         part = _index_chunk(chunk, source, at, how.gaps, letters, kinds)
-        if (wrong := part.gaps * no_gaps + part.replaced * strict).any():
-            refused = alphabet.GAPS * no_gaps + letters.outside * strict
-            at_fault = int(part.offset[wrong.argmax()]) - source.base
-            raise _no_residue(source, at_fault, refused, how.gaps == "keep", how.reading)
+        refuse(part, how, [source])
         parts.append(part)
     return _joined(parts), kinds
 
@@ -242,7 +280,7 @@ class _Stream:
 
 def _index_chunk(
     chunk: bytes, source: Source, at: int, gaps: str, letters: alphabet.Letters, kinds: NDArray[np.int64]
-) -> _Part:
+) -> Part:
     """Columns of the records of a chunk, which begins at `at`. Adds its letters of each kind to `kinds`, int64 [6]."""
     text = np.frombuffer(chunk, np.uint8)
     line = np.append(0, np.flatnonzero(text == NEWLINE) + 1)
@@ -276,7 +314,7 @@ def _index_chunk(
     kinds += [np.count_nonzero(np.frombuffer(kind, np.uint8) == each) for each in range(len(kinds))]
     digest, view = xxhash.xxh3_128_digest, memoryview(body)
     digests = [digest(view[a:b]) for a, b in zip(stream.begin.tolist(), stream.end.tolist(), strict=True)]
-    return _Part(
+    return Part(
         offset + (source.base + at), (stream.end - stream.begin).astype(np.int32), stream.count(record[wrong]),
         gap_counts, np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2), _nucleotide_like(kind, stream),
     )  # fmt: skip
@@ -302,24 +340,28 @@ def _nucleotide_share(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.where(mixed, iupac, core) / np.maximum(letters, 1)
 
 
-def _first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For each 128-bit digest (two words a row) the first row with the same digest.
+def first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """For each 128-bit digest (two words a row) the first row with the same digest, int64 [n].
 
-    Rows are parted by their first byte, so that each part is sorted within the cache, by a thread of its own.
+    Threads part the rows by their first byte, and sort what has the same one.
     """
-    high, low = np.ascontiguousarray(digest.T)
-    byte = (high >> np.uint64(56)).astype(np.uint8)
-    rows = np.argsort(byte, kind="stable")
-    counts = np.bincount(byte, minlength=256)
-    bounds = np.append(0, np.cumsum(counts))
     unique_of = np.empty(len(digest), np.int64)
 
-    def settle(part: int) -> None:
-        own = rows[bounds[part] : bounds[part + 1]]
-        unique_of[own] = own[_first_of_part(high[own], low[own])]
+    def parted(start: int) -> tuple[int, NDArray[np.uint32], NDArray[np.int64]]:
+        """The rows from `start` on by their first byte, as offsets, and where those of each byte begin, int64 [257]."""
+        byte = (digest[start : start + ROWS_AT_ONCE, 0] >> np.uint64(56)).astype(np.uint8)
+        order = np.argsort(byte, kind="stable").astype(np.uint32)
+        return start, order, np.append(0, np.cumsum(np.bincount(byte, minlength=256)))
+
+    def settle(byte: int) -> None:
+        rows = [order[at[byte] : at[byte + 1]].astype(np.int64) + start for start, order, at in chunks]
+        if len(own := np.concatenate(rows)):
+            high, low = np.ascontiguousarray(digest[own].T)
+            unique_of[own] = own[_first_of_part(high, low)]
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_HELPERS)) as threads:
-        list(threads.map(settle, np.flatnonzero(counts).tolist()))
+        if chunks := list(threads.map(parted, range(0, len(digest), ROWS_AT_ONCE))):
+            list(threads.map(settle, range(256)))
     return unique_of
 
 
@@ -337,6 +379,19 @@ def _first_of_part(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refuse(of: "Part | RecordTable", how: How, sources: list[Source]) -> None:
+    """Raise UserError for the first letter that is refused in records of the sources, by their counts."""
+    strict = how.on_invalid == "error"
+    no_gaps = how.gaps == "error" or (how.gaps == "keep" and strict)
+    if no_gaps or strict:
+        wrong = np.flatnonzero(of.gaps * no_gaps + of.replaced * strict)
+        if len(wrong):
+            at = int(of.offset[wrong[0]])
+            source = next(source for source in reversed(sources) if source.base <= at)
+            refused = alphabet.GAPS * no_gaps + alphabet.letters(how.gaps, how.reading).outside * strict
+            raise _no_residue(source, at - source.base, refused, how.gaps == "keep", how.reading)
 
 
 def _refused(source: Source, offset: int, what: str, remedy: str) -> UserError:

@@ -9,12 +9,12 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import Event
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from virnucpro_cli.errors import UserError, absent
 from virnucpro_cli.fasta.compressed import LONGEST_MAGIC, decoder_errors, decompressed, kind_of
@@ -31,6 +31,14 @@ MOST_OPEN = 64 if _limit == resource.RLIM_INFINITY else min(64, _limit // 4)
 State = tuple[int, int, int, int]
 
 
+class Text(NamedTuple):
+    """A plain text within a file."""
+
+    file: IO[bytes]
+    start: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Source:
     """One FASTA text to read: the user's file, or a piece of a spool, a nameless file of plain copies.
@@ -41,8 +49,8 @@ class Source:
     path: str  # for messages
     size: int
     base: int  # offset of this text in the concatenation of all sources
-    file: str = ""  # the user's, which is opened when it is read
-    state: State | None = None  # of that file when it was opened first
+    file: str = ""  # the user's, which is opened when it is read; of a spool, the compressed file
+    state: State | None = None  # of that file when it was opened first; None of a pipe
     spool: IO[bytes] | None = None
     start: int = 0  # of this text in the spool
 
@@ -75,7 +83,7 @@ class Source:
 
         sha256: of what was read. Where the times leave it open, the file is read again.
         """
-        if self.state is None:
+        if self.spool is not None or self.state is None:
             return
         now = _state_of(_reopened(self))
         if now in (self.state, _ACCEPTED.get(self)):
@@ -92,6 +100,11 @@ class Source:
                 break
             sha.update(self.read_raw(at, min(READ_BYTES, self.size - at)))
         return sha.hexdigest()
+
+    def file_sha256(self) -> str:
+        """The SHA-256 of the user's file, compressed as it may be. Raises UserError if it has changed."""
+        assert self.state is not None
+        return replace(self, size=self.state[1], spool=None, start=0).sha256()
 
     def changed(self) -> UserError:
         return UserError(
@@ -142,25 +155,33 @@ def _inherited(descriptor: int) -> IO[bytes]:
     return os.fdopen(descriptor, "rb")
 
 
-def open_sources(inputs: Sequence[str], spool_dir: Path) -> list[Source]:
+Kept = Callable[[str, State], Text | None]
+"""Gives the plain text of a compressed file that an earlier run has kept, by path and state."""
+
+
+def open_sources(inputs: Sequence[str], spool_dir: Path, kept: Kept | None = None) -> list[Source]:
     """Open FASTA files, plain or compressed (gz, bz2, xz, zst; by content), or `-` for standard input.
 
-    All that is not a plain file is first copied to a nameless file in `spool_dir`, which vanishes with the process.
+    All that is not a plain file is first copied to a nameless file in `spool_dir`, which vanishes with the process; but
+    what is kept of it.
     Raises UserError if a file cannot be read, is damaged, or holds no FASTA.
     """
     sources: list[Source] = []
     base, spool = 0, None
     for name in inputs:
         with _opened(name) as file:
-            if name != "-" and os.path.isfile(name) and not kind_of(file.peek(LONGEST_MAGIC)):
-                state = _state_of(file)
-                source = Source(name, state[1], base, os.path.realpath(name), state)
+            is_file = name != "-" and os.path.isfile(name)
+            path, state = (os.path.realpath(name), _state_of(file)) if is_file else ("", None)
+            if state is not None and not kind_of(file.peek(LONGEST_MAGIC)):
+                source = Source(name, state[1], base, path, state)
+            elif state is not None and kept is not None and (text := kept(path, state)):
+                source = Source(name, text.size, base, path, state, text.file, text.start)
             else:
                 spool = spool or _new_spool(spool_dir)
                 start = spool.seek(0, os.SEEK_END)
                 _copy(file, name, spool, spool_dir)
-                path = "standard input" if name == "-" else name
-                source = Source(path, spool.tell() - start, base, spool=spool, start=start)
+                shown = "standard input" if name == "-" else name
+                source = Source(shown, spool.tell() - start, base, path, state, spool, start)
         _check_is_fasta(source)
         sources.append(source)
         base += source.size

@@ -14,11 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.plan.packing import SPECIAL_TOKENS
-from virnucpro_cli.plan.policies import Decisions
+from virnucpro_cli.fasta import RecordTable
+from virnucpro_cli.plan.policies import costs, representatives
 
 MOST = 9999
+BLOCKS = 64
+"""Blocks of neighbours that a shard is made of, about."""
 _TEXT = re.compile(r"(auto0?|[0-9]{1,9})(?:/([0-9]{1,9}))?")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
@@ -192,17 +195,25 @@ def files_of(output: Path) -> dict[int, dict[int, Path]]:
     return files
 
 
-def records_of(shard: Shard, decisions: Decisions) -> NDArray[np.int64]:
+def records_of(shard: Shard, table: RecordTable, config: EmbedConfig) -> NDArray[np.int64]:
     """The shard's records, rising: int64 [n].
 
-    Representatives, in falling order of cost, are dealt to and fro, so that no two shards differ by more than one
-    representative's cost. Those that cost nothing are dealt as well, and copies follow their representative.
+    Neighbours stay together: blocks of them, in falling order of cost, are dealt to and fro, so that no two shards
+    differ by more than one block's cost, and copies go with their representative. A block of few records is one.
+    Raises UserError as `decide` does for the whole input.
     """
-    n, segments = len(decisions.representative), decisions.segments
-    cost = np.bincount(segments.record, segments.length.astype(np.int64) + SPECIAL_TOKENS, n)
-    representatives = np.flatnonzero(decisions.representative == np.arange(n))
-    order = representatives[np.argsort(-cost[representatives], kind="stable")]
-    turn, seat = np.divmod(np.arange(len(order)), shard.count)
-    owner = np.empty(n, np.int64)
-    owner[order] = np.where(turn % 2 == 0, seat, shard.count - 1 - seat)
-    return np.flatnonzero(owner[decisions.representative] == shard.number - 1)
+    n = len(table)
+    size = max(1, n // (BLOCKS * shard.count))
+    cost = np.zeros(-(-n // size), np.int64)
+    for rows, those in representatives(table, config):
+        block = np.arange(rows.start, rows.stop) // size - rows.start // size
+        sums = np.bincount(block, costs(table, rows, those, config))
+        cost[rows.start // size :][: len(sums)] += sums.astype(np.int64)
+    turn, seat = np.divmod(np.arange(len(cost)), shard.count)
+    owner = np.empty(len(cost), np.int64)
+    owner[np.argsort(-cost, kind="stable")] = np.where(turn % 2 == 0, seat, shard.count - 1 - seat)
+    own = [
+        rows.start + np.flatnonzero(owner[those // size] == shard.number - 1)
+        for rows, those in representatives(table, config)
+    ]
+    return np.concatenate(own)

@@ -266,8 +266,8 @@ def new_path(path: Path) -> Path:
 
 
 @contextmanager
-def making(path: Path, rename: Callable[[Path, Path], None]) -> Iterator[tuple[int, bool]]:
-    """A new file at `new_path(path)`, which is renamed when the block ends and all of it is on disk.
+def making(path: Path, rename: Callable[[Path, Path], None], durable: bool = True) -> Iterator[tuple[int, bool]]:
+    """A new file at `new_path(path)`, which is renamed when the block ends and, if `durable`, all of it is on disk.
 
     Gives its descriptor, and whether it is locked. It stays open, unless the block fails: then it is closed and gone.
     A file that a killed process left there goes first. Raises UserError if another run makes the file now.
@@ -282,7 +282,8 @@ def making(path: Path, rename: Callable[[Path, Path], None]) -> Iterator[tuple[i
                 os.unlink(new)
     try:
         yield fd, lock(fd, new)
-        os.fsync(fd)
+        if durable:
+            os.fsync(fd)
         if not is_the_file(new, os.fstat(fd)):  # where there are no locks
             raise UserError(f"Another run is writing {new} now.", ANOTHER)
         rename(new, path)
@@ -295,14 +296,15 @@ def making(path: Path, rename: Callable[[Path, Path], None]) -> Iterator[tuple[i
 
 
 @contextmanager
-def written_whole(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
+def written_whole(path: Path, replace: bool = True, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write that gets its name when all of it is on disk, and is gone if the block fails.
 
-    replace: even if another file has the name. Raises UserError if the disk fails, or another file is not replaced.
+    replace: even if another file has the name. durable: False for what its readers check, so that nobody need wait for
+    the disk. Raises UserError if the disk fails, or another file is not replaced.
     """
     try:
         rename = os.replace if replace else partial(rename_new, kept=False)
-        with making(path, rename) as (fd, _), os.fdopen(fd, "wb", closefd=False) as file:
+        with making(path, rename, durable) as (fd, _), os.fdopen(fd, "wb", closefd=False) as file:
             yield file
         os.close(fd)
     except OSError as error:
