@@ -390,9 +390,9 @@ def test_kills_for_half_a_minute_lose_nothing(tmp_path: Path) -> None:
     assert kills
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [("fp32", 2e-5), ("fp16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "largest", "contact"), [("fp32", 2e-5, 2e-5), ("fp16", 2e-2, 1e-4)])
 def test_every_pool_and_score_is_the_cpus(
-    dtype: str, largest: float, make_fasta: Callable[..., Path], tmp_path: Path
+    dtype: str, largest: float, contact: float, make_fasta: Callable[..., Path], tmp_path: Path
 ) -> None:
     fasta, spec = make_fasta([50, 7, 300, 1, 120, 300, 64, 2, 900]), families.ModelSpec("small", 2, 64, 4)
     model = write_model(tmp_path / "model", spec)
@@ -408,5 +408,5 @@ def test_every_pool_and_score_is_the_cpus(
         for name in UNMASKED.values():
             ours, theirs = (torch.from_numpy(each.dataset("unmasked", name)[:]) for each in (gpu, cpu))
             assert relative_l2(ours, theirs) < largest, name
-        for row in range(len(gpu)):  # in fp32, whatever the run's dtype
-            assert np.abs(gpu.contacts(row) - cpu.contacts(row)).max() < 2e-5, row
+        for row in range(len(gpu)):  # on a CPU, fp16 maps of this model differ from those of fp32 by 4.2e-5 at most
+            assert np.abs(gpu.contacts(row) - cpu.contacts(row)).max() < contact, row

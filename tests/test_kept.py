@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from children import Child, until
-from test_faults import Case, disk, fill, one_thread  # noqa: F401, F811  (fixtures)
+from test_faults import Case, disk, fill, one_thread  # noqa: F401  (fixtures)
 from test_helpers import assert_same, content
 from virnucpro_cli import alphabet, cli, fasta
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import How, RecordTable, indexing, kept
 from virnucpro_cli.store import Store
+from virnucpro_cli.store import disk as disk_of
 
 HOW = How("x", "keep", alphabet.ESM)
 LONG_AGO = 1_700_000_000
@@ -225,7 +226,10 @@ def test_a_file_of_somebody_else_is_left_alone(
 
 
 def test_a_disk_without_room_for_the_index_is_named_and_the_run_goes_on(
-    inputs: list[Path], tmp_path: Path, said: list[str], disk: Callable[[str], Path]  # noqa: F811
+    inputs: list[Path],
+    tmp_path: Path,
+    said: list[str],
+    disk: Callable[[str], Path],  # noqa: F811
 ) -> None:
     folder = disk("64k")
     fill(folder).rename(folder / "full")
@@ -277,6 +281,27 @@ def test_what_a_kill_leaves_of_an_index_is_made_good(
     assert not (tmp_path / "out.h5.index").exists()
     assert_same(here(inputs[0]), in_memory(inputs[0]))
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.h5.index"]
+
+
+def wait_with_the_lock(index: Path, path: Path, told: Path) -> None:
+    with disk_of.alone(kept._lock_of(index), print, "waiting"):
+        told.write_text("locked")
+        time.sleep(600)
+
+
+def test_the_lock_of_a_killed_run_goes_with_the_index(
+    inputs: list[Path], here: Callable[..., RecordTable], tmp_path: Path
+) -> None:
+    index, told = tmp_path / "out.h5.index", tmp_path / "told"
+    here(inputs[0])
+    child = Child(wait_with_the_lock, index, inputs[0], told)
+    until(told.exists, child)
+    kept.forget(index)
+    assert kept._lock_of(index).exists(), "another run holds it"
+    child.kill()
+    child.wait()
+    kept.forget(index)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_pipes_and_small_inputs_have_no_index(

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
@@ -48,10 +48,17 @@ def path_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.index")
 
 
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
 def forget(path: Path) -> None:
-    """Remove an index that nobody needs any more; nothing else of that name."""
+    """Remove an index that nobody needs any more, and the lock of a killed run; nothing else of these names."""
     if _is_ours(path):
         path.unlink(missing_ok=True)
+    if _lock_of(path).exists():
+        with suppress(UserError), disk.alone(_lock_of(path), lambda _: None, "it is being made", wait=False):
+            pass
 
 
 def _is_ours(path: Path) -> bool:
@@ -219,11 +226,9 @@ class Kept(Inputs):
         return self._there
 
     def _wait_for_lock(self) -> None:
-        lock = self.path.with_name(f"{self.path.name}.lock")
         if not self._is_locked:
-            has_locks = self._lock.enter_context(
-                disk.alone(lock, self.say, f"another run is making {self.path}: waiting for it")
-            )
+            waiting = f"another run is making {self.path}: waiting for it"
+            has_locks = self._lock.enter_context(disk.alone(_lock_of(self.path), self.say, waiting))
             self._is_locked = True
             if not has_locks:
                 self.say("runs that begin together each index the input; virnucpro index does it once, beforehand")

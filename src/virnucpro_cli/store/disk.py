@@ -287,7 +287,8 @@ def making(path: Path, rename: Callable[[Path, Path], None], durable: bool = Tru
         if not is_the_file(new, os.fstat(fd)):  # where there are no locks
             raise UserError(f"Another run is writing {new} now.", ANOTHER)
         rename(new, path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except BaseException:
         if is_the_file(new, os.fstat(fd)):
             new.unlink(missing_ok=True)
