@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import huggingface_hub.constants
+import hypothesis
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads of each would wait for each other's cores
@@ -26,6 +27,9 @@ from virnucpro_cli.model.spec import ModelSpec, State
 
 if not torch.cuda.is_available():
     interpreter.prepare()
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # however busy it is
+hypothesis.settings.load_profile("any machine")
 
 for _number in STOP_SIGNALS:  # ignored by nohup and by a shell's `&`, and then by every program that a test starts
     if signal.getsignal(_number) is signal.SIG_IGN:

@@ -459,7 +459,7 @@ EMPTY_SHARD = Scenario(
 
 
 @pytest.mark.slow
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 @example(SKIPPED_TWIN)
 @example(WORKERS)
 @example(EMPTY_SHARD)
@@ -469,9 +469,7 @@ def test_each_record_has_the_row_of_a_plain_run_of_it_alone(runs: Runs, scenario
 
 
 @pytest.mark.soak
-@settings(
-    max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink)
-)
+@settings(max_examples=10_000, suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink))
 @given(scenarios())
 def test_each_record_has_the_row_of_a_plain_run_of_it_alone_ten_thousand_times(runs: Runs, scenario: Scenario) -> None:
     check(runs, scenario)

@@ -111,7 +111,7 @@ def naive_six_frames(name: str, dna: str, least: int) -> list[Record]:
     return listed
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(DNA | GAPPED, st.integers(1, 12))
 @example("", 1)
 @example("AT", 1)
@@ -155,7 +155,6 @@ def test_chunks_worked_out_by_hand(n: int, size: int, expected: list[tuple[int, 
     assert chunks.chunks(n, size) == expected
 
 
-@settings(deadline=None)
 @given(st.integers(1, 20_000), st.sampled_from([300, 500]))
 def test_chunks_cover_the_contig_with_overlaps_that_differ_by_one_base_at_most(n: int, size: int) -> None:
     found = chunks.chunks(n, size)
@@ -193,7 +192,7 @@ def naive_chunks(name: str, dna: str, size: int) -> list[Record]:
     return listed
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text("ACGGC", max_size=200) | st.text("ACGTNCG", max_size=90) | DNA, st.integers(3, 40))
 @example("", 3)
 @example("AT", 3)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from test_faults import CHILDREN, child, one_thread  # noqa: F401  (one_thread is in force here too)
@@ -153,7 +153,6 @@ def test_a_group_larger_than_a_block_is_added_up_block_by_block() -> None:
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 12))
-@settings(deadline=None)
 def test_chunks_cover_everything_once_and_stay_small(sizes: list[int], rows: int) -> None:
     offsets = np.append(0, np.cumsum(sizes, dtype=np.int64))
     found = list(schema.chunks(offsets, len(sizes), rows))

@@ -196,7 +196,7 @@ def test_a_letter_is_refused_in_the_words_of_the_first_reading(
     assert str(again.value) == str(first.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_damaged_index_is_made_again(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder, said = tmp_path_factory.mktemp("damaged"), list[str]()

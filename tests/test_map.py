@@ -66,7 +66,7 @@ def drawn(made: Path, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
 # --- projections -------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(3, 60), st.integers(2, 12), st.integers(1, 60), st.integers(0, 1000))
 def test_pca_is_that_of_numpys_svd(n: int, dimensions: int, block: int, seed: int) -> None:
     dice = np.random.default_rng(seed)

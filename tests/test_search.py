@@ -65,7 +65,7 @@ def by_brute_force(
     return rows, cosines
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_the_nearest_are_those_of_every_pair_in_fp64_with_ties_by_row(data: st.DataObject) -> None:
     n, dimensions = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 5))

@@ -157,7 +157,7 @@ def test_shards_lie_beside_the_output_under_names_that_are_known_again(tmp_path:
 # --- which records ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.integers(0, 5)), min_size=1, max_size=80), st.integers(1, 90),
     st.sampled_from(["truncate", "window", "skip"]),

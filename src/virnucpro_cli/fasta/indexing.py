@@ -355,13 +355,13 @@ def first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:
 
     def settle(byte: int) -> None:
         rows = [order[at[byte] : at[byte + 1]].astype(np.int64) + start for start, order, at in chunks]
-        if len(own := np.concatenate(rows)):
-            high, low = np.ascontiguousarray(digest[own].T)
-            unique_of[own] = own[_first_of_part(high, low)]
+        high, low = np.ascontiguousarray(digest[own := np.concatenate(rows)].T)
+        unique_of[own] = own[_first_of_part(high, low)]
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_HELPERS)) as threads:
-        if chunks := list(threads.map(parted, range(0, len(digest), ROWS_AT_ONCE))):
-            list(threads.map(settle, range(256)))
+        chunks = list(threads.map(parted, range(0, len(digest), ROWS_AT_ONCE)))
+        counts = np.sum([np.diff(at) for _, _, at in chunks], axis=0)
+        list(threads.map(settle, np.flatnonzero(counts).tolist()))
     return unique_of
 
 
