@@ -122,12 +122,13 @@ def decided(
     """
     with clock.stage("index"):
         sources = fasta.open_sources(config.inputs, at.output.parent)
-    located = locate.locate(config.model) if config.dry_run else locate.fetch(config.model, out.print)
-    if located is not None and config.adapter:
-        from virnucpro_cli.model.adapters import with_adapters
+    with clock.stage("load model"):
+        located = locate.locate(config.model) if config.dry_run else locate.fetch(config.model, out.print)
+        if located is not None and config.adapter:
+            from virnucpro_cli.model.adapters import with_adapters
 
-        located = with_adapters(located, config.adapter)
-    spec = by_name(config.model) if located is None else model_weights.spec_of(located)
+            located = with_adapters(located, config.adapter)
+        spec = by_name(config.model) if located is None else model_weights.spec_of(located)
     assert spec is not None
     check_dtype(spec, computing.dtype)
     config, how = _with_long(config, spec), reading(spec, config.kind)
@@ -143,28 +144,27 @@ def decided(
         )  # fmt: skip
     _check_protein(table, config, spec, out)
     extra |= _gaps(table, config)
-    with clock.stage("plan"):
-        decisions, records = decide(table, config), None
-        for feature in features:
-            extra |= feature.of_input(table, extra)
-        if at.shard is not None:
-            from virnucpro_cli.plan.shards import records_of
+    decisions, records = decide(table, config), None
+    for feature in features:
+        extra |= feature.of_input(table, extra)
+    if at.shard is not None:
+        from virnucpro_cli.plan.shards import records_of
 
-            records = records_of(at.shard, decisions)
-            table, extra = table.part(records), extra.part(records)
-            decisions = decide(table, config)
-        for feature in features:
-            extra |= feature.of_part(records, decisions, extra)
-        plan = in_blocks(decisions.segments.length, _token_budget(config, computing, spec, layers, how.width))
-        by_residue = any_by_residue(config.pool, config.emit)
-        layout = store.Layout(
-            spec.hidden, layers, config.pool, np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32),
-            table.length, table.replaced, decisions.flags, decisions.status, decisions.reason,
-            np.append(0, np.cumsum(decisions.embedded, dtype=np.int64)) if by_residue else None,
-            partial(table.names, full=config.id == "full"), table.text_bytes - table.residues, records,
-            computing.computed_by(len(plan) > 1), unmasked=unmasked(config.emit), vocabulary=how.width,
-            extra=extra,
-        )  # fmt: skip
+        records = records_of(at.shard, decisions)
+        table, extra = table.part(records), extra.part(records)
+        decisions = decide(table, config)
+    for feature in features:
+        extra |= feature.of_part(records, decisions, extra)
+    plan = in_blocks(decisions.segments.length, _token_budget(config, computing, spec, layers, how.width))
+    by_residue = any_by_residue(config.pool, config.emit)
+    layout = store.Layout(
+        spec.hidden, layers, config.pool, np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32),
+        table.length, table.replaced, decisions.flags, decisions.status, decisions.reason,
+        np.append(0, np.cumsum(decisions.embedded, dtype=np.int64)) if by_residue else None,
+        partial(table.names, full=config.id == "full"), table.text_bytes - table.residues, records,
+        computing.computed_by(len(plan) > 1), unmasked=unmasked(config.emit), vocabulary=how.width,
+        extra=extra,
+    )  # fmt: skip
     return EmbedRun(
         config=config, spec=spec, layers=layers, table=table, decisions=decisions, plan=plan, layout=layout,
         device=computing.local_device, dtype=computing.dtype,

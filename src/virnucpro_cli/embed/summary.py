@@ -37,8 +37,6 @@ H100 80GB (torch 2.11, UniProt lengths) and on two threads of an AVX-512 server 
 MORE = 1.25
 SHOWN = 3
 """Proteins that a message names, at most."""
-STAGES = ("genes", "index", "plan", "cache", "load model", "start workers", "first pack", "forward", "write",
-          "write (overlapped)", "contacts")  # fmt: skip
 EDGES = (0, 50, 100, 200, 400, 800, 1023, 2000, 5000)
 """First lengths of the bins that --dry-run shows."""
 APPROXIMATE = (
@@ -62,7 +60,12 @@ def begin(run: EmbedRun) -> None:
     summary.environment = _environment(run)
     free = {"device": computing.device.free, "host": devices.free_memory(torch.device("cpu"))}
     summary.memory = {f"free {of} memory": int(size) for of, size in free.items() if np.isfinite(size)}
-    summary.seconds = run.clock.seconds
+
+
+def note_seconds(run: EmbedRun) -> None:
+    """Give the report the seconds of all stages until now."""
+    run.summary.seconds = run.clock.spent() | run.clock.meanwhile
+    run.summary.meanwhile = list(run.clock.meanwhile)
 
 
 def has_more_memory(there: dict[str, int], here: dict[str, int]) -> bool:
@@ -101,7 +104,8 @@ def _warnings(run: EmbedRun) -> list[str]:
     if config.pool == ("residue",):
         remedy = f"add mean, say, to --pool for one row a {word}"
         notes.append(f"only per-residue rows are stored, so the file has no /embeddings; {remedy}")
-    repeated = _repeated_names(table, config) if config.shard is None else 0
+    with run.clock.stage("names"):
+        repeated = _repeated_names(table, config) if config.shard is None else 0
     if repeated:
         share_it = f"{counted(repeated, word)} {'shares its' if repeated == 1 else 'share their'} name"
         notes.append(f"{share_it} with an earlier one; all are kept, one row each, in input order")
@@ -133,6 +137,7 @@ def end(run: EmbedRun) -> None:
     A hidden file is another command's, which speaks of it.
     """
     summary, output, table, config = run.summary, run.output, run.table, run.config
+    note_seconds(run)
     if config.verbose:
         run.out.print(report.packing_table(summary), report.throughput_table(summary))
         for title, rows in summary.tables.items():
@@ -228,11 +233,9 @@ def _environment(run: EmbedRun) -> dict[str, Any]:
 
 def fill_rates(run: EmbedRun, packs: Int64, placer: Placer) -> None:
     """Give the report what is known at the end. packs: numbers of those that were computed, int64 [P]."""
-    plan, summary, file, seconds = run.plan, run.summary, run.file, dict(run.clock.seconds)
-    if placer.first_pack is not None:
-        seconds["first pack"] = placer.first_pack
-    summary.seconds = {name: seconds[name] for name in STAGES if name in seconds}
-    if forward := seconds.get("forward", 0.0):
+    plan, summary, file = run.plan, run.summary, run.file
+    note_seconds(run)
+    if forward := summary.seconds.get("forward", 0.0):
         tokens, segments = int(plan.tokens[packs].sum()), int(np.diff(plan.offsets)[packs].sum())
         done = {"residues": tokens - SPECIAL_TOKENS * segments, "tokens": tokens, "segments": segments}
         summary.rates = {f"{name}/s": count / forward for name, count in done.items()}
@@ -269,7 +272,7 @@ def describe_plan(run: EmbedRun) -> None:
         name = devices.short_name(run.computing.dtype)
         say(f"time: no measured rate for {device.name} in {name}, so no estimate")
     else:
-        summary.seconds["forward (estimate)"] = seconds
+        run.clock.meanwhile["forward (estimate)"] = seconds
         say(f"time: about {report.clock_time(seconds)} of forward, an estimate from FLOPs and a measured rate")
 
 
