@@ -161,7 +161,7 @@ def decided(
         spec.hidden, layers, config.pool, np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32),
         table.length, table.replaced, decisions.flags, decisions.status, decisions.reason,
         np.append(0, np.cumsum(decisions.embedded, dtype=np.int64)) if by_residue else None,
-        partial(table.names, full=config.id == "full"), table.text_bytes - table.residues, records,
+        partial(table.name_texts, full=config.id == "full"), table.text_bytes - table.residues, records,
         computing.computed_by(len(plan) > 1), unmasked=unmasked(config.emit), vocabulary=how.width,
         extra=extra,
     )  # fmt: skip

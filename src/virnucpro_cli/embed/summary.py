@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 import virnucpro_cli
-from virnucpro_cli import fasta, report, store, tables
+from virnucpro_cli import fasta, report, store
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.recipe import EmbedRun
@@ -124,6 +124,8 @@ def _of_gaps(reading: Reading) -> dict[str, str]:
 
 def named(table: fasta.RecordTable, chosen: NDArray[np.bool_], config: EmbedConfig) -> str:
     """Names of the first of the chosen records, and how many more there are. chosen: mask, bool [N]."""
+    from virnucpro_cli import tables
+
     records = np.flatnonzero(chosen)
     names = [table.names(i, i + 1, config.id == "full")[0] for i in records[:SHOWN].tolist()]
     more = [f"and {len(records) - SHOWN:,} more"] if len(records) > SHOWN else []
@@ -169,10 +171,11 @@ def end(run: EmbedRun) -> None:
 
 def _repeated_names(table: fasta.RecordTable, config: EmbedConfig) -> int:
     """How many records have the name of an earlier one."""
-    hashes = np.empty(len(table), np.int64)
+    hashes = np.empty(len(table), np.uint64)
     for rows in store.blocks(len(table)):
-        hashes[rows] = [hash(name) for name in table.names(rows.start, rows.stop, config.id == "full")]
-    return len(table) - len(np.unique(hashes))
+        hashes[rows] = table.name_texts(rows.start, rows.stop, config.id == "full").hashes()
+    hashes.sort()
+    return int((hashes[1:] == hashes[:-1]).sum())
 
 
 def _counts(run: EmbedRun) -> dict[str, int]:

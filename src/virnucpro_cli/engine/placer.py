@@ -16,8 +16,9 @@ from virnucpro_cli.engine.collate import Item, VarlenCollator
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.kinds import POOLED, by_residue
 from virnucpro_cli.model import locate
-from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, ranges
+from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan
 from virnucpro_cli.plan.policies import Decisions, Int64
+from virnucpro_cli.texts import ranges
 
 COMMIT_SECONDS = 5.0
 
