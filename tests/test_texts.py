@@ -34,6 +34,10 @@ SETS = {
 }
 
 
+def packed(texts: list[str]) -> Texts:
+    return Texts.of([text.encode() for text in texts])
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_hdf5_reads_texts_of_any_length_and_goes_on_writing_the_file(name: str, tmp_path: Path) -> None:
     texts = SETS[name]
@@ -62,15 +66,15 @@ def test_a_text_with_a_nul_byte_is_refused_as_hdf5_would_cut_it_there(tmp_path: 
 
 def test_equal_texts_and_no_others_have_equal_hashes() -> None:
     stems = ["", "a", "b", "ab", "ba", "protein_1", "protein_2", "ÿ"]
-    texts = [stem + tail * count for stem in stems for tail in "a1_" for count in range(40)] + [
+    texts = [stem + tail * count for stem in stems for tail in "a1_" for count in (*range(40), *range(250, 270))] + [
         "\0" * n for n in range(20)
     ]
-    hashes = Texts.of(texts).hashes().tolist()
+    hashes = packed(texts).hashes().tolist()
     assert len(set(zip(texts, hashes, strict=True))) == len(set(texts)) == len(set(hashes))
-    alone = [int(Texts.of([text]).hashes()[0]) for text in texts]
+    alone = [int(packed([text]).hashes()[0]) for text in texts]
     assert alone == hashes, "a neighbour changes nothing"
 
 
 def test_packed_texts_are_the_same_texts() -> None:
-    packed = Texts.joined([Texts.of(ODD[:4]), Texts.of([]), Texts.of(ODD[4:])])
-    assert packed.strings() == ODD and packed.lengths.tolist() == [len(text.encode()) for text in ODD]
+    whole = Texts.joined([packed(ODD[:4]), packed([]), packed(ODD[4:])])
+    assert whole.strings() == ODD and whole.lengths.tolist() == [len(text.encode()) for text in ODD]

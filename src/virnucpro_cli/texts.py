@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
+WORD, MOST_WORDS = 8, 32
+"""Bytes of a word; words of a text that are hashed with those of others, at most."""
 WHITE = b" \t\n\r\v\f"
-_IS_WHITE, _IS_END = (bytes(byte in ends for byte in range(256)) for ends in (WHITE, b"\n"))
-ASCII = 128
+_IS_WHITE = np.isin(np.arange(256), list(WHITE))
+_FIRST_BYTES = np.array([(1 << 8 * count) - 1 for count in range(WORD + 1)], np.uint64)
+_NOT_ASCII = np.uint64(0x8080808080808080)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
-_ENDS = np.array([(1 << 8 * count) - 1 for count in range(8)] + [(1 << 64) - 1], np.uint64)
 
 
 def ranges(first: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -19,39 +22,51 @@ def ranges(first: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.in
 
 
 class Texts(NamedTuple):
-    """n texts in UTF-8, one behind the other. lengths: int64 [n], bytes of each."""
+    """n texts in UTF-8, one behind the other. words: uint64 [W], each text filled up to whole words with zeros.
 
-    text: bytes
+    lengths: int64 [n], bytes of each.
+    """
+
+    words: NDArray[np.uint64]
     lengths: NDArray[np.int64]
 
     @classmethod
-    def of(cls, texts: Sequence[str]) -> "Texts":
+    def of(cls, texts: Sequence[bytes]) -> "Texts":
         """The same texts, packed."""
-        each = [text.encode("utf-8", "surrogateescape") for text in texts]
-        return cls(b"".join(each), np.fromiter(map(len, each), np.int64, len(each)))
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        return cls(np.frombuffer(b"".join(text + bytes(-len(text) % WORD) for text in texts), np.uint64), lengths)
 
     @classmethod
     def joined(cls, several: "Sequence[Texts]") -> "Texts":
-        """The texts of each, one behind the other."""
-        lengths = np.concatenate([np.empty(0, np.int64), *(each.lengths for each in several)])
-        return cls(b"".join(each.text for each in several), lengths)
+        """The texts of each, one behind the other. several: at least one."""
+        words, lengths = zip(*several, strict=True)
+        return cls(np.concatenate(words), np.concatenate(lengths))
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Words of each text, int64 [n]."""
+        return -(-self.lengths // WORD)
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """Where each text begins, in words, int64 [n]."""
+        return np.cumsum(self.counts) - self.counts
 
     def strings(self) -> list[str]:
         """The same texts, each a string."""
-        ends = np.cumsum(self.lengths)
-        bounds = zip((ends - self.lengths).tolist(), ends.tolist(), strict=True)
-        return [self.text[a:b].decode() for a, b in bounds]
+        data, first = self.words.tobytes(), self.starts * WORD
+        return [data[a:b].decode() for a, b in zip(first.tolist(), (first + self.lengths).tolist(), strict=True)]
 
     def hashes(self) -> NDArray[np.uint64]:
-        """A hash of 64 bits for each text, uint64 [n]: eight bytes of all texts at a time."""
-        words = np.ndarray(len(self.text) + 1, np.uint64, self.text + bytes(8), strides=(1,))  # one begins at each byte
-        start, left = np.cumsum(self.lengths) - self.lengths, self.lengths
-        hashes, which = self.lengths.astype(np.uint64) * _MIX, np.arange(len(left))
-        while len(which):
-            mixed = (hashes[which] ^ (words[start] & _ENDS[np.minimum(left, 8)])) * _MIX
+        """A hash of 64 bits for each text, uint64 [n]: the first words of all texts, then the second ones, and on."""
+        hashes, starts, counts = self.lengths.astype(np.uint64) * _MIX, self.starts, self.counts
+        which = np.flatnonzero(counts)
+        for k in range(min(MOST_WORDS, int(counts.max(initial=0)))):
+            mixed = (hashes[which] ^ self.words[starts[which] + k]) * _MIX
             hashes[which] = mixed ^ (mixed >> np.uint64(29))
-            longer = left > 8
-            start, left, which = start[longer] + 8, left[longer] - 8, which[longer]
+            which = which[counts[which] > k + 1]
+        for i in which.tolist():
+            hashes[i] ^= np.uint64(xxhash.xxh3_64_intdigest(self.words[starts[i] : starts[i] + counts[i]].tobytes()))
         return hashes
 
 
@@ -60,24 +75,27 @@ def names_in(text: bytes, at: NDArray[np.int64], full: bool) -> Texts:
 
     Bytes that are not UTF-8 come out as backslash escapes.
     """
-    stops = np.flatnonzero(np.frombuffer(text.translate(_IS_END if full else _IS_WHITE), np.bool_))
+    letters = np.frombuffer(text, np.uint8)
+    stops = np.flatnonzero(letters == ord("\n") if full else letters <= ord(" "))
+    stops = stops if full else stops[_IS_WHITE[letters[stops]]]
     begin, stops = at + 1, np.append(stops, len(text))
     end = stops[np.searchsorted(stops, begin)]
-    letters = np.frombuffer(text, np.uint8)
-    found = Texts(letters[ranges(begin, end - begin)].tobytes(), end - begin)
-    odd = begin == end
+    lengths = end - begin
+    counts = -(-lengths // WORD)
+    within = ranges(np.zeros(len(counts), np.int64), counts) * WORD
+    from_each_byte = np.ndarray(len(text) + 1, np.uint64, text + bytes(WORD), strides=(1,))
+    words = from_each_byte[np.repeat(begin, counts) + within]
+    words &= _FIRST_BYTES[np.minimum(np.repeat(lengths, counts) - within, WORD)]
+    odd = lengths == 0
     if full:
-        white = np.frombuffer(_IS_WHITE, np.bool_)
-        odd |= white[letters[np.minimum(begin, len(text) - 1)]] | white[letters[end - 1]]
-    if not found.text.isascii():
-        where = np.flatnonzero(np.frombuffer(found.text, np.uint8) >= ASCII)
-        odd[np.searchsorted(np.cumsum(found.lengths), where, side="right")] = True
+        odd |= _IS_WHITE[letters[np.minimum(begin, len(text) - 1)]] | _IS_WHITE[letters[end - 1]]
+    odd[np.repeat(np.arange(len(counts)), counts)[(words & _NOT_ASCII) != 0]] = True
     if not odd.any():
-        return found
+        return Texts(words, lengths)
     names = [text[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
     for i in np.flatnonzero(odd).tolist():
         names[i] = _exact(text, int(begin[i]), full)
-    return Texts(b"".join(names), np.fromiter(map(len, names), np.int64, len(names)))
+    return Texts.of(names)
 
 
 def _exact(text: bytes, begin: int, full: bool) -> bytes:

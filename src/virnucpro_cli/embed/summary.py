@@ -1,7 +1,9 @@
 """The words of a run: warnings, and the numbers of its report."""
 
+import os
 import platform
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -34,6 +36,7 @@ MEASURED_FLOPS = {
 """FLOP/s that forwards reached by hidden width, for the estimate of --dry-run: virnucpro bench on one
 H100 80GB (torch 2.11, UniProt lengths) and on two threads of an AVX-512 server CPU (torch 2.13)."""
 
+MOST_THREADS = 16
 MORE = 1.25
 SHOWN = 3
 """Proteins that a message names, at most."""
@@ -144,8 +147,7 @@ def end(run: EmbedRun) -> None:
         run.out.print(report.packing_table(summary), report.throughput_table(summary))
         for title, rows in summary.tables.items():
             run.out.print(report.rows_table(title, rows))
-    with store.read_embeddings(output) as file:
-        skipped, reason = file.status == store.SKIPPED, file.reason[:]
+    skipped, reason = run.file.status == store.SKIPPED, run.file.reason
     word = config.words[0]
     proteins = [f"{len(table) - int(skipped.sum()):,} of {counted(len(table), word)} embedded"]
     if skipped.any():
@@ -172,8 +174,15 @@ def end(run: EmbedRun) -> None:
 def _repeated_names(table: fasta.RecordTable, config: EmbedConfig) -> int:
     """How many records have the name of an earlier one."""
     hashes = np.empty(len(table), np.uint64)
-    for rows in store.blocks(len(table)):
+
+    def hash_them(rows: slice) -> None:
         hashes[rows] = table.name_texts(rows.start, rows.stop, config.id == "full").hashes()
+
+    threads = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS))  # NumPy lets go of Python
+    try:
+        list(threads.map(hash_them, store.blocks(len(table))))
+    finally:
+        threads.shutdown(cancel_futures=True)
     hashes.sort()
     return int((hashes[1:] == hashes[:-1]).sum())
 

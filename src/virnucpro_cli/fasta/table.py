@@ -198,7 +198,7 @@ class RecordTable:
                 text = source.read(first, last + size - first)
             names.append(names_in(text, self.offset[start:upto] - (source.base + first), full))
             start = upto
-        return Texts.joined(names)
+        return Texts.joined(names or [Texts.of([])])
 
     def examples(self, full: bool) -> str:
         """The first names of the records, for a message."""

@@ -57,9 +57,10 @@ def decide(table: RecordTable, config: EmbedConfig) -> Decisions:
         files = ", ".join(source.path for source in table.sources)
         raise UserError(f"The input {files} {why} ({counted(n, 'record')}).", "Check the input, --long and --invalid.")
 
-    representative = np.arange(n)
-    _, first, group = np.unique(table.unique_of[kept], return_index=True, return_inverse=True)
-    representative[kept] = kept[first][group]
+    representative, alike = np.arange(n), table.unique_of[kept]
+    first = np.full(n, n)
+    np.minimum.at(first, alike, kept)
+    representative[kept] = first[alike]
 
     kept_residues = np.minimum(lengths, config.max_residues) if config.long == "truncate" else lengths
     embedded = np.where(reason == 0, kept_residues, 0)

@@ -18,7 +18,7 @@ from virnucpro_cli import stopping
 from virnucpro_cli.kinds import pooled
 from virnucpro_cli.store import schema
 from virnucpro_cli.store.disk import pwrite_all
-from virnucpro_cli.texts import Texts, ranges
+from virnucpro_cli.texts import WORD, Texts, ranges
 
 RUN = {
     "report": f"S{schema.REPORT_BYTES}", "environments": f"S{schema.ENVIRONMENT_BYTES}",
@@ -26,7 +26,7 @@ RUN = {
 }  # fmt: skip
 """Datasets of /run with their types: they say how far the file is, and vouch for it."""
 
-WORD, HEADER = 8, 16
+HEADER = 16
 LARGEST, SMALLEST = 1 << 16, 1 << 12
 """Bytes of a collection: at most, unless one text takes more; and at least, as HDF5 demands."""
 MOST_OVERHEAD = 56
@@ -235,8 +235,8 @@ def lay_out(fd: int, layout: Layout) -> None:
         for rows in schema.blocks(names.count):
             stopping.check()
             some = names.of(rows.start, rows.stop)
-            some = some if isinstance(some, Texts) else Texts.of(some)
-            end = _write_texts(fd, some, offset + rows.start * _REFERENCE.itemsize, end)
+            packed = some if isinstance(some, Texts) else _packed(some)
+            end = _write_texts(fd, packed, offset + rows.start * _REFERENCE.itemsize, end)
     _move_end(fd, sink.size, end)
     os.ftruncate(fd, end)
 
@@ -302,7 +302,7 @@ def _create_contiguous(
 
 def _collections(texts: Texts, address: int) -> tuple[NDArray[np.uint64], NDArray[Any]]:
     """Collections that hold texts and lie at an address: uint64 words [W], and the references [n] to the texts."""
-    space = HEADER + -(-texts.lengths // WORD) * WORD
+    space = HEADER + texts.counts * WORD
     ends = np.cumsum(space)
     first = [0]  # text of each collection
     while first[-1] < len(space):
@@ -320,11 +320,18 @@ def _collections(texts: Texts, address: int) -> tuple[NDArray[np.uint64], NDArra
     words[at // WORD], words[at // WORD + 1] = number, texts.lengths
     left = np.flatnonzero(sizes - used >= HEADER)  # free space is a text with the number 0
     words[(begins + used)[left] // WORD + 1] = (sizes - used)[left]
-    words.view(np.uint8)[ranges(at + HEADER, texts.lengths)] = np.frombuffer(texts.text, np.uint8)
+    words[ranges((at + HEADER) // WORD, texts.counts)] = texts.words
     references = np.empty(len(space), _REFERENCE)
     references["length"], references["number"] = texts.lengths, number
     references["address"] = address + np.repeat(begins, counts)
     return words, references
+
+
+def _packed(texts: list[str]) -> Texts:
+    """Texts of any source, packed. Raises ValueError for a NUL byte, at which HDF5 would end a text."""
+    if any("\0" in text for text in texts):
+        raise ValueError("a text of HDF5 has no NUL byte")
+    return Texts.of([text.encode("utf-8", "surrogateescape") for text in texts])
 
 
 def _write_texts(fd: int, texts: Texts, references_at: int, end: int) -> int:
@@ -332,8 +339,6 @@ def _write_texts(fd: int, texts: Texts, references_at: int, end: int) -> int:
 
     Raises OSError if the disk fails.
     """
-    if b"\0" in texts.text:
-        raise ValueError("a text of HDF5 ends at a NUL byte")
     end += -end % WORD
     words, references = _collections(texts, end)
     pwrite_all(fd, words.view(np.uint8).data, end)
