@@ -1,4 +1,7 @@
-"""Everything that the file will ever hold, written by HDF5 before the first forward; embeddings have no values yet."""
+"""Everything that the file will ever hold, written before the first forward; embeddings have no values yet.
+
+HDF5 writes it all but the texts, which NumPy writes in its format.
+"""
 
 import io
 import json
