@@ -4,6 +4,9 @@ import csv
 import gzip
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.families import build
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.report import RunReport
+from virnucpro_cli.report import Clock, RunReport
 from virnucpro_cli.store import read_embeddings
 from virnucpro_cli.validation import verify
 from virnucpro_cli.validation.fair_esm import Reference
@@ -391,9 +394,63 @@ def test_the_file_tells_where_it_came_from(tmp_path: Path, make_fasta: Make, tin
         inside = file.report
     outside = json.loads((tmp_path / "report.json").read_text())
     assert outside.pop("checksum") and not inside.pop("checksum"), "the checksum is of the report inside as well"
+    for name in ("finish", "rest"):
+        assert outside["seconds"].pop(name) >= inside["seconds"].pop(name) > 0, "the file is finished with its report"
     assert outside == inside
     assert outside["counts"]["proteins"] == 2 and outside["counts"]["residues"] == 30
     assert outside["packing"]["packs"] == 1 and outside["rates"]["tokens/s"] > 0 and outside["seconds"]["forward"] > 0
+
+
+WALL = """
+import json, sys, time
+began = time.perf_counter()
+from virnucpro_cli.__main__ import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print(time.perf_counter() - began)
+"""
+"""The program, and the seconds from its first line to its last."""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_stages_of_a_run_sum_to_its_wall_time(
+    workers: str, tmp_path: Path, make_fasta: Make, tiny_model: Path
+) -> None:
+    fasta, written = make_fasta([30] * 2000), tmp_path / "report.json"
+    command = [
+        "embed",
+        str(fasta),
+        "-o",
+        str(tmp_path / "out.h5"),
+        "--model",
+        str(tiny_model),
+        "--report",
+        str(written),
+    ]
+    program = [sys.executable, "-c", WALL, *command, "--device", "cpu", "--workers", workers, "--quiet"]
+    wall = float(subprocess.check_output(program, text=True))
+    report = json.loads(written.read_text())
+    stages = {name: seconds for name, seconds in report["seconds"].items() if name not in report["meanwhile"]}
+    assert sum(stages.values()) == pytest.approx(wall, rel=0.02)
+    assert stages["rest"] < 0.02 * wall
+    expected = {"start", "devices", "index", "plan", "names", "load model", "lay out", "forward", "finish", "rest"}
+    assert stages.keys() == expected | ({"start workers", "end workers"} if workers == "2" else set())
+    assert set(report["meanwhile"]) == {"first pack", "write"} - ({"write"} if workers == "2" else set())
+
+
+def test_a_stage_takes_its_seconds_from_the_one_around_it() -> None:
+    clock = Clock(since=time.perf_counter() - 1)
+    with clock.stage("outer"):
+        with clock.stage("inner"), clock.beside("reading"):
+            inner = sum(range(100_000))
+        clock.turn("second half")
+    spent = clock.spent()
+    assert inner and spent.keys() == {"start", "outer", "inner", "second half", "rest"} and spent["start"] >= 1
+    assert all(seconds >= 0 for seconds in spent.values()), "the rest is below zero if a second is counted twice"
+    assert sum(spent.values()) == pytest.approx(clock.so_far(), abs=0.1)
+    assert 0 < clock.meanwhile["reading"] <= spent["inner"]
 
 
 def test_values_that_do_not_fit_the_store_end_as_skipped_nan(tmp_path: Path, tiny_model: Path, embed: Embed) -> None:

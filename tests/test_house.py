@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "virnucpro_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    "errors", "alphabet", "kinds", "stopping", "processes", "scratch", "config", "report",
+    "errors", "alphabet", "kinds", "texts", "stopping", "processes", "scratch", "config", "report",
     "store", "fasta", "tables", "plan", "batch", "model", "engine", "machine", "features", "cluster", "embed",
     "exchange", "validation", "benchmark", "explore", "cli", "__main__",
 )  # fmt: skip

@@ -1,9 +1,12 @@
 """virnucpro: protein FASTA to language-model embeddings, packed, resumable and checked."""
 
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__: str
+BEGUN = time.perf_counter()
+"""When this package was imported: for its own program, when that began."""
 
 if TYPE_CHECKING:
     from virnucpro_cli.benchmark.bench import bench_model

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from virnucpro_cli.plan.packing import ranges
+from virnucpro_cli.texts import ranges
 
 QUERY_TILE = 64
 

@@ -31,14 +31,16 @@ RANGES = 8
 class RunReport:
     """The account of a run, in sections of plain numbers and words.
 
-    seconds: by stage. rates: per second of the forward stage. tables: title -> rows of columns. missed: things asked
-    for that are not in the file.
+    seconds: by stage, which add up to the wall time but for those named in meanwhile: these are inside of stages, or
+    beside them on other threads. rates: per second of the forward stage. tables: title -> rows of columns. missed:
+    things asked for that are not in the file.
     """
 
     command: str
     counts: dict[str, int] = field(default_factory=dict)
     packing: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    meanwhile: list[str] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -141,23 +143,54 @@ def save(path: str, text: str) -> None:
 
 
 class Clock:
-    """Wall seconds by stage. Stages on different threads may overlap."""
+    """Wall seconds by stage. A moment is of one stage at most, so that stages never count a second twice.
 
-    def __init__(self) -> None:
+    A stage inside another takes its seconds from it. meanwhile: seconds of what goes on inside of stages, or beside
+    them on other threads; these are in no sum.
+    since: the moment (`time.perf_counter`) at which the program began; what came before the clock is the stage `start`.
+    """
+
+    def __init__(self, since: float | None = None) -> None:
         self.seconds: dict[str, float] = {}
-        self.started = time.perf_counter()
+        self.meanwhile: dict[str, float] = {}
+        self.started = self._turned = time.perf_counter() if since is None else since
+        self._stage: str | None = None if since is None else "start"
+        self.turn(None)
 
     def so_far(self) -> float:
-        """Wall seconds since the clock was made."""
+        """Wall seconds since the program began, or else since the clock was made."""
         return time.perf_counter() - self.started
+
+    def turn(self, name: str | None) -> str | None:
+        """Let the time from now on be of another stage, of none for None; returns the stage until now."""
+        now, before = time.perf_counter(), self._stage
+        if before is not None:
+            self.seconds[before] = self.seconds.get(before, 0.0) + now - self._turned
+        self._stage, self._turned = name, now
+        return before
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Let the time of the block be of a stage. For the thread that made the clock."""
+        before = self.turn(name)
+        try:
+            yield
+        finally:
+            self.turn(before)
+
+    @contextmanager
+    def beside(self, name: str) -> Iterator[None]:
+        """Measure a block that takes no time from the stage around it. For any thread, each with a name of its own."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.meanwhile[name] = self.meanwhile.get(name, 0.0) + time.perf_counter() - started
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by stage, with `rest` for those that are in none: they add up to the wall seconds so far."""
+        self.turn(self._stage)
+        return self.seconds | {"rest": self._turned - self.started - sum(self.seconds.values())}
 
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
@@ -351,7 +384,8 @@ def throughput_table(report: RunReport) -> Table:
     shown = ("model", "device", "workers", "dtype", "attention", "token budget")
     return _numbers_table(
         "Throughput",
-        {name: f"{value:.2f} s" for name, value in report.seconds.items()},
+        {name: f"{value:.2f} s" for name, value in report.seconds.items() if name not in report.meanwhile},
+        {f"meanwhile: {name}": f"{report.seconds[name]:.2f} s" for name in report.meanwhile},
         {name: amount(value) for name, value in report.rates.items()},
         {name: size(count) for name, count in report.memory.items()},
         {name: word for name, word in report.environment.items() if isinstance(word, str) and name in shown},

@@ -2,6 +2,7 @@
 
 import typer
 
+import virnucpro_cli
 from virnucpro_cli.cli import options
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
@@ -21,5 +22,5 @@ def embed(settings: EmbedConfig) -> None:
     """
     from virnucpro_cli import embed as workflow
 
-    if workflow.run(settings).missed:
+    if workflow.run(settings, since=virnucpro_cli.BEGUN).missed:
         raise typer.Exit(EXIT_SOME_SKIPPED)

@@ -31,24 +31,33 @@ __all__ = ["embed_fasta", "resolved_layers", "run"]
 ANOTHER = "Choose another -o, or --overwrite it."
 
 
-def run(config: EmbedConfig, out: Console | None = None, loaded: Loaded | None = None) -> report.RunReport:
+def run(
+    config: EmbedConfig,
+    out: Console | None = None,
+    loaded: Loaded | None = None,
+    since: float | None = None,
+) -> report.RunReport:
     """Do what `virnucpro embed` does and return its report. Raises UserError for what the user can put right.
 
     loaded: the weights, for a caller that has read them already; one process then does it all.
+    since: the moment (`time.perf_counter`) at which the program began, from which on its seconds are reported.
     """
-    out, clock = out or report.console(config.quiet), report.Clock()
-    features = asked_for(config)
-    at = target(config, features)
+    clock = report.Clock(since)
+    with clock.stage("plan"):
+        out, features = out or report.console(config.quiet), asked_for(config)
+        at = target(config, features)
     with inputs_of(config, at, out) as inputs, engines.chosen(config, loaded is not None, out, clock) as computing:
-        begun = decided(config, features, at, inputs, computing, out, clock)
-        begun.loaded = loaded
-        words.begin(begun)
-        for note in begun.summary.notes:
-            out.print(note, style="yellow")
+        with clock.stage("plan"):
+            begun = decided(config, features, at, inputs, computing, out, clock)
+            begun.loaded = loaded
+            words.begin(begun)
+            for note in begun.summary.notes:
+                out.print(note, style="yellow")
         if config.dry_run:
             words.describe_plan(begun)
         else:
             _embed(begun)
+    words.note_seconds(begun)
     if config.report:
         report.save(config.report, begun.summary.to_json())
     return begun.summary
@@ -69,29 +78,33 @@ def embed_fasta(
 def _embed(run: EmbedRun) -> None:
     """Have the finished file at its place, and what its features write beside it."""
     assert run.located is not None
-    run.computing.check_room(run.spec)
     with run.clock.stage("load model"):
+        run.computing.check_room(run.spec)
         run.weights = locate.verified(run.located)
         if run.config.emit:
             run.loaded = run.loaded or model_weights.load(run.weights)
             _check_heads(run, run.loaded)
-    run.fingerprint = run.fingerprint_with(run.weights)
-    finished = _finished(run)
-    if finished is not None and not _is_retried(run):
-        run.out.print(f"{run.output} is already complete: same input, model and settings.")
-        run.summary.already_complete = True
-    else:
-        run.file = _open_store(run)
-        run.file.replaces = finished
+    with run.clock.stage("lay out"):
+        run.fingerprint = run.fingerprint_with(run.weights)
+        finished = _finished(run)
+        if finished is not None and not _is_retried(run):
+            run.out.print(f"{run.output} is already complete: same input, model and settings.")
+            run.summary.already_complete = True
+        else:
+            run.file = _open_store(run)
+            run.file.replaces = finished
+    if not run.summary.already_complete:
         with run.file.filling():
             if not run.file.locked:
                 run.tell(store.without_lock(run.file.path))
             _fill(run)
-        _drop_finished_partial(run.output)  # left by a kill between the two steps of the renaming
-    for feature in run.features:
-        feature.written(run.output)
-    if not run.summary.already_complete:
-        words.end(run)
+    with run.clock.stage("finish"):
+        if not run.summary.already_complete:
+            _drop_finished_partial(run.output)  # left by a kill between the two steps of the renaming
+        for feature in run.features:
+            feature.written(run.output)
+        if not run.summary.already_complete:
+            words.end(run)
 
 
 def _check_heads(run: EmbedRun, loaded: Loaded) -> None:
@@ -107,22 +120,24 @@ def _check_heads(run: EmbedRun, loaded: Loaded) -> None:
 def _fill(run: EmbedRun) -> None:
     """Have every pending record in the file, and end it."""
     file, decisions, plan, computing = run.file, run.decisions, run.plan, run.computing
-    for feature in run.features:
-        feature.before(run)
-    pending = np.zeros(len(run.table), np.bool_)
-    pending[decisions.representative[file.status == store.PENDING]] = True
-    segments = decisions.segments
-    packs = worst_first(plan, subset(plan, pending[segments.record]), segments.length)
-    job = Job(run.config, run.table, decisions, plan, pending, run.weights, run.layers, computing.dtype)
-    placer = Placer(file, job, run.clock, computing.pins)
-    exact_arithmetic()
-    file.compute_in(computing.computed_by(len(packs) > 1))
+    with run.clock.stage("plan"):
+        for feature in run.features:
+            feature.before(run)
+        pending = np.zeros(len(run.table), np.bool_)
+        pending[decisions.representative[file.status == store.PENDING]] = True
+        segments = decisions.segments
+        packs = worst_first(plan, subset(plan, pending[segments.record]), segments.length)
+        job = Job(run.config, run.table, decisions, plan, pending, run.weights, run.layers, computing.dtype)
+        placer = Placer(file, job, run.clock, computing.pins)
+        exact_arithmetic()
+        file.compute_in(computing.computed_by(len(packs) > 1))
     if len(packs):
         computing.compute(run, packs, placer)
     if placer.broken or placer.unfit:
         from virnucpro_cli.engine.second_pass import second_pass
 
-        second_pass(placer, run.device, computing.backend, run.tell)
+        with run.clock.stage("second pass"):
+            second_pass(placer, run.device, computing.backend, run.tell)
     for feature in run.features:
         feature.after(run)
     with run.clock.stage("finish"):

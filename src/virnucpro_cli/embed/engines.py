@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -114,15 +114,18 @@ class OnRay(Computing):
 def chosen(config: EmbedConfig, alone: bool, out: Console, clock: report.Clock) -> Iterator[Computing]:
     """The engine of a run; alone: in this process, whatever is asked for. Raises UserError for one that is absent."""
     if config.engine == "local":
-        yield _on_this_host(config, alone)
+        with clock.stage("devices"):
+            here = _on_this_host(config, alone)
+        yield here
         return
-    from virnucpro_cli.cluster.ray.driver import Cluster
-
-    with Cluster(config) as cluster:
+    with ExitStack() as stack:
         with clock.stage("start workers"):
+            from virnucpro_cli.cluster.ray.driver import Cluster
+
+            cluster = stack.enter_context(Cluster(config))
             device = cluster.first_device(out.print)
-        local_device, backend = cluster.of_the_driver()
-        actors = cluster.room()
+            local_device, backend = cluster.of_the_driver()
+            actors = cluster.room()
         workers = f"{counted(actors, 'actor')} of Ray at the start"
         yield OnRay(device, local_device, backend, cluster.dtype, actors, workers, cluster=cluster)
 

@@ -128,7 +128,8 @@ def decided(
     """
     with clock.stage("index"):
         sources = inputs.sources(config.inputs, at.output.parent)
-    located, spec = _located(config, out)
+    with clock.stage("load model"):
+        located, spec = _located(config, out)
     check_dtype(spec, computing.dtype)
     config, how = _with_long(config, spec), reading(spec, config.kind)
     layers = resolved_layers(config.layers, spec)
@@ -141,28 +142,27 @@ def decided(
         table = inputs.table(sources, fasta.How(config.invalid, config.gaps, how), config.dedup, keep_digests)
     _check_protein(table, config, spec, out)
     extra |= _gaps(table, config)
-    with clock.stage("plan"):
-        for feature in features:
-            extra |= feature.of_input(table, extra)
-        records = None
-        if at.shard is not None:
-            from virnucpro_cli.plan.shards import records_of
+    for feature in features:
+        extra |= feature.of_input(table, extra)
+    records = None
+    if at.shard is not None:
+        from virnucpro_cli.plan.shards import records_of
 
-            records = records_of(at.shard, table, config)
-            table, extra = table.part(records), extra.part(records)
-        decisions = decide(table, config)
-        for feature in features:
-            extra |= feature.of_part(records, decisions, extra)
-        plan = in_blocks(decisions.segments.length, _token_budget(config, computing, spec, layers, how.width))
-        by_residue = any_by_residue(config.pool, config.emit)
-        layout = store.Layout(
-            spec.hidden, layers, config.pool, np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32),
-            table.length, table.replaced, decisions.flags, decisions.status, decisions.reason,
-            np.append(0, np.cumsum(decisions.embedded, dtype=np.int64)) if by_residue else None,
-            partial(table.names, full=config.id == "full"), table.text_bytes - table.residues, records,
-            computing.computed_by(len(plan) > 1), unmasked=unmasked(config.emit), vocabulary=how.width,
-            extra=extra,
-        )  # fmt: skip
+        records = records_of(at.shard, table, config)
+        table, extra = table.part(records), extra.part(records)
+    decisions = decide(table, config)
+    for feature in features:
+        extra |= feature.of_part(records, decisions, extra)
+    plan = in_blocks(decisions.segments.length, _token_budget(config, computing, spec, layers, how.width))
+    by_residue = any_by_residue(config.pool, config.emit)
+    layout = store.Layout(
+        spec.hidden, layers, config.pool, np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32),
+        table.length, table.replaced, decisions.flags, decisions.status, decisions.reason,
+        np.append(0, np.cumsum(decisions.embedded, dtype=np.int64)) if by_residue else None,
+        partial(table.name_texts, full=config.id == "full"), table.text_bytes - table.residues, records,
+        computing.computed_by(len(plan) > 1), unmasked=unmasked(config.emit), vocabulary=how.width,
+        extra=extra,
+    )  # fmt: skip
     return EmbedRun(
         config=config, spec=spec, layers=layers, table=table, decisions=decisions, plan=plan, layout=layout,
         device=computing.local_device, dtype=computing.dtype,

@@ -1,7 +1,9 @@
 """The words of a run: warnings, and the numbers of its report."""
 
+import os
 import platform
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 import virnucpro_cli
-from virnucpro_cli import fasta, report, store, tables
+from virnucpro_cli import fasta, report, store
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.recipe import EmbedRun
@@ -34,11 +36,10 @@ MEASURED_FLOPS = {
 """FLOP/s that forwards reached by hidden width, for the estimate of --dry-run: virnucpro bench on one
 H100 80GB (torch 2.11, UniProt lengths) and on two threads of an AVX-512 server CPU (torch 2.13)."""
 
+MOST_THREADS = 16
 MORE = 1.25
 SHOWN = 3
 """Proteins that a message names, at most."""
-STAGES = ("genes", "index", "plan", "cache", "load model", "start workers", "first pack", "forward", "write",
-          "write (overlapped)", "contacts")  # fmt: skip
 EDGES = (0, 50, 100, 200, 400, 800, 1023, 2000, 5000)
 """First lengths of the bins that --dry-run shows."""
 APPROXIMATE = (
@@ -62,7 +63,12 @@ def begin(run: EmbedRun) -> None:
     summary.environment = _environment(run)
     free = {"device": computing.device.free, "host": devices.free_memory(torch.device("cpu"))}
     summary.memory = {f"free {of} memory": int(size) for of, size in free.items() if np.isfinite(size)}
-    summary.seconds = run.clock.seconds
+
+
+def note_seconds(run: EmbedRun) -> None:
+    """Give the report the seconds of all stages until now."""
+    run.summary.seconds = run.clock.spent() | run.clock.meanwhile
+    run.summary.meanwhile = list(run.clock.meanwhile)
 
 
 def has_more_memory(there: dict[str, int], here: dict[str, int]) -> bool:
@@ -101,7 +107,8 @@ def _warnings(run: EmbedRun) -> list[str]:
     if config.pool == ("residue",):
         remedy = f"add mean, say, to --pool for one row a {word}"
         notes.append(f"only per-residue rows are stored, so the file has no /embeddings; {remedy}")
-    repeated = _repeated_names(table, config) if config.shard is None else 0
+    with run.clock.stage("names"):
+        repeated = _repeated_names(table, config) if config.shard is None else 0
     if repeated:
         share_it = f"{counted(repeated, word)} {'shares its' if repeated == 1 else 'share their'} name"
         notes.append(f"{share_it} with an earlier one; all are kept, one row each, in input order")
@@ -120,6 +127,8 @@ def _of_gaps(reading: Reading) -> dict[str, str]:
 
 def named(table: fasta.RecordTable, chosen: NDArray[np.bool_], config: EmbedConfig) -> str:
     """Names of the first of the chosen records, and how many more there are. chosen: mask, bool [N]."""
+    from virnucpro_cli import tables
+
     records = np.flatnonzero(chosen)
     names = [table.names(i, i + 1, config.id == "full")[0] for i in records[:SHOWN].tolist()]
     more = [f"and {len(records) - SHOWN:,} more"] if len(records) > SHOWN else []
@@ -133,12 +142,12 @@ def end(run: EmbedRun) -> None:
     A hidden file is another command's, which speaks of it.
     """
     summary, output, table, config = run.summary, run.output, run.table, run.config
+    note_seconds(run)
     if config.verbose:
         run.out.print(report.packing_table(summary), report.throughput_table(summary))
         for title, rows in summary.tables.items():
             run.out.print(report.rows_table(title, rows))
-    with store.read_embeddings(output) as file:
-        skipped, reason = file.status == store.SKIPPED, file.reason[:]
+    skipped, reason = run.file.status == store.SKIPPED, run.file.reason
     word = config.words[0]
     proteins = [f"{len(table) - int(skipped.sum()):,} of {counted(len(table), word)} embedded"]
     if skipped.any():
@@ -164,10 +173,18 @@ def end(run: EmbedRun) -> None:
 
 def _repeated_names(table: fasta.RecordTable, config: EmbedConfig) -> int:
     """How many records have the name of an earlier one."""
-    hashes = np.empty(len(table), np.int64)
-    for rows in store.blocks(len(table)):
-        hashes[rows] = [hash(name) for name in table.names(rows.start, rows.stop, config.id == "full")]
-    return len(table) - len(np.unique(hashes))
+    hashes = np.empty(len(table), np.uint64)
+
+    def hash_them(rows: slice) -> None:
+        hashes[rows] = table.name_texts(rows.start, rows.stop, config.id == "full").hashes()
+
+    threads = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS))  # NumPy lets go of Python
+    try:
+        list(threads.map(hash_them, store.blocks(len(table))))
+    finally:
+        threads.shutdown(cancel_futures=True)
+    hashes.sort()
+    return int((hashes[1:] == hashes[:-1]).sum())
 
 
 def _counts(run: EmbedRun) -> dict[str, int]:
@@ -228,11 +245,9 @@ def _environment(run: EmbedRun) -> dict[str, Any]:
 
 def fill_rates(run: EmbedRun, packs: Int64, placer: Placer) -> None:
     """Give the report what is known at the end. packs: numbers of those that were computed, int64 [P]."""
-    plan, summary, file, seconds = run.plan, run.summary, run.file, dict(run.clock.seconds)
-    if placer.first_pack is not None:
-        seconds["first pack"] = placer.first_pack
-    summary.seconds = {name: seconds[name] for name in STAGES if name in seconds}
-    if forward := seconds.get("forward", 0.0):
+    plan, summary, file = run.plan, run.summary, run.file
+    note_seconds(run)
+    if forward := summary.seconds.get("forward", 0.0):
         tokens, segments = int(plan.tokens[packs].sum()), int(np.diff(plan.offsets)[packs].sum())
         done = {"residues": tokens - SPECIAL_TOKENS * segments, "tokens": tokens, "segments": segments}
         summary.rates = {f"{name}/s": count / forward for name, count in done.items()}
@@ -269,7 +284,7 @@ def describe_plan(run: EmbedRun) -> None:
         name = devices.short_name(run.computing.dtype)
         say(f"time: no measured rate for {device.name} in {name}, so no estimate")
     else:
-        summary.seconds["forward (estimate)"] = seconds
+        run.clock.meanwhile["forward (estimate)"] = seconds
         say(f"time: about {report.clock_time(seconds)} of forward, an estimate from FLOPs and a measured rate")
 
 

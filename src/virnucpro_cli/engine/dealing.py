@@ -58,7 +58,7 @@ class Dealer(ABC):
         self.placer, self.note = placer, note
         self.waiting = deque(packs.tolist())
         self.living: list[Any] = []
-        self.asked, self.began, self.seconds = time.perf_counter(), 0.0, 0.0
+        self.began = self.seconds = 0.0
 
     @abstractmethod
     def wait(self) -> Iterator[tuple[Any, Iterable[Message]]]:
@@ -75,15 +75,15 @@ class Dealer(ABC):
     def run(self) -> None:
         """Have all packs done. Raises UserError when that is hopeless, or a worker meets what would stop others."""
         try:
-            while self.waiting or any(worker.packs for worker in self.living):
-                for worker, messages in self.wait():
-                    for message in messages:
-                        self.heed(worker, message)
-                    self.placer.commit_now_and_then()
-                self.deal()
+            with self.placer.clock.stage("start workers"):
+                while self.waiting or any(worker.packs for worker in self.living):
+                    for worker, messages in self.wait():
+                        for message in messages:
+                            self.heed(worker, message)
+                        self.placer.commit_now_and_then()
+                    self.deal()
         finally:
             self.seconds = time.perf_counter() - self.began if self.began else 0.0
-            self.placer.clock.seconds["forward"] = self.seconds
 
     def deal(self) -> None:
         """Send packs to workers that are ready while others are still done, so that nobody waits.
@@ -108,8 +108,7 @@ class Dealer(ABC):
             case "done", used:
                 if not self.began:
                     self.began = placer.started = time.perf_counter()
-                    seconds = placer.clock.seconds
-                    seconds["start workers"] = seconds.get("start workers", 0.0) + self.began - self.asked
+                    placer.clock.turn("forward")
                 worker.packs, worker.ready, worker.used, worker.last_done = [], True, used, time.perf_counter()
             case "note", text:
                 self.note(f"{worker}: {text}")

@@ -16,8 +16,9 @@ from virnucpro_cli.engine.collate import Item, VarlenCollator
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.kinds import POOLED, by_residue
 from virnucpro_cli.model import locate
-from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, ranges
+from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan
 from virnucpro_cli.plan.policies import Decisions, Int64
+from virnucpro_cli.texts import ranges
 
 COMMIT_SECONDS = 5.0
 
@@ -82,7 +83,6 @@ class Placer:
         self.unfit: list[int] = []  # records that the device has no memory for
         self.flag = 0
         self.started = self.last_commit = time.perf_counter()
-        self.first_pack: float | None = None
         self._members = np.argsort(job.decisions.representative, kind="stable")
         self._sorted_representatives = job.decisions.representative[self._members]
         self._windows: dict[int, tuple[Pooled, Residue]] = {}  # by segment
@@ -96,7 +96,7 @@ class Placer:
 
     def place(self, rows: Rows) -> None:
         """Place what a batch yields of pending records, float32 [n, D] and residues; note what of it is not finite."""
-        with self.clock.stage("write (overlapped)" if self.collator.pin else "write"):
+        with self.clock.beside("write (overlapped)" if self.collator.pin else "write"):
             record = self.segments.record[rows.segments]
             wanted = self.pending[record]
             whole = rows.seqlens - SPECIAL_TOKENS == self.embedded[record]
@@ -113,8 +113,7 @@ class Placer:
             self.last_commit = time.perf_counter()
 
     def advance(self, tokens: int) -> None:
-        if self.first_pack is None:
-            self.first_pack = time.perf_counter() - self.started
+        self.clock.meanwhile.setdefault("first pack", time.perf_counter() - self.started)
         if self.tracker:
             self.tracker.advance(tokens)
 

@@ -87,15 +87,17 @@ def compute_in_processes(
     threads, store = threads_of(len(devices)), (placer.file.output, placer.file.path, placer.file.fd)
     workers = dealer.workers
     try:
-        shared, sizes = _job_file(placer.job)
-        with shared:
+        with placer.clock.stage("start workers"):
+            shared, sizes = _job_file(placer.job)
+        with shared, placer.clock.stage("start workers"):
             for number, device in enumerate(devices[: len(packs)], start=1):
                 start = Start(sizes, str(device), attention, threads, store)
                 workers.append(_start(number, start, placer.job, shared))
         dealer.living = list(workers)
         dealer.run()
     finally:
-        dealer.stop()
+        with placer.clock.stage("end workers"):
+            dealer.stop()
     nothing = dict.fromkeys((key for worker in workers for key in worker.used), "")
     return [
         {

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import alphabet
 from virnucpro_cli.fasta import reading
 from virnucpro_cli.fasta.reading import Source
+from virnucpro_cli.texts import Texts, names_in
 
 AHEAD, MOST_AHEAD, FEWEST_AHEAD = 1 << 23, 1 << 27, 32  # bytes, bytes, records
 AT_ONCE = 1024
@@ -182,7 +183,11 @@ class RecordTable:
 
         Bytes that are not UTF-8 come out as backslash escapes.
         """
-        names: list[str] = []
+        return self.name_texts(start, stop, full).strings()
+
+    def name_texts(self, start: int, stop: int, full: bool = False) -> Texts:
+        """The same, packed."""
+        names: list[Texts] = []
         while start < stop:
             ((source, first, _),) = self._spans(np.array([start]))
             beyond = int(np.searchsorted(self.offset, source.base + min(first + 4 * reading.READ_BYTES, source.size)))
@@ -191,13 +196,9 @@ class RecordTable:
             text = source.read(first, last + min(size, reading.READ_BYTES) - first)
             if text.find(b"\n", last - first) < 0:  # the last header is longer than what was read of its record
                 text = source.read(first, last + size - first)
-            for at in (self.offset[start:upto] - (source.base + first)).tolist():
-                newline = text.find(b"\n", at)
-                header = text[at + 1 : newline] if newline >= 0 else text[at + 1 :]
-                word = header.strip() if full else b"".join(header.split(None, 1)[:1])
-                names.append(word.decode("utf-8", "backslashreplace"))
+            names.append(names_in(text, self.offset[start:upto] - (source.base + first), full))
             start = upto
-        return names
+        return Texts.joined(names or [Texts.of([])])
 
     def examples(self, full: bool) -> str:
         """The first names of the records, for a message."""

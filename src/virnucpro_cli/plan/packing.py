@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from virnucpro_cli.texts import ranges
+
 Int64 = NDArray[np.int64]
 
 SPECIAL_TOKENS = 2
@@ -71,11 +73,6 @@ class Plan:
     def density_without_last(self) -> float:
         """Density of all packs but the last opened, which holds the rest."""
         return float(self.tokens[:-1].sum() / self.bucket[:-1].sum()) if len(self) > 1 else self.density
-
-
-def ranges(first: Int64, counts: Int64) -> Int64:
-    """`first[i], first[i] + 1, ...`, counts[i] of them, one range behind the other: int64 [sum of counts]."""
-    return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
 def whole_segments(records: Int64, lengths: Int64, longest: int | None = None) -> Segments:

@@ -20,7 +20,8 @@ from virnucpro_cli.errors import UserError, shell_word
 from virnucpro_cli.store.schema import CHECKSUM_BYTES
 
 OTHER_FILES = 256
-CHECKSUM_BLOCK = 1 << 24
+CHECKSUM_BLOCK, CHECKSUM_PIECE = 1 << 24, 1 << 20
+CHECKSUM_THREADS = 16
 NEW = ".virnucpro-new"
 """Suffix of a file that is being made. Whatever has such a name is this program's; a lock is known by being empty."""
 ANOTHER = "Wait for it, or choose another output with -o."
@@ -422,18 +423,22 @@ def checksum(fd: int, itself: int, complete: int) -> str:
     """
 
     def of_block(start: int) -> bytes:
-        view, filled = memoryview(bytearray(CHECKSUM_BLOCK)), 0
-        while count := os.preadv(fd, [view[filled:]], start + filled):
-            filled += count
-        for offset, size in ((itself, CHECKSUM_BYTES), (complete, 1)):
-            first, last = max(offset - start, 0), min(offset + size - start, filled)
-            if first < last:
-                view[first:last] = bytes(last - first)
-        return hashlib.sha256(view[:filled]).digest()
+        sha, piece = hashlib.sha256(), memoryview(bytearray(CHECKSUM_PIECE))
+        for at in range(start, min(start + CHECKSUM_BLOCK, end), CHECKSUM_PIECE):
+            view, filled = piece[: end - at], 0
+            while filled < len(view) and (count := os.preadv(fd, [view[filled:]], at + filled)):
+                filled += count
+            for offset, size in ((itself, CHECKSUM_BYTES), (complete, 1)):
+                first, last = max(offset - at, 0), min(offset + size - at, filled)
+                if first < last:
+                    view[first:last] = bytes(last - first)
+            sha.update(view[:filled])
+        return sha.digest()
 
-    pool = ThreadPoolExecutor(4)  # hashing lets go of Python
+    end = os.fstat(fd).st_size
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, CHECKSUM_THREADS))  # hashing lets go of Python
     try:
-        starts = range(0, os.fstat(fd).st_size, CHECKSUM_BLOCK)
+        starts = range(0, end, CHECKSUM_BLOCK)
         return hashlib.sha256(b"".join(pool.map(of_block, starts))).hexdigest()
     finally:
         pool.shutdown(cancel_futures=True)

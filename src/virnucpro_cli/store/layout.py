@@ -1,4 +1,7 @@
-"""Everything that the file will ever hold, written by HDF5 before the first forward; embeddings have no values yet."""
+"""Everything that the file will ever hold, written before the first forward; embeddings have no values yet.
+
+HDF5 writes it all but the texts, which NumPy writes in its format.
+"""
 
 import io
 import json
@@ -18,6 +21,7 @@ from virnucpro_cli import stopping
 from virnucpro_cli.kinds import pooled
 from virnucpro_cli.store import schema
 from virnucpro_cli.store.disk import pwrite_all
+from virnucpro_cli.texts import WORD, Texts, ranges
 
 RUN = {
     "report": f"S{schema.REPORT_BYTES}", "environments": f"S{schema.ENVIRONMENT_BYTES}",
@@ -25,13 +29,23 @@ RUN = {
 }  # fmt: skip
 """Datasets of /run with their types: they say how far the file is, and vouch for it."""
 
+HEADER = 16
+LARGEST, SMALLEST = 1 << 16, 1 << 12
+"""Bytes of a collection: at most, unless one text takes more; and at least, as HDF5 demands."""
+MOST_OVERHEAD = 56
+"""Bytes that a text takes beside its own letters, at most: reference, header, padding, a collection's header."""
+_REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("number", "<u4")])
+_GCOL = int.from_bytes(b"GCOL\x01\0\0\0", "little")
+_END_AT = 40
+"""Place of the file's end in a superblock of version 0."""
+
 
 @dataclass(frozen=True)
 class Names:
     """Names, read when they are wanted. of(start, stop): those of a range; bytes: of all of them, at most."""
 
     count: int
-    of: Callable[[int, int], list[str]]
+    of: Callable[[int, int], list[str] | Texts]
     bytes: int
 
     def __len__(self) -> int:
@@ -81,7 +95,7 @@ class Layout:
     status: NDArray[np.uint8]
     reason: NDArray[np.uint8]
     residue_offsets: NDArray[np.int64] | None
-    names: Callable[[int, int], list[str]]
+    names: Callable[[int, int], list[str] | Texts]
     name_bytes: int  # of all names, at most
     records: NDArray[np.int64] | None = None  # of a shard: the number of each record in the input
     environment: str = "{}"  # of this run, in a line (several, with computed_by): see Store.compute_in
@@ -132,7 +146,9 @@ class Layout:
     @property
     def file_bytes(self) -> int:
         """Bytes of the whole file at most: embeddings, names with their heap entries, small columns, HDF5's own."""
-        columns = sum(56 * c.count + c.bytes if isinstance(c, Names) else c.nbytes for c in self.columns.values())
+        columns = sum(
+            MOST_OVERHEAD * c.count + c.bytes if isinstance(c, Names) else c.nbytes for c in self.columns.values()
+        )
         columns += 8 * len(self.lengths)  # /run/sums
         return self.data_bytes + columns + schema.REPORT_BYTES + schema.ENVIRONMENT_BYTES + (1 << 17)
 
@@ -214,9 +230,22 @@ def lay_out(fd: int, layout: Layout) -> None:
     try:
         with stopping.held(), h5py.File(sink, "w") as file:
             _write_layout(sink, file, layout)
+            texts = {file[name].id.get_offset(): names for name, names in _texts(layout) if len(names)}
     finally:
         sink.end()
-    os.ftruncate(fd, sink.size)
+    end = sink.size
+    for offset, names in texts.items():
+        for rows in schema.blocks(names.count):
+            stopping.check()
+            some = names.of(rows.start, rows.stop)
+            packed = some if isinstance(some, Texts) else _packed(some)
+            end = _write_texts(fd, packed, offset + rows.start * _REFERENCE.itemsize, end)
+    _move_end(fd, sink.size, end)
+    os.ftruncate(fd, end)
+
+
+def _texts(layout: Layout) -> "list[tuple[str, Names]]":
+    return [(name, values) for name, values in layout.columns.items() if isinstance(values, Names)]
 
 
 def _write_layout(sink: Sink, file: h5py.File, layout: Layout) -> None:
@@ -230,7 +259,7 @@ def _write_layout(sink: Sink, file: h5py.File, layout: Layout) -> None:
     file.attrs["reason_names"] = json.dumps(dict(enumerate(schema.REASONS)))
     for name, values in sink.each(layout.columns.items()):
         if isinstance(values, Names):
-            _write_names(file, name, values, sink)
+            _create_contiguous(file, name, (values.count,), h5py.string_dtype("utf-8"), h5py.h5d.FILL_TIME_ALLOC)
         else:
             _create_contiguous(file, name, values.shape, values.dtype)
             file[name][...] = values
@@ -251,20 +280,79 @@ def _write_layout(sink: Sink, file: h5py.File, layout: Layout) -> None:
         file[f"run/{name}"][()] = value
 
 
-def _write_names(file: h5py.File, name: str, names: Names, sink: Sink) -> None:
-    dataset = file.create_dataset(name, (names.count,), h5py.string_dtype("utf-8"))
-    for rows in sink.each(schema.blocks(names.count)):
-        stopping.check()
-        dataset[rows] = names.of(rows.start, rows.stop)
-
-
-def _create_contiguous(file: h5py.File, path: str, shape: tuple[int, ...], dtype: Any) -> None:
+def _create_contiguous(
+    file: h5py.File, path: str, shape: tuple[int, ...], dtype: Any, fill_time: int = h5py.h5d.FILL_TIME_NEVER
+) -> None:
     """A dataset whose bytes have their place in the file from the start, and are not touched by HDF5."""
     folder, _, name = path.rpartition("/")
     group = file.require_group(folder) if folder else file
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    creation.set_fill_time(fill_time)
     space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
-    h5py.h5d.create(group.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, creation)
+    kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
+    h5py.h5d.create(group.id, name.encode(), kind, space, creation)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+#
+# HDF5 takes seconds to write a million texts, so NumPy does. A dataset of texts holds references: length, address of a
+# collection, and number in it. A collection (GCOL) of the global heap holds texts, each behind a header of 16 bytes and
+# padded to words of 8: version 1 in "Disk Format: Level 1E - Global Heap" of the HDF5 File Format Specification.
+# Collections lie behind all that HDF5 has written, and the superblock is told where the file ends now.
+
+
+def _collections(texts: Texts, address: int) -> tuple[NDArray[np.uint64], NDArray[Any]]:
+    """Collections that hold texts and lie at an address: uint64 words [W], and the references [n] to the texts."""
+    space = HEADER + texts.counts * WORD
+    ends = np.cumsum(space)
+    first = [0]  # text of each collection
+    while first[-1] < len(space):
+        begin = int(ends[first[-1]] - space[first[-1]])
+        upto = int(np.searchsorted(ends, begin + LARGEST - HEADER, side="right"))
+        first.append(max(upto, first[-1] + 1))
+    counts, firsts = np.diff(first), np.array(first[:-1], np.int64)
+    used = HEADER + np.add.reduceat(space, firsts)
+    sizes = np.maximum(used, SMALLEST)
+    begins = np.cumsum(sizes) - sizes
+    number = ranges(np.ones(len(counts), np.int64), counts)
+    at = np.repeat(begins + HEADER - (ends - space)[firsts], counts) + ends - space  # of each text's header
+    words = np.zeros(int(sizes.sum()) // WORD, np.uint64)
+    words[begins // WORD], words[begins // WORD + 1] = _GCOL, sizes
+    words[at // WORD], words[at // WORD + 1] = number, texts.lengths
+    left = np.flatnonzero(sizes - used >= HEADER)  # free space is a text with the number 0
+    words[(begins + used)[left] // WORD + 1] = (sizes - used)[left]
+    words[ranges((at + HEADER) // WORD, texts.counts)] = texts.words
+    references = np.empty(len(space), _REFERENCE)
+    references["length"], references["number"] = texts.lengths, number
+    references["address"] = address + np.repeat(begins, counts)
+    return words, references
+
+
+def _packed(texts: list[str]) -> Texts:
+    """Texts of any source, packed. Raises ValueError for a NUL byte, at which HDF5 would end a text."""
+    if any("\0" in text for text in texts):
+        raise ValueError("a text of HDF5 has no NUL byte")
+    return Texts.of([text.encode("utf-8", "surrogateescape") for text in texts])
+
+
+def _write_texts(fd: int, texts: Texts, references_at: int, end: int) -> int:
+    """Write texts behind the `end` of a file, and the references to them. Returns where the file ends now.
+
+    Raises OSError if the disk fails.
+    """
+    end += -end % WORD
+    words, references = _collections(texts, end)
+    pwrite_all(fd, words.view(np.uint8).data, end)
+    pwrite_all(fd, references.view(np.uint8).data, references_at)
+    return end + words.nbytes
+
+
+def _move_end(fd: int, before: int, end: int) -> None:
+    """Tell the superblock of a closed file, which ended at `before`, that it ends at `end`. Raises OSError."""
+    superblock = os.pread(fd, _END_AT + WORD, 0)
+    versions, there = superblock[8:16], int.from_bytes(superblock[_END_AT:], "little")
+    if versions[0] != 0 or versions[5:7] != bytes([WORD, WORD]) or there != before:
+        raise RuntimeError("HDF5 has begun the file in a way that is not known here; this is a bug")
+    pwrite_all(fd, memoryview(end.to_bytes(WORD, "little")), _END_AT)

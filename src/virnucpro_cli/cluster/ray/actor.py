@@ -28,7 +28,8 @@ from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import build, parameters
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.plan.packing import Int64, Plan, Segments, ranges
+from virnucpro_cli.plan.packing import Int64, Plan, Segments
+from virnucpro_cli.texts import ranges
 
 
 class Share(NamedTuple):

@@ -27,7 +27,8 @@ from virnucpro_cli.kinds import by_residue
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.plan.packing import Int64, Plan, Segments, ranges
+from virnucpro_cli.plan.packing import Int64, Plan, Segments
+from virnucpro_cli.texts import ranges
 
 LARGEST_SHARE = 16
 MOST_RETURNED = 1 << 28
