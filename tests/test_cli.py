@@ -305,7 +305,7 @@ def test_missing_arguments_are_usage_errors(run: Callable[..., Ran]) -> None:
 def test_a_bug_is_logged_whole_and_told_in_two_lines(
     embed_tiny: Callable[..., Ran], make_fasta: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("this cannot happen")
 
     monkeypatch.setattr(embed, "run", broken)
