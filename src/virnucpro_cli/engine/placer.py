@@ -18,6 +18,7 @@ from virnucpro_cli.kinds import POOLED, by_residue
 from virnucpro_cli.model import locate
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, ranges
 from virnucpro_cli.plan.policies import Decisions, Int64
+from virnucpro_cli.store import sums
 
 COMMIT_SECONDS = 5.0
 
@@ -144,21 +145,26 @@ class Placer:
 
     def _place_whole(self, record: Int64, chosen: Int64, rows: Rows) -> None:
         places, source = self.rows_of(record[chosen])
+        row_sums = np.zeros(len(places), np.uint64)
         for (kind, layer), values in rows.pooled.items():
             dtype = np.float32 if kind == "unmasked" else self.store_dtype
-            self.file.place(kind, layer, places, values[chosen][source].astype(dtype))
+            stored = values[chosen].astype(dtype)
+            row_sums += sums.of_rows(f"{kind}/{layer}", stored)[source]
+            self.file.place(kind, layer, places, stored[source])
         if rows.residue:
             ends = np.cumsum(rows.seqlens)
             starts = ends - rows.seqlens
-            for place, i in zip(places.tolist(), chosen[source].tolist(), strict=True):
+            for at, (place, i) in enumerate(zip(places.tolist(), chosen[source].tolist(), strict=True)):
                 for layer, values in rows.residue.items():
-                    self._place_residues(layer, place, values[starts[i] + 1 : ends[i] - 1])
-        self.file.mark(places, flag=self.flag)
+                    row_sums[at : at + 1] += self._place_residues(layer, place, values[starts[i] + 1 : ends[i] - 1])
+        self.file.mark(places, flag=self.flag, row_sums=row_sums)
 
-    def _place_residues(self, layer: int | str, row: int, values: NDArray[Any]) -> None:
+    def _place_residues(self, layer: int | str, row: int, values: NDArray[Any]) -> NDArray[np.uint64]:
         rows = np.arange(self._offsets[row], self._offsets[row + 1])
         kind = "unmasked" if layer == "logits" else "residue"
-        self.file.place(kind, layer, rows, values.astype(self.store_dtype, copy=False))
+        stored = values.astype(self.store_dtype, copy=False)
+        self.file.place(kind, layer, rows, stored)
+        return sums.of_records(rows, sums.of_rows(f"{kind}/{layer}", stored), np.array([len(rows)]))
 
     def _weigh_window(self, rows: Rows, i: int) -> None:
         segment, end = int(rows.segments[i]), int(rows.seqlens[: i + 1].sum())

@@ -270,7 +270,6 @@ class _SharedStore(Store):
 
     def __init__(self, post: _Post, *of: Any):
         super().__init__(*of)
-        self._vouched = []  # the parent vouches, for what it reads in the file
         self.post = post
         self.broken: list[int] = []
         self.unfit: list[int] = []
