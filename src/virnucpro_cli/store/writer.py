@@ -75,6 +75,7 @@ class Store:
         self._lock = threading.RLock()  # of what is placed and marked, which a commit on another thread takes over
         self._committing = threading.RLock()
         self._passing: disk.PassingDigests | None = None
+        self.written = 0  # bytes
         with h5py.File(path, "r", locking=False) as file:
             self.status: NDArray[np.uint8] = file["status"][:]
             self.flags: NDArray[np.uint16] = file["flags"][:]
@@ -227,6 +228,27 @@ class Store:
             self._staged_bytes += values.nbytes
             if self._staged_bytes > MOST_STAGED:
                 self._write_staged()
+
+    def place_runs(
+        self, name: str, rows: NDArray[np.int64], values: NDArray[Any], starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """Write runs of rows of a dataset from where they lie in values [n, D], already in the store dtype.
+
+        Run i is `values[starts[i]:starts[i] + counts[i]]`, for row rows[i] and those that follow it; all int64 [m].
+        Nothing is copied. Raises UserError if the disk fails.
+        """
+        extent = self.places[name]
+        if values.nbytes != len(values) * extent.row_bytes or not values.flags.c_contiguous:
+            raise RuntimeError("values in another dtype or width than their rows, or not in one piece")
+        data, order = values.view(np.uint8).reshape(-1).data, np.argsort(rows)
+        begins, ends = starts[order] * extent.row_bytes, (starts + counts)[order] * extent.row_bytes
+        offsets = extent.offset + rows[order] * extent.row_bytes
+        with self._lock:
+            if name in self._staged:
+                self._write_staged()  # which may hold an older value of these rows
+            for begin, end, offset in zip(begins.tolist(), ends.tolist(), offsets.tolist(), strict=True):
+                self._write(data[begin:end], offset)
 
     def place_at(self, name: str, first: int, values: NDArray[Any]) -> None:
         """Write values [n, D], already in the store dtype, to a row and those that follow it, none of them staged."""
@@ -440,6 +462,7 @@ class Store:
         try:
             with self._passing.taken(data, offset) if self._passing else nullcontext():
                 disk.pwrite_all(self.fd, data, offset)
+            self.written += len(data)
         except OSError as error:
             raise disk.disk_error(error, self.output, resumable=True) from None
 
