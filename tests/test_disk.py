@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from test_faults import datasets
 from virnucpro_cli import cli, store
@@ -47,6 +49,26 @@ def failing(patch: pytest.MonkeyPatch, call: str, number: int) -> list[int]:
         owner: Any = disk if call == "renameat2" else os
         patch.setattr(owner, {"fallocate": "posix_fallocate", "renameat2": "rename_exclusive"}.get(call, call), fail)
     return calls
+
+
+@given(st.lists(st.tuples(st.integers(0, 900), st.integers(1, 300)), min_size=1, max_size=40), st.booleans())
+def test_digests_that_are_taken_as_bytes_pass_are_those_of_the_file(
+    writes: list[tuple[int, int]], in_order: bool
+) -> None:
+    with tempfile.TemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "CHECKSUM_BLOCK", 64)
+        passing, upto = disk.PassingDigests(), 0
+        for number, (offset, size) in enumerate(writes):
+            at = upto if in_order and number % 7 else offset
+            data = memoryview(bytes([number + 1]) * size)
+            with passing.taken(data, at):
+                disk.pwrite_all(file.fileno(), data, at)
+            upto = at + size
+        passing.close()
+        assert disk.checksum(file.fileno(), 1 << 20, 1 << 20, passing.whole) == disk.checksum(
+            file.fileno(), 1 << 20, 1 << 20
+        )
+        assert not in_order or len(writes) < 3 or passing.whole or sum(size for _, size in writes) < 256
 
 
 @pytest.fixture

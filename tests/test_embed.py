@@ -738,3 +738,19 @@ def test_a_second_reader_of_verify_finds_what_the_index_would_not(
         verdict = verify.verify_file(str(tmp_path / "out.h5"))
     failed = {check.what for check in verdict.checks if not check.passed}
     assert "records, by a second reader" in failed and not any("second" not in what for what in failed)
+
+
+@pytest.mark.parametrize(
+    ("writing", "seconds", "beside", "limit"),
+    [
+        (95, 100, True, True),
+        (80, 100, True, False),
+        (60, 100, False, True),
+        (40, 100, False, False),
+        (9, 9, True, False),
+    ],
+)
+def test_writing_is_named_as_the_limit_where_it_held_the_forward_up(
+    writing: float, seconds: float, beside: bool, limit: bool
+) -> None:
+    assert placer.is_limit(writing, seconds, beside) is limit

@@ -87,6 +87,21 @@ def test_the_nearest_are_those_of_every_pair_in_fp64_with_ties_by_row(data: st.D
     np.testing.assert_allclose(cosines, expected[1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("rising", [1, -1])
+def test_the_nearest_are_found_whatever_the_order_of_rows_and_the_room_for_likely_ones(
+    rising: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TILE", "MANY", "MOST_LIKELY"):
+        monkeypatch.setattr(search, name, 2)
+    dice = np.random.default_rng(0)
+    query, noise = dice.normal(size=24), dice.normal(size=(400, 24))
+    array = (query + noise * np.linspace(3, 0.1, 400)[::rising, None]).astype(np.float32)
+    pooled = Pooled(None, "mean", 0, array, np.arange(400), size=16)  # type: ignore[arg-type]
+    queries, own = search.directions(array[[0, 1, 200, 398, 399]].astype(np.float64), np.zeros(24)), np.full(5, -1)
+    rows, _ = search.nearest(pooled, queries, own, 7, np.zeros(24), CPU)
+    assert rows.tolist() == by_brute_force(pooled, queries, own, 7, np.zeros(24))[0]
+
+
 def test_rows_alike_to_seven_digits_are_told_apart() -> None:
     """Differences that an fp32 product loses."""
     dice = np.random.default_rng(0)

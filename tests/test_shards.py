@@ -330,6 +330,52 @@ def test_of_several_sets_one_is_named(small: Case, three: Path) -> None:
     small.check(three)
 
 
+def test_a_merge_reads_each_row_of_a_shard_once_and_none_of_the_merged_file(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: dict[int, list[tuple[int, int]]] = {}
+    monkeypatch.setattr(merge, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(store.disk, "CHECKSUM_BLOCK", 1 << 10)
+    for call in ("pread", "preadv"):
+        real = getattr(os, call)
+
+        def noted(fd: int, what: Any, offset: int, real: Any = real) -> Any:
+            size = what if isinstance(what, int) else sum(memoryview(each).nbytes for each in what)
+            reads.setdefault(os.fstat(fd).st_ino, []).append((offset, offset + size))
+            return real(fd, what, offset)
+
+        monkeypatch.setattr(os, call, noted)
+    merge.merge_shards(str(three))
+    seen = {number: list(each) for number, each in reads.items()}
+    assert verify.verify_file(str(three)).passed
+    for path in (shards.path(three, Shard(number, 3)) for number in (1, 2, 3)):
+        with h5py.File(path) as file:
+            for kind in ("mean/2", "bos/2", "residue/2"):
+                begin, end = file[kind].id.get_offset(), file[kind].id.get_offset() + file[kind].nbytes
+                inside = sorted((a, b) for a, b in seen[path.stat().st_ino] if b > begin and a < end)
+                assert [a for a, _ in inside] == [begin, *(b for _, b in inside[:-1])] and inside[-1][1] == end
+    with h5py.File(three) as file:
+        size = file["residue/2"].nbytes
+        begin, end = file["residue/2"].id.get_offset(), file["residue/2"].id.get_offset() + size
+    again = sum(max(0, min(b, end) - max(a, begin)) for a, b in seen[three.stat().st_ino])
+    assert again < size // 20, "blocks at its ends, and none between them"
+
+
+@pytest.mark.parametrize("name", ["mean/2", "bos/2", "residue/2", "status", "flags", "lengths", "records", "run/sums"])
+def test_a_damaged_shard_leaves_no_merged_file_and_put_right_it_merges(small: Case, three: Path, name: str) -> None:
+    path = shards.path(three, Shard(2, 3))
+    whole = path.read_bytes()
+    with h5py.File(path) as file:
+        at = file[name].id.get_offset() + file[name].nbytes - 1
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(UserError, match=r"shard-0002-of-0003.h5 is (cut short or )?damaged"):
+        merge.merge_shards(str(three))
+    assert not three.exists() and not store.partial_path(three).exists()
+    path.write_bytes(whole)
+    merge.merge_shards(str(three))
+    small.check(three)
+
+
 def merged_in_child(output: str, survived: int) -> None:
     real, calls = os.pwrite, 0
 

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from virnucpro_cli.store import (
     Store,
     disk,
     read_embeddings,
+    sums,
 )
 
 NAMES = ["alpha", "β-lactamase", "alpha", "delta", "epsilon", "zeta"]
@@ -276,6 +278,67 @@ def test_rows_remember_the_environment_that_computed_them(tmp_path: Path) -> Non
         assert read["computed_by"][:].tolist() == [1, 2, 1, 0, 2, 0]
         lines = read["run/environments"][()].decode().splitlines()
     assert lines == ["{}", '{"device": "one"}', '{"device": "two"}']
+
+
+def test_rows_are_placed_and_marked_while_a_commit_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, waiting, placed, real = tmp_path / "out.h5", threading.Event(), threading.Event(), os.fdatasync
+
+    def slow(fd: int) -> None:
+        waiting.set()
+        assert placed.wait(60)
+        real(fd)
+
+    file = Store.create(output, layout())
+    file.place("mean", 2, np.array([0]), values([0]))
+    file.mark(np.array([0]))
+    monkeypatch.setattr(os, "fdatasync", slow)
+    with ThreadPoolExecutor(1) as pool:
+        commit = pool.submit(file.commit)
+        assert waiting.wait(60)
+        file.place("mean", 2, np.array([1]), values([1]))
+        file.mark(np.array([1]))
+        placed.set()
+        commit.result()
+    assert file.status.tolist() == [DONE, PENDING, PENDING, SKIPPED, PENDING, PENDING]
+    file.commit()
+    file.close()
+    resumed = Store.resume(output)
+    assert resumed.recheck(layout()) == 0
+    assert resumed.status.tolist() == [DONE, DONE, PENDING, SKIPPED, PENDING, PENDING]
+
+
+def test_a_commit_reads_no_row_whose_digests_come_with_its_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, of = Store.create(tmp_path / "out.h5", layout(("mean",), (2,))), values([0, 1, 2])
+    file.place("mean", 2, np.arange(3), of)
+    file.mark(np.arange(2), row_sums=sums.of_rows("mean/2", of[:2]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "read", lambda *_: pytest.fail("it reads"))
+        file.commit()
+    file.mark(np.arange(2, 3))
+    file.commit()
+    assert file.recheck(layout(("mean",), (2,))) == 0
+
+
+def test_runs_of_residues_are_written_from_where_they_lie(tmp_path: Path) -> None:
+    file = Store.create(tmp_path / "out.h5", layout())
+    every = np.arange(OFFSETS[-1])
+    scattered = np.full((40, HIDDEN), -1, np.float32)
+    starts, records = np.array([30, 2, 12, 20]), np.array([5, 0, 2, 1])
+    for start, record in zip(starts, records, strict=True):
+        own = every[OFFSETS[record] : OFFSETS[record + 1]]
+        scattered[start : start + len(own)] = values(own.tolist(), "residue", 2)
+    file.place("residue", 2, every, np.zeros((len(every), HIDDEN), np.float32))  # older, and staged
+    file.place_runs("residue/2", OFFSETS[records], scattered, starts, LENGTHS[records])
+    file.commit()
+    expected = values(every.tolist(), "residue", 2)
+    expected[OFFSETS[4] : OFFSETS[5]] = 0
+    assert np.array_equal(file.read("residue/2", every), expected)
+    with pytest.raises(RuntimeError):
+        file.place_runs("residue/2", OFFSETS[records], scattered[:, ::2], starts, LENGTHS[records])
 
 
 def test_after_a_failed_sync_nothing_is_vouched_for_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

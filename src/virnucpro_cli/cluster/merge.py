@@ -1,12 +1,15 @@
 """The merge workflow: all shards of an output, checked against one another, into one file in the order of the FASTA.
 
-Every row is copied as it is. A killed merge goes on with the same command; it leaves an ordinary partial file.
+Every byte of a shard is read once. Rows are compared with the checksums that their shard has of them as they pass, and
+only then written. A killed merge goes on with the same command; it leaves an ordinary partial file.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -21,16 +24,26 @@ from virnucpro_cli.fasta import kept
 from virnucpro_cli.features import Shards, stored_in
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.plan import shards
+from virnucpro_cli.plan.packing import ranges
+from virnucpro_cli.processes import cores
+from virnucpro_cli.store import sums
 from virnucpro_cli.store.disk import alone
 from virnucpro_cli.store.schema import chunks
 
 BLOCK_BYTES = 1 << 26
+AHEAD = 2
+"""Chunks of the merged file that are read before they are written."""
+MOST_READERS = 8
+COPY_AGAIN = "Copy it again, or run its shard again."
 FROM_THE_LAYOUT = ("schema", "status_names", "flag_names", "reason_names", "columns", "tables")
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A shard's file, open. records: int64 [M], rising; offsets: int64 [M + 1] with per-residue rows."""
+    """A shard's file, open. records: int64 [M], rising; offsets: int64 [M + 1] with per-residue rows.
+
+    sums: uint64 [M], digests of each record's rows, added up; None where the whole file was compared with its checksum.
+    """
 
     path: Path
     file: store.EmbeddingFile
@@ -38,6 +51,25 @@ class _Part:
     records: NDArray[np.int64]
     offsets: NDArray[np.int64] | None
     columns: dict[str, NDArray[Any]]
+    sums: NDArray[np.uint64] | None
+
+
+class _Damaged(UserError):
+    """A shard's bytes are not those that embed wrote."""
+
+    def __init__(self, path: Path):
+        super().__init__(f"{path} is damaged: its bytes are not those that embed wrote.", COPY_AGAIN)
+
+
+@dataclass
+class _Chunk:
+    """Records [start, stop) of the merged file while they are read. values: by dataset; sums: uint64 [stop - start]."""
+
+    start: int
+    stop: int
+    values: dict[str, NDArray[Any]]
+    sums: NDArray[np.uint64]
+    reading: list[Future[None]] = field(default_factory=list)
 
 
 def merge_shards(
@@ -70,11 +102,15 @@ def merge_shards(
             return summary
         lock, waiting = target.with_name(f"{target.name}.merging"), f"Another merge is writing {target} now."
         opened.enter_context(alone(lock, lambda _: None, waiting, "Wait for it to end.", wait=False))
-        file = _store(target, parts, fingerprint)
+        with clock.stage("lay out"):
+            file = _store(target, parts, fingerprint)
         with file.filling():
             if not file.locked:
                 out.print(store.without_lock(file.path), style="yellow")
-            with clock.stage("copy"), report.Tracker(out, max(1, len(file.status)), "proteins") as tracker:
+            with (
+                clock.stage("copy"), _gone_if_damaged(file),
+                report.Tracker(out, max(1, len(file.status)), "proteins") as tracker,
+            ):  # fmt: skip
                 for rows in _copied(parts, file, fingerprint):
                     tracker.advance(rows)
             with clock.stage("features"):
@@ -126,19 +162,28 @@ def _all_of(output: Path, count: int | None) -> list[Path]:
 def _opened(paths: list[Path], stack: ExitStack) -> list[_Part]:
     store.allow_open_files(len(paths))
     parts = []
-    for path in paths:
-        file = stack.enter_context(store.opened(str(path)))
+    for path, file in zip(paths, store.opened_all(paths), strict=True):
+        stack.enter_context(file)
         settings = file.settings
         if file.records is None or not file.complete:
             raise UserError(f"{path} is not a finished shard.", "Run its shard again.")
-        if not file.unaltered:
-            raise UserError(
-                f"{path} is damaged: its bytes are not those that embed wrote.",
-                "Copy it again, or run its shard again.",
-            )
+        vouched = file.is_as_laid_out
+        if not vouched and not file.unaltered:
+            raise _Damaged(path)
         offsets = file.residue_offsets if _by_residue(settings) else None
-        parts.append(_Part(path, file, settings, file.records, offsets, file.columns))
+        row_sums = file.at("run/sums")[:] - file.state_sums if vouched else None
+        parts.append(_Part(path, file, settings, file.records, offsets, file.columns, row_sums))
     return parts
+
+
+@contextmanager
+def _gone_if_damaged(file: store.Store) -> Iterator[None]:
+    """Remove the partial file when a shard turns out to be damaged."""
+    try:
+        yield
+    except _Damaged:
+        file.path.unlink()
+        raise
 
 
 def _of_the_whole(settings: dict[str, Any]) -> dict[str, Any]:
@@ -261,37 +306,106 @@ def _attributes(parts: list[_Part], fingerprint: dict[str, Any]) -> dict[str, An
 
 
 def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) -> Iterator[int]:
-    """Copy all rows that are pending, a stretch of the input after the other, and say how many records each was."""
-    n = len(file.status)
-    kinds = [(kind, layer) for kind in fingerprint["pool"] for layer in fingerprint["layers"]]
-    kinds += [("unmasked", name) for name in unmasked(fingerprint.get("emit", ()))]
-    width = max(file.places[f"{kind}/{layer}"].row_bytes for kind, layer in kinds) if n else 1
-    offsets = _offsets(parts, n)
+    """Copy all rows that are not there, a chunk of the input after the other, and say how many records each was.
+
+    Threads read the next chunks while one is written, and another thread waits for the disk.
+    """
+    n, offsets = len(file.status), _offsets(parts, len(file.status))
+    names = [f"{kind}/{layer}" for kind in fingerprint["pool"] for layer in fingerprint["layers"]]
+    names += [f"unmasked/{name}" for name in unmasked(fingerprint.get("emit", ()))]
+    width = max(file.places[name].row_bytes for name in names)
     file.keep_environments()
-    for start, stop in chunks(offsets, n, max(1, BLOCK_BYTES // width)):
-        rows = np.arange(start, stop)
-        pending = file.status[rows] == store.PENDING
-        if pending.any():
-            for kind, layer in kinds:
-                if by_residue(kind, layer):
-                    values = _residues(parts, kind, layer, start, stop, offsets)
-                    file.place(kind, layer, np.arange(offsets[start], offsets[stop]), values)
-                else:
-                    file.place(kind, layer, rows, _gathered(parts, start, stop, partial(_rows, kind=kind, layer=layer)))
-            status = _gathered(parts, start, stop, lambda part, own: part.file.status[own])
-            reason = _gathered(parts, start, stop, lambda part, own: part.file.reason[own])
-            done, recomputed = pending & (status == store.DONE), (file.flags[rows] & store.RECOMPUTED) > 0
-            file.mark(rows[done & ~recomputed])
-            file.mark(rows[done & recomputed], flag=store.RECOMPUTED)
-            # Skipped for want of memory by its shard, and so pending in a merge that is resumed.
-            for code in np.unique(reason[pending & (status == store.SKIPPED)]).tolist():
-                file.mark(rows[pending & (reason == code)], store.SKIPPED, reason=code)
-            file.commit()
-        yield stop - start
+    file.hash_as_written()
+    ahead, synced = deque[_Chunk](), deque[Future[None]]()
+    with ThreadPoolExecutor(min(cores() + 2, MOST_READERS)) as readers, ThreadPoolExecutor(1) as syncing:
+
+        def written() -> int:
+            chunk = ahead.popleft()
+            for each in chunk.reading:
+                each.result()
+            _write(parts, file, chunk, offsets)
+            synced.append(syncing.submit(file.commit))
+            if len(synced) > 1:
+                synced.popleft().result()
+            return chunk.stop - chunk.start
+
+        try:
+            for start, stop in chunks(offsets, n, max(1, BLOCK_BYTES // width)):
+                if (file.status[start:stop] == store.DONE).all():
+                    yield stop - start
+                    continue
+                ahead.append(_begun(parts, file, names, (start, stop), offsets, readers))
+                if len(ahead) > AHEAD:
+                    yield written()
+            while ahead:
+                yield written()
+            for each in synced:
+                each.result()
+        finally:
+            readers.shutdown(cancel_futures=True)
 
 
-def _rows(part: _Part, own: slice, kind: str, layer: int | str) -> NDArray[Any]:
-    return part.file.dataset(kind, layer)[own]
+def _begun(
+    parts: list[_Part], file: store.Store, names: list[str], records: tuple[int, int], offsets: NDArray[np.int64],
+    readers: ThreadPoolExecutor,
+) -> _Chunk:  # fmt: skip
+    """A chunk whose rows `readers` fill in."""
+    start, stop = records
+    sizes = {True: int(offsets[stop] - offsets[start]), False: stop - start}
+    values = {}
+    for name in names:
+        extent = file.places[name]
+        shape = sizes[_has_residues(name)], extent.row_bytes // extent.dtype.itemsize
+        values[name] = np.empty(shape, extent.dtype)
+    chunk = _Chunk(start, stop, values, np.zeros(stop - start, np.uint64))
+    for part in parts:
+        first, last = np.searchsorted(part.records, records).tolist()
+        if first < last:
+            chunk.reading.append(readers.submit(_take, part, first, last, chunk, offsets))
+    return chunk
+
+
+def _take(part: _Part, first: int, last: int, chunk: _Chunk, offsets: NDArray[np.int64]) -> None:
+    """Read a shard's records [first, last), put their rows into the chunk, and compare them with their checksums."""
+    records = part.records[first:last]
+    there = np.zeros(last - first, np.uint64)
+    for name, into in chunk.values.items():
+        if _has_residues(name):
+            assert part.offsets is not None
+            own, counts = np.arange(*part.offsets[[first, last]]), np.diff(part.offsets[first : last + 1])
+            rows, begin = ranges(offsets[records], counts), offsets[chunk.start]
+        else:
+            own, counts, rows, begin = np.arange(first, last), None, records, chunk.start
+        if not len(own):
+            continue
+        values = part.file.rows_at(name, int(own[0]), len(own)).reshape(len(own), -1)
+        into[rows - begin] = values
+        digests = sums.of_rows(name, values)
+        there += digests if counts is None else sums.of_records(own, digests, counts)
+        chunk.sums[records - chunk.start] += digests if counts is None else sums.of_records(rows, digests, counts)
+    if part.sums is not None and (there != part.sums[first:last]).any():
+        raise _Damaged(part.path)
+
+
+def _write(parts: list[_Part], file: store.Store, chunk: _Chunk, offsets: NDArray[np.int64]) -> None:
+    """Place a chunk's rows, and mark what is pending as its shard has it."""
+    start, stop = chunk.start, chunk.stop
+    rows = np.arange(start, stop)
+    for name, values in chunk.values.items():
+        kind, _, layer = name.partition("/")
+        file.place(kind, layer, np.arange(offsets[start], offsets[stop]) if _has_residues(name) else rows, values)
+    status = _gathered(parts, start, stop, lambda part, own: part.file.status[own])
+    reason = _gathered(parts, start, stop, lambda part, own: part.file.reason[own])
+    pending, recomputed = file.status[rows] == store.PENDING, (file.flags[rows] & store.RECOMPUTED) > 0
+
+    def mark(of: NDArray[np.bool_], status: int = store.DONE, flag: int = 0, reason: int = 0) -> None:
+        file.mark(rows[of], status, flag, reason, chunk.sums[of])
+
+    mark(pending & (status == store.DONE) & ~recomputed)
+    mark(pending & (status == store.DONE) & recomputed, flag=store.RECOMPUTED)
+    # Skipped for want of memory by its shard, and so pending in a merge that is resumed.
+    for code in np.unique(reason[pending & (status == store.SKIPPED)]).tolist():
+        mark(pending & (status == store.SKIPPED) & (reason == code), store.SKIPPED, reason=code)
 
 
 def _gathered(parts: list[_Part], start: int, stop: int, read: Callable[[_Part, slice], NDArray[Any]]) -> NDArray[Any]:
@@ -311,9 +425,8 @@ def _by_residue(settings: dict[str, Any]) -> bool:
     return any_by_residue(settings["pool"], settings.get("emit", ()))
 
 
-def _of(part: _Part) -> NDArray[np.int64]:
-    assert part.offsets is not None
-    return part.offsets
+def _has_residues(name: str) -> bool:
+    return by_residue(*name.partition("/")[::2])
 
 
 def _offsets(parts: list[_Part], n: int) -> NDArray[np.int64]:
@@ -323,18 +436,3 @@ def _offsets(parts: list[_Part], n: int) -> NDArray[np.int64]:
         if part.offsets is not None:
             sizes[part.records] = np.diff(part.offsets)
     return np.append(0, np.cumsum(sizes))
-
-
-def _residues(
-    parts: Sequence[_Part], kind: str, layer: int | str, start: int, stop: int, offsets: NDArray[np.int64]
-) -> NDArray[Any]:
-    data = parts[0].file.dataset(kind, layer)
-    whole = np.empty((int(offsets[stop] - offsets[start]), data.shape[1]), data.dtype)
-    for part in parts:
-        first, last = np.searchsorted(part.records, (start, stop)).tolist()
-        own = _of(part)[first : last + 1]
-        if first < last:
-            begin = offsets[part.records[first:last]] - offsets[start]
-            shift = np.repeat(begin - (own[:-1] - own[0]), np.diff(own))
-            whole[shift + np.arange(len(shift))] = part.file.dataset(kind, layer)[own[0] : own[-1]]
-    return whole

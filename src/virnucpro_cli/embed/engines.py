@@ -74,6 +74,8 @@ class OnThisHost(Computing):
         with _tracked(run, packs, placer), run.clock.stage("forward"):
             placer.started = time.perf_counter()
             runner.run_packs(packs, placer.collator, compute, placer, self.local_device, run.tell, placer.note_unfit)
+        if limit := placer.limit(time.perf_counter() - placer.started):
+            run.tell(limit)
 
     def _model(self, run: Run) -> runner.Compute:
         """The model of this process, as a function of a batch."""

@@ -1,6 +1,7 @@
 """The sink of a run: takes each batch's embeddings to the rows of its records and of their copies, windows stitched."""
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from virnucpro_cli.kinds import POOLED, by_residue
 from virnucpro_cli.model import locate
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan
 from virnucpro_cli.plan.policies import Decisions, Int64
+from virnucpro_cli.store import sums
 from virnucpro_cli.texts import ranges
 
 COMMIT_SECONDS = 5.0
@@ -67,6 +69,14 @@ def rows_of(batch: PackedBatch, embeddings: Embeddings) -> Rows:
     )  # fmt: skip
 
 
+def is_limit(writing: float, seconds: float, beside: bool) -> bool:
+    """Whether writing held up a forward of so many seconds, beside which or in turn with which rows were written.
+
+    Writing that is hidden takes nearly all of the time before it holds anything up. A short run does not say.
+    """
+    return seconds >= 2 * COMMIT_SECONDS and writing > (0.9 if beside else 0.5) * seconds
+
+
 class Placer:
     """The sink of the runner: what a batch yields goes to the rows of its records and of their copies.
 
@@ -83,9 +93,12 @@ class Placer:
         self.unfit: list[int] = []  # records that the device has no memory for
         self.flag = 0
         self.started = self.last_commit = time.perf_counter()
+        self.writing = 0.0  # seconds
         self._members = np.argsort(job.decisions.representative, kind="stable")
         self._sorted_representatives = job.decisions.representative[self._members]
         self._windows: dict[int, tuple[Pooled, Residue]] = {}  # by segment
+        self._beside = ThreadPoolExecutor(2, "disk")  # one to write, and one to wait for the disk
+        self._commit: Future[None] | None = None
 
     @cached_property
     def _offsets(self) -> Int64:
@@ -96,6 +109,7 @@ class Placer:
 
     def place(self, rows: Rows) -> None:
         """Place what a batch yields of pending records, float32 [n, D] and residues; note what of it is not finite."""
+        began = time.perf_counter()
         with self.clock.beside("write (overlapped)" if self.collator.pin else "write"):
             record = self.segments.record[rows.segments]
             wanted = self.pending[record]
@@ -105,11 +119,20 @@ class Placer:
             for i in np.flatnonzero(wanted & ~whole).tolist():
                 self._weigh_window(rows, i)
             self.commit_now_and_then()
+        self.writing += time.perf_counter() - began
         self.advance(rows.tokens)
 
+    def limit(self, seconds: float) -> str | None:
+        """Words for a forward of so many seconds, in this process, that the disk held up; None for others."""
+        rate = f"{report.size(self.file.written / seconds)}/s to {self.file.output.parent}"
+        return f"writing was the limit: {rate}" if is_limit(self.writing, seconds, self.collator.pin) else None
+
     def commit_now_and_then(self) -> None:
-        if time.perf_counter() - self.last_commit > COMMIT_SECONDS:
-            self.file.commit()
+        """Begin a commit every few seconds. The disk is waited for by another thread, so that rows can be placed."""
+        if time.perf_counter() - self.last_commit > COMMIT_SECONDS and (self._commit is None or self._commit.done()):
+            if self._commit is not None:
+                self._commit.result()
+            self._commit = self._beside.submit(self.file.commit)
             self.last_commit = time.perf_counter()
 
     def advance(self, tokens: int) -> None:
@@ -128,8 +151,8 @@ class Placer:
             kind, _, layer = name.partition("/")
             width = extent.row_bytes // extent.dtype.itemsize
             if by_residue(kind, layer) and layer != "offsets":
-                for row in rows.tolist():
-                    self._place_residues(layer, row, np.full((int(self.embedded[row]), width), np.nan))
+                for row, length in zip(rows, self.embedded[rows], strict=True):
+                    self._place_residues(layer, row[None], np.full((length, width), np.nan), np.zeros(1, np.int64))
             elif kind in (*POOLED, "unmasked"):
                 self.file.place(kind, layer, rows, np.full((len(rows), width), np.nan, extent.dtype))
         self.file.mark(rows, store.SKIPPED, reason=reason)
@@ -143,21 +166,30 @@ class Placer:
 
     def _place_whole(self, record: Int64, chosen: Int64, rows: Rows) -> None:
         places, source = self.rows_of(record[chosen])
+        row_sums = np.zeros(len(places), np.uint64)
         for (kind, layer), values in rows.pooled.items():
-            dtype = np.float32 if kind == "unmasked" else self.store_dtype
-            self.file.place(kind, layer, places, values[chosen][source].astype(dtype))
-        if rows.residue:
-            ends = np.cumsum(rows.seqlens)
-            starts = ends - rows.seqlens
-            for place, i in zip(places.tolist(), chosen[source].tolist(), strict=True):
-                for layer, values in rows.residue.items():
-                    self._place_residues(layer, place, values[starts[i] + 1 : ends[i] - 1])
-        self.file.mark(places, flag=self.flag)
+            stored = values[chosen].astype(np.float32 if kind == "unmasked" else self.store_dtype)
+            row_sums += sums.of_rows(f"{kind}/{layer}", stored)[source]
+            self.file.place(kind, layer, places, stored[source])
+        starts = np.cumsum(rows.seqlens) - rows.seqlens + 1
+        for layer, values in rows.residue.items():
+            row_sums += self._place_residues(layer, places, values, starts[chosen][source])
+        self.file.mark(places, flag=self.flag, row_sums=row_sums)
 
-    def _place_residues(self, layer: int | str, row: int, values: NDArray[Any]) -> None:
-        rows = np.arange(self._offsets[row], self._offsets[row + 1])
-        kind = "unmasked" if layer == "logits" else "residue"
-        self.file.place(kind, layer, rows, values.astype(self.store_dtype, copy=False))
+    def _place_residues(
+        self, layer: int | str, records: Int64, values: NDArray[Any], starts: Int64
+    ) -> NDArray[np.uint64]:
+        """Place residues of records (int64 [m]), of each from starts[i] in values [n, D] on; digests, uint64 [m].
+
+        Digests of all rows are computed at once, while another thread writes.
+        """
+        name = f"{'unmasked' if layer == 'logits' else 'residue'}/{layer}"
+        stored = np.ascontiguousarray(values, self.store_dtype)
+        first, counts = self._offsets[records], self.embedded[records].astype(np.int64)
+        written = self._beside.submit(self.file.place_runs, name, first, stored, starts, counts)
+        digests = sums.of_rows(name, stored)[ranges(starts, counts)]
+        written.result()
+        return sums.of_records(ranges(first, counts), digests, counts)
 
     def _weigh_window(self, rows: Rows, i: int) -> None:
         segment, end = int(rows.segments[i]), int(rows.seqlens[: i + 1].sum())
@@ -207,6 +239,5 @@ class Placer:
         for (kind, layer), values in stored.items():
             self.file.place(kind, layer, rows, np.broadcast_to(values, (len(rows), len(values))))
         for layer, values in residue.items():
-            for row in rows.tolist():
-                self._place_residues(layer, row, values)
+            self._place_residues(layer, rows, values, np.zeros(len(rows), np.int64))
         self.file.mark(rows, flag=self.flag)

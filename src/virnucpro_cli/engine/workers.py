@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from virnucpro_cli import report
-from virnucpro_cli.engine import runner
+from virnucpro_cli.engine import placer, runner
 from virnucpro_cli.engine.dealing import Dealer, Lost, Message, Worker, lost_by, used_here
 from virnucpro_cli.engine.devices import threads_of
 from virnucpro_cli.engine.placer import Job, Placer, Pooled, Residue, Rows
@@ -272,7 +272,6 @@ class _SharedStore(Store):
 
     def __init__(self, post: _Post, *of: Any):
         super().__init__(*of)
-        self._vouched = []  # the parent vouches, for what it reads in the file
         self.post = post
         self.broken: list[int] = []
         self.unfit: list[int] = []
@@ -295,6 +294,12 @@ class _WorkerPlacer(Placer):
         super().place(rows)
         if self.file.post.ended:
             raise _Enough
+
+    def commit_now_and_then(self) -> None:
+        """Commit every few seconds, at once: nothing waits for a disk here."""
+        if time.perf_counter() - self.last_commit > placer.COMMIT_SECONDS:
+            self.file.commit()
+            self.last_commit = time.perf_counter()
 
     def keep(self, segment: int, pooled: Pooled, residue: Residue) -> None:
         """Send a window: pooled float32 [D], residue float32 [length, D]."""

@@ -1,7 +1,7 @@
 """The search workflow: for each query the nearest rows of an embeddings file, by cosine, exactly.
 
-Products are in fp32, on the GPU if there is one. Whatever could be among the first k is computed again in fp64, so that
-neither the device nor the order of a sum decides who is nearer.
+Products are in fp32, on the GPU if there is one. Whatever could be among the first k is computed again in fp64, once
+all rows were seen, so that neither the device nor the order of a sum decides who is nearer.
 """
 
 import dataclasses
@@ -26,8 +26,14 @@ from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.validation import audit
 
 COLUMNS = ("query", "hit", "rank", "cosine", "query_length", "hit_length")
-QUERIES, HITS = 1024, 1 << 20
+QUERIES, HITS = 1 << 14, 1 << 20
 """Queries, and hits of them, that are searched for in one pass over the file."""
+TILE = 2048
+"""Queries that are multiplied with a block of rows at a time."""
+MANY = 4
+"""Times as many likely hits as are asked for, from which on a block's own best narrow them down."""
+MOST_LIKELY = 1 << 22
+"""Likely hits that are held before those are dropped that later ones have overtaken."""
 PAIRS = 4096
 """Pairs that are computed in fp64 at a time."""
 FEW = 10
@@ -65,6 +71,7 @@ def search_file(settings: SearchConfig) -> int:
             out.print(f"{counted(lacking, word)} of the query skipped, without hits", style="yellow")
         device = devices.resolve_device("auto")
         exact_arithmetic()
+        devices.keep_freed_memory()
         mean = np.zeros(data.array.shape[1]) if settings.raw else data.mean()
         sizes = f"{counted(len(data), word)} for {counted(len(queries), word)}"
         out.print(f"searching {sizes} on {device.type}", style="dim")
@@ -107,27 +114,75 @@ def nearest(
     queries: float64 [m, D], see `directions`; own: int64 [m], a row that is no hit of its query.
     Returns row numbers int64 [m, k], -1 where there are fewer, and cosines float64 [m, k].
     """
-    rows = np.full((len(queries), k), -1)
-    cosines = np.full((len(queries), k), -np.inf)
     slack = (queries.shape[1] + 16) * 2.0**-23  # more than an fp32 product of two such directions can be off
-    single = torch.from_numpy(queries).to(device).float()
-    mean_there = torch.from_numpy(mean).to(device)
+    single, mean_there = torch.from_numpy(queries).float().to(device), torch.from_numpy(mean).to(device)
+    room = torch.empty(TILE, data.size, device=device)
+    best, kth = np.full((len(queries), k), -1), np.full((len(queries), k), -np.inf)  # by their products
+    found: list[tuple[NDArray[Any], ...]] = []
     for numbers, values in data.blocks():
-        product = single @ directions(torch.from_numpy(values).to(device).double(), mean_there).float().T
-        enough = min(k + 1, len(numbers))  # one more, for a query's own row
-        floor = product.topk(enough, dim=1, sorted=False).values.min(dim=1).values
-        floor = torch.maximum(floor, torch.from_numpy(cosines[:, -1]).to(device).float()) - slack
-        query, place = (product >= floor[:, None]).nonzero(as_tuple=True)
-        q, p = query.cpu().numpy(), place.cpu().numpy()
+        there = _single(torch.from_numpy(values).to(device), mean_there).T
+        floor = torch.from_numpy(kth[:, -1]).to(device).float() - 2 * slack
+        pairs = []
+        for tile in store.blocks(len(queries), TILE):
+            product = torch.mm(single[tile], there, out=room[: tile.stop - tile.start, : len(numbers)])
+            pairs.append(_likely(product, floor[tile], k + 1, 2 * slack, tile.start))
+        q, p, products = (torch.cat(each).cpu().numpy() for each in zip(*pairs, strict=True))
         foreign = numbers[p] != own[q]
-        q, p = q[foreign], p[foreign]
-        exact = [
-            np.einsum("ij,ij->i", queries[q[part]], directions(values[p[part]].astype(np.float64), mean))
-            for part in store.blocks(len(q), PAIRS)
-        ]
-        _keep_best(rows, cosines, q, numbers[p], np.concatenate([np.empty(0), *exact]))
+        q, p, products = q[foreign], numbers[p[foreign]], products[foreign].astype(np.float64)
+        touched, among = np.unique(q, return_inverse=True)
+        of_touched = best[touched], kth[touched]
+        _keep_best(*of_touched, among, p, products)
+        best[touched], kth[touched] = of_touched
+        found.append((q, p, products))
+        if sum(len(each) for each, _, _ in found) > MOST_LIKELY or numbers[-1] == data.rows[-1]:
+            q, p, products = (np.concatenate(each) for each in zip(*found, strict=True))
+            still = np.flatnonzero(products >= kth[q, -1] - 2 * slack)
+            found = [(q[still], p[still], products[still])]
         advance(len(numbers))
+    return _exactly_best(data, queries, mean, k, *found[0][:2])
+
+
+def _exactly_best(
+    data: Pooled, queries: NDArray[np.float64], mean: NDArray[np.float64], k: int, q: NDArray[np.int64],
+    p: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:  # fmt: skip
+    """The k best of likely pairs of a query and a row (int64 [n] each), by cosines in fp64; see `nearest`."""
+    rows, cosines = np.full((len(queries), k), -1), np.full((len(queries), k), -np.inf)
+    order = np.argsort(p, kind="stable")  # as they lie in the file
+    q, p, exact = q[order], p[order], np.empty(len(q))
+    for part in store.blocks(len(q), PAIRS):
+        distinct, which = np.unique(p[part], return_inverse=True)
+        there = directions(data.array[distinct].astype(np.float64), mean)
+        exact[part] = np.einsum("ij,ij->i", queries[q[part]], there[which])
+    _keep_best(rows, cosines, q, p, exact)
     return rows, cosines
+
+
+def _single(values: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Directions in fp32 of rows [m, D] in the dtype of the file; mean: float64 [D]."""
+    centred = values.double().sub_(mean)
+    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    some = norm > 1e-9 * torch.linalg.vector_norm(mean)
+    return centred.mul_(some / (norm + ~some)).float()
+
+
+def _likely(
+    product: torch.Tensor, floor: torch.Tensor, enough: int, slack: float, first: int
+) -> tuple[torch.Tensor, ...]:
+    """Query (int64 [n], counted from `first`), place (int64 [n]) and product of all that could be among the best.
+
+    product: float32 [m, B]; floor: float32 [m], the least that could be; enough: hits of a query, and one more for its
+    own row; slack: how far below a hit another product may be.
+    """
+    some = (product.amax(1) >= floor).nonzero()[:, 0]
+    if len(some) < len(product):
+        product, floor = product[some], floor[some]
+    likely = product >= floor[:, None]
+    if likely.count_nonzero() > MANY * enough * len(some):
+        own = product.topk(min(enough, product.shape[1]), dim=1, sorted=False).values.amin(dim=1)
+        likely = product >= torch.maximum(floor, own - slack)[:, None]
+    query, place = likely.nonzero(as_tuple=True)
+    return some[query] + first, place, product[query, place]
 
 
 def _keep_best(

@@ -8,20 +8,24 @@ import os
 import resource
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO
+from types import MappingProxyType
+from typing import IO, Any
 
 from virnucpro_cli.errors import UserError, shell_word
+from virnucpro_cli.processes import cores
 from virnucpro_cli.store.schema import CHECKSUM_BYTES
 
 OTHER_FILES = 256
 CHECKSUM_BLOCK, CHECKSUM_PIECE = 1 << 24, 1 << 20
-CHECKSUM_THREADS = 16
+MOST_HASHING = 16
+"""Threads that hash a file, at most; each holds a piece."""
 NEW = ".virnucpro-new"
 """Suffix of a file that is being made. Whatever has such a name is this program's; a lock is known by being empty."""
 ANOTHER = "Wait for it, or choose another output with -o."
@@ -416,13 +420,59 @@ def sync_folder(path: Path) -> None:
             os.close(folder)
 
 
-def checksum(fd: int, itself: int, complete: int) -> str:
+class PassingDigests:
+    """SHA-256 of blocks of a file, taken as they are written. whole: those of blocks written from end to end in order.
+
+    Every write must be told: one that is out of order makes its block one to be read.
+    """
+
+    def __init__(self) -> None:
+        self.whole: dict[int, bytes] = {}
+        self._begun: dict[int, tuple[Any, int]] = {}  # start of a block -> its hash, and the offset up to which it is
+        self._pool = ThreadPoolExecutor(min(cores(), MOST_HASHING), "hash")
+        self._lock = threading.Lock()  # neighbours of two writes may share a block
+
+    @contextmanager
+    def taken(self, data: memoryview, offset: int) -> Iterator[None]:
+        """Hash data beside the block, which writes it at that offset."""
+        first = offset - offset % CHECKSUM_BLOCK
+        starts = range(first, offset + len(data), CHECKSUM_BLOCK)
+        with self._lock:
+            hashing = [self._pool.submit(self._pass, start, data, offset) for start in starts]
+            try:
+                yield
+            finally:
+                for each in hashing:
+                    each.result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _pass(self, start: int, data: memoryview, offset: int) -> None:
+        self.whole.pop(start, None)
+        hasher, upto = self._begun.pop(start, (None, -1))
+        begin, end = max(start, offset), min(start + CHECKSUM_BLOCK, offset + len(data))
+        if begin == start:
+            hasher = hashlib.sha256()
+        elif begin != upto:
+            return
+        hasher.update(data[begin - offset : end - offset])
+        if end == start + CHECKSUM_BLOCK:
+            self.whole[start] = hasher.digest()
+        else:
+            self._begun[start] = hasher, end
+
+
+def checksum(fd: int, itself: int, complete: int, known: Mapping[int, bytes] = MappingProxyType({})) -> str:
     """SHA-256, in hex, of the SHA-256 of every 16 MiB of a file: embeddings, names, columns, attributes, the report.
 
     /run/checksum and /run/complete, at those offsets, count as zeros: they are written last.
+    known: SHA-256 of blocks, by their start, that need not be read.
     """
 
     def of_block(start: int) -> bytes:
+        if start in known:
+            return known[start]
         sha, piece = hashlib.sha256(), memoryview(bytearray(CHECKSUM_PIECE))
         for at in range(start, min(start + CHECKSUM_BLOCK, end), CHECKSUM_PIECE):
             view, filled = piece[: end - at], 0
@@ -436,7 +486,7 @@ def checksum(fd: int, itself: int, complete: int) -> str:
         return sha.digest()
 
     end = os.fstat(fd).st_size
-    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, CHECKSUM_THREADS))  # hashing lets go of Python
+    pool = ThreadPoolExecutor(min(cores(), MOST_HASHING))  # hashing lets go of Python
     try:
         starts = range(0, end, CHECKSUM_BLOCK)
         return hashlib.sha256(b"".join(pool.map(of_block, starts))).hexdigest()

@@ -5,7 +5,8 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError, counted
 from virnucpro_cli.kinds import KINDS, POOLED, PROTEIN, WORDS
-from virnucpro_cli.store import checked, disk
+from virnucpro_cli.processes import cores
+from virnucpro_cli.store import checked, disk, schema, sums
 from virnucpro_cli.store.checked import Dataset, columns_of, damage_named, damaged, datasets_of, opened_hdf5, reading
 from virnucpro_cli.store.schema import DONE, NAME_BLOCK, PENDING, STATUS_NAMES, blocks, chunks, unfit, whole_lines
 
@@ -156,6 +158,13 @@ class EmbeddingFile:
         return environments
 
     @property
+    def state_sums(self) -> NDArray[np.uint64]:
+        """Digests of what each record's status, flags, reason and environment are, uint64 [N]; see `sums.of_states`."""
+        with reading(self.path):
+            lines = whole_lines(self.at("run/environments")[()])
+        return sums.of_states([self.at(name)[:] for name in schema.STATES], lines)
+
+    @property
     def checksum_of_the_run(self) -> str:
         """The checksum when embed had finished; empty before."""
         text: bytes = self.at("run/checksum")[()]
@@ -171,6 +180,24 @@ class EmbeddingFile:
         offsets = [self._data[f"run/{name}"].id.get_offset() for name in ("checksum", "complete")]
         with reading(self.path):
             return disk.checksum(self._file.id.get_vfd_handle(), *offsets)
+
+    @property
+    def is_as_laid_out(self) -> bool:
+        """Whether all that is neither rows nor their states is as it was before the first row. Reads all of that.
+
+        Files of earlier versions, which cannot tell, and files with groups or contact maps are not.
+        """
+        if not self._data.keys() >= {"run/layout", "run/sums"} or self.groups is not None or self.contact_maps:
+            return False
+        changing = [name for name in self._data if name in schema.STATES or schema.is_of_rows(name)]
+        extents = [self._extent(name) for name in (*changing, *(n for n in self._data if n.startswith("run/")))]
+        with reading(self.path):
+            return sums.of_the_rest(self._file.id.get_vfd_handle(), extents) == self.at("run/layout")[()]
+
+    def _extent(self, name: str) -> tuple[int, int]:
+        """Offset and bytes of a dataset."""
+        data = self.at(name)
+        return data.id.get_offset() or 0, data.dtype.itemsize * data.size
 
     @property
     def identity(self) -> str:
@@ -355,6 +382,22 @@ class EmbeddingFile:
             return self.at("embeddings")
         return self.at("{}/{}".format(*self.kind_and_layer(kind, layer)))
 
+    def rows_at(self, name: str, first: int, count: int) -> NDArray[Any]:
+        """A row of a dataset and those that follow it, [count, D]. HDF5 is passed by: threads do not wait for another.
+
+        Raises UserError if the file was cut short.
+        """
+        data = self._data[name]
+        rows = np.empty((count, *data.shape[1:]), data.dtype)
+        view, offset = rows.view(np.uint8).reshape(-1).data, self._extent(name)[0]
+        with reading(self.path):
+            offset += first * (rows.nbytes // max(count, 1))
+            while view:
+                if not (done := os.preadv(self._file.id.get_vfd_handle(), [view], offset)):
+                    raise damaged(self.path, f"{name} ends early")
+                view, offset = view[done:], offset + done
+        return rows
+
     def array(self, kind: str | None = None, layer: int | None = None) -> NDArray[Any]:
         """A dataset (see `dataset`) as a read-only memory map, float16 or float32: [N, D], or [sum L, D] of residues.
 
@@ -509,28 +552,48 @@ def read_embeddings(path: str | Path) -> EmbeddingFile:
 
 def opened(path: str | Path) -> EmbeddingFile:
     """The file at `path` for a command, with all that its fingerprint promises. Raises UserError if it is none."""
-    _try_in_a_child(Path(path).absolute())
-    file = EmbeddingFile(path)
+    return opened_all([path])[0]
+
+
+def opened_all(paths: Sequence[str | Path]) -> list[EmbeddingFile]:
+    """The files at `paths`, each as `opened` gives it. Raises UserError for the first that is none."""
+    _try_in_children([Path(path).absolute() for path in paths], cores())
+    files: list[EmbeddingFile] = []
     try:
-        file.settings  # noqa: B018  (it raises)
+        for path in paths:
+            files.append(EmbeddingFile(path))
+            files[-1].settings  # noqa: B018  (it raises)
     except BaseException:
-        file.close()
+        for file in files:
+            file.close()
         raise
-    return file
+    return files
 
 
-def _try_in_a_child(path: Path) -> None:
-    """Raise UserError if HDF5 crashes or does not come back when it opens the file, as it may in a damaged one."""
+def _try_in_children(paths: list[Path], children: int) -> None:
+    """Raise UserError if HDF5 crashes or does not come back when it opens a file, as it may with a damaged one."""
+    shares = [share for first in range(children) if (share := paths[first::children])]
+    pids = [_child_that_opens(share) for share in shares]
+    ends = [os.waitpid(pid, 0)[1] for pid in pids]
+    for share, status in zip(shares, ends, strict=True):
+        if os.WIFSIGNALED(status) and (signum := os.WTERMSIG(status)) in LOST:
+            if len(share) == 1:
+                raise damaged(share[0], f"the HDF5 library {LOST[signum]} when it reads it")
+            for path in share:
+                _try_in_children([path], 1)
+
+
+def _child_that_opens(paths: list[Path]) -> int:
+    """The number of a process that opens files one after the other, and ends."""
     pid = os.fork()
     if pid == 0:
         try:
             for each in (*LOST, *STOP_SIGNALS):
                 signal.signal(each, signal.SIG_DFL)
-            signal.alarm(OPENING_SECONDS + path.stat().st_size // OPENING_RATE)
-            with EmbeddingFile(path) as file:
-                file.names_of(0, NAME_BLOCK)
+            for path in paths:
+                signal.alarm(OPENING_SECONDS + path.stat().st_size // OPENING_RATE)
+                with suppress(Exception), EmbeddingFile(path) as file:
+                    file.names_of(0, NAME_BLOCK)
         finally:
             os._exit(0)  # an error is told by the process that asks
-    status = os.waitpid(pid, 0)[1]
-    if os.WIFSIGNALED(status) and (signum := os.WTERMSIG(status)) in LOST:
-        raise damaged(path, f"the HDF5 library {LOST[signum]} when it reads it")
+    return pid

@@ -15,6 +15,8 @@ SCHEMA = 1
 PENDING, DONE, SKIPPED = 0, 1, 2
 STATUS_NAMES = ("pending", "done", "skipped")
 TRUNCATED, REPLACED, RECOMPUTED, COPIED, WINDOWED, CACHED = 1, 2, 4, 8, 16, 32
+STATES = ("status", "flags", "reason", "computed_by")
+"""Columns that say what became of a record."""
 FLAG_NAMES = {1: "truncated", 2: "replaced", 4: "recomputed in fp32", 8: "copied", 16: "windowed", 32: "from the cache"}
 REASONS = ("", "empty", "invalid residues", "too long", "not finite", "out of memory", "not in what was imported",
            "name not unique")  # fmt: skip
@@ -119,6 +121,11 @@ FIELDS = (
 NEEDED = ("sequence_ids", "lengths", "replaced", "flags", "status", "reason", "computed_by", "run/report",
           "run/environments", "run/checksum", "run/complete")  # fmt: skip
 """Datasets of every file."""
+
+
+def is_of_rows(name: str) -> bool:
+    """Whether a dataset holds rows that run/sums vouches for: rows of records or residues, and scores."""
+    return name.split("/")[0] in (*POOLED, "residue", "unmasked") and name != "residue/offsets"
 
 
 def field_of(name: str) -> Field | None:

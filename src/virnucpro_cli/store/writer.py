@@ -4,7 +4,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,19 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli.errors import Stopped, UserError
-from virnucpro_cli.kinds import POOLED, by_residue
+from virnucpro_cli.kinds import by_residue
 from virnucpro_cli.store import disk, schema, sums
 from virnucpro_cli.store.checked import DAMAGE, damage_named, datasets_in
 from virnucpro_cli.store.layout import Layout, lay_out
-from virnucpro_cli.store.schema import DONE, NO_MEMORY, PENDING, RECOMPUTED, SKIPPED, blocks, chunks
+from virnucpro_cli.store.schema import DONE, NO_MEMORY, PENDING, RECOMPUTED, SKIPPED, STATES, blocks, chunks
 
 LARGE_WRITE = 1 << 15
 MOST_STAGED = 1 << 26
 COMPARED_ROWS = 1 << 16
 NEAR_BYTES = 1 << 12  # a page, which is written whole anyway
-STATES = ("status", "flags", "reason", "computed_by")
 RESTART = "Discard it with --restart."
 DAMAGED = ((*DAMAGE, MemoryError), RESTART)
+
+
+class Mark(NamedTuple):
+    """Records, int64 [n], that are final as placed. sums: uint64 [n], digests of their rows; None: see the file."""
+
+    rows: NDArray[np.int64]
+    status: int
+    flag: int
+    reason: int
+    sums: NDArray[np.uint64] | None
 
 
 class Extent(NamedTuple):
@@ -58,14 +67,15 @@ class Store:
     def __init__(self, output: Path, path: Path, fd: int, locked: bool = True):
         self.output, self.path, self.fd, self.locked = output, path, fd, locked
         self.replaces: os.stat_result | None = None
-        self._uncommitted: list[tuple[NDArray[np.int64], int, int, int]] = []
+        self._uncommitted: list[Mark] = []
         self._staged: defaultdict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = defaultdict(list)
         self._staged_bytes = 0
-        self._fresh: defaultdict[str, list[tuple[NDArray[np.int64], NDArray[np.uint64]]]] = defaultdict(list)
-        """Digests of placed rows."""
         self._environment: int | None = 0
         self._failed: UserError | None = None  # the first failed sync
-        self._lock = threading.RLock()  # an error elsewhere may commit while a writing thread still places
+        self._lock = threading.RLock()  # of what is placed and marked, which a commit on another thread takes over
+        self._committing = threading.RLock()
+        self._passing: disk.PassingDigests | None = None
+        self.written = 0  # bytes
         with h5py.File(path, "r", locking=False) as file:
             self.status: NDArray[np.uint8] = file["status"][:]
             self.flags: NDArray[np.uint16] = file["flags"][:]
@@ -74,8 +84,7 @@ class Store:
             self.environments: list[str] = schema.whole_lines(file["run/environments"][()])
             self._offsets: NDArray[np.int64] | None = file["residue/offsets"][:] if "residue/offsets" in file else None
             self.places = _extents(file, path)
-        kinds = (*POOLED, "residue", "unmasked")
-        self._vouched = [name for name in self.places if name.split("/")[0] in kinds and name != "residue/offsets"]
+        self._vouched = [name for name in self.places if schema.is_of_rows(name)]
 
     @classmethod
     def create(cls, output: Path, layout: Layout, preallocate: bool = True) -> "Store":
@@ -159,7 +168,6 @@ class Store:
         self._fill_nan(rows[skipped])
         expected = self._state_sums(rows)
         expected[skipped] += self._row_sums(rows[skipped])
-        self._fresh.clear()
         self._write_rows("run/sums", rows, expected)
 
     def _fill_nan(self, records: NDArray[np.int64]) -> None:
@@ -185,26 +193,15 @@ class Store:
         return sums.of_states([getattr(self, name)[rows] for name in STATES], self.environments)
 
     def _row_sums(self, records: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Sums of the digests of all rows of records (rising), as just placed, else as in the file."""
+        """Sums of the digests of all rows of records (rising), as they are in the file."""
         total = np.zeros(len(records), np.uint64)
-        for name in self._vouched:
+        for name in self._vouched if len(records) else ():
             rows, counts = self._rows_of(name, records)
-            digests = self._digests(name, rows)
+            digests = np.empty(len(rows), np.uint64)
+            for block in blocks(len(rows), max(1, MOST_STAGED // self.places[name].row_bytes)):
+                digests[block] = sums.of_rows(name, self.read(name, rows[block]))
             total += digests if counts is None else sums.of_records(rows, digests, counts)
         return total
-
-    def _digests(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        digests, known = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.bool_)
-        if name in self._fresh and len(rows):
-            placed, fresh = (np.concatenate(each) for each in zip(*self._fresh[name], strict=True))
-            at = np.minimum(np.searchsorted(rows, placed), len(rows) - 1)
-            ours = rows[at] == placed
-            digests[at[ours]], known[at[ours]] = fresh[ours], True
-        missing = np.flatnonzero(~known)
-        for block in blocks(len(missing), max(1, MOST_STAGED // self.places[name].row_bytes)):
-            some = missing[block]
-            digests[some] = sums.of_rows(name, self.read(name, rows[some]))
-        return digests
 
     def _sum_of_the_rest(self, layout: Layout) -> bytes:
         changing = [self.places[name] for name in layout.changing & self.places.keys()]
@@ -222,8 +219,6 @@ class Store:
         if len(rows) != len(values) or values[0].nbytes != self.places[name].row_bytes:
             raise RuntimeError("values in another number, dtype or width than their rows")
         with self._lock:
-            if name in self._vouched:
-                self._fresh[name].append((rows, sums.of_rows(name, values)))
             if values.nbytes >= LARGE_WRITE and (np.diff(rows) == 1).all():
                 if name in self._staged:
                     self._write_staged()  # which may hold an older value of these rows
@@ -233,6 +228,27 @@ class Store:
             self._staged_bytes += values.nbytes
             if self._staged_bytes > MOST_STAGED:
                 self._write_staged()
+
+    def place_runs(
+        self, name: str, rows: NDArray[np.int64], values: NDArray[Any], starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """Write runs of rows of a dataset from where they lie in values [n, D], already in the store dtype.
+
+        Run i is `values[starts[i]:starts[i] + counts[i]]`, for row rows[i] and those that follow it; all int64 [m].
+        Nothing is copied. Raises UserError if the disk fails.
+        """
+        extent = self.places[name]
+        if values.nbytes != len(values) * extent.row_bytes or not values.flags.c_contiguous:
+            raise RuntimeError("values in another dtype or width than their rows, or not in one piece")
+        data, order = values.view(np.uint8).reshape(-1).data, np.argsort(rows)
+        begins, ends = starts[order] * extent.row_bytes, (starts + counts)[order] * extent.row_bytes
+        offsets = extent.offset + rows[order] * extent.row_bytes
+        with self._lock:
+            if name in self._staged:
+                self._write_staged()  # which may hold an older value of these rows
+            for begin, end, offset in zip(begins.tolist(), ends.tolist(), offsets.tolist(), strict=True):
+                self._write(data[begin:end], offset)
 
     def place_at(self, name: str, first: int, values: NDArray[Any]) -> None:
         """Write values [n, D], already in the store dtype, to a row and those that follow it, none of them staged."""
@@ -294,46 +310,65 @@ class Store:
         self._read_run(name, first, data)
         return data.view(extent.dtype)
 
-    def mark(self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0) -> None:
-        """Note that rows (int64 [n]) are final as placed so far; it becomes true on disk with the next commit."""
+    def mark(
+        self, rows: NDArray[np.int64], status: int = DONE, flag: int = 0, reason: int = 0,
+        row_sums: NDArray[np.uint64] | None = None,
+    ) -> None:  # fmt: skip
+        """Note that rows (int64 [n]) are final as placed so far; it becomes true on disk with the next commit.
+
+        row_sums: uint64 [n], the digests of all rows of each record, added up. Without them they are read in the file.
+        """
         if len(rows):
             with self._lock:
-                self._uncommitted.append((rows, status, flag, reason))
+                self._uncommitted.append(Mark(rows, status, flag, reason, row_sums))
 
     def commit(self) -> None:
         """Make placed rows durable, then the status bytes that vouch for them. After a failed sync, never again.
 
-        Raises UserError if the disk fails.
+        Other threads may place and mark meanwhile; that is the next commit's. Raises UserError if the disk fails.
         """
-        with self._lock:
-            if self._failed is not None:
-                raise self._failed
-            self._write_staged()
-            if not self._uncommitted:
-                return
-            self._sync()
-            for rows, status, flag, reason in self._uncommitted:
-                self.status[rows] = status
-                self._set("flags", self.flags, rows, self.flags[rows] & ~np.uint16(RECOMPUTED) | np.uint16(flag))
-                self._set("reason", self.reason, rows, reason)
-                if self._environment is not None:
-                    self._set("computed_by", self.computed_by, rows, self._environment)
-            every = np.unique(np.concatenate([rows for rows, *_ in self._uncommitted]))
-            self._write_column("run/sums", every, self._state_sums(every) + self._row_sums(every))
-            self._sync()
-            self._write_column("status", every, self.status[every])
-            self._sync()
-            self._uncommitted.clear()
-            self._fresh.clear()
+        with self._committing:
+            with self._lock:
+                if self._failed is not None:
+                    raise self._failed
+                self._write_staged()
+                marks, self._uncommitted = self._uncommitted, []
+            try:
+                if marks:
+                    self._vouch_for(marks)
+            except BaseException:
+                with self._lock:
+                    if self._failed is None:
+                        self._uncommitted[:0] = marks
+                raise
+
+    def _vouch_for(self, marks: list[Mark]) -> None:
+        self._sync()
+        every = np.unique(np.concatenate([mark.rows for mark in marks]))
+        total, known = np.zeros(len(every), np.uint64), np.zeros(len(every), np.bool_)
+        for rows, status, flag, reason, row_sums in marks:
+            self.status[rows] = status
+            self._set("flags", self.flags, rows, self.flags[rows] & ~np.uint16(RECOMPUTED) | np.uint16(flag))
+            self._set("reason", self.reason, rows, reason)
+            if self._environment is not None:
+                self._set("computed_by", self.computed_by, rows, self._environment)
+            at = np.searchsorted(every, rows)
+            known[at] = row_sums is not None
+            if row_sums is not None:
+                total[at] = row_sums
+        total[~known] = self._row_sums(every[~known])
+        self._write_column("run/sums", every, self._state_sums(every) + total)
+        self._sync()
+        self._write_column("status", every, self.status[every])
+        self._sync()
 
     def settle(self, name: str, rows: NDArray[np.int64], value: int, columns: dict[str, NDArray[np.uint64]]) -> None:
         """Make placed values durable, with those (uint64 [n]) of other columns for rows (int64 [n]).
 
         Then, also durably, give rows of the column `name` a value that vouches for them. Raises UserError on failure.
         """
-        with self._lock:
+        with self._committing:
             self.commit()
-            self._write_staged()
             if len(rows):
                 order = np.argsort(rows)
                 for column, values in columns.items():
@@ -344,7 +379,7 @@ class Store:
 
     def compute_in(self, environment: str) -> None:
         """Note in the column computed_by that rows marked from now on are of this environment (a line of JSON)."""
-        with self._lock:
+        with self._committing:
             self.commit()
             text = "\n".join([*self.environments, environment, ""]).encode()
             room = len(text) <= schema.ENVIRONMENT_BYTES and len(self.environments) < schema.MOST_ENVIRONMENTS
@@ -354,6 +389,10 @@ class Store:
                 self.environments.append(environment)
             known = environment in self.environments
             self._environment = self.environments.index(environment) if known else schema.MOST_ENVIRONMENTS
+
+    def hash_as_written(self) -> None:
+        """From now on take the checksum of blocks that are written in order as they pass, instead of reading them."""
+        self._passing = disk.PassingDigests()
 
     def keep_environments(self) -> None:
         """Leave in the column computed_by what the layout says."""
@@ -380,7 +419,9 @@ class Store:
                 "Run the same command again, which computes them, and please report it.",
             )
         self._write_text("run/report", report.encode().ljust(schema.REPORT_BYTES, b"\0"))
-        checksum = disk.checksum(self.fd, *(self.places[f"run/{name}"].offset for name in ("checksum", "complete")))
+        passed = self._passing.whole if self._passing else {}
+        itself, complete = (self.places[f"run/{name}"].offset for name in ("checksum", "complete"))
+        checksum = disk.checksum(self.fd, itself, complete, passed)
         self._write_text("run/checksum", checksum.encode())
         self._sync()
         self._write_text("run/complete", b"\1")
@@ -409,6 +450,8 @@ class Store:
 
     def close(self) -> None:
         """Release the lock. What was placed but not committed stays pending."""
+        if self._passing:
+            self._passing.close()
         os.close(self.fd)
 
     def _write_text(self, name: str, text: bytes) -> None:
@@ -417,7 +460,9 @@ class Store:
 
     def _write(self, data: memoryview, offset: int) -> None:
         try:
-            disk.pwrite_all(self.fd, data, offset)
+            with self._passing.taken(data, offset) if self._passing else nullcontext():
+                disk.pwrite_all(self.fd, data, offset)
+            self.written += len(data)
         except OSError as error:
             raise disk.disk_error(error, self.output, resumable=True) from None
 
