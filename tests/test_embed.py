@@ -15,6 +15,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
@@ -754,3 +756,14 @@ def test_writing_is_named_as_the_limit_where_it_held_the_forward_up(
     writing: float, seconds: float, beside: bool, limit: bool
 ) -> None:
     assert placer.is_limit(writing, seconds, beside) is limit
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=40), st.integers(1, 5))
+def test_rows_are_rounded_to_float16_as_numpy_rounds_them(values: list[float], rows: int) -> None:
+    block = np.tile(np.array(values, np.float32), (rows, 1))
+    with np.errstate(over="ignore"):
+        expected = block.astype(np.float16)
+    found = placer.rounded(block, np.dtype(np.float16))
+    finite = ~np.isnan(block)
+    assert np.array_equal(found.view(np.uint16)[finite], expected.view(np.uint16)[finite])
+    assert np.isnan(found[~finite]).all()

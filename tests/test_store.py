@@ -134,13 +134,17 @@ def test_rows_land_where_they_belong_and_nowhere_else(tmp_path: Path, rows: list
         np.testing.assert_array_equal(read["mean/0"][:], expected)
 
 
-@pytest.mark.parametrize(("large", "most"), [(1 << 15, 1 << 26), (1, 1 << 26), (1 << 15, 1), (64, 200)])
+@pytest.mark.parametrize(
+    ("large", "most", "run"),
+    [(1 << 15, 1 << 26, 16), (1, 1 << 26, 16), (1 << 15, 1, 16), (64, 200, 16), (1 << 15, 400, 2), (1 << 15, 600, 3)],
+)
 def test_gathered_rows_are_written_in_the_order_in_which_they_came(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int, most: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int, most: int, run: int
 ) -> None:
     """Whatever is written at once, gathered, or gathered in several rounds."""
     monkeypatch.setattr(store.writer, "LARGE_WRITE", large)
     monkeypatch.setattr(store.writer, "MOST_STAGED", most)
+    monkeypatch.setattr(store.writer, "LONG_RUN", run)
     output = tmp_path / "out.h5"
     file = Store.create(output, layout())
     expected = {kind: np.zeros((6, HIDDEN), np.float32) for kind in ("mean", "bos")}
@@ -158,6 +162,34 @@ def test_gathered_rows_are_written_in_the_order_in_which_they_came(
     with h5py.File(store.partial_path(output)) as read:
         for kind, wanted in expected.items():
             np.testing.assert_array_equal(read[f"{kind}/0"][:], wanted)
+
+
+def test_rows_wait_for_their_neighbours_and_a_failed_write_keeps_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = np.random.default_rng(0).normal(size=(6, HIDDEN)).astype(np.float32)
+    monkeypatch.setattr(store.writer, "MOST_STAGED", 4 * new[0].nbytes)
+    monkeypatch.setattr(store.writer, "LONG_RUN", 3)
+    file, written = Store.create(tmp_path / "out.h5", layout()), list[tuple[int, int]]()
+    write, first = file._write, file.places["mean/0"].offset
+
+    def full(data: memoryview, offset: int) -> None:
+        raise UserError("No space is left.")
+
+    file.place("mean", 0, np.array([0, 3]), new[[0, 3]])
+    file.place("mean", 0, np.array([5]), new[[5]])
+    monkeypatch.setattr(file, "_write", full)
+    with pytest.raises(UserError):
+        file.place("mean", 0, np.array([1, 2]), new[[1, 2]])
+    monkeypatch.setattr(
+        file, "_write", lambda data, offset: written.append((offset - first, len(data))) or write(data, offset)
+    )
+    file.place("mean", 0, np.array([4]), new[[4]])
+    file.commit()
+    assert written[0] == (0, new.nbytes)
+    file.close()
+    with h5py.File(store.partial_path(tmp_path / "out.h5")) as read:
+        np.testing.assert_array_equal(read["mean/0"][:], new)
 
 
 def test_values_that_do_not_fit_their_rows_are_a_bug_and_touch_nothing(tmp_path: Path) -> None:

@@ -69,6 +69,13 @@ def rows_of(batch: PackedBatch, embeddings: Embeddings) -> Rows:
     )  # fmt: skip
 
 
+def rounded(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The values in float16 or float32. PyTorch rounds to float16 as NumPy does, many times as fast."""
+    if dtype == np.float32:
+        return values
+    return torch.from_numpy(np.ascontiguousarray(values)).half().numpy()
+
+
 def is_limit(writing: float, seconds: float, beside: bool) -> bool:
     """Whether writing held up a forward of so many seconds, beside which or in turn with which rows were written.
 
@@ -168,7 +175,7 @@ class Placer:
         places, source = self.rows_of(record[chosen])
         row_sums = np.zeros(len(places), np.uint64)
         for (kind, layer), values in rows.pooled.items():
-            stored = values[chosen].astype(np.float32 if kind == "unmasked" else self.store_dtype)
+            stored = rounded(values[chosen], np.dtype(np.float32) if kind == "unmasked" else self.store_dtype)
             row_sums += sums.of_rows(f"{kind}/{layer}", stored)[source]
             self.file.place(kind, layer, places, stored[source])
         starts = np.cumsum(rows.seqlens) - rows.seqlens + 1

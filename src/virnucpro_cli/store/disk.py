@@ -19,7 +19,6 @@ from types import MappingProxyType
 from typing import IO, Any
 
 from virnucpro_cli.errors import UserError, shell_word
-from virnucpro_cli.processes import cores
 from virnucpro_cli.store.schema import CHECKSUM_BYTES
 
 OTHER_FILES = 256
@@ -429,7 +428,7 @@ class PassingDigests:
     def __init__(self) -> None:
         self.whole: dict[int, bytes] = {}
         self._begun: dict[int, tuple[Any, int]] = {}  # start of a block -> its hash, and the offset up to which it is
-        self._pool = ThreadPoolExecutor(min(cores(), MOST_HASHING), "hash")
+        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_HASHING), "hash")
         self._lock = threading.Lock()  # neighbours of two writes may share a block
 
     @contextmanager
@@ -486,7 +485,7 @@ def checksum(fd: int, itself: int, complete: int, known: Mapping[int, bytes] = M
         return sha.digest()
 
     end = os.fstat(fd).st_size
-    pool = ThreadPoolExecutor(min(cores(), MOST_HASHING))  # hashing lets go of Python
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_HASHING))  # hashing lets go of Python
     try:
         starts = range(0, end, CHECKSUM_BLOCK)
         return hashlib.sha256(b"".join(pool.map(of_block, starts))).hexdigest()

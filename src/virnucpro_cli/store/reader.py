@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError, counted
 from virnucpro_cli.kinds import KINDS, POOLED, PROTEIN, WORDS
-from virnucpro_cli.processes import cores
 from virnucpro_cli.store import checked, disk, schema, sums
 from virnucpro_cli.store.checked import Dataset, columns_of, damage_named, damaged, datasets_of, opened_hdf5, reading
 from virnucpro_cli.store.schema import DONE, NAME_BLOCK, PENDING, STATUS_NAMES, blocks, chunks, unfit, whole_lines
@@ -557,7 +556,7 @@ def opened(path: str | Path) -> EmbeddingFile:
 
 def opened_all(paths: Sequence[str | Path]) -> list[EmbeddingFile]:
     """The files at `paths`, each as `opened` gives it. Raises UserError for the first that is none."""
-    _try_in_children([Path(path).absolute() for path in paths], cores())
+    _try_in_children([Path(path).absolute() for path in paths], os.cpu_count() or 1)
     files: list[EmbeddingFile] = []
     try:
         for path in paths:

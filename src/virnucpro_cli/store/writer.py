@@ -5,7 +5,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,10 @@ from virnucpro_cli.kinds import by_residue
 from virnucpro_cli.store import disk, schema, sums
 from virnucpro_cli.store.checked import DAMAGE, damage_named, datasets_in
 from virnucpro_cli.store.layout import Layout, lay_out
-from virnucpro_cli.store.schema import DONE, NO_MEMORY, PENDING, RECOMPUTED, SKIPPED, STATES, blocks, chunks
+from virnucpro_cli.store.schema import DONE, NO_MEMORY, PENDING, RECOMPUTED, SKIPPED, STATES, blocks, chunks, distinct
 
 LARGE_WRITE = 1 << 15
-MOST_STAGED = 1 << 26
+MOST_STAGED, LONG_RUN = 1 << 27, 16  # bytes, rows
 COMPARED_ROWS = 1 << 16
 NEAR_BYTES = 1 << 12  # a page, which is written whole anyway
 RESTART = "Discard it with --restart."
@@ -36,6 +36,12 @@ class Mark(NamedTuple):
     flag: int
     reason: int
     sums: NDArray[np.uint64] | None
+
+
+def _alike(marks: list[Mark]) -> Iterator[tuple[tuple[int, int, int, bool], list[Mark]]]:
+    """Status, flag, reason and whether there are sums, with the marks that follow each other and agree in them."""
+    for key, group in groupby(marks, lambda mark: (mark.status, mark.flag, mark.reason, mark.sums is not None)):
+        yield key, list(group)
 
 
 class Extent(NamedTuple):
@@ -227,7 +233,9 @@ class Store:
             self._staged[name].append((rows, values if values.base is None else values.copy()))
             self._staged_bytes += values.nbytes
             if self._staged_bytes > MOST_STAGED:
-                self._write_staged()
+                self._write_staged(LONG_RUN)
+                if self._staged_bytes > MOST_STAGED // 2:
+                    self._write_staged()
 
     def place_runs(
         self, name: str, rows: NDArray[np.int64], values: NDArray[Any], starts: NDArray[np.int64],
@@ -259,13 +267,24 @@ class Store:
             data = np.ascontiguousarray(values).view(np.uint8).reshape(-1).data
             self._write(data, extent.offset + first * extent.row_bytes)
 
-    def _write_staged(self) -> None:
+    def _write_staged(self, least: int = 1) -> None:
+        """Write staged rows. Runs of fewer than `least` neighbours stay: their other neighbours may be on their way."""
+        kept: dict[str, tuple[NDArray[np.int64], NDArray[Any]]] = {}
         for name, parts in self._staged.items():
             rows = np.concatenate([rows for rows, _ in parts])
             order = np.argsort(rows, kind="stable")
-            self._write_rows(name, rows[order], np.concatenate([values for _, values in parts])[order])
-        self._staged.clear()
-        self._staged_bytes = 0
+            rows, values = rows[order], np.concatenate([values for _, values in parts])[order]
+            runs = np.cumsum(np.diff(rows, prepend=rows[0]) > 1)  # a row that was placed twice is of one run
+            long = np.bincount(runs)[runs] >= least
+            if long.all():
+                self._write_rows(name, rows, values)
+                continue
+            kept[name] = rows[~long], values[~long]
+            if long.any():
+                self._write_rows(name, rows[long], values[long])
+        self._staged.clear()  # once all is written: a failure leaves it for the next commit
+        self._staged |= {name: [part] for name, part in kept.items()}
+        self._staged_bytes = sum(values.nbytes for _, values in kept.values())
 
     def _write_rows(self, name: str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
         """Values of rows in rising order; neighbours in one write, and never a byte of a row that is not among them."""
@@ -344,18 +363,20 @@ class Store:
 
     def _vouch_for(self, marks: list[Mark]) -> None:
         self._sync()
-        every = np.unique(np.concatenate([mark.rows for mark in marks]))
+        every = distinct(np.concatenate([mark.rows for mark in marks]))
         total, known = np.zeros(len(every), np.uint64), np.zeros(len(every), np.bool_)
-        for rows, status, flag, reason, row_sums in marks:
+        for (status, flag, reason, has_sums), group in _alike(marks):
+            marked = np.concatenate([mark.rows for mark in group])
+            at = np.searchsorted(every, marked)
+            known[at] = has_sums
+            if has_sums:
+                total[at] = np.concatenate([mark.sums for mark in group if mark.sums is not None])
+            rows = distinct(marked)
             self.status[rows] = status
             self._set("flags", self.flags, rows, self.flags[rows] & ~np.uint16(RECOMPUTED) | np.uint16(flag))
-            self._set("reason", self.reason, rows, reason)
+            self._set("reason", self.reason, rows, np.full(len(rows), reason, np.uint8))
             if self._environment is not None:
-                self._set("computed_by", self.computed_by, rows, self._environment)
-            at = np.searchsorted(every, rows)
-            known[at] = row_sums is not None
-            if row_sums is not None:
-                total[at] = row_sums
+                self._set("computed_by", self.computed_by, rows, np.full(len(rows), self._environment, np.uint8))
         total[~known] = self._row_sums(every[~known])
         self._write_column("run/sums", every, self._state_sums(every) + total)
         self._sync()
@@ -398,13 +419,14 @@ class Store:
         """Leave in the column computed_by what the layout says."""
         self._environment = None
 
-    def _set(self, name: str, column: NDArray[Any], rows: NDArray[np.int64], values: Any) -> None:
-        """Write what changes, and only then remember it: a signal in the middle must not leave it looking written."""
-        distinct, first = np.unique(rows, return_index=True)
-        new = np.broadcast_to(np.asarray(values, column.dtype), len(rows))[first]
-        if (column[distinct] != new).any():
-            self._write_column(name, distinct, new)
-            column[distinct] = new
+    def _set(self, name: str, column: NDArray[Any], rows: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Write what changes, and only then remember it: a signal in the middle must not leave it looking written.
+
+        rows: int64 [n], rising; values: [n] in the column's dtype.
+        """
+        if (column[rows] != values).any():
+            self._write_column(name, rows, values)
+            column[rows] = values
 
     def finish(self, report: str, overwrite: bool) -> str:
         """Store the report and the checksum, which is returned, declare the file complete, and give it its final name.

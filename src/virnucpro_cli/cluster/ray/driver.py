@@ -28,6 +28,7 @@ from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.plan.packing import Int64, Plan, Segments
+from virnucpro_cli.store.schema import distinct
 from virnucpro_cli.texts import ranges
 
 LARGEST_SHARE = 16
@@ -339,7 +340,7 @@ def share_of(packs: Sequence[int], placer: Placer) -> Share:
     segments, table, plan = placer.segments, placer.job.table, placer.job.plan
     parts = [plan.pack(pack) for pack in packs]
     wanted = np.concatenate(parts)
-    records = np.unique(segments.record[wanted])
+    records = distinct(segments.record[wanted])
     first, last = (np.searchsorted(segments.record, records, side=side) for side in ("left", "right"))
     counts = last - first
     numbers = ranges(first, counts)
