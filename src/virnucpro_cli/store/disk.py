@@ -472,9 +472,9 @@ def checksum(fd: int, itself: int, complete: int, known: Mapping[int, bytes] = M
     def of_block(start: int) -> bytes:
         if start in known:
             return known[start]
-        sha, piece = hashlib.sha256(), memoryview(bytearray(CHECKSUM_PIECE))
-        for at in range(start, min(start + CHECKSUM_BLOCK, end), CHECKSUM_PIECE):
-            view, filled = piece[: end - at], 0
+        sha, piece, stop = hashlib.sha256(), memoryview(bytearray(CHECKSUM_PIECE)), min(start + CHECKSUM_BLOCK, end)
+        for at in range(start, stop, CHECKSUM_PIECE):
+            view, filled = piece[: stop - at], 0
             while filled < len(view) and (count := os.preadv(fd, [view[filled:]], at + filled)):
                 filled += count
             for offset, size in ((itself, CHECKSUM_BYTES), (complete, 1)):
