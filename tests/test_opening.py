@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 
-from virnucpro_cli import cli
+from virnucpro_cli import cli, store
 from virnucpro_cli.cluster import status
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
@@ -202,6 +202,20 @@ def test_a_file_in_which_the_library_is_lost_is_told_as_damaged(
     monkeypatch.setattr(reading, "OPENING_SECONDS", 1)
     with pytest.raises(UserError, match=rf"damaged: the HDF5 library {words}"):
         inspect.inspect_file(str(copy))
+
+
+def test_a_partial_file_in_which_the_library_is_lost_is_refused_and_can_be_discarded(
+    copy: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, fasta = tmp_path / "new.h5", tmp_path / "in.fasta"
+    fasta.write_text(">a\nMKV\n")
+    store.partial_path(output).write_bytes(copy.read_bytes())
+    monkeypatch.setattr(reading, "datasets_of", lambda *_: time.sleep(60))
+    monkeypatch.setattr(reading, "OPENING_SECONDS", 1)
+    with pytest.raises(UserError, match=r"the HDF5 library does not come back.*\n?.*--restart"):
+        embed_fasta(fasta, output, model=str(tiny_model), device="cpu")
+    monkeypatch.undo()
+    assert embed_fasta(fasta, output, model=str(tiny_model), device="cpu", restart=True).counts["proteins"] == 1
 
 
 def test_damage_is_told_under_optimised_python_too(copy: Path) -> None:

@@ -94,7 +94,7 @@ def merge_shards(
             fingerprint = _checked(parts)
         summary.counts = {"shards": len(parts), "proteins": sum(len(part.records) for part in parts)}
         if target.exists() and not overwrite:
-            there = store.fingerprint_of(target)
+            there = store.fingerprint_tried(target)
             if there is None or not there[1] or store.differences(there[0], fingerprint):
                 raise UserError(f"{target} exists and is not of these shards.", "Move it away, or --overwrite it.")
             out.print(f"{target} is already complete: same input, model and settings.")
@@ -219,7 +219,7 @@ def _store(output: Path, parts: list[_Part], fingerprint: dict[str, Any]) -> sto
     """The partial file of an earlier merge, or a new one: columns are final, rows still to be copied are pending."""
     begun, layout = store.partial_path(output), _layout(parts, fingerprint)
     if begun.exists():
-        there = store.fingerprint_of(begun)
+        there = store.fingerprint_tried(begun, "Move it away.")
         if there is None or store.differences(there[0], fingerprint):
             raise UserError(f"{begun} is of something else.", "Move it away.")
         file = store.Store.resume(output)

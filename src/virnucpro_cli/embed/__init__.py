@@ -213,7 +213,7 @@ def _open_store(run: EmbedRun) -> store.Store:
     """The partial file, resumed or new. Raises UserError for one that is of another run."""
     output, layout, partial_file = run.output, run.layout, store.partial_path(run.output)
     if partial_file.exists() and not run.config.restart:
-        there = store.fingerprint_of(partial_file)
+        there = store.fingerprint_tried(partial_file, "Discard it with --restart.")
         if there is None:
             remedy = "Move it away, or discard it with --restart."
             raise UserError(f"{partial_file} is not a partial output of virnucpro.", remedy)

@@ -51,7 +51,7 @@ def target(config: EmbedConfig, features: list[Feature]) -> Target:
         shards.check_one_set(config.shard, shard, whole)
         output = shards.path(whole, shard)
     _check_paths(output, whole, config, features)
-    if output.exists() and not (config.overwrite or config.dry_run) and store.fingerprint_of(output) is None:
+    if output.exists() and not (config.overwrite or config.dry_run) and store.fingerprint_tried(output) is None:
         refusal = f"{output} exists and was not written by virnucpro embed."
         raise UserError(refusal, "Choose another -o, or --overwrite it.")
     return Target(output, shard, whole)

@@ -21,7 +21,14 @@ from virnucpro_cli.store.disk import (
     without_lock,
 )
 from virnucpro_cli.store.layout import Extra, Layout, Names, of_this_command
-from virnucpro_cli.store.reader import EmbeddingFile, opened, opened_all, read_embeddings, unfinished
+from virnucpro_cli.store.reader import (
+    EmbeddingFile,
+    fingerprint_tried,
+    opened,
+    opened_all,
+    read_embeddings,
+    unfinished,
+)
 from virnucpro_cli.store.schema import (
     ABSENT,
     AFTER_TRYING,

@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError, counted
 from virnucpro_cli.kinds import KINDS, POOLED, PROTEIN, WORDS
 from virnucpro_cli.store import checked, disk, schema, sums
-from virnucpro_cli.store.checked import Dataset, columns_of, damage_named, damaged, datasets_of, opened_hdf5, reading
+from virnucpro_cli.store.checked import (
+    AGAIN,
+    Dataset,
+    columns_of,
+    damage_named,
+    damaged,
+    datasets_of,
+    fingerprint_of,
+    opened_hdf5,
+    reading,
+)
 from virnucpro_cli.store.schema import DONE, NAME_BLOCK, PENDING, STATUS_NAMES, blocks, chunks, unfit, whole_lines
 
 if TYPE_CHECKING:
@@ -569,7 +579,13 @@ def opened_all(paths: Sequence[str | Path]) -> list[EmbeddingFile]:
     return files
 
 
-def _try_in_children(paths: list[Path], children: int) -> None:
+def fingerprint_tried(path: Path, remedy: str = AGAIN) -> tuple[dict[str, Any], bool] | None:
+    """The same as `fingerprint_of`. Raises UserError, with the remedy, if the file is such that HDF5 is lost in it."""
+    _try_in_children([path.absolute()], 1, remedy)
+    return fingerprint_of(path)
+
+
+def _try_in_children(paths: list[Path], children: int, remedy: str = AGAIN) -> None:
     """Raise UserError if HDF5 crashes or does not come back when it opens a file, as it may with a damaged one."""
     shares = [share for first in range(children) if (share := paths[first::children])]
     pids = [_child_that_opens(share) for share in shares]
@@ -577,9 +593,9 @@ def _try_in_children(paths: list[Path], children: int) -> None:
     for share, status in zip(shares, ends, strict=True):
         if os.WIFSIGNALED(status) and (signum := os.WTERMSIG(status)) in LOST:
             if len(share) == 1:
-                raise damaged(share[0], f"the HDF5 library {LOST[signum]} when it reads it")
+                raise damaged(share[0], f"the HDF5 library {LOST[signum]} when it reads it", remedy)
             for path in share:
-                _try_in_children([path], 1)
+                _try_in_children([path], 1, remedy)
 
 
 def _child_that_opens(paths: list[Path]) -> int:
