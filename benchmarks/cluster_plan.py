@@ -26,10 +26,10 @@ from virnucpro_cli.plan import shards
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, in_blocks, whole_segments
 
 RATE = {"natural": 359e3, "fragments": 387e3}  # tokens/s of a GPU, whole packs
-INDEX = {"natural": 4.1e-6, "fragments": 1.43e-6}  # s a record: .0162 s for 3,935 records; 14.3 s for 10^7
-PLAN, REST = 0.25e-6, 5.4e-6  # s a record: 2.5 s, and 54 s for names, syncs and the checksum, of 10^7
+INDEX = {"natural": 1.7e-6, "fragments": 0.28e-6}  # s a record, 16 cores: 2.8 s for 10^7, 276 MB/s
+DEAL, PLAN, REST = 0.04e-6, 0.3e-6, 0.56e-6  # s a record: of all, by each shard; 3.0 s, and 5.6 s for names and the end
 START = 15.0  # s: Python, weights, kernels, workers
-BUDGET, WIDTH, ROW_BYTES, TABLE_BYTES = 32_768, 1280, 2560, 86
+BUDGET, WIDTH, ROW_BYTES, TABLE_BYTES = 32_768, 1280, 2560, 45
 HOST = 8  # GPUs
 PACK_SPREAD, GPU_SPREAD = 0.01, 0.02  # relative standard deviations, of packs on a GPU and between GPUs: assumed
 ROW_SECONDS = 5e-6  # of a writer's CPU for a row: 243,000 rows/s by pwrite, measured, and a little more
@@ -122,23 +122,23 @@ def gpus_of_one_index(found: Sample, share: float = 0.1) -> float:
 
     The number of proteins plays no part.
     """
-    return share / ((INDEX[found.load] + PLAN) * found.proteins_per_second)
+    return share / ((INDEX[found.load] + DEAL) * found.proteins_per_second)
 
 
 def row(found: Sample, proteins: int, gpus: int, seed: int) -> dict[str, float]:
     """One line of the plan, in numbers. Means are stored; efficiencies: the forward alone over the whole wall time."""
     speed, each = speeds(gpus, seed), proteins / found.proteins_per_second
-    hosts, forward, index = -(-gpus // HOST), each / gpus, proteins * (INDEX[found.load] + PLAN)
+    hosts, forward, index = -(-gpus // HOST), each / gpus, proteins * INDEX[found.load]
     packs = round(proteins * found.tokens / (BUDGET * found.plan.density_without_last))
     shard_tail, hand_tail = tail_of_shards(forward, speed), tail_of_hand_out(found, packs, speed, seed)
-    bytes_, rest = proteins * ROW_BYTES, proteins * REST
-    shard = START + index + forward + shard_tail + rest / hosts
+    bytes_, rest = proteins * ROW_BYTES, proteins * (PLAN + REST)
+    shard = START + index + proteins * DEAL + forward + shard_tail + rest / hosts
     driver = START + index + rest + max(forward + hand_tail, bytes_ / DISK, proteins * ROW_SECONDS)
     pieces = -(-proteins // (hosts * PIECE))  # of each host, of equal size
     files = START * pieces + (index + rest) / hosts + forward + shard_tail
-    merge = 3 * bytes_ / DISK
+    merge = 2 * bytes_ / DISK
     return {
-        "proteins": proteins, "GPUs": gpus, "forward": forward, "index": index, "index memory": proteins * TABLE_BYTES,
+        "proteins": proteins, "GPUs": gpus, "forward": forward, "index": index, "index file": proteins * TABLE_BYTES,
         "shard tail": shard_tail, "hand-out tail": hand_tail, "merge": merge, "shards": forward / shard,
         "shards, merged": forward / (shard + merge), "driver": forward / driver, "files": forward / files,
         "tokens out": gpus * RATE[found.load],
@@ -160,7 +160,7 @@ def words(name: str, value: float) -> str:
         )
     if name in ("proteins", "GPUs"):
         return f"10^{len(str(value)) - 1}" if name == "proteins" else str(value)
-    return report.size(value) + ("/s" if name != "index memory" else "")
+    return report.size(value) + ("/s" if name != "index file" else "")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -184,8 +184,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"{options.load}: {found.tokens:.1f} tokens a protein, density {found.plan.density_without_last:.4f}, "
         f"{found.proteins_per_second:,.0f} proteins/s a GPU; of 512 shards of {options.sample:,} proteins the largest "
-        f"and the least differ by {int(np.ptp(dealt)):,} tokens; index and plan of the whole input take a tenth of the "
-        f"forward's time at "
+        f"and the least differ by {int(np.ptp(dealt)):,} tokens; index and dealing of the whole input take a tenth of "
+        f"the forward's time at "
         f"{gpus_of_one_index(found):.0f} GPUs\n"
     )
     for title, rows in tables.items():
