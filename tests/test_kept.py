@@ -19,8 +19,10 @@ from safetensors.numpy import load_file
 from children import Child, until
 from test_faults import Case, disk, fill, one_thread  # noqa: F401  (fixtures)
 from test_helpers import assert_same, content
-from virnucpro_cli import alphabet, cli, fasta
+from virnucpro_cli import alphabet, cli, fasta, report
 from virnucpro_cli.cluster import merge
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.embed import recipe
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import How, RecordTable, indexing, kept
 from virnucpro_cli.store import Store
@@ -158,6 +160,18 @@ def test_an_index_of_other_inputs_or_another_order_is_never_used(
         assert_same(here(*others), in_memory(*others))
 
 
+@pytest.mark.parametrize("order", [(3, 1), (1, 1), (3, 3), (1, 3, 1), (1, 0, 3)])
+def test_compressed_inputs_in_another_order_or_twice_are_other_inputs(
+    order: tuple[int, ...], inputs: list[Path], here: Callable[..., RecordTable]
+) -> None:
+    here(inputs[1], inputs[3])
+    others = [inputs[number] for number in order]
+    for _ in range(2):
+        table, expected = here(*others), in_memory(*others)
+        assert_same(table, expected)
+        assert table.names(0, len(table)) == expected.names(0, len(table))
+
+
 def test_a_changed_compressed_input_is_read_again(inputs: list[Path], here: Callable[..., RecordTable]) -> None:
     here(*inputs)
     inputs[1].write_bytes(gzip.compress(content(41, seed=5)))
@@ -209,7 +223,9 @@ def test_a_damaged_index_is_made_again(tmp_path_factory: pytest.TempPathFactory,
             assert_same(table, in_memory(path))
             whole = bytearray(index.read_bytes())
             first = len(kept._MARK) + 8
-            at, bit = data.draw(st.integers(first, len(whole) - 1)), data.draw(st.integers(0, 7))
+            head = 8 + int.from_bytes(whole[:8], "little")
+            at = data.draw(st.one_of(st.integers(first, head - 1), st.integers(first, len(whole) - 1)))
+            bit = data.draw(st.integers(0, 7))
             whole[at] ^= 1 << bit
             size = data.draw(st.sampled_from([len(whole), at]))
             index.write_bytes(whole[:size])
@@ -223,6 +239,19 @@ def test_a_file_of_somebody_else_is_left_alone(
     assert_same(here(*inputs), in_memory(*inputs))
     kept.forget(index)
     assert index.read_text() == "mine" and "is no index of this program" in said[0]
+
+
+def test_an_empty_file_is_what_the_power_left_and_a_pipe_is_somebody_elses(
+    inputs: list[Path], here: Callable[..., RecordTable], tmp_path: Path, said: list[str]
+) -> None:
+    index = tmp_path / "out.h5.index"
+    index.touch()
+    here(inputs[0])
+    assert kept.is_there(index) and index.stat().st_size
+    index.unlink()
+    os.mkfifo(index)
+    assert_same(here(inputs[0]), in_memory(inputs[0]))
+    assert index.is_fifo() and "Move it away" in said[-1]
 
 
 def test_a_disk_without_room_for_the_index_is_named_and_the_run_goes_on(
@@ -334,10 +363,10 @@ def test_one_shard_reads_the_input_for_all_and_the_merge_removes_the_index(
         nothing_read(patch)
         for number in (1, 3):
             small.embed(output, shard=f"{number}/3")
-    assert kept.path_of(output).exists()
+    assert fasta.index_of(output).exists()
     merge.merge_shards(str(output))
     small.check_rows(output)
-    assert not kept.path_of(output).exists()
+    assert not fasta.index_of(output).exists()
 
 
 def test_a_run_that_resumes_maps_the_index_and_removes_it_at_its_end(
@@ -349,7 +378,7 @@ def test_a_run_that_resumes_maps_the_index_and_removes_it_at_its_end(
         patch.setattr(Store, "mark", lambda self, *rows, **of: mark(self, *rows, **of) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             small.embed(output)
-    assert kept.path_of(output).exists()
+    assert fasta.index_of(output).exists()
     with monkeypatch.context() as patch:
         nothing_read(patch)
         small.embed(output)
@@ -360,6 +389,29 @@ def test_a_run_that_is_refused_leaves_nothing(small: Case, tmp_path: Path) -> No
     with pytest.raises(UserError):
         small.embed(tmp_path / "out.h5", long="error")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_refused_keeps_the_index_of_another_command(small: Case, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    small.embed(output, shard="1/2")
+    with pytest.raises(UserError):
+        small.embed(output, long="error")
+    assert fasta.index_of(output).exists()
+    with pytest.raises(UserError, match="would overwrite"):
+        small.embed(output, report=str(fasta.index_of(output)), overwrite=True)
+    small.embed(output)
+    assert not fasta.index_of(output).exists()
+
+
+@pytest.mark.parametrize("what", ["foreign", "nucleotides"])
+def test_the_index_command_that_makes_none_is_refused(what: str, tmp_path: Path, said: list[str]) -> None:
+    path, output = tmp_path / "in.fasta", tmp_path / "out.h5"
+    path.write_text(">a\n" + ("MKVLAGW" if what == "foreign" else "ACGT") * 20 + "\n")
+    if what == "foreign":
+        fasta.index_of(output).write_text("mine")
+    with pytest.raises(UserError, match="was not made" if what == "foreign" else "looks like nucleotides"):
+        recipe.index_input(EmbedConfig(inputs=(str(path),), output=str(output), model="8M"), report.console(quiet=True))
+    assert fasta.index_of(output).exists() == (what == "foreign")
 
 
 def test_the_index_command_makes_what_shards_map(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli import report, store
 from virnucpro_cli.errors import UserError, counted
-from virnucpro_cli.fasta import kept
+from virnucpro_cli.fasta import index_of, kept
 from virnucpro_cli.features import Shards, stored_in
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.plan import shards
@@ -34,7 +34,7 @@ BLOCK_BYTES = 1 << 26
 AHEAD = 2
 """Chunks of the merged file that are read before they are written."""
 MOST_READERS = 8
-COPY_AGAIN = "Copy it again, or run its shard again."
+COPY_AGAIN = "Copy it again, or run its shard again with --overwrite."
 FROM_THE_LAYOUT = ("schema", "status_names", "flag_names", "reason_names", "columns", "tables")
 
 
@@ -123,7 +123,7 @@ def merge_shards(
                 file.environments, file.computed_by, file.status == store.DONE
             )
             summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), overwrite)
-    kept.forget(kept.path_of(target))
+    kept.forget(index_of(target))
     out.print(
         f"{target}: {counted(summary.counts['proteins'], word)} of {counted(len(parts), 'shard')}, "
         f"{report.size(target.stat().st_size)}"

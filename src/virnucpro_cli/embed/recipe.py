@@ -71,7 +71,9 @@ def _check_paths(output: Path, whole: Path, config: EmbedConfig, features: list[
         raise UserError(refusal, "Choose another name; inputs are never overwritten.")
     store.check_hdf5_name(output)
     reports = {"report": config.report, "qc": config.qc}
-    report.check_places(reports, [*read, output, store.partial_path(output), *beside], config.overwrite)
+    index = fasta.index_of(whole)
+    written = [output, store.partial_path(output), index, index.with_name(f"{index.name}.lock"), *beside]
+    report.check_places(reports, [*read, *written], config.overwrite)
 
 
 def _is_of(output: Path, read: Path) -> bool:
@@ -178,7 +180,7 @@ def inputs_of(config: EmbedConfig, at: Target, out: Console) -> fasta.Inputs:
     from virnucpro_cli.fasta import kept
 
     needed_by = None if at.shard is not None else store.partial_path(at.output)
-    return kept.Kept(kept.path_of(at.whole), partial(out.print, style="yellow"), needed_by)
+    return kept.Kept(fasta.index_of(at.whole), partial(out.print, style="yellow"), needed_by)
 
 
 def _located(config: EmbedConfig, out: Console) -> tuple[locate.Weights | None, ModelSpec]:
@@ -199,13 +201,23 @@ def index_input(config: EmbedConfig, out: Console) -> None:
 
     at = target(config, [])
     _, spec = _located(replace(config, dry_run=True), out)
-    path, how = kept.path_of(at.whole), fasta.How("x", config.gaps, reading(spec, config.kind))
+    path, how = fasta.index_of(at.whole), fasta.How("x", config.gaps, reading(spec, config.kind))
+    if not fasta.is_large(config.inputs) and "-" not in config.inputs:
+        out.print("no index of so small an input is kept: every run reads it in a second")
+        return
     with kept.Kept(path, partial(out.print, style="yellow")) as inputs:
         table = inputs.table(inputs.sources(config.inputs, path.parent), how)
+    if not kept.is_there(path) or "-" in config.inputs:
+        why = "a pipe can be read only once" if "-" in config.inputs else "see above"
+        raise UserError(f"The index {path} was not made: {why}.", "Without it each shard reads the input by itself.")
+    try:
+        _check_protein(table, config, spec, out)
+    except UserError:
+        kept.forget(path)
+        raise
     (word, letter), copies = config.words, int((table.unique_of != np.arange(len(table))).sum())
-    out.print(f"{counted(len(table), word)}, {counted(table.residues, letter)}, {copies:,} like an earlier one")
-    if not fasta.is_large(config.inputs):
-        out.print("no index of so small an input is kept: every run reads it in a second")
+    held = f"{counted(len(table), word)}, {counted(table.residues, letter)}, {copies:,} like an earlier one"
+    out.print(f"{path}: {held}")
 
 
 def resolved_layers(requested: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:

@@ -90,6 +90,11 @@ def is_large(files: Sequence[str]) -> bool:
     return sum(os.path.getsize(name) for name in files if os.path.isfile(name)) >= WORTH_BYTES
 
 
+def index_of(output: Path) -> Path:
+    """The file that holds the index of the inputs of an output, and of all its shards, while they run."""
+    return output.with_name(f"{output.name}.index")
+
+
 class Part(NamedTuple):
     """Columns of some records, as in a RecordTable. digest: uint64 [n, 2]; nucleotide_like: bool [n]."""
 

@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -43,30 +44,32 @@ COLUMNS: dict[str, tuple[str, type, int]] = {
 _MARK = b'{"__metadata__":{"virnucpro":"index",'
 
 
-def path_of(output: Path) -> Path:
-    """The file that holds the index of an output, and of all its shards."""
-    return output.with_name(f"{output.name}.index")
-
-
 def _lock_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.lock")
 
 
 def forget(path: Path) -> None:
     """Remove an index that nobody needs any more, and the lock of a killed run; nothing else of these names."""
-    if _is_ours(path):
+    if is_there(path):
         path.unlink(missing_ok=True)
     if _lock_of(path).exists():
         with suppress(UserError), disk.alone(_lock_of(path), lambda _: None, "it is being made", wait=False):
             pass
 
 
-def _is_ours(path: Path) -> bool:
+def is_there(path: Path) -> bool:
+    """Whether a file is an index, or empty, as one may be after the power went."""
     try:
-        with open(path, "rb") as file:
-            return file.read(8 + len(_MARK))[8:] == _MARK
+        with open(path, "rb", opener=_at_once) as file:
+            start = file.read(8 + len(_MARK))
+            return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and (not start or start[8:] == _MARK)
     except OSError:
         return False
+
+
+def _at_once(path: str, flags: int) -> int:
+    """A descriptor of the file, even if that is a pipe, for which nobody waits."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _key(how: How) -> str:
@@ -108,11 +111,12 @@ class IndexFile:
             self.key = about["key"]
             self.entries = [Entry(tuple(state), *rest) for state, *rest in about["inputs"]]
             self.places = {name: [begin + each for each in part["data_offsets"]] for name, part in head.items()}
-        except (KeyError, TypeError) as error:
+            parts = {name: np.frombuffer(self.map, np.uint8, end - at, at) for name, (at, end) in self.places.items()}
+            sums = {name: _sum(part.data) for name, part in parts.items()}
+            is_whole = metadata["sum"] == _sum(metadata["about"].encode()) and sums == about["sums"]
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"its head lacks {error}") from None
-        parts = {name: np.frombuffer(self.map, np.uint8, end - at, at) for name, (at, end) in self.places.items()}
-        sums = {name: _sum(part.data) for name, part in parts.items()}
-        if metadata["sum"] != _sum(metadata["about"].encode()) or sums != about["sums"]:
+        if not is_whole:
             raise ValueError("its bytes are not those that were written")
         self.columns: dict[str, NDArray[Any]] = {
             name: parts[name].view(dtype).reshape((-1, width) if width > 1 else -1)
@@ -155,11 +159,12 @@ class Kept(Inputs):
         self.path, self.say, self.needed_by = path, say, needed_by
         self._there: IndexFile | None = None
         self._lock = ExitStack()
-        self._is_locked = False
+        self._is_locked = self._is_made = False
 
     def __exit__(self, *exc: object) -> None:
         self._unlock()
-        if self.needed_by is not None and not self.needed_by.exists():
+        is_refused = exc[0] is not None and not self._is_made  # then the index is another command's
+        if self.needed_by is not None and not self.needed_by.exists() and not is_refused:
             forget(self.path)
 
     def sources(self, inputs: Sequence[str], folder: Path) -> list[Source]:
@@ -185,18 +190,23 @@ class Kept(Inputs):
         self._wait_for_lock()
         if (now := self._look()) is not there and self._fits(now, sources, how):
             return now
-        if os.path.lexists(self.path) and not _is_ours(self.path):
-            self.say(f"{self.path} is no index of this program: it stays, and the input's index is not kept")
+        if os.path.lexists(self.path) and not is_there(self.path):
+            self.say(
+                f"{self.path} is no index of this program: it stays, and the input's index is not kept. Move it away."
+            )
             return None
         self._make(sources, how)
+        self._is_made = True
         return self._look()
 
     def _fits(self, there: IndexFile | None, sources: list[Source], how: How) -> bool:
         if there is None or there.key != _key(how) or len(there.entries) != len(sources):
             return False
         return all(
-            source.spool is there.file or (source.spool is None and entry.is_of(source.file, source.state))
-            for entry, source in zip(there.entries, sources, strict=True)
+            source.start == (there.text(number) or source).start
+            if source.spool is there.file
+            else source.spool is None and entry.is_of(source.file, source.state)
+            for number, (entry, source) in enumerate(zip(there.entries, sources, strict=True))
             if source.state is not None
         )
 
@@ -219,7 +229,7 @@ class Kept(Inputs):
             return self._there
         self._there = None
         try:
-            if _is_ours(self.path):
+            if is_there(self.path):
                 self._there = IndexFile(self.path)
         except (OSError, ValueError) as error:
             self.say(f"{self.path} is damaged, and made again: {error}")
