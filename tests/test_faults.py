@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,18 @@ def cpu_of(output: Path) -> Path:
     return output.with_suffix(".cpu")
 
 
+class InTurn(ThreadPoolExecutor):
+    """Does at once what it is given, so that the system calls of a run come in one order."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments, **named))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 def child(options: dict[str, Any], deadly: tuple[str, int] | None = None, cpu_seconds: float = 0) -> None:
     """A run that commits often, and dies where it is told to.
 
@@ -119,7 +132,7 @@ def child(options: dict[str, Any], deadly: tuple[str, int] | None = None, cpu_se
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     if deadly:
-        placer.COMMIT_SECONDS = 0.0
+        placer.COMMIT_SECONDS, placer.ThreadPoolExecutor = 0.0, InTurn  # type: ignore[misc]
         name, survived = deadly
         owner: Any = os if hasattr(os, name) else disk_calls
         real, calls = getattr(owner, name), 0
@@ -221,6 +234,7 @@ def count_calls(case: Case, folder: Path, call: str) -> int:
 
         patch.setattr(os, call, counted)
         patch.setattr(placer, "COMMIT_SECONDS", 0.0)
+        patch.setattr(placer, "ThreadPoolExecutor", InTurn)
         case.embed(folder / "counted.h5")
     return calls
 
@@ -674,6 +688,7 @@ def test_a_disk_that_fills_up_during_the_run_costs_nothing_that_is_done(
     with monkeypatch.context() as patch:
         patch.setattr(store.Store, "create", create_and_fill)
         patch.setattr(placer, "COMMIT_SECONDS", 0.0)
+        patch.setattr(placer, "ThreadPoolExecutor", InTurn)
         with pytest.raises(UserError, match="No space is left") as stopped:
             case.embed(output, preallocate=False)
     assert "same command" in stopped.value.remedy
@@ -703,6 +718,7 @@ def test_a_write_that_fails_is_one_clear_message_and_can_be_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", failing)
         patch.setattr(placer, "COMMIT_SECONDS", 0.0)
+        patch.setattr(placer, "ThreadPoolExecutor", InTurn)
         with pytest.raises(UserError, match=words):
             small.embed(output)
     assert not output.exists() and store.partial_path(output).exists()

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from test_faults import CHILDREN, child, one_thread  # noqa: F401  (one_thread is in force here too)
+from test_faults import CHILDREN, InTurn, child, one_thread  # noqa: F401  (one_thread is in force here too)
 from test_genes import CONTIGS, contents
 from virnucpro_cli import store
 from virnucpro_cli.cluster import merge
@@ -173,6 +173,7 @@ def test_a_kill_while_rows_of_groups_are_written_is_made_good(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", counted)
         patch.setattr(placer, "COMMIT_SECONDS", 0.0)  # as in the child
+        patch.setattr(placer, "ThreadPoolExecutor", InTurn)
         expected = contents(embed_groups("whole.h5", token_budget=1024))
     options = {"inputs": str(proteins), "output": str(tmp_path / "out.h5"), "model": str(tiny_model), "device": "cpu",
                "layers": LAYERS, "max_residues": 200, "group_regex": NAMED, "token_budget": 1024}  # fmt: skip
