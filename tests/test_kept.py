@@ -313,7 +313,7 @@ def test_what_a_kill_leaves_of_an_index_is_made_good(
 
 
 def wait_with_the_lock(index: Path, path: Path, told: Path) -> None:
-    with disk_of.alone(kept._lock_of(index), print, "waiting"):
+    with disk_of.alone(disk_of.lock_of(index), print, "waiting"):
         told.write_text("locked")
         time.sleep(600)
 
@@ -326,7 +326,7 @@ def test_the_lock_of_a_killed_run_goes_with_the_index(
     child = Child(wait_with_the_lock, index, inputs[0], told)
     until(told.exists, child)
     kept.forget(index)
-    assert kept._lock_of(index).exists(), "another run holds it"
+    assert disk_of.lock_of(index).exists(), "another run holds it"
     child.kill()
     child.wait()
     kept.forget(index)

@@ -24,11 +24,11 @@ from virnucpro_cli.fasta import index_of, kept
 from virnucpro_cli.features import Shards, stored_in
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.plan import shards
-from virnucpro_cli.plan.packing import ranges
 from virnucpro_cli.processes import cores
 from virnucpro_cli.store import sums
 from virnucpro_cli.store.disk import alone
 from virnucpro_cli.store.schema import chunks
+from virnucpro_cli.texts import ranges
 
 BLOCK_BYTES = 1 << 26
 AHEAD = 2

@@ -72,7 +72,7 @@ def _check_paths(output: Path, whole: Path, config: EmbedConfig, features: list[
     store.check_hdf5_name(output)
     reports = {"report": config.report, "qc": config.qc}
     index = fasta.index_of(whole)
-    written = [output, store.partial_path(output), index, index.with_name(f"{index.name}.lock"), *beside]
+    written = [output, store.partial_path(output), index, store.lock_of(index), *beside]
     report.check_places(reports, [*read, *written], config.overwrite)
 
 

@@ -69,11 +69,12 @@ def rows_of(batch: PackedBatch, embeddings: Embeddings) -> Rows:
     )  # fmt: skip
 
 
-def rounded(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The values in float16 or float32. PyTorch rounds to float16 as NumPy does, many times as fast."""
-    if dtype == np.float32:
-        return values
-    return torch.from_numpy(np.ascontiguousarray(values)).half().numpy()
+def rounded(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The values in float16 or float32, in one piece. PyTorch rounds to float16 as NumPy does, many times as fast."""
+    if values.dtype != np.float32 or dtype != np.float16:
+        return np.ascontiguousarray(values, dtype)
+    own = values if values.flags.writeable else values.copy()  # Ray's are not, of which PyTorch warns
+    return torch.from_numpy(np.ascontiguousarray(own)).half().numpy()
 
 
 def is_limit(writing: float, seconds: float, beside: bool) -> bool:
@@ -191,7 +192,7 @@ class Placer:
         Digests of all rows are computed at once, while another thread writes.
         """
         name = f"{'unmasked' if layer == 'logits' else 'residue'}/{layer}"
-        stored = np.ascontiguousarray(values, self.store_dtype)
+        stored = rounded(values, self.store_dtype)
         first, counts = self._offsets[records], self.embedded[records].astype(np.int64)
         written = self._beside.submit(self.file.place_runs, name, first, stored, starts, counts)
         digests = sums.of_rows(name, stored)[ranges(starts, counts)]
@@ -227,19 +228,18 @@ class Placer:
         """Drop windows of records whose other windows have not come."""
         self._windows.clear()
 
-    @np.errstate(over="ignore")  # an overflow of the store dtype is found as a value that is not finite
     def _place_windows(self, record: int, starts: list[int], windows: list[tuple[Pooled, Residue]]) -> None:
         """Add the windows up in their order, check the result in the store dtype, and place it."""
         rows, _ = self.rows_of(np.asarray([record]))
         first_pooled, first_residue = windows[0]
         pooled = {key: sum(each[key] for each, _ in windows) for key in first_pooled}
-        stored = {key: np.asarray(values).astype(self.store_dtype) for key, values in pooled.items()}
+        stored = {key: rounded(np.asarray(values), self.store_dtype) for key, values in pooled.items()}
         residue = {}
         for layer in first_residue:
             whole = np.zeros((int(self.embedded[record]), first_residue[layer].shape[1]), np.float32)
             for start, (_, each) in zip(starts, windows, strict=True):
                 whole[start : start + len(each[layer])] += each[layer]
-            residue[layer] = whole.astype(self.store_dtype)
+            residue[layer] = rounded(whole, self.store_dtype)
         if not all(np.isfinite(values).all() for values in (*stored.values(), *residue.values())):
             self.broken.append(record)
             return

@@ -44,16 +44,12 @@ COLUMNS: dict[str, tuple[str, type, int]] = {
 _MARK = b'{"__metadata__":{"virnucpro":"index",'
 
 
-def _lock_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.lock")
-
-
 def forget(path: Path) -> None:
     """Remove an index that nobody needs any more, and the lock of a killed run; nothing else of these names."""
     if is_there(path):
         path.unlink(missing_ok=True)
-    if _lock_of(path).exists():
-        with suppress(UserError), disk.alone(_lock_of(path), lambda _: None, "it is being made", wait=False):
+    if disk.lock_of(path).exists():
+        with suppress(UserError), disk.alone(disk.lock_of(path), lambda _: None, "it is being made", wait=False):
             pass
 
 
@@ -218,9 +214,9 @@ class Kept(Inputs):
         return text
 
     def _kept_text(self, path: str, state: State) -> Text | None:
-        there = self._look()
-        entries = enumerate(there.entries) if there is not None else ()
-        texts = (there.text(number) for number, entry in entries if entry.is_of(path, state)) if there else ()
+        if (there := self._look()) is None:
+            return None
+        texts = (there.text(number) for number, entry in enumerate(there.entries) if entry.is_of(path, state))
         return next(filter(None, texts), None)
 
     def _look(self) -> IndexFile | None:
@@ -238,7 +234,7 @@ class Kept(Inputs):
     def _wait_for_lock(self) -> None:
         if not self._is_locked:
             waiting = f"another run is making {self.path}: waiting for it"
-            has_locks = self._lock.enter_context(disk.alone(_lock_of(self.path), self.say, waiting))
+            has_locks = self._lock.enter_context(disk.alone(disk.lock_of(self.path), self.say, waiting))
             self._is_locked = True
             if not has_locks:
                 self.say("runs that begin together each index the input; virnucpro index does it once, beforehand")

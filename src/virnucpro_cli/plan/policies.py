@@ -49,8 +49,9 @@ def decide(table: RecordTable, config: EmbedConfig) -> Decisions:
     flags = np.zeros(n, np.uint16)
     flags[(reason == 0) & (embedded < table.length)] |= store.TRUNCATED
     flags[table.replaced > 0] |= store.REPLACED
-    flags[representative != np.arange(n)] |= store.COPIED
-    compute = np.flatnonzero((reason == 0) & (representative == np.arange(n)))
+    is_own = representative == np.arange(n)
+    flags[~is_own] |= store.COPIED
+    compute = np.flatnonzero((reason == 0) & is_own)
     if config.long == "window":
         flags[(reason == 0) & is_long] |= store.WINDOWED
     status = np.where(reason == 0, store.PENDING, store.SKIPPED).astype(np.uint8)

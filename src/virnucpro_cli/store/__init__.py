@@ -16,6 +16,7 @@ from virnucpro_cli.store.disk import (
     copy_back,
     discard_partial,
     free_space,
+    lock_of,
     new_file,
     partial_path,
     without_lock,

@@ -63,6 +63,11 @@ def partial_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def lock_of(path: Path) -> Path:
+    """The lock of whoever makes a file, beside it."""
+    return path.with_name(f"{path.name}.lock")
+
+
 def behind(output: Path) -> Path:
     """The file that a link names, whether it is there or not; else the path itself."""
     return output.resolve() if output.is_symlink() else output
@@ -384,6 +389,14 @@ def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
+def pread_all(fd: int, view: memoryview, offset: int) -> int:
+    """Read into all of the view. Returns the bytes that there are, fewer where the file ends."""
+    filled = 0
+    while filled < len(view) and (count := os.preadv(fd, [view[filled:]], offset + filled)):
+        filled += count
+    return filled
+
+
 def disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
     full = {errno.ENOSPC: "No space is left", errno.EDQUOT: "The disk quota is used up"}.get(error.errno or 0)
     message = f"{full} for {output}." if full else f"{output} cannot be written: {error.strerror}."
@@ -474,9 +487,8 @@ def checksum(fd: int, itself: int, complete: int, known: Mapping[int, bytes] = M
             return known[start]
         sha, piece, stop = hashlib.sha256(), memoryview(bytearray(CHECKSUM_PIECE)), min(start + CHECKSUM_BLOCK, end)
         for at in range(start, stop, CHECKSUM_PIECE):
-            view, filled = piece[: stop - at], 0
-            while filled < len(view) and (count := os.preadv(fd, [view[filled:]], at + filled)):
-                filled += count
+            view = piece[: stop - at]
+            filled = pread_all(fd, view, at)
             for offset, size in ((itself, CHECKSUM_BYTES), (complete, 1)):
                 first, last = max(offset - at, 0), min(offset + size - at, filled)
                 if first < last:

@@ -401,10 +401,8 @@ class EmbeddingFile:
         view, offset = rows.view(np.uint8).reshape(-1).data, self._extent(name)[0]
         with reading(self.path):
             offset += first * (rows.nbytes // max(count, 1))
-            while view:
-                if not (done := os.preadv(self._file.id.get_vfd_handle(), [view], offset)):
-                    raise damaged(self.path, f"{name} ends early")
-                view, offset = view[done:], offset + done
+            if disk.pread_all(self._file.id.get_vfd_handle(), view, offset) < len(view):
+                raise damaged(self.path, f"{name} ends early")
         return rows
 
     def array(self, kind: str | None = None, layer: int | None = None) -> NDArray[Any]:

@@ -308,9 +308,10 @@ class Store:
             column[rows[a:b] - first] = values[a:b]
             self._write(column.view(np.uint8).data, extent.offset + first * extent.row_bytes)
 
-    def _read_run(self, name: str, first: int, into: Any) -> None:
+    def _read_run(self, name: str, first: int, into: NDArray[np.uint8]) -> None:
         extent = self.places[name]
-        if os.preadv(self.fd, [into], extent.offset + first * extent.row_bytes) != into.nbytes:
+        view = into.reshape(-1).data
+        if disk.pread_all(self.fd, view, extent.offset + first * extent.row_bytes) < len(view):
             raise UserError(f"{self.path} was cut short while it was filled.", "Remove it, and run again.")
 
     def read(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from virnucpro_cli import report
 from virnucpro_cli.errors import UserError, in_a_line, shell_word
 from virnucpro_cli.exchange.layouts.layout import Format, possible
-from virnucpro_cli.store.disk import alone, disk_error, rename_new, sync_folder
+from virnucpro_cli.store.disk import alone, disk_error, lock_of, rename_new, sync_folder
 
 LIST = ".virnucpro-export.json"
 MARK = ".virnucpro-partial"
@@ -121,7 +121,7 @@ def placed(target: Path, layout: Format, overwrite: bool) -> Iterator[Path]:
     """
     target = target.resolve()  # a link stays one
     place = target.with_name(possible(f".{target.name}", LONGEST_NAME) + MARK)
-    lock, busy = place.with_name(f"{place.name}.lock"), f"Another run is writing {target} now."
+    lock, busy = lock_of(place), f"Another run is writing {target} now."
     try:
         with alone(lock, lambda _: None, busy, "Wait for it, or choose another target with -o.", wait=False) as locked:
             if not locked:  # the file system has no locks

@@ -82,7 +82,7 @@ class Contigs(Feature):
             contigs = fasta.index(sources, dedup=False)
             _check(contigs)
             made_of = {"contigs_sha256": contigs.sha256, "gene_caller": caller}
-            lock, waiting = Path(f"{paths.proteins}.lock"), f"another run is making {paths.proteins}: waiting for it"
+            lock, waiting = disk.lock_of(paths.proteins), f"another run is making {paths.proteins}: waiting for it"
             with disk.alone(lock, lambda text: out.print(text, style="yellow"), waiting):
                 columns = _made_before(paths, made_of)
                 if columns is None:
