@@ -241,12 +241,12 @@ def facts_table(title: str) -> Table:
 class Tracker:
     """Progress in tokens, or what else: a bar on a terminal, otherwise one line every 30 seconds."""
 
-    def __init__(self, out: Console, total: int, what: str = "tokens"):
+    def __init__(self, out: Console, total: int, what: str = "tokens", title: str = ""):
         self.out, self.total, self.done, self.what = out, total, 0, what
         self.started = self.last_line = time.monotonic()
         on_terminal = out.is_terminal and not out.quiet
         self.bar = Progress(
-            SpinnerColumn(), TextColumn("embedding" if what == "tokens" else what), BarColumn(),
+            SpinnerColumn(), TextColumn(f"embedding {title}".rstrip() if what == "tokens" else what), BarColumn(),
             TextColumn("{task.percentage:>5.1f} %"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=out, disable=not on_terminal,
         )  # fmt: skip

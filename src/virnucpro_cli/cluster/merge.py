@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,11 @@ from virnucpro_cli.plan import shards
 from virnucpro_cli.processes import cores
 from virnucpro_cli.store import sums
 from virnucpro_cli.store.disk import alone
-from virnucpro_cli.store.schema import chunks
+from virnucpro_cli.store.schema import HALVES, chunks
 from virnucpro_cli.texts import ranges
+
+if TYPE_CHECKING:
+    from virnucpro_cli.store.parts import Half
 
 BLOCK_BYTES = 1 << 26
 AHEAD = 2
@@ -40,13 +43,16 @@ FROM_THE_LAYOUT = ("schema", "status_names", "flag_names", "reason_names", "colu
 
 @dataclass(frozen=True)
 class _Part:
-    """A shard's file, open. records: int64 [M], rising; offsets: int64 [M + 1] with per-residue rows.
+    """A shard's file, open. rows: it, or its half, whose rows and states are read.
+
+    records: int64 [M], rising; offsets: int64 [M + 1] with per-residue rows.
 
     sums: uint64 [M], digests of each record's rows, added up; None where the whole file was compared with its checksum.
     """
 
     path: Path
     file: store.EmbeddingFile
+    rows: "store.EmbeddingFile | Half"
     settings: dict[str, Any]
     records: NDArray[np.int64]
     offsets: NDArray[np.int64] | None
@@ -109,10 +115,14 @@ def merge_shards(
                 out.print(store.without_lock(file.path), style="yellow")
             with (
                 clock.stage("copy"), _gone_if_damaged(file),
-                report.Tracker(out, max(1, len(file.status)), "proteins") as tracker,
+                report.Tracker(out, max(1, len(file.status) * (1 + len(file.halves))), "proteins") as tracker,
             ):  # fmt: skip
+                file.hash_as_written()
                 for rows in _copied(parts, file, fingerprint):
                     tracker.advance(rows)
+                for name, half in file.halves.items():
+                    for rows in _copied(_of_half(parts, name), half, fingerprint[name]):
+                        tracker.advance(rows)
             with clock.stage("features"):
                 for feature in stored_in(parts[0].file):
                     feature.merge(file, _shards(parts))
@@ -172,7 +182,7 @@ def _opened(paths: list[Path], stack: ExitStack) -> list[_Part]:
             raise _Damaged(path)
         offsets = file.residue_offsets if _by_residue(settings) else None
         row_sums = file.at("run/sums")[:] - file.state_sums if vouched else None
-        parts.append(_Part(path, file, settings, file.records, offsets, file.columns, row_sums))
+        parts.append(_Part(path, file, file, settings, file.records, offsets, file.columns, row_sums))
     return parts
 
 
@@ -237,35 +247,64 @@ def _layout(parts: list[_Part], fingerprint: dict[str, Any]) -> store.Layout:
     """Layout of the merged file. Columns are copied from the shards; rows still to be copied are pending."""
     n = sum(len(part.records) for part in parts)
 
-    def column(name: str) -> NDArray[Any]:
-        return _gathered(parts, 0, n, lambda part, rows: getattr(part.file, name)[rows])
-
     def names(start: int, stop: int) -> list[str]:
         return _gathered(
             parts, start, stop, lambda part, rows: np.array(part.file.names_of(rows.start, rows.stop), object)
         ).tolist()
 
-    status, computed_by, environments = column("status"), np.zeros(n, np.uint8), list[str]()
-    for part in parts:
-        lines = [json.dumps(each) for each in part.file.environments]
-        environments += [line for line in lines if line not in environments]
-        known = np.array([environments.index(line) for line in lines])
-        computed_by[part.records] = known[np.minimum(part.file.computed_by, len(lines) - 1)]
+    environments = list(dict.fromkeys(line for part in parts for line in _environments(part)))
     spec = parts[0].file.dataset(fingerprint["pool"][0], fingerprint["layers"][0])
     offsets = _offsets(parts, n) if _by_residue(fingerprint) else None
     scores = unmasked(fingerprint.get("emit", ()))
     columns = parts[0].file.dataset("unmasked", "logits").shape[1] if "logits" in scores else 0
+    lengths, replaced = _column(parts, n, "lengths"), _column(parts, n, "replaced")
+    extra, states = _extra(parts, n), _states(parts, n, environments)
+    for name in (each for each in HALVES if each in fingerprint):
+        halves, its = _of_half(parts, name), fingerprint[name]
+        rows = halves[0].rows.at(f"{its['pool'][0]}/{its['layers'][0]}")
+        extra |= store.Extra(halves={name: store.Layout(
+            rows.shape[1], tuple(its["layers"]), tuple(its["pool"]), rows.dtype, lengths, replaced,
+            residue_offsets=None, names=names, name_bytes=0, **_states(halves, n, environments),
+        )})  # fmt: skip
     layout = store.Layout(
-        spec.shape[1], tuple(fingerprint["layers"]), tuple(fingerprint["pool"]), spec.dtype, column("lengths"),
-        column("replaced"), column("flags"), np.where(status == store.DONE, store.PENDING, status).astype(np.uint8),
-        column("reason"), offsets, names, 0, None, "\n".join(environments),
-        computed_by, scores, _attributes(parts, fingerprint), _extra(parts, n), columns,
+        spec.shape[1], tuple(fingerprint["layers"]), tuple(fingerprint["pool"]), spec.dtype, lengths, replaced,
+        residue_offsets=offsets, names=names, name_bytes=0, environment="\n".join(environments), **states,
+        unmasked=scores, attributes=_attributes(parts, fingerprint), extra=extra, vocabulary=columns,
     )  # fmt: skip
     layout.attributes["merged_from"] = json.dumps([part.path.name for part in parts])
     copied = sum(
         prod(shape) * of.itemsize for name, (shape, of) in layout.filled.items() if not name.startswith("groups/")
     )
     return replace(layout, name_bytes=max(0, sum(part.path.stat().st_size for part in parts) - copied))
+
+
+def _of_half(parts: list[_Part], name: str) -> list[_Part]:
+    """The parts as they hold the rows of another model."""
+    halves = []
+    for part in parts:
+        half = part.file.half(name)
+        row_sums = None if part.sums is None else half.at("run/sums")[:] - half.state_sums
+        halves.append(replace(part, rows=half, offsets=None, sums=row_sums))
+    return halves
+
+
+def _column(parts: list[_Part], n: int, name: str) -> NDArray[Any]:
+    return _gathered(parts, 0, n, lambda part, rows: getattr(part.rows, name)[rows])
+
+
+def _environments(part: _Part) -> list[str]:
+    return [json.dumps(each) for each in part.file.environments]
+
+
+def _states(parts: list[_Part], n: int, environments: list[str]) -> dict[str, Any]:
+    """Columns that say what became of n records, [n]: rows that are to be copied are pending."""
+    status, computed_by = _column(parts, n, "status"), np.zeros(n, np.uint8)
+    for part in parts:
+        known = np.array([environments.index(line) for line in _environments(part)])
+        computed_by[part.records] = known[np.minimum(part.rows.computed_by, len(known) - 1)]
+    pending = np.where(status == store.DONE, store.PENDING, status).astype(np.uint8)
+    flags, reason = _column(parts, n, "flags"), _column(parts, n, "reason")
+    return {"status": pending, "flags": flags, "reason": reason, "computed_by": computed_by}
 
 
 def _extra(parts: list[_Part], n: int) -> store.Extra:
@@ -315,7 +354,6 @@ def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) 
     names += [f"unmasked/{name}" for name in unmasked(fingerprint.get("emit", ()))]
     width = max(file.places[name].row_bytes for name in names)
     file.keep_environments()
-    file.hash_as_written()
     ahead, synced = deque[_Chunk](), deque[Future[None]]()
     with ThreadPoolExecutor(min(cores() + 2, MOST_READERS)) as readers, ThreadPoolExecutor(1) as syncing:
 
@@ -378,7 +416,7 @@ def _take(part: _Part, first: int, last: int, chunk: _Chunk, offsets: NDArray[np
             own, counts, rows, begin = np.arange(first, last), None, records, chunk.start
         if not len(own):
             continue
-        values = part.file.rows_at(name, int(own[0]), len(own)).reshape(len(own), -1)
+        values = part.rows.rows_at(name, int(own[0]), len(own)).reshape(len(own), -1)
         into[rows - begin] = values
         digests = sums.of_rows(name, values)
         there += digests if counts is None else sums.of_records(own, digests, counts)
@@ -394,8 +432,8 @@ def _write(parts: list[_Part], file: store.Store, chunk: _Chunk, offsets: NDArra
     for name, values in chunk.values.items():
         kind, _, layer = name.partition("/")
         file.place(kind, layer, np.arange(offsets[start], offsets[stop]) if _has_residues(name) else rows, values)
-    status = _gathered(parts, start, stop, lambda part, own: part.file.status[own])
-    reason = _gathered(parts, start, stop, lambda part, own: part.file.reason[own])
+    status = _gathered(parts, start, stop, lambda part, own: part.rows.status[own])
+    reason = _gathered(parts, start, stop, lambda part, own: part.rows.reason[own])
     pending, recomputed = file.status[rows] == store.PENDING, (file.flags[rows] & store.RECOMPUTED) > 0
 
     def mark(of: NDArray[np.bool_], status: int = store.DONE, flag: int = 0, reason: int = 0) -> None:

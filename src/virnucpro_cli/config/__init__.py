@@ -143,6 +143,10 @@ class EmbedConfig(Config):
         choices=("pyrodigal-gv", "six-frame", "virnucpro"))
     min_aa: int = option(30, CONTIGS, "Shortest ORF of --genes six-frame, in residues.", "N", least=1, most=LARGEST)
     chunk: int = option(500, CONTIGS, "Bases in a chunk of --genes virnucpro.", choices=(300, 500))
+    nucleotide: bool = option(
+        False, CONTIGS, "Store VirNucPro's nucleotide half, too: a row of the bases behind each protein.")
+    nucleotide_model: str = option(
+        "dnabert-s", CONTIGS, "The model of that half: dnabert-s or a path.", "MODEL", path=True)
     group: str | None = option(None, CONTIGS, "Store a row for each contig, too, from its proteins' means.", "contig")
     group_regex: str | None = option(
         None, CONTIGS, "Store a row for each group, too: what (...) captures in a protein's name.", "REGEX")
@@ -187,9 +191,11 @@ class EmbedConfig(Config):
         yield self.ray_address is not None and not ray, refusal, "Add --engine ray."
         refusal = "--emit contacts is the work of one device, not of --engine ray."
         yield contacts and ray, refusal, "Leave one out, or see --shard."
-        for flag in self.given("genes", "min_aa", "chunk"):
+        for flag in self.given("nucleotide_model"):
+            yield not self.nucleotide, f"{flag} is of --nucleotide.", "Add --nucleotide, or leave it out."
+        for flag in self.given("genes", "min_aa", "chunk", "nucleotide"):
             yield self.from_ != "contigs", f"{flag} is of contigs.", "Say --from contigs, or leave it out."
-        for name, caller in (("min_aa", "six-frame"), ("chunk", "virnucpro")):
+        for name, caller in (("min_aa", "six-frame"), ("chunk", "virnucpro"), ("nucleotide", "virnucpro")):
             for flag in self.given(name):
                 yield self.genes != caller, f"{flag} is of --genes {caller}.", "Leave it out."
         yield from self._rules_of_groups()

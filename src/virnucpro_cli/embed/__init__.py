@@ -15,7 +15,7 @@ from virnucpro_cli import report, store
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import engines
 from virnucpro_cli.embed import summary as words
-from virnucpro_cli.embed.recipe import EmbedRun, attributes, decided, inputs_of, resolved_layers, target
+from virnucpro_cli.embed.recipe import Around, EmbedRun, attributes, decided, inputs_of, resolved_layers, target
 from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Job, Placer
 from virnucpro_cli.errors import UserError, counted
@@ -24,7 +24,7 @@ from virnucpro_cli.kinds import unmasked
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.packed import exact_arithmetic
-from virnucpro_cli.plan.packing import subset, worst_first
+from virnucpro_cli.plan.packing import Int64, subset, worst_first
 
 __all__ = ["embed_fasta", "resolved_layers", "run"]
 
@@ -48,7 +48,7 @@ def run(
         at = target(config, features)
     with inputs_of(config, at, out) as inputs, engines.chosen(config, loaded is not None, out, clock) as computing:
         with clock.stage("plan"):
-            begun = decided(config, features, at, inputs, computing, out, clock)
+            begun = decided(config, features, inputs, Around(at, computing, out, clock))
             begun.loaded = loaded
             words.begin(begun)
             for note in begun.summary.notes:
@@ -77,15 +77,17 @@ def embed_fasta(
 
 def _embed(run: EmbedRun) -> None:
     """Have the finished file at its place, and what its features write beside it."""
-    assert run.located is not None
     with run.clock.stage("load model"):
-        run.computing.check_room(run.spec)
-        run.weights = locate.verified(run.located)
+        for each in (run, *run.halves.values()):
+            run.computing.check_room(each.spec)
+            assert each.located is not None
+            each.weights = locate.verified(each.located)
         if run.config.emit:
             run.loaded = run.loaded or model_weights.load(run.weights)
             _check_heads(run, run.loaded)
     with run.clock.stage("lay out"):
-        run.fingerprint = run.fingerprint_with(run.weights)
+        for each in (run, *run.halves.values()):
+            each.fingerprint = each.fingerprint_with(each.weights)
         finished = _finished(run)
         if finished is not None and not _is_retried(run):
             run.out.print(f"{run.output} is already complete: same input, model and settings.")
@@ -118,7 +120,32 @@ def _check_heads(run: EmbedRun, loaded: Loaded) -> None:
 
 
 def _fill(run: EmbedRun) -> None:
-    """Have every pending record in the file, and end it."""
+    """Have every pending record of the run and of its halves in the file, and end it."""
+    file = run.file
+    packs, placer = _computed(run)
+    for name, half in run.halves.items():
+        half.file = file.halves[name]
+        words.note_half(run, half, *_computed(half))
+    for feature in run.features:
+        feature.after(run)
+    with run.clock.stage("finish"):
+        file.commit()
+        run.table.check_unchanged()
+        for half in run.halves.values():
+            half.table.check_unchanged()
+            for feature in half.features:
+                feature.finish(half)
+        for feature in run.features:
+            feature.finish(run)
+        words.fill_rates(run, packs, placer)
+        run.summary.checksum = file.finish(run.summary.to_json_within(store.REPORT_BYTES), run.config.overwrite)
+
+
+def _computed(run: EmbedRun) -> tuple[Int64, Placer]:
+    """Have every pending record of a run, or of a half, in the file.
+
+    Returns numbers of the packs that were computed, int64 [P], and what placed their rows.
+    """
     file, decisions, plan, computing = run.file, run.decisions, run.plan, run.computing
     with run.clock.stage("plan"):
         for feature in run.features:
@@ -127,10 +154,10 @@ def _fill(run: EmbedRun) -> None:
         pending[decisions.representative[file.status == store.PENDING]] = True
         segments = decisions.segments
         packs = worst_first(plan, subset(plan, pending[segments.record]), segments.length)
-        job = Job(run.config, run.table, decisions, plan, pending, run.weights, run.layers, computing.dtype)
+        job = Job(run.config, run.table, decisions, plan, pending, run.weights, run.layers, run.dtype)
         placer = Placer(file, job, run.clock, computing.pins)
         exact_arithmetic()
-        file.compute_in(computing.computed_by(len(packs) > 1))
+        file.compute_in(computing.computed_by(len(packs) > 1, run.dtype))
     if len(packs):
         computing.compute(run, packs, placer)
     if placer.broken or placer.unfit:
@@ -138,15 +165,8 @@ def _fill(run: EmbedRun) -> None:
 
         with run.clock.stage("second pass"):
             second_pass(placer, run.device, computing.backend, run.tell)
-    for feature in run.features:
-        feature.after(run)
-    with run.clock.stage("finish"):
-        file.commit()
-        run.table.check_unchanged()
-        for feature in run.features:
-            feature.finish(run)
-        words.fill_rates(run, packs, placer)
-        run.summary.checksum = file.finish(run.summary.to_json_within(store.REPORT_BYTES), run.config.overwrite)
+    file.commit()
+    return packs, placer
 
 
 # --- the file ----------------------------------------------------------------------------------------------------

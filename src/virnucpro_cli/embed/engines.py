@@ -51,9 +51,9 @@ class Computing(ABC):
         """Raises UserError if the weights surely do not fit."""
         devices.check_room(self.local_device, parameters(spec) * self.dtype.itemsize, f"The weights of {spec.name}")
 
-    def computed_by(self, several: bool) -> str:
+    def computed_by(self, several: bool, dtype: torch.dtype) -> str:
         """The environment of a row, in a line of JSON. several: whether there are packs for all processes."""
-        return devices.computed_by(self.device, self.dtype, self.local_device, self.processes if several else 1)
+        return devices.computed_by(self.device, dtype, self.local_device, self.processes if several else 1)
 
     @abstractmethod
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
@@ -71,7 +71,7 @@ class OnThisHost(Computing):
             self._in_processes(run, packs, placer)
             return
         compute = self._model(run)
-        with _tracked(run, packs, placer), run.clock.stage("forward"):
+        with _tracked(run, packs, placer), run.stage("forward"):
             placer.started = time.perf_counter()
             runner.run_packs(packs, placer.collator, compute, placer, self.local_device, run.tell, placer.note_unfit)
         if limit := placer.limit(time.perf_counter() - placer.started):
@@ -82,7 +82,7 @@ class OnThisHost(Computing):
         assert self.backend is not None
         with run.clock.stage("load model"):
             _, state, notes = run.take_weights()
-            model = build(run.spec, state, self.dtype, self.local_device, self.backend)
+            model = build(run.spec, state, run.dtype, self.local_device, self.backend)
         for note in notes:
             run.tell(note)
         return runner.compute_with(model, run.layers, run.config)
@@ -93,7 +93,7 @@ class OnThisHost(Computing):
         run.loaded = None
         with _tracked(run, packs, placer):
             rows = workers.compute_in_processes(placer, packs, self.devices, self.device.attention, run.tell)
-        run.summary.tables["Workers"] = rows
+        run.summary.tables[f"Workers {run.half}".rstrip()] = rows
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,10 @@ class OnRay(Computing):
 
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         run.loaded = None
+        self.cluster.turn_to(run.config, run.dtype)
         with _tracked(run, packs, placer):
             rows = self.cluster.run(placer, packs, run.tell)
-        run.summary.tables["Nodes"] = rows
+        run.summary.tables[f"Nodes {run.half}".rstrip()] = rows
 
 
 @contextmanager
@@ -146,5 +147,5 @@ def _on_this_host(config: EmbedConfig, alone: bool) -> OnThisHost:
 
 
 def _tracked(run: Run, packs: Int64, placer: Placer) -> report.Tracker:
-    placer.tracker = report.Tracker(run.out, int(run.plan.tokens[packs].sum()))
+    placer.tracker = report.Tracker(run.out, int(run.plan.tokens[packs].sum()), title=run.half)
     return placer.tracker

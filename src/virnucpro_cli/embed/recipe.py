@@ -1,32 +1,38 @@
 """The decisions of a run, made before the model is loaded: where packs are computed, and the file's layout."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 import virnucpro_cli
 from virnucpro_cli import fasta, report, store
+from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed.engines import Computing
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
-from virnucpro_cli.features import Feature, Run
+from virnucpro_cli.features import Feature, Half, Run, asked_for
 from virnucpro_cli.kinds import NUCLEOTIDE, PROTEIN, any_by_residue, unmasked
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import by_name, check_dtype, family_of, parameters, reading
 from virnucpro_cli.model.spec import ModelSpec, check_longest, resolve_layers
 from virnucpro_cli.plan.packing import in_blocks
-from virnucpro_cli.plan.policies import decide
+from virnucpro_cli.plan.policies import Decisions, decide
 
 if TYPE_CHECKING:
     from virnucpro_cli.plan.shards import Shard
+
+
+OF_A_HALF = ("weights_sha256", "tokenizer_sha256", "heads", "layers", "pool", "dtype", "max_residues", "kind")
+"""Entries of a half's fingerprint that its rows depend on, beside those that are the run's."""
 
 
 class Target(NamedTuple):
@@ -83,13 +89,17 @@ def _is_of(output: Path, read: Path) -> bool:
 
 @dataclass(kw_only=True)
 class EmbedRun(Run):
-    """A run of embed. located: the weights, None if they are not on this machine (of a dry run)."""
+    """A run of embed. located: the weights, None if they are not on this machine (of a dry run).
+
+    halves: runs of other models on the same records, whose rows lie in folders of the file by these names.
+    """
 
     output: Path
     shard: "Shard | None"
     computing: Computing
     located: locate.Weights | None
-    features: list[Feature]
+    features: list[Feature] = field(default_factory=list)
+    halves: "dict[str, EmbedRun]" = field(default_factory=dict)
 
     def fingerprint_with(self, weights: locate.Weights) -> dict[str, Any]:
         """All that the values depend on. weights: with their SHA-256."""
@@ -107,6 +117,11 @@ class EmbedRun(Run):
             policy |= feature.fingerprint(weights, self.dtype)
         if self.shard is not None:
             policy["shard"] = str(self.shard)
+        for name, half in self.halves.items():
+            own = half.fingerprint_with(half.weights)
+            policy[name] = {key: own[key] for key in OF_A_HALF if key in own}
+        if (tokenizer := getattr(weights, "tokenizer", None)) is not None:
+            policy["tokenizer_sha256"] = locate.sha256_of([tokenizer])
         return {
             "input_sha256": self.table.sha256, "weights_sha256": weights.sha256, "heads": self.spec.heads,
             "layers": list(self.layers), "pool": list(config.pool), "dtype": attention.describe(self.dtype),
@@ -115,61 +130,132 @@ class EmbedRun(Run):
         }  # fmt: skip
 
 
-def decided(
-    config: EmbedConfig,
-    features: list[Feature],
-    at: Target,
-    inputs: fasta.Inputs,
-    computing: Computing,
-    out: Console,
-    clock: report.Clock,
-) -> EmbedRun:
+class Around(NamedTuple):
+    """What a run and its halves share."""
+
+    at: Target
+    computing: Computing
+    out: Console
+    clock: report.Clock
+
+
+class Model(NamedTuple):
+    """A model, and what a run makes of it. config: with what the model decides; how: the reading of the input."""
+
+    config: EmbedConfig
+    located: locate.Weights | None
+    spec: ModelSpec
+    layers: tuple[int, ...]
+    how: Reading
+    dtype: torch.dtype
+
+    def table(self, inputs: fasta.Inputs, sources: list[fasta.Source], keep_digests: bool) -> fasta.RecordTable:
+        """The record table of sources, as the model reads them."""
+        how = fasta.How(self.config.invalid, self.config.gaps, self.how)
+        return inputs.table(sources, how, self.config.dedup, keep_digests)
+
+    def in_tokens(self, table: fasta.RecordTable, around: Around) -> fasta.RecordTable:
+        """The same table, or one that knows the tokens of all records, if these are not letters."""
+        if getattr(family_of(self.spec), "TOKENIZER", None) is None:
+            return table
+        from virnucpro_cli.fasta.tokenised import tokenised
+
+        with around.clock.stage("tokens"):
+            return tokenised(table, getattr(self.located, "tokenizer", None), around.at.output.parent)
+
+
+def _model_of(config: EmbedConfig, dtype: torch.dtype, around: Around) -> Model:
+    """Raises UserError for weights that cannot be had, and for what the model cannot do."""
+    with around.clock.stage("load model"):
+        located, spec = _located(config, around.out)
+    check_dtype(spec, dtype)
+    family = family_of(spec)
+    if family.READING is None and config.kind == PROTEIN and config.from_ == "proteins":
+        config = replace(config, kind=NUCLEOTIDE)
+    if getattr(family, "TOKENIZER", None) is not None and any_by_residue(config.pool, config.emit):
+        refusal = f"{spec.name} has no rows of bases: its tokens are of several."
+        raise UserError(refusal, "Leave --pool residue and --emit out.")
+    config, how = _with_long(config, spec), reading(spec, config.kind)
+    return Model(config, located, spec, resolved_layers(config.layers, spec), how, dtype)
+
+
+def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, around: Around) -> EmbedRun:
     """Read the input and decide. All that is read is opened before the first long step.
 
     Raises UserError for what the user can put right.
     """
+    at, clock = around.at, around.clock
     with clock.stage("index"):
         sources = inputs.sources(config.inputs, at.output.parent)
-    with clock.stage("load model"):
-        located, spec = _located(config, out)
-    check_dtype(spec, computing.dtype)
-    config, how = _with_long(config, spec), reading(spec, config.kind)
-    layers = resolved_layers(config.layers, spec)
-    extra = store.Extra()
+    model, extra = _model_of(config, around.computing.dtype, around), store.Extra()
+    config = model.config
     for feature in features:
-        sources, more = feature.sources(sources, at.whole, out, clock)
+        sources, more = feature.sources(sources, at.whole, around.out, clock)
         extra |= more
     with clock.stage("index"):
-        keep_digests = any(feature.needs_digests for feature in features)
-        table = inputs.table(sources, fasta.How(config.invalid, config.gaps, how), config.dedup, keep_digests)
-    _check_protein(table, config, spec, out)
+        table = model.table(inputs, sources, any(feature.needs_digests for feature in features))
+    _check_protein(table, config, model.spec, around.out)
     extra |= _gaps(table, config)
     for feature in features:
         extra |= feature.of_input(table, extra)
-    records = None
+    records, count = None, len(table)
     if at.shard is not None:
         from virnucpro_cli.plan.shards import records_of
 
         records = records_of(at.shard, table, config)
         table, extra = table.part(records), extra.part(records)
+    halves = {
+        half.name: _decided_half(half, around, records, count)
+        for half in filter(None, (feature.half() for feature in features))
+    }
+    table = model.in_tokens(table, around)
     decisions = decide(table, config)
     for feature in features:
         extra |= feature.of_part(records, decisions, extra)
-    plan = in_blocks(decisions.segments.length, _token_budget(config, computing, spec, layers, how.width))
+    extra |= store.Extra(halves={name: half.layout for name, half in halves.items()})
+    run = _planned(model, table, decisions, extra, around, records)
+    run.features, run.halves = features, halves
+    return run
+
+
+def _decided_half(half: Half, around: Around, records: NDArray[np.int64] | None, count: int) -> EmbedRun:
+    """The run of a half. records: int64 [M], of a shard; count: records of the whole input.
+
+    Raises UserError if it has another number of records.
+    """
+    features, dtype = asked_for(half.config), around.computing.dtype
+    model = _model_of(half.config, torch.float16 if dtype == torch.float8_e4m3fn else dtype, around)
+    with around.clock.stage("index"):
+        table = model.table(fasta.Inputs(), half.sources, any(feature.needs_digests for feature in features))
+    if len(table) != count:
+        raise UserError(f"{half.sources[0].path} was changed: it has {len(table):,} records, not {count:,}.")
+    table = model.in_tokens(table if records is None else table.part(records), around)
+    run = _planned(model, table, decide(table, model.config), store.Extra(), around, records)
+    run.features, run.half = features, half.name
+    return run
+
+
+def _planned(
+    model: Model, table: fasta.RecordTable, decisions: Decisions, extra: store.Extra, around: Around,
+    records: NDArray[np.int64] | None,
+) -> EmbedRun:  # fmt: skip
+    """The run of a model on a table, with its plan and the layout of its file. records: int64 [M], of a shard."""
+    config, spec, layers, computing = model.config, model.spec, model.layers, around.computing
+    plan = in_blocks(decisions.segments.length, _token_budget(config, computing, spec, layers, model.how.width))
     by_residue = any_by_residue(config.pool, config.emit)
     layout = store.Layout(
         spec.hidden, layers, config.pool, np.dtype(np.float16 if config.store_dtype == "fp16" else np.float32),
         table.length, table.replaced, decisions.flags, decisions.status, decisions.reason,
         np.append(0, np.cumsum(decisions.embedded, dtype=np.int64)) if by_residue else None,
         partial(table.name_texts, full=config.id == "full"), table.text_bytes - table.residues, records,
-        computing.computed_by(len(plan) > 1), unmasked=unmasked(config.emit), vocabulary=how.width,
+        computing.computed_by(len(plan) > 1, model.dtype), unmasked=unmasked(config.emit), vocabulary=model.how.width,
         extra=extra,
     )  # fmt: skip
     return EmbedRun(
         config=config, spec=spec, layers=layers, table=table, decisions=decisions, plan=plan, layout=layout,
-        device=computing.local_device, dtype=computing.dtype,
-        out=out, clock=clock, summary=report.RunReport("embed"), output=at.output,
-        shard=at.shard, computing=computing, located=located, features=features,
+        device=computing.local_device, dtype=model.dtype, out=around.out, clock=around.clock,
+        summary=report.RunReport("embed"), output=around.at.output, shard=around.at.shard, computing=computing,
+        located=model.located,
     )  # fmt: skip
 
 

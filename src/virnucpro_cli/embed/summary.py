@@ -156,7 +156,7 @@ def end(run: EmbedRun) -> None:
     counts = run.layout.extra.counts.items()
     proteins += [f"{name}: {n:,}" for name, n in counts if n and not name.startswith("names of")]
     cut = summary.counts["truncated"]
-    rate = f", {summary.rates['tokens/s']:,.0f} tokens/s in the model" if summary.rates else ""
+    rate = f", {summary.rates['tokens/s']:,.0f} tokens/s in the model" if "tokens/s" in summary.rates else ""
     device, dtype = (str(summary.environment[name]).removesuffix(" (auto)") for name in ("device", "dtype"))
     next_step = f"virnucpro inspect {shell_word(output)}"
     if run.shard is not None:
@@ -245,12 +245,9 @@ def _environment(run: EmbedRun) -> dict[str, Any]:
 
 def fill_rates(run: EmbedRun, packs: Int64, placer: Placer) -> None:
     """Give the report what is known at the end. packs: numbers of those that were computed, int64 [P]."""
-    plan, summary, file = run.plan, run.summary, run.file
+    summary, file = run.summary, run.file
     note_seconds(run)
-    if forward := summary.seconds.get("forward", 0.0):
-        tokens, segments = int(plan.tokens[packs].sum()), int(np.diff(plan.offsets)[packs].sum())
-        done = {"residues": tokens - SPECIAL_TOKENS * segments, "tokens": tokens, "segments": segments}
-        summary.rates = {f"{name}/s": count / forward for name, count in done.items()}
+    summary.rates = _rates(run, packs, "forward") | summary.rates
     summary.memory["peak host memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if run.device.type == "cuda":
         summary.memory["peak GPU memory"] = torch.cuda.max_memory_allocated(run.device)
@@ -260,6 +257,25 @@ def fill_rates(run: EmbedRun, packs: Int64, placer: Placer) -> None:
     summary.counts["skipped"] = int((file.status == store.SKIPPED).sum())
     summary.missed += summary.counts["skipped"]
     summary.counts["recomputed in fp32"] = int(((file.flags & store.RECOMPUTED) > 0).sum())
+
+
+def note_half(run: EmbedRun, half: EmbedRun, packs: Int64, placer: Placer) -> None:
+    """Give the report of a run the numbers of its half. packs: numbers of those that were computed, int64 [P]."""
+    name, summary = half.half, half.summary
+    note_seconds(run)
+    counts = {"computed": int(np.diff(half.plan.offsets)[packs].sum()), **summary.counts}
+    run.summary.counts |= {f"{name}: {what}": n for what, n in counts.items()}
+    run.summary.rates |= {f"{name}: {what}": rate for what, rate in _rates(half, packs, f"forward, {name}").items()}
+    run.summary.notes += summary.notes
+    run.summary.tables |= summary.tables
+
+
+def _rates(run: EmbedRun, packs: Int64, stage: str) -> dict[str, float]:
+    """What packs, int64 [P], hold, by the second of a stage."""
+    forward = run.clock.spent().get(stage, 0.0)
+    tokens, segments = int(run.plan.tokens[packs].sum()), int(np.diff(run.plan.offsets)[packs].sum())
+    done = {"residues": tokens - SPECIAL_TOKENS * segments, "tokens": tokens, "segments": segments}
+    return {f"{name}/s": count / forward for name, count in done.items()} if forward else {}
 
 
 def describe_plan(run: EmbedRun) -> None:

@@ -18,15 +18,15 @@ class Texts(Protocol):
     """Where a collator reads: a RecordTable, or what stands for one elsewhere."""
 
     @property
-    def length(self) -> NDArray[np.int32]:
-        """Residues of each record, int32 [N]."""
+    def sizes(self) -> NDArray[np.int32]:
+        """Tokens of each record, int32 [N], without the first and the last."""
 
     @property
     def reading(self) -> Reading: ...
 
     def check_unchanged(self) -> None: ...
-    def tokens(self, records: Int64, /) -> NDArray[np.uint8]:
-        """Tokens of the records, one behind the other, uint8 [residues of all]."""
+    def tokens(self, records: Int64, /) -> NDArray[Any]:
+        """Tokens of the records, one behind the other, uint8 or uint16 [tokens of all]."""
 
 
 class VarlenCollator:
@@ -52,7 +52,7 @@ class VarlenCollator:
         position = np.arange(used) - np.repeat(cu_seqlens[:-1], seqlens)
 
         whole, which = np.unique(record, return_inverse=True)  # windows share their record
-        sizes = self.table.length[whole].astype(np.int64)
+        sizes = self.table.sizes[whole].astype(np.int64)
         first = (np.cumsum(sizes) - sizes)[which] + self.segments.start[numbers]  # of each segment, in the text of all
         text = self.table.tokens(whole).take(position + np.repeat(first - 1, seqlens), mode="clip")
         reading = self.table.reading

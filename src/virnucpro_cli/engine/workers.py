@@ -54,7 +54,7 @@ class Start(NamedTuple):
     device: str
     attention: str
     threads: int
-    store: tuple[Path, Path, int]
+    store: tuple[Path, Path, int, bool, str]
 
 
 @dataclass(eq=False)
@@ -84,7 +84,8 @@ def compute_in_processes(
     and what it used. Raises UserError when no worker is left, or when one meets what would stop every other.
     """
     dealer = _Processes(placer, packs, note)
-    threads, store = threads_of(len(devices)), (placer.file.output, placer.file.path, placer.file.fd)
+    file, threads = placer.file, threads_of(len(devices))
+    store = file.output, file.path, file.fd, file.locked, file.half
     workers = dealer.workers
     try:
         with placer.clock.stage("start workers"):

@@ -49,6 +49,11 @@ class RecordTable:
         return int(self.length.sum(dtype=np.int64))
 
     @property
+    def sizes(self) -> NDArray[np.int32]:
+        """Tokens of each record, without the first and the last: int32 [N]. A letter is a token here."""
+        return self.length
+
+    @property
     def reading(self) -> alphabet.Reading:
         return self.read_as.reading
 

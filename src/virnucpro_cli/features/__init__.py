@@ -6,6 +6,7 @@ A hook does nothing unless the feature overrides it.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +37,7 @@ class Known(NamedTuple):
 
 FEATURES = (
     Known("contigs", "Contigs", lambda config: config.from_ == "contigs"),
+    Known("contigs.nucleotide", "Nucleotide", lambda config: config.nucleotide, "dna/status"),
     Known("groups", "Groups", lambda config: config.group or config.group_regex or config.group_table, "groups/ids"),
     Known("contacts", "Contacts", lambda config: "contacts" in config.emit, "contacts/starts"),
     Known("cache", "Cache", lambda config: config.cache),
@@ -67,7 +69,7 @@ class Run:
     """A run, decided. weights, fingerprint and file are there once the file is open, and locked.
 
     loaded: the weights, if they were read already and no model is made of them yet; device: of this process; dtype: of
-    the forward.
+    the forward. half: the name of a run that is one of another's, empty for a whole one.
     """
 
     config: EmbedConfig
@@ -83,6 +85,7 @@ class Run:
     clock: report.Clock
     summary: report.RunReport
     loaded: Loaded | None = None
+    half: str = ""
     weights: locate.Weights = field(init=False)
     fingerprint: dict[str, Any] = field(init=False)
     file: store.Store = field(init=False)
@@ -92,10 +95,25 @@ class Run:
         self.out.print(text, style="yellow")
         self.summary.notes.append(text)
 
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """The stage of that name in the report; that of a half stands by itself."""
+        return self.clock.stage(f"{name}, {self.half}" if self.half else name)
+
     def take_weights(self) -> Loaded:
         """The weights, which the run forgets, so that memory holds them once."""
         loaded, self.loaded = self.loaded, None
         return loaded or model_weights.load(self.weights)
+
+
+class Half(NamedTuple):
+    """Rows that another model has of the same records, as a run of its own in the same file.
+
+    name: the folder of the file that they lie in, of `schema.HALVES`; sources: a record for each record of the run.
+    """
+
+    name: str
+    config: EmbedConfig
+    sources: list[fasta.Source]
 
 
 Shards = list[tuple[NDArray[np.int64], store.EmbeddingFile]]
@@ -133,6 +151,10 @@ class Feature:
     def of_part(self, records: NDArray[np.int64] | None, decisions: Decisions, extra: store.Extra) -> store.Extra:
         """Columns and room in the file of this run. records: int64 [M], of its shard; None for the whole input."""
         return store.Extra()
+
+    def half(self) -> Half | None:
+        """Rows of another model that it adds, once `sources` was called."""
+        return None
 
     def note(self, run: Run) -> str | None:
         """A sentence for the first screen."""

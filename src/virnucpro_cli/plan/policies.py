@@ -45,9 +45,9 @@ def decide(table: RecordTable, config: EmbedConfig) -> Decisions:
     for rows, those in representatives(table, config):
         representative[rows] = those
     reason, embedded = _each(table, slice(0, n), config)
-    is_long = table.length > config.max_residues
+    is_long = table.sizes > config.max_residues
     flags = np.zeros(n, np.uint16)
-    flags[(reason == 0) & (embedded < table.length)] |= store.TRUNCATED
+    flags[(reason == 0) & (embedded < table.sizes)] |= store.TRUNCATED
     flags[table.replaced > 0] |= store.REPLACED
     is_own = representative == np.arange(n)
     flags[~is_own] |= store.COPIED
@@ -64,11 +64,11 @@ def representatives(table: RecordTable, config: EmbedConfig) -> Iterator[tuple[s
     That is the first of its equals that is not skipped; a skipped record stands for itself. Raises UserError if there
     are long proteins and `long` is "error", or if nothing is left of a whole input.
     """
-    if config.long == "error" and len(long := np.flatnonzero(table.length > config.max_residues)):
+    if config.long == "error" and len(long := np.flatnonzero(table.sizes > config.max_residues)):
         (word, letter), first = config.words, int(long[0])
         raise UserError(
             f"{counted(len(long), word)} longer than {counted(config.max_residues, letter)}; "
-            f"the first is {table.names(first, first + 1)[0]!r} with {int(table.length[first]):,}.",
+            f"the first is {table.names(first, first + 1)[0]!r} with {int(table.sizes[first]):,}.",
             "Choose --long truncate, full, window or skip, or a larger --max-residues.",
         )
     (leaders, instead), some_left = _stand_ins(table, config), False
@@ -101,7 +101,7 @@ def costs(table: RecordTable, rows: slice, those: Int64, config: EmbedConfig) ->
 
 def _each(table: RecordTable, rows: slice, config: EmbedConfig) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """Why each record of a range is skipped, uint8 [n], and how many of its residues are embedded, int32 [n]."""
-    length = table.length[rows]
+    length = table.sizes[rows]
     reason = np.zeros(len(length), np.uint8)
     reason[(length > config.max_residues) & (config.long == "skip")] = store.TOO_LONG
     reason[(table.replaced[rows] > 0) & (config.invalid == "skip")] = store.INVALID

@@ -160,14 +160,21 @@ def settings_of(
     if settings["long"] == "window" and settings.get("overlap", settings["max_residues"]) >= settings["max_residues"]:
         raise damaged(path, "the attribute fingerprint.overlap is no overlap of its windows")
     emit = settings.get("emit", ())
-    rows = [f"{kind}/{layer}" for kind in settings["pool"] for layer in settings["layers"]]
+    rows = _names_of_rows(settings)
     others = [f"unmasked/{name}" for name in unmasked(emit)] + ["contacts/values"] * ("contacts" in emit)
     others += ["residue/offsets"] * any_by_residue(settings["pool"], emit)
+    for half in (each for each in schema.HALVES if each in settings):
+        rows += [schema.name_in(half, name) for name in _names_of_rows(settings[half])]
+        others += [schema.name_in(half, name) for name in (*schema.STATES, "run/sums")]
     _check_has(path, [*rows, *others], data)
     stored = np.dtype(np.float16 if settings["store_dtype"] == "fp16" else np.float32)
     if other := [name for name in rows if data[name].dtype != stored]:
         raise damaged(path, f"{other[0]} is of {data[other[0]].dtype}, not {stored}")
     return settings
+
+
+def _names_of_rows(settings: dict[str, Any]) -> list[str]:
+    return [f"{kind}/{layer}" for kind in settings["pool"] for layer in settings["layers"]]
 
 
 def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:

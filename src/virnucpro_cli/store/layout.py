@@ -59,6 +59,7 @@ class Extra:
     columns: a value for each record [N]; tables: arrays and names of anything else; rows: how many each group of
     datasets `NAME/<layer>` has, values: how many single ones a dataset has, all filled later in the store dtype;
     changing: columns and tables whose values change meanwhile; fingerprint and counts are the caller's to use.
+    halves: layouts of the rows that other models have of the same records, by the names of `schema.HALVES`.
     """
 
     columns: dict[str, NDArray[Any]] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class Extra:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     changing: frozenset[str] = frozenset()
+    halves: "dict[str, Layout]" = field(default_factory=dict)
 
     def __or__(self, other: "Extra") -> "Extra":
         return Extra(**{f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(Extra)})
@@ -119,24 +121,37 @@ class Layout:
         filled |= {f"unmasked/{name}": ((n,), np.dtype(np.float32)) for name in self.unmasked}
         if "logits" in self.unmasked:
             filled["unmasked/logits"] = ((residues, self.vocabulary), self.store_dtype)
-        return filled | {name: ((count,), self.store_dtype) for name, count in self.extra.values.items()}
+        filled |= {name: ((count,), self.store_dtype) for name, count in self.extra.values.items()}
+        for half, layout in self.extra.halves.items():
+            filled |= {schema.name_in(half, name): each for name, each in layout.filled.items()}
+        return filled
 
     @property
     def columns(self) -> "dict[str, NDArray[Any] | Names]":
         """Name -> values, [N] of the schema's dtypes, of every dataset that has values from the start."""
         n = len(self.lengths)
         columns: dict[str, Any] = {"sequence_ids": Names(n, self.names, self.name_bytes)}
-        columns |= {name: getattr(self, name) for name in ("lengths", "replaced", "flags", "status", "reason")}
-        columns["computed_by"] = np.zeros(n, np.uint8) if self.computed_by is None else self.computed_by
+        columns |= {"lengths": self.lengths, "replaced": self.replaced, **self.states}
         columns |= {"records": self.records, "residue/offsets": self.residue_offsets}
         columns |= self.extra.columns | self.extra.tables
+        for half, layout in self.extra.halves.items():
+            columns |= {schema.name_in(half, name): values for name, values in layout.states.items()}
         return {name: values for name, values in columns.items() if values is not None}
+
+    @property
+    def states(self) -> dict[str, NDArray[Any]]:
+        """Columns that say what became of each record, [N] of the schema's dtypes, as they are at first."""
+        unknown = np.zeros(len(self.lengths), np.uint8)
+        computed_by = unknown if self.computed_by is None else self.computed_by
+        return {"flags": self.flags, "status": self.status, "reason": self.reason, "computed_by": computed_by}
 
     @property
     def changing(self) -> set[str]:
         """Names of all datasets whose bytes are not final when the file is laid out."""
-        columns = {"status", "flags", "reason", "computed_by", *self.extra.changing}
-        return {*self.filled, *columns, *(f"run/{name}" for name in RUN)}
+        columns = {*self.extra.changing, *(f"run/{name}" for name in RUN)}
+        own = (*schema.STATES, "run/sums")
+        halves = ("", *self.extra.halves)
+        return {*self.filled, *columns, *(schema.name_in(half, name) for half in halves for name in own)}
 
     @property
     def data_bytes(self) -> int:
@@ -149,7 +164,7 @@ class Layout:
         columns = sum(
             MOST_OVERHEAD * c.count + c.bytes if isinstance(c, Names) else c.nbytes for c in self.columns.values()
         )
-        columns += 8 * len(self.lengths)  # /run/sums
+        columns += 8 * len(self.lengths) * (1 + len(self.extra.halves))  # /run/sums
         return self.data_bytes + columns + schema.REPORT_BYTES + schema.ENVIRONMENT_BYTES + (1 << 17)
 
 
@@ -268,7 +283,9 @@ def _write_layout(sink: Sink, file: h5py.File, layout: Layout) -> None:
     if kinds := pooled(layout.kinds):
         file["embeddings"] = file[kinds[0]][str(layout.layers[-1])]
     for name, word in RUN.items():
-        _create_contiguous(file, f"run/{name}", (len(layout.lengths),) if name == "sums" else (), word)
+        for half in ("", *extra.halves) if name == "sums" else ("",):
+            place = schema.name_in(half, f"run/{name}")
+            _create_contiguous(file, place, (len(layout.lengths),) if name == "sums" else (), word)
     first = {
         "report": b"{}",
         "environments": layout.environment.encode() + b"\n",

@@ -1,4 +1,4 @@
-"""Parts of an embeddings file beside rows of records: rows of groups, and contact maps."""
+"""Parts of an embeddings file beside rows of records: rows of groups, contact maps, rows of another model."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.store import frames
+from virnucpro_cli.store import frames, schema, sums
 from virnucpro_cli.store.checked import Dataset
 from virnucpro_cli.store.schema import DONE, PENDING
 
 if TYPE_CHECKING:
     import pandas
+
+    from virnucpro_cli.store.reader import EmbeddingFile
 
 At = Callable[[str], Dataset]
 """Gives the dataset of a name."""
@@ -76,3 +78,33 @@ class ContactMaps:
         """The values at the place of a record's map, float16 or float32 [L, L], whatever its status."""
         size, first = int(self.sizes[row]), int(self.starts[row])
         return self.values[first : first + size * size].reshape(size, size)
+
+
+class Half:
+    """Rows that another model has of the same N records, in a folder of the file.
+
+    status, reason, computed_by: uint8 [N], flags: uint16 [N], as those of the file itself.
+    names: datasets of rows, such as mean/12.
+    """
+
+    def __init__(self, file: "EmbeddingFile", name: str):
+        self.file, self.name, settings = file, name, file.settings.get(name, {})
+        self.status, self.flags, self.reason, self.computed_by = (self.at(each)[:] for each in schema.STATES)
+        self.names = [f"{kind}/{layer}" for kind in settings["pool"] for layer in settings["layers"]]
+
+    def at(self, name: str) -> Dataset:
+        """The dataset of that name in the folder. Raises UserError if there is none."""
+        return self.file.at(schema.name_in(self.name, name))
+
+    def rows_at(self, name: str, first: int, count: int) -> NDArray[Any]:
+        """A row of a dataset and those that follow it, [count, D] in its dtype; see `EmbeddingFile.rows_at`."""
+        return self.file.rows_at(schema.name_in(self.name, name), first, count)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A dataset as a read-only memory map, float16 or float32 [N, D]."""
+        return self.file.mapped(self.at(name))
+
+    @property
+    def state_sums(self) -> NDArray[np.uint64]:
+        """Digests of what each record's status, flags, reason and environment are, uint64 [N]."""
+        return sums.of_states([self.at(name)[:] for name in schema.STATES], self.file.environment_lines)

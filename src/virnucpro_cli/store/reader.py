@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import pandas
     import polars
 
-    from virnucpro_cli.store.parts import ContactMaps, Groups
+    from virnucpro_cli.store.parts import ContactMaps, Groups, Half
     from virnucpro_cli.store.tensors import Rows
 
 CHUNK_BYTES = 1 << 26
@@ -169,9 +169,13 @@ class EmbeddingFile:
     @property
     def state_sums(self) -> NDArray[np.uint64]:
         """Digests of what each record's status, flags, reason and environment are, uint64 [N]; see `sums.of_states`."""
+        return sums.of_states([self.at(name)[:] for name in schema.STATES], self.environment_lines)
+
+    @property
+    def environment_lines(self) -> list[str]:
+        """The environments as they stand in the file, a line of JSON each."""
         with reading(self.path):
-            lines = whole_lines(self.at("run/environments")[()])
-        return sums.of_states([self.at(name)[:] for name in schema.STATES], lines)
+            return whole_lines(self.at("run/environments")[()])
 
     @property
     def checksum_of_the_run(self) -> str:
@@ -198,7 +202,11 @@ class EmbeddingFile:
         """
         if not self._data.keys() >= {"run/layout", "run/sums"} or self.groups is not None or self.contact_maps:
             return False
-        changing = [name for name in self._data if name in schema.STATES or schema.is_of_rows(name)]
+        halves = tuple(f"{half}/" for half in schema.HALVES)
+        changing = [
+            name for name in self._data
+            if name in schema.STATES or schema.is_of_rows(name) or name.startswith(halves)
+        ]  # fmt: skip
         extents = [self._extent(name) for name in (*changing, *(n for n in self._data if n.startswith("run/")))]
         with reading(self.path):
             return sums.of_the_rest(self._file.id.get_vfd_handle(), extents) == self.at("run/layout")[()]
@@ -354,6 +362,14 @@ class EmbeddingFile:
 
         return ContactMaps(self.at) if self.holds("contacts/values") else None
 
+    def half(self, name: str) -> "Half":
+        """Rows of another model, such as `dna` of --nucleotide. Raises UserError if the file has none."""
+        from virnucpro_cli.store.parts import Half
+
+        if name not in self.settings:
+            raise Missing(f"{self.path} holds no rows in /{name}.", "It was made without --nucleotide.")
+        return Half(self, name)
+
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
         """Columns [N] that not every file has, by name: genes/contig, genes/begin, genes/end, genes/strand (integers),
@@ -411,7 +427,10 @@ class EmbeddingFile:
         Nothing is copied, and it stays good when the file is closed, or another takes its name. Raises UserError if
         there is no such dataset, or the file was cut since.
         """
-        data = self.dataset(kind, layer)
+        return self.mapped(self.dataset(kind, layer))
+
+    def mapped(self, data: h5py.Dataset) -> NDArray[Any]:
+        """A dataset of the file as a read-only memory map, in its dtype and shape; see `array`."""
         offset = data.id.get_offset()
         if offset is None:  # it is empty
             return data[:]
@@ -534,7 +553,8 @@ def _check_there(path: Path, named: str | Path) -> None:
 
 def unfinished(file: EmbeddingFile) -> str:
     """Words for how far a partial file is."""
-    done = int((file.status != PENDING).sum())
+    halves = [file.half(name).status for name in schema.HALVES if name in file.settings]
+    done = int(np.logical_and.reduce([status != PENDING for status in (file.status, *halves)]).sum())
     return f"unfinished: {done:,} of {counted(len(file), file.words[0])} in {file.path.name}"
 
 

@@ -17,6 +17,8 @@ STATUS_NAMES = ("pending", "done", "skipped")
 TRUNCATED, REPLACED, RECOMPUTED, COPIED, WINDOWED, CACHED = 1, 2, 4, 8, 16, 32
 STATES = ("status", "flags", "reason", "computed_by")
 """Columns that say what became of a record."""
+HALVES = ("dna",)
+"""Folders of rows that another model has of the same records, with states and sums of their own."""
 FLAG_NAMES = {1: "truncated", 2: "replaced", 4: "recomputed in fp32", 8: "copied", 16: "windowed", 32: "from the cache"}
 REASONS = ("", "empty", "invalid residues", "too long", "not finite", "out of memory", "not in what was imported",
            "name not unique")  # fmt: skip
@@ -89,7 +91,7 @@ MOST_OBJECTS = 1 << 14
 class Field(NamedTuple):
     """A dataset. name: a pattern; dtypes: those it may have; shape: letters are sizes that several datasets share.
 
-    N: records; R: residues; T: tokens of the alphabet; D: dimensions; G: groups; C: contigs; V: values of maps.
+    N: records; R: residues; T: tokens of the alphabet; D, E: dimensions; G: groups; C: contigs; V: values of maps.
     """
 
     name: str
@@ -120,8 +122,11 @@ FIELDS = (
     Field("groups/ids", (TEXT,), ("G",)),
     Field("groups/members", ("<i8",), ("G",)),
     Field(f"groups/(mean|length_weighted_mean|max)/{LAYER}", REAL, ("G", "D")),
+    Field("dna/flags", ("<u2",), ("N",)),
+    Field("dna/(status|reason|computed_by)", ("|u1",), ("N",)),
+    Field(f"dna/({'|'.join(POOLED)})/{LAYER}", REAL, ("N", "E")),
     Field("run/(report|environments|checksum|layout)", (BYTES,), ()),
-    Field("run/sums|contacts/sums", ("<u8",), ("N",)),
+    Field("(run|contacts|dna)/sums", ("<u8",), ("N",)),
     Field("run/complete", ("|u1",), ()),
 )
 NEEDED = ("sequence_ids", "lengths", "replaced", "flags", "status", "reason", "computed_by", "run/report",
@@ -132,6 +137,13 @@ NEEDED = ("sequence_ids", "lengths", "replaced", "flags", "status", "reason", "c
 def is_of_rows(name: str) -> bool:
     """Whether a dataset holds rows that run/sums vouches for: rows of records or residues, and scores."""
     return name.split("/")[0] in (*POOLED, "residue", "unmasked") and name != "residue/offsets"
+
+
+def name_in(half: str, name: str) -> str:
+    """The dataset of the file that a half has for one of its own names; of no half, the name itself."""
+    if not half or (name.startswith("run/") and name != "run/sums"):
+        return name
+    return f"{half}/{name.removeprefix('run/')}"
 
 
 def field_of(name: str) -> Field | None:
@@ -179,6 +191,8 @@ FINGERPRINT: dict[str, Form] = {
     "attention": str, "device": str, "overlap?": Whole(0, 1 << 31), "gaps?": _choices("gaps"),
     "emit?": Distinct(set(EMITS)), "shard?": str, "groups?": str, "imported?": str, "unknown?": [str],
     "kind?": {NUCLEOTIDE}, "gene_caller?": {"name": _choices("genes"), "version": str},
+    **{f"{half}?": {"weights_sha256": str, "layers": Distinct(Whole(-1, 9999)), "pool": Distinct(set(KINDS))}
+       for half in HALVES},
 }  # fmt: skip
 PLAIN: Form = (
     dict.fromkeys(WORDS, str)

@@ -68,10 +68,12 @@ class Store:
     """A laid-out file, locked by this process, filled row by row.
 
     locked: whether its file system has locks; replaces: the finished file that this is to be a better one of.
+    half: the folder whose rows and states this store fills, by names without it; empty for the file's own.
+    halves: stores of the other models' rows in the file.
     """
 
-    def __init__(self, output: Path, path: Path, fd: int, locked: bool = True):
-        self.output, self.path, self.fd, self.locked = output, path, fd, locked
+    def __init__(self, output: Path, path: Path, fd: int, locked: bool = True, half: str = ""):
+        self.output, self.path, self.fd, self.locked, self.half = output, path, fd, locked, half
         self.replaces: os.stat_result | None = None
         self._uncommitted: list[Mark] = []
         self._staged: defaultdict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = defaultdict(list)
@@ -83,14 +85,27 @@ class Store:
         self._passing: disk.PassingDigests | None = None
         self.written = 0  # bytes
         with h5py.File(path, "r", locking=False) as file:
-            self.status: NDArray[np.uint8] = file["status"][:]
-            self.flags: NDArray[np.uint16] = file["flags"][:]
-            self.reason: NDArray[np.uint8] = file["reason"][:]
-            self.computed_by: NDArray[np.uint8] = file["computed_by"][:]
+            columns = [file[schema.name_in(half, name)][:] for name in STATES]
             self.environments: list[str] = schema.whole_lines(file["run/environments"][()])
-            self._offsets: NDArray[np.int64] | None = file["residue/offsets"][:] if "residue/offsets" in file else None
-            self.places = _extents(file, path)
+            has_offsets = not half and "residue/offsets" in file
+            self._offsets: NDArray[np.int64] | None = file["residue/offsets"][:] if has_offsets else None
+            extents = _extents(file, path)
+        self.status: NDArray[np.uint8]
+        self.flags: NDArray[np.uint16]
+        self.reason: NDArray[np.uint8]
+        self.computed_by: NDArray[np.uint8]
+        self.status, self.flags, self.reason, self.computed_by = columns
+        self.places = extents if not half else {
+            name.removeprefix(f"{half}/"): extent for name, extent in extents.items() if name.startswith(f"{half}/")
+        } | {name: extent for name, extent in extents.items() if name.startswith("run/")}  # fmt: skip
+        if half:
+            self.places["run/sums"] = extents[schema.name_in(half, "run/sums")]
         self._vouched = [name for name in self.places if schema.is_of_rows(name)]
+        self.halves: dict[str, Store] = {}
+        for name in schema.HALVES if not half else ():
+            if schema.name_in(name, "status") in extents:
+                self.halves[name] = Store(output, path, fd, locked, name)
+                self.halves[name].environments = self.environments
 
     @classmethod
     def create(cls, output: Path, layout: Layout, preallocate: bool = True) -> "Store":
@@ -109,12 +124,14 @@ class Store:
                 if preallocate:
                     disk.reserve(fd, os.fstat(fd).st_size)
                 store = cls(output, disk.new_path(partial), fd, locked)
-                for rows in blocks(len(store.status)):
-                    store._begin(layout, np.arange(rows.start, rows.stop))
+                for each, its in store._with_layouts(layout):
+                    for rows in blocks(len(store.status)):
+                        each._begin(its, np.arange(rows.start, rows.stop))
                 store._write_text("run/layout", store._sum_of_the_rest(layout))
         except OSError as error:
             raise disk.disk_error(error, output, resumable=False) from None
-        store.path = partial
+        for each in (store, *store.halves.values()):
+            each.path = partial
         return store
 
     @classmethod
@@ -126,8 +143,9 @@ class Store:
             locked = disk.lock(fd, partial)
             with damage_named(partial, *DAMAGED):
                 store = cls(output, partial, fd, locked)
-            # What there was no memory for is tried again; no reason at all is left by a kill while one is taken back.
-            store.status[(store.status == SKIPPED) & np.isin(store.reason, (0, NO_MEMORY))] = PENDING
+            for each in (store, *store.halves.values()):
+                # What there was no memory for is tried again; a kill while one is taken back leaves no reason at all.
+                each.status[(each.status == SKIPPED) & np.isin(each.reason, (0, NO_MEMORY))] = PENDING
             store._write_text("run/complete", b"\0")
             store._sync()  # before any row changes
             return store
@@ -135,11 +153,15 @@ class Store:
             os.close(fd)
             raise
 
+    def _with_layouts(self, layout: Layout) -> "list[tuple[Store, Layout]]":
+        """This store with its layout, and its halves with theirs."""
+        return [(self, layout), *((self.halves[name], its) for name, its in layout.extra.halves.items())]
+
     def recheck(self, layout: Layout) -> int:
         """Compare all that an earlier run committed with its checksums, and make the records that differ pending again.
 
-        Returns how many they are. layout: as it is written for a new file. Raises UserError if the file differs where
-        no record is, or has no checksums.
+        Returns how many they are, each half counted by itself. layout: as it is written for a new file. Raises
+        UserError if the file differs where no record is, or has no checksums.
         """
         if "run/layout" not in self.places:
             raise UserError(f"{self.path} was begun by an earlier version, without checksums.", RESTART)
@@ -147,6 +169,9 @@ class Store:
         with damage_named(self.path, *DAMAGED):
             if os.pread(self.fd, extent.row_bytes, extent.offset) != self._sum_of_the_rest(layout):
                 raise ValueError("its names or columns are not those that were laid out")
+        return sum(each._recheck(its) for each, its in self._with_layouts(layout))
+
+    def _recheck(self, layout: Layout) -> int:
         lost, n = 0, len(self.status)
         offsets = np.arange(n + 1) if self._offsets is None else self._offsets
         for start, stop in chunks(offsets, n, COMPARED_ROWS):
@@ -415,6 +440,8 @@ class Store:
     def hash_as_written(self) -> None:
         """From now on take the checksum of blocks that are written in order as they pass, instead of reading them."""
         self._passing = disk.PassingDigests()
+        for half in self.halves.values():
+            half._passing = self._passing
 
     def keep_environments(self) -> None:
         """Leave in the column computed_by what the layout says."""
@@ -435,8 +462,10 @@ class Store:
         Without overwrite, no other file than `replaces` is replaced. Raises UserError if another file has the name, the
         disk fails, or a record is pending: whoever calls this believes that none is.
         """
-        self.commit()
-        if pending := int((self.status == PENDING).sum()):
+        every = (self, *self.halves.values())
+        for each in every:
+            each.commit()
+        if pending := sum(int((each.status == PENDING).sum()) for each in every):
             raise UserError(
                 f"{pending:,} records of {self.path} were not computed, though all seemed done; this is a bug.",
                 "Run the same command again, which computes them, and please report it.",
@@ -464,7 +493,8 @@ class Store:
             yield
         except BaseException as error:
             with suppress(UserError):  # if the disk is what failed, the first error is the one to show
-                self.commit()
+                for each in (self, *self.halves.values()):
+                    each.commit()
             if isinstance(error, Stopped):
                 error.resumable = True
             raise

@@ -35,11 +35,12 @@ from virnucpro_cli.texts import ranges
 class Share(NamedTuple):
     """Some packs, whole: the plan of them with its own numbers, and the tokens of their records.
 
-    tokens: uint8, one record behind the other, `lengths` int32 of each; numbers: int64, segments in the whole plan.
+    tokens: uint8 or uint16, one record behind the other, `sizes` int32 of each; numbers: int64, segments in the whole
+    plan.
     """
 
-    tokens: NDArray[np.uint8]
-    lengths: NDArray[np.int32]
+    tokens: NDArray[Any]
+    sizes: NDArray[np.int32]
     embedded: NDArray[np.int32]
     segments: Segments
     plan: Plan
@@ -51,15 +52,15 @@ class Texts:
     """The tokens of a share's records, as a collator wants them."""
 
     def __init__(self, share: Share):
-        self.length, self._tokens, self.reading = share.lengths, share.tokens, share.reading
-        self._ends = np.cumsum(share.lengths, dtype=np.int64)
+        self.sizes, self._tokens, self.reading = share.sizes, share.tokens, share.reading
+        self._ends = np.cumsum(share.sizes, dtype=np.int64)
 
     def check_unchanged(self) -> None:
         """Nothing: a share came whole, and no file can change beneath it."""
 
-    def tokens(self, records: Int64) -> NDArray[np.uint8]:
-        """Tokens of records int64 [n], one behind the other, uint8 [residues of all]."""
-        size = self.length[records].astype(np.int64)
+    def tokens(self, records: Int64) -> NDArray[Any]:
+        """Tokens of records int64 [n], one behind the other, uint8 or uint16 [tokens of all]."""
+        size = self.sizes[records].astype(np.int64)
         return self._tokens[ranges(self._ends[records] - size, size)]
 
 

@@ -109,6 +109,15 @@ class Cluster:
         self.calls: dict[Any, _Member] = {}  # whose answer has not come, by its reference
         self.device: devices.Device | None = None
 
+    def turn_to(self, config: EmbedConfig, dtype: torch.dtype) -> None:
+        """End the actors of another configuration, unless this is theirs; new ones are started as there is room."""
+        if (config, dtype) != (self.config, self.dtype):
+            for member in self.members:
+                self.kill(member)
+            self.members.clear()
+            self.calls.clear()
+            self.config, self.dtype = config, dtype
+
     def __enter__(self) -> "Cluster":
         return self
 
@@ -346,7 +355,7 @@ def share_of(packs: Sequence[int], placer: Placer) -> Share:
     numbers = ranges(first, counts)
     table.check_unchanged()
     return Share(
-        table.tokens(records), table.length[records], placer.embedded[records],
+        table.tokens(records), table.sizes[records], placer.embedded[records],
         Segments(np.repeat(np.arange(len(records)), counts), segments.start[numbers], segments.length[numbers]),
         Plan(
             np.searchsorted(numbers, wanted), np.append(0, np.cumsum([len(part) for part in parts])),

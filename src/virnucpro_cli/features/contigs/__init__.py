@@ -1,6 +1,7 @@
 """From contigs to the FASTA of their proteins, which is then embedded as any other: OUT.proteins.faa beside OUT.h5.
 
 OUT.proteins.npz beside it vouches for what it was made from, and holds where on the contigs the proteins lie.
+With --nucleotide, OUT.slices.fna has the bases behind each protein.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ A caller takes name and sequence of a contig, in upper case with T for U, and re
 
 LEAST_NUCLEOTIDES = 0.5
 NUCLEOTIDES = b"ACGTURYSWKMBDHVNX-."
+ENDINGS = ("proteins.faa", "proteins.npz", "slices.fna")
 AHEAD = 4
 """Contigs in work or waiting for an earlier one, for each thread."""
 COLUMNS = {"contig": "q", "begin": "q", "end": "q", "strand": "b", "gaps": "q"}
@@ -48,11 +51,16 @@ class Paths(NamedTuple):
 
     proteins: Path
     table: Path
+    slices: Path
+
+    def written(self, config: EmbedConfig) -> list[Path]:
+        """Those that a run writes."""
+        return [path for path in self if path != self.slices or config.nucleotide]
 
 
 def paths_of(output: Path) -> Paths:
-    """`out.h5` to `out.proteins.faa` and `out.proteins.npz`."""
-    return Paths(*(output.with_name(f"{output.stem}.proteins.{ending}") for ending in ("faa", "npz")))
+    """`out.h5` to `out.proteins.faa`, `out.proteins.npz` and `out.slices.fna`."""
+    return Paths(*(output.with_name(f"{output.stem}.{ending}") for ending in ENDINGS))
 
 
 class Contigs(Feature):
@@ -61,12 +69,12 @@ class Contigs(Feature):
     def writes(self, whole: Path) -> list[Path]:
         """Raises UserError if they cannot be written, or the caller is not installed."""
         CALLERS[self.config.genes].settings(self.config)
-        paths = paths_of(whole)
+        paths = paths_of(whole).written(self.config)
         for path in paths:
             disk.check_destination(path)
             if any(path.exists() and Path(name).exists() and path.samefile(name) for name in self.config.inputs):
                 raise UserError(f"{path} is an input, and would be written.", "Choose another -o.")
-        return list(paths)
+        return paths
 
     def sources(
         self, sources: list[fasta.Source], whole: Path, out: Console, clock: report.Clock
@@ -84,9 +92,9 @@ class Contigs(Feature):
             made_of = {"contigs_sha256": contigs.sha256, "gene_caller": caller}
             lock, waiting = disk.lock_of(paths.proteins), f"another run is making {paths.proteins}: waiting for it"
             with disk.alone(lock, lambda text: out.print(text, style="yellow"), waiting):
-                columns = _made_before(paths, made_of)
+                columns = _made_before(paths, made_of, config)
                 if columns is None:
-                    _check_free(paths, config)
+                    _check_free(paths, made_of, config)
                     columns = _make(paths, contigs, config, made_of, out)
                     proteins = counted(len(columns["contig"]), "protein")
                     out.print(f"{paths.proteins}: {proteins} of {counted(len(contigs), 'contig')}")
@@ -150,23 +158,31 @@ def _read_table(path: Path) -> tuple[dict[str, Any], Columns] | None:
         return None
 
 
-def _made_before(paths: Paths, made_of: dict[str, Any]) -> Columns | None:
+def _is_of(table: tuple[dict[str, Any], Columns] | None, made_of: dict[str, Any]) -> bool:
+    """Whether a table is of these contigs and settings."""
+    return table is not None and made_of == {name: each for name, each in table[0].items() if name in made_of}
+
+
+def _made_before(paths: Paths, made_of: dict[str, Any], config: EmbedConfig) -> Columns | None:
     """Columns of the proteins that are there, if they are of these contigs and settings, and whole."""
-    there = _read_table(paths.table)
+    there, sums = _read_table(paths.table), dict[str, str]()
+    texts = {"proteins_sha256": paths.proteins} | ({"slices_sha256": paths.slices} if config.nucleotide else {})
     try:
-        with open(paths.proteins, "rb") as proteins:
-            sha256 = hashlib.file_digest(proteins, "sha256").hexdigest()
+        for name, path in texts.items():
+            with open(path, "rb") as text:
+                sums[name] = hashlib.file_digest(text, "sha256").hexdigest()
     except OSError:
         return None
-    return there[1] if there is not None and there[0] == made_of | {"proteins_sha256": sha256} else None
+    return there[1] if there is not None and _is_of(there, made_of | sums) else None
 
 
-def _check_free(paths: Paths, config: EmbedConfig) -> None:
+def _check_free(paths: Paths, made_of: dict[str, Any], config: EmbedConfig) -> None:
     """Raise UserError if a file is in the way. The table comes first, so one without proteins is what a kill left."""
     if config.overwrite and not config.dry_run:
         return
-    for path in paths:
-        if path.exists() and (path == paths.proteins or _read_table(path) is None):
+    there = _read_table(paths.table)
+    for path in paths.written(config):
+        if path.exists() and (there is None or (path != paths.table and not _is_of(there, made_of))):
             refusal = f"{path} exists, and is not of these contigs and settings."
             raise UserError(refusal, "Move it away, choose another -o, or --overwrite it.")
 
@@ -176,12 +192,18 @@ def _make(
 ) -> Columns:
     """Find the proteins, and write them and their table, each whole or not at all. Returns the columns of the table."""
     written: dict[str, array[int]] = {name: array(code) for name, code in COLUMNS.items()}
-    sha = hashlib.sha256()
+    sha, sha_of_slices = hashlib.sha256(), hashlib.sha256()
     caller, bases = CALLERS[config.genes].Caller(config), max(1, contigs.residues)
-    with disk.written_whole(paths.proteins) as file, report.Tracker(out, bases, "bases") as tracker:
+    with ExitStack() as files:
+        file = files.enter_context(disk.written_whole(paths.proteins))
+        slices = files.enter_context(disk.written_whole(paths.slices)) if config.nucleotide else None
+        tracker = files.enter_context(report.Tracker(out, bases, "bases"))
         for number, (genes, in_gaps) in enumerate(_called(contigs, caller)):
             sha.update(genes.text)
             file.write(genes.text)
+            if slices is not None:
+                sha_of_slices.update(genes.slices)
+                slices.write(genes.slices)
             written["contig"].extend([number] * len(genes.begin))
             written["gaps"].append(in_gaps)
             for name in ("begin", "end", "strand"):
@@ -197,8 +219,9 @@ def _make(
             )
         columns: dict[str, Any] = {name: np.frombuffer(column, column.typecode) for name, column in written.items()}
         with disk.written_whole(paths.table) as table:
-            text = json.dumps(made_of | {"proteins_sha256": sha.hexdigest()})
-            np.savez(table, made_of=np.array(text), **columns)
+            sums = {"proteins_sha256": sha.hexdigest()}
+            sums |= {"slices_sha256": sha_of_slices.hexdigest()} if config.nucleotide else {}
+            np.savez(table, made_of=np.array(json.dumps(made_of | sums)), **columns)
     return columns
 
 

@@ -45,19 +45,20 @@ class Genes:
     """n proteins of one contig, from any caller.
 
     text: FASTA; begin, end: int64 [n], first and last base on the contig, 1-based, begin < end whatever the strand;
-    strand: int8 [n], 1 or -1.
+    strand: int8 [n], 1 or -1. slices: FASTA of the bases behind each, in the reading direction, if they are wanted.
     """
 
     text: bytes
     begin: NDArray[np.int64]
     end: NDArray[np.int64]
     strand: NDArray[np.int8]
+    slices: bytes = b""
 
     @classmethod
-    def of(cls, text: bytes, places: Iterable[tuple[int, int, int]]) -> Self:
+    def of(cls, text: bytes, places: Iterable[tuple[int, int, int]], slices: bytes = b"") -> Self:
         """places: (begin, end, strand) of each protein."""
         begin, end, strand = np.array(list(places), np.int64).reshape(-1, 3).T
-        return cls(text, begin, end, strand.astype(np.int8))
+        return cls(text, begin, end, strand.astype(np.int8), slices)
 
 
 def on_contig(begin: int, end: int, strand: int, n: int) -> tuple[int, int]:

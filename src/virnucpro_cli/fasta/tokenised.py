@@ -1,0 +1,138 @@
+"""Sequences as tokens of several letters, by a tokenizer's file: byte pair encoding by the tokenizers library.
+
+A tokenizer of nucleotides knows A, C, G and T. Each other letter is one unknown token, which no token reaches across.
+"""
+
+import mmap
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from itertools import pairwise, product
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnucpro_cli.alphabet import Reading
+from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.fasta.table import RecordTable
+from virnucpro_cli.texts import ranges
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+LETTERS, UNKNOWN = b"ACGT", b"N"
+SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
+AT_ONCE = 1 << 22
+"""Letters that are read, and encoded on all cores, at once."""
+
+
+@dataclass
+class TokenTable(RecordTable):
+    """The table of records whose tokens are known. Equal records share theirs.
+
+    ids: uint16 [M], tokens of all; first: int64 [N], the place of each record's first; count: int32 [N].
+    """
+
+    ids: NDArray[np.uint16] = field(default_factory=lambda: np.empty(0, np.uint16))
+    first: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    count: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """Tokens of each record, int32 [N], without the first and the last."""
+        return self.count
+
+    def tokens(self, records: NDArray[np.int64]) -> NDArray[Any]:
+        """Token ids of int64 [n] records, one record behind the other: uint16 [sum of their sizes]."""
+        return self.ids[ranges(self.first[records], self.count[records].astype(np.int64))]
+
+
+def tokenised(table: RecordTable, path: Path | None, folder: Path) -> TokenTable:
+    """The table with the tokens of all its records, which lie in a nameless file in the folder.
+
+    path: the tokenizer's file; None for the stand-in of random weights.
+    Raises UserError if it is no such file, or there is no room.
+    """
+    encode = encoder(path)
+    is_first = table.unique_of == np.arange(len(table))
+    chosen, count = np.flatnonzero(is_first), np.zeros(len(table), np.int32)
+    try:
+        spool: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (mapped as long as the table is there)
+        for some in _at_once(chosen, table.length):
+            encoded = [each.ids for each in encode.encode_batch(list(_texts(table, some)), add_special_tokens=False)]
+            count[some] = list(map(len, encoded))
+            spool.write(np.array([i for ids in encoded for i in ids], np.uint16).data)
+        spool.flush()
+        size = spool.tell()
+        ids = np.frombuffer(mmap.mmap(spool.fileno(), size, access=mmap.ACCESS_READ), np.uint16) if size else None
+    except OSError as error:
+        raise UserError(f"Tokens cannot be kept in {folder}: {error.strerror}.", "Make room there.") from None
+    first = np.zeros(len(table), np.int64)
+    first[chosen] = np.cumsum(count[chosen], dtype=np.int64) - count[chosen]
+    facts = {each.name: getattr(table, each.name) for each in fields(RecordTable) if each.init}
+    same = table.unique_of
+    return TokenTable(**facts, ids=np.empty(0, np.uint16) if ids is None else ids, first=first[same], count=count[same])
+
+
+def _at_once(records: NDArray[np.int64], length: NDArray[np.int32]) -> Iterator[NDArray[np.int64]]:
+    """Records, int64 [n], in parts of some letters, and of one record at least."""
+    ends = np.cumsum(length[records], dtype=np.int64)
+    at = 0
+    while at < len(records):
+        before = int(ends[at - 1]) if at else 0
+        upto = max(at + 1, int(np.searchsorted(ends, before + AT_ONCE, side="right")))
+        yield records[at:upto]
+        at = upto
+
+
+def _texts(table: RecordTable, records: NDArray[np.int64]) -> Iterator[str]:
+    """Sequences of records, int64 [n], in A, C, G, T, and N for all else."""
+    text = RecordTable.tokens(table, records).tobytes().translate(_letters(table.reading)).decode("ascii")
+    ends = np.cumsum(table.length[records], dtype=np.int64).tolist()
+    return (text[start:stop] for start, stop in pairwise([0, *ends]))
+
+
+def _letters(reading: Reading) -> bytes:
+    """The letter of each token id of a reading of single letters, as a table of 256 bytes."""
+    letters = bytearray(UNKNOWN * 256)
+    for letter, token in reading.ids().items():
+        if letter.encode() in (LETTERS[i : i + 1] for i in range(4)):
+            letters[token] = ord(letter)
+    return bytes(letters)
+
+
+def encoder(path: Path | None) -> "Tokenizer":
+    """The tokenizer of a file, without the padding and the cutting that the file may ask for; None gives the stand-in.
+
+    Raises UserError if the file cannot be read, or is no tokenizer of nucleotides.
+    """
+    from tokenizers import Tokenizer
+
+    if path is None:
+        return _stand_in()
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        remedy = "Copy the model's tokenizer.json again."
+        raise UserError(f"{path} is no tokenizer: {in_a_line(error)}.", remedy) from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    known = [tokenizer.token_to_id(token) for token in (*SPECIALS, *map(chr, LETTERS))]
+    if known != list(range(len(known))) or tokenizer.get_vocab_size() > 1 << 16:
+        raise UserError(f"{path} is no tokenizer of nucleotides: its first tokens are others.", "Name the model's own.")
+    return tokenizer
+
+
+def _stand_in() -> "Tokenizer":
+    """A tokenizer for random weights: pairs of letters are joined, then pairs of pairs."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    pairs = ["".join(pair) for pair in product("ACGT", repeat=2)]
+    merges = [(a, b) for joined in ("ACGT", pairs) for a, b in product(joined, repeat=2)]
+    tokens = [*SPECIALS, *"ACGT", *map("".join, merges)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=SPECIALS[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
