@@ -8,6 +8,7 @@ WORDS = {PROTEIN: ("protein", "residue"), NUCLEOTIDE: ("sequence", "base")}
 
 POOLED = {
     "mean": "the mean over residues",
+    "mean-all": "the mean over all tokens, the first and the last included",
     "bos": "the row of the <cls> token",
     "eos": "the row of the <eos> token",
     "max": "the maximum over residues",
@@ -16,7 +17,7 @@ POOLED = {
 """Kinds of one row a protein, in words. /embeddings is the first of them that was asked for."""
 
 KINDS = (*POOLED, "residue")
-OF_ALL_RESIDUES = ("max", "std")
+OF_ALL_RESIDUES = ("max", "std", "mean-all")
 """Kinds that windows of a protein do not add up to."""
 
 UNMASKED = {"logits": "logits", "entropy": "entropy", "pseudo-perplexity": "pseudo_perplexity"}

@@ -14,6 +14,13 @@ def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     return mean_over_residues(rows, batch).float()
 
 
+def mean_of_all(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Mean over all tokens of each segment, the first and the last included, float32 [n, D]. Not of windows."""
+    offsets = batch.cu_seqlens
+    sums = torch.segment_reduce(_wide(hidden), "sum", offsets=offsets, axis=0, unsafe=True)
+    return (sums / (offsets[1:] - offsets[:-1])[:, None]).float()
+
+
 def bos(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """The `<cls>` row of each segment, float32 [n, D]."""
     return hidden.index_select(0, batch.cu_seqlens[:-1]).float()
@@ -39,7 +46,7 @@ def deviation(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     return mean_over_residues(centred, batch).sqrt().float()
 
 
-POOLS = {"mean": mean, "bos": bos, "eos": eos, "max": maximum, "std": deviation}
+POOLS = {"mean": mean, "mean-all": mean_of_all, "bos": bos, "eos": eos, "max": maximum, "std": deviation}
 
 
 def residues(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype) -> torch.Tensor:

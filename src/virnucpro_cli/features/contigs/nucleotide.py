@@ -14,9 +14,12 @@ from virnucpro_cli.features.contigs import paths_of
 from virnucpro_cli.kinds import NUCLEOTIDE
 
 DNA = "dna"
-POOL = ("mean",)
+POOL = ("mean-all",)
 BLOCK = 1 << 15
-OWN = ("store_dtype", "cache", "cache_size", "device", "workers", "engine", "ray_address", "quiet", "shard")
+OWN = (
+    "store_dtype", "cache", "cache_size", "device", "workers", "engine", "ray_address", "quiet", "shard", "dedup",
+    "token_budget", "dry_run",
+)  # fmt: skip
 """Settings of the run that hold for this half as well."""
 LEFT_OUT = "slices left out"
 
