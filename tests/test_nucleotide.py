@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from children import CHILDREN
 from conftest import read_fasta
@@ -21,6 +21,7 @@ from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine import placer, second_pass
 from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.exchange import export
 from virnucpro_cli.features import contigs as genes
 from virnucpro_cli.features.contigs import chunks
 from virnucpro_cli.validation import verify
@@ -176,13 +177,40 @@ def test_rows_come_from_the_cache(embed: Embed, tmp_path: Path) -> None:
     assert {name for name in found if found[name] != expected[name]} == {"flags", "dna/flags", "dna/sums"}
 
 
+def test_groups_have_rows_of_both_halves(embed: Embed, tmp_path: Path) -> None:
+    output = embed(group="contig")
+    with read_embeddings(output) as file:
+        half, of = file.half("dna"), file.groups.of
+        for group, members in enumerate(file.groups.members):
+            row, there = half.at("groups/mean/4")[group], rows(output)[of == group].astype(np.float64)
+            assert np.isnan(row).all() if not members else (row == there.mean(axis=0).astype(np.float16)).all()
+    for shard in ("1/2", "2/2"):
+        embed(output="parts.h5", group="contig", shard=shard)
+    merge.merge_shards(str(tmp_path / "parts.h5"))
+    assert contents(tmp_path / "parts.h5") == contents(output)
+
+
+def test_virnucpros_files_have_both_halves(embed: Embed, tmp_path: Path) -> None:
+    output = embed()
+    export.export_file(str(output), "virnucpro", str(tmp_path / "files"))
+    with read_embeddings(output) as file:
+        merged = torch.load(tmp_path / "files" / "output_0_merged.pt", weights_only=True)
+        assert merged["ids"] == file.names
+        assert (merged["data"].numpy() == np.concatenate([rows(output), file[:]], axis=1).astype(np.float32)).all()
+        found = torch.load(tmp_path / "files" / "output_0_DNABERT_S.pt", weights_only=True)
+        assert found["nucleotide"] == file.names == [each["label"] for each in found["data"]]
+        assert (np.array([each["mean_representation"] for each in found["data"]], np.float32) == rows(output)).all()
+    proteins = torch.load(tmp_path / "files" / "output_0_ESM.pt", weights_only=True)
+    assert list(proteins) == ["proteins", "data"]
+
+
 # --- kills and damage ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("call", "survived"),
     [("fsync", 0), ("replace", 0), ("replace", 1), ("replace", 2), ("rename", 0), ("pwrite", 60), ("fdatasync", 2),
-     ("fdatasync", 20), ("fdatasync", 32), ("rename_exclusive", 0)],
+     ("fdatasync", 12), ("fdatasync", 20), ("rename_exclusive", 0)],
 )  # fmt: skip
 def test_a_kill_at_any_step_is_made_good_by_the_same_command(embed: Embed, tmp_path: Path, call: str, survived: int, tiny_model: Path,
                                                              nucleotides: Path, contigs: Path) -> None:  # fmt: skip
@@ -296,8 +324,14 @@ def test_what_cannot_be_is_refused(embed: Embed, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dna: "):
         embed(nucleotide=False, nucleotide_model="dnabert-s")
     output.unlink()
-    (tmp_path / "out.slices.fna").write_text(">other\nACGT\n")
-    embed()  # its table says that the slices were of these contigs
-    shutil.copy(output.with_name("out.slices.fna"), tmp_path / "mine.slices.fna")
-    with pytest.raises(UserError, match="not of these contigs"):
-        embed(output="mine.h5")
+    slices = tmp_path / "out.slices.fna"
+    whole = slices.read_text()
+    slices.unlink()
+    embed()  # proteins of a run without --nucleotide are no hindrance
+    assert slices.read_text() == whole
+    output.unlink()
+    for changed in (">mine\nACGT\n", whole[:-9]):
+        slices.write_text(changed)
+        with pytest.raises(UserError, match=r"slices\.fna exists, and is not of these contigs"):
+            embed()
+        assert slices.read_text() == changed

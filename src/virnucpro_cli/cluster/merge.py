@@ -117,12 +117,8 @@ def merge_shards(
                 clock.stage("copy"), _gone_if_damaged(file),
                 report.Tracker(out, max(1, len(file.status) * (1 + len(file.halves))), "proteins") as tracker,
             ):  # fmt: skip
-                file.hash_as_written()
-                for rows in _copied(parts, file, fingerprint):
+                for rows in _all_copied(parts, file, fingerprint):
                     tracker.advance(rows)
-                for name, half in file.halves.items():
-                    for rows in _copied(_of_half(parts, name), half, fingerprint[name]):
-                        tracker.advance(rows)
             with clock.stage("features"):
                 for feature in stored_in(parts[0].file):
                     feature.merge(file, _shards(parts))
@@ -265,6 +261,7 @@ def _layout(parts: list[_Part], fingerprint: dict[str, Any]) -> store.Layout:
         extra |= store.Extra(halves={name: store.Layout(
             rows.shape[1], tuple(its["layers"]), tuple(its["pool"]), rows.dtype, lengths, replaced,
             residue_offsets=None, names=names, name_bytes=0, **_states(halves, n, environments),
+            extra=store.Extra(rows=extra.rows),
         )})  # fmt: skip
     layout = store.Layout(
         spec.shape[1], tuple(fingerprint["layers"]), tuple(fingerprint["pool"]), spec.dtype, lengths, replaced,
@@ -342,6 +339,14 @@ def _attributes(parts: list[_Part], fingerprint: dict[str, Any]) -> dict[str, An
         "config": json.dumps(json.loads(first["config"]) | {"shard": None}),
         "fingerprint": json.dumps(fingerprint),
     }
+
+
+def _all_copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) -> Iterator[int]:
+    """Copy the rows of the file, then those of its halves, and say how many records each chunk was."""
+    file.hash_as_written()
+    yield from _copied(parts, file, fingerprint)
+    for name, half in file.halves.items():
+        yield from _copied(_of_half(parts, name), half, fingerprint[name])
 
 
 def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) -> Iterator[int]:

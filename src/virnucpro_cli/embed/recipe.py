@@ -131,7 +131,7 @@ class EmbedRun(Run):
 
 
 class Around(NamedTuple):
-    """What a run and its halves share."""
+    """The surroundings that a run and its halves share."""
 
     at: Target
     computing: Computing
@@ -140,7 +140,7 @@ class Around(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model, and what a run makes of it. config: with what the model decides; how: the reading of the input."""
+    """A model as a run takes it. config: with what the model decides; how: the reading of the input."""
 
     config: EmbedConfig
     located: locate.Weights | None
@@ -212,6 +212,8 @@ def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, 
     decisions = decide(table, config)
     for feature in features:
         extra |= feature.of_part(records, decisions, extra)
+    for half in halves.values():
+        half.layout = replace(half.layout, extra=store.Extra(rows=extra.rows))
     extra |= store.Extra(halves={name: half.layout for name, half in halves.items()})
     run = _planned(model, table, decisions, extra, around, records)
     run.features, run.halves = features, halves

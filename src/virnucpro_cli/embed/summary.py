@@ -271,7 +271,7 @@ def note_half(run: EmbedRun, half: EmbedRun, packs: Int64, placer: Placer) -> No
 
 
 def _rates(run: EmbedRun, packs: Int64, stage: str) -> dict[str, float]:
-    """What packs, int64 [P], hold, by the second of a stage."""
+    """Contents of packs, int64 [P], by the second of a stage."""
     forward = run.clock.spent().get(stage, 0.0)
     tokens, segments = int(run.plan.tokens[packs].sum()), int(np.diff(run.plan.offsets)[packs].sum())
     done = {"residues": tokens - SPECIAL_TOKENS * segments, "tokens": tokens, "segments": segments}

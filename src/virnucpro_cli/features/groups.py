@@ -12,7 +12,7 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.features import Feature, Run, Shards
 from virnucpro_cli.plan.policies import Decisions
-from virnucpro_cli.store.schema import chunks
+from virnucpro_cli.store import schema
 
 KINDS = ("mean", "length_weighted_mean", "max")
 BLOCK_BYTES = 1 << 25
@@ -113,18 +113,37 @@ def fill(file: store.Store) -> None:
     with store.read_embeddings(file.path) as there:
         assert there.groups is not None
         of, count, lengths = there.groups.of, len(there.groups), there.lengths.astype(np.float64)
+    members, bounds = _members(file, of, count)
+    file.place("groups", "members", np.arange(count), np.diff(bounds))
+    for each in (file, *file.halves.values()):
+        each.commit()
+        _fill(each, of, lengths, *_members(each, of, count))
+
+
+def _members(file: store.Store, of: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Records that are done and in a group, int64 [m], group by group, and where each group begins, int64 [G + 1].
+
+    of: int64 [N], the group of each record.
+    """
     members = np.flatnonzero((file.status == store.DONE) & (of >= 0))
     members = members[np.argsort(of[members], kind="stable")]
-    bounds = np.searchsorted(of[members], np.arange(count + 1))
-    file.place("groups", "members", np.arange(count), np.diff(bounds))
+    return members, np.searchsorted(of[members], np.arange(count + 1))
+
+
+def _fill(
+    file: store.Store, of: NDArray[np.int64], lengths: NDArray[np.float64], members: NDArray[np.int64],
+    bounds: NDArray[np.int64],
+) -> None:  # fmt: skip
+    count = len(bounds) - 1
     for layer in (name.rpartition("/")[2] for name in file.places if name.startswith("groups/mean/")):
-        dtype = file.places[f"mean/{layer}"].dtype
-        width = file.places[f"mean/{layer}"].row_bytes // dtype.itemsize
+        rows_of = next(name for kind in ("mean", "mean-all") if (name := f"{kind}/{layer}") in file.places)
+        dtype = file.places[rows_of].dtype
+        width = file.places[rows_of].row_bytes // dtype.itemsize
         at_once = max(1, BLOCK_BYTES // (8 * width))
-        for first, last in chunks(bounds, count, at_once):
+        for first, last in schema.chunks(bounds, count, at_once):
             rows = members[bounds[first] : bounds[last]]
             blocks = (rows[block] for block in store.blocks(len(rows), at_once))
-            values = ((of[block] - first, lengths[block], file.read(f"mean/{layer}", block)) for block in blocks)
+            values = ((of[block] - first, lengths[block], file.read(rows_of, block)) for block in blocks)
             for kind, pooled in zip(KINDS, _pooled(values, last - first, width), strict=True):
                 file.place(f"groups/{kind}", layer, np.arange(first, last), pooled.astype(dtype))
 

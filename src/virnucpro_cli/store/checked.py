@@ -23,7 +23,7 @@ from virnucpro_cli.store.schema import MOST_OBJECTS, MOST_TEXT, field_of, unfit
 
 DAMAGE = (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError)
 """Kinds of errors that HDF5 and other libraries raise when they open damaged files, or something else."""
-DEPTH = 3
+DEPTH = 4
 HEAP_ENTRY = 16
 """Bytes of a text in its dataset: its length (uint32), and where it is in a heap."""
 AGAIN = "Copy it again from where it was whole, or embed again."

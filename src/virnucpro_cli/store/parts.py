@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,6 @@ from virnucpro_cli.store.schema import DONE, PENDING
 
 if TYPE_CHECKING:
     import pandas
-
-    from virnucpro_cli.store.reader import EmbeddingFile
 
 At = Callable[[str], Dataset]
 """Gives the dataset of a name."""
@@ -80,15 +78,25 @@ class ContactMaps:
         return self.values[first : first + size * size].reshape(size, size)
 
 
+class File(Protocol):
+    """The file that has a half."""
+
+    @property
+    def environment_lines(self) -> list[str]: ...
+    def at(self, name: str) -> Dataset: ...
+    def rows_at(self, name: str, first: int, count: int) -> NDArray[Any]: ...
+    def mapped(self, data: Any) -> NDArray[Any]: ...
+
+
 class Half:
     """Rows that another model has of the same N records, in a folder of the file.
 
     status, reason, computed_by: uint8 [N], flags: uint16 [N], as those of the file itself.
-    names: datasets of rows, such as mean/12.
+    names: datasets of rows, such as mean/12. settings: entries of the fingerprint.
     """
 
-    def __init__(self, file: "EmbeddingFile", name: str):
-        self.file, self.name, settings = file, name, file.settings.get(name, {})
+    def __init__(self, file: File, name: str, settings: dict[str, Any]):
+        self.file, self.name = file, name
         self.status, self.flags, self.reason, self.computed_by = (self.at(each)[:] for each in schema.STATES)
         self.names = [f"{kind}/{layer}" for kind in settings["pool"] for layer in settings["layers"]]
 

@@ -171,7 +171,7 @@ class EmbeddingFile:
         """Digests of what each record's status, flags, reason and environment are, uint64 [N]; see `sums.of_states`."""
         return sums.of_states([self.at(name)[:] for name in schema.STATES], self.environment_lines)
 
-    @property
+    @cached_property
     def environment_lines(self) -> list[str]:
         """The environments as they stand in the file, a line of JSON each."""
         with reading(self.path):
@@ -368,7 +368,7 @@ class EmbeddingFile:
 
         if name not in self.settings:
             raise Missing(f"{self.path} holds no rows in /{name}.", "It was made without --nucleotide.")
-        return Half(self, name)
+        return Half(self, name, self.settings[name])
 
     @property
     def columns(self) -> dict[str, NDArray[Any]]:

@@ -125,6 +125,7 @@ FIELDS = (
     Field("dna/flags", ("<u2",), ("N",)),
     Field("dna/(status|reason|computed_by)", ("|u1",), ("N",)),
     Field(f"dna/({'|'.join(POOLED)})/{LAYER}", REAL, ("N", "E")),
+    Field(f"dna/groups/(mean|length_weighted_mean|max)/{LAYER}", REAL, ("G", "E")),
     Field("run/(report|environments|checksum|layout)", (BYTES,), ()),
     Field("(run|contacts|dna)/sums", ("<u8",), ("N",)),
     Field("run/complete", ("|u1",), ()),

@@ -12,7 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ A caller takes name and sequence of a contig, in upper case with T for U, and re
 
 LEAST_NUCLEOTIDES = 0.5
 NUCLEOTIDES = b"ACGTURYSWKMBDHVNX-."
+PROTEINS, SLICES = "proteins_sha256", "slices_sha256"
 ENDINGS = ("proteins.faa", "proteins.npz", "slices.fna")
 AHEAD = 4
 """Contigs in work or waiting for an earlier one, for each thread."""
@@ -54,7 +55,7 @@ class Paths(NamedTuple):
     slices: Path
 
     def written(self, config: EmbedConfig) -> list[Path]:
-        """Those that a run writes."""
+        """The files that a run writes."""
         return [path for path in self if path != self.slices or config.nucleotide]
 
 
@@ -92,9 +93,9 @@ class Contigs(Feature):
             made_of = {"contigs_sha256": contigs.sha256, "gene_caller": caller}
             lock, waiting = disk.lock_of(paths.proteins), f"another run is making {paths.proteins}: waiting for it"
             with disk.alone(lock, lambda text: out.print(text, style="yellow"), waiting):
-                columns = _made_before(paths, made_of, config)
-                if columns is None:
-                    _check_free(paths, made_of, config)
+                vouched, columns = _vouched_for(paths, made_of)
+                if not vouched >= set(paths.written(config)) - {paths.table}:
+                    _check_free(paths, vouched, config)
                     columns = _make(paths, contigs, config, made_of, out)
                     proteins = counted(len(columns["contig"]), "protein")
                     out.print(f"{paths.proteins}: {proteins} of {counted(len(contigs), 'contig')}")
@@ -158,31 +159,26 @@ def _read_table(path: Path) -> tuple[dict[str, Any], Columns] | None:
         return None
 
 
-def _is_of(table: tuple[dict[str, Any], Columns] | None, made_of: dict[str, Any]) -> bool:
-    """Whether a table is of these contigs and settings."""
-    return table is not None and made_of == {name: each for name, each in table[0].items() if name in made_of}
+def _vouched_for(paths: Paths, made_of: dict[str, Any]) -> tuple[set[Path], Columns]:
+    """The texts that are there as their table says, and its columns; nothing if it is not of these settings."""
+    there = _read_table(paths.table)
+    if there is None or made_of != {name: each for name, each in there[0].items() if name in made_of}:
+        return set(), {}
+    vouched = set()
+    for path, name in ((paths.proteins, PROTEINS), (paths.slices, SLICES)):
+        with suppress(OSError), open(path, "rb") as text:
+            if hashlib.file_digest(text, "sha256").hexdigest() == there[0].get(name):
+                vouched.add(path)
+    return vouched, there[1]
 
 
-def _made_before(paths: Paths, made_of: dict[str, Any], config: EmbedConfig) -> Columns | None:
-    """Columns of the proteins that are there, if they are of these contigs and settings, and whole."""
-    there, sums = _read_table(paths.table), dict[str, str]()
-    texts = {"proteins_sha256": paths.proteins} | ({"slices_sha256": paths.slices} if config.nucleotide else {})
-    try:
-        for name, path in texts.items():
-            with open(path, "rb") as text:
-                sums[name] = hashlib.file_digest(text, "sha256").hexdigest()
-    except OSError:
-        return None
-    return there[1] if there is not None and _is_of(there, made_of | sums) else None
-
-
-def _check_free(paths: Paths, made_of: dict[str, Any], config: EmbedConfig) -> None:
+def _check_free(paths: Paths, vouched: set[Path], config: EmbedConfig) -> None:
     """Raise UserError if a file is in the way. The table comes first, so one without proteins is what a kill left."""
     if config.overwrite and not config.dry_run:
         return
-    there = _read_table(paths.table)
     for path in paths.written(config):
-        if path.exists() and (there is None or (path != paths.table and not _is_of(there, made_of))):
+        is_free = path in vouched if path != paths.table else _read_table(path) is not None
+        if path.exists() and not is_free:
             refusal = f"{path} exists, and is not of these contigs and settings."
             raise UserError(refusal, "Move it away, choose another -o, or --overwrite it.")
 
@@ -219,8 +215,7 @@ def _make(
             )
         columns: dict[str, Any] = {name: np.frombuffer(column, column.typecode) for name, column in written.items()}
         with disk.written_whole(paths.table) as table:
-            sums = {"proteins_sha256": sha.hexdigest()}
-            sums |= {"slices_sha256": sha_of_slices.hexdigest()} if config.nucleotide else {}
+            sums = {PROTEINS: sha.hexdigest()} | ({SLICES: sha_of_slices.hexdigest()} if config.nucleotide else {})
             np.savez(table, made_of=np.array(json.dumps(made_of | sums)), **columns)
     return columns
 
