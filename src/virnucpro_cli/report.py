@@ -170,9 +170,9 @@ class Clock:
         return before
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Let the time of the block be of a stage. For the thread that made the clock."""
-        before = self.turn(name)
+    def stage(self, name: str, half: str = "") -> Iterator[None]:
+        """Let the time of the block be of a stage, or of a half's stage. For the thread that made the clock."""
+        before = self.turn(stage_name(name, half))
         try:
             yield
         finally:
@@ -236,6 +236,11 @@ def facts_table(title: str) -> Table:
     table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")
     return table
+
+
+def stage_name(name: str, half: str) -> str:
+    """The name of a stage, or of the same stage of a half."""
+    return f"{name}, {half}" if half else name
 
 
 class Tracker:

@@ -71,7 +71,7 @@ class OnThisHost(Computing):
             self._in_processes(run, packs, placer)
             return
         compute = self._model(run)
-        with _tracked(run, packs, placer), run.stage("forward"):
+        with _tracked(run, packs, placer), run.clock.stage("forward", run.half):
             placer.started = time.perf_counter()
             runner.run_packs(packs, placer.collator, compute, placer, self.local_device, run.tell, placer.note_unfit)
         if limit := placer.limit(time.perf_counter() - placer.started):

@@ -247,7 +247,7 @@ def fill_rates(run: EmbedRun, packs: Int64, placer: Placer) -> None:
     """Give the report what is known at the end. packs: numbers of those that were computed, int64 [P]."""
     summary, file = run.summary, run.file
     note_seconds(run)
-    summary.rates = _rates(run, packs, "forward") | summary.rates
+    summary.rates = _rates(run, packs) | summary.rates
     summary.memory["peak host memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if run.device.type == "cuda":
         summary.memory["peak GPU memory"] = torch.cuda.max_memory_allocated(run.device)
@@ -265,14 +265,14 @@ def note_half(run: EmbedRun, half: EmbedRun, packs: Int64, placer: Placer) -> No
     note_seconds(run)
     counts = {"computed": int(np.diff(half.plan.offsets)[packs].sum()), **summary.counts}
     run.summary.counts |= {f"{name}: {what}": n for what, n in counts.items()}
-    run.summary.rates |= {f"{name}: {what}": rate for what, rate in _rates(half, packs, f"forward, {name}").items()}
+    run.summary.rates |= {f"{name}: {what}": rate for what, rate in _rates(half, packs).items()}
     run.summary.notes += summary.notes
     run.summary.tables |= summary.tables
 
 
-def _rates(run: EmbedRun, packs: Int64, stage: str) -> dict[str, float]:
-    """Contents of packs, int64 [P], by the second of a stage."""
-    forward = run.clock.spent().get(stage, 0.0)
+def _rates(run: EmbedRun, packs: Int64) -> dict[str, float]:
+    """Contents of packs, int64 [P], by the second of the forward."""
+    forward = run.clock.spent().get(report.stage_name("forward", run.half), 0.0)
     tokens, segments = int(run.plan.tokens[packs].sum()), int(np.diff(run.plan.offsets)[packs].sum())
     done = {"residues": tokens - SPECIAL_TOKENS * segments, "tokens": tokens, "segments": segments}
     return {f"{name}/s": count / forward for name, count in done.items()} if forward else {}

@@ -108,7 +108,7 @@ class Dealer(ABC):
             case "done", used:
                 if not self.began:
                     self.began = placer.started = time.perf_counter()
-                    placer.clock.turn("forward")
+                    placer.clock.turn(report.stage_name("forward", placer.file.half))
                 worker.packs, worker.ready, worker.used, worker.last_done = [], True, used, time.perf_counter()
             case "note", text:
                 self.note(f"{worker}: {text}")

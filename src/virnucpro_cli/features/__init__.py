@@ -6,7 +6,6 @@ A hook does nothing unless the feature overrides it.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -94,10 +93,6 @@ class Run:
         """Print a note, and keep it in the report."""
         self.out.print(text, style="yellow")
         self.summary.notes.append(text)
-
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        """The stage of that name in the report; that of a half stands by itself."""
-        return self.clock.stage(f"{name}, {self.half}" if self.half else name)
 
     def take_weights(self) -> Loaded:
         """The weights, which the run forgets, so that memory holds them once."""

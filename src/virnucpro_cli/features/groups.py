@@ -113,7 +113,7 @@ def fill(file: store.Store) -> None:
     with store.read_embeddings(file.path) as there:
         assert there.groups is not None
         of, count, lengths = there.groups.of, len(there.groups), there.lengths.astype(np.float64)
-    members, bounds = _members(file, of, count)
+    _, bounds = _members(file, of, count)
     file.place("groups", "members", np.arange(count), np.diff(bounds))
     for each in (file, *file.halves.values()):
         each.commit()
