@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -238,6 +238,16 @@ def facts_table(title: str) -> Table:
     return table
 
 
+class Part(NamedTuple):
+    """Progress in other units than the tracker's. share: how much of the tracker's unit each is."""
+
+    tracker: "Tracker"
+    share: float
+
+    def advance(self, units: int) -> None:
+        self.tracker.advance(self.share * units)
+
+
 def stage_name(name: str, half: str) -> str:
     """The name of a stage, or of the same stage of a half."""
     return f"{name}, {half}" if half else name
@@ -246,12 +256,13 @@ def stage_name(name: str, half: str) -> str:
 class Tracker:
     """Progress in tokens, or what else: a bar on a terminal, otherwise one line every 30 seconds."""
 
-    def __init__(self, out: Console, total: int, what: str = "tokens", title: str = ""):
-        self.out, self.total, self.done, self.what = out, total, 0, what
+    def __init__(self, out: Console, total: int, what: str = "tokens"):
+        self.out, self.total, self.what = out, total, what
+        self.done = 0.0
         self.started = self.last_line = time.monotonic()
         on_terminal = out.is_terminal and not out.quiet
         self.bar = Progress(
-            SpinnerColumn(), TextColumn(f"embedding {title}".rstrip() if what == "tokens" else what), BarColumn(),
+            SpinnerColumn(), TextColumn("embedding" if what == "tokens" else what), BarColumn(),
             TextColumn("{task.percentage:>5.1f} %"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=out, disable=not on_terminal,
         )  # fmt: skip
@@ -265,7 +276,11 @@ class Tracker:
         if not self.bar.disable:
             self.bar.stop()
 
-    def advance(self, tokens: int) -> None:
+    def part(self, share: float) -> "Part":
+        """Progress in units of which each is so much of one here."""
+        return Part(self, share)
+
+    def advance(self, tokens: float) -> None:
         self.done += tokens
         now = time.monotonic()
         rate = self.done / max(now - self.started, 1e-9)

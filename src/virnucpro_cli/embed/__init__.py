@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from virnucpro_cli.features import Loaded, asked_for
 from virnucpro_cli.kinds import unmasked
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
+from virnucpro_cli.model.families import parameters
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.plan.packing import Int64, subset, worst_first
 
@@ -122,42 +124,50 @@ def _check_heads(run: EmbedRun, loaded: Loaded) -> None:
 def _fill(run: EmbedRun) -> None:
     """Have every pending record of the run and of its halves in the file, and end it."""
     file = run.file
-    packs, placer = _computed(run)
     for name, half in run.halves.items():
         half.file = file.halves[name]
-        words.note_half(run, half, *_computed(half))
+    todo = [(each, *_pending(each)) for each in (run, *run.halves.values())]
+    shares = [parameters(each.spec) / parameters(run.spec) for each, *_ in todo]
+    tokens = [int(each.plan.tokens[packs].sum()) for each, packs, _ in todo]
+    total = round(sum(share * count for share, count in zip(shares, tokens, strict=True)))
+    with report.Tracker(run.out, total) if total else nullcontext() as tracker:
+        for (each, packs, placer), share in zip(todo, shares, strict=True):
+            placer.tracker = None if tracker is None else tracker.part(share)
+            _compute(each, packs, placer)
+    for half, packs, _ in todo[1:]:
+        words.note_half(run, half, packs)
     for feature in run.features:
         feature.after(run)
     with run.clock.stage("finish"):
         file.commit()
-        run.table.check_unchanged()
-        for half in run.halves.values():
-            half.table.check_unchanged()
-            for feature in half.features:
-                feature.finish(half)
-        for feature in run.features:
-            feature.finish(run)
-        words.fill_rates(run, packs, placer)
+        for each, *_ in todo[::-1]:
+            each.table.check_unchanged()
+            for feature in each.features:
+                feature.finish(each)
+        words.fill_rates(run, *todo[0][1:])
         run.summary.checksum = file.finish(run.summary.to_json_within(store.REPORT_BYTES), run.config.overwrite)
 
 
-def _computed(run: EmbedRun) -> tuple[Int64, Placer]:
-    """Have every pending record of a run, or of a half, in the file.
-
-    Returns numbers of the packs that were computed, int64 [P], and what placed their rows.
-    """
-    file, decisions, plan, computing = run.file, run.decisions, run.plan, run.computing
+def _pending(run: EmbedRun) -> tuple[Int64, Placer]:
+    """Numbers of the packs that hold pending records, int64 [P], and what places their rows."""
+    decisions, plan = run.decisions, run.plan
     with run.clock.stage("plan"):
         for feature in run.features:
             feature.before(run)
         pending = np.zeros(len(run.table), np.bool_)
-        pending[decisions.representative[file.status == store.PENDING]] = True
+        pending[decisions.representative[run.file.status == store.PENDING]] = True
         segments = decisions.segments
         packs = worst_first(plan, subset(plan, pending[segments.record]), segments.length)
         job = Job(run.config, run.table, decisions, plan, pending, run.weights, run.layers, run.dtype)
-        placer = Placer(file, job, run.clock, computing.pins)
+        return packs, Placer(run.file, job, run.clock, run.computing.pins)
+
+
+def _compute(run: EmbedRun, packs: Int64, placer: Placer) -> None:
+    """Have packs, int64 [P], in the file, and what is too large or not finite in the ways that are left."""
+    computing = run.computing
+    with run.clock.stage("plan"):
         exact_arithmetic()
-        file.compute_in(computing.computed_by(len(packs) > 1, run.dtype))
+        run.file.compute_in(computing.computed_by(len(packs) > 1, run.dtype))
     if len(packs):
         computing.compute(run, packs, placer)
     if placer.broken or placer.unfit:
@@ -165,8 +175,7 @@ def _computed(run: EmbedRun) -> tuple[Int64, Placer]:
 
         with run.clock.stage("second pass"):
             second_pass(placer, run.device, computing.backend, run.tell)
-    file.commit()
-    return packs, placer
+    run.file.commit()
 
 
 # --- the file ----------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class OnThisHost(Computing):
             self._in_processes(run, packs, placer)
             return
         compute = self._model(run)
-        with _tracked(run, packs, placer), run.clock.stage("forward", run.half):
+        with run.clock.stage("forward", run.half):
             placer.started = time.perf_counter()
             runner.run_packs(packs, placer.collator, compute, placer, self.local_device, run.tell, placer.note_unfit)
         if limit := placer.limit(time.perf_counter() - placer.started):
@@ -91,8 +91,7 @@ class OnThisHost(Computing):
         from virnucpro_cli.engine import workers
 
         run.loaded = None
-        with _tracked(run, packs, placer):
-            rows = workers.compute_in_processes(placer, packs, self.devices, self.device.attention, run.tell)
+        rows = workers.compute_in_processes(placer, packs, self.devices, self.device.attention, run.tell)
         run.summary.tables[f"Workers {run.half}".rstrip()] = rows
 
 
@@ -108,8 +107,7 @@ class OnRay(Computing):
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         run.loaded = None
         self.cluster.turn_to(run.config, run.dtype)
-        with _tracked(run, packs, placer):
-            rows = self.cluster.run(placer, packs, run.tell)
+        rows = self.cluster.run(placer, packs, run.tell)
         run.summary.tables[f"Nodes {run.half}".rstrip()] = rows
 
 
@@ -144,8 +142,3 @@ def _on_this_host(config: EmbedConfig, alone: bool) -> OnThisHost:
         devices.device_here(first, backend), first, backend, dtype, len(names), workers, n, each.count(first),
         first.type == "cuda", tuple(notes), devices=each,
     )  # fmt: skip
-
-
-def _tracked(run: Run, packs: Int64, placer: Placer) -> report.Tracker:
-    placer.tracker = report.Tracker(run.out, int(run.plan.tokens[packs].sum()), title=run.half)
-    return placer.tracker

@@ -259,7 +259,7 @@ def fill_rates(run: EmbedRun, packs: Int64, placer: Placer) -> None:
     summary.counts["recomputed in fp32"] = int(((file.flags & store.RECOMPUTED) > 0).sum())
 
 
-def note_half(run: EmbedRun, half: EmbedRun, packs: Int64, placer: Placer) -> None:
+def note_half(run: EmbedRun, half: EmbedRun, packs: Int64) -> None:
     """Give the report of a run the numbers of its half. packs: numbers of those that were computed, int64 [P]."""
     name, summary = half.half, half.summary
     note_seconds(run)

@@ -96,7 +96,7 @@ class Placer:
         self.segments, self.embedded = job.decisions.segments, job.decisions.embedded
         self.collator = VarlenCollator(job.table, self.segments, self.embedded, job.plan, pin)
         self.store_dtype = np.dtype(np.float16 if job.config.store_dtype == "fp16" else np.float32)
-        self.tracker: report.Tracker | None = None
+        self.tracker: report.Part | None = None
         self.broken: list[int] = []  # records with a value that is not finite
         self.unfit: list[int] = []  # records that the device has no memory for
         self.flag = 0
