@@ -341,7 +341,7 @@ def test_texts_of_a_share_say_how_their_family_reads(tmp_path: Path) -> None:
     (tmp_path / "in.fasta").write_text(">a\nMK<mask>VL\n")
     table = fasta.index(fasta.open_sources([str(tmp_path / "in.fasta")], tmp_path), reading=esmc.READING)
     share: Any = actor.Share(*[None] * (len(actor.Share._fields) - 1), table.reading)
-    texts = actor.Texts(share._replace(lengths=table.length, tokens=table.tokens(np.array([0]))))
+    texts = actor.Texts(share._replace(sizes=table.length, tokens=table.tokens(np.array([0]))))
     assert not texts.reading.scales_masks and table.part(np.array([0])).reading == esmc.READING
 
 

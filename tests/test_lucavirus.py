@@ -447,7 +447,7 @@ def test_a_share_of_a_cluster_says_how_its_kind_is_read(tmp_path: Path) -> None:
 
     table = indexed(tmp_path, ["AC<mask>GU"], NUCLEOTIDE)
     share: Any = actor.Share(*[None] * (len(actor.Share._fields) - 1), table.reading)
-    texts = actor.Texts(share._replace(lengths=table.length, tokens=table.tokens(np.array([0]))))
+    texts = actor.Texts(share._replace(sizes=table.length, tokens=table.tokens(np.array([0]))))
     assert texts.reading == lucavirus.NUCLEOTIDES and texts.tokens(np.array([0])).tolist() == [5, 7, 4, 8, 6]
 
 

@@ -283,7 +283,7 @@ def _oracle_rows(text: str, settings: dict[str, Any], judge: Oracle) -> oracle.R
             bos[layer] += rows[0] * (weight.sum() / len(ids))
             eos[layer] = rows[-1]
     of_layer = {
-        layer: {"residue": residues[layer], "bos": bos[layer], "eos": eos[layer], **oracle.pooled(residues[layer])}
+        layer: {"residue": residues[layer], **oracle.pooled(residues[layer], bos[layer], eos[layer])}
         for layer in layers
     }
     return {(kind, layer): of_layer[layer][kind] for layer in layers for kind in settings["pool"]}

@@ -129,10 +129,11 @@ def stratified(lengths: NDArray[np.int64], odd: NDArray[np.uint16], size: int, s
     return np.sort([*chosen, *(int(random.choice(stratum)) for stratum in strata if len(stratum))])
 
 
-def pooled(residues: Array) -> dict[str, Array]:
-    """Kinds that are pooled from a protein's residue rows, float [L, D], each [D]; means are float64."""
+def pooled(residues: Array, bos: Array, eos: Array) -> dict[str, Array]:
+    """Kinds of one row of a protein, each [D], of its residue rows, float [L, D], and those around; means are float64."""
     mean, std = (reduce(residues, axis=0, dtype=np.float64) for reduce in (np.mean, np.std))
-    return {"mean": mean, "max": residues.max(axis=0), "std": std}
+    every = (residues.sum(axis=0, dtype=np.float64) + bos + eos) / (len(residues) + 2)
+    return {"mean": mean, "mean-all": every, "bos": bos, "eos": eos, "max": residues.max(axis=0), "std": std}
 
 
 def rows_of(judge: Oracle, sample: Sample, layers: tuple[int, ...], together: int = 1) -> Rows:
@@ -148,8 +149,7 @@ def rows_of(judge: Oracle, sample: Sample, layers: tuple[int, ...], together: in
         for i, by_layer in zip(batch, judge.embed_padded([sample.tokens[i] for i in batch], layers), strict=True):
             for layer, hidden in by_layer.items():
                 host = (hidden if hidden.dtype == torch.float64 else hidden.float()).cpu().numpy()
-                kinds = {"bos": host[0], "eos": host[-1], **pooled(host[1:-1])}
                 rows["residue", layer][i] = host[1:-1]
-                for kind, values in kinds.items():
+                for kind, values in pooled(host[1:-1], host[0], host[-1]).items():
                     rows[kind, layer][i] = values[None]
     return {key: np.concatenate(each) for key, each in rows.items()}
