@@ -29,6 +29,7 @@ from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import SIZES, build, family_of, flops, parameters
+from virnucpro_cli.model.families import reading as reading_of_kind
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import check_longest, stream_dtype
 from virnucpro_cli.validation.agreement import relative_l2
@@ -114,7 +115,7 @@ class _Bench:
     def workloads(self, folder: Path) -> list[Workload]:
         """The number of tokens that let everything be done within `seconds`, from the speed of a short probe."""
         dice, largest, longest = np.random.default_rng(0), max(self.budgets), self.config.max_residues
-        reading = family_of(self.spec).READING
+        reading = reading_of_kind(self.spec)
         probe = workload.made_up("probe", workload.natural(2 * largest, dice), folder, longest, reading=reading)
         mode = modes.packed(self.model, probe, largest)[0]
         seconds = limits.best_of(mode.run, self.device, least=0.0, repeats=1)

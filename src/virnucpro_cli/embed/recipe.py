@@ -120,7 +120,7 @@ class EmbedRun(Run):
         for name, half in self.halves.items():
             own = half.fingerprint_with(half.weights)
             policy[name] = {key: own[key] for key in OF_A_HALF if key in own}
-        if (tokenizer := getattr(weights, "tokenizer", None)) is not None:
+        if (tokenizer := locate.tokenizer_of(weights, self.spec)) is not None:
             policy["tokenizer_sha256"] = locate.sha256_of([tokenizer])
         return {
             "input_sha256": self.table.sha256, "weights_sha256": weights.sha256, "heads": self.spec.heads,
@@ -156,12 +156,13 @@ class Model(NamedTuple):
 
     def in_tokens(self, table: fasta.RecordTable, around: Around) -> fasta.RecordTable:
         """The same table, or one that knows the tokens of all records, if these are not letters."""
-        if getattr(family_of(self.spec), "TOKENIZER", None) is None:
+        if family_of(self.spec).TOKENIZER is None:
             return table
         from virnucpro_cli.fasta.tokenised import tokenised
 
         with around.clock.stage("tokens"):
-            return tokenised(table, getattr(self.located, "tokenizer", None), around.at.output.parent)
+            path = locate.tokenizer_of(self.located, self.spec) if self.located is not None else None
+            return tokenised(table, path, around.at.output.parent)
 
 
 def _model_of(config: EmbedConfig, dtype: torch.dtype, around: Around) -> Model:
@@ -172,7 +173,7 @@ def _model_of(config: EmbedConfig, dtype: torch.dtype, around: Around) -> Model:
     family = family_of(spec)
     if family.READING is None and config.kind == PROTEIN and config.from_ == "proteins":
         config = replace(config, kind=NUCLEOTIDE)
-    if getattr(family, "TOKENIZER", None) is not None and any_by_residue(config.pool, config.emit):
+    if family.TOKENIZER is not None and any_by_residue(config.pool, config.emit):
         refusal = f"{spec.name} has no rows of bases: its tokens are of several."
         raise UserError(refusal, "Leave --pool residue and --emit out.")
     config, how = _with_long(config, spec), reading(spec, config.kind)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from virnucpro_cli import report
-from virnucpro_cli.alphabet import INVALID, letters
+from virnucpro_cli.alphabet import ESM, INVALID, letters
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.machine.speeds import Speed, remembered
@@ -118,7 +118,7 @@ def facts(model: Known, here: Here | None) -> dict[str, object]:
 
 def alphabet_of(family: Family) -> str:
     """The letters that a family has tokens for, runs of them as A-I."""
-    codes = letters("keep", family.READING).codes
+    codes = letters("keep", family.READING or family.NUCLEOTIDES or ESM).codes
     there = [byte for byte in range(33, 127) if codes[byte] < INVALID and not chr(byte).islower()]
     capitals, others = ([b for b in there if chr(b).isupper() is wanted] for wanted in (True, False))
     runs: list[list[int]] = []

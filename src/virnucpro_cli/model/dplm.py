@@ -13,6 +13,8 @@ from virnucpro_cli.model.esm2 import (
     PEERS,
     READING,
     SETTINGS,
+    STEPS,
+    TOKENIZER,
     head_shapes,
     parts,
     settle,
@@ -23,8 +25,8 @@ from virnucpro_cli.model.spec import APACHE, Licence, ModelSpec
 
 __all__ = [
     "ALIASES", "ARCHITECTURES", "CONFIG", "FP8", "HEAD_NAMES", "HUB_FILES", "JOINT", "LEFT_OUT", "LONGEST", "NAMES",
-    "NUCLEOTIDES", "PEERS", "PUBLISHED_SHA256", "READING", "SETTINGS", "SHORT_NAMES", "SIZES", "TITLE", "head_shapes",
-    "licence", "parts", "repository", "settle", "shapes", "told_by", "told_sizes", "url",
+    "NUCLEOTIDES", "PEERS", "PUBLISHED_SHA256", "READING", "SETTINGS", "SHORT_NAMES", "SIZES", "STEPS", "TITLE",
+    "TOKENIZER", "head_shapes", "licence", "parts", "repository", "settle", "shapes", "told_by", "told_sizes", "url",
 ]  # fmt: skip
 
 TITLE = "DPLM"

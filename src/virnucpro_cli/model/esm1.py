@@ -34,7 +34,7 @@ class Esm1:
     HUB_FILES = esm2.HUB_FILES
     told_sizes = staticmethod(esm2.told_sizes)
     READING, NUCLEOTIDES, HEAD_NAMES, FP8 = esm2.READING, esm2.NUCLEOTIDES, esm2.HEAD_NAMES, esm2.FP8
-    JOINT = esm2.JOINT
+    JOINT, TOKENIZER, STEPS = esm2.JOINT, esm2.TOKENIZER, esm2.STEPS
     NAMES = (
         *esm2.NAMES,
         (re.compile(esm2.PREFIX + r"embed_positions\.weight"), POSITIONS),

@@ -107,10 +107,12 @@ CONFIG: dict[str, tuple[Any, Any]] = {
     "mask_token_id": (alphabet.MASK, alphabet.MASK),
 }
 ARCHITECTURES: tuple[str, ...] = ()
-READING = alphabet.ESM
+READING: alphabet.Reading | None = alphabet.ESM
 NUCLEOTIDES: alphabet.Reading | None = None
 LONGEST: int | None = None
 FP8 = PEERS = True
+TOKENIZER: tuple[str, str] | None = None
+STEPS: str | None = None
 
 EMBED_SCALE = 0.88
 """`1 - 0.15 * 0.8`, the share of tokens not masked in training; applied at inference too (fair-esm esm2.py:86-92)."""

@@ -102,10 +102,12 @@ CONFIG: dict[str, tuple[Any, Any]] = {
     "mask_token_id": (alphabet.MASK, alphabet.MASK),
 }
 ARCHITECTURES: tuple[str, ...] = ()
-READING = alphabet.ESM._replace(letters=f"{alphabet.ESM.letters}|", scales_masks=False)
+READING: alphabet.Reading | None = alphabet.ESM._replace(letters=f"{alphabet.ESM.letters}|", scales_masks=False)
 NUCLEOTIDES: alphabet.Reading | None = None
 LONGEST: int | None = None
 FP8 = PEERS = False
+TOKENIZER: tuple[str, str] | None = None
+STEPS: str | None = None
 _OWN = re.compile(r"(.*\.)?(layernorm_qkv\..*|[qk]_ln\.weight|self_attn\.[qk]_norm\.weight)")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import PROTEIN
-from virnucpro_cli.model import dplm, esm1, esm2, esmc, lucavirus
+from virnucpro_cli.model import dnabert, dplm, esm1, esm2, esmc, lucavirus
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.esm2 import DEMO
 from virnucpro_cli.model.packed import PackedModel
@@ -22,6 +23,7 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {
     "esm2": esm2, "dplm": dplm, "esm1b": esm1.ESM1B, "esm1v": esm1.ESM1V, "esmc": esmc, "lucavirus": lucavirus,
+    "dnabert": dnabert,
 }  # fmt: skip
 SIZES = {name: spec for family in FAMILIES.values() for name, spec in family.SIZES.items()}
 SHORT_NAMES = {short: name for family in FAMILIES.values() for short, name in family.SHORT_NAMES.items()}
@@ -48,8 +50,10 @@ def family_of(spec: ModelSpec) -> Family:
 
 
 def reading(spec: ModelSpec, kind: str = PROTEIN) -> Reading:
-    """How a family reads input of a kind. Raises UserError if it has no nucleotides."""
+    """How a family reads input of a kind. Raises UserError for one that it does not read."""
     found = family_of(spec).READING if kind == PROTEIN else family_of(spec).NUCLEOTIDES
+    if found is None and kind == PROTEIN:
+        raise UserError(f"{spec.name} reads nucleotides only, no proteins.", "Name another --model, or nucleotides.")
     if found is None:
         able = [each.TITLE for each in FAMILIES.values() if each.NUCLEOTIDES]
         raise UserError(
@@ -62,7 +66,9 @@ def reading_of(attributes: Mapping[str, Any]) -> Reading:
     """How the family of a file with these attributes reads its input; a file without a known one is ESM-2's."""
     family = FAMILIES.get(str(attributes.get("family")), esm2)
     nucleotides = family.NUCLEOTIDES if attributes.get("kind", PROTEIN) != PROTEIN else None
-    return nucleotides or family.READING
+    found = nucleotides or family.READING or family.NUCLEOTIDES
+    assert found is not None
+    return found
 
 
 def check_dtype(spec: ModelSpec, dtype: torch.dtype) -> None:
@@ -96,5 +102,8 @@ def build(spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.devic
     """The packed forward of a spec, with its state (any floating dtype, shapes [...] of the family) on the device."""
     family = family_of(spec)
     check_dtype(spec, dtype)
+    if family.STEPS is not None:
+        own = import_module(f"virnucpro_cli.model.kernels.{family.STEPS}")
+        backend = own.adapted(backend, spec.heads, device, dtype)
     head = {name: each for name, each in state.items() if name.startswith((f"{LM_HEAD}.", "embed_tokens."))}
     return PackedModel(spec, family.parts(spec, state, device), head, dtype, device, backend)

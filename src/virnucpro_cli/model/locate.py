@@ -388,6 +388,8 @@ def _fetch_hf(spec: ModelSpec) -> None:
             raise ValueError(f"SHA-256 of {name} is {sha}, published {published}; discarded")
     if not own:
         hf_hub_download(repository, "config.json")
+    if (tokenizer := family_of(spec).TOKENIZER) is not None:
+        hf_hub_download(repository, tokenizer[0])
 
 
 def _drop_what_killed_downloads_left(cache: Path, folder: str) -> None:
@@ -444,6 +446,26 @@ def licence_of(weights: Weights) -> Licence | None:
     """The licence of weights that are known, by name or by SHA-256; with adapters, that of their base."""
     spec = weights.spec or SIZES.get(_published_as(weights.base_sha256 or weights.sha256) or "")
     return None if spec is None or weights.seed is not None else family_of(spec).licence(spec)
+
+
+def tokenizer_of(weights: Weights, spec: ModelSpec) -> Path | None:
+    """The file that joins letters to tokens, beside the weights; None for random weights, and for letters alone.
+
+    Raises UserError if it is not there, or not the published one of a named model.
+    """
+    wanted = family_of(spec).TOKENIZER
+    if wanted is None or weights.seed is not None:
+        return None
+    name, sha256 = wanted
+    path = weights.files[0].parent / name
+    if not path.is_file():
+        bring = f"Copy it there from https://huggingface.co/{family_of(spec).repository(spec)} (SHA-256 {sha256})."
+        raise UserError(f"{path} is not there, without which {spec.name} cannot read.", bring)
+    if weights.spec is not None and (found := sha256_of([path])) != sha256:
+        raise UserError(
+            f"{path} is not the published one: its SHA-256 is {found}, expected {sha256}.", "Fetch it again."
+        )
+    return path
 
 
 def verified(weights: Weights) -> Weights:

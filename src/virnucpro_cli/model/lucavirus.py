@@ -31,7 +31,7 @@ PAD, CLS, EOS, MASK = 0, 2, 3, 4
 NUCLEOTIDES: Reading | None = Reading(
     "ATCGN", 5, CLS, PAD, EOS, MASK, "N", (("U", "T"), ("-", "N"), (".", "N")), 4, False, width=VOCABULARY
 )
-READING = Reading(
+READING: Reading | None = Reading(
     "LAGVSERTIDPKQNFYMHWCXBUZOJ.-*", VOCABULARY + 10, VOCABULARY + CLS, VOCABULARY + PAD, VOCABULARY + EOS,
     VOCABULARY + MASK, scales_masks=False, zero=VOCABULARY, width=VOCABULARY,
 )  # fmt: skip
@@ -65,6 +65,8 @@ CONFIG: dict[str, tuple[Any, Any]] = {
 ARCHITECTURES: tuple[str, ...] = ()
 LONGEST: int | None = None
 FP8, PEERS, JOINT, HUB_FILES = True, False, esm2.JOINT, esm2.HUB_FILES
+TOKENIZER: tuple[str, str] | None = None
+STEPS: str | None = None
 told_sizes = esm2.told_sizes
 
 

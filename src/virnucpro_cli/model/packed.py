@@ -17,7 +17,7 @@ from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.model.attention import Attention, Backend
 from virnucpro_cli.model.kernels.plain import Layer, Pair, layer_norm
 from virnucpro_cli.model.pooling import Pooler
-from virnucpro_cli.model.spec import ModelSpec, State, stream_dtype
+from virnucpro_cli.model.spec import LAYER_NORM_EPS, ModelSpec, State, stream_dtype
 
 OnLayer = Callable[[int, torch.Tensor], None]
 
@@ -27,7 +27,7 @@ class Parts(NamedTuple):
 
     embedding: [V, D], a row for each token. layers: one after the other, so that only one is there twice. norm: the
     last LayerNorm. inv_freq: [Dh / 2]. positions: [P, D] or None, rows of learned positions, added to the embedding.
-    first_norm: a LayerNorm of the embedding, or None.
+    first_norm: a LayerNorm of the embedding, or None; eps: its epsilon.
     """
 
     embedding: torch.Tensor
@@ -36,6 +36,7 @@ class Parts(NamedTuple):
     inv_freq: torch.Tensor
     positions: torch.Tensor | None = None
     first_norm: Pair | None = None
+    eps: float = LAYER_NORM_EPS
 
 
 class PackedModel:
@@ -60,7 +61,7 @@ class PackedModel:
         stream = torch.float32 if backend.wide else stream_dtype(dtype)
         self.embedding = parts.embedding.to(stream)
         self.positions = None if parts.positions is None else parts.positions.to(stream)
-        self.first_norm = parts.first_norm
+        self.first_norm, self.eps = parts.first_norm, parts.eps
         self.layers, self.norm = backend.steps.prepare(parts.layers, parts.norm, spec.head_dim, dtype)
         self.inv_freq = parts.inv_freq
         self.cos = self.sin = torch.empty(0, spec.head_dim // 2, device=device)
@@ -111,7 +112,7 @@ class PackedModel:
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
         if self.first_norm is not None:
-            x = layer_norm(x.float(), *self.first_norm).to(x.dtype)
+            x = layer_norm(x.float(), *self.first_norm, eps=self.eps).to(x.dtype)
         return x
 
     def embed(self, batch: PackedBatch, wanted: tuple[int, ...], pooler: Pooler) -> Embeddings:

@@ -86,7 +86,9 @@ class Family(Protocol):
     NAMES, HEAD_NAMES: patterns of tensors of the encoder and of heads in checkpoints, and their names here.
     LEFT_OUT: tensors that are known and not used.
     JOINT: words of matrices that stand in one tensor in some layouts, one below the other, by the word of that tensor.
-    READING, NUCLEOTIDES: how it reads proteins, and nucleotides if it does. LONGEST: as in a spec.
+    READING, NUCLEOTIDES: how it reads proteins, and nucleotides, or None. LONGEST: as in a spec.
+    TOKENIZER: the file beside the weights that joins letters to tokens, and the SHA-256 of the published one, or None.
+    STEPS: the module of `kernels` with its steps, if they are not those of a backend.
     FP8: whether its products may be in 8 bit.
     PEERS: whether the peers of the benchmark have this network.
     """
@@ -104,8 +106,10 @@ class Family(Protocol):
     HEAD_NAMES: Names
     LEFT_OUT: re.Pattern[str]
     JOINT: dict[str, tuple[str, ...]]
-    READING: Reading
+    READING: Reading | None
     NUCLEOTIDES: Reading | None
+    TOKENIZER: tuple[str, str] | None
+    STEPS: str | None
     LONGEST: int | None
     FP8: bool
     PEERS: bool

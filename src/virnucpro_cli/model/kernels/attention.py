@@ -19,7 +19,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _attention(
-    q, k, v, keys, values, out, tiles, q_scale, k_scale, scale, stride, heads,
+    q, k, v, keys, values, out, tiles, q_scale, k_scale, slopes, scale, stride, heads,
     HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
@@ -43,6 +43,10 @@ def _attention(
         each = scale[:, None]
         score *= tl.load(k_scale + tail + key, mask=key < stop - tail, other=0.0)[None, :]
         following = tl.load(k_scale + start + key, mask=key < tail - start, other=0.0)
+    if slopes is not None:  # scores fall with the distance, and are in their unit from here on
+        factor, slope, place = scale, tl.load(slopes + head), first + query
+        score = score * factor - slope * tl.abs(place[:, None] - (tail + key)[None, :]).to(tl.float32)
+        scale, each = 1.0, 1.0
     score = tl.where((key < stop - tail)[None, :], score, float("-inf"))
     top = tl.max(score, 1) * scale
     weight = tl.exp2(score * each - top[:, None])
@@ -60,6 +64,8 @@ def _attention(
         if q_scale is not None:
             score *= following[None, :]
             following = tl.load(k_scale + min(row + KEYS, tail - KEYS) + key)
+        if slopes is not None:
+            score = score * factor - slope * tl.abs(place[:, None] - (row + key)[None, :]).to(tl.float32)
         new = tl.maximum(top, tl.max(score, 1) * scale)
         weight = tl.exp2(score * each - new[:, None])
         shrink = tl.exp2(top - new)
@@ -80,13 +86,15 @@ def attention(
     q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     *,
+    slopes: torch.Tensor | None = None,
     with_descriptors: bool = True,
 ) -> torch.Tensor:
     """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; tiles int32 [n, 3] of `batch.query_tiles`.
 
     Heads of q, k and v are adjacent; they are copied unless their rows are equally far apart. q_scale, k_scale: float32
-    [T], by which rows of q and of k are still to be multiplied, or None. with_descriptors: whether blocks of wide heads
-    come through the tensor memory accelerator, which older GPUs lack.
+    [T], by which rows of q and of k are still to be multiplied, or None. slopes: float32 [H], times log2 e, by which
+    scores fall with each row of distance, or None. with_descriptors: whether blocks of wide heads come through the
+    tensor memory accelerator, which older GPUs lack.
     """
     if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -98,7 +106,7 @@ def attention(
         keys, values = (TensorDescriptor(x, [rows, heads * head_dim], [x.stride(0), 1], [KEYS, wide]) for x in (k, v))
     registers = 96 if q_scale is not None and wide <= 64 else None  # five programs at a time on a multiprocessor
     _attention[(heads * len(tiles),)](
-        q, k, v, keys, values, out, tiles, q_scale, k_scale, scale * LOG2_E, q.stride(0), heads,
+        q, k, v, keys, values, out, tiles, q_scale, k_scale, slopes, scale * LOG2_E, q.stride(0), heads,
         head_dim, wide, QUERY_TILE, KEYS, num_warps=4, num_stages=3, maxnreg=registers, **OPTIONS,
     )  # fmt: skip
     return out

@@ -1,0 +1,203 @@
+"""The forward's steps where LayerNorm comes after each sum and attention knows distances (ALiBi): DNABERT-S.
+
+Products are PyTorch's. On NVIDIA GPUs in 16 bit, what is around them is one pass each in Triton: the sum with its
+LayerNorm, and the gate; elsewhere it is plain PyTorch, the twin of that. Shapes as in `plain`.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from itertools import groupby
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from virnucpro_cli.batch import PackedBatch
+from virnucpro_cli.model.attention import Backend, is_nvidia, kernels_refusal, sm80_refusal
+from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.kernels.plain import Layer, Pair
+
+EPS = 1e-12
+LOG2_E = 1.4426950408889634
+MOST_BIAS = 1 << 26
+"""Numbers of a bias [H, queries, L] at most, unless one query has more."""
+
+
+def slopes(heads: int) -> list[float]:
+    """How much a head's score falls with each token of distance: 2^(-8 k / P), k from 1, for P heads.
+
+    P is the largest power of two; of further heads, every other one of 2 P heads, from the first. Press et al. 2022.
+    """
+    power = 1 << (heads.bit_length() - 1)
+
+    def geometric(count: int) -> list[float]:
+        return [2.0 ** (-8.0 * k / count) for k in range(1, count + 1)]
+
+    return geometric(power) + geometric(2 * power)[::2][: heads - power]
+
+
+def adapted(backend: Backend, heads: int, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The same backend with the steps here, and attention that knows distances."""
+    fall = torch.tensor(slopes(heads), device=device)
+    refusal = (
+        "" if not is_nvidia(device) else sm80_refusal(device, dtype) or kernels_refusal(partial(try_out, device, dtype))
+    )
+    if refusal is not None or backend.wide:
+        notes = (f"attention with distances by scaled_dot_product_attention: {refusal}",) if refusal else ()
+        attend = partial(by_sdpa, slopes=fall)
+        return backend._replace(attention=attend, steps=steps(False), notes=(*backend.notes, *notes))
+    attend = partial(by_kernel, slopes=fall * LOG2_E, with_descriptors=backend.name == "triton")
+    return backend._replace(attention=attend, steps=steps(True))
+
+
+def steps(kernels: bool) -> Any:
+    """The functions of a forward's steps. kernels: whether Triton has the sums and the gate."""
+    if not kernels:
+        add, gate = add_norm, gated
+    else:
+        from virnucpro_cli.model.kernels import glue
+
+        add, gate = glue.add_norm, glue.gated
+
+    def add_attention(x: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> None:
+        """x [T, D] = LayerNorm(x + the output projection of attention's result [T, H, Dh])."""
+        add(x, F.linear(mixed.reshape(x.shape), *layer.out), layer.norm1, EPS)
+
+    def inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """x [T, D] to gelu(a) b [T, F] of its projection a beside b, in the layer's dtype."""
+        return gate(F.linear(x.to(layer.fc1[0].dtype), layer.fc1[0]))
+
+    def add_inner(x: torch.Tensor, inner: torch.Tensor, layer: Layer) -> None:
+        """x [T, D] = LayerNorm(x + fc2(inner [T, F]))."""
+        add(x, F.linear(inner, *layer.fc2), layer.norm2, EPS)
+
+    return SimpleNamespace(
+        __name__=f"{__name__}.{'glue' if kernels else 'plain'}", prepare=prepare, rotary=no_rotary,
+        query_key_value=query_key_value, add_attention=add_attention, inner=inner, add_inner=add_inner,
+        residual=as_it_is, last_norm=as_it_is,
+    )  # fmt: skip
+
+
+def prepare(layers: Iterable[Layer], norm: Pair, head_dim: int, dtype: torch.dtype) -> tuple[list[Layer], Any]:
+    """Layers in the dtype, with norms in float32, and no last norm."""
+
+    def cast(pair: Pair) -> Pair:
+        return pair[0].to(dtype), pair[1].to(dtype)
+
+    return [
+        layer._replace(qkv=cast(layer.qkv), out=cast(layer.out), fc1=cast(layer.fc1), fc2=cast(layer.fc2))
+        for layer in layers
+    ], None
+
+
+def no_rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> int:
+    """Width of a head: all that is used of tables [L, Dh / 2]."""
+    return 2 * cos.shape[1]
+
+
+def query_key_value(x: torch.Tensor, layer: Layer, head_dim: int) -> tuple[torch.Tensor, ...]:
+    """The stream x [T, D] to q, k, v [T, H, Dh], in the layer's dtype."""
+    qkv = F.linear(x.to(layer.qkv[0].dtype), *layer.qkv)
+    return tuple(each.unflatten(1, (-1, head_dim)) for each in qkv.chunk(3, dim=1))
+
+
+def as_it_is(x: torch.Tensor, _: Any) -> torch.Tensor:
+    """The stream x [T, D] of any dtype, which has its LayerNorm."""
+    return x
+
+
+def add_norm(x: torch.Tensor, y: torch.Tensor, norm: Pair, eps: float) -> None:
+    """x [T, D] = LayerNorm(x + y [T, D]) in float32, rounded to the dtype of x."""
+    x.copy_(F.layer_norm(x.float() + y.float(), norm[0].shape, *norm, eps=eps))
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """gelu(a) b [T, F] of x [T, 2 F], which is a beside b, in its dtype. May overwrite x."""
+    gate, up = x.chunk(2, dim=-1)
+    return plain.gelu(gate.contiguous()).mul_(up)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def by_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float, *, slopes: torch.Tensor,
+    with_descriptors: bool,
+) -> torch.Tensor:  # fmt: skip
+    """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; slopes: float32 [H], times log2 e."""
+    from virnucpro_cli.model.kernels.attention import attention
+
+    return attention(q, k, v, batch.query_tiles, scale, slopes=slopes, with_descriptors=with_descriptors)
+
+
+def by_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float, *, slopes: torch.Tensor
+) -> torch.Tensor:
+    """q, k, v [T, H, Dh] to [T, H, Dh] of their dtype; slopes: float32 [H].
+
+    The CPU makes a call per run of equally long segments, others a call per segment; each for some queries at a time,
+    so that the bias takes little memory.
+    """
+    out, at = torch.empty_like(q), 0
+    lengths = batch.seqlens.tolist()
+    runs = ((length, sum(1 for _ in group)) for length, group in groupby(lengths))
+    for length, count in runs if q.device.type == "cpu" else ((length, 1) for length in lengths):
+        rows = slice(at, at + count * length)
+        qs, ks, vs = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        place, size = torch.arange(length, device=q.device), max(1, MOST_BIAS // (len(slopes) * length))
+        mixed = torch.cat([
+            F.scaled_dot_product_attention(
+                qs[:, :, first : first + size], ks, vs, scale=scale,
+                attn_mask=_bias(slopes, place[first : first + size], place).to(q.dtype),
+            )
+            for first in range(0, length, size)
+        ], dim=2)  # fmt: skip
+        out[rows] = mixed.transpose(1, 2).flatten(0, 1)
+        at += count * length
+    return out
+
+
+def _bias(slopes: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """What distances take from scores: float32 [H, queries, keys]."""
+    return -slopes[:, None, None] * (queries[:, None] - keys).abs()
+
+
+# --- trial -----------------------------------------------------------------------------------------------------------
+
+
+def try_out(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile the kernels, and compare each with its twin. Raises RuntimeError if one differs."""
+    from virnucpro_cli.model.kernels.attention import attention
+    from virnucpro_cli.model.kernels.trial import LARGEST_DIFFERENCE, ROWS, SCALE, Noise
+
+    noise, fall = Noise(device), torch.tensor(slopes(2), device=device)
+    with torch.cuda.device(device), torch.inference_mode():
+        x, y, wide = noise(ROWS, 64), noise(ROWS, 64), noise(ROWS, 128, scale=1.0)
+        norm, qkv = (noise(64, mean=1.0), noise(64)), [noise(ROWS, 2, 32, scale=1.0) for _ in range(3)]
+        tiles = torch.tensor([[0, 0, ROWS]], device=device, dtype=torch.int32)
+        q, k, v = (each.transpose(0, 1) for each in qkv)
+        place = torch.arange(ROWS, device=device)
+        twin = F.scaled_dot_product_attention(q, k, v, _bias(fall, place, place), scale=SCALE).transpose(0, 1)
+        ours, twins = x.to(dtype, copy=True), x.clone()
+        steps(True).add_attention(ours, y.to(dtype), _identity(norm, dtype))
+        steps(False).add_attention(twins, y, _identity(norm, torch.float32))
+        from virnucpro_cli.model.kernels import glue
+
+        low_q, low_k, low_v = (each.to(dtype) for each in qkv)
+        mixed = attention(low_q, low_k, low_v, tiles, SCALE, slopes=fall * LOG2_E, with_descriptors=False)
+        found = {
+            "attention": (mixed, twin),
+            "add_norm": (ours, twins),
+            "gated": (glue.gated(wide.to(dtype)), gated(wide.clone())),
+        }
+        for name, (each, exact) in found.items():
+            if not (each.float() - exact).norm() <= LARGEST_DIFFERENCE[dtype] * exact.norm():
+                raise RuntimeError(f"{name} differs from its plain twin")
+
+
+def _identity(norm: Pair, dtype: torch.dtype) -> Layer:
+    """A layer whose output projection changes nothing."""
+    width, device = len(norm[0]), norm[0].device
+    pair = torch.eye(width, device=device, dtype=dtype), torch.zeros(width, device=device, dtype=dtype)
+    return Layer(norm, pair, pair, norm, pair, pair)
