@@ -264,8 +264,6 @@ class ValidateConfig(Config):
     def rules(self) -> Iterator[Rule]:
         for flag in self.given("kind", "layers", "dtype", "residual", "max_residues", "attention", "token_budget"):
             yield bool(self.against), f"{flag} has no meaning with --against.", "The file says how it was made."
-        lacking = self.kind == NUCLEOTIDE and not self.fasta
-        yield lacking, "The sequences that ship with virnucpro are proteins.", "Name nucleotides: --fasta FILE."
 
 
 @dataclass(frozen=True)

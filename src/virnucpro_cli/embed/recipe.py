@@ -173,9 +173,6 @@ def _model_of(config: EmbedConfig, dtype: torch.dtype, around: Around) -> Model:
     family = family_of(spec)
     if family.READING is None and config.kind == PROTEIN and config.from_ == "proteins":
         config = replace(config, kind=NUCLEOTIDE)
-    if family.TOKENIZER is not None and any_by_residue(config.pool, config.emit):
-        refusal = f"{spec.name} has no rows of bases: its tokens are of several."
-        raise UserError(refusal, "Leave --pool residue and --emit out.")
     config, how = _with_long(config, spec), reading(spec, config.kind)
     return Model(config, located, spec, resolved_layers(config.layers, spec), how, dtype)
 
@@ -210,6 +207,8 @@ def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, 
         for half in filter(None, (feature.half() for feature in features))
     }
     table = model.in_tokens(table, around)
+    if table.sizes is not table.length:
+        extra |= store.Extra(columns={"tokens": table.sizes})
     decisions = decide(table, config)
     for feature in features:
         extra |= feature.of_part(records, decisions, extra)

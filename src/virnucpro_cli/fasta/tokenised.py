@@ -71,9 +71,17 @@ def tokenised(table: RecordTable, path: Path | None, folder: Path) -> TokenTable
         raise UserError(f"Tokens cannot be kept in {folder}: {error.strerror}.", "Make room there.") from None
     first = np.zeros(len(table), np.int64)
     first[chosen] = np.cumsum(count[chosen], dtype=np.int64) - count[chosen]
-    facts = {each.name: getattr(table, each.name) for each in fields(RecordTable) if each.init}
-    same = table.unique_of
-    return TokenTable(**facts, ids=np.empty(0, np.uint16) if ids is None else ids, first=first[same], count=count[same])
+    same, ids = table.unique_of, np.empty(0, np.uint16) if ids is None else ids
+    return TokenTable(**_facts(table), ids=ids, first=first[same], count=count[same])
+
+
+def as_counted(table: RecordTable, count: NDArray[np.int32]) -> TokenTable:
+    """The table with the number of tokens of each record, int32 [N], as a file has it; the tokens are not known."""
+    return TokenTable(**_facts(table), count=count)
+
+
+def _facts(table: RecordTable) -> dict[str, Any]:
+    return {each.name: getattr(table, each.name) for each in fields(RecordTable) if each.init}
 
 
 def _at_once(records: NDArray[np.int64], length: NDArray[np.int32]) -> Iterator[NDArray[np.int64]]:

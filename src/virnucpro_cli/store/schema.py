@@ -115,7 +115,7 @@ FIELDS = (
     Field("contacts/sizes", ("<i4",), ("N",)),
     Field("contacts/status", ("|u1",), ("N",)),
     Field("genes/(contig|begin|end|strand)", WHOLE, ("N",)),
-    Field("gaps", ("<i4",), ("N",)),
+    Field("gaps|tokens", ("<i4",), ("N",)),
     Field("contigs/ids", (TEXT,), ("C",)),
     Field("contigs/lengths", WHOLE, ("C",)),
     Field("groups/of", ("<i8",), ("N",)),

@@ -8,19 +8,21 @@ from virnucpro_cli.errors import UserError, install_command
 from virnucpro_cli.kinds import NUCLEOTIDE, PROTEIN
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from virnucpro_cli.model.spec import ModelSpec
     from virnucpro_cli.validation.oracle import Oracle
 
 ORACLES = {
     "esm2": "fair_esm", "dplm": "transformers_esm", "esm1b": "fair_esm_1", "esm1v": "fair_esm_1", "esmc": "esmc",
-    "lucavirus": "lucavirus",
+    "lucavirus": "lucavirus", "dnabert": "dnabert",
 }  # fmt: skip
 """The file beside this one that holds the oracle of a family, its class by the kind of input."""
 CLASSES = {PROTEIN: "Reference", NUCLEOTIDE: "OfNucleotides"}
 
 
-def oracle_of(spec: "ModelSpec", kind: str = PROTEIN) -> type["Oracle"]:
-    """The oracle of a model's family for a kind of input.
+def oracle_of(spec: "ModelSpec", kind: str = PROTEIN, tokenizer: "Path | None" = None) -> type["Oracle"]:
+    """The oracle of a model's family for a kind of input. tokenizer: the file of one whose tokens are not letters.
 
     Raises UserError if its package is not installed, too old, or has a fault.
     """
@@ -33,6 +35,8 @@ def oracle_of(spec: "ModelSpec", kind: str = PROTEIN) -> type["Oracle"]:
             f"Install it: {install_command('test')}",
         ) from None
     reference: type[Oracle] = getattr(module, CLASSES[kind])
+    if hasattr(reference, "reading_by"):
+        reference = reference.reading_by(tokenizer)
     release = version(reference.package)
     if fault := reference.fault_of(release):
         raise UserError(

@@ -53,7 +53,7 @@ def audit_file(config: ValidateConfig, out: Console, clock: report.Clock) -> Ver
         weights = weights_of(file, path, config.model, config.adapter, out)
         device = devices.resolve_device(config.reference_device, "--reference-device")
         spec, state, notes = model_weights.load(weights)
-        family = oracle_of(spec, file.settings.get("kind", PROTEIN))
+        family = oracle_of(spec, file.settings.get("kind", PROTEIN), locate.tokenizer_of(weights, spec))
         verdict = Verdict("validate --against", notes=list(notes))
         verdict.environment = {
             "file": path,
@@ -68,7 +68,7 @@ def audit_file(config: ValidateConfig, out: Console, clock: report.Clock) -> Ver
         verdict.checks += _of_the_file(file, table, weights)
         if len(table.lengths) != len(file):
             return verdict  # rows cannot be matched with records
-        expected = _expected(table, file.settings)
+        expected = _expected(table, file.settings, file.columns.get("tokens", table.lengths))
         verdict.checks += records.compared(file, expected, plain_reader.other_names(file, table.names), FILE)
         verdict.checks += records.stored(file, expected.representative, FILE)
         rows, left_out = _sampled(file, table, config)
@@ -161,10 +161,10 @@ def _of_the_file(file: store.EmbeddingFile, table: PlainTable, weights: locate.W
     ]
 
 
-def _expected(table: PlainTable, settings: dict[str, Any]) -> Expected:
-    """The policies once more, without the code of embed."""
+def _expected(table: PlainTable, settings: dict[str, Any], sizes: NDArray[Any]) -> Expected:
+    """The policies once more, without the code of embed. sizes: int [n], tokens of each record."""
     lengths, longest = table.lengths, settings["max_residues"]
-    long = lengths > longest
+    long = sizes > longest
     reason = np.zeros(len(lengths), np.uint8)
     reason[long & (settings["long"] == "skip")] = store.TOO_LONG
     reason[(table.replaced > 0) & (settings["invalid"] == "skip")] = store.INVALID
@@ -174,7 +174,7 @@ def _expected(table: PlainTable, settings: dict[str, Any]) -> Expected:
     if settings["dedup"]:
         _, first, group = np.unique(table.sequences[kept], return_index=True, return_inverse=True)
         representative[kept] = np.flatnonzero(kept)[first][group]
-    embedded = np.where(kept, np.minimum(lengths, longest) if settings["long"] == "truncate" else lengths, 0)
+    embedded = np.where(kept, np.minimum(sizes, longest) if settings["long"] == "truncate" else sizes, 0)
     flags = np.zeros(len(lengths), np.uint16)
     for bit, mask in (
         (store.TRUNCATED, kept & long & (settings["long"] == "truncate")),

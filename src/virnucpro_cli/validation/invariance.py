@@ -1,7 +1,7 @@
 """The packing check: a protein's bits do not depend on what it is packed with."""
 
 import random
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from virnucpro_cli.engine import devices, runner
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.fasta.plain import write_texts
 from virnucpro_cli.kinds import KINDS
-from virnucpro_cli.model.families import reading
+from virnucpro_cli.model.families import family_of, reading
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.plan.packing import SMALLEST_BUCKET, SPECIAL_TOKENS, arranged, buckets, whole_segments
@@ -25,12 +25,13 @@ from virnucpro_cli.validation import agreement, gates
 from virnucpro_cli.validation.oracle import Oracle, Rows, Sample
 from virnucpro_cli.validation.verdict import Check
 
+Tokenizer = Callable[[fasta.RecordTable], fasta.RecordTable] | None
 PACKING = "Packing: the same bits in any company"
 
 
 def packing(
     model: PackedModel, path: Path, base: Rows, sample: Sample, layers: tuple[int, ...], config: ValidateConfig,
-    again: Set[int] = frozenset(),
+    again: Set[int] = frozenset(), tokenizer: Tokenizer = None,
 ) -> Iterator[Check]:  # fmt: skip
     """Proteins alone, in one pack, first, last and shuffled among strangers, against `base`, as `embed` stored them.
 
@@ -67,7 +68,8 @@ def packing(
     run = partial(in_packs, model, layers, sample.lengths)
     split = {key: sample.by_protein(rows, key[0]) for key, rows in base.items()}
     how = reading(model.spec, config.kind)
-    table = indexed(path, how)
+    read = partial(indexed, reading=how, tokenizer=tokenizer)
+    table = read(path)
     for name, packs in arrangements.items():
         rows = run(table, [pack for pack in packs if pack])
         compared = [(record, mine) for record, mine in rows if record not in again]
@@ -79,16 +81,19 @@ def packing(
     changed = pack[len(pack) // 2]
     texts, length = list(sample.texts), int(sample.lengths[changed])
     usual, rare = (how.letters[i].encode() for i in (0, how.standard - 2))  # L and W
+    if family_of(model.spec).TOKENIZER is not None:  # one token each
+        usual = rare = how.unknown.encode()
     texts[changed] = (usual if texts[changed].strip() == rare * length else rare) * length
-    altered = indexed(write_texts(path.with_name("changed.fasta"), texts), how)
+    altered = read(write_texts(path.with_name("changed.fasta"), texts))
     pairs = zip(run(table, [pack]), run(altered, [pack]), strict=True)
     differences = [_difference(after, before) for (record, before), (_, after) in pairs if record != changed]
     yield _bitwise("one neighbour's residues changed", differences, model)
 
 
-def indexed(path: Path, reading: Reading) -> fasta.RecordTable:
-    """The records of a FASTA as `embed` reads them."""
-    return fasta.index(fasta.open_sources([str(path)], path.parent), dedup=False, reading=reading)
+def indexed(path: Path, reading: Reading, tokenizer: Tokenizer = None) -> fasta.RecordTable:
+    """The records of a FASTA as `embed` reads them. tokenizer: makes tokens of a table of letters, if it is needed."""
+    table = fasta.index(fasta.open_sources([str(path)], path.parent), dedup=False, reading=reading)
+    return table if tokenizer is None else tokenizer(table)
 
 
 def in_packs(

@@ -12,7 +12,7 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.collate import VarlenCollator
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.plan.packing import first_fit_decreasing, whole_segments
-from virnucpro_cli.validation.invariance import indexed
+from virnucpro_cli.validation.invariance import Tokenizer, indexed
 from virnucpro_cli.validation.verdict import Check
 
 FP16_MAX = torch.finfo(torch.float16).max
@@ -20,13 +20,15 @@ LINES = 9
 TOKEN_BUDGET = 4096
 
 
-def by_layer(model: PackedModel, path: Path, lengths: NDArray[np.int64], reading: Reading) -> NDArray[np.float64]:
+def by_layer(
+    model: PackedModel, path: Path, lengths: NDArray[np.int64], reading: Reading, tokenizer: Tokenizer = None
+) -> NDArray[np.float64]:
     """The largest absolute value of the stream after each layer over the proteins of a FASTA, float64 [L + 1].
 
-    lengths: int64 [n], residues of each; reading: how they are read. Layer 0 is the embedding, the last is before its
-    LayerNorm. Values that are not finite are infinity.
+    lengths: int64 [n], tokens of each; reading, tokenizer: how they are read. Layer 0 is the embedding, the last is
+    before its LayerNorm. Values that are not finite are infinity.
     """
-    table, segments = indexed(path, reading), whole_segments(np.arange(len(lengths)), lengths)
+    table, segments = indexed(path, reading, tokenizer), whole_segments(np.arange(len(lengths)), lengths)
     plan = first_fit_decreasing(segments.length, TOKEN_BUDGET)
     collate = VarlenCollator(table, segments, lengths.astype(np.int32), plan, pin=False)
     bare, every = model.without_last_norm(), tuple(range(model.spec.layers + 1))

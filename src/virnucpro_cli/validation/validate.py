@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import Stopped, UserError, counted
 from virnucpro_cli.exchange import importing, layouts
 from virnucpro_cli.fasta.plain import refuse_unreadable, write_texts
-from virnucpro_cli.kinds import KINDS, PROTEIN, WORDS
+from virnucpro_cli.fasta.tokenised import tokenised
+from virnucpro_cli.kinds import KINDS, NUCLEOTIDE, PROTEIN, WORDS
 from virnucpro_cli.model import adapters, locate
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import build, reading
+from virnucpro_cli.model.families import build, family_of, reading
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.store import RECOMPUTED, fingerprint_of, read_embeddings
@@ -35,7 +37,7 @@ from virnucpro_cli.validation.oracle import Oracle, Rows, Sample
 from virnucpro_cli.validation.verdict import Verdict
 
 DEFAULT_MODEL = "demo"
-SHIPPED = ("viral_proteins.fasta", "edge_cases.fasta")
+SHIPPED = {PROTEIN: ("viral_proteins.fasta", "edge_cases.fasta"), NUCLEOTIDE: ("nucleotides.fasta",)}
 
 
 def run(config: ValidateConfig, out: Console | None = None) -> Verdict:
@@ -87,6 +89,7 @@ class _Subject:
     out: Console
     clock: report.Clock
     loaded: embed.Loaded
+    family: type[Oracle]
     layers: tuple[int, ...]
     sample: Sample
     notes: list[str]
@@ -98,7 +101,7 @@ class _Subject:
 
     def judge(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Oracle:
         spec, state, _ = self.loaded
-        return oracle_of(spec, self.config.kind)(spec, state, device, dtype)
+        return self.family(spec, state, device, dtype)
 
     def oracle_rows(self, device: torch.device, dtype: torch.dtype, together: int = 1) -> Rows:
         """The oracle's rows of every kind and layer, float32 [n, D], for residue [sum of lengths, D]."""
@@ -162,9 +165,12 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         loaded = model_weights.load(weights)
     spec, state, notes = loaded
     layers = embed.resolved_layers(config.layers or (0, spec.layers // 2, spec.layers), spec)
-    how, family = reading(spec, config.kind), oracle_of(spec, config.kind)
+    if family_of(spec).READING is None:
+        config = replace(config, kind=NUCLEOTIDE)
+    path = locate.tokenizer_of(weights, spec)
+    how, family = reading(spec, config.kind), oracle_of(spec, config.kind, path)
     with clock.stage("sample"):
-        sample, left_out = choose(config.fasta or shipped(), config, family)
+        sample, left_out = choose(config.fasta or shipped(config.kind), config, family)
     verdict = Verdict("validate", notes=[*notes, *backend.notes, *left_out])
     word, letter = WORDS[config.kind]
     residues = counted(int(sample.lengths.sum()), letter)
@@ -177,11 +183,12 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         "attention": backend.name,
         **family.environment(weights, reference_device),
         "sample": f"{counted(len(sample), word)}, {residues}, seed {config.seed}",
-        "inputs": list(config.fasta) or "the proteins that ship with virnucpro",
+        "inputs": list(config.fasta) or f"the {word}s that ship with virnucpro",
         "layers": list(layers),
     }
-    subject = _Subject(config, out, clock, loaded, layers, sample, verdict.notes)
+    subject = _Subject(config, out, clock, loaded, family, layers, sample, verdict.notes)
     with scratch.folder() as folder:
+        tokens = None if family_of(spec).TOKENIZER is None else partial(tokenised, path=path, folder=Path(folder))
         path = write_texts(Path(folder) / "sample.fasta", sample.texts)
         kinds = dict.fromkeys((torch.float32, dtype))
         subject.say("embed", f"{' and '.join(map(attention_backends.describe, kinds))} on {device.type}")
@@ -197,19 +204,19 @@ def _validate(config: ValidateConfig, out: Console, clock: report.Clock) -> Verd
         with clock.stage("packing"):
             out.print(f"packing: the same {word}s alone, in one pack, among strangers", style="dim")
             model = build(spec, state, dtype, device, backend)
-            verdict.checks += invariance.packing(model, path, own, sample, layers, config, subject.again)
+            verdict.checks += invariance.packing(model, path, own, sample, layers, config, subject.again, tokens)
             verdict.checks += invariance.padded(subject.judge(reference_device), own, truth, sample, layers)
         with clock.stage("range"):
-            values = largest.by_layer(model, path, sample.lengths, how)
+            values = largest.by_layer(model, path, sample.lengths, how, tokens)
             verdict.largest = values.tolist()
             verdict.checks += largest.checks(values, model.embedding.dtype)
     return verdict
 
 
-def shipped() -> tuple[str, ...]:
-    """FASTA files that come with the package."""
+def shipped(kind: str = PROTEIN) -> tuple[str, ...]:
+    """FASTA files of a kind that come with the package."""
     folder = Path(virnucpro_cli.__file__).parent / "data"
-    return tuple(str(folder / name) for name in SHIPPED)
+    return tuple(str(folder / name) for name in SHIPPED[kind])
 
 
 def choose(paths: Sequence[str], config: ValidateConfig, family: type[Oracle]) -> tuple[Sample, list[str]]:

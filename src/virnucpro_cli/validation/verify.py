@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import fasta, report, scratch, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.fasta.tokenised import as_counted
 from virnucpro_cli.model.families import reading_of
 from virnucpro_cli.plan.policies import POLICIES, decide
 from virnucpro_cli.validation import plain_reader, records
@@ -77,6 +78,8 @@ def _of_the_input(
         ]
         if len(table) != len(file):
             return checks, np.arange(len(file))
+        if "tokens" in file.columns:  # which the tokenizer alone can tell
+            table = as_counted(table, file.columns["tokens"])
         decisions = decide(table, config)
         other = np.zeros(len(table), np.bool_)
         for block in store.blocks(len(table)):

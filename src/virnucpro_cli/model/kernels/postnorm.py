@@ -6,7 +6,6 @@ LayerNorm, and the gate; elsewhere it is plain PyTorch, the twin of that. Shapes
 
 from collections.abc import Iterable
 from functools import partial
-from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,25 +135,23 @@ def by_sdpa(
 ) -> torch.Tensor:
     """q, k, v [T, H, Dh] to [T, H, Dh] of their dtype; slopes: float32 [H].
 
-    The CPU makes a call per run of equally long segments, others a call per segment; each for some queries at a time,
-    so that the bias takes little memory.
+    There is a call per segment, since the number of equally long neighbours may choose its kernel; each is for some
+    queries at a time, so that the bias takes little memory.
     """
     out, at = torch.empty_like(q), 0
-    lengths = batch.seqlens.tolist()
-    runs = ((length, sum(1 for _ in group)) for length, group in groupby(lengths))
-    for length, count in runs if q.device.type == "cpu" else ((length, 1) for length in lengths):
-        rows = slice(at, at + count * length)
-        qs, ks, vs = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        place, size = torch.arange(length, device=q.device), max(1, MOST_BIAS // (len(slopes) * length))
-        mixed = torch.cat([
-            F.scaled_dot_product_attention(
-                qs[:, :, first : first + size], ks, vs, scale=scale,
-                attn_mask=_bias(slopes, place[first : first + size], place).to(q.dtype),
+    known: dict[int, torch.Tensor] = {}
+    for length in batch.seqlens.tolist():
+        rows, size = slice(at, at + length), max(1, MOST_BIAS // (len(slopes) * length))
+        qs, ks, vs = (x[rows].transpose(0, 1)[None] for x in (q, k, v))  # [1, H, length, Dh]
+        for first in range(0, length, size):
+            if size < length or length not in known:
+                place = torch.arange(length, device=q.device)
+                known = {length: _bias(slopes, place[first : first + size], place).to(q.dtype)}
+            mixed = F.scaled_dot_product_attention(
+                qs[:, :, first : first + size], ks, vs, scale=scale, attn_mask=known[length]
             )
-            for first in range(0, length, size)
-        ], dim=2)  # fmt: skip
-        out[rows] = mixed.transpose(1, 2).flatten(0, 1)
-        at += count * length
+            out[rows][first : first + size] = mixed[0].transpose(0, 1)
+        at += length
     return out
 
 
