@@ -1,0 +1,379 @@
+"""DNABERT-S: every layer is the published network's, kernels are their twins', bits are those of any company, and mistakes fail."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import loaded, relative_l2
+from packs import embeddings, of_segment
+from test_tokens import trained
+from virnucpro_cli import read_embeddings
+from virnucpro_cli.batch import PackedBatch, query_tiles
+from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.engine import devices
+from virnucpro_cli.errors import UserError
+from virnucpro_cli.model import attention, dnabert, families, kernels, locate, pooling, weights
+from virnucpro_cli.model.attention import Backend
+from virnucpro_cli.model.kernels import postnorm
+from virnucpro_cli.model.packed import PackedModel
+from virnucpro_cli.model.spec import ModelSpec, State
+from virnucpro_cli.validation import dnabert as oracle
+from virnucpro_cli.validation import verify
+from virnucpro_cli.validation.validate import validate_model
+
+CPU = torch.device("cpu")
+SMALL = ModelSpec("small", 3, 96, 12, "dnabert", inner=384)
+LENGTHS = (2, 3, 40, 117, 96, 117, 600)
+PUBLISHED = {
+    "embed_tokens": "embeddings.word_embeddings", "embed_type": "embeddings.token_type_embeddings",
+    "embed_norm": "embeddings.LayerNorm", "self_attn.out_proj": "attention.output.dense",
+    "self_attn_norm": "attention.output.LayerNorm", "mlp_norm": "mlp.layernorm", "mlp.down_proj": "mlp.wo",
+}  # fmt: skip
+
+
+def state_of(spec: ModelSpec, seed: int = 0) -> State:
+    """Random weights, large enough that attention, distances, types and every bias matter."""
+    state, generator = weights.random_state(spec, seed), torch.Generator().manual_seed(seed)
+    for name, each in state.items():
+        if each.ndim == 1 and "inv_freq" not in name:
+            state[name] = (1.0 if name.endswith("weight") else 0.0) + 0.3 * torch.randn(each.shape, generator=generator)
+    state["embed_tokens.weight"] = 0.3 * torch.randn(state["embed_tokens.weight"].shape, generator=generator)
+    state["embed_type.weight"] = 0.3 * torch.randn(state["embed_type.weight"].shape, generator=generator)
+    return state
+
+
+def checkpoint(
+    folder: Path, spec: ModelSpec, state: State, prefix: str = "", config: dict[str, Any] | None = None
+) -> Path:
+    """A folder as it is published: joint matrices, a pooler, configuration and tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = {f"{prefix}pooler.dense.weight": torch.zeros(spec.hidden, spec.hidden)}
+    for name, each in state.items():
+        for ours, its in PUBLISHED.items():
+            name = name.replace(f"{ours}.", f"{its}.")
+        there[prefix + name.replace("layers.", "encoder.layer.")] = each
+    for i in range(spec.layers):
+        at = f"{prefix}encoder.layer.{i}"
+        for kind in ("weight", "bias"):
+            thirds = [there.pop(f"{at}.self_attn.{x}_proj.{kind}") for x in "qkv"]
+            there[f"{at}.attention.self.Wqkv.{kind}"] = torch.cat(thirds)
+        halves = [there.pop(f"{at}.mlp.{x}_proj.weight") for x in ("gate", "up")]
+        there[f"{at}.mlp.gated_layers.weight"] = torch.cat(halves)
+        there.pop(f"{at}.self_attn.rot_emb.inv_freq", None)
+    torch.save(there, folder / "pytorch_model.bin")
+    settings = {
+        "model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 4096, "alibi_starting_size": 512,
+        "num_hidden_layers": spec.layers, "hidden_size": spec.hidden, "num_attention_heads": spec.heads,
+        "intermediate_size": spec.inner, "layer_norm_eps": 1e-12, "type_vocab_size": 2, "hidden_act": "gelu",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(settings | (config or {})))
+    trained(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("dnabert") / "small", SMALL, state_of(SMALL))
+
+
+def model_of(spec: ModelSpec, state: State, dtype: torch.dtype = torch.float32) -> PackedModel:
+    return families.build(spec, dict(state), dtype, CPU, attention.resolve("auto", CPU, dtype))
+
+
+def pack(lengths: tuple[int, ...], rows: int = 0, seed: int = 1) -> tuple[PackedBatch, list[list[int]]]:
+    """Random tokens of segments with so many between their first and last, and filler."""
+    dice = np.random.default_rng(seed)
+    tokens = [[1, *dice.integers(5, 4096, n).tolist(), 2] for n in lengths]
+    return packed(tokens, rows), tokens
+
+
+def packed(tokens: list[list[int]], rows: int = 0) -> PackedBatch:
+    sizes = np.array([len(each) for each in tokens])
+    cu_seqlens = np.append(0, np.cumsum(sizes))
+    used = int(cu_seqlens[-1])
+    ids = torch.full((rows or 1024 * (-(-used // 1024)),), 3, dtype=torch.int32)
+    ids[:used] = torch.tensor([i for each in tokens for i in each])
+    return PackedBatch(
+        ids, torch.zeros_like(ids), torch.tensor(cu_seqlens, dtype=torch.int32), torch.tensor(sizes - 2.0),
+        torch.tensor(query_tiles(cu_seqlens), dtype=torch.int32), None, None, np.arange(len(sizes)), sizes, int(sizes.max()),
+    )  # fmt: skip
+
+
+# --- the network -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [12, 8, 6, 3])
+def test_every_layer_is_the_published_networks(heads: int) -> None:
+    spec = ModelSpec("small", 3, 96, heads, "dnabert", inner=384)
+    state, (batch, tokens) = state_of(spec), pack(LENGTHS)
+    judge, model = oracle.OfNucleotides(spec, state), model_of(spec, state)
+    found: dict[int, torch.Tensor] = {}
+    model.forward(batch, (0, 1, 2, 3), lambda layer, hidden: found.update({layer: hidden.clone()}))
+    pools = model.embed(batch, (3,), pooling.Pooler(("mean", "mean-all", "bos", "eos"), torch.float32)).pooled
+    ends = np.cumsum(batch.seqlens)
+    for i, ids in enumerate(tokens):
+        exact, rows = judge.embed(ids, (0, 1, 2, 3)), slice(ends[i] - len(ids), ends[i])
+        for layer, hidden in exact.items():
+            assert relative_l2(found[layer][rows], hidden) <= 2e-6
+        last = exact[3].double()
+        for kind, expected in (
+            ("mean", last[1:-1].mean(0)),
+            ("mean-all", last.mean(0)),
+            ("bos", last[0]),
+            ("eos", last[-1]),
+        ):
+            assert relative_l2(pools[kind, 3][i], expected) <= 2e-6
+
+
+def test_slopes_are_those_of_the_paper() -> None:
+    assert [round(-np.log2(each), 6) for each in postnorm.slopes(12)] == [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5]
+    for heads in range(1, 33):
+        assert np.allclose(postnorm.slopes(heads), oracle.slopes(heads), rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_published_size_is_the_published_networks() -> None:
+    spec = families.SIZES["DNABERT-S"]
+    state, (batch, tokens) = state_of(spec), pack((3, 117, 96))
+    found: dict[int, torch.Tensor] = {}
+    model_of(spec, state).forward(batch, (12,), lambda layer, hidden: found.update({layer: hidden.clone()}))
+    exact = torch.cat([oracle.OfNucleotides(spec, state).embed(ids, (12,))[12] for ids in tokens])
+    assert relative_l2(found[12][: batch.used], exact) <= 2e-6
+    assert families.parameters(spec) == 117_068_544 - (768 * 768 + 768) and families.products(spec)[2:] == (
+        (768, 6144),
+        (3072, 768),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_slice_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+    state, (batch, tokens) = state_of(SMALL), pack(LENGTHS)
+    model = model_of(SMALL, state, dtype)
+    together = embeddings(model, batch, (0, 2, 3))
+    for i, ids in enumerate(tokens):
+        alone = of_segment(embeddings(model, packed([ids]), (0, 2, 3)), packed([ids]), 0)
+        for key, values in of_segment(together, batch, i).items():
+            assert torch.equal(values, alone[key]), (i, key)
+
+
+def test_long_segments_take_little_memory_for_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, (batch, _) = state_of(SMALL), pack((600, 40))
+    model = model_of(SMALL, state)
+    whole = embeddings(model, batch, (3,))
+    monkeypatch.setattr(postnorm, "MOST_BIAS", 12 * 600 * 7)
+    parts = embeddings(model, batch, (3,))
+    assert relative_l2(parts.residue[3][: batch.used], whole.residue[3][: batch.used]) <= 1e-6
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def by_kernels(spec: ModelSpec, state: State, dtype: torch.dtype) -> PackedModel:
+    """The forward with the kernels of a GPU, interpreted."""
+    pytest.importorskip("triton")
+    fall = torch.tensor(postnorm.slopes(spec.heads)) * postnorm.LOG2_E
+    model = model_of(spec, state, dtype)
+    own = Backend(
+        "portable", lambda *x: postnorm.by_kernel(*x, slopes=fall, with_descriptors=False), postnorm.steps(True)
+    )
+    return model._with(backend=own)
+
+
+def test_kernels_lose_no_more_than_plain_steps() -> None:
+    dtype = torch.float16  # products of bfloat16 are wrong in the interpreter
+    spec = ModelSpec("small", 1, 96, 3, "dnabert", inner=384)
+    state, (batch, tokens) = state_of(spec), pack((2, 30, 31, 32, 62, 63, 64, 130), 512)
+    exact = embeddings(model_of(spec, state), batch, (1,)).residue[1][: batch.used]
+    plain, kernel = (
+        relative_l2(embeddings(model, batch, (1,)).residue[1][: batch.used], exact)
+        for model in (model_of(spec, state, dtype), by_kernels(spec, state, dtype))
+    )
+    assert kernel <= 1.5 * plain
+    model = by_kernels(spec, state, dtype)
+    together = embeddings(model, batch, (1,))
+    for i in (1, 5, 7):
+        alone = of_segment(embeddings(model, packed([tokens[i]], 256), (1,)), packed([tokens[i]], 256), 0)
+        assert all(torch.equal(values, alone[key]) for key, values in of_segment(together, batch, i).items())
+
+
+def test_the_trial_refuses_a_kernel_that_differs_from_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from contextlib import nullcontext
+
+    from virnucpro_cli.model.kernels import glue
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    postnorm.try_out(CPU, torch.float16)
+    with monkeypatch.context() as patch:
+        patch.setattr(postnorm, "slopes", lambda heads: [0.5, 0.1])
+        postnorm.try_out(CPU, torch.float16)
+        patch.setattr(postnorm, "LOG2_E", 1.0)
+        with pytest.raises(RuntimeError, match="attention differs"):
+            postnorm.try_out(CPU, torch.float16)
+    with monkeypatch.context() as patch:
+        patch.setattr(glue, "gated", lambda x: postnorm.gated(torch.cat(x.chunk(2, 1)[::-1], 1)))
+        with pytest.raises(RuntimeError, match="gated differs"):
+            postnorm.try_out(CPU, torch.float16)
+    with monkeypatch.context() as patch:
+        patch.setattr(glue, "add_norm", lambda x, y, norm, eps: None)
+        with pytest.raises(RuntimeError, match="add_norm differs"):
+            postnorm.try_out(CPU, torch.float16)
+    assert kernels.OPTIONS
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_published_files_are_read_with_and_without_prefix_and_configuration(tmp_path: Path, prefix: str) -> None:
+    state = state_of(SMALL)
+    folder = checkpoint(tmp_path / "m", SMALL, state, prefix)
+    spec, found, _ = loaded(folder)
+    assert (spec.layers, spec.hidden, spec.heads, spec.family, spec.inner) == (3, 96, 12, "dnabert", 384)
+    assert found.keys() == state.keys() and all(torch.equal(each, state[name]) for name, each in found.items())
+    wide = ModelSpec("wide", 1, 128, 2, "dnabert", inner=384)
+    alone = checkpoint(tmp_path / "alone", wide, state_of(wide), prefix)
+    (alone / "config.json").unlink()
+    assert loaded(alone / "pytorch_model.bin")[0].heads == 2
+
+
+def test_a_plain_bert_is_refused(tmp_path: Path) -> None:
+    state = state_of(SMALL)
+    for config, what in (
+        ({"alibi_starting_size": None}, "alibi_starting_size"), ({"vocab_size": 30522}, "vocab_size"),
+        ({"hidden_act": "gelu_new"}, "hidden_act"), ({"layer_norm_eps": 1e-5}, "layer_norm_eps"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"not DNABERT-S: {what}"):
+            loaded(checkpoint(tmp_path / "m", SMALL, state, config=config))
+
+
+def test_the_tokenizer_is_needed_and_pinned(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(tmp_path / "m", SMALL, state_of(SMALL))
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "in.fna").write_text(">a\nACGT\n")
+    with pytest.raises(UserError, match=r"tokenizer\.json is not there.*\n?.*667f5a0e"):
+        embed_fasta(tmp_path / "in.fna", tmp_path / "out.h5", model=str(folder), device="cpu")
+    found = locate.locate(str(small))
+    assert found is not None and locate.tokenizer_of(found, SMALL) == small / "tokenizer.json"
+    from dataclasses import replace
+
+    with pytest.raises(UserError, match="not the published one"):
+        locate.tokenizer_of(replace(found, spec=families.SIZES["DNABERT-S"]), families.SIZES["DNABERT-S"])
+
+
+def test_proteins_fp8_and_heads_are_refused(tmp_path: Path, small: Path) -> None:
+    (tmp_path / "p.faa").write_text(">a\nMKV\n")
+    with pytest.raises(UserError, match="reads nucleotides only"):
+        families.reading(SMALL)
+    with pytest.raises(UserError, match="fp8"):
+        families.check_dtype(SMALL, torch.float8_e4m3fn)
+    with pytest.raises(UserError, match="have no language-model head"):
+        embed_fasta(tmp_path / "p.faa", tmp_path / "o.h5", model=str(small), device="cpu", emit=("entropy",))
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def nucleotides(path: Path, *lengths: int) -> list[str]:
+    dice = random.Random(3)
+    sequences = ["".join(dice.choices("ACGTacgtNU", [9, 9, 9, 9, 1, 1, 1, 1, 1, 1], k=n)) for n in lengths]
+    path.write_text("".join(f">s{i}\n{each}\n" for i, each in enumerate(sequences)))
+    return sequences
+
+
+@pytest.mark.parametrize("options", [{}, {"max_residues": 40}, {"max_residues": 40, "overlap": 10, "long": "window"}])
+def test_any_fasta_of_nucleotides_is_embedded(tmp_path: Path, small: Path, options: dict[str, Any]) -> None:
+    """Lengths are bases, sizes and cuts are tokens; the rows are the oracle's, and the file is verified with its FASTA."""
+    path, output = tmp_path / "in.fna", tmp_path / "out.h5"
+    sequences = nucleotides(path, 1, 30, 500, 90, 260, 30)
+    pools = ("mean", "mean-all", "residue") if options.get("long") != "window" else ("mean", "residue")
+    embed_fasta(path, output, model=str(small), device="cpu", store_dtype="fp32", pool=pools, **options)
+    spec, state, _ = loaded(small)
+    judge = oracle.OfNucleotides.reading_by(small / "tokenizer.json")(spec, state)
+    with read_embeddings(output) as file:
+        assert file.words == ("sequence", "base") and file.lengths.tolist() == [len(each) for each in sequences]
+        for i, each in enumerate(sequences):
+            read = "".join(base if base in "ACGT" else "N" for base in each.upper().replace("U", "T"))
+            ids = judge.encode(read)
+            assert file.columns["tokens"][i] == len(ids) - 2
+            if options.get("long") != "window":
+                ids = (
+                    [*ids[: options.get("max_residues", 1022) + 1], 2]
+                    if len(ids) - 2 > options.get("max_residues", 1022)
+                    else ids
+                )
+                exact = judge.embed(ids, (3,))[3].double()
+                assert relative_l2(file.dataset("mean-all")[i], exact.mean(0)) <= 1e-5
+                assert relative_l2(file.residues(i), exact[1:-1]) <= 1e-5
+    assert verify.verify_file(str(output), (str(path),)).passed
+    verdict = validate_model(against=str(output), fasta=str(path), model=str(small))
+    assert verdict.passed, verdict.failed_parts
+
+
+def test_workers_embed_tokens_too(tmp_path: Path, small: Path) -> None:
+    path = tmp_path / "in.fna"
+    nucleotides(path, *range(100, 700, 20))
+    for name, workers in (("one.h5", 1), ("two.h5", 2)):
+        embed_fasta(path, tmp_path / name, model=str(small), device="cpu", workers=workers, token_budget=1024)
+    with read_embeddings(tmp_path / "one.h5") as one, read_embeddings(tmp_path / "two.h5") as two:
+        assert (one[:] == two[:]).all() and devices.describe_device(CPU)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def gate_and_value_swapped(patch: pytest.MonkeyPatch) -> None:
+    whole = postnorm.gated
+    patch.setattr(postnorm, "gated", lambda x: whole(torch.cat(x.chunk(2, 1)[::-1], 1)))
+
+
+def no_type_row(patch: pytest.MonkeyPatch) -> None:
+    whole = dnabert.parts
+    patch.setattr(
+        dnabert,
+        "parts",
+        lambda spec, state, device: whole(spec, state, device)._replace(embedding=state["embed_tokens.weight"]),
+    )
+
+
+def eps_of_esm(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(postnorm, "EPS", 1e-5)
+    patch.setattr(dnabert, "EPS", 1e-5)
+
+
+def specials_out_of_the_mean(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(pooling.POOLS, "mean-all", pooling.mean)
+
+
+def slopes_of_the_wrong_power(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(postnorm, "slopes", lambda heads: [2.0 ** (-8.0 * k / heads) for k in range(1, heads + 1)])
+
+
+def one_sided(patch: pytest.MonkeyPatch) -> None:
+    def bias(slopes: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return -slopes[:, None, None] * (queries[:, None] - keys).clamp(min=0)
+
+    patch.setattr(postnorm, "_bias", bias)
+
+
+MISTAKES = {
+    "gate and value swapped": gate_and_value_swapped, "no type row": no_type_row, "eps 1e-5": eps_of_esm,
+    "specials out of the mean": specials_out_of_the_mean, "slopes of the wrong power": slopes_of_the_wrong_power,
+    "one-sided distances": one_sided,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", [None, *MISTAKES])
+def test_validate_passes_an_honest_run_and_fails_every_mistake(
+    mistake: str | None, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mistake is not None:
+        MISTAKES[mistake](monkeypatch)
+    verdict = validate_model(model=str(small), device="cpu", sample=24)
+    failed = {part.split(":")[0] for part in verdict.failed_parts}
+    assert failed == set() if mistake is None else "Semantics" in failed
