@@ -176,7 +176,7 @@ def test_long_segments_take_little_memory_for_distances(monkeypatch: pytest.Monk
 def by_kernels(spec: ModelSpec, state: State, dtype: torch.dtype) -> PackedModel:
     """The forward with the kernels of a GPU, interpreted."""
     pytest.importorskip("triton")
-    fall = torch.tensor(postnorm.slopes(spec.heads)) * postnorm.LOG2_E
+    fall = torch.tensor(postnorm.slopes(spec.heads))
     model = model_of(spec, state, dtype)
     own = Backend(
         "portable", lambda *x: postnorm.by_kernel(*x, slopes=fall, with_descriptors=False), postnorm.steps(True)
@@ -208,21 +208,22 @@ def test_the_trial_refuses_a_kernel_that_differs_from_its_twin(monkeypatch: pyte
     from virnucpro_cli.model.kernels import glue
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    postnorm.try_out(CPU, torch.float16)
+    postnorm.try_out(CPU, torch.float16, False)
     with monkeypatch.context() as patch:
         patch.setattr(postnorm, "slopes", lambda heads: [0.5, 0.1])
-        postnorm.try_out(CPU, torch.float16)
-        patch.setattr(postnorm, "LOG2_E", 1.0)
+        postnorm.try_out(CPU, torch.float16, False)
+        bias = postnorm._bias
+        patch.setattr(postnorm, "_bias", lambda *each: 1.1 * bias(*each))
         with pytest.raises(RuntimeError, match="attention differs"):
-            postnorm.try_out(CPU, torch.float16)
+            postnorm.try_out(CPU, torch.float16, False)
     with monkeypatch.context() as patch:
         patch.setattr(glue, "gated", lambda x: postnorm.gated(torch.cat(x.chunk(2, 1)[::-1], 1)))
         with pytest.raises(RuntimeError, match="gated differs"):
-            postnorm.try_out(CPU, torch.float16)
+            postnorm.try_out(CPU, torch.float16, False)
     with monkeypatch.context() as patch:
         patch.setattr(glue, "add_norm", lambda x, y, norm, eps: None)
         with pytest.raises(RuntimeError, match="add_norm differs"):
-            postnorm.try_out(CPU, torch.float16)
+            postnorm.try_out(CPU, torch.float16, False)
     assert kernels.OPTIONS
 
 
