@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from virnucpro_cli.batch import PackedBatch, query_tiles
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.machine import models
 from virnucpro_cli.model import attention, dnabert, families, kernels, locate, pooling, weights
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.kernels import postnorm
-from virnucpro_cli.model.packed import PackedModel
+from virnucpro_cli.model.packed import PackedModel, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec, State
+from virnucpro_cli.plan.packing import buckets
 from virnucpro_cli.validation import dnabert as oracle
 from virnucpro_cli.validation import verify
 from virnucpro_cli.validation.validate import validate_model
@@ -227,6 +230,98 @@ def test_the_trial_refuses_a_kernel_that_differs_from_its_twin(monkeypatch: pyte
     assert kernels.OPTIONS
 
 
+@pytest.mark.parametrize("lengths", [[2], [31, 32, 33], [64, 65, 63], [200, 97, 2]])
+def test_the_kernel_takes_distances_off_scores_of_any_segment(lengths: list[int]) -> None:
+    """Heads of 64, whose blocks may come through descriptors: the same bits with and without."""
+    pytest.importorskip("triton")
+    from virnucpro_cli.model.kernels.attention import attention as by_triton
+
+    batch, dice = packed([[1] * each for each in lengths], 384), torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(384, 3, 3, 64, generator=dice).half().unbind(1)
+    fall = torch.tensor(postnorm.slopes(3))
+    found = [by_triton(q, k, v, batch.query_tiles, 0.125, slopes=fall, with_descriptors=each) for each in (True, False)]
+    assert torch.equal(*(each[: batch.used] for each in found))
+    exact = postnorm.by_sdpa(q.double(), k.double(), v.double(), batch, 0.125, slopes=fall.double())
+    assert relative_l2(found[0][: batch.used], exact[: batch.used]) <= 8e-4
+
+
+@pytest.mark.parametrize(("rows", "width"), [(5, 96), (33, 768), (3, 80), (130, 64)])
+def test_a_sum_and_its_norm_in_one_pass_are_those_of_two(rows: int, width: int) -> None:
+    pytest.importorskip("triton")
+    from virnucpro_cli.model.kernels import glue
+
+    dice = torch.Generator().manual_seed(rows)
+    x, y = (torch.randn(rows, width, generator=dice).half() for _ in range(2))
+    norm = 1 + torch.randn(width, generator=dice) / 3, torch.randn(width, generator=dice)
+    exact = torch.nn.functional.layer_norm(x.double() + y.double(), (width,), *(each.double() for each in norm), 1e-12)
+    glue.add_norm(x, y, norm, 1e-12)
+    assert relative_l2(x, exact) <= 4e-4
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+IN_16_BIT = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+def on_gpu(spec: ModelSpec, state: State, dtype: torch.dtype, name: str = "auto") -> PackedModel:
+    device = torch.device("cuda", 0)
+    exact_arithmetic()
+    return families.build(spec, dict(state), dtype, device, attention.resolve(name, device, dtype))
+
+
+def in_plain_steps(model: PackedModel) -> PackedModel:
+    fall = torch.tensor(postnorm.slopes(model.spec.heads), device=model.device)
+    own = model.backend._replace(attention=partial(postnorm.by_sdpa, slopes=fall), steps=postnorm.steps(False))
+    return model._with(backend=own)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_slice_has_the_same_bits_in_every_bucket_of_a_gpu(dtype: torch.dtype) -> None:
+    spec, dice, layers = families.SIZES["DNABERT-S"], np.random.default_rng(2), (0, 1, 6, 12)
+    model = on_gpu(spec, state_of(spec), dtype)
+    probes = pack((1, 29, 30, 62, 63, 84, 114, 300))[1]
+    alone = [of_segment(embeddings(model, packed([ids], 1024), layers), packed([ids], 1024), 0) for ids in probes]
+    differing = []
+    for rows in buckets(32768):
+        own, others = list(probes), []
+        while sum(map(len, own + others)) + 120 < rows:
+            others.append([1, *dice.integers(5, 4096, int(dice.integers(84, 115))).tolist(), 2])
+        order = dice.permutation(len(own) + len(others))
+        batch = packed([(own + others)[i] for i in order], rows)
+        found = embeddings(model, batch, layers)
+        for i, wanted in enumerate(alone):
+            rows_of_it = of_segment(found, batch, int(np.flatnonzero(order == i)[0]))
+            differing += [(rows, i, key) for key, each in rows_of_it.items() if not torch.equal(each, wanted[key])]
+    assert not differing, differing
+
+
+@pytest.mark.gpu
+@IN_16_BIT
+def test_kernels_of_a_gpu_lose_no_more_than_plain_steps(dtype: torch.dtype) -> None:
+    spec = families.SIZES["DNABERT-S"]
+    state, (batch, tokens) = state_of(spec), pack((1, 29, 62, 63, *range(84, 115), 300, 1500), 8192)
+    exact, errors = embeddings(on_gpu(spec, state, torch.float32), batch, (12,)), []
+    ours = on_gpu(spec, state, dtype)
+    for model in (ours, in_plain_steps(ours)):
+        found = embeddings(model, batch, (12,))
+        pairs = [[of_segment(each, batch, i)["residue", 12] for each in (found, exact)] for i in range(len(tokens))]
+        errors.append(np.array([relative_l2(*pair) for pair in pairs]))
+    print(dtype, "median and worst of kernels and of plain steps", *((np.median(e), e.max()) for e in errors))
+    assert np.median(errors[0]) <= 1.5 * np.median(errors[1]) and errors[0].max() <= 3 * errors[1].max()
+
+
+@pytest.mark.gpu
+@IN_16_BIT
+def test_a_named_backend_computes_distances_in_our_kernel_and_says_so(dtype: torch.dtype) -> None:
+    spec = families.SIZES["DNABERT-S"]
+    state, (batch, _) = state_of(spec), pack((30, 100, 114), 1024)
+    ours, other = (on_gpu(spec, state, dtype, name) for name in ("portable", "torch_varlen"))
+    assert not ours.backend.notes and "since torch_varlen knows no distances" in other.backend.notes[0]
+    rows = [embeddings(model, batch, (12,)).residue[12][: batch.used] for model in (ours, other)]
+    assert torch.equal(*rows)
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +336,41 @@ def test_published_files_are_read_with_and_without_prefix_and_configuration(tmp_
     alone = checkpoint(tmp_path / "alone", wide, state_of(wide), prefix)
     (alone / "config.json").unlink()
     assert loaded(alone / "pytorch_model.bin")[0].heads == 2
+
+
+@pytest.mark.parametrize("model_type", ["dnaberts", "dnabert2"])
+def test_multimolecules_files_are_read_with_their_names(tmp_path: Path, model_type: str) -> None:
+    state = state_of(SMALL)
+    folder = checkpoint(tmp_path / "m", SMALL, state, config={"model_type": model_type, "architectures": None})
+    there = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    for i in range(SMALL.layers):
+        at = f"encoder.layer.{i}.attention.self"
+        for kind in ("weight", "bias"):
+            thirds = there.pop(f"{at}.Wqkv.{kind}").chunk(3)
+            there |= {f"{at}.{word}.{kind}": each for word, each in zip(("query", "key", "value"), thirds, strict=True)}
+    words = {"LayerNorm": "layer_norm", "layernorm": "layer_norm", "gated_layers": "up_proj", "mlp.wo": "mlp.down_proj"}
+    for word, its in words.items():
+        there = {name.replace(word, its): each for name, each in there.items()}
+    torch.save({f"model.{name}": each for name, each in there.items()}, folder / "pytorch_model.bin")
+    spec, found, _ = loaded(folder)
+    assert spec.heads == 12 and found.keys() == state.keys()
+    assert all(torch.equal(each, state[name]) for name, each in found.items())
+
+
+def test_weights_without_their_tokenizer_are_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locate, "_hf_cache", lambda: tmp_path)
+    folder = checkpoint(tmp_path / "models--zhihan1996--DNABERT-S" / "snapshots" / "00e47f96", SMALL, state_of(SMALL))
+    found = locate.locate("dnabert-s")
+    assert found is not None and found.files == (folder / "pytorch_model.bin",)
+    assert folder / "tokenizer.json" in locate.files_read(str(folder / "pytorch_model.bin"))
+    (folder / "tokenizer.json").unlink()
+    assert locate.locate("dnabert-s") is None
+
+
+def test_no_table_is_made_for_it_and_nothing_is_emitted() -> None:
+    model = model_of(SMALL, state_of(SMALL))
+    model.reserve_positions(600)
+    assert not len(model.cos) and models.emitted(SMALL) == []
 
 
 def test_a_plain_bert_is_refused(tmp_path: Path) -> None:
