@@ -83,7 +83,8 @@ class OnThisHost(Computing):
         with run.clock.stage("load model"):
             _, state, notes = run.take_weights()
             model = build(run.spec, state, run.dtype, self.local_device, self.backend)
-        for note in notes:
+        of_the_family = model.backend.notes if model.backend is not self.backend else ()
+        for note in (*notes, *of_the_family):
             run.tell(note)
         return runner.compute_with(model, run.layers, run.config)
 

@@ -14,7 +14,7 @@ from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.machine.speeds import Speed, remembered
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model.families import DEMO, FAMILIES, SIZES, by_name, family_of, parameters, short_name
-from virnucpro_cli.model.spec import CONTACT_HEAD, Family, Licence, ModelSpec
+from virnucpro_cli.model.spec import CONTACT_HEAD, LM_HEAD, Family, Licence, ModelSpec
 
 OF_TOKENS = ("logits", "entropy", "pseudo-perplexity")
 LATER = "virnucpro models NAME says all of one."
@@ -133,7 +133,8 @@ def alphabet_of(family: Family) -> str:
 
 def emitted(spec: ModelSpec) -> list[str]:
     """Kinds of --emit that a model has heads for."""
-    return [*OF_TOKENS, *(["contacts"] if CONTACT_HEAD in family_of(spec).head_shapes(spec) else [])]
+    heads = family_of(spec).head_shapes(spec)
+    return [*(OF_TOKENS if LM_HEAD in heads else ()), *(["contacts"] if CONTACT_HEAD in heads else [])]
 
 
 def published(spec: ModelSpec) -> str:

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.model.kernels.plain import Layer, Pair
@@ -63,13 +64,14 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "inner": ("intermediate_size",),
 }
 CONFIG: dict[str, tuple[Any, Any]] = {
-    "model_type": ("bert", None),
+    "model_type": (frozenset({"bert", "dnaberts", "dnabert2"}), None),
     "vocab_size": (VOCABULARY, 30522),
     "alibi_starting_size": (512, None),
     "hidden_act": ("gelu", "gelu"),
     "type_vocab_size": (2, 2),
     "layer_norm_eps": (EPS, EPS),
 }
+"""Model types are of the published file, and of multimolecule's. pad_token_id is not read: it is wrong in both."""
 ARCHITECTURES: tuple[str, ...] = ()
 JOINT: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -145,7 +147,10 @@ def head_shapes(spec: ModelSpec) -> dict[str, Shapes]:
 
 
 def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:
-    """The weights of the forward, float32 on the device. The embedding [V, D] has the row of type 0 in each row."""
+    """The weights of the forward, float32 on the device.
+
+    The embedding [V, D] is that of a token and of type 0, after their LayerNorm: a row depends on its token alone.
+    """
 
     def wide(*names: str) -> torch.Tensor:
         return torch.cat([state[name].to(device, torch.float32) for name in names])
@@ -167,5 +172,5 @@ def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:
         )
 
     embedding = wide("embed_tokens.weight") + wide(TYPES)[0]
-    inv_freq, norm = state[INV_FREQ].to(device, torch.float32), pair(NORM)
-    return Parts(embedding, map(layer, range(spec.layers)), norm, inv_freq, first_norm=norm, eps=EPS)
+    normed = F.layer_norm(embedding, (spec.hidden,), *pair(NORM), eps=EPS)
+    return Parts(normed, map(layer, range(spec.layers)), norm=None, inv_freq=None)

@@ -53,7 +53,8 @@ def reading(spec: ModelSpec, kind: str = PROTEIN) -> Reading:
     """How a family reads input of a kind. Raises UserError for one that it does not read."""
     found = family_of(spec).READING if kind == PROTEIN else family_of(spec).NUCLEOTIDES
     if found is None and kind == PROTEIN:
-        raise UserError(f"{spec.name} reads nucleotides only, no proteins.", "Name another --model, or nucleotides.")
+        remedy = "Give nucleotides with --kind nucleotide, or name another --model."
+        raise UserError(f"{spec.name} reads nucleotides only, no proteins.", remedy)
     if found is None:
         able = [each.TITLE for each in FAMILIES.values() if each.NUCLEOTIDES]
         raise UserError(
@@ -104,6 +105,6 @@ def build(spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.devic
     check_dtype(spec, dtype)
     if family.STEPS is not None:
         own = import_module(f"virnucpro_cli.model.kernels.{family.STEPS}")
-        backend = own.adapted(backend, spec.heads, device, dtype)
+        backend = own.adapted(backend, spec, device, dtype)
     head = {name: each for name, each in state.items() if name.startswith((f"{LM_HEAD}.", "embed_tokens."))}
     return PackedModel(spec, family.parts(spec, state, device), head, dtype, device, backend)

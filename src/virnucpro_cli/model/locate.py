@@ -106,9 +106,15 @@ def locate(model: str) -> Weights | None:
     if spec is None or (model.lower() not in _plain_names() and Path(model).exists()):
         return _at_path(model)
     for place in places(spec):
-        if found := _weights_in(place, spec.name):
+        if (found := _weights_in(place, spec.name)) and not _lacks(found, spec):
             return replace(found, spec=spec, notes=(DEMO_NOTE,) if spec == DEMO else ())
     return None
+
+
+def _lacks(weights: Weights, spec: ModelSpec) -> bool:
+    """Whether the tokenizer that a model needs is not beside its weights."""
+    wanted = family_of(spec).TOKENIZER
+    return wanted is not None and not (weights.files[0].parent / wanted[0]).is_file()
 
 
 def places(spec: ModelSpec) -> list[Path]:
@@ -129,7 +135,11 @@ def files_read(model: str, adapters: Iterable[str] = ()) -> list[Path]:
         if place.is_dir():
             files += filter(Path.is_file, place.iterdir())
         elif place.is_file():
-            files += [place, place.with_name("config.json"), place.with_name(f"{place.stem}-contact-regression.pt")]
+            files += [
+                place,
+                *map(place.with_name, ("config.json", "tokenizer.json")),
+                place.with_name(f"{place.stem}-contact-regression.pt"),
+            ]
     return files
 
 
@@ -289,6 +299,8 @@ def fetch(model: str, say: Say, accepted: bool = False) -> Weights:
     url = family_of(spec).url(spec)
     by_hand = f"or put {url} at {_torch_hub_file(spec)}, " if url else ""
     looked = [f"  looked in  {place}" for place in places(spec)]
+    if wanted := family_of(spec).TOKENIZER:
+        looked[-1] += f", for the weights and {wanted[0]}"
     tried = [f"  tried      {failure}" for failure in failures]
     raise UserError(
         "\n".join([f"The weights of {spec.name} are not on this machine and could not be fetched.", *looked, *tried]),
@@ -460,7 +472,7 @@ def tokenizer_of(weights: Weights, spec: ModelSpec) -> Path | None:
     path = weights.files[0].parent / name
     if not path.is_file():
         bring = f"Copy it there from https://huggingface.co/{family_of(spec).repository(spec)} (SHA-256 {sha256})."
-        raise UserError(f"{path} is not there, without which {spec.name} cannot read.", bring)
+        raise UserError(f"{path} is not there, and {spec.name} cannot read without it.", bring)
     if weights.spec is not None and (found := sha256_of([path])) != sha256:
         raise UserError(
             f"{path} is not the published one: its SHA-256 is {found}, expected {sha256}.", "Fetch it again."

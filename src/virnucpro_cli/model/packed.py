@@ -17,7 +17,7 @@ from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.model.attention import Attention, Backend
 from virnucpro_cli.model.kernels.plain import Layer, Pair, layer_norm
 from virnucpro_cli.model.pooling import Pooler
-from virnucpro_cli.model.spec import LAYER_NORM_EPS, ModelSpec, State, stream_dtype
+from virnucpro_cli.model.spec import ModelSpec, State, stream_dtype
 
 OnLayer = Callable[[int, torch.Tensor], None]
 
@@ -26,17 +26,16 @@ class Parts(NamedTuple):
     """The weights of a forward, float32 on its device, as a family makes them of its state.
 
     embedding: [V, D], a row for each token. layers: one after the other, so that only one is there twice. norm: the
-    last LayerNorm. inv_freq: [Dh / 2]. positions: [P, D] or None, rows of learned positions, added to the embedding.
-    first_norm: a LayerNorm of the embedding, or None; eps: its epsilon.
+    last LayerNorm, or None. inv_freq: [Dh / 2], or None where nothing is rotated. positions: [P, D] or None, rows of
+    learned positions, added to the embedding. first_norm: a LayerNorm of the embedding, or None.
     """
 
     embedding: torch.Tensor
     layers: Iterable[Layer]
-    norm: Pair
-    inv_freq: torch.Tensor
+    norm: Pair | None
+    inv_freq: torch.Tensor | None
     positions: torch.Tensor | None = None
     first_norm: Pair | None = None
-    eps: float = LAYER_NORM_EPS
 
 
 class PackedModel:
@@ -61,14 +60,14 @@ class PackedModel:
         stream = torch.float32 if backend.wide else stream_dtype(dtype)
         self.embedding = parts.embedding.to(stream)
         self.positions = None if parts.positions is None else parts.positions.to(stream)
-        self.first_norm, self.eps = parts.first_norm, parts.eps
+        self.first_norm = parts.first_norm
         self.layers, self.norm = backend.steps.prepare(parts.layers, parts.norm, spec.head_dim, dtype)
         self.inv_freq = parts.inv_freq
         self.cos = self.sin = torch.empty(0, spec.head_dim // 2, device=device)
 
     def reserve_positions(self, longest: int) -> None:
         """Make the rotary tables (fp32, whatever the dtype) cover segments of up to `longest` tokens."""
-        if longest > len(self.cos):
+        if self.inv_freq is not None and longest > len(self.cos):
             angles = torch.outer(torch.arange(longest, device=self.device, dtype=torch.float32), self.inv_freq)
             self.cos, self.sin = angles.cos(), angles.sin()
 
@@ -112,7 +111,7 @@ class PackedModel:
         if self.positions is not None:
             x = x + F.embedding(batch.positions, self.positions)
         if self.first_norm is not None:
-            x = layer_norm(x.float(), *self.first_norm, eps=self.eps).to(x.dtype)
+            x = layer_norm(x.float(), *self.first_norm).to(x.dtype)
         return x
 
     def embed(self, batch: PackedBatch, wanted: tuple[int, ...], pooler: Pooler) -> Embeddings:

@@ -81,7 +81,8 @@ class Family(Protocol):
     SIZES and PUBLISHED_SHA256 (by file) go by full name, to which SHORT_NAMES and ALIASES (lower case) lead.
     HUB_FILES: by full name, the file of weights in a repository that has not HuggingFace's layout.
     SETTINGS: fields of a spec, and the words for each in config.json or in the settings of a fair-esm file.
-    CONFIG: the values that config.json must have, and HuggingFace's defaults, which it leaves out.
+    CONFIG: the values that config.json must have, or a frozenset of them, and HuggingFace's defaults, which it leaves
+    out.
     ARCHITECTURES: classes in config.json that tell the family from others with the same CONFIG.
     NAMES, HEAD_NAMES: patterns of tensors of the encoder and of heads in checkpoints, and their names here.
     LEFT_OUT: tensors that are known and not used.

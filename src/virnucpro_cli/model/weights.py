@@ -104,14 +104,15 @@ def _read_config(path: Path, spec: ModelSpec | None = None) -> dict[str, Any]:
     said = config if isinstance(config, dict) else {}
     classes = said.get("architectures")
     _refuse_others((each for each in classes if isinstance(each, str)) if isinstance(classes, list) else (), str(path))
-    alike = [key for key, each in FAMILIES.items() if each.CONFIG["model_type"][0] == said.get("model_type")]
+    alike = [key for key, each in FAMILIES.items() if _is(said.get("model_type"), each.CONFIG["model_type"][0])]
     key = spec.family if spec else min(alike or [DEFAULT], key=lambda key: _distance(said, FAMILIES[key]))
     family = FAMILIES[key]
     sizes = {field: _first_of(said, words) for field, words in family.SETTINGS.items()}
     if not isinstance(config, dict) or not all(isinstance(size, int | None) for size in sizes.values()):
         raise UserError(f"{path} is not a model's configuration.", "Fetch or copy the model directory again.")
     for there, found, value in _contradictions(config, family):
-        raise UserError(f"{path} is not {family.TITLE}: {there} is {found!r}, and {family.TITLE} has {value!r}.")
+        wanted = " or ".join(map(repr, sorted(value))) if isinstance(value, frozenset) else repr(value)
+        raise UserError(f"{path} is not {family.TITLE}: {there} is {found!r}, and {family.TITLE} has {wanted}.")
     return {**sizes, "family": key, "tied": config.get("tie_word_embeddings", True)}
 
 
@@ -122,7 +123,12 @@ def _first_of(config: dict[str, Any], words: tuple[str, ...]) -> Any:
 def _contradictions(config: dict[str, Any], family: Family) -> list[tuple[str, Any, Any]]:
     """Words of a configuration that are not the family's: the word, its value, and the family's."""
     found = [(word, config.get(word, default), value) for word, (value, default) in family.CONFIG.items()]
-    return [each for each in found if each[1] != each[2] and not (each[2] is False and each[1] is None)]
+    return [each for each in found if not _is(each[1], each[2]) and not (each[2] is False and each[1] is None)]
+
+
+def _is(found: Any, value: Any) -> bool:
+    """Whether a value of a configuration is the family's, or one of a family's set."""
+    return found == value or (isinstance(value, frozenset) and isinstance(found, str) and found in value)
 
 
 def _distance(config: dict[str, Any], family: Family) -> tuple[int, bool]:

@@ -30,6 +30,9 @@ def _attention(
     valid = (query < stop - first)[:, None] & (d < HEAD_DIM)[None, :]
     there = (key < stop - tail)[:, None] & (d < HEAD_DIM)[None, :]
     column = head * HEAD_DIM
+    if slopes is not None:  # of scores that are still to be scaled; places count from the segment's first row
+        slope = tl.load(slopes + head) * (1.4426950408889634 / scale)
+        place, other = (first - start + query).to(tl.float32), key.to(tl.float32)
     at = tail.to(tl.int64) * stride + column + key[:, None] * stride + d[None, :]
     q_tile = tl.load(
         q + first.to(tl.int64) * stride + column + query[:, None] * stride + d[None, :], mask=valid, other=0.0
@@ -43,10 +46,8 @@ def _attention(
         each = scale[:, None]
         score *= tl.load(k_scale + tail + key, mask=key < stop - tail, other=0.0)[None, :]
         following = tl.load(k_scale + start + key, mask=key < tail - start, other=0.0)
-    if slopes is not None:  # scores fall with the distance, and are in their unit from here on
-        factor, slope, place = scale, tl.load(slopes + head), first + query
-        score = score * factor - slope * tl.abs(place[:, None] - (tail + key)[None, :]).to(tl.float32)
-        scale, each = 1.0, 1.0
+    if slopes is not None:
+        score -= slope * tl.abs(place[:, None] - (other + (tail - start))[None, :])
     score = tl.where((key < stop - tail)[None, :], score, float("-inf"))
     top = tl.max(score, 1) * scale
     weight = tl.exp2(score * each - top[:, None])
@@ -65,7 +66,7 @@ def _attention(
             score *= following[None, :]
             following = tl.load(k_scale + min(row + KEYS, tail - KEYS) + key)
         if slopes is not None:
-            score = score * factor - slope * tl.abs(place[:, None] - (row + key)[None, :]).to(tl.float32)
+            score -= slope * tl.abs(place[:, None] - (other + (row - start))[None, :])
         new = tl.maximum(top, tl.max(score, 1) * scale)
         weight = tl.exp2(score * each - new[:, None])
         shrink = tl.exp2(top - new)
@@ -92,9 +93,9 @@ def attention(
     """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; tiles int32 [n, 3] of `batch.query_tiles`.
 
     Heads of q, k and v are adjacent; they are copied unless their rows are equally far apart. q_scale, k_scale: float32
-    [T], by which rows of q and of k are still to be multiplied, or None. slopes: float32 [H], times log2 e, by which
-    scores fall with each row of distance, or None. with_descriptors: whether blocks of wide heads come through the
-    tensor memory accelerator, which older GPUs lack.
+    [T], by which rows of q and of k are still to be multiplied, or None. slopes: float32 [H], by which scores
+    fall with each row of distance, or None. with_descriptors: whether blocks of wide heads come through the tensor
+    memory accelerator, which older GPUs lack.
     """
     if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()

@@ -6,22 +6,35 @@ import triton.language as tl
 
 from virnucpro_cli.model.kernels import OPTIONS
 from virnucpro_cli.model.kernels.linear import gelu
+from virnucpro_cli.model.kernels.norm import launch, place
 from virnucpro_cli.model.kernels.plain import Pair
 
 COLUMNS = 1024
 
 
 @triton.jit
-def _add_norm(x, y, weight, bias, eps, D: tl.constexpr, WIDE: tl.constexpr):
-    column = tl.arange(0, WIDE)
-    inside, at = column < D, tl.program_id(0).to(tl.int64) * D + column
-    row = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(y + at, mask=inside, other=0.0).to(
-        tl.float32
-    )
-    centred = tl.where(inside, row - tl.sum(row) / D, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred) / D + eps)
-    w, b = tl.load(weight + column, mask=inside, other=0.0), tl.load(bias + column, mask=inside, other=0.0)
-    tl.store(x + at, (centred * scale * w + b).to(x.dtype.element_ty), mask=inside)
+def _add_norm(
+    x, y, weight, bias, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Rows in parts of WIDE columns, as in `norm`; a row's parts are all loaded before the first is stored."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    parts, total, square = (), tl.zeros((ROWS, WIDE), tl.float32), tl.zeros((ROWS, WIDE), tl.float32)
+    for part in tl.static_range(PARTS):
+        _, inside, at = place(part, row, rows, D, WIDE)
+        each = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        each += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        parts, total = parts + (each,), total + each  # type: ignore[assignment]  # noqa: RUF005
+    mean = tl.sum(total, 1, keep_dims=True) / D
+    for part in tl.static_range(PARTS):
+        _, inside, _ = place(part, row, rows, D, WIDE)
+        each = tl.where(inside, parts[part] - mean, 0.0)
+        square += each * each
+    scale = 1.0 / tl.sqrt(tl.sum(square, 1, keep_dims=True) / D + eps)
+    for part in tl.static_range(PARTS):
+        column, inside, at = place(part, row, rows, D, WIDE)
+        w = tl.load(weight + column, mask=column < D, other=0.0)
+        b = tl.load(bias + column, mask=column < D, other=0.0)
+        tl.store(x + at, ((parts[part] - mean) * scale * w + b).to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -35,8 +48,7 @@ def _gated(x, out, width, COLUMNS: tl.constexpr):
 
 def add_norm(x: torch.Tensor, y: torch.Tensor, norm: Pair, eps: float) -> None:
     """x [T, D] = LayerNorm(x + y [T, D]), both float16 or bf16; weight and bias of the norm float32 [D]."""
-    width = x.shape[1]
-    _add_norm[(len(x),)](x, y, *norm, eps, width, triton.next_power_of_2(width), num_warps=4, **OPTIONS)
+    launch(_add_norm, x, y, *norm, eps=eps)
 
 
 def gated(x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from virnucpro_cli.model.spec import LAYER_NORM_EPS
 
 
 @triton.jit
-def _place(part, row, rows, D: tl.constexpr, WIDE: tl.constexpr):
+def place(part, row, rows, D: tl.constexpr, WIDE: tl.constexpr):
     column = part * WIDE + tl.arange(0, WIDE)[None, :]
     return column, (row < rows) & (column < D), row.to(tl.int64) * D + column
 
@@ -22,12 +22,12 @@ def _centred(x, offset, row, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, PAR
     """The rows in parts of WIDE columns, less their means, and 1 / their standard deviations."""
     parts, centred, total, square = (), (), tl.zeros((row.shape[0], WIDE), tl.float32), 0.0
     for part in tl.static_range(PARTS):
-        column, inside, at = _place(part, row, rows, D, WIDE)
+        column, inside, at = place(part, row, rows, D, WIDE)
         each = tl.load(x + at, mask=inside, other=0.0) + tl.load(offset + column, mask=column < D, other=0.0)
         parts, total = parts + (each,), total + each  # type: ignore[assignment]  # noqa: RUF005
     mean = tl.sum(total, 1, keep_dims=True) / D
     for part in tl.static_range(PARTS):
-        _, inside, _ = _place(part, row, rows, D, WIDE)
+        _, inside, _ = place(part, row, rows, D, WIDE)
         each = tl.where(inside, parts[part] - mean, 0.0)
         centred, square = centred + (each,), square + each * each  # type: ignore[assignment]  # noqa: RUF005
     return centred, 1.0 / tl.sqrt(tl.sum(square, 1, keep_dims=True) / D + eps)
@@ -48,7 +48,7 @@ def _norm(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     centred, scale = _centred(x, offset, row, rows, eps, D, WIDE, PARTS)
     for part in tl.static_range(PARTS):
-        column, inside, at = _place(part, row, rows, D, WIDE)
+        column, inside, at = place(part, row, rows, D, WIDE)
         w = tl.load(weight + column, mask=column < D, other=0.0)
         b = tl.load(bias + column, mask=column < D, other=0.0)
         tl.store(out + at, (centred[part] * scale * w + b).to(out.dtype.element_ty), mask=inside)
@@ -61,7 +61,7 @@ def _quantised_norm(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     centred, scale = _centred(x, offset, row, rows, eps, D, WIDE, PARTS)
     for part in tl.static_range(PARTS):
-        _, inside, at = _place(part, row, rows, D, WIDE)
+        _, inside, at = place(part, row, rows, D, WIDE)
         tl.store(out + at, (centred[part] * (scale * step)).to(out.dtype.element_ty), mask=inside)
 
 
@@ -92,25 +92,26 @@ def row_scale(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     The memory holds 128 numbers more than T, so that a tile may be read whole.
     """
     out = torch.empty(len(x) + 128, dtype=torch.float32, device=x.device)[: len(x)]
-    _launch(_row_scale, x, offset, out)
+    launch(_row_scale, x, offset, out)
     return out
 
 
 def norm(x: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """LayerNorm of x [T, D] + offset in the dtype of x; offset, weight and bias float32 [D]."""
     out = torch.empty_like(x)
-    _launch(_norm, x, offset, weight, bias, out)
+    launch(_norm, x, offset, weight, bias, out)
     return out
 
 
 def quantised_norm(x: torch.Tensor, offset: torch.Tensor, step: float) -> torch.Tensor:
     """LayerNorm of x [T, D] + offset (float32 [D]) without weight and bias, times `step`: e4m3, below step sqrt(D)."""
     out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    _launch(_quantised_norm, x, offset, step, out)
+    launch(_quantised_norm, x, offset, step, out)
     return out
 
 
-def _launch(kernel, x: torch.Tensor, *others: torch.Tensor | float) -> None:  # type: ignore[no-untyped-def]
+def launch(kernel, x: torch.Tensor, *others: torch.Tensor | float, eps: float = LAYER_NORM_EPS) -> None:  # type: ignore[no-untyped-def]
+    """Run a kernel of LayerNorm on the rows of x [T, D]; others: its further arguments before the number of rows."""
     rows, d = x.shape
     wide = d & -d  # the largest power of two that divides it: 5 parts for all sizes of ESM-2 but one
     block = max(1, 256 // wide)  # a warp holds 16 bytes a thread; rows spread over several would change their layout
@@ -118,5 +119,5 @@ def _launch(kernel, x: torch.Tensor, *others: torch.Tensor | float) -> None:  # 
         wide = triton.next_power_of_2(d) // 4
         block = max(1, 512 // wide)
     kernel[(triton.cdiv(rows, block),)](
-        x, *others, rows, LAYER_NORM_EPS, d, wide, triton.cdiv(d, wide), block, num_warps=max(1, wide // 256), **OPTIONS
+        x, *others, rows, eps, d, wide, triton.cdiv(d, wide), block, num_warps=max(1, wide // 256), **OPTIONS
     )  # fmt: skip

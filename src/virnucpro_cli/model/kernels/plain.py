@@ -88,14 +88,12 @@ def last_norm(x: torch.Tensor, norm: Pair) -> torch.Tensor:
     return layer_norm(x, *norm)
 
 
-def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = LAYER_NORM_EPS
-) -> torch.Tensor:
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """LayerNorm of x [T, D] with weight and bias [D] or None, in the dtype of x, and rounded to that of the weight."""
     if x.dtype == weight.dtype:
-        return F.layer_norm(x, weight.shape, weight, bias, eps=eps)
+        return F.layer_norm(x, weight.shape, weight, bias, eps=LAYER_NORM_EPS)
     wide = None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, weight.shape, weight.to(x.dtype), wide, eps=eps).to(weight.dtype)
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), wide, eps=LAYER_NORM_EPS).to(weight.dtype)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:

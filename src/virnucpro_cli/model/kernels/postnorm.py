@@ -14,11 +14,14 @@ import torch.nn.functional as F
 
 from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.model.attention import Backend, is_nvidia, kernels_refusal, sm80_refusal
+from virnucpro_cli.model.dnabert import EPS
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.kernels.plain import Layer, Pair
+from virnucpro_cli.model.spec import ModelSpec
 
-EPS = 1e-12
-LOG2_E = 1.4426950408889634
+KNOWING = ("triton", "portable", "sdpa")
+"""Backends whose attention can take distances off its scores, and is taken to compute them here."""
+
 MOST_BIAS = 1 << 26
 """Numbers of a bias [H, queries, L] at most, unless one query has more."""
 
@@ -36,18 +39,25 @@ def slopes(heads: int) -> list[float]:
     return geometric(power) + geometric(2 * power)[::2][: heads - power]
 
 
-def adapted(backend: Backend, heads: int, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The same backend with the steps here, and attention that knows distances."""
-    fall = torch.tensor(slopes(heads), device=device)
-    refusal = (
-        "" if not is_nvidia(device) else sm80_refusal(device, dtype) or kernels_refusal(partial(try_out, device, dtype))
-    )
-    if refusal is not None or backend.wide:
-        notes = (f"attention with distances by scaled_dot_product_attention: {refusal}",) if refusal else ()
-        attend = partial(by_sdpa, slopes=fall)
-        return backend._replace(attention=attend, steps=steps(False), notes=(*backend.notes, *notes))
-    attend = partial(by_kernel, slopes=fall * LOG2_E, with_descriptors=backend.name == "triton")
-    return backend._replace(attention=attend, steps=steps(True))
+def adapted(backend: Backend, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The same backend with the steps here, and attention that knows distances. Its notes are those of this change.
+
+    Our kernels compute it where they can, whatever the backend, and PyTorch's scaled dot-product attention elsewhere.
+    """
+    fall, hopper = torch.tensor(slopes(spec.heads), device=device), backend.name == "triton"
+    refusal: str | None = "it has no Triton kernels"
+    if backend.wide:
+        refusal = "its residual stream is in float32"
+    elif is_nvidia(device):
+        refusal = sm80_refusal(device, dtype) or kernels_refusal(partial(try_out, device, dtype, hopper))
+    if refusal is not None:
+        notes = (f"{spec.name}: attention by sdpa, a call for each sequence: {refusal}",) if is_nvidia(device) else ()
+        return backend._replace(attention=partial(by_sdpa, slopes=fall), steps=steps(False), notes=notes)
+    notes = ()
+    if backend.name not in KNOWING:
+        notes = (f"{spec.name}: attention by our own kernel, since {backend.name} knows no distances",)
+    attend = partial(by_kernel, slopes=fall, with_descriptors=hopper)
+    return backend._replace(attention=attend, steps=steps(True), notes=notes)
 
 
 def steps(kernels: bool) -> Any:
@@ -124,7 +134,7 @@ def by_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float, *, slopes: torch.Tensor,
     with_descriptors: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; slopes: float32 [H], times log2 e."""
+    """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; slopes: float32 [H]."""
     from virnucpro_cli.model.kernels.attention import attention
 
     return attention(q, k, v, batch.query_tiles, scale, slopes=slopes, with_descriptors=with_descriptors)
@@ -163,7 +173,7 @@ def _bias(slopes: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> to
 # --- trial -----------------------------------------------------------------------------------------------------------
 
 
-def try_out(device: torch.device, dtype: torch.dtype) -> None:
+def try_out(device: torch.device, dtype: torch.dtype, with_descriptors: bool) -> None:
     """Compile the kernels, and compare each with its twin. Raises RuntimeError if one differs."""
     from virnucpro_cli.model.kernels.attention import attention
     from virnucpro_cli.model.kernels.trial import LARGEST_DIFFERENCE, ROWS, SCALE, Noise
@@ -171,7 +181,7 @@ def try_out(device: torch.device, dtype: torch.dtype) -> None:
     noise, fall = Noise(device), torch.tensor(slopes(2), device=device)
     with torch.cuda.device(device), torch.inference_mode():
         x, y, wide = noise(ROWS, 64), noise(ROWS, 64), noise(ROWS, 128, scale=1.0)
-        norm, qkv = (noise(64, mean=1.0), noise(64)), [noise(ROWS, 2, 32, scale=1.0) for _ in range(3)]
+        norm, qkv = (noise(64, mean=1.0), noise(64)), [noise(ROWS, 2, 64, scale=1.0) for _ in range(3)]
         tiles = torch.tensor([[0, 0, ROWS]], device=device, dtype=torch.int32)
         q, k, v = (each.transpose(0, 1) for each in qkv)
         place = torch.arange(ROWS, device=device)
@@ -182,7 +192,7 @@ def try_out(device: torch.device, dtype: torch.dtype) -> None:
         from virnucpro_cli.model.kernels import glue
 
         low_q, low_k, low_v = (each.to(dtype) for each in qkv)
-        mixed = attention(low_q, low_k, low_v, tiles, SCALE, slopes=fall * LOG2_E, with_descriptors=False)
+        mixed = attention(low_q, low_k, low_v, tiles, SCALE, slopes=fall, with_descriptors=with_descriptors)
         found = {
             "attention": (mixed, twin),
             "add_norm": (ours, twins),
