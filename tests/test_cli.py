@@ -233,7 +233,7 @@ def test_a_gpu_that_is_not_there_is_refused(embed_tiny: Callable[..., Ran], make
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"@read\nACGT\n+\nIIII\n", ["FASTQ"]),
+        (b"@read\nACGT\n+\nIIII\n", ["nucleotides", "--from contigs"]),
         (b"", ["empty"]),
         (b"MKVLA\n", ["not FASTA"]),
         (b">a\nMKVLA>b\nMKV\n", ["'>' inside"]),

@@ -423,13 +423,15 @@ REFUSED = {
     "bom alone": (BOM, "is empty"),
     "compressed nothing": (gzip.compress(b""), "is empty"),
     "binary": (b"\x7fELF\x02\x01\0\0\0\0>\n", "a binary file"),
-    "fastq": (b"@read1\nACGT\n+\nIIII\n", "FASTQ"),
+    "fastq behind a blank line": (b"\n@read1\nACGT\n+\nIIII\n", "not FASTQ"),
+    "bam": (gzip.compress(b"BAM\1\0\0\0\0"), "BAM or CRAM"),
+    "sam": (b"@HD\tVN:1.6\n@SQ\tSN:a\tLN:9\nr\t4\n", "is SAM"),
     "html": (b"\n<!DOCTYPE html>\n<html></html>\n", "HTML"),
     "utf-16": ("\ufeff>a\nMKV\n".encode("utf-16-le"), "UTF-16"),
     "utf-16, big end first": ("\ufeff>a\nMKV\n".encode("utf-16-be"), "UTF-16"),
     "utf-16 without a bom": (">a\nMKV\n".encode("utf-16-le"), "a binary file"),
     "plain text": (b"MKVLAGW\n", "starts with 'MKVLAGW'"),
-    "fastq compressed": (gzip.compress(b"@read1\nACGT\n+\nIIII\n"), "FASTQ"),
+    "fastq of another alphabet": (gzip.compress(b"@read1\nAC>T\n+\nIIII\n"), "line 2 holds '>'"),
 }
 
 

@@ -547,7 +547,7 @@ def test_of_two_runs_at_once_one_finds_the_proteins(tmp_path: Path) -> None:
         (">a\nACGT\n>\nACGT\n", "Contig 2 has no name"),
         (">a\nACGT\n>b\n", "No protein was found in the 2 contigs"),
         (">a\n" + "TAATTAGTTAACTAG" * 9 + "\n", "No protein was found"),
-        ("@r\nACGT\n+\nIIII\n", "FASTQ"),
+        ("@r\nAC\nGT\n+\nIIII\n", "read 1, line 3 does not begin with"),
     ],
 )
 def test_what_is_no_contig_is_refused_and_nothing_is_left(

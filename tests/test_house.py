@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "errors", "alphabet", "kinds", "texts", "stopping", "processes", "scratch", "config", "report",
     "store", "fasta", "tables", "plan", "batch", "model", "engine", "machine", "features", "cluster", "embed",
-    "exchange", "validation", "benchmark", "explore", "cli", "__main__",
+    "exchange", "predict", "validation", "benchmark", "explore", "cli", "__main__",
 )  # fmt: skip
 """A file imports from its own package and from those before it."""
 
@@ -146,6 +146,7 @@ def test_a_plain_run_imports_only_what_it_needs(tiny_model: Path, tmp_path: Path
         "validation",
         "benchmark",
         "explore",
+        "predict",
         "machine",
         "engine.workers",
         "engine.second_pass",

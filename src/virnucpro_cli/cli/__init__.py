@@ -33,8 +33,9 @@ from virnucpro_cli.errors import (
 )  # fmt: skip
 
 COMMANDS = {
-    "embed": "embed", "bench": "bench", "validate": "validate", "inspect": "look", "verify": "validate",
-    "search": "look", "map": "look", "extract": "extract", "export": "layouts", "import": "layouts",
+    "embed": "embed", "predict": "predict", "bench": "bench", "validate": "validate", "inspect": "look",
+    "verify": "validate", "search": "look", "map": "look", "extract": "extract", "export": "layouts",
+    "import": "layouts",
     "index": "shards", "status": "shards", "merge": "shards", "doctor": "machine", "models": "machine",
     "fetch": "machine",
 }  # fmt: skip

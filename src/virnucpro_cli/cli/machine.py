@@ -42,7 +42,10 @@ def models(
 
 def fetch(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Names, e.g. 650M demo; virnucpro models has all.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL...]", help="Names, e.g. 650M demo; virnucpro models has all; virnucpro: see below."
+        ),
     ] = None,
     list_models: Annotated[
         bool, typer.Option("--list", help="Show which models are on this machine, and where.")
@@ -55,13 +58,19 @@ def fetch(
     """Put weights into the cache ahead of time, for compute nodes without internet access.
 
     The licence of what is fetched is printed. Some have to be accepted first: virnucpro models marks them with a star.
+    The name virnucpro stands for what predict needs beside ESM-2 3B: DNABERT-S and VirNucPro's two heads.
     """
+    from virnucpro_cli import report
     from virnucpro_cli.machine.fetch import fetch_weights, show
+    from virnucpro_cli.predict import fetching
 
     if list_models:
         show()
     elif models:
         for model in models:
-            fetch_weights(model, accepted)
+            if model == fetching.NAME:
+                fetching.fetch_all(lambda text: report.console().print(text))
+            else:
+                fetch_weights(model, accepted)
     else:
         raise UserError("fetch needs a model's name.", "virnucpro fetch 650M, or virnucpro fetch --list")

@@ -39,14 +39,14 @@ def decompressed(file: IO[bytes]) -> IO[bytes]:
     if file.seekable():
         file.seek(-len(first), os.SEEK_CUR)
     else:
-        file = _plain(chain([first], iter(partial(file.read, BLOCK_BYTES), b"")))
+        file = plain(chain([first], iter(partial(file.read, BLOCK_BYTES), b"")))
     match kind_of(first):
         case None:
             return file
         case "bz2":
-            return _plain(_every_stream(file, bz2.BZ2Decompressor, padded=False))
+            return plain(_every_stream(file, bz2.BZ2Decompressor, padded=False))
         case "xz":
-            return _plain(_every_stream(file, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), padded=True))
+            return plain(_every_stream(file, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), padded=True))
         case kind:
             from xopen import xopen  # for a third of a second, and not by helpers, which read plain bytes
 
@@ -84,7 +84,7 @@ def _every_stream(file: IO[bytes], new: Callable[[], Any], padded: bool) -> Iter
         raise EOFError("the last stream or its padding is cut short")
 
 
-def _plain(blocks: Iterator[bytes]) -> IO[bytes]:
+def plain(blocks: Iterator[bytes]) -> IO[bytes]:
     """Blocks of bytes as a file to read."""
     return io.BufferedReader(_Blocks(blocks), BLOCK_BYTES)
 

@@ -9,14 +9,16 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from typing import IO, Any, NamedTuple
 
 from virnucpro_cli.errors import UserError, absent
+from virnucpro_cli.fasta import fastq
 from virnucpro_cli.fasta.compressed import LONGEST_MAGIC, decoder_errors, decompressed, kind_of
 
 HEAD_BYTES = 1 << 16
@@ -163,7 +165,7 @@ def open_sources(inputs: Sequence[str], spool_dir: Path, kept: Kept | None = Non
     """Open FASTA files, plain or compressed (gz, bz2, xz, zst; by content), or `-` for standard input.
 
     All that is not a plain file is first copied to a nameless file in `spool_dir`, which vanishes with the process; but
-    what is kept of it.
+    what is kept of it. FASTQ, plain or not, becomes FASTA there.
     Raises UserError if a file cannot be read, is damaged, or holds no FASTA.
     """
     sources: list[Source] = []
@@ -172,7 +174,8 @@ def open_sources(inputs: Sequence[str], spool_dir: Path, kept: Kept | None = Non
         with _opened(name) as file:
             is_file = name != "-" and os.path.isfile(name)
             path, state = (os.path.realpath(name), _state_of(file)) if is_file else ("", None)
-            if state is not None and not kind_of(file.peek(LONGEST_MAGIC)):
+            first = file.peek(LONGEST_MAGIC) if state is not None else b""
+            if state is not None and not kind_of(first) and not first.startswith(fastq.FIRST):
                 source = Source(name, state[1], base, path, state)
             elif state is not None and kept is not None and (text := kept(path, state)):
                 source = Source(name, text.size, base, path, state, text.file, text.start)
@@ -223,13 +226,13 @@ def _no_spool(name: str, folder: Path, why: str | None) -> UserError:
 
 def _copy(file: IO[bytes], name: str, spool: IO[bytes], folder: Path) -> None:
     """Append the plain text of a file or pipe to the spool, and leave room on its disk."""
-    size, reserve = 0, min(SPOOL_RESERVE, shutil.disk_usage(folder).free // 2)
+    size, looked, reserve = 0, 0, min(SPOOL_RESERVE, shutil.disk_usage(folder).free // 2)
     try:
-        stream = decompressed(file)
-        while block := stream.read(READ_BYTES):
-            if not size % (8 * READ_BYTES) and (free := shutil.disk_usage(folder).free) < reserve:
+        for block in _texts(decompressed(file), "standard input" if name == "-" else name):
+            if size >= looked and (free := shutil.disk_usage(folder).free) < reserve:
                 room = f"its text has more than {size / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free there"
                 raise _no_spool(name, folder, room)
+            looked = size + 8 * READ_BYTES if size >= looked else looked
             spool.write(block)
             size += len(block)
         spool.flush()
@@ -241,6 +244,14 @@ def _copy(file: IO[bytes], name: str, spool: IO[bytes], folder: Path) -> None:
             f"({error}).",
             "Fetch or copy the file again and compare its checksum.",
         ) from None
+
+
+def _texts(stream: IO[bytes], name: str) -> Iterator[bytes]:
+    """A plain text in blocks; of FASTQ, the FASTA of it."""
+    blocks = iter(partial(stream.read, READ_BYTES), b"")
+    first = next(blocks, b"")
+    every = chain([first], blocks)
+    return fastq.as_fasta(every, name) if first.startswith(fastq.FIRST) else every
 
 
 def _check_is_fasta(source: Source) -> None:
@@ -256,9 +267,9 @@ def _check_is_fasta(source: Source) -> None:
     kinds = (
         (not text, "empty: it holds no FASTA record", "Is it the file that was meant?"),
         (head.startswith((b"\xff\xfe", b"\xfe\xff")), "UTF-16 text", "Save it as plain text or UTF-8."),
+        (head.startswith((b"BAM\1", b"CRAM")), "BAM or CRAM", fastq.FROM_SAM),
         (b"\0" in head, "a binary file", "Give a FASTA text file; gz, bz2, xz and zst compression are recognised."),
-        (text.startswith(b"@"), "FASTQ (it starts with '@')",
-         "Reads must be translated to proteins first, e.g. with Prodigal or FragGeneScan."),
+        (text.startswith(b"@"), "not FASTQ as it is read here (white space comes before '@')", "Remove it."),
         (text.startswith(b"<"), "an HTML or XML page, perhaps a failed download",
          "Look at its first lines and download the file again."),
         (True, f"not FASTA (it starts with {start!r})", "The first record must start with a '>' line."),

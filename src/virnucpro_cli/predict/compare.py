@@ -1,0 +1,253 @@
+"""Another program's prediction_results.txt beside ours: agreement, every changed call, and what one of them lacks.
+
+Frames are joined by name, since the other file has nothing else. Chunks and contigs are compared by the frames that
+both files have.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from virnucpro_cli import tables
+from virnucpro_cli.errors import UserError, counted
+from virnucpro_cli.predict import contigs
+from virnucpro_cli.predict.frames import Scored, chunk_is_virus, highest_of
+from virnucpro_cli.predict.tables import HEADER_OF_FRAMES, LABELS
+
+COMPARED = "compare.tsv"
+COLUMNS = ("level", "name", "here", "there", "score1_here", "score2_here", "score1_there", "score2_there")
+HEADER = HEADER_OF_FRAMES.decode().split()
+MISSING = "missing"
+SHOWN, BLOCK = 5, 1 << 16
+Cells = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Other:
+    """The m frames of another file, sorted by key. keys: uint64 [m, 2], hashes of their names; line: int64 [m].
+
+    scores: float32 [m, 2].
+    """
+
+    path: str
+    keys: NDArray[np.uint64] = field(repr=False)
+    scores: NDArray[np.float32] = field(repr=False)
+    line: NDArray[np.int64] = field(repr=False)
+
+
+class Level(NamedTuple):
+    """How many frames, chunks or contigs both files have, and of how many the call is the same."""
+
+    name: str
+    both: int
+    same: int
+
+    def __str__(self) -> str:
+        share = f" ({self.same / self.both:.2%})" if self.both else ""
+        return f"{self.same:,} of {counted(self.both, self.name)}{share}"
+
+
+@dataclass
+class Comparison:
+    """What a comparison found. largest: the largest difference of a score among frames of the same call.
+
+    near: chunks whose highest scores differ by no more than twice that, so that such a difference could turn them.
+    first: lines of the table, a few.
+    """
+
+    levels: list[Level]
+    missing_here: int
+    missing_there: int
+    largest: float
+    near: int
+    first: list[Cells] = field(default_factory=list)
+
+    def words(self) -> Iterator[str]:
+        """The result in lines."""
+        yield "the same call: " + ", ".join(map(str, self.levels))
+        yield (
+            f"scores of frames with the same call differ by {self.largest:.2g} at most; "
+            f"{counted(self.near, 'chunk')} so near a tie that this could turn them"
+        )
+        if self.missing_here or self.missing_there:
+            yield f"frames only in the other file: {self.missing_here:,}; only here: {self.missing_there:,}"
+        for level, name, here, there, *scores in self.first:
+            yield f"  {level} {name}: {here} here, {there} there" + f" ({', '.join(filter(None, scores))})"
+
+    def as_numbers(self) -> dict[str, Any]:
+        """The result for a report."""
+        counts: dict[str, Any] = {f"{level.name}s with the same call": level.same for level in self.levels}
+        counts |= {f"{level.name}s compared": level.both for level in self.levels}
+        return counts | {
+            "frames missing here": self.missing_here, "frames missing there": self.missing_there,
+            "chunks near a tie": self.near,
+        }  # fmt: skip
+
+
+def keys_of(names: list[str]) -> NDArray[np.uint64]:
+    """Hashes of 128 bits of names, uint64 [n, 2]."""
+    data = b"".join(xxhash.xxh3_128_digest(name.encode()) for name in names)
+    return np.frombuffer(data, ">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def read(path: str) -> Other:
+    """The frames of a prediction_results.txt, of VirNucPro or of another program that writes the same.
+
+    Raises UserError for another table, a score that is none, and a name that stands twice.
+    """
+    lines = tables.Lines(path)
+    rows = (line.rstrip("\r\n").split("\t") for line in lines)
+    header = next(rows, [])
+    if header != HEADER:
+        found = ", ".join(header)[:80] or "nothing"
+        raise UserError(f"{path} is no prediction_results.txt: its columns are {found}.", f"Give {', '.join(HEADER)}.")
+    keys, scores, numbers = [], [], []
+    while some := [(lines.number, row) for row in islice(rows, BLOCK) if row != [""]]:
+        for number, row in some:
+            if len(row) != len(HEADER):
+                refusal = f"{path} line {number:,} has {counted(len(row), 'column')}, not {len(HEADER)}."
+                raise UserError(refusal, "Is the file whole?")
+        keys.append(keys_of([row[0] for _, row in some]))
+        numbers.append(np.array([number for number, _ in some]))
+        try:
+            values = np.array([row[2:] for _, row in some], np.float64).astype(np.float32)
+        except ValueError as error:
+            raise UserError(f"{path} has a score that is no number near line {some[-1][0]:,}: {error}.") from None
+        if not np.isfinite(values).all():
+            raise UserError(f"{path} has a score that is no number near line {some[-1][0]:,}.")
+        scores.append(values)
+    if not keys:
+        return Other(path, np.empty((0, 2), np.uint64), np.empty((0, 2), np.float32), np.empty(0, np.int64))
+    every = np.concatenate(keys)
+    order = np.lexsort((every[:, 1], every[:, 0]))
+    other = Other(path, every[order], np.concatenate(scores)[order], np.concatenate(numbers)[order])
+    alike = np.flatnonzero((np.diff(other.keys.astype(np.uint64), axis=0) == 0).all(axis=1))
+    if len(alike):
+        first, second = sorted(other.line[alike[0] : alike[0] + 2].tolist())
+        raise UserError(
+            f"{path} has the same name in lines {first:,} and {second:,}: frames are joined by name.",
+            "Give each contig a name of its own, and predict again.",
+        )
+    return other
+
+
+def _places(other: Other, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where in the other file each key is, int64 [n]; -1 where it is not. keys: uint64 [n, 2]."""
+    pairs = np.dtype([("high", np.uint64), ("low", np.uint64)])
+    there = np.ascontiguousarray(other.keys).view(pairs).reshape(-1)
+    wanted = np.ascontiguousarray(keys).view(pairs).reshape(-1)
+    at = np.searchsorted(there["high"], wanted["high"])
+    if not len(there):
+        return np.full(len(keys), -1)
+    at = np.minimum(at, len(there) - 1)
+    for _ in range(2):  # two names with the same first half are one in 10^5 files of 10^7 names
+        on = (there["high"][at] == wanted["high"]) & (there["low"][at] != wanted["low"])
+        at = np.minimum(at + on, len(there) - 1)
+    return np.where(there[at] == wanted, at, -1)
+
+
+def compared(scored: Scored, other: Other, file: IO[bytes]) -> Comparison:
+    """Compare, and write a line for each changed call and each frame that one of them lacks."""
+    at = np.concatenate([np.empty(0, np.int64), *(_places(other, keys_of(n)) for _, n in scored.frames.names() if n)])
+    both = np.flatnonzero(at >= 0)
+    there = other.scores[at[both]]
+    pair = scored.scores[both], there
+    calls = [each[:, 1] > each[:, 0] for each in pair]
+    same = calls[0] == calls[1]
+    largest = float(np.abs(pair[0] - pair[1])[same].max(initial=0.0))
+    joined = Joined(scored, both, *pair)
+    gap = np.abs(np.diff(joined.highest[0].astype(np.float64), axis=1))
+    found = Comparison([], len(other.line) - len(both), len(at) - len(both), largest, int((gap <= 2 * largest).sum()))
+    with tables.written_to(file) as table:
+        table.writerow(COLUMNS)
+        levels = (("frame", _frames(joined, calls)), ("chunk", _chunks(joined)), ("contig", _contigs(joined)))
+        for name, (count, lines) in levels:
+            changed = 0
+            for line in lines:
+                changed += 1
+                table.writerow((name, *line))
+                found.first += [(name, *line)] * (changed <= SHOWN)
+            found.levels.append(Level(name, count, count - changed))
+        for name in _names_at(scored, np.flatnonzero(at < 0)):
+            table.writerow(("frame", name, "", MISSING, "", "", "", ""))
+        for name in _names_missing_here(other, at[both]):
+            table.writerow(("frame", name, MISSING, "", "", "", "", ""))
+    return found
+
+
+class Joined:
+    """Frames that both files have. places: int64 [b], theirs among the scored ones; here, there: float32 [b, 2]."""
+
+    def __init__(
+        self, scored: Scored, places: NDArray[np.int64], here: NDArray[np.float32], there: NDArray[np.float32]
+    ):
+        self.scored, self.places, self.here, self.there = scored, places, here, there
+        contig, chunk = scored.contig[places], scored.chunk[places]
+        changed = (np.diff(contig) != 0) | (np.diff(chunk) != 0)
+        self.first = np.flatnonzero(np.append(len(places) > 0, changed)) if len(places) else np.empty(0, np.int64)
+        self.highest = highest_of(here, self.first), highest_of(there, self.first)
+        self.contig_of_chunk = contig[self.first]
+
+
+def _cells(*scores: NDArray[np.float32]) -> Iterator[str]:
+    """Scores of both files, float32 [2] each, as text."""
+    return (str(each) for pair in scores for each in pair)
+
+
+def _frames(joined: Joined, calls: list[NDArray[np.bool_]]) -> tuple[int, Iterator[Cells]]:
+    """How many frames are compared, and those whose call changed. calls: bool [b] here and there."""
+    places = np.flatnonzero(calls[0] != calls[1])
+    names = _names_at(joined.scored, joined.places[places])
+    lines = (
+        (name, LABELS[calls[0][i]], LABELS[calls[1][i]], *_cells(joined.here[i], joined.there[i]))
+        for i, name in zip(places.tolist(), names, strict=True)
+    )
+    return len(joined.places), lines
+
+
+def _chunks(joined: Joined) -> tuple[int, Iterator[Cells]]:
+    """How many chunks are compared, and those whose call changed, with their highest scores."""
+    here, there = (chunk_is_virus(highest) for highest in joined.highest)
+    places = np.flatnonzero(here != there)
+    names = _names_at(joined.scored, joined.places[joined.first[places]])
+    lines = (
+        (name[:-2], str(bool(here[i])), str(bool(there[i])), *_cells(joined.highest[0][i], joined.highest[1][i]))
+        for i, name in zip(places.tolist(), names, strict=True)
+    )
+    return len(joined.first), lines
+
+
+def _contigs(joined: Joined) -> tuple[int, Iterator[Cells]]:
+    """How many contigs are compared, and those whose call changed, with their weighted deltas as score2."""
+    n, frames = joined.scored.frames.contigs, joined.scored.frames
+    here, there = (contigs.calls_of(joined.contig_of_chunk, highest, n) for highest in joined.highest)
+    compared_contigs = int((here.counts[:, 0] > 0).sum())
+    lines = (
+        (frames.file.texts("contigs/ids", i, i + 1)[0], contigs.CALLS[here.call[i]], contigs.CALLS[there.call[i]],
+         "", f"{here.delta[i]:.3f}", "", f"{there.delta[i]:.3f}")
+        for i in np.flatnonzero(here.call != there.call).tolist()
+    )  # fmt: skip
+    return compared_contigs, lines
+
+
+def _names_at(scored: Scored, places: NDArray[np.int64]) -> Iterator[str]:
+    """Names of scored frames, by their places, int64 [n] in rising order."""
+    for first in range(0, len(places), BLOCK):
+        yield from scored.frames.file.names_at(scored.rows[places[first : first + BLOCK]])
+
+
+def _names_missing_here(other: Other, there: NDArray[np.int64]) -> Iterator[str]:
+    """Names of the other file that are not here. there: int64 [b], places of those that are."""
+    is_missing = np.ones(len(other.line), np.bool_)
+    is_missing[there] = False
+    if not is_missing.any():
+        return
+    wanted = np.zeros(int(other.line.max()) + 2, np.bool_)
+    wanted[other.line[is_missing]] = True
+    lines = tables.Lines(other.path)
+    yield from (text.partition("\t")[0] for text in lines if wanted[min(lines.number, len(wanted) - 1)])
