@@ -22,7 +22,7 @@ from virnucpro_cli.machine import models
 from virnucpro_cli.model import attention, dnabert, families, kernels, locate, pooling, weights
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.kernels import postnorm
-from virnucpro_cli.model.packed import PackedModel, exact_arithmetic
+from virnucpro_cli.model.packed import PackedModel, Parts, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec, State
 from virnucpro_cli.plan.packing import buckets
 from virnucpro_cli.validation import dnabert as oracle
@@ -465,11 +465,11 @@ def gate_and_value_swapped(patch: pytest.MonkeyPatch) -> None:
 
 def no_type_row(patch: pytest.MonkeyPatch) -> None:
     whole = dnabert.parts
-    patch.setattr(
-        dnabert,
-        "parts",
-        lambda spec, state, device: whole(spec, state, device)._replace(embedding=state["embed_tokens.weight"]),
-    )
+
+    def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:
+        return whole(spec, state | {dnabert.TYPES: torch.zeros(2, spec.hidden)}, device)
+
+    patch.setattr(dnabert, "parts", parts)
 
 
 def eps_of_esm(patch: pytest.MonkeyPatch) -> None:
