@@ -264,7 +264,7 @@ class Tracker:
         self.bar = Progress(
             SpinnerColumn(), TextColumn("embedding" if what == "tokens" else what), BarColumn(),
             TextColumn("{task.percentage:>5.1f} %"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=out, disable=not on_terminal,
+            TextColumn("left"), TimeRemainingColumn(), console=out, disable=not on_terminal or not total,
         )  # fmt: skip
         self.task = self.bar.add_task("embed", total=total, rate="")
 
@@ -285,10 +285,10 @@ class Tracker:
         now = time.monotonic()
         rate = self.done / max(now - self.started, 1e-9)
         if not self.bar.disable:
-            self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f} {self.what}/s")
+            self.bar.update(self.task, completed=self.done, total=self.total, rate=f"{rate:,.0f} {self.what}/s")
         elif now - self.last_line >= LOG_EVERY_SECONDS:
             self.last_line = now
-            share, left = self.done / self.total, clock_time((self.total - self.done) / rate)
+            share, left = self.done / max(self.total, 1), clock_time((self.total - self.done) / rate)
             self.out.print(f"{share:6.1%} of {self.total:,} {self.what}, {rate:,.0f} {self.what}/s, {left} left")
 
 

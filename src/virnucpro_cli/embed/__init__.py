@@ -4,9 +4,11 @@
 """
 
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -126,26 +128,43 @@ def _fill(run: EmbedRun) -> None:
     file = run.file
     for name, half in run.halves.items():
         half.file = file.halves[name]
-    todo = [(each, *_pending(each)) for each in (run, *run.halves.values())]
-    shares = [parameters(each.spec) / parameters(run.spec) for each, *_ in todo]
-    tokens = [int(each.plan.tokens[packs].sum()) for each, packs, _ in todo]
-    total = round(sum(share * count for share, count in zip(shares, tokens, strict=True)))
-    with report.Tracker(run.out, total) if total else nullcontext() as tracker:
-        for (each, packs, placer), share in zip(todo, shares, strict=True):
-            placer.tracker = None if tracker is None else tracker.part(share)
-            _compute(each, packs, placer)
-    for half, packs, _ in todo[1:]:
-        words.note_half(run, half, packs)
+    with _readied(run) as ready:
+        packs, placer = _pending(run)
+        tokens = int(run.plan.tokens[packs].sum())
+        shares = {half.half: parameters(half.spec) / parameters(run.spec) for half in run.halves.values()}
+        guess = {name: round(share * int(run.halves[name].plan.tokens.sum())) for name, share in shares.items()}
+        with report.Tracker(run.out, tokens + sum(guess.values())) as tracker:
+            placer.tracker = tracker.part(1)
+            _compute(run, packs, placer)
+            for name, half in run.halves.items():
+                with run.clock.stage("tokens"):
+                    ready[name].result()
+                of_half, its = _pending(half)
+                its.tracker = tracker.part(shares[name])
+                tracker.total += round(shares[name] * int(half.plan.tokens[of_half].sum())) - guess[name]
+                _compute(half, of_half, its)
+                words.note_half(run, half, of_half)
     for feature in run.features:
         feature.after(run)
     with run.clock.stage("finish"):
         file.commit()
-        for each, *_ in todo[::-1]:
+        for each in (*run.halves.values(), run):
             each.table.check_unchanged()
             for feature in each.features:
                 feature.finish(each)
-        words.fill_rates(run, *todo[0][1:])
+        words.fill_rates(run, packs, placer)
         run.summary.checksum = file.finish(run.summary.to_json_within(store.REPORT_BYTES), run.config.overwrite)
+
+
+@contextmanager
+def _readied(run: EmbedRun) -> Iterator[dict[str, Future[None]]]:
+    """The halves, which another thread gets ready meanwhile."""
+    over = Event()
+    with ThreadPoolExecutor(1, "tokens") as beside:
+        try:
+            yield {name: beside.submit(half.get_ready, over.is_set) for name, half in run.halves.items()}
+        finally:
+            over.set()
 
 
 def _pending(run: EmbedRun) -> tuple[Int64, Placer]:

@@ -1,6 +1,7 @@
 """The decisions of a run, made before the model is loaded: where packs are computed, and the file's layout."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +93,7 @@ class EmbedRun(Run):
     """A run of embed. located: the weights, None if they are not on this machine (of a dry run).
 
     halves: runs of other models on the same records, whose rows lie in folders of the file by these names.
+    model: of a half whose tokens are not known yet.
     """
 
     output: Path
@@ -100,6 +102,17 @@ class EmbedRun(Run):
     located: locate.Weights | None
     features: list[Feature] = field(default_factory=list)
     halves: "dict[str, EmbedRun]" = field(default_factory=dict)
+    model: "Model | None" = None
+
+    def get_ready(self, is_over: Callable[[], bool]) -> None:
+        """Know the tokens of all records, and plan by them. Until then a half is planned as if each letter were one.
+
+        is_over: as in `tokenised`.
+        """
+        if self.model is not None:
+            self.table = self.model.in_tokens(self.table, self.output.parent, is_over)
+            self.decisions = decide(self.table, self.config)
+            self.plan = in_blocks(self.decisions.segments.length, self.plan.token_budget)
 
     def fingerprint_with(self, weights: locate.Weights) -> dict[str, Any]:
         """All that the values depend on. weights: with their SHA-256."""
@@ -154,15 +167,16 @@ class Model(NamedTuple):
         how = fasta.How(self.config.invalid, self.config.gaps, self.how)
         return inputs.table(sources, how, self.config.dedup, keep_digests)
 
-    def in_tokens(self, table: fasta.RecordTable, around: Around) -> fasta.RecordTable:
-        """The same table, or one that knows the tokens of all records, if these are not letters."""
+    def in_tokens(
+        self, table: fasta.RecordTable, folder: Path, is_over: Callable[[], bool] = lambda: False
+    ) -> fasta.RecordTable:
+        """The same table, or one that knows the tokens of all records, if these are not letters; see `tokenised`."""
         if family_of(self.spec).TOKENIZER is None:
             return table
         from virnucpro_cli.fasta.tokenised import tokenised
 
-        with around.clock.stage("tokens"):
-            path = locate.tokenizer_of(self.located, self.spec) if self.located is not None else None
-            return tokenised(table, path, around.at.output.parent)
+        path = locate.tokenizer_of(self.located, self.spec) if self.located is not None else None
+        return tokenised(table, path, folder, is_over)
 
 
 def _model_of(config: EmbedConfig, dtype: torch.dtype, around: Around) -> Model:
@@ -206,7 +220,8 @@ def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, 
         half.name: _decided_half(half, around, records, count)
         for half in filter(None, (feature.half() for feature in features))
     }
-    table = model.in_tokens(table, around)
+    with clock.stage("tokens"):
+        table = model.in_tokens(table, at.output.parent)
     if table.sizes is not table.length:
         extra |= store.Extra(columns={"tokens": table.sizes})
     decisions = decide(table, config)
@@ -231,9 +246,13 @@ def _decided_half(half: Half, around: Around, records: NDArray[np.int64] | None,
         table = model.table(fasta.Inputs(), half.sources, any(feature.needs_digests for feature in features))
     if len(table) != count:
         raise UserError(f"{half.sources[0].path} was changed: it has {len(table):,} records, not {count:,}.")
-    table = model.in_tokens(table if records is None else table.part(records), around)
+    table = table if records is None else table.part(records)
     run = _planned(model, table, decide(table, model.config), store.Extra(), around, records)
     run.features, run.half = features, half.name
+    if family_of(model.spec).TOKENIZER is not None:
+        if model.located is not None:
+            locate.tokenizer_of(model.located, model.spec)  # or the refusal would come late
+        run.model = model
     return run
 
 

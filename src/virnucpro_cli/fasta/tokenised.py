@@ -5,7 +5,7 @@ A tokenizer of nucleotides knows A, C, G and T. Each other letter is one unknown
 
 import mmap
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from itertools import pairwise, product
 from pathlib import Path
@@ -49,11 +49,13 @@ class TokenTable(RecordTable):
         return self.ids[ranges(self.first[records], self.count[records].astype(np.int64))]
 
 
-def tokenised(table: RecordTable, path: Path | None, folder: Path) -> TokenTable:
+def tokenised(
+    table: RecordTable, path: Path | None, folder: Path, is_over: Callable[[], bool] = lambda: False
+) -> TokenTable:
     """The table with the tokens of all its records, which lie in a nameless file in the folder.
 
-    path: the tokenizer's file; None for the stand-in of random weights.
-    Raises UserError if it is no such file, or there is no room.
+    path: the tokenizer's file; None for the stand-in of random weights. is_over: whether nobody waits any more.
+    Raises UserError if it is no such file, or there is no room, and InterruptedError if nobody waits.
     """
     encode = encoder(path)
     is_first = table.unique_of == np.arange(len(table))
@@ -61,12 +63,16 @@ def tokenised(table: RecordTable, path: Path | None, folder: Path) -> TokenTable
     try:
         spool: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (mapped as long as the table is there)
         for some in _at_once(chosen, table.length):
+            if is_over():
+                raise InterruptedError
             encoded = [each.ids for each in encode.encode_batch(list(_texts(table, some)), add_special_tokens=False)]
             count[some] = list(map(len, encoded))
             spool.write(np.array([i for ids in encoded for i in ids], np.uint16).data)
         spool.flush()
         size = spool.tell()
         ids = np.frombuffer(mmap.mmap(spool.fileno(), size, access=mmap.ACCESS_READ), np.uint16) if size else None
+    except InterruptedError:
+        raise
     except OSError as error:
         raise UserError(f"Tokens cannot be kept in {folder}: {error.strerror}.", "Make room there.") from None
     first = np.zeros(len(table), np.int64)

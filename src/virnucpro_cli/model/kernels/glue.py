@@ -1,4 +1,4 @@
-"""What stands between the products of a layer with LayerNorms after its sums, in one pass each."""
+"""Steps between the products of a layer with LayerNorms after its sums, in one pass each."""
 
 import torch
 import triton
