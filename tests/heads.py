@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import sys, torch
+import numpy, sys, torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,21 +25,28 @@ torch.manual_seed(features)
 head = MLPClassifier(features, hidden, 2)
 with torch.no_grad():
     head.output_layer.weight *= 4
-for _ in range(20):
-    head(scale * torch.randn(64, features))
+rows = scale * torch.randn(600, features)
+if len(sys.argv) > 5:
+    rows = torch.from_numpy(numpy.load(sys.argv[5])).float()
+for _ in range(40):
+    head(rows)
 head.eval()
+with torch.no_grad():  # half of the rows are virus
+    head.output_layer.bias[1] -= head(rows).diff().median()
 torch.save(head, f"{folder}/head.pth")
 torch.save(head.state_dict(), f"{folder}/state.pth")
-rows = scale * torch.randn(600, features)
 with torch.no_grad():
     scores = torch.cat([F.softmax(head(part), dim=1) for part in rows.split(256)])
-import numpy
 numpy.savez(f"{folder}/rows.npz", rows=rows.numpy(), scores=scores.numpy())
 """
 
 
-def pickled_head(folder: Path, features: int, hidden: int = 512, scale: float = 0.3) -> Path:
-    """head.pth, a pickled `__main__.MLPClassifier`; state.pth; and rows.npz, features with the module's own scores."""
+def pickled_head(folder: Path, features: int, hidden: int = 512, rows: Path | None = None) -> Path:
+    """head.pth, a pickled `__main__.MLPClassifier`; state.pth; and rows.npz, features with the module's own scores.
+
+    rows: a file of features [n, D], of which the head calls half virus; made-up ones by default.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-c", PROGRAM, str(folder), *map(str, (features, hidden, scale))], check=True)
+    words = [folder, features, hidden, 0.3, *([rows] if rows else [])]
+    subprocess.run([sys.executable, "-c", PROGRAM, *map(str, words)], check=True)
     return folder / "head.pth"

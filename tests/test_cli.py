@@ -24,6 +24,7 @@ Make = Callable[..., Path]
 COMMANDS = list(cli.COMMANDS)
 ORDER = [
     "embed",
+    "predict",
     "bench",
     "validate",
     "inspect",

@@ -99,3 +99,48 @@ def test_labels_of_the_recipe_keep_names_that_look_like_numbers_or_gaps(
     there: dict[str, object] = {}
     exec("\n".join(lines), {"pandas": pandas}, there)
     assert there["labels"].to_dict() == {name: f"virus {name}" for name in names}  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_page_of_predictions_runs(tmp_path: Path, environment: dict[str, str], tiny_model: Path) -> None:
+    """With small encoders, a head that stands for the published ones, and pysam's samtools."""
+    pytest.importorskip("pysam")
+    from heads import pickled_head
+    from test_dnabert import SMALL, checkpoint, state_of
+
+    small = checkpoint(tmp_path / "small", SMALL, state_of(SMALL))
+    head = pickled_head(tmp_path / "head", SMALL.hidden + 32, 16)
+    shim = tmp_path / "bin" / "samtools"
+    shim.write_text(
+        f"#!{sys.executable}\nimport sys, pysam\ngetattr(pysam, sys.argv[1])(*sys.argv[2:], catch_stdout=False)\n"
+    )
+    shim.chmod(0o755)
+    shutil.copy(ROOT / "examples" / "contigs.fna", tmp_path)
+    contigs = read_fasta(tmp_path / "contigs.fna")
+    (tmp_path / "labels.tsv").write_text("".join(f"{name}\t{i % 2}\n" for i, (name, _) in enumerate(contigs)))
+    reads = [(f"r{i}", contigs[0][1][150 * i : 150 * i + 300]) for i in range(8)]
+    (tmp_path / "reads.fastq").write_text("".join(f"@{n}\n{text}\n+\n{'I' * len(text)}\n" for n, text in reads))
+    sam = "".join(f"{n}\t4\t*\t0\t0\t*\t*\t0\t0\t{text}\t*\n" for n, text in reads)
+    (tmp_path / "reads.sam").write_text("@HD\tVN:1.6\n" + sam)
+    run(["samtools", "view", "-b", "-o", "reads.bam", "reads.sam"], tmp_path, environment)
+    pages = blocks("docs/how-to/predict.md")
+    for language, text in pages:
+        lines = []
+        for line in text.splitlines():
+            if "virnucpro predict" in line:
+                line += "" if ".h5" in line else f" --model {tiny_model} --nucleotide-model {small} --device cpu"
+                line += "" if "--head" in line else f" --head {head}"
+                line += "" if "--chunk" in line or ".h5" in line else " --chunk 500"
+            lines.append(line)
+        told = "\n".join(lines) if language == "sh" else text
+        run(
+            ["bash", "-euo", "pipefail", "-c", told] if language == "sh" else [sys.executable, "-c", told],
+            tmp_path,
+            environment,
+        )
+    for folder in ("predictions", "reads", "bam", "original", "compared", "cluster", "own"):
+        assert {"prediction_results.txt", "contigs.tsv"} <= {path.name for path in (tmp_path / folder).iterdir()}
+    tables = [
+        (tmp_path / name / "contigs.tsv").read_bytes() for name in ("reads", "bam", "predictions", "cluster", "own")
+    ]
+    assert tables[0] == tables[1] and tables[2] == tables[3] != tables[4] and len(pages) == 6

@@ -1,4 +1,4 @@
-"""What `predict` can be told. Options that it shares with `embed` are that command's."""
+"""The configuration of `predict`. Options that it shares with `embed` are those of that command."""
 
 import dataclasses
 from collections.abc import Iterator

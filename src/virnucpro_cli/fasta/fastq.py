@@ -9,7 +9,6 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta.compressed import plain
 
 FIRST = b"@"
-"""The byte that a FASTQ begins with, and no FASTA."""
 BLOCK_BYTES = 1 << 20
 LETTERS = string.ascii_letters.encode() + b"-.*"
 _SAM = re.compile(rb"@(HD|SQ|RG|PG|CO)\t")
@@ -40,7 +39,7 @@ def as_fasta(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def _refused(name: str, number: int, lines: list[bytes]) -> UserError:
-    """What is wrong with a read. number: from 0; lines: all four, without their ends."""
+    """The words for what is wrong with a read. number: from 0; lines: all four, without their ends."""
     header, bases, plus, quality = lines
     if _SAM.match(header):
         return UserError(f"{name} is SAM (it starts with {header[:3].decode()!r}).", FROM_SAM)

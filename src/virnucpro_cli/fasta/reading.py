@@ -18,12 +18,13 @@ from threading import Event
 from typing import IO, Any, NamedTuple
 
 from virnucpro_cli.errors import UserError, absent
-from virnucpro_cli.fasta import fastq
 from virnucpro_cli.fasta.compressed import LONGEST_MAGIC, decoder_errors, decompressed, kind_of
 
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 20  # the pass over one chunk stays within the L2 cache
 BOM = b"\xef\xbb\xbf"
+FASTQ = b"@"
+"""The byte that a FASTQ begins with, and no FASTA."""
 SPOOL_RESERVE = 1 << 28
 """Bytes that spooling leaves free on a disk, for everybody else and for the output; a small disk's half."""
 _limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -175,7 +176,7 @@ def open_sources(inputs: Sequence[str], spool_dir: Path, kept: Kept | None = Non
             is_file = name != "-" and os.path.isfile(name)
             path, state = (os.path.realpath(name), _state_of(file)) if is_file else ("", None)
             first = file.peek(LONGEST_MAGIC) if state is not None else b""
-            if state is not None and not kind_of(first) and not first.startswith(fastq.FIRST):
+            if state is not None and not kind_of(first) and not first.startswith(FASTQ):
                 source = Source(name, state[1], base, path, state)
             elif state is not None and kept is not None and (text := kept(path, state)):
                 source = Source(name, text.size, base, path, state, text.file, text.start)
@@ -251,7 +252,11 @@ def _texts(stream: IO[bytes], name: str) -> Iterator[bytes]:
     blocks = iter(partial(stream.read, READ_BYTES), b"")
     first = next(blocks, b"")
     every = chain([first], blocks)
-    return fastq.as_fasta(every, name) if first.startswith(fastq.FIRST) else every
+    if not first.startswith(FASTQ):
+        return every
+    from virnucpro_cli.fasta.fastq import as_fasta
+
+    return as_fasta(every, name)
 
 
 def _check_is_fasta(source: Source) -> None:
@@ -263,11 +268,13 @@ def _check_is_fasta(source: Source) -> None:
         at, text = at + len(more), more.lstrip()
     if text.startswith(b">") and b"\0" not in head:
         return
+    from virnucpro_cli.fasta.fastq import FROM_SAM
+
     start = re.split(rb"[\r\n]", text, maxsplit=1)[0][:40].decode("utf-8", "replace")
     kinds = (
         (not text, "empty: it holds no FASTA record", "Is it the file that was meant?"),
         (head.startswith((b"\xff\xfe", b"\xfe\xff")), "UTF-16 text", "Save it as plain text or UTF-8."),
-        (head.startswith((b"BAM\1", b"CRAM")), "BAM or CRAM", fastq.FROM_SAM),
+        (head.startswith((b"BAM\1", b"CRAM")), "BAM or CRAM", FROM_SAM),
         (b"\0" in head, "a binary file", "Give a FASTA text file; gz, bz2, xz and zst compression are recognised."),
         (text.startswith(b"@"), "not FASTQ as it is read here (white space comes before '@')", "Remove it."),
         (text.startswith(b"<"), "an HTML or XML page, perhaps a failed download",

@@ -17,7 +17,7 @@ from rich.console import Console
 from virnucpro_cli import embed, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.config.predict import PredictConfig
-from virnucpro_cli.errors import UserError, counted, shell_word, unread
+from virnucpro_cli.errors import UserError, absent, counted, shell_word, unread
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.families import by_name
 from virnucpro_cli.predict import compare, contigs, fetching, frames, tables
@@ -114,6 +114,8 @@ def _is_hdf5(name: str) -> bool:
     try:
         with open(name, "rb") as file:
             return Path(name).is_file() and file.read(len(store.HDF5_MAGIC)) == store.HDF5_MAGIC
+    except FileNotFoundError:
+        raise UserError(f"{absent(name)}.", "Name FASTA or FASTQ files, or a file of embed.") from None
     except OSError as error:
         raise UserError(f"{unread(name, error)}.", "Name FASTA or FASTQ files, or a file of embed.") from None
 
@@ -218,7 +220,7 @@ Writer = Callable[[IO[bytes], Scored, PredictRun], None]
 
 
 def _writers(config: PredictConfig) -> dict[str, Writer]:
-    """What writes each table, by its name."""
+    """The function that writes each table, by the name of its file."""
     format = config.format
     return {
         tables.FRAMES: lambda file, scored, run: tables.write_frames(file, scored, format),

@@ -54,7 +54,7 @@ class Level(NamedTuple):
 
 @dataclass
 class Comparison:
-    """What a comparison found. largest: the largest difference of a score among frames of the same call.
+    """The result of a comparison. largest: the largest difference of a score among frames of the same call.
 
     near: chunks whose highest scores differ by no more than twice that, so that such a difference could turn them.
     first: lines of the table, a few.
@@ -204,7 +204,7 @@ def _frames(joined: Joined, calls: list[NDArray[np.bool_]]) -> tuple[int, Iterat
     places = np.flatnonzero(calls[0] != calls[1])
     names = _names_at(joined.scored, joined.places[places])
     lines = (
-        (name, LABELS[calls[0][i]], LABELS[calls[1][i]], *_cells(joined.here[i], joined.there[i]))
+        (name, LABELS[int(calls[0][i])], LABELS[int(calls[1][i])], *_cells(joined.here[i], joined.there[i]))
         for i, name in zip(places.tolist(), names, strict=True)
     )
     return len(joined.places), lines

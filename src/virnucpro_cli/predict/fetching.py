@@ -1,4 +1,4 @@
-"""What VirNucPro needs beside ESM-2, into the cache: DNABERT-S, and its two heads from its own repository."""
+"""DNABERT-S and VirNucPro's two heads into the cache: all that it needs beside ESM-2."""
 
 import urllib.error
 import urllib.request
@@ -12,7 +12,7 @@ from virnucpro_cli.predict.head import PUBLISHED, Head
 from virnucpro_cli.store import disk
 
 NAME = "virnucpro"
-"""What `virnucpro fetch` is told for all of it."""
+"""The name of all of it for `virnucpro fetch`."""
 NUCLEOTIDE_MODEL = "dnabert-s"
 REVISION = "0b7e6f1f1c5972ce30aa1ced5977890406d3efe2"
 URL = "https://raw.githubusercontent.com/Li-Jing-1997/VirNucPro/{revision}/{chunk}_model.pth"
