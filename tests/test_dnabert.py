@@ -508,3 +508,52 @@ def test_validate_passes_an_honest_run_and_fails_every_mistake(
     verdict = validate_model(model=str(small), device="cpu", sample=24)
     failed = {part.split(":")[0] for part in verdict.failed_parts}
     assert failed == set() if mistake is None else "Semantics" in failed
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+def test_compiled_kernels_lose_no_more_than_plain_steps_in_any_company(backend: str, dtype: torch.dtype) -> None:
+    device, spec = torch.device("cuda"), families.SIZES["DNABERT-S"]
+    state, (batch, tokens) = state_of(spec), pack((1, 2, 62, 63, 84, 100, 115, 116, 117, 600), 2048)
+
+    def built(dtype: torch.dtype, plain: bool) -> PackedModel:
+        model = families.build(
+            spec, dict(state), dtype, device, attention.resolve("auto" if plain else backend, device, dtype)
+        )
+        if not plain:
+            assert model.backend.steps.__name__.endswith("glue")
+            return model
+        fall = torch.tensor(postnorm.slopes(spec.heads), device=device)
+        return model._with(backend=Backend("sdpa", lambda *x: postnorm.by_sdpa(*x, slopes=fall), postnorm.steps(False)))
+
+    layers = (0, 1, 6, 12)
+    exact, plain, found = (
+        embeddings(each, batch, layers)
+        for each in (built(torch.float32, True), built(dtype, True), model := built(dtype, False))
+    )
+    for layer in layers[1:]:
+        rows = [each.residue[layer][: batch.used] for each in (exact, plain, found)]
+        assert relative_l2(rows[2], rows[0]) <= 1.5 * relative_l2(rows[1], rows[0])
+    whole = [of_segment(found, batch, i) for i in range(len(tokens))]
+    dice = np.random.default_rng(5)
+    for rows in (1024, 2048, 4096, 16384, 65536):
+        room = rows - int(batch.seqlens.sum())
+        others = [[1, *dice.integers(5, 4096, n).tolist(), 2] for n in dice.integers(80, 116, max(room, 0) // 118)]
+        mixed = [*others[: len(others) // 2], *tokens, *others[len(others) // 2 :]] if room > 0 else [tokens[4]]
+        company = packed(mixed, rows)
+        there = embeddings(model, company, layers)
+        first = len(others) // 2 if room > 0 else 0
+        for i, expected in enumerate(whole if room > 0 else whole[4:5]):
+            ours = of_segment(there, company, first + i)
+            assert all(torch.equal(values, ours[key]) for key, values in expected.items()), (rows, i)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_validate_passes_on_a_gpu(dtype: str) -> None:
+    verdict = validate_model(model="random:dnabert-s", dtype=dtype, reference_device="cuda")
+    assert verdict.passed, [check for check in verdict.checks if check.passed is False]
