@@ -25,7 +25,7 @@ from test_faults import one_thread  # noqa: F401  (in force here too)
 from virnucpro_cli import predict, read_embeddings, store
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.predict import compare, contigs, frames, predict_contigs, tables
 from virnucpro_cli.predict import head as heads
 
@@ -245,8 +245,20 @@ def test_a_table_is_whole_or_not_there(
         patched.setattr(predict, "_writers", spoilt)
         run()
     assert not any(name.name == broken or name.suffix == ".virnucpro-new" for name in (tmp_path / "out").iterdir())
-    out = run(overwrite=True)
+    out = run()
     assert all((out / name).read_text().count("\n") > 5 for name in MADE)
+
+
+def test_a_stop_between_tables_is_resumed(run: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*rest: Any) -> None:
+        raise Stopped(15)
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped) as caught:
+        patched.setattr(predict.contigs, "write", stop)
+        run()
+    assert caught.value.resumable and not (tmp_path / "out" / MADE[2]).exists()
+    out = run()
+    assert (out / MADE[2]).exists()
 
 
 def test_tables_of_another_head_or_format_are_not_replaced_unasked(

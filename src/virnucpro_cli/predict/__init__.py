@@ -17,7 +17,7 @@ from rich.console import Console
 from virnucpro_cli import embed, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.config.predict import PredictConfig
-from virnucpro_cli.errors import UserError, absent, counted, shell_word, unread
+from virnucpro_cli.errors import Stopped, UserError, absent, counted, shell_word, unread
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.families import by_name
 from virnucpro_cli.predict import compare, contigs, fetching, frames, tables
@@ -62,7 +62,11 @@ def run(config: PredictConfig, out: Console | None = None, since: float | None =
     if not begun.is_given:
         _embed(begun)
     if config.shard is None:
-        _predict(begun)
+        try:
+            _predict(begun)
+        except Stopped as stop:
+            stop.resumable = True  # the embeddings and whole tables are there
+            raise
     else:
         whole = shell_word(begun.embedded)
         begun.out.print(f"then, once all shards are there: virnucpro merge {whole}, and this command without --shard")
@@ -205,9 +209,11 @@ def _predict(run: PredictRun) -> None:
             scored = frames.scored(opened, run.head, tracker.advance)
         with run.clock.stage("write"):
             for name, write in missing.items():
+                _save(run, made_of, there)
                 with disk.written_whole(run.folder / name) as file:
                     write(file, scored, run)
-            _save(run, made_of)
+                there.add(name)
+            _save(run, made_of, there)
             _tell(run, scored)
         if run.other is not None:
             with run.clock.stage("compare"):
@@ -254,9 +260,9 @@ def _there(run: PredictRun, made_of: dict[str, Any]) -> set[str]:
     return set()
 
 
-def _save(run: PredictRun, made_of: dict[str, Any]) -> None:
-    """Note what the tables are of; without this note they are made again."""
-    sizes = {name: (run.folder / name).stat().st_size for name in _writers(run.config)}
+def _save(run: PredictRun, made_of: dict[str, Any], whole: set[str]) -> None:
+    """Note what the tables are of, and the sizes of those that are whole; others are made again."""
+    sizes = {name: (run.folder / name).stat().st_size for name in sorted(whole)}
     with disk.written_whole(run.folder / MADE_OF) as file:
         file.write(json.dumps({"made_of": made_of, "sizes": sizes, "place": run.head.place}, indent=1).encode())
 

@@ -105,4 +105,5 @@ def _files_to_bring() -> Iterator[str]:
     place = place / "main" if place.name == "snapshots" else place
     pins = PUBLISHED_SHA256[spec.name] | (dict([tokenizer]) if tokenizer else {})
     for name, sha256 in pins.items():
-        yield f"Put {name} (SHA-256 {sha256}) at {place / name}, and config.json beside it."
+        yield f"Put {name} (SHA-256 {sha256}) at {place / name}."
+    yield f"Put config.json at {place / 'config.json'}."
