@@ -84,21 +84,20 @@ def attention(
     v: torch.Tensor,
     tiles: torch.Tensor,
     scale: float,
-    q_scale: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    *,
+    *left: torch.Tensor,
     slopes: torch.Tensor | None = None,
     with_descriptors: bool = True,
 ) -> torch.Tensor:
     """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; tiles int32 [n, 3] of `batch.query_tiles`.
 
-    Heads of q, k and v are adjacent; they are copied unless their rows are equally far apart. q_scale, k_scale: float32
-    [T], by which rows of q and of k are still to be multiplied, or None. slopes: float32 [H], by which scores
+    Heads of q, k and v are adjacent; they are copied unless their rows are equally far apart. left: q_scale and k_scale,
+    float32 [T], by which rows of q and of k are still to be multiplied, or nothing. slopes: float32 [H], by which scores
     fall with each row of distance, or None. with_descriptors: whether blocks of wide heads come through the tensor
     memory accelerator, which older GPUs lack.
     """
     if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q_scale, k_scale = left or (None, None)
     rows, heads, head_dim = q.shape
     wide = max(16, triton.next_power_of_2(head_dim))
     out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)

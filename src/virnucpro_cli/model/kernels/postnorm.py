@@ -166,7 +166,7 @@ def by_sdpa(
 
 
 def _bias(slopes: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """What distances take from scores: float32 [H, queries, keys]."""
+    """The bias of distances, added to scores: float32 [H, queries, keys]."""
     return -slopes[:, None, None] * (queries[:, None] - keys).abs()
 
 
