@@ -5,6 +5,7 @@ multimolecule is under the AGPL, so this program does not bring it along.
 
 import math
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from virnucpro_cli.validation.oracle import Oracle
 from virnucpro_cli.validation.plain_reader import Letters
 
 try:
+    version("multimolecule")  # a folder of its code alone has none, and no report could name it
     from multimolecule import DnaBertSConfig, DnaBertSModel
 except ImportError:
     DnaBertSModel = None

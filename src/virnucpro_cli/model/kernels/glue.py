@@ -1,4 +1,4 @@
-"""Steps between the products of a layer with LayerNorms after its sums, in one pass each."""
+"""Passes between the products of a layer whose LayerNorms come after its sums, in Triton."""
 
 import torch
 import triton
