@@ -90,10 +90,10 @@ def attention(
 ) -> torch.Tensor:
     """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; tiles int32 [n, 3] of `batch.query_tiles`.
 
-    Heads of q, k and v are adjacent; they are copied unless their rows are equally far apart. left: q_scale and k_scale,
-    float32 [T], by which rows of q and of k are still to be multiplied, or nothing. slopes: float32 [H], by which scores
-    fall with each row of distance, or None. with_descriptors: whether blocks of wide heads come through the tensor
-    memory accelerator, which older GPUs lack.
+    Heads of q, k and v are adjacent; they are copied unless their rows are equally far apart. left: float32 [T] twice,
+    by which rows of q and of k are still to be multiplied, or nothing. slopes: float32 [H], by which scores fall with
+    each row of distance, or None. with_descriptors: whether blocks of wide heads come through the tensor memory
+    accelerator, which older GPUs lack.
     """
     if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
