@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from conftest import write_model
+from heads import pickled_head
+from test_dnabert import SMALL, checkpoint, state_of
 from virnucpro_cli import cli, embed_fasta
 from virnucpro_cli.cli import extract
 
@@ -26,6 +28,7 @@ ARGUMENTS = {
     "export": "out.h5 --to npy -o out.npy --overwrite",
     "import": "rows.npy -o imported.h5 --fasta in.fasta --overwrite",
     "merge": "parts.h5 --overwrite",
+    "predict": "contigs.fna -o predicted --model tiny --nucleotide-model dna --head head/head.pth --chunk 300 --device cpu -q",
 }
 
 
@@ -58,6 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embed_fasta(folder / "in.fasta", folder / "out.h5", model=model, device="cpu")
     for part in ("1/2", "2/2"):
         embed_fasta(folder / "in.fasta", folder / "parts.h5", model=model, device="cpu", shard=part)
+    (folder / "contigs.fna").write_text(f">c\n{'GCT' * 40}\n")
+    checkpoint(folder / "dna", SMALL, state_of(SMALL))
+    pickled_head(folder / "head", SMALL.hidden + 32)
     with pytest.raises(SystemExit):
         cli.main(["export", str(folder / "out.h5"), "-o", str(folder / "rows.npy")])
     return folder

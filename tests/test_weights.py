@@ -472,7 +472,7 @@ def test_more_layers_than_the_config_says_are_refused(state: State, tmp_path: Pa
     ("key", "value"),
     [
         ("layer_norm_eps", 1e-12), ("position_embedding_type", "relative_key"), ("token_dropout", False),
-        ("emb_layer_norm_before", True), ("hidden_act", "gelu_new"), ("vocab_size", 64), ("model_type", "bert"),
+        ("emb_layer_norm_before", True), ("hidden_act", "gelu_new"), ("vocab_size", 64), ("model_type", "bart"),
         ("is_decoder", True), ("mask_token_id", 31),
     ],
 )  # fmt: skip

@@ -220,9 +220,9 @@ def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, 
         half.name: _decided_half(half, around, records, count)
         for half in filter(None, (feature.half() for feature in features))
     }
-    with clock.stage("tokens"):
-        table = model.in_tokens(table, at.output.parent)
-    if table.sizes is not table.length:
+    if family_of(model.spec).TOKENIZER is not None:
+        with clock.stage("tokens"):
+            table = model.in_tokens(table, at.output.parent)
         extra |= store.Extra(columns={"tokens": table.sizes})
     decisions = decide(table, config)
     for feature in features:
