@@ -104,11 +104,15 @@ def test_a_mask_and_gaps_are_unknown_tokens(tmp_path: Path, tokenizer: Path) -> 
     assert ids_of(stripped, 0) == ids_of(stripped, 1)
 
 
-def test_the_stand_in_joins_pairs_and_pairs_of_pairs(tmp_path: Path) -> None:
-    table = tokens.tokenised(table_of(["ACGTACGT", "AANAA"], tmp_path), None, tmp_path)
+def test_the_stand_in_has_tokens_as_long_as_the_published_ones(tmp_path: Path) -> None:
+    """A slice of 500 bases has 86 to 116 tokens by the published tokenizer."""
+    generator = random.Random(4)
+    sequences = ["".join(generator.choices("ACGT", k=498)) for _ in range(50)]
+    table = tokens.tokenised(table_of([*sequences, "AANAA"], tmp_path), None, tmp_path)
+    assert 86 <= table.sizes[:50].mean() <= 116
     encoder = tokens.encoder(None)
-    assert [encoder.id_to_token(each) for each in ids_of(table, 0)] == ["ACGT", "ACGT"]
-    assert [encoder.id_to_token(each) for each in ids_of(table, 1)] == ["AA", "[UNK]", "AA"]
+    assert [encoder.id_to_token(each) for each in ids_of(table, 50)] == ["AA", "[UNK]", "AA"]
+    assert encoder.get_vocab_size() <= 4096 and tokens.encoder(None).to_str() == encoder.to_str()
 
 
 def test_another_file_is_refused(tmp_path: Path, tokenizer: Path) -> None:

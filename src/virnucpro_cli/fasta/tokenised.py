@@ -4,10 +4,11 @@ A tokenizer of nucleotides knows A, C, G and T. Each other letter is one unknown
 """
 
 import mmap
+import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 LETTERS, UNKNOWN = b"ACGT", b"N"
 SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
+STAND_IN = 4096
+"""Tokens of the tokenizer of random weights, as many as the published one has."""
 AT_ONCE = 1 << 22
 """Letters that are read, and encoded on all cores, at once."""
 
@@ -140,13 +143,15 @@ def encoder(path: Path | None) -> "Tokenizer":
 
 
 def _stand_in() -> "Tokenizer":
-    """A tokenizer for random weights: pairs of letters are joined, then pairs of pairs."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A tokenizer for random weights: trained on made-up bases, it makes tokens as long as the published one does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    pairs = ["".join(pair) for pair in product("ACGT", repeat=2)]
-    merges = [(a, b) for joined in ("ACGT", pairs) for a, b in product(joined, repeat=2)]
-    tokens = [*SPECIALS, *"ACGT", *map("".join, merges)]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=SPECIALS[0]))
+    dice, tokenizer = random.Random(0), Tokenizer(models.BPE(unk_token=SPECIALS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = list(map(chr, LETTERS))
+    trainer = trainers.BpeTrainer(
+        vocab_size=STAND_IN, special_tokens=[*SPECIALS], initial_alphabet=letters, show_progress=False
+    )  # fmt: skip
+    made_up = ("".join(dice.choices(letters, (3, 2, 2, 3), k=500)) for _ in range(400))
+    tokenizer.train_from_iterator(made_up, trainer)
     return tokenizer
