@@ -8,10 +8,8 @@ import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import torch
 
-from children import CHILDREN
 from conftest import ROOT
 from heads import pickled_head
 from test_dnabert import SMALL, checkpoint, state_of
 from test_faults import one_thread  # noqa: F401  (in force here too)
-from test_genes import contents
 from virnucpro_cli import predict, read_embeddings, store
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
-from virnucpro_cli.engine import placer
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.predict import compare, contigs, frames, predict_contigs, tables
 from virnucpro_cli.predict import head as heads
@@ -265,52 +259,6 @@ def test_a_stop_between_tables_is_resumed(run: Predict, tmp_path: Path, monkeypa
     assert caught.value.resumable and not (tmp_path / "out" / MADE[2]).exists()
     out = run()
     assert (out / MADE[2]).exists()
-
-
-def killed_after(cpu_seconds: float, options: dict[str, Any]) -> None:
-    """A run that commits often, and that the kernel ends without a word when it has used so much of the CPU."""
-    torch.set_num_threads(1)
-    placer.COMMIT_SECONDS = 0.02
-    if cpu_seconds:
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-    predict_contigs(**options)
-    Path(str(options["output"]) + ".cpu").write_text(str(time.process_time()))
-
-
-@pytest.mark.slow
-def test_kills_at_fifty_random_moments_leave_the_same_files(
-    tmp_path: Path, sample: Path, tiny_model: Path, small: Path, head: Path
-) -> None:
-    """Of all steps: contigs, both halves, scores and tables. Each kill is followed by others until a run arrives."""
-    options = {
-        "inputs": str(sample), "head": str(head), "chunk": 300, "model": str(tiny_model),
-        "nucleotide_model": str(small), "device": "cpu", "token_budget": 1024,
-    }  # fmt: skip
-
-    def run(output: str, cpu_seconds: float) -> int:
-        process = CHILDREN.Process(
-            target=killed_after, args=(cpu_seconds, options | {"output": str(tmp_path / output)})
-        )
-        process.start()
-        process.join(300)
-        assert process.exitcode is not None
-        return int(process.exitcode)
-
-    assert run("whole", 0) == 0
-    seconds = float((tmp_path / "whole.cpu").read_text())
-    dice, killed, steps = random.Random(6), 0, set[str]()
-    while killed < 50:
-        output = tmp_path / f"after-{killed}"
-        while (code := run(output.name, seconds * dice.uniform(0.3, 1.05))) != 0:
-            assert code == -signal.SIGPROF
-            killed += 1
-            steps.add(min(path.name for path in output.iterdir()) if output.exists() else "")
-        for name in (*MADE, "embeddings.proteins.faa", "embeddings.slices.fna"):
-            assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-        assert contents(output / "embeddings.h5") == contents(tmp_path / "whole" / "embeddings.h5")
-        assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
-    assert len(steps) > 1, "all kills met one step: this tests little"
 
 
 def test_tables_of_another_head_or_format_are_not_replaced_unasked(
