@@ -200,7 +200,7 @@ def values_of(file: store.EmbeddingFile, row: int) -> dict[str, NDArray[Any]]:
     """Everything that the file has of a record, by name."""
     found = {}
     for layer in file.layers:
-        for kind in (kind for kind in KINDS if kind in file.attributes["pool"]):
+        for kind in file.settings["pool"]:
             rows = file.residues(row, layer) if kind == "residue" else file.dataset(kind, layer)[row]
             found[f"{kind}/{layer}"] = rows
     for name in UNMASKED.values():
@@ -457,12 +457,19 @@ EMPTY_SHARD = Scenario(
     (("pool", ("mean", "residue")), ("layers", LAYERS), ("emit", EMITS), ("dedup", True), ("id", "first")), shards=2,
 )  # fmt: skip
 
+ALL_TOKENS = Scenario(
+    (Record("g0_p0 of 0", "QFWQYVGIEDCHPAQHHTLH.RCYARTASINAAEYESWWH", lower=True, star=True, width=7),),
+    (("invalid", "x"), ("gaps", "keep"), ("long", "truncate")),
+    (("pool", ("mean-all",)), ("layers", (0,)), ("emit", ()), ("dedup", True), ("id", "first")),
+)  # fmt: skip
+
 
 @pytest.mark.slow
 @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 @example(SKIPPED_TWIN)
 @example(WORKERS)
 @example(EMPTY_SHARD)
+@example(ALL_TOKENS)
 @given(scenarios())
 def test_each_record_has_the_row_of_a_plain_run_of_it_alone(runs: Runs, scenario: Scenario) -> None:
     check(runs, scenario)
