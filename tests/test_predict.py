@@ -8,8 +8,10 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import h5py
 import numpy as np
 import pytest
 
+from children import CHILDREN
 from conftest import ROOT
 from heads import pickled_head
 from test_dnabert import SMALL, checkpoint, state_of
@@ -25,6 +28,7 @@ from test_faults import one_thread  # noqa: F401  (in force here too)
 from virnucpro_cli import predict, read_embeddings, store
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.engine import placer
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.predict import compare, contigs, frames, predict_contigs, tables
 from virnucpro_cli.predict import head as heads
@@ -32,6 +36,7 @@ from virnucpro_cli.predict import head as heads
 GOLDENS = ROOT / "tests" / "data" / "virnucpro_goldens.npz"
 Predict = Callable[..., Path]
 FEATURES = SMALL.hidden + 32
+KILLS = 50
 MADE = ("prediction_results.txt", "prediction_results_highestscore.csv", "contigs.tsv")
 
 
@@ -223,6 +228,71 @@ def test_the_same_command_makes_what_is_missing_and_nothing_else(
     now = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
     assert {name for name in now if now[name][1] != before[name][1]} == {MADE[1], MADE[2], "predict.json"}
     assert {name: content for name, (content, _) in now.items()} == {n: content for n, (content, _) in before.items()}
+
+
+def killed_at(options: dict[str, Any], at: int, told: str) -> None:
+    """A run of predict that ends without a word at the call number `at` of Python code in any of its threads.
+
+    told: a file for the number of calls of a run to its end.
+    """
+    calls = itertools.count(1)
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and next(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    placer.COMMIT_SECONDS = 0.01
+    threading.setprofile(count)
+    sys.setprofile(count)
+    predict_contigs(**options)
+    sys.setprofile(None)
+    Path(told).write_text(str(next(calls)))
+
+
+def content_of(folder: Path) -> dict[str, Any]:
+    """All that a user reads of a run: tables, FASTA files, and every dataset but those of the run itself."""
+    found: dict[str, Any] = {name: (folder / name).read_bytes() for name in MADE}
+    found |= {path.name: path.read_bytes() for path in folder.glob("embeddings.*.f[an]a")}
+
+    def keep(name: str, each: Any) -> None:
+        if isinstance(each, h5py.Dataset) and not name.startswith("run/"):
+            values = each[()]
+            found[name] = values.tolist() if values.dtype == object else values.tobytes()
+
+    with h5py.File(folder / "embeddings.h5") as file:
+        file.visititems(keep)
+    return found
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_is_made_good_by_the_same_command(
+    tmp_path: Path, sample: Path, tiny_model: Path, small: Path, head: Path
+) -> None:
+    told, generator = tmp_path / "calls", random.Random(6)
+    options = {
+        "inputs": str(sample), "head": str(head), "chunk": 300, "model": str(tiny_model), "token_budget": 1024,
+        "nucleotide_model": str(small), "device": "cpu",
+    }  # fmt: skip
+
+    def child(at: int, output: Path) -> int:
+        process = CHILDREN.Process(target=killed_at, args=(options | {"output": str(output)}, at, str(told)))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None
+        return process.exitcode
+
+    assert child(0, tmp_path / "whole") == 0
+    whole, calls, killed, ended = content_of(tmp_path / "whole"), int(told.read_text()), 0, 0
+    while killed < KILLS or not ended:  # a run that goes on with another's work has fewer calls to make, and may end
+        output = tmp_path / f"{ended}"
+        code = child(generator.randrange(1, calls), output)
+        assert code in (0, -signal.SIGKILL)
+        killed += code != 0
+        if code == 0:
+            assert content_of(output) == whole
+            ended += 1
+        assert ended <= KILLS, "most runs were over before their kill: this tests nothing"
+    assert child(0, output) == 0 and content_of(output) == whole
 
 
 @pytest.mark.parametrize("broken", MADE)
