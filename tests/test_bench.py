@@ -36,6 +36,12 @@ def run(tiny_model: Path, make_fasta: Callable[..., Path]) -> Bench:
     )
 
 
+def test_a_model_of_nucleotides_is_refused_before_it_is_loaded(run: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"bench times proteins, and DNABERT-S reads nucleotides\."):
+        run(model="dnabert-s", quiet=False)
+    assert "loading" not in capsys.readouterr().err
+
+
 def test_the_tables_compare_both_workloads_in_all_ways(run: Bench) -> None:
     found = run(token_budget=2048, fasta=())
     rows = found.tables["Throughput"]

@@ -25,11 +25,14 @@ from conftest import ROOT
 from heads import pickled_head
 from test_dnabert import SMALL, checkpoint, state_of
 from test_faults import one_thread  # noqa: F401  (in force here too)
+from test_nucleotide import stopped_in_the_half
 from virnucpro_cli import predict, read_embeddings, store
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine import placer
 from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.fasta import tokenised
+from virnucpro_cli.fasta.token_file import TokenFile
 from virnucpro_cli.predict import compare, contigs, frames, predict_contigs, tables
 from virnucpro_cli.predict import head as heads
 
@@ -317,6 +320,18 @@ def test_a_table_is_whole_or_not_there(
     assert not any(name.name == broken or name.suffix == ".virnucpro-new" for name in (tmp_path / "out").iterdir())
     out = run()
     assert all((out / name).read_text().count("\n") > 5 for name in MADE)
+
+
+def test_tokens_are_kept_until_the_run_is_finished(run: Predict, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(output="whole")
+    monkeypatch.setattr(tokenised, "AT_ONCE", 300)
+    stopped_in_the_half(run, token_budget=1024)
+    tokens = whole.with_name("out") / "embeddings.h5.dna.tokens"
+    assert tokens.stat().st_size > 0
+    with monkeypatch.context() as patched:
+        patched.setattr(TokenFile, "add", lambda *made: pytest.fail("tokens are made again"))
+        assert content_of(run(token_budget=1024)) == content_of(whole)
+    assert not tokens.exists()
 
 
 def test_a_stop_between_tables_is_resumed(run: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,11 @@
 """Tokens of several letters: those of transformers' fast tokenizer, whatever the file asks for, and whatever stands in a sequence."""
 
+import fcntl
+import mmap
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from virnucpro_cli import fasta
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import tokenised as tokens
+from virnucpro_cli.store import disk
 
 READING = Reading(
     "ACGTN", 5, 1, 3, 2, 4, "N", (("U", "T"), ("-", "N"), (".", "N")), 4, scales_masks=False, width=4096
@@ -90,8 +95,103 @@ def test_records_are_encoded_some_at_a_time(tmp_path: Path, tokenizer: Path, mon
     whole = tokens.tokenised(table_of(sequences, tmp_path), tokenizer, tmp_path)
     monkeypatch.setattr(tokens, "AT_ONCE", 300)
     parts = tokens.tokenised(table_of(sequences, tmp_path), tokenizer, tmp_path)
-    for name in ("ids", "first", "count"):
-        assert (getattr(whole, name) == getattr(parts, name)).all()
+    assert all_of(parts) == all_of(whole)
+
+
+# --- kept ------------------------------------------------------------------------------------------------------------
+
+
+def all_of(table: tokens.TokenTable) -> tuple[list[int], list[int]]:
+    return table.sizes.tolist(), table.tokens(np.arange(len(table))).tolist()
+
+
+class Encodings:
+    """Texts that were encoded, of a tokenizer that is otherwise as it was."""
+
+    def __init__(self, encode: Tokenizer):
+        self.encode, self.texts = encode, 0
+        self.to_str = encode.to_str
+
+    def encode_batch(self, texts: list[str], **more: Any) -> Any:
+        self.texts += len(texts)
+        return self.encode.encode_batch(texts, **more)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
+    """Tokens of 200 sequences in blocks, kept in a file; how many were encoded for it, and what they are."""
+    generator = random.Random(3)
+    sequences = ["".join(generator.choices("ACGT", k=100 + i)) for i in range(200)]
+    monkeypatch.setattr(tokens, "AT_ONCE", 2000)
+    encode = tokens.encoder(tokenizer)
+
+    def call(*more: str, is_over: Callable[[], bool] = lambda: False) -> tuple[int, Any]:
+        counted = Encodings(encode)
+        monkeypatch.setattr(tokens, "encoder", lambda path: counted)
+        table = table_of([*sequences, *more], tmp_path)
+        found = tokens.tokenised(table, tokenizer, tmp_path, tmp_path / "o.h5.tokens", is_over)
+        return counted.texts, all_of(found)
+
+    return call
+
+
+def test_tokens_of_a_run_that_was_stopped_are_those_of_the_next(kept: Any, tmp_path: Path) -> None:
+    checks = iter([False] * 5 + [True])
+    with pytest.raises(InterruptedError):
+        kept(is_over=lambda: next(checks))
+    before = (tmp_path / "o.h5.tokens").stat().st_size
+    count, found = kept()
+    assert 0 < 200 - count < 200 and before < (tmp_path / "o.h5.tokens").stat().st_size
+    assert kept() == (0, found)
+    (tmp_path / "o.h5.tokens").unlink()
+    assert kept() == (200, found)
+
+
+@pytest.mark.parametrize("at", [0, 30, 70, 500, 5_000, -1])
+def test_blocks_that_are_not_as_they_were_written_are_made_again(kept: Any, tmp_path: Path, at: int) -> None:
+    path = tmp_path / "o.h5.tokens"
+    _, found = kept()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at])
+    assert kept()[1] == found and path.read_bytes() == whole
+    if at != 0:  # such a file is not one of ours
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at:][1:])
+        assert kept()[1] == found and path.read_bytes() == whole
+
+
+def test_tokens_of_other_sequences_are_replaced_and_never_written_over(kept: Any, tmp_path: Path) -> None:
+    _, found = kept()
+    with open(tmp_path / "o.h5.tokens", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        as_it_was = mapped[:]
+        count, longer = kept("ACGT" * 40, "ACGTT" * 80)
+        assert 2 <= count < 200 and longer[0][:200] == found[0]
+        assert mapped[:] == as_it_was
+    assert kept()[1] == found
+
+
+@pytest.mark.parametrize("content", [b"mine", b"virnucpro token"])
+def test_a_file_that_is_not_of_tokens_is_left_alone(kept: Any, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "o.h5.tokens"
+    path.write_bytes(content)
+    assert kept()[0] == kept()[0] == 200
+    assert path.read_bytes() == content
+
+
+def test_a_link_is_left_alone(kept: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"")
+    (tmp_path / "o.h5.tokens").symlink_to(tmp_path / "mine")
+    assert kept()[0] == 200 and (tmp_path / "mine").read_bytes() == b""
+
+
+def test_tokens_that_another_run_writes_now_are_not_touched(
+    kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "LINGER", 0.0)
+    with open(tmp_path / "o.h5.tokens", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="Another run is writing"):
+            kept()
+    assert kept()[0] == 200
 
 
 def test_a_mask_and_gaps_are_unknown_tokens(tmp_path: Path, tokenizer: Path) -> None:

@@ -75,6 +75,9 @@ class _Bench:
         name = config.model or ("esm2_t6_8M_UR50D" if self.device.type == "cpu" else "esm2_t33_650M_UR50D")
         weights = locate.locate(name) or locate.locate(f"{locate.RANDOM_PREFIX}{name}")
         assert weights is not None
+        if family_of(spec := model_weights.spec_of(weights)).READING is None:
+            remedy = "Name a model of proteins, or time `virnucpro embed --report` on your own nucleotides."
+            raise UserError(f"bench times proteins, and {spec.name} reads nucleotides.", remedy)
         out.print(f"loading {name} on {devices.describe_device(self.device)}", style="dim")
         self.weights, self.loaded = weights, self._loaded(weights)
         self.spec, state, notes = self.loaded

@@ -18,7 +18,16 @@ from virnucpro_cli import report, store
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.embed import engines
 from virnucpro_cli.embed import summary as words
-from virnucpro_cli.embed.recipe import Around, EmbedRun, attributes, decided, inputs_of, resolved_layers, target
+from virnucpro_cli.embed.recipe import (
+    Around,
+    EmbedRun,
+    attributes,
+    decided,
+    inputs_of,
+    resolved_layers,
+    target,
+    tokens_beside,
+)
 from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Job, Placer
 from virnucpro_cli.errors import UserError, counted
@@ -50,7 +59,11 @@ def run(
     with clock.stage("plan"):
         out, features = out or report.console(config.quiet), asked_for(config)
         at = target(config, features)
-    with inputs_of(config, at, out) as inputs, engines.chosen(config, loaded is not None, out, clock) as computing:
+    with (
+        tokens_beside(at),
+        inputs_of(config, at, out) as inputs,
+        engines.chosen(config, loaded is not None, out, clock) as computing,
+    ):
         with clock.stage("plan"):
             begun = decided(config, features, inputs, Around(at, computing, out, clock))
             begun.loaded = loaded

@@ -1,7 +1,8 @@
 """The decisions of a run, made before the model is loaded: where packs are computed, and the file's layout."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,8 @@ def _check_paths(output: Path, whole: Path, config: EmbedConfig, features: list[
     store.check_hdf5_name(output)
     reports = {"report": config.report, "qc": config.qc}
     index = fasta.index_of(whole)
-    written = [output, store.partial_path(output), index, store.lock_of(index), *beside]
+    tokens = [fasta.tokens_of(output, half) for half in ("", *store.HALVES)]
+    written = [output, store.partial_path(output), index, store.lock_of(index), *tokens, *beside]
     report.check_places(reports, [*read, *written], config.overwrite)
 
 
@@ -110,7 +112,7 @@ class EmbedRun(Run):
         is_over: as in `tokenised`.
         """
         if self.model is not None:
-            self.table = self.model.in_tokens(self.table, self.output.parent, is_over)
+            self.table = self.model.in_tokens(self.table, self.output, self.half, is_over)
             self.decisions = decide(self.table, self.config)
             self.plan = in_blocks(self.decisions.segments.length, self.plan.token_budget)
 
@@ -168,7 +170,7 @@ class Model(NamedTuple):
         return inputs.table(sources, how, self.config.dedup, keep_digests)
 
     def in_tokens(
-        self, table: fasta.RecordTable, folder: Path, is_over: Callable[[], bool] = lambda: False
+        self, table: fasta.RecordTable, output: Path, half: str = "", is_over: Callable[[], bool] = lambda: False
     ) -> fasta.RecordTable:
         """The same table, or one that knows the tokens of all records, if these are not letters; see `tokenised`."""
         if family_of(self.spec).TOKENIZER is None:
@@ -176,7 +178,8 @@ class Model(NamedTuple):
         from virnucpro_cli.fasta.tokenised import tokenised
 
         path = locate.tokenizer_of(self.located, self.spec) if self.located is not None else None
-        return tokenised(table, path, folder, is_over)
+        kept = None if self.config.dry_run else fasta.tokens_of(output, half)
+        return tokenised(table, path, output.parent, kept, is_over)
 
 
 def _model_of(config: EmbedConfig, dtype: torch.dtype, around: Around) -> Model:
@@ -222,7 +225,7 @@ def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, 
     }
     if family_of(model.spec).TOKENIZER is not None:
         with clock.stage("tokens"):
-            table = model.in_tokens(table, at.output.parent)
+            table = model.in_tokens(table, at.output)
         extra |= store.Extra(columns={"tokens": table.sizes})
     decisions = decide(table, config)
     for feature in features:
@@ -288,6 +291,20 @@ def inputs_of(config: EmbedConfig, at: Target, out: Console) -> fasta.Inputs:
 
     needed_by = None if at.shard is not None else store.partial_path(at.output)
     return kept.Kept(fasta.index_of(at.whole), partial(out.print, style="yellow"), needed_by)
+
+
+@contextmanager
+def tokens_beside(at: Target) -> Iterator[None]:
+    """Tokens of several letters that are kept beside the output go at the end, unless its partial file is there."""
+    try:
+        yield
+    finally:
+        there = [path for half in ("", *store.HALVES) if (path := fasta.tokens_of(at.output, half)).exists()]
+        if there and not store.partial_path(at.output).exists():
+            from virnucpro_cli.fasta.token_file import forget
+
+            for path in there:
+                forget(path)
 
 
 def _located(config: EmbedConfig, out: Console) -> tuple[locate.Weights | None, ModelSpec]:

@@ -95,6 +95,11 @@ def index_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.index")
 
 
+def tokens_of(output: Path, half: str = "") -> Path:
+    """The file that holds the tokens of several letters of an output, or of its half, while it is partial."""
+    return output.with_name(".".join(filter(None, (output.name, half, "tokens"))))
+
+
 class Part(NamedTuple):
     """Columns of some records, as in a RecordTable. digest: uint64 [n, 2]; nucleotide_like: bool [n]."""
 

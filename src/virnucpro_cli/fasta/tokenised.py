@@ -3,21 +3,21 @@
 A tokenizer of nucleotides knows A, C, G and T. Each other letter is one unknown token, which no token reaches across.
 """
 
-import mmap
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.fasta.table import RecordTable
+from virnucpro_cli.fasta.token_file import Block, TokenFile
 from virnucpro_cli.texts import ranges
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
 STAND_IN = 4096
 """Tokens of the tokenizer of random weights, as many as the published one has."""
 AT_ONCE = 1 << 22
-"""Letters that are read, and encoded on all cores, at once."""
+"""Letters that are read, and encoded on all cores, at once. Tokens of no more are not worth keeping."""
 
 
 @dataclass
@@ -53,35 +53,46 @@ class TokenTable(RecordTable):
 
 
 def tokenised(
-    table: RecordTable, path: Path | None, folder: Path, is_over: Callable[[], bool] = lambda: False
-) -> TokenTable:
-    """The table with the tokens of all its records, which lie in a nameless file in the folder.
+    table: RecordTable, path: Path | None, folder: Path, kept: Path | None = None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> TokenTable:  # fmt: skip
+    """The table with the tokens of all its records, which lie in a file.
 
-    path: the tokenizer's file; None for the stand-in of random weights. is_over: whether nobody waits any more.
-    Raises UserError if it is no such file, or there is no room, and InterruptedError if nobody waits.
+    path: the tokenizer's file; None for the stand-in of random weights. kept: where tokens lie that are worth keeping,
+    and may lie from a run that was killed; None for a nameless file in the folder. is_over: whether nobody waits any
+    more. Raises UserError if it is no such file, or there is no room, and InterruptedError if nobody waits.
     """
     encode = encoder(path)
     is_first = table.unique_of == np.arange(len(table))
-    chosen, count = np.flatnonzero(is_first), np.zeros(len(table), np.int32)
+    chosen, count, first = np.flatnonzero(is_first), np.zeros(len(table), np.int32), np.zeros(len(table), np.int64)
+    is_worth = int(table.length[chosen].sum(dtype=np.int64)) > AT_ONCE
     try:
-        spool: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (mapped as long as the table is there)
-        for some in _at_once(chosen, table.length):
-            if is_over():
-                raise InterruptedError
-            encoded = [each.ids for each in encode.encode_batch(list(_texts(table, some)), add_special_tokens=False)]
-            count[some] = list(map(len, encoded))
-            spool.write(np.array([i for ids in encoded for i in ids], np.uint16).data)
-        spool.flush()
-        size = spool.tell()
-        ids = np.frombuffer(mmap.mmap(spool.fileno(), size, access=mmap.ACCESS_READ), np.uint16) if size else None
+        with TokenFile(folder, kept if is_worth else None) as file:
+            for some in _at_once(chosen, table.length):
+                if is_over():
+                    raise InterruptedError
+                block = _block(file, encode, list(_texts(table, some)))
+                count[some] = block.count
+                first[some] = block.first + np.cumsum(block.count, dtype=np.int64) - block.count
+            ids = file.mapped()
     except InterruptedError:
         raise
     except OSError as error:
         raise UserError(f"Tokens cannot be kept in {folder}: {error.strerror}.", "Make room there.") from None
-    first = np.zeros(len(table), np.int64)
-    first[chosen] = np.cumsum(count[chosen], dtype=np.int64) - count[chosen]
-    same, ids = table.unique_of, np.empty(0, np.uint16) if ids is None else ids
+    same = table.unique_of
     return TokenTable(**_facts(table), ids=ids, first=first[same], count=count[same])
+
+
+def _block(file: TokenFile, encode: "Tokenizer", texts: list[str]) -> Block:
+    """The tokens of texts, from the file if it has them next."""
+    from tokenizers import __version__
+
+    key = xxhash.xxh3_128_digest("\n".join((__version__, encode.to_str(), *texts)).encode())
+    if (there := file.found(key)) is not None:
+        return there
+    encoded = [each.ids for each in encode.encode_batch(texts, add_special_tokens=False)]
+    ids = np.fromiter(chain.from_iterable(encoded), np.uint16)
+    return file.add(key, np.fromiter(map(len, encoded), np.int32, len(encoded)), ids)
 
 
 def as_counted(table: RecordTable, count: NDArray[np.int32]) -> TokenTable:

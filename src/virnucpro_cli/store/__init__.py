@@ -40,6 +40,7 @@ from virnucpro_cli.store.schema import (
     EMPTY,
     ENVIRONMENT_BYTES,
     FLAG_NAMES,
+    HALVES,
     HDF5_MAGIC,
     INVALID,
     NAME_BLOCK,
