@@ -449,6 +449,37 @@ def test_frames_without_a_row_are_left_out_and_counted(run: Predict, tmp_path: P
 # --- tables of given scores ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("format", ["broad", "original"])
+def test_contigs_without_any_frame_are_listed(run: Predict, tmp_path: Path, capsys: Any, format: str) -> None:
+    contigs = tmp_path / "none.fna"
+    contigs.write_text(f">é one\n{'TAACTAGCTGATTAGTTAATCA' * 30}\n>two\nA\n>empty\n")
+    out = run(contigs, format=format, quiet=False)
+    assert "no contig has a frame" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == sorted([*MADE, "predict.json"])
+    assert [(out / name).read_text().count("\n") for name in MADE] == [1, 1, 4]
+    assert [row[:2] for row in rows_of(out / "contigs.tsv")[1:]] == [
+        [name, "no frame"] for name in ("é", "two", "empty")
+    ]
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    run(contigs, format=format)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    with pytest.raises(UserError, match="No protein was found"):
+        run(contigs, output="shard", shard="1/2", format=format)
+
+
+def test_contigs_without_any_frame_are_not_mixed_with_others(run: Predict, tmp_path: Path) -> None:
+    out, contigs = run(), tmp_path / "none.fna"
+    contigs.write_text(">two\nA\n")
+    before = content_of(out)
+    with pytest.raises(UserError, match="exists, and is not of these contigs"):
+        run(contigs)
+    for path in out.glob("embeddings.*"):
+        path.unlink()
+    with pytest.raises(UserError, match="is of another head, format or embeddings file"):
+        run(contigs)
+    assert {name: (out / name).read_bytes() for name in MADE} == {name: before[name] for name in MADE}
+
+
 def given(names: list[str], scores: Any, number: list[int] | None = None) -> frames.Scored:
     """Frames by their names, with scores that are given; number: of the contig of each."""
 

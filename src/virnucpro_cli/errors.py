@@ -67,6 +67,14 @@ class Missing(UserError, KeyError):
     __str__ = Exception.__str__  # a KeyError shows its text in quotes
 
 
+class NoProteins(UserError):
+    """No contig has a protein. contigs: their names, in order."""
+
+    def __init__(self, what: str, remedy: str, contigs: list[str]):
+        super().__init__(what, remedy)
+        self.contigs = contigs
+
+
 def absent(path: str) -> str:
     """The words for a path that does not open because nothing is there: a name, or a link that leads nowhere."""
     if os.path.islink(path):

@@ -26,9 +26,9 @@ HEAD = struct.Struct("<16s16s16sqq")
 
 
 class Block(NamedTuple):
-    """Tokens of some records. count: int32 [n], tokens of each; first: the place of the first one in the file."""
+    """Tokens of some records. counts: int32 [n], tokens of each; first: the place of the first one in the file."""
 
-    count: NDArray[np.int32]
+    counts: NDArray[np.int32]
     first: int
 
 

@@ -72,8 +72,8 @@ def tokenised(
                 if is_over():
                     raise InterruptedError
                 block = _block(file, encode, list(_texts(table, some)))
-                count[some] = block.count
-                first[some] = block.first + np.cumsum(block.count, dtype=np.int64) - block.count
+                count[some] = block.counts
+                first[some] = block.first + np.cumsum(block.counts, dtype=np.int64) - block.counts
             ids = file.mapped()
     except InterruptedError:
         raise

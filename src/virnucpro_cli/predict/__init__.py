@@ -17,7 +17,7 @@ from rich.console import Console
 from virnucpro_cli import embed, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.config.predict import PredictConfig
-from virnucpro_cli.errors import Stopped, UserError, absent, counted, shell_word, unread
+from virnucpro_cli.errors import NoProteins, Stopped, UserError, absent, counted, shell_word, unread
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.families import by_name
 from virnucpro_cli.predict import compare, contigs, fetching, frames, tables
@@ -38,7 +38,10 @@ NOT_SCORED = "frames without a score"
 
 @dataclass
 class PredictRun:
-    """A run of predict. embedded: the embeddings file that was given, or that is made; is_given: which of both."""
+    """A run of predict. embedded: the embeddings file that was given, or that is made; is_given: which of both.
+
+    without: names of contigs of which none has a frame; None for others.
+    """
 
     config: PredictConfig
     folder: Path
@@ -49,6 +52,7 @@ class PredictRun:
     out: Console
     clock: report.Clock
     summary: report.RunReport = field(default_factory=lambda: report.RunReport("predict"))
+    without: list[str] | None = None
 
 
 def run(config: PredictConfig, out: Console | None = None, since: float | None = None) -> report.RunReport:
@@ -178,6 +182,12 @@ def _embed(run: PredictRun) -> None:
     with run.clock.stage("embed"):
         try:
             done = embed.run(told, run.out)
+        except NoProteins as error:
+            if config.shard is not None or run.embedded.exists():
+                raise
+            run.without = error.contigs
+            run.out.print("no contig has a frame: all are listed as such, and nothing is scored", style="yellow")
+            return
         except UserError as error:
             if "--overwrite" not in error.remedy:
                 raise
@@ -190,7 +200,7 @@ def _embed(run: PredictRun) -> None:
 
 def _predict(run: PredictRun) -> None:
     """Have the tables that are asked for. Those that are there, of the same head and file, stay."""
-    opened = frames.opened(run.embedded)
+    opened = frames.opened(run.embedded) if run.without is None else _without_frames(run, run.without)
     try:
         made_of = _settings(run, opened)
         there = _there(run, made_of)
@@ -220,6 +230,10 @@ def _predict(run: PredictRun) -> None:
                 _compare(run, scored, run.other)
     finally:
         opened.file.close()
+
+
+def _without_frames(run: PredictRun, contigs: list[str]) -> Frames:
+    return frames.none_of(frames.NoFile(run.embedded, contigs), run.head, run.head.chunk or DEFAULT_CHUNK)
 
 
 Writer = Callable[[IO[bytes], Scored, PredictRun], None]

@@ -1,5 +1,6 @@
 """The frames of an embeddings file and their scores. A frame is a record; a chunk is a contig's number and its own."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -23,6 +24,32 @@ ROWS = 16 * BATCH
 _NAME = re.compile(r"_chunk_([1-9][0-9]{0,8})[FR][123]\Z")
 
 
+class NoFile:
+    """The embeddings file that there would be of contigs without any frame. ids: their names."""
+
+    def __init__(self, path: Path, ids: list[str]):
+        self.path, self.ids = path, ids
+        self.checksum_of_the_run = hashlib.sha256("\n".join(ids).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def __len__(self) -> int:
+        return 0
+
+    def at(self, name: str) -> list[str]:
+        return self.ids
+
+    def texts(self, name: str, start: int, stop: int) -> list[str]:
+        return self.ids[start:stop]
+
+    def names_of(self, start: int, stop: int) -> list[str]:
+        return []
+
+    def names_at(self, rows: NDArray[np.int64]) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 @dataclass(frozen=True)
 class Frames:
     """The N frames of a file. protein, dna: float16 or float32 [N, D] and [N, E], mapped; contig: int64 [N].
@@ -30,7 +57,7 @@ class Frames:
     done: bool [N], whether both halves have a row; chunk: bases of a chunk.
     """
 
-    file: EmbeddingFile
+    file: EmbeddingFile | NoFile
     protein: NDArray[Any] = field(repr=False)
     dna: NDArray[Any] = field(repr=False)
     contig: NDArray[np.int64] = field(repr=False)
@@ -52,6 +79,12 @@ class Frames:
             rows = np.flatnonzero(self.done[block])
             names = self.file.names_of(block.start, block.stop)
             yield rows + block.start, [names[row] for row in rows.tolist()]
+
+
+def none_of(file: NoFile, head: Head, chunk: int) -> Frames:
+    """No frame, of the features that a head takes."""
+    protein, dna = np.empty((0, head.features), np.float32), np.empty((0, 0), np.float32)
+    return Frames(file, protein, dna, np.empty(0, np.int64), np.empty(0, np.bool_), chunk)
 
 
 def opened(path: str | Path) -> Frames:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from virnucpro_cli import fasta, report, store
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import UserError, counted
+from virnucpro_cli.errors import NoProteins, UserError, counted
 from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.features.contigs import chunks, codons, pyrodigal_gv, six_frame
 from virnucpro_cli.features.contigs.codons import Genes
@@ -209,9 +209,10 @@ def _make(
         if not written["contig"]:
             inputs = ", ".join(source.path for source in contigs.sources)
             number_of = counted(len(contigs), "contig")
-            raise UserError(
+            raise NoProteins(
                 f"No protein was found in the {number_of} of {inputs} by --genes {config.genes}.",
                 "Are they long enough? --genes six-frame with a small --min-aa finds the most.",
+                contigs.names(0, len(contigs), full=config.id == "full"),
             )
         columns: dict[str, Any] = {name: np.frombuffer(column, column.typecode) for name, column in written.items()}
         with disk.written_whole(paths.table) as table:
