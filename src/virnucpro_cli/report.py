@@ -65,9 +65,10 @@ class RunReport:
         return dataclasses.replace(self, notes=notes, tables=tables).to_json(indent=None)
 
 
-REPORTS = ("report", "qc", "plot", "config")
-"""Options whose file is replaced by the next run, if it is a report of this program."""
-BEGINNINGS = (b'{\n "command": "', b'{\n "passed": ', b"name\tstatus\treason\tlength\t", b"# virnucpro embed --config ")
+REPORTS = ("report", "qc", "plot", "config", "multiqc")
+"""Options whose files are replaced by the next run, if they are reports of this program."""
+BEGINNINGS = (b'{\n "command": "', b'{\n "passed": ', b'{\n "id": "virnucpro_', b"name\tstatus\treason\tlength\t",
+              b"# virnucpro embed --config ")  # fmt: skip
 PICTURES = (b"\x89PNG", b"%PDF", b"<?xml")
 
 
@@ -90,7 +91,7 @@ def check_places(written: dict[str, str | None], read: Iterable[str | Path], ove
         for other in [*map(Path, read), *(p for name, p in wanted.items() if name != option)]:
             if _reaches(path, other):
                 raise UserError(f"{this} would overwrite {other}, which this run reads or writes.", another)
-        if option in REPORTS and not overwrite and path.is_file() and not _is_ours(path):
+        if option.partition(" ")[0] in REPORTS and not overwrite and path.is_file() and not _is_ours(path):
             remedy = another if overwrite is None else "Choose another name, or --overwrite it."
             raise UserError(f"{this} exists, and is no {option} of this program.", remedy)
 

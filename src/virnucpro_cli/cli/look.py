@@ -6,7 +6,7 @@ import typer
 
 from virnucpro_cli.cli import end_at_once, options
 from virnucpro_cli.cli.options import QcFile
-from virnucpro_cli.errors import EXIT_SOME_SKIPPED
+from virnucpro_cli.errors import EXIT_SOME_SKIPPED, UserError
 from virnucpro_cli.explore import MapConfig, SearchConfig
 
 SEARCH_EPILOG = (
@@ -18,12 +18,26 @@ SEARCH_EPILOG = (
 def inspect(
     file: Annotated[str, typer.Argument(metavar="OUT.h5", help="What embed wrote, or is writing (OUT.h5.partial).")],
     qc: QcFile = None,
+    multiqc: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write numbers and bar charts of this sample for MultiQC.")
+    ] = None,
+    ro_crate: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Write ro-crate-metadata.json for the folder that holds the file."),
+    ] = None,
+    agent: Annotated[
+        str | None,
+        typer.Option(metavar="WHO", help="Who made the file, for --ro-crate: a name, or an ORCID's URL."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of others with these names.")] = False,
 ) -> None:
     """Show what is in an embeddings file and how complete it is, with a sentence for your Methods."""
     from virnucpro_cli.explore.inspect import inspect_file
 
+    if agent is not None and ro_crate is None:
+        raise UserError("--agent is for a crate.", "Add --ro-crate DIR, or leave it out.")
     end_at_once()
-    inspect_file(file, qc)
+    inspect_file(file, qc, multiqc, ro_crate, agent, overwrite)
 
 
 @options.of(MapConfig)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from virnucpro_cli import report, store
 from virnucpro_cli.errors import counted, printable, shortened
+from virnucpro_cli.explore import crate, multiqc
 from virnucpro_cli.features import qc, stored_in
 from virnucpro_cli.kinds import POOLED, PROTEIN, unmasked
 from virnucpro_cli.model.families import FAMILIES, reading_of
@@ -23,12 +24,26 @@ GENES_PAPERS = (
 )
 
 
-def inspect_file(path: str, qc_path: str | None = None) -> None:
-    """Print the summary of a file to standard output. Raises UserError if it is not one that embed wrote."""
+def inspect_file(
+    path: str,
+    qc_path: str | None = None,
+    multiqc_folder: str | None = None,
+    crate_folder: str | None = None,
+    agent: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Print the summary of a file to standard output, and write what else is asked for.
+
+    agent: who made the file, for the crate. Raises UserError if it is not one that embed wrote.
+    """
     out = report.console() if qc_path == "-" else report.stdout()  # the table alone is on standard output then
     with store.opened(path) as file:
         settings = file.settings
-        report.check_places({"qc": qc_path}, [path, *(entry["path"] for entry in file.inputs)])
+        sections = multiqc.places(multiqc_folder, path) if multiqc_folder else {}
+        written = {"qc": qc_path, **{f"multiqc {name}": place for name, place in sections.items()}}
+        report.check_places(written, [path, *(entry["path"] for entry in file.inputs)], overwrite)
+        if crate_folder:
+            crate.check(crate_folder, file, overwrite)
         out.print(_contents(path, file, settings))
         out.print(_statuses(file))
         out.print(_numbers(file, settings))
@@ -42,6 +57,11 @@ def inspect_file(path: str, qc_path: str | None = None) -> None:
             out.print(f"Not complete: {pending}. The command of its run, again, goes on.")
         if qc_path:
             qc.write(qc_path, file)
+        if multiqc_folder:
+            multiqc.write(multiqc_folder, file)
+        if crate_folder:
+            words = "Imported." if "imported" in settings else methods(file)
+            crate.write(crate_folder, file, words, agent, overwrite)
 
 
 def _contents(path: str, file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:

@@ -1,0 +1,106 @@
+"""Files of a sample for MultiQC: numbers for its general statistics, and two bar charts. Needs the file alone.
+
+Files of several samples in one folder make one report, with the samples side by side.
+"""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from virnucpro_cli import store
+from virnucpro_cli.embed.summary import EDGES
+
+PARENT = {
+    "parent_id": "virnucpro",
+    "parent_name": "virnucpro",
+    "parent_description": "embeds proteins and nucleotides with language models, packed, resumable and checked.",
+}
+SECTIONS = ("stats", "records", "lengths")
+
+
+def sample_of(path: str | Path) -> str:
+    """The name of a file's sample: p for p.h5 and p.h5.partial."""
+    return Path(path).name.removesuffix(".partial").removesuffix(".h5")
+
+
+def places(folder: str, path: str | Path) -> dict[str, str]:
+    """Paths of the files that `write` makes in the folder, by section."""
+    return {section: f"{folder}/{sample_of(path)}_virnucpro_{section}_mqc.json" for section in SECTIONS}
+
+
+def write(folder: str, file: store.EmbeddingFile) -> None:
+    """Write the files of a sample into the folder. Raises UserError if that fails."""
+    contents = {"stats": _stats(file), "records": _records(file), "lengths": _lengths(file)}
+    for section, path in places(folder, file.path).items():
+        content = {"id": f"virnucpro_{section}", **contents[section]}
+        content["data"] = {sample_of(file.path): content["data"]}
+        with store.new_file(Path(path), overwrite=True) as out:
+            out.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+def _stats(file: store.EmbeddingFile) -> dict[str, Any]:
+    (word, letter), report = file.words, file.report if file.complete else {}
+    cut = (file.flags & store.TRUNCATED > 0) & (file.status == store.DONE)
+    whole = {"format": "{:,.0f}", "min": 0}
+    columns: dict[str, tuple[Any, dict[str, Any]]] = {
+        f"{word}s": (len(file), {"description": "Records of the input", "scale": "Blues", **whole}),
+        "skipped": (
+            int((file.status == store.SKIPPED).sum()),
+            {"description": f"{word}s without an embedding".capitalize(), "scale": "Reds", **whole},
+        ),
+        "cut": (
+            int(cut.sum()),
+            {"description": f"{word}s of which only the first {letter}s were embedded".capitalize(),
+             "scale": "Oranges", **whole},
+        ),
+        "tokens/s": (
+            report.get("rates", {}).get("tokens/s"),
+            {"description": "Tokens by the second of the model's forward", "scale": "Greens", **whole},
+        ),
+        "density": (
+            report.get("packing", {}).get("density"),
+            {"description": "Share of computed rows that are tokens of the input", "scale": "Purples",
+             "format": "{:.1%}", "min": 0, "max": 1},
+        ),
+        "model": (str(file.attributes["model"]).partition(" ")[0], {"description": "Model", "scale": False}),
+    }  # fmt: skip
+    return {
+        "plot_type": "generalstats",
+        "pconfig": [{name: {"title": name, "namespace": "virnucpro", **how}} for name, (_, how) in columns.items()],
+        "data": {name: value for name, (value, _) in columns.items() if value is not None},
+    }
+
+
+def _records(file: store.EmbeddingFile) -> dict[str, Any]:
+    """Every record in one bar: embedded whole, in windows or cut, skipped by reason, or pending."""
+    done, word = file.status == store.DONE, file.words[0]
+    cut, windowed = (done & (file.flags & bit > 0) for bit in (store.TRUNCATED, store.WINDOWED))
+    counts = {
+        "embedded": done & ~cut & ~windowed,
+        "in windows": windowed,
+        "cut": cut,
+        "pending": file.status == store.PENDING,
+        **{f"skipped: {reason}": (file.status == store.SKIPPED) & (file.reason == code)
+           for code, reason in enumerate(store.REASONS) if code},
+    }  # fmt: skip
+    text = f"What became of each {word}: embedded whole, in overlapping windows or cut, or skipped, with the reason."
+    return _bars(f"{word}s", text, {name: int(chosen.sum()) for name, chosen in counts.items()}, word)
+
+
+def _lengths(file: store.EmbeddingFile) -> dict[str, Any]:
+    word, letter = file.words
+    labels = [*(f"{a}-{b - 1}" for a, b in pairwise(EDGES)), f"{EDGES[-1]} and more"]
+    counts = np.histogram(file.lengths, [*EDGES, np.iinfo(np.int32).max])[0].tolist()
+    text = f"{word}s of the input by their number of {letter}s, before any cut.".capitalize()
+    return _bars("lengths", text, dict(zip(labels, counts, strict=True)), word)
+
+
+def _bars(what: str, description: str, counts: dict[str, int], word: str) -> dict[str, Any]:
+    return {
+        **PARENT, "section_name": what.capitalize(), "description": description, "plot_type": "bargraph",
+        "pconfig": {"id": f"virnucpro_{what}_plot", "title": f"virnucpro: {what}", "ylab": f"{word}s"},
+        "categories": {name: {"name": name} for name in counts}, "data": counts,
+    }  # fmt: skip
