@@ -1,11 +1,14 @@
 """The recipes agree with pyproject.toml, copy what is there, and call commands that exist."""
 
+import importlib.util
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jinja2
@@ -140,3 +143,41 @@ def test_the_nextflow_modules_command_runs(weights: bool, empty: bool, tiny_mode
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.glob("sample.*")} == {"sample.h5", "sample.json"}
+
+
+@pytest.fixture(scope="module")
+def identity() -> ModuleType:
+    """The script that makes what registries know the project by."""
+    spec = importlib.util.spec_from_file_location("identity", RECIPES / "identity.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_registries_are_told_what_pyproject_and_the_citation_say(identity: ModuleType) -> None:
+    for name, text in identity.made(ROOT).items():
+        assert (ROOT / name).read_text() == text, f"{name}: run python packaging/identity.py"
+
+
+def test_a_release_fills_in_the_projects_page_once_and_again(identity: ModuleType, tmp_path: Path) -> None:
+    for name in (identity.PYPROJECT, identity.CITATION):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    for page in ("https://example.org/first", "https://example.org/then"):
+        identity.fill_in(tmp_path, page)
+    before, after = (tomllib.loads((root / identity.PYPROJECT).read_text()) for root in (ROOT, tmp_path))
+    assert after["project"].pop("urls") == {"Homepage": page, "Source": page}
+    before["project"].pop("urls")
+    assert after == before
+    before, after = (yaml.safe_load((root / identity.CITATION).read_text()) for root in (ROOT, tmp_path))
+    assert after == before | {"repository-code": page}
+    codemeta, entry = map(json.loads, identity.made(tmp_path).values())
+    assert (codemeta["url"], codemeta["codeRepository"], entry["homepage"]) == (page, page, page)
+    with pytest.raises(SystemExit, match="is no address"):
+        identity.fill_in(tmp_path, "example.org")
+
+
+def test_no_page_stands_where_none_is_known(identity: ModuleType) -> None:
+    entry = json.loads((RECIPES / "biotools" / "virnucpro.json").read_text())
+    assert (entry.get("homepage") is None) == (not PROJECT["urls"])
+    assert 10 <= len(entry["description"]) <= 1000  # as biotoolsSchema has it

@@ -6,6 +6,7 @@ The crate is a folder that holds the file. It follows RO-Crate 1.1 and the profi
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -66,10 +67,10 @@ def _graph(folder: str, file: store.EmbeddingFile, methods: str, agent: str | No
     output, inputs, licences = _output(folder, file), list(_inputs(folder, file)), _licences(file)
     models, settings, software = list(_models(file, licences)), list(_settings(file)), list(_software(file))
     who = _agent(agent) if agent else None
-    command = json.loads(file.attributes["argv"])
+    program, *arguments = json.loads(file.attributes["argv"])
     action = {
-        "@id": "#run", "@type": "CreateAction", "name": f"virnucpro {' '.join(command[1:2])}".strip(),
-        "description": " ".join(["virnucpro", *command[1:]]),
+        "@id": "#run", "@type": "CreateAction", "name": f"{software[0]['name']} {software[0]['softwareVersion']}",
+        "description": shlex.join([Path(program).name, *arguments]),
         "instrument": _to(software[0]), "object": _to(*inputs, *models, *settings), "result": _to(output),
         **_times(file), "actionStatus": "http://schema.org/CompletedActionStatus",
         **({"agent": _to(who)} if who else {}),

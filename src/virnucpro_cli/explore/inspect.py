@@ -60,7 +60,8 @@ def inspect_file(
         if multiqc_folder:
             multiqc.write(multiqc_folder, file)
         if crate_folder:
-            words = "Imported." if "imported" in settings else methods(file)
+            imported = f"Imported from {file.attributes.get('imported_from')}"
+            words = imported if "imported" in settings else methods(file)
             crate.write(crate_folder, file, words, agent, overwrite)
 
 
