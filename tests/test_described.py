@@ -60,7 +60,7 @@ def described(folder: Path, **options: Any) -> dict[str, Any]:
 # --- MultiQC ----------------------------------------------------------------------------------------------------------
 
 
-def test_multiqc_is_told_the_numbers_of_a_sample(folder: Path) -> None:
+def test_multiqc_is_told_the_numbers_of_a_sample(folder: Path, tiny_model: Path) -> None:
     files = multiqc(folder / "out.h5", folder)
     assert {path.name for path in folder.glob("*_mqc*")} == MULTIQC
     with read_embeddings(folder / "out.h5") as file:
@@ -68,7 +68,7 @@ def test_multiqc_is_told_the_numbers_of_a_sample(folder: Path) -> None:
     assert files["stats"]["plot_type"] == "generalstats"
     assert files["stats"]["data"]["out"] == {
         "proteins": 5, "skipped": 2, "cut": 1, "tokens/s": report["rates"]["tokens/s"],
-        "density": report["packing"]["density"], "model": report["environment"]["model"].split()[0],
+        "density": report["packing"]["density"], "model": tiny_model.name,
     }  # fmt: skip
     assert [name for column in files["stats"]["pconfig"] for name in column] == list(files["stats"]["data"]["out"])
 
@@ -145,7 +145,7 @@ def test_the_crate_says_how_the_file_was_made(folder: Path, made: Path, tiny_mod
         torch = file.environments[0]["torch"]
     assert model["sha256"] == sha256 and "license" not in model  # nobody knows it
     assert entities["#virnucpro"]["softwareVersion"] and entities["https://pytorch.org"]["softwareVersion"] == torch
-    assert (entities["#pool"]["value"], entities["#max_residues"]["value"]) == ("mean,max", 100)
+    assert (entities["#pool"]["value"], entities["#max_residues"]["value"]) == ("mean, max", 100)
     start, end = (datetime.fromisoformat(action[name]) for name in ("startTime", "endTime"))
     assert start == datetime.fromisoformat(created) and start <= end
     given = {each["@id"] for each in action["object"]}
@@ -163,6 +163,19 @@ def test_an_input_is_a_file_of_the_crate_where_it_is_the_one_that_was_read(folde
     assert {"@id": "in.fasta"} in entities["./"]["hasPart"] and "#input-1" not in entities
     (folder / "in.fasta").write_text(FASTA + "A")
     assert "#input-1" in described(folder)
+
+
+def test_proteins_of_contigs_are_a_result_and_the_contigs_the_input(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "contigs.fna").write_text(">c\n" + "GCTATGAAAGTTCTGGCTGGTTGG" * 30 + "\n")
+    embed_fasta(
+        tmp_path / "contigs.fna", tmp_path / "out.h5", model=str(tiny_model), device="cpu", from_="contigs",
+        genes="virnucpro",
+    )  # fmt: skip
+    entities = described(tmp_path)
+    action = entities["#run"]
+    assert {"@id": "contigs.fna"} in action["object"]
+    assert [each["@id"] for each in action["result"]] == ["out.h5", "out.proteins.faa"]
+    assert entities["#gene_caller"]["value"].startswith("name virnucpro, version")
 
 
 @pytest.mark.parametrize(

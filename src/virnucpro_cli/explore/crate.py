@@ -64,14 +64,17 @@ def write(folder: str, file: store.EmbeddingFile, methods: str, agent: str | Non
 
 
 def _graph(folder: str, file: store.EmbeddingFile, methods: str, agent: str | None) -> Iterator[Entity]:
-    output, inputs, licences = _output(folder, file), list(_inputs(folder, file)), _licences(file)
+    contigs = json.loads(file.attributes.get("contigs", "[]"))
+    inputs = list(_texts(folder, file, "input", contigs or file.inputs))
+    found = list(_texts(folder, file, "proteins", file.inputs)) if contigs else []  # this run wrote them
+    output, licences = _output(folder, file), _licences(file)
     models, settings, software = list(_models(file, licences)), list(_settings(file)), list(_software(file))
     who = _agent(agent) if agent else None
     program, *arguments = json.loads(file.attributes["argv"])
     action = {
         "@id": "#run", "@type": "CreateAction", "name": f"{software[0]['name']} {software[0]['softwareVersion']}",
         "description": shlex.join([Path(program).name, *arguments]),
-        "instrument": _to(software[0]), "object": _to(*inputs, *models, *settings), "result": _to(output),
+        "instrument": _to(software[0]), "object": _to(*inputs, *models, *settings), "result": _to(output, *found),
         **_times(file), "actionStatus": "http://schema.org/CompletedActionStatus",
         **({"agent": _to(who)} if who else {}),
     }  # fmt: skip
@@ -80,12 +83,12 @@ def _graph(folder: str, file: store.EmbeddingFile, methods: str, agent: str | No
         "@id": "./", "@type": "Dataset", "name": f"Embeddings {output['name']}", "description": methods,
         "datePublished": datetime.now(UTC).date().isoformat(), "license": _to(NOT_STATED),
         "conformsTo": {"@id": PROFILE}, "mentions": _to(action),
-        "hasPart": [_to(each) for each in (output, *inputs) if each["@type"] == "File"],
+        "hasPart": [_to(each) for each in (output, *inputs, *found) if each["@type"] == "File"],
     }  # fmt: skip
     profile = {"@id": PROFILE, "@type": "CreativeWork", "name": "Process Run Crate", "version": "0.5"}
-    used = {each["@id"] for entity in (output, *inputs) for each in entity["encodingFormat"][1:]}
+    used = {each["@id"] for entity in (output, *inputs, *found) for each in entity["encodingFormat"][1:]}
     formats = [{"@id": each, "@type": "WebSite", "name": name} for each, name in FORMATS.items() if each in used]
-    yield from (about, root, profile, output, *inputs, action, *software, *models, *settings, *formats)
+    yield from (about, root, profile, output, *inputs, *found, action, *software, *models, *settings, *formats)
     yield from (NOT_STATED, *licences, *([who] if who else []))
 
 
@@ -131,14 +134,16 @@ def _output(folder: str, file: store.EmbeddingFile) -> Entity:
     }  # fmt: skip
 
 
-def _inputs(folder: str, file: store.EmbeddingFile) -> Iterator[Entity]:
-    """The inputs: a file of the crate where it is in the folder as it was read, otherwise known by its SHA-256."""
-    entries = [*file.inputs, *json.loads(file.attributes.get("contigs", "[]"))]
+def _texts(folder: str, file: store.EmbeddingFile, name: str, entries: list[Entity]) -> Iterator[Entity]:
+    """Sequences that were read: files of the crate where they lie in its folder, otherwise known by their SHA-256.
+
+    entries: path, bytes and sha256 of each.
+    """
     for number, entry in enumerate(entries, start=1):
-        path, entity = Path(entry["path"]), {"@id": f"#input-{number}", "@type": "CreativeWork"}
+        path, entity = Path(entry["path"]), {"@id": f"#{name}-{number}", "@type": "CreativeWork"}
         for each in (path, file.path.with_name(path.name)):
-            if each.is_file() and (name := _inside(folder, each)) and _sha256(each) == entry["sha256"]:
-                entity = {"@id": name, "@type": "File"}
+            if each.is_file() and (place := _inside(folder, each)) and _sha256(each) == entry["sha256"]:
+                entity = {"@id": place, "@type": "File"}
         yield entity | {
             "name": path.name,
             "encodingFormat": ["text/plain", {"@id": FASTQ if re.search(r"\.f(ast)?q\b", path.name) else FASTA}],
@@ -181,17 +186,17 @@ def _licences(file: store.EmbeddingFile) -> list[Entity]:
 
 
 def _settings(file: store.EmbeddingFile) -> Iterator[Entity]:
-    """What the values depend on, and each environment that computed some."""
+    """Settings that the values depend on, and each environment that computed some."""
     for name, value in file.settings.items():
-        if name not in ("input_sha256", "weights_sha256", "unknown", *HALVES) and value != store.UNKNOWN:
+        if not name.endswith("_sha256") and name not in ("unknown", *HALVES) and value != store.UNKNOWN:
             yield _value(name, value)
     for number, environment in enumerate(file.environments, start=1):
-        yield _value(f"environment-{number}", ", ".join(f"{name} {value}" for name, value in environment.items()))
+        yield _value(f"environment-{number}", environment)
 
 
 def _value(name: str, value: Any) -> Entity:
-    listed = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    text = value if listed is None else ",".join(map(str, listed))
+    words = [f"{key} {each}" for key, each in value.items()] if isinstance(value, dict) else value
+    text = ", ".join(map(str, words)) if isinstance(words, list) else words
     return {"@id": f"#{name}", "@type": "PropertyValue", "name": name, "value": text}
 
 

@@ -65,7 +65,10 @@ def _stats(file: store.EmbeddingFile) -> dict[str, Any]:
             {"description": "Share of computed rows that are tokens of the input", "scale": "Purples",
              "format": "{:.1%}", "min": 0, "max": 1},
         ),
-        "model": (str(file.attributes["model"]).partition(" ")[0], {"description": "Model", "scale": False}),
+        "model": (
+            Path(str(file.attributes["model"]).partition(" (")[0]).name,
+            {"description": "Language model", "scale": False},
+        ),
     }  # fmt: skip
     return {
         "plot_type": "generalstats",
