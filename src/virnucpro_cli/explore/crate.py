@@ -105,10 +105,10 @@ def _time(moment: datetime) -> str:
 def _times(file: store.EmbeddingFile) -> Entity:
     """When the file was laid out, and when it was finished, by the report's seconds; not of a run that was resumed."""
     start = datetime.fromisoformat(str(file.attributes["created"]))
-    report = file.report
-    seconds = {name: n for name, n in report.get("seconds", {}).items() if name not in report.get("meanwhile", [])}
+    run = file.report
+    seconds = {name: n for name, n in run.get("seconds", {}).items() if name not in run.get("meanwhile", [])}
     later = list(seconds)[list(seconds).index("lay out") :] if "lay out" in seconds else []
-    known = later and "resumed proteins" not in report["counts"]
+    known = later and "resumed proteins" not in run["counts"]
     end = {"endTime": _time(start + timedelta(seconds=sum(seconds[name] for name in later)))} if known else {}
     return {"startTime": _time(start), **end}
 

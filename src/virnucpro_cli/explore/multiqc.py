@@ -42,7 +42,7 @@ def write(folder: str, file: store.EmbeddingFile) -> None:
 
 
 def _stats(file: store.EmbeddingFile) -> dict[str, Any]:
-    (word, letter), report = file.words, file.report if file.complete else {}
+    (word, letter), run = file.words, file.report if file.complete else {}
     cut = (file.flags & store.TRUNCATED > 0) & (file.status == store.DONE)
     whole = {"format": "{:,.0f}", "min": 0}
     columns: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -57,11 +57,11 @@ def _stats(file: store.EmbeddingFile) -> dict[str, Any]:
              "scale": "Oranges", **whole},
         ),
         "tokens/s": (
-            report.get("rates", {}).get("tokens/s"),
+            run.get("rates", {}).get("tokens/s"),
             {"description": "Tokens by the second of the model's forward", "scale": "Greens", **whole},
         ),
         "density": (
-            report.get("packing", {}).get("density"),
+            run.get("packing", {}).get("density"),
             {"description": "Share of computed rows that are tokens of the input", "scale": "Purples",
              "format": "{:.1%}", "min": 0, "max": 1},
         ),
