@@ -694,6 +694,32 @@ def test_a_run_refuses_the_output_that_another_run_is_writing(
     theirs.close()
 
 
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("moment", ["fingerprint_tried", "check_free_space", "Store.create", "Store.resume"])
+def test_a_run_that_another_overtakes_sees_what_that_one_made(
+    interrupted: tuple[Path, Path], embed: Embed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    moment: str, begun: bool,
+) -> None:  # fmt: skip
+    """The other run does all of it at a moment when this one believes that there is a partial file, or none."""
+    fasta, output = interrupted
+    if not begun:
+        store.partial_path(output).unlink()
+    owner, name = (store.Store, moment[6:]) if moment.startswith("Store.") else (store, moment)
+    real = getattr(owner, name)
+
+    def late(*arguments: Any, **more: Any) -> Any:
+        monkeypatch.setattr(owner, name, real)
+        embed(fasta, output)
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, late)
+    embed(fasta, output, quiet=False)
+    met = getattr(owner, name) is real
+    assert met == (begun == (moment in ("fingerprint_tried", "Store.resume")))
+    assert not met or "is already complete" in capsys.readouterr().err
+    assert output.exists() and not [path for path in output.parent.glob("*out.h5*") if path != output]
+
+
 def test_gaps_and_nucleotides_among_proteins_are_told_counted_and_in_the_table(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

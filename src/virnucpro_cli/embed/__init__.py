@@ -42,6 +42,8 @@ from virnucpro_cli.plan.packing import Int64, subset, worst_first
 __all__ = ["embed_fasta", "resolved_layers", "run"]
 
 ANOTHER = "Choose another -o, or --overwrite it."
+LOOKS = 5
+"""How often a run looks at what is there, if each time another one changes it."""
 
 
 def run(
@@ -105,13 +107,7 @@ def _embed(run: EmbedRun) -> None:
     with run.clock.stage("lay out"):
         for each in (run, *run.halves.values()):
             each.fingerprint = each.fingerprint_with(each.weights)
-        finished = _finished(run)
-        if finished is not None and not _is_retried(run):
-            run.out.print(f"{run.output} is already complete: same input, model and settings.")
-            run.summary.already_complete = True
-        else:
-            run.file = _open_store(run)
-            run.file.replaces = finished
+        _take_up(run)
     if not run.summary.already_complete:
         with run.file.filling():
             if not run.file.locked:
@@ -213,6 +209,22 @@ def _compute(run: EmbedRun, packs: Int64, placer: Placer) -> None:
 # --- the file ----------------------------------------------------------------------------------------------------
 
 
+def _take_up(run: EmbedRun) -> None:
+    """Have the file that the run fills, or see that nothing is left to do. Looks again if another run was faster."""
+    for left in reversed(range(LOOKS)):
+        try:
+            finished = _finished(run)
+            if finished is not None and not _is_retried(run):
+                run.out.print(f"{run.output} is already complete: same input, model and settings.")
+                run.summary.already_complete = True
+            else:
+                run.file = _open_store(run, finished)
+            return
+        except store.Overtaken:
+            if not left:
+                raise
+
+
 def _finished(run: EmbedRun) -> os.stat_result | None:
     """The finished file that is there, None without one, or if it is to be overwritten.
 
@@ -223,7 +235,7 @@ def _finished(run: EmbedRun) -> os.stat_result | None:
         return None
     there, known = output.stat(), store.fingerprint_of(output)
     if known is None:
-        raise UserError(f"{output} was taken up or replaced by another run just now.", "Run the command again.")
+        raise store.Overtaken(output)
     theirs, is_complete = known
     if differing := store.differences(theirs, run.fingerprint):
         raise UserError(f"{output} exists and is of another run: {'; '.join(differing)}.", ANOTHER)
@@ -270,23 +282,34 @@ def _drop_finished_partial(output: Path) -> None:
         partial_file.unlink()
 
 
-def _open_store(run: EmbedRun) -> store.Store:
-    """The partial file, resumed or new. Raises UserError for one that is of another run."""
+def _open_store(run: EmbedRun, finished: os.stat_result | None) -> store.Store:
+    """The partial file, resumed or new. Raises UserError for one that is of another run.
+
+    finished: the file that it will replace.
+    """
     output, layout, partial_file = run.output, run.layout, store.partial_path(run.output)
     if partial_file.exists() and not run.config.restart:
         there = store.fingerprint_tried(partial_file, "Discard it with --restart.")
         if there is None:
+            store.check_unheld(partial_file)
             remedy = "Move it away, or discard it with --restart."
             raise UserError(f"{partial_file} is not a partial output of virnucpro.", remedy)
         if differing := store.differences(there[0], run.fingerprint):
             remedy = "Repeat that run's command to finish it, discard it with --restart, or choose another -o."
             raise UserError(f"{partial_file} belongs to another run: {'; '.join(differing)}.", remedy)
-        return _resumed(run)
-    if partial_file.exists():
-        store.discard_partial(output)
-    store.check_free_space(output, layout.file_bytes)
-    layout.attributes.update(attributes(run))
-    return store.Store.create(output, layout, run.config.preallocate)
+        file = _resumed(run)
+    else:
+        if partial_file.exists():
+            store.discard_partial(output)
+        store.check_free_space(output, layout.file_bytes)
+        layout.attributes.update(attributes(run))
+        file = store.Store.create(output, layout, run.config.preallocate)
+        if finished is None and output.exists() and not run.config.overwrite:
+            file.close()
+            store.discard_partial(output)
+            raise store.Overtaken(output)
+    file.replaces = finished
+    return file
 
 
 def _resumed(run: EmbedRun) -> store.Store:

@@ -17,7 +17,6 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import UserError
 from virnucpro_cli.store import disk
 
 MARK = b"virnucpro tokens"
@@ -118,5 +117,5 @@ class TokenFile:
         with ExitStack() as stack:
             file = self.file if self.path is None else stack.enter_context(open(self.path, "rb"))
             if not os.path.samestat(os.fstat(file.fileno()), os.fstat(self.file.fileno())):
-                raise UserError(f"{self.path} was replaced by another run just now.", "Run the command again.")
+                raise disk.Overtaken(self.path)
             return np.frombuffer(mmap.mmap(file.fileno(), self.at, access=mmap.ACCESS_READ), np.uint16)

@@ -6,12 +6,14 @@ disk: rows are synced before the status bytes that vouch for them. The file is `
 
 from virnucpro_cli.store.checked import DAMAGE, fingerprint_of, opened_hdf5
 from virnucpro_cli.store.disk import (
+    Overtaken,
     allow_open_files,
     behind,
     check_destination,
     check_free_space,
     check_hdf5_name,
     check_new,
+    check_unheld,
     checksum,
     copy_back,
     discard_partial,

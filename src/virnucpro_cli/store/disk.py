@@ -59,6 +59,13 @@ def _optional(call: str) -> Iterator[None]:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
+class Overtaken(UserError):
+    """Another run did just now what this one was about to do: whoever looks again sees what it made."""
+
+    def __init__(self, path: Path):
+        super().__init__(f"{path} was begun, finished or replaced by another run just now.", "Run the command again.")
+
+
 def partial_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
@@ -195,7 +202,7 @@ def lock(fd: int, path: Path) -> bool:
                 raise UserError(f"Another run is writing {path} now.", ANOTHER) from None
         time.sleep(0.1)
     if not is_the_file(path, os.fstat(fd)):
-        raise UserError(f"{path} was finished or replaced by another run just now.", "Run the command again.")
+        raise Overtaken(path)
     return locked
 
 
@@ -250,6 +257,8 @@ def _lock_file(
 def open_existing(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        raise Overtaken(path) from None
     except OSError as error:
         message = f"{path} is there and cannot be opened for writing: {error.strerror}."
         raise UserError(message, "Ask its owner, or choose another output with -o.") from None
@@ -264,6 +273,12 @@ def _held(path: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def check_unheld(path: Path) -> None:
+    """Raise UserError if another process writes the file, or it is not there any more."""
+    with _held(path):
+        pass
 
 
 # --- new files -------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class Store:
         try:
             with disk.making(partial, os.rename) as (fd, locked):
                 if partial.exists():
-                    raise UserError(f"Another run began {partial} just now.", disk.ANOTHER)
+                    raise disk.Overtaken(partial)
                 if preallocate:
                     disk.reserve(fd, layout.file_bytes)
                 lay_out(fd, layout)
