@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import loaded, relative_l2
+from conftest import ROOT, loaded, relative_l2
 from packs import embeddings, of_segment
 from test_tokens import trained
 from virnucpro_cli import read_embeddings
@@ -18,6 +18,7 @@ from virnucpro_cli.batch import PackedBatch, query_tiles
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.explore import inspect
 from virnucpro_cli.machine import models
 from virnucpro_cli.model import attention, dnabert, families, kernels, locate, pooling, weights
 from virnucpro_cli.model.attention import Backend
@@ -398,7 +399,7 @@ def test_the_tokenizer_is_needed_and_pinned(tmp_path: Path, small: Path, monkeyp
 
 
 def test_proteins_fp8_and_heads_are_refused(tmp_path: Path, small: Path) -> None:
-    (tmp_path / "p.faa").write_text(">a\nMKV\n")
+    (tmp_path / "p.faa").write_text(">a\nACGT\n")
     with pytest.raises(UserError, match="reads nucleotides only"):
         families.reading(SMALL)
     with pytest.raises(UserError, match="fp8"):
@@ -444,6 +445,34 @@ def test_any_fasta_of_nucleotides_is_embedded(tmp_path: Path, small: Path, optio
     assert verify.verify_file(str(output), (str(path),)).passed
     verdict = validate_model(against=str(output), fasta=str(path), model=str(small))
     assert verdict.passed, verdict.failed_parts
+
+
+def test_words_and_the_table_count_tokens_where_the_model_does(tmp_path: Path, small: Path) -> None:
+    path, output, qc = tmp_path / "in.fna", tmp_path / "out.h5", tmp_path / "qc.tsv"
+    nucleotides(path, 500, 60)
+    options: dict[str, Any] = {"model": str(small), "device": "cpu", "max_residues": 40}
+    told = embed_fasta(path, output, qc=str(qc), pool=("mean-all",), **options)
+    with read_embeddings(output) as file:
+        tokens = file.columns["tokens"].tolist()
+        assert tokens[0] > 40 >= tokens[1]
+        assert "1 sequence was truncated to the first 40 tokens." in inspect.methods(file)
+    share = f"{(tokens[0] - 40) / sum(tokens):.0%}"
+    assert any(f"truncated, {share} of tokens not seen; --long full embeds them whole" in note for note in told.notes)
+    rows = [line.split("\t") for line in qc.read_text().splitlines()]
+    at = rows[0].index("length"), rows[0].index("embedded")
+    assert [[row[i] for i in at] for row in rows[1:]] == [["500", "40"], ["60", str(tokens[1])]]
+    embed_fasta(path, tmp_path / "w.h5", qc=str(tmp_path / "w.tsv"), long="window", overlap=10, **options)
+    counts = [line.split("\t")[rows[0].index("windows")] for line in (tmp_path / "w.tsv").read_text().splitlines()[1:]]
+    assert counts == [str(-(-(tokens[0] - 10) // 30)), "1"]
+    with pytest.raises(UserError, match=r"1 sequence longer than 40 tokens; the first is 's0' with"):
+        embed_fasta(path, tmp_path / "e.h5", long="error", **options)
+
+
+def test_proteins_are_no_nucleotides(tmp_path: Path, small: Path) -> None:
+    for kind in ({}, {"kind": "nucleotide"}):
+        with pytest.raises(UserError, match=r"does not look like nucleotides: 7\d\.\d% of the letters are not A, C"):
+            embed_fasta(ROOT / "examples" / "viral_proteins.fasta", tmp_path / "o.h5", model=str(small), **kind)
+    assert not list(tmp_path.iterdir())
 
 
 def test_workers_embed_tokens_too(tmp_path: Path, small: Path) -> None:

@@ -29,11 +29,19 @@ def records(path: str | Path, folder: Path) -> list[tuple[str, bytes]]:
 EXPECTED = [("r1/1", b"ACGTN"), ("r2", b""), ("r3", b"TTGA")]
 
 
-@pytest.mark.parametrize("text", [READS, READS.replace(b"\n", b"\r\n"), READS + b"\n\n", READS[:-1]])
+@pytest.mark.parametrize(
+    "text", [READS, READS.replace(b"\n", b"\r\n"), READS + b"\n\n", READS[:-1], b"\xef\xbb\xbf" + READS]
+)
 @pytest.mark.parametrize("compressed", [False, True])
 def test_reads_are_records(tmp_path: Path, text: bytes, compressed: bool) -> None:
     path = tmp_path / "reads.fastq"
     path.write_bytes(gzip.compress(text) if compressed else text)
+    assert records(path, tmp_path) == EXPECTED
+
+
+def test_a_carriage_return_in_a_header_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "reads.fastq"
+    path.write_bytes(READS.replace(b" first", b"\rAAAA"))
     assert records(path, tmp_path) == EXPECTED
 
 

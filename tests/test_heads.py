@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from conftest import ROOT
 from heads import pickled_head
+from virnucpro_cli.cli import machine
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.predict import fetching, head, pickled
 
@@ -248,6 +249,12 @@ def test_a_head_is_of_its_chunk_length(folder: Path, monkeypatch: pytest.MonkeyP
         head.for_chunk(known, 500)
 
 
+def test_a_safetensors_is_a_published_head_by_its_own_word(folder: Path, tmp_path: Path) -> None:
+    tensors = {name: np.array(tensor) for name, tensor in head.read(folder / "head.pth").tensors.items()}
+    save_file(tensors, tmp_path / "h.safetensors", {"chunk": "300", "git_blob": head.PUBLISHED[300]})
+    assert head.read(tmp_path / "h.safetensors").name.startswith("by its own word VirNucPro's 300 head (")
+
+
 @pytest.fixture
 def published(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """The file that stands for both published heads, at their addresses."""
@@ -269,10 +276,11 @@ def published(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict
 def test_a_fetched_head_is_checked_and_kept_as_safetensors(published: dict[str, bytes], folder: Path) -> None:
     said: list[str] = []
     found = fetching.fetched(300, said.append)
-    assert found.is_published and "MIT" in said[0]
+    assert found.is_published and "MIT" in said[0] and found.name.startswith("VirNucPro's 300 head (")
     assert [path.name for path in head.folder().iterdir()] == ["300_model.safetensors"]
     published.clear()
-    assert fetching.fetched(300, said.append).identity() == found.identity() and len(said) == 1
+    again = fetching.fetched(300, said.append)
+    assert again.identity() == found.identity() and len(said) == 1 and again.name.startswith("VirNucPro's 300 head (")
 
 
 def test_another_file_at_the_address_is_refused(published: dict[str, bytes]) -> None:
@@ -314,3 +322,17 @@ def test_fetch_names_every_file_to_bring(published: dict[str, bytes], monkeypatc
     ):
         assert words in caught.value.remedy
     assert io.StringIO(caught.value.remedy).readline().strip() == "Bring it."
+
+
+def test_fetch_says_what_is_missing_of_every_name(published: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    published.clear()
+
+    def no_weights(model: str, say: Any, accepted: bool = False) -> None:
+        raise UserError(f"{model} could not be fetched.", "Bring it.")
+
+    monkeypatch.setattr(fetching.locate, "fetch", no_weights)
+    with pytest.raises(UserError) as caught:
+        machine.fetch(["3B", "virnucpro", "650M"])
+    for words in ("3B could not", "dnabert-s could not", "500 head is not", "650M could not"):
+        assert words in caught.value.what
+    assert "--head" not in caught.value.remedy and "500_model.pth" in caught.value.remedy

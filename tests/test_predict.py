@@ -226,7 +226,7 @@ def test_the_same_command_makes_what_is_missing_and_nothing_else(
     assert capsys.readouterr().err.count("is already complete") == 2
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == before
     (out / MADE[1]).unlink()
-    (out / MADE[2]).write_bytes(before[MADE[2]][0][:-5])
+    (out / MADE[2]).write_bytes(before[MADE[2]][0].replace(b"no frame", b"mo frame"))
     run()
     now = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
     assert {name for name in now if now[name][1] != before[name][1]} == {MADE[1], MADE[2], "predict.json"}
@@ -406,6 +406,27 @@ def test_the_published_head_is_looked_for_before_anything_else(
     with pytest.raises(UserError, match="300 head is not on this machine") as caught:
         run(head=None)
     assert "git blob a0b5b85e" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "options", [{"model": "650M"}, {"dtype": "fp8", "workers": 2}, {"shard": "1/2"}, {"cache": "folder"}]
+)
+def test_nothing_is_said_of_encoders_where_none_is_needed(run: Predict, tmp_path: Path, options: Any) -> None:
+    embeddings = run() / "embeddings.h5"
+    named = " and ".join(f"--{name}" for name in ("model", "dtype", "cache", "workers", "shard") if name in options)
+    with pytest.raises(UserError, match=f"embedded already: nothing is left for {named}"):
+        run(embeddings, output="more", **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(f">p\n{'MKVLAEFQ' * 40}\n", "predict reads contigs or reads"), (">a\nACGT\n>a\nACGT\n", "a name of its own")],
+)
+def test_remedies_are_those_of_predict(run: Predict, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "odd.fna").write_text(text)
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "odd.fna")
+    assert words in caught.value.remedy and "--from" not in str(caught.value)
 
 
 @pytest.mark.parametrize("what", ["proteins", "one half", "six-frame", "shard", "contigs"])
@@ -674,7 +695,7 @@ def test_every_changed_call_and_missing_frame_is_listed(run: Predict, tmp_path: 
     out = run()
     lines = (out / MADE[0]).read_text().splitlines()
     rows = [line.split("\t") for line in lines]
-    rows[3][2:] = rows[3][3:1:-1]  # a frame turned
+    rows[3][1:] = [{"virus": "others", "others": "virus"}[rows[3][1]], *rows[3][3:1:-1]]  # a frame turned
     nudged = np.float32(float(rows[5][2])) + np.float32(0.001)
     rows[5][2:] = [str(nudged), str(np.float32(1) - nudged)]
     gone = rows.pop(7)[0]
@@ -701,7 +722,10 @@ def test_every_changed_call_and_missing_frame_is_listed(run: Predict, tmp_path: 
         (BROADS_CHUNKS, "its columns are Modified_ID"),
         (BROAD + "x\tvirus\n", "line 6 has 2 columns, not 4"),
         (BROAD + "x_chunk_1F1\tvirus\ta\t0.1\n", "a score that is no number"),
-        (BROAD + "x_chunk_1F1\tvirus\tnan\t0.1\n", "a score that is no number"),
+        (BROAD + "x_chunk_1F1\tvirus\tnan\t0.1\n", "line 6 has a score that is not from 0 to 1: virus nan 0.1"),
+        (BROAD + "x_chunk_1F1\tvirus\t-4\t17\n", "line 6 has a score that is not from 0 to 1"),
+        (BROAD + "x_chunk_1F1\tvirus\t0.9\t0.1\n", "line 6 has a call that its scores contradict: virus 0.9 0.1"),
+        (BROAD + "x_chunk_1F1\tbanana\t0.9\t0.1\n", "line 6 has a call that is not others or virus: banana"),
         (BROAD + BROAD.splitlines()[2] + "\n", "the same name in lines 3 and 6"),
     ],
 )
@@ -709,6 +733,23 @@ def test_tables_that_cannot_be_compared_are_refused(tmp_path: Path, text: str, w
     (tmp_path / "other.txt").write_text(text)
     with pytest.raises(UserError, match=words):
         compare.read(str(tmp_path / "other.txt"))
+
+
+def test_a_table_of_other_contigs_is_named(run: Predict, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "other.txt").write_text(BROAD)
+    run(compare=str(tmp_path / "other.txt"), quiet=False)
+    assert "no frame of the other file is one of these" in " ".join(capsys.readouterr().err.split())
+
+
+def test_names_that_would_steer_a_terminal_are_the_same_in_all_tables(run: Predict, tmp_path: Path, head: Path) -> None:
+    contigs = tmp_path / "odd.fna"
+    contigs.write_text(f">\x1b[31mred\n{without_stops(random.Random(1), 400)}\n")
+    out = run(contigs)
+    names = [rows_of(out / name)[1][0].partition("_chunk")[0] for name in MADE]
+    assert names == ["?[31mred"] * 3
+    run(out / "embeddings.h5", output="again", head=head, compare=str(out / MADE[0]), report=str(tmp_path / "r.json"))
+    counts = json.loads((tmp_path / "r.json").read_text())["counts"]
+    assert counts["frames compared"] == counts["frames with the same call"] == len(rows_of(out / MADE[0])) - 1
 
 
 def test_names_are_found_by_their_keys() -> None:

@@ -67,6 +67,13 @@ class Missing(UserError, KeyError):
     __str__ = Exception.__str__  # a KeyError shows its text in quotes
 
 
+def joined(errors: Sequence[UserError]) -> UserError:
+    """One error that says what several say, each once."""
+    whats = dict.fromkeys(each.what for each in errors)
+    remedies = dict.fromkeys(each.remedy for each in errors if each.remedy)
+    return UserError("\n".join(whats), "\n".join(remedies))
+
+
 class NoProteins(UserError):
     """No contig has a protein. contigs: their names, in order."""
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from virnucpro_cli.errors import EXIT_GATE_FAILED, UserError
+from virnucpro_cli.errors import EXIT_GATE_FAILED, UserError, joined
 
 DOCTOR_EPILOG = "Exit codes: 0 nothing stands in the way of a run; 1 something does, with a remedy."
 
@@ -67,10 +67,16 @@ def fetch(
     if list_models:
         show()
     elif models:
+        missing: list[UserError] = []
         for model in models:
-            if model == fetching.NAME:
-                fetching.fetch_all(lambda text: report.console().print(text))
-            else:
-                fetch_weights(model, accepted)
+            try:
+                if model == fetching.NAME:
+                    fetching.fetch_all(lambda text: report.console().print(text))
+                else:
+                    fetch_weights(model, accepted)
+            except UserError as error:
+                missing.append(error)
+        if missing:
+            raise joined(missing)
     else:
         raise UserError("fetch needs a model's name.", "virnucpro fetch 650M, or virnucpro fetch --list")

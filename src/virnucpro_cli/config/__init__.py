@@ -84,7 +84,7 @@ class EmbedConfig(Config):
         choices=("auto", "truncate", "full", "window", "skip", "error"),
         said="truncate; window for ESM-1b and ESM-1v")
     kind: str = option(
-        PROTEIN, INPUT, "What the letters are; nucleotide for models that read nucleotides (LucaVirus).",
+        PROTEIN, INPUT, "What the letters are; nucleotide for LucaVirus; DNABERT-S reads nothing else.",
         choices=tuple(WORDS))
     invalid: str = option(
         "x", INPUT, "Residues outside the alphabet: embed them as X, refuse them, or skip the protein.",
@@ -181,7 +181,7 @@ class EmbedConfig(Config):
             refusal = "--emit with --long window: it is of a protein in one piece."
             yield bool(self.emit), refusal, "Choose --long full."
             whole = [kind for kind in self.pool if kind in OF_ALL_RESIDUES]
-            refusal = f"--pool {','.join(whole)} with --long window: a protein's windows do not add up to that."
+            refusal = f"--pool {','.join(whole)} with --long window: windows do not add up to that."
             yield bool(whole), refusal, "Choose --long full, or compute it from the rows of --pool residue."
             remedy = f"Give 0 or more, and less than --max-residues {self.max_residues}."
             yield self.overlap >= self.max_residues, f"--overlap is {self.overlap}.", remedy

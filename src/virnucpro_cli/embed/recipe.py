@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from virnucpro_cli.plan.shards import Shard
 
 
+MOST_ODD = 0.5
+"""Share of letters from which on an input is not of nucleotides; of proteins it is about 0.75."""
 OF_A_HALF = ("weights_sha256", "tokenizer_sha256", "heads", "layers", "pool", "dtype", "max_residues", "kind")
 """Entries of a half's fingerprint that its rows depend on, beside those that are the run's."""
 
@@ -379,10 +381,21 @@ def _gaps(table: fasta.RecordTable, config: EmbedConfig) -> store.Extra:
     return store.Extra({"gaps": table.gaps} if table.gaps.any() else {}, fingerprint=changed)
 
 
+def _check_nucleotides(table: fasta.RecordTable) -> None:
+    """Raise UserError for proteins that are to be read as nucleotides."""
+    odd = int(table.replaced.sum(dtype=np.int64)) / max(table.residues, 1)
+    if odd > MOST_ODD:
+        inputs = ", ".join(source.path for source in table.sources)
+        refusal = f"{inputs} does not look like nucleotides: {odd:.1%} of the letters are not A, C, G, T, U or N."
+        raise UserError(refusal, "For proteins name a model of proteins, and no --kind nucleotide.")
+
+
 def _check_protein(table: fasta.RecordTable, config: EmbedConfig, spec: ModelSpec, out: Console) -> None:
     """Raise UserError for a file of nucleotides; name the first of single records that look like some."""
-    if config.force_protein or config.kind == NUCLEOTIDE:
+    if config.force_protein:
         return
+    if config.kind == NUCLEOTIDE:
+        return _check_nucleotides(table)
     ways = "--from contigs to find its proteins first, or --force-protein if these are proteins."
     if family_of(spec).NUCLEOTIDES is not None:
         ways = f"--kind nucleotide to embed them as they are, {ways}"

@@ -19,7 +19,7 @@ from virnucpro_cli.embed.recipe import EmbedRun
 from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted, shell_word
-from virnucpro_cli.kinds import PROTEIN
+from virnucpro_cli.kinds import OF_ALL_RESIDUES, PROTEIN
 from virnucpro_cli.model import locate
 from virnucpro_cli.model.families import flops
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
@@ -87,13 +87,14 @@ def _warnings(run: EmbedRun) -> list[str]:
             notes.append(f"{int(chosen.sum()):,} of {counted(len(table), word)} {text}{names}")
 
     truncated = (decisions.flags & store.TRUNCATED) > 0
-    unseen = int((table.length - decisions.embedded)[truncated].sum(dtype=np.int64)) / max(table.residues, 1)
+    sizes, unit = table.sizes, table.unit(letter)
+    unseen = int((sizes - decisions.embedded)[truncated].sum(dtype=np.int64)) / max(int(sizes.sum(dtype=np.int64)), 1)
     share = f"{unseen:.0%}" if unseen >= 0.01 else "under 1%"
-    warn(truncated, f"truncated, {share} of {letter}s not seen; --long window embeds them whole")
+    warn(truncated, f"truncated, {share} of {unit}s not seen; {_way_to_embed_whole(run)}")
     windowed = (decisions.flags & store.WINDOWED) > 0
     if run.spec.longest is not None:
         most = f"{run.spec.name} takes at most {run.spec.longest:,}"
-        warn(windowed, f"embedded by windows of {counted(config.max_residues, letter)}: {most}")
+        warn(windowed, f"embedded by windows of {counted(config.max_residues, unit)}: {most}")
     if config.invalid == "x":
         replaced = int(table.replaced.sum(dtype=np.int64))
         odd, part = counted(replaced, letter), replaced / max(table.residues, 1)
@@ -113,6 +114,12 @@ def _warnings(run: EmbedRun) -> list[str]:
         share_it = f"{counted(repeated, word)} {'shares its' if repeated == 1 else 'share their'} name"
         notes.append(f"{share_it} with an earlier one; all are kept, one row each, in input order")
     return notes
+
+
+def _way_to_embed_whole(run: EmbedRun) -> str:
+    """The option by which truncated records are embedded whole: windows, where what is asked for can be had of them."""
+    in_windows = not run.config.emit and not {*run.config.pool} & {*OF_ALL_RESIDUES}
+    return f"--long {'window' if in_windows else 'full'} embeds them whole"
 
 
 def _of_gaps(reading: Reading) -> dict[str, str]:
@@ -164,7 +171,7 @@ def end(run: EmbedRun) -> None:
     elif (reason[skipped] == store.NO_MEMORY).any():
         next_step = "the same command with --retry-skipped, where there is more memory"
     run.out.print(f"{word + 's':<10} {'; '.join(proteins)}")
-    run.out.print(f"truncated  {cut:,}" + ("; --long window embeds them whole" if cut else ""))
+    run.out.print(f"truncated  {cut:,}" + (f"; {_way_to_embed_whole(run)}" if cut else ""))
     run.out.print(f"time       {report.clock_time(run.clock.so_far())}{rate} ({device}, in {dtype})")
     if not output.name.startswith("."):
         run.out.print(f"file       {output}, {report.size(output.stat().st_size)}")

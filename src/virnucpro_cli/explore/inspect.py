@@ -142,7 +142,7 @@ def _numbers(file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
     sampled = f" (of {len(norms):,})" if len(norms) < len(file) else ""
     for title, values in (
         ("length", file.lengths),
-        (f"{file.words[1]}s embedded", qc.embedded_of(file, settings)[file.status != store.SKIPPED]),
+        (f"{file.unit}s embedded", qc.embedded_of(file, settings)[file.status != store.SKIPPED]),
         (f"norm of {file.default}{sampled}", norms[np.isfinite(norms)]),
     ):
         if len(values):
@@ -157,7 +157,7 @@ def methods(file: store.EmbeddingFile) -> str:
     """A paragraph that says how the embeddings were made, for a Methods section."""
     settings, done, skipped = file.settings, file.status == store.DONE, file.status == store.SKIPPED
     (word, letter), unknown = file.words, reading_of(file.attributes).unknown
-    longest, overlap = (counted(n, letter) for n in (settings["max_residues"], settings.get("overlap", 0)))
+    longest, overlap = (counted(n, file.unit) for n in (settings["max_residues"], settings.get("overlap", 0)))
     reasons = np.bincount(file.reason[skipped], minlength=len(store.REASONS)).tolist()
     why = "; ".join(f"{reason}: {n}" for reason, n in zip(store.REASONS, reasons, strict=False) if n)
     exceptions = (

@@ -42,7 +42,7 @@ def write(folder: str, file: store.EmbeddingFile) -> None:
 
 
 def _stats(file: store.EmbeddingFile) -> dict[str, Any]:
-    (word, letter), run = file.words, file.report if file.complete else {}
+    (word, _), run = file.words, file.report if file.complete else {}
     cut = (file.flags & store.TRUNCATED > 0) & (file.status == store.DONE)
     whole = {"format": "{:,.0f}", "min": 0}
     columns: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -53,7 +53,7 @@ def _stats(file: store.EmbeddingFile) -> dict[str, Any]:
         ),
         "cut": (
             int(cut.sum()),
-            {"description": f"{word}s of which only the first {letter}s were embedded".capitalize(),
+            {"description": f"{word}s of which only the first {file.unit}s were embedded".capitalize(),
              "scale": "Oranges", **whole},
         ),
         "tokens/s": (

@@ -30,7 +30,7 @@ def as_fasta(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
             if not (header or bases or plus or quality):
                 continue
             raise _refused(name, number, [header, bases, plus, quality])
-        text += (b">", header[1:], b"\n", bases, b"\n")
+        text += (b">", header[1:].replace(b"\r", b" "), b"\n", bases, b"\n")  # else the rest were bases
         size += len(header) + len(bases)
         if size >= BLOCK_BYTES:
             yield b"".join(text)

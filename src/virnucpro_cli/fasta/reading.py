@@ -176,7 +176,7 @@ def open_sources(inputs: Sequence[str], spool_dir: Path, kept: Kept | None = Non
             is_file = name != "-" and os.path.isfile(name)
             path, state = (os.path.realpath(name), _state_of(file)) if is_file else ("", None)
             first = file.peek(LONGEST_MAGIC) if state is not None else b""
-            if state is not None and not kind_of(first) and not first.startswith(FASTQ):
+            if state is not None and not kind_of(first) and not _is_fastq(first):
                 source = Source(name, state[1], base, path, state)
             elif state is not None and kept is not None and (text := kept(path, state)):
                 source = Source(name, text.size, base, path, state, text.file, text.start)
@@ -214,14 +214,14 @@ def _new_spool(folder: Path) -> IO[bytes]:
     try:
         spool: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
     except OSError as error:
-        raise _no_spool("Compressed and piped input", folder, error.strerror) from None
+        raise _no_spool("The plain text of the input", folder, error.strerror) from None
     return spool
 
 
 def _no_spool(name: str, folder: Path, why: str | None) -> UserError:
     return UserError(
         f"{name} cannot be spooled to {folder}: {why}.",
-        "Compressed and piped input needs room for its plain text beside the output.",
+        "Compressed and piped input, and FASTQ, need room for their plain text beside the output.",
     )
 
 
@@ -252,11 +252,15 @@ def _texts(stream: IO[bytes], name: str) -> Iterator[bytes]:
     blocks = iter(partial(stream.read, READ_BYTES), b"")
     first = next(blocks, b"")
     every = chain([first], blocks)
-    if not first.startswith(FASTQ):
+    if not _is_fastq(first):
         return every
     from virnucpro_cli.fasta.fastq import as_fasta
 
-    return as_fasta(every, name)
+    return as_fasta(chain([first.removeprefix(BOM)], blocks), name)
+
+
+def _is_fastq(first: bytes) -> bool:
+    return first.removeprefix(BOM).startswith(FASTQ)
 
 
 def _check_is_fasta(source: Source) -> None:

@@ -53,6 +53,10 @@ class RecordTable:
         """Tokens of each record, without the first and the last: int32 [N]. A letter is a token here."""
         return self.length
 
+    def unit(self, letter: str) -> str:
+        """The word for what `sizes` and --max-residues count: that for a letter, or token."""
+        return letter
+
     @property
     def reading(self) -> alphabet.Reading:
         return self.read_as.reading

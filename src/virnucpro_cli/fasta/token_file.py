@@ -116,6 +116,6 @@ class TokenFile:
             return np.empty(0, np.uint16)
         with ExitStack() as stack:
             file = self.file if self.path is None else stack.enter_context(open(self.path, "rb"))
-            if not os.path.samestat(os.fstat(file.fileno()), os.fstat(self.file.fileno())):
+            if self.path is not None and not disk.is_the_file(self.path, os.fstat(self.file.fileno())):
                 raise disk.Overtaken(self.path)
             return np.frombuffer(mmap.mmap(file.fileno(), self.at, access=mmap.ACCESS_READ), np.uint16)

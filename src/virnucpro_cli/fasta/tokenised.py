@@ -47,6 +47,9 @@ class TokenTable(RecordTable):
         """Tokens of each record, int32 [N], without the first and the last."""
         return self.count
 
+    def unit(self, letter: str) -> str:
+        return "token"
+
     def tokens(self, records: NDArray[np.int64]) -> NDArray[Any]:
         """Token ids of int64 [n] records, one record behind the other: uint16 [sum of their sizes]."""
         return self.ids[ranges(self.first[records], self.count[records].astype(np.int64))]

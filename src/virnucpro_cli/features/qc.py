@@ -59,9 +59,9 @@ def write(path: str, file: store.EmbeddingFile) -> None:
 
 
 def embedded_of(file: store.EmbeddingFile, settings: dict[str, Any]) -> NDArray[np.int64]:
-    """Residues of each record that its embedding is of (or will be), int64 [N]."""
-    cut = (file.flags & store.TRUNCATED) > 0
-    whole = np.where(cut, np.minimum(file.lengths, settings["max_residues"]), file.lengths).astype(np.int64)
+    """Letters, or tokens of several, of each record that its embedding is of (or will be), int64 [N]."""
+    cut, sizes = (file.flags & store.TRUNCATED) > 0, file.sizes
+    whole = np.where(cut, np.minimum(sizes, settings["max_residues"]), sizes).astype(np.int64)
     whole[file.status == store.SKIPPED] = 0
     return whole
 
@@ -71,7 +71,7 @@ def _windows(file: store.EmbeddingFile, settings: dict[str, Any]) -> NDArray[np.
     count = (file.status != store.SKIPPED).astype(np.int64)
     if settings["long"] == "window":
         windowed = ((file.flags & store.WINDOWED) > 0) & (count > 0)
-        count[windowed] = windows_of(file.lengths[windowed], settings["max_residues"], settings["overlap"])
+        count[windowed] = windows_of(file.sizes[windowed], settings["max_residues"], settings["overlap"])
     return count
 
 

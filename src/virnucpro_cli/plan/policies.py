@@ -67,7 +67,7 @@ def representatives(table: RecordTable, config: EmbedConfig) -> Iterator[tuple[s
     if config.long == "error" and len(long := np.flatnonzero(table.sizes > config.max_residues)):
         (word, letter), first = config.words, int(long[0])
         raise UserError(
-            f"{counted(len(long), word)} longer than {counted(config.max_residues, letter)}; "
+            f"{counted(len(long), word)} longer than {counted(config.max_residues, table.unit(letter))}; "
             f"the first is {table.names(first, first + 1)[0]!r} with {int(table.sizes[first]):,}.",
             "Choose --long truncate, full, window or skip, or a larger --max-residues.",
         )

@@ -3,6 +3,7 @@
 `run` reads top to bottom as the steps of a run. All that can be refused is refused before an encoder is loaded.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +33,7 @@ SHARED = (
     "cache", "cache_size", "restart", "verbose", "quiet", "shard", "engine", "ray_address",
 )  # fmt: skip
 """Settings that are embed's, too."""
+OF_ENCODERS = tuple(name for name in SHARED if name not in ("inputs", "verbose", "quiet"))
 DEFAULT_CHUNK = 500
 NOT_SCORED = "frames without a score"
 
@@ -113,8 +115,9 @@ def _given_embeddings(config: PredictConfig) -> Path | None:
         return None
     if len(config.inputs) > 1:
         raise UserError(f"{given[0]} is an embeddings file, and not the only input.", "Give it alone, or contigs.")
-    if config.shard is not None:
-        raise UserError(f"{given[0]} is embedded already, so there is nothing for --shard.", "Leave --shard out.")
+    if idle := config.given(*OF_ENCODERS):
+        options = " and ".join(idle)
+        raise UserError(f"{given[0]} is embedded already: nothing is left for {options}.", f"Leave {options} out.")
     return Path(given[0])
 
 
@@ -138,7 +141,10 @@ def _chunk_of(path: Path, asked: int | None) -> int:
 
 
 def _published(chunk: int | None, out: Console) -> Head:
-    return fetching.fetched(chunk or DEFAULT_CHUNK, lambda text: out.print(text))
+    try:
+        return fetching.fetched(chunk or DEFAULT_CHUNK, lambda text: out.print(text))
+    except UserError as error:
+        raise UserError(error.what, f"{error.remedy}\nOr give --head FILE.") from None
 
 
 def _check_width(head: Head, config: PredictConfig) -> None:
@@ -161,10 +167,9 @@ def _check_folder(folder: Path) -> None:
     """Have the folder of the tables. Raises UserError if nothing can be written there."""
     try:
         folder.mkdir(exist_ok=True)
-    except FileNotFoundError:
-        refusal = f"The folder of {folder} does not exist."
-        raise UserError(refusal, f"mkdir -p {shell_word(folder)}") from None
     except OSError as error:
+        if not folder.parent.exists():
+            raise UserError(f"The folder of {folder} does not exist.", f"mkdir -p {shell_word(folder)}") from None
         raise UserError(f"The folder {folder} cannot be made: {error.strerror}.", "Choose another -o.") from None
     disk.check_destination(folder / tables.FRAMES)
 
@@ -189,9 +194,15 @@ def _embed(run: PredictRun) -> None:
             run.out.print("no contig has a frame: all are listed as such, and nothing is scored", style="yellow")
             return
         except UserError as error:
-            if "--overwrite" not in error.remedy:
+            remedies = {
+                "--overwrite": f"Choose another -o, or remove {run.folder / 'embeddings.*'} if nobody needs it.",
+                "--from contigs": "predict reads contigs or reads: nucleotides.",
+                "by itself": "Give each contig a name of its own.",
+                "--layers": f"Make room there, or choose another -o. --store-dtype fp16 halves {run.embedded.name}.",
+            }
+            remedy = next((own for word, own in remedies.items() if word in error.remedy), None)
+            if remedy is None:
                 raise
-            remedy = f"Choose another -o, or remove {run.folder / 'embeddings.*'} if nobody needs it."
             raise UserError(error.what, remedy) from None
     run.summary.counts |= done.counts
     run.summary.missed += done.missed
@@ -265,7 +276,7 @@ def _there(run: PredictRun, made_of: dict[str, Any]) -> set[str]:
         known = json.loads((run.folder / MADE_OF).read_bytes())
     there = {name for name in _writers(run.config) if (run.folder / name).exists()}
     if isinstance(known, dict) and known.get("made_of") == made_of:
-        return {name for name in there if known.get("sizes", {}).get(name) == (run.folder / name).stat().st_size}
+        return {name for name in there if known.get("sha256", {}).get(name) == _sha256(run.folder / name)}
     if there and not run.config.overwrite:
         refusal = f"{run.folder / min(there)} exists, and is of another head, format or embeddings file"
         if known is None:
@@ -275,10 +286,15 @@ def _there(run: PredictRun, made_of: dict[str, Any]) -> set[str]:
 
 
 def _save(run: PredictRun, made_of: dict[str, Any], whole: set[str]) -> None:
-    """Note what the tables are of, and the sizes of those that are whole; others are made again."""
-    sizes = {name: (run.folder / name).stat().st_size for name in sorted(whole)}
+    """Note what the tables are of, and the checksums of those that are whole; others are made again."""
+    sums = {name: _sha256(run.folder / name) for name in sorted(whole)}
     with disk.written_whole(run.folder / MADE_OF) as file:
-        file.write(json.dumps({"made_of": made_of, "sizes": sizes, "place": run.head.place}, indent=1).encode())
+        file.write(json.dumps({"made_of": made_of, "sha256": sums, "place": run.head.place}, indent=1).encode())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tell(run: PredictRun, scored: Scored) -> None:

@@ -69,6 +69,8 @@ class Comparison:
 
     def words(self) -> Iterator[str]:
         """The result in lines."""
+        if self.levels[0].both == 0:
+            yield "no frame of the other file is one of these: are both of the same contigs, by the same names?"
         yield "the same call: " + ", ".join(map(str, self.levels))
         yield (
             f"scores of frames with the same call differ by {self.largest:.2g} at most; "
@@ -90,8 +92,8 @@ class Comparison:
 
 
 def keys_of(names: list[str]) -> NDArray[np.uint64]:
-    """Hashes of 128 bits of names, uint64 [n, 2]."""
-    data = b"".join(xxhash.xxh3_128_digest(name.encode()) for name in names)
+    """Hashes of 128 bits of names as they stand in tables, uint64 [n, 2]."""
+    data = b"".join(xxhash.xxh3_128_digest(tables.cell(name).encode()) for name in names)
     return np.frombuffer(data, ">u8").astype(np.uint64).reshape(-1, 2)
 
 
@@ -118,8 +120,7 @@ def read(path: str) -> Other:
             values = np.array([row[2:] for _, row in some], np.float64).astype(np.float32)
         except ValueError as error:
             raise UserError(f"{path} has a score that is no number near line {some[-1][0]:,}: {error}.") from None
-        if not np.isfinite(values).all():
-            raise UserError(f"{path} has a score that is no number near line {some[-1][0]:,}.")
+        _check(path, some, values)
         scores.append(values)
     if not keys:
         return Other(path, np.empty((0, 2), np.uint64), np.empty((0, 2), np.float32), np.empty(0, np.int64))
@@ -134,6 +135,23 @@ def read(path: str) -> Other:
             "Give each contig a name of its own, and predict again.",
         )
     return other
+
+
+def _check(path: str, rows: list[tuple[int, list[str]]], scores: NDArray[np.float32]) -> None:
+    """Raise UserError for scores float32 [n, 2] that are no probabilities, or not those of the call beside them.
+
+    rows: numbers of lines, and their cells.
+    """
+    is_virus = np.array([row[1] == LABELS[1] for _, row in rows])
+    others, virus = scores.T
+    for wrong, what in (
+        (np.array([row[1] not in LABELS for _, row in rows]), f"a call that is not {' or '.join(LABELS)}"),
+        (~((scores >= 0) & (scores <= 1)).all(axis=1), "a score that is not from 0 to 1"),
+        (np.where(is_virus, virus < others, virus > others), "a call that its scores contradict"),
+    ):
+        if wrong.any():
+            number, row = rows[int(wrong.argmax())]
+            raise UserError(f"{path} line {number:,} has {what}: {' '.join(row[1:])[:80]}.", "Is it as it was written?")
 
 
 def _places(other: Other, keys: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, joined
 from virnucpro_cli.model import locate
 from virnucpro_cli.model.families import PUBLISHED_SHA256, by_name, family_of
 from virnucpro_cli.predict import head as heads
@@ -37,7 +37,7 @@ def fetched(chunk: int, say: Say) -> Head:
         heads.folder().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         refusal = f"The cache {heads.folder()} cannot be written: {error.strerror}."
-        raise UserError(refusal, "Set XDG_CACHE_HOME to a folder that can be written, or give --head FILE.") from None
+        raise UserError(refusal, "Set XDG_CACHE_HOME to a folder that can be written.") from None
     waiting = f"another run is fetching the {chunk} head: waiting for it"
     with disk.alone(heads.folder() / f"{chunk}.lock", say, waiting):
         return heads.kept(chunk) or _downloaded(chunk, say)
@@ -51,7 +51,7 @@ def _downloaded(chunk: int, say: Say) -> Head:
         data = _bytes_at(url_of(chunk))
     except (OSError, ValueError) as error:
         refusal = f"VirNucPro's {chunk} head is not on this machine and could not be fetched.\n  tried      {error}"
-        raise UserError(refusal, f"{to_bring(chunk)}\nOr give --head FILE.") from None
+        raise UserError(refusal, to_bring(chunk)) from None
     with disk.written_whole(file) as to:
         to.write(data)
     try:
@@ -90,9 +90,7 @@ def fetch_all(say: Say) -> None:
         except UserError as error:
             missing.append(error)
     if missing:
-        raise UserError(
-            "\n".join(error.what for error in missing), "\n".join(error.remedy for error in missing if error.remedy)
-        )
+        raise joined(missing)
     if locate.locate("3B") is None:
         say("ESM-2 3B is not on this machine; predict fetches it, or ahead of time: virnucpro fetch 3B")
 

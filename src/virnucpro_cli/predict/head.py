@@ -45,7 +45,8 @@ SAVE_AGAIN = (
 class Head:
     """A head with H hidden units over D features. tensors: float32, by the names and of the shapes of SHAPES.
 
-    chunk: bases of a chunk, None if nothing says it; git_blob, sha256: of the file that it was read from first.
+    chunk: bases of a chunk, None if nothing says it; git_blob, sha256: of the file that it was read from first;
+    is_claimed: whether they are known by the word of a .safetensors alone.
     """
 
     place: str
@@ -54,6 +55,7 @@ class Head:
     git_blob: str
     sha256: str
     eps: float = EPS
+    is_claimed: bool = False
 
     @property
     def features(self) -> int:
@@ -65,8 +67,10 @@ class Head:
 
     @property
     def name(self) -> str:
-        published = f"VirNucPro's {self.chunk} head" if self.is_published else "a head of one's own"
-        return f"{published} ({self.place})"
+        if not self.is_published:
+            return f"a head of one's own ({self.place})"
+        claim = "by its own word " if self.is_claimed else ""
+        return f"{claim}VirNucPro's {self.chunk} head ({self.place})"
 
     def identity(self) -> dict[str, Any]:
         """All that the scores depend on."""
@@ -147,8 +151,8 @@ def _of_safetensors(path: Path, data: bytes, blob: str, sha256: str) -> Head:
         raise Refused(f"its classes are {notes['classes'][:40]}, not {CLASSES}")
     if chunk not in (None, *PUBLISHED):
         raise Refused(f"its chunk length is {chunk}")
-    blob, sha256 = notes.get("git_blob", blob), notes.get("sha256", sha256)
-    return _checked(Head(str(path), tensors, chunk, blob, sha256, eps))
+    is_claimed, blob, sha256 = "git_blob" in notes, notes.get("git_blob", blob), notes.get("sha256", sha256)
+    return _checked(Head(str(path), tensors, chunk, blob, sha256, eps, is_claimed))
 
 
 def _checked(head: Head) -> Head:
@@ -207,7 +211,7 @@ def kept(chunk: int) -> Head | None:
             if head.git_blob != PUBLISHED[chunk]:
                 refusal = f"{path} is not VirNucPro's {chunk} head: its git blob is {head.git_blob}."
                 raise UserError(refusal, f"Remove it, or use it as it is: --head {shell_word(path)} --chunk {chunk}.")
-            return head
+            return replace(head, is_claimed=False)  # `save` wrote it, of a .pth that was checked
     return None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli.predict.frames import Scored, chunk_is_virus
+from virnucpro_cli.tables import cell
 
 ORIGINAL = "original"
 FRAMES, CHUNKS = "prediction_results.txt", "prediction_results_highestscore.csv"
@@ -41,7 +42,7 @@ def write_frames(file: IO[bytes], scored: Scored, format: str) -> None:
         others, virus = (digits(scored.scores[part, column], format) for column in (0, 1))
         calls = [LABELS[each] for each in scored.is_virus[part].tolist()]
         lines = zip(names, calls, others, virus, strict=True)
-        file.write("".join(f"{name}\t{call}\t{o}\t{v}\n" for name, call, o, v in lines).encode())
+        file.write("".join(f"{cell(name)}\t{call}\t{o}\t{v}\n" for name, call, o, v in lines).encode())
 
 
 def write_chunks(file: IO[bytes], scored: Scored, format: str, folder: Path) -> None:
@@ -73,7 +74,7 @@ def _chunk_lines(scored: Scored, format: str) -> Iterator[list[tuple[bytes, byte
         if format != ORIGINAL:
             others, virus = (digits(highest[:, column], format) for column in (0, 1))
             ends = [f"\t{o}\t{v}" for o, v in zip(others, virus, strict=True)]
-        chunks = [names[place][:-2] for place in new.tolist()]
+        chunks = [cell(names[place][:-2]) for place in new.tolist()]
         yield [
             (name.encode(), f"{_quoted(name)}\t{call}{end}\n".encode())
             for name, call, end in zip(chunks, calls, ends, strict=True)

@@ -103,6 +103,16 @@ class EmbeddingFile:
         """The words for a record and for a letter of it: protein and residue, or sequence and base."""
         return WORDS[self.settings.get("kind", PROTEIN)]
 
+    @property
+    def unit(self) -> str:
+        """The word for what `max_residues` and `sizes` count: a letter, or a token of several."""
+        return "token" if "tokens" in self._parsed.get("columns", []) else self.words[1]
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """Letters of each record, or tokens of several: as many as a model reads if it cuts nothing. int32 [N]."""
+        return self.columns.get("tokens", self.lengths)
+
     @cached_property
     def inputs(self) -> list[dict[str, Any]]:
         """Files that were embedded: path, bytes and sha256 of each."""
