@@ -2,21 +2,30 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import jinja2
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from safetensors.torch import load_file
 
 from conftest import ROOT
+from virnucpro_cli.config import EmbedConfig
+from virnucpro_cli.config.options import fields_of, flag_of
+from virnucpro_cli.config.predict import PredictConfig
+from virnucpro_cli.model.families import SIZES, short_name
 
 RECIPES = ROOT / "packaging"
 MODULE = RECIPES / "nf-core" / "modules" / "virnucpro" / "embed"
@@ -181,3 +190,121 @@ def test_no_page_stands_where_none_is_known(identity: ModuleType) -> None:
     entry = json.loads((RECIPES / "biotools" / "virnucpro.json").read_text())
     assert (entry.get("homepage") is None) == (not PROJECT["urls"])
     assert 10 <= len(entry["description"]) <= 1000  # as biotoolsSchema has it
+
+
+# --- Galaxy ----------------------------------------------------------------------------------------------------------
+
+GALAXY = RECIPES / "galaxy" / "virnucpro"
+MANAGER = RECIPES / "galaxy" / "data_manager_virnucpro" / "data_manager"
+CONFIGS = {"embed": EmbedConfig, "predict": PredictConfig}
+
+
+def galaxy_tool(command: str) -> ElementTree.Element:
+    return ElementTree.parse(GALAXY / f"virnucpro_{command}.xml").getroot()
+
+
+def with_argument(command: str) -> Iterator[ElementTree.Element]:
+    """Parameters of a tool and of the macros that say which option they are for."""
+    macros = ElementTree.parse(GALAXY / "macros.xml").getroot()
+    used = {each.get("macro") for each in galaxy_tool(command).iter("expand")}
+    parts = [galaxy_tool(command), *(each for each in macros.iter("xml") if each.get("name") in used)]
+    yield from (each for part in parts for each in part.iter("param") if each.get("argument", "").startswith("--"))
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_galaxy_passes_options_that_are_there(command: str) -> None:
+    script = galaxy_tool(command).findtext("command") or ""
+    passed = set(re.findall(r"(--[a-z][a-z-]*)", script)) | {each.get("argument") for each in with_argument(command)}
+    fields = fields_of(CONFIGS[command])
+    known = {flag_of(name) for name in fields} | {f"--no-{name}" for name in fields if fields[name].default is True}
+    assert passed <= known and len(passed) > 10
+    for each in with_argument(command):
+        name = each.get("name") or each.get("argument", "").removeprefix("--").replace("-", "_")
+        assert re.search(rf"\b{name}\b", script), f"{name} is asked for, and not used"
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_galaxy_offers_values_that_an_option_takes_and_has_its_default(command: str) -> None:
+    fields, compared = {flag_of(name): field for name, field in fields_of(CONFIGS[command]).items()}, 0
+    for each in with_argument(command):
+        options = [option.get("value") for option in each.findall("option")]
+        if options and (field := fields[each.get("argument", "")]).choices:
+            assert set(options) <= set(map(str, field.choices)), each.get("argument")
+            default = field.default if isinstance(field.default, tuple) else (field.default,)
+            chosen = [option.get("value") for option in each.findall("option") if option.get("selected")]
+            assert field.default is None or chosen == list(map(str, default)), each.get("argument")
+            compared += 1
+        elif each.get("type") == "integer" and not each.get("optional"):
+            field = fields[each.get("argument", "")]
+            assert (each.get("value"), each.get("min"), each.get("max")) == tuple(
+                map(str, (field.default, field.least, field.most))
+            )
+    assert compared >= 2
+
+
+def test_galaxy_installs_this_version() -> None:
+    for macros in (GALAXY / "macros.xml", MANAGER / "macros.xml"):
+        tokens = {each.get("name"): each.text for each in ElementTree.parse(macros).getroot().iter("token")}
+        assert tokens["@TOOL_VERSION@"] == PROJECT["version"]
+
+
+def test_galaxy_fetches_models_that_are_there() -> None:
+    options = ElementTree.parse(MANAGER / "virnucpro_fetch.xml").getroot().iter("option")
+    assert {each.get("value") for each in options} == {*map(short_name, SIZES.values()), "virnucpro"}
+
+
+def test_galaxys_test_data_are_small_and_the_inputs_are_those_of_the_command(tmp_path: Path) -> None:
+    files = [path for path in (GALAXY / "test-data").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 200_000
+    script = shutil.copytree(RECIPES / "galaxy", tmp_path / "packaging" / "galaxy") / "make_test_data.py"
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("ray", "slurm"))
+    made = script.parent / "virnucpro" / "test-data"
+    shutil.rmtree(made / "tiny")
+    for name in ("head.safetensors", "contigs.fasta", "proteins.fasta", "reads.fastq"):
+        (made / name).unlink()
+    subprocess.run([sys.executable, script], check=True)
+    for path in files:
+        there = made / path.relative_to(GALAXY / "test-data")
+        assert there.read_bytes() == path.read_bytes() or path.suffix in (".safetensors", ".gz"), path.name
+    for name in ("head.safetensors", "tiny/model.safetensors"):
+        old, new = (load_file(folder / name) for folder in (GALAXY / "test-data", made))
+        assert {key: (each.shape, each.dtype) for key, each in old.items()} == {
+            key: (each.shape, each.dtype) for key, each in new.items()
+        }
+
+
+def test_galaxys_data_manager_moves_weights_out_of_the_cache_and_describes_them(tmp_path: Path) -> None:
+    """With a program that stands for virnucpro, and has fetched a HuggingFace directory by links, and both heads."""
+    (tmp_path / "virnucpro").write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, pathlib, sys\n"
+        "hub, cache = pathlib.Path(os.environ['HF_HUB_CACHE']), pathlib.Path(os.environ['XDG_CACHE_HOME'])\n"
+        "if sys.argv[1] == 'fetch':\n"
+        "    for folder in (hub / 'blobs', hub / 'snapshot', cache / 'virnucpro' / 'heads'):\n"
+        "        folder.mkdir(parents=True, exist_ok=True)\n"
+        "    for name in ('config.json', 'model.safetensors', 'tokenizer.json'):\n"
+        "        (hub / 'blobs' / name).write_text(name)\n"
+        "        (hub / 'snapshot' / name).symlink_to(f'../blobs/{name}')\n"
+        "    for chunk in (300, 500):\n"
+        "        (cache / 'virnucpro' / 'heads' / f'{chunk}_model.safetensors').write_text(str(chunk))\n"
+        "else:\n"
+        "    print(json.dumps([{'family': 'DNABERT-S', 'full_name': 'DNABERT-S', 'licence': 'Apache-2.0',\n"
+        "        'place': str(hub / 'snapshot' / 'model.safetensors')}]))\n"
+    )
+    (tmp_path / "virnucpro").chmod(0o755)
+    out, extra = tmp_path / "out.json", tmp_path / "extra"
+    out.write_text(json.dumps({"output_data": [{"extra_files_path": str(extra)}]}))
+    command = [sys.executable, MANAGER / "virnucpro_fetch.py", "--out", out, "virnucpro"]
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(command, cwd=tmp_path, env=os.environ | path, check=True)
+    rows = json.loads(out.read_text())["data_tables"]["virnucpro_models"]
+    columns = ElementTree.parse(GALAXY / "tool_data_table_conf.xml.sample").getroot().findtext(".//columns") or ""
+    assert [list(row) for row in rows] == [columns.split(", ")] * 3
+    assert [(row["value"], row["type"], row["path"]) for row in rows] == [
+        ("dnabert-s", "nucleotide", "dnabert-s"),
+        ("head-500", "head", "head-500/500_model.safetensors"),
+        ("head-300", "head", "head-300/300_model.safetensors"),
+    ]
+    files = {str(path.relative_to(extra)) for path in extra.rglob("*") if path.is_file() and not path.is_symlink()}
+    names = {"config.json", "model.safetensors", "tokenizer.json"}
+    assert files == {f"dnabert-s/{name}" for name in names} | {rows[1]["path"], rows[2]["path"]}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.model.weights import random_heads, random_state
 

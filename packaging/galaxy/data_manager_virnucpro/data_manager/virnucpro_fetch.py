@@ -65,7 +65,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=".") as name:
         cache, rows = Path(name).resolve(), []
-        places = {"XDG_CACHE_HOME": cache, "HF_HOME": cache / "hf", "HF_HUB_CACHE": cache / "hub", "TORCH_HOME": cache / "torch"}
+        places = {
+            "XDG_CACHE_HOME": cache,
+            "HF_HOME": cache / "hf",
+            "HF_HUB_CACHE": cache / "hub",
+            "TORCH_HOME": cache / "torch",
+        }
         environment = os.environ | {variable: str(place) for variable, place in places.items()}
         accepted = ["--accept-licence"] * arguments.accept_licence
         for each in arguments.names.split(","):
