@@ -1,19 +1,21 @@
 process VIRNUCPRO_EMBED {
     tag "$meta.id"
     label 'process_medium'
-    label 'process_gpu'
 
-    conda "${moduleDir}/environment.yml"
-    container 'biocontainers/virnucpro:0.1.0--pyhdfd78af_0'
+    conda "${ task.accelerator ? "${moduleDir}/environment.gpu.yml" : "${moduleDir}/environment.yml" }"
+    container "${ workflow.containerEngine in ['singularity', 'apptainer'] && !task.ext.singularity_pull_docker_container ?
+        (task.accelerator ? '@SINGULARITY_GPU@' : '@SINGULARITY_CPU@') :
+        (task.accelerator ? '@CONTAINER_GPU@' : '@CONTAINER_CPU@') }"
 
     input:
-    tuple val(meta), path(fasta)
-    path weights
+    tuple val(meta), path(fasta), val(shard)
+    tuple val(model), path(weights)
 
     output:
     tuple val(meta), path("*.h5")  , emit: h5
     tuple val(meta), path("*.json"), emit: report
     tuple val("${task.process}"), val('virnucpro'), eval("virnucpro --version | sed 's/virnucpro //'"), topic: versions, emit: versions_virnucpro
+    tuple val("${task.process}"), val('cuda'), eval('python -c "import torch; print(torch.version.cuda or \'no CUDA available\')"'), topic: versions, emit: versions_cuda
 
     when:
     task.ext.when == null || task.ext.when
@@ -21,23 +23,31 @@ process VIRNUCPRO_EMBED {
     script:
     def args = task.ext.args ?: ''
     def prefix = task.ext.prefix ?: "${meta.id}"
-    def model = weights ? "--model ${weights}" : ''
+    def cache = model && weights ? "export XDG_CACHE_HOME=\$PWD/${weights} HF_HUB_CACHE=\$PWD/${weights} TORCH_HOME=\$PWD/${weights}" : ''
+    def source = model || weights ? "--model ${model ?: weights}" : ''
+    def device = task.accelerator ? "--device cuda --workers ${task.accelerator.request}" : '--device cpu'
+    def part = shard ? "--shard ${shard}" : ''
+    def name = shard ? "${prefix}.shard-${shard.replace('/', '-of-')}" : prefix
     // exit code 3: finished, some records were skipped
     """
     export OMP_NUM_THREADS=${task.cpus}
+    ${cache}
     virnucpro embed \\
         ${fasta} \\
         --output ${prefix}.h5 \\
-        --report ${prefix}.json \\
-        ${model} \\
+        --report ${name}.json \\
+        ${source} \\
+        ${device} \\
+        ${part} \\
         ${args} \\
         || [ \$? -eq 3 ]
     """
 
     stub:
     def prefix = task.ext.prefix ?: "${meta.id}"
+    def name = shard ? "${prefix}.shard-${shard.replace('/', '-of-')}" : prefix
     """
-    touch ${prefix}.h5
-    touch ${prefix}.json
+    touch ${name}.h5
+    touch ${name}.json
     """
 }

@@ -1,0 +1,150 @@
+// As much of Nextflow as the modules need, where Nextflow itself cannot be had: `-v`, `config`, `inspect` for nf-core's linter,
+// and `try DIR`, which runs modules and subworkflow on the host. Sections of a process are Groovy, and Groovy evaluates them.
+// What this does not know of Nextflow: its strict syntax, containers, executors, resuming.
+import groovy.json.JsonOutput
+import java.nio.file.Files
+import java.nio.file.Path
+import java.nio.file.Paths
+
+class Names extends Binding { // a variable that was not set stands for its name, as in `emit: h5` and `val(meta)`
+    Names(Map variables) { super(variables) }
+    Object getVariable(String name) { hasVariable(name) ? super.getVariable(name) : name }
+}
+
+class Channel { // items in order; a value channel gives its item again and again
+    List items
+    boolean value
+    Channel flatMap(Closure of) { new Channel(items: items.collectMany { of(*it) }) }
+    Channel groupTuple(Map how) {
+        def groups = items.groupBy { it[0] }.collect { key, group -> [key, group.collect { it[1] }.sort()] }
+        assert groups.every { it[1].size() == how.size }
+        new Channel(items: groups)
+    }
+}
+
+abstract class Declarations extends Script { // what the sections call
+    List path(Map how = [:], pattern) { ['path', pattern] }
+    List val(it) { ['val', it] }
+    List eval(it) { ['eval', it] }
+    List tuple(Map how = [:], Object... parts) { declared << [parts as List, how]; null }
+    Object methodMissing(String name, arguments) {
+        if (processes[name]) binding.setVariable(name, processes[name](*arguments))
+        else directives[name] = arguments[0]
+    }
+}
+
+class Nextflow {
+    static final Map CPU = [cpus: 1, ext: [:], accelerator: null]
+    Path root
+    boolean stub
+
+    static Map sections(Path file) { // name -> text; the parts of a process or workflow begin with `name:` on lines of their own
+        def parts = file.text.split(/(?m)^    (?=(?:input|output|when|script|stub|take|main|emit):$)/)
+        def body = parts.drop(1).collectEntries { [it.split(':')[0], it.substring(it.indexOf(':') + 1)] }
+        def (_, kind, name) = (parts[0] =~ /(?m)^(process|workflow) (\w+) \{$/)[0]
+        def head = parts[0].substring(parts[0].indexOf("$name {") + name.size() + 2)
+        head = head.replaceAll(/([?:])\n\s+/, '$1 ') // Groovy 2 knows no lines in a simple string's ${...}
+        body.collectEntries { [it.key, it.value.replaceFirst(/\}\s*$/, '')] } + [name: name, head: head]
+    }
+
+    static List evaluate(String text, Map variables, boolean names = false) { // last value, declared, directives, variables then
+        def known = [declared: [], directives: [:], processes: [:], channel: [value: { new Channel(items: [it], value: true) }]]
+        known.putAll(variables)
+        def binding = names ? new Names(known) : new Binding(known)
+        def settings = new org.codehaus.groovy.control.CompilerConfiguration(scriptBaseClass: Declarations.name)
+        def value = new GroovyShell(Nextflow.classLoader, binding, settings).evaluate(text)
+        [value, binding.declared, binding.directives, binding.variables]
+    }
+
+    static Map directives(Path file, String engine, Map task) {
+        evaluate(sections(file).head, [workflow: [containerEngine: engine], task: task, moduleDir: file.parent, meta: [id: 'x'], model: 'x'])[2]
+    }
+
+    static List inputs(Map process) {
+        def single = process.input.replaceAll(/(?m)^    (val|path) (\w+)$/, '    tuple $1($2)')
+        evaluate(single, [:], true)[1].collect { it[0] }
+    }
+
+    static String script(Map process, Map variables, boolean stub) { evaluate(process[stub ? 'stub' : 'script'], variables)[0] }
+
+    Map run(Path file, List channels) { // emitted name -> channel
+        def process = sections(file), rows = channels.findAll { !it.value }.collect { it.items.size() }
+        def all = [:].withDefault { new Channel(items: [], value: rows.empty) }
+        (rows.max() ?: 1).times { i ->
+            Path work = Files.createTempDirectory(root, process.name)
+            def variables = [task: CPU + [process: process.name]]
+            [inputs(process), channels].transpose().each { parts, channel ->
+                def item = channel.items[channel.value ? 0 : i]
+                [parts, parts.size() == 1 ? [item] : item].transpose().each { part, value ->
+                    if (part[0] == 'path') {
+                        def files = [value].flatten().findAll()
+                        files.each { Files.createSymbolicLink(work.resolve(it.fileName), it) }
+                        value = files*.fileName.join(' ')
+                    }
+                    variables[part[1]] = value
+                }
+            }
+            def (text, _, __, known) = evaluate(process[stub ? 'stub' : 'script'], variables)
+            bash(text.toString().stripIndent(), work)
+            evaluate(process.output, known, true)[1].each { parts, how ->
+                def row = parts.collect { kind, value ->
+                    if (kind == 'val') return value
+                    if (kind == 'eval') return bash(value.toString(), work)
+                    def matcher = work.fileSystem.getPathMatcher("glob:$value")
+                    def found = work.toFile().listFiles()*.toPath().findAll { matcher.matches(it.fileName) && !Files.isSymbolicLink(it) }
+                    assert found.size() == 1: "$process.name: $value gave $found"
+                    found[0]
+                }
+                all[how.emit].items << row
+            }
+        }
+        all
+    }
+
+    Map workflow(Path file, List values) { // emitted name -> channel
+        def parts = sections(file), names = (parts.take =~ /(?m)^    (\w+) +\/\//).collect { it[1] }
+        def variables = [names, values].transpose().collectEntries(), processes = [:]
+        (file.text =~ /include \{ (\w+) \} from '(.+)'/).each { _, name, where ->
+            processes[name] = { Object... channels ->
+                def given = channels.collect { it instanceof Channel ? it : new Channel(items: [it], value: true) }
+                [out: run(file.parent.resolve("${where}.nf").normalize(), given)]
+            }
+        }
+        def known = evaluate(parts.main + parts.emit, variables + [processes: processes])[3]
+        (parts.emit =~ /(?m)^    (\w+) += /).collect { it[1] }.collectEntries { [it, known[it]] }
+    }
+
+    static String bash(String text, Path folder) {
+        def process = new ProcessBuilder('bash', '-euo', 'pipefail', '-c', text).directory(folder.toFile()).redirectErrorStream(true).start()
+        def output = process.inputStream.text.trim()
+        assert process.waitFor() == 0: "$text\n$output"
+        output
+    }
+}
+
+def command = args ? args[0] : ''
+if (command == '-v') {
+    println 'nextflow version 25.10.0.0'
+} else if (command == 'config') {
+    println '{}'
+} else if (command == 'inspect') { // -profile NAME -format json FILE
+    println JsonOutput.toJson([processes: [[container: Nextflow.directives(Paths.get(args[5]), args[2], Nextflow.CPU).container.toString()]]])
+} else if (command == 'try') { // a repository of modules, a FASTA file, a folder to work in
+    def (repository, fasta, work) = args.drop(1).collect { Paths.get(it).toAbsolutePath() }
+    def modules = repository.resolve('modules/nf-core/virnucpro'), embed = modules.resolve('embed/main.nf')
+    def gpu = Nextflow.CPU + [accelerator: [request: 2]]
+    ['docker', 'singularity'].each { engine ->
+        [Nextflow.CPU, gpu].each { println "$engine: ${Nextflow.directives(embed, engine, it).subMap('conda', 'container')}" }
+    }
+    println Nextflow.script(Nextflow.sections(embed), [task: gpu, meta: [id: 'x'], fasta: 'x.faa', shard: '2/8', model: '650M', weights: 'weights'], false)
+    def file = repository.resolve('subworkflows/nf-core/fasta_embed_virnucpro/main.nf')
+    [[true, '650M', ['', []]], [false, '', ['random:8M', []]]].each { stub, model, weights ->
+        def folder = Files.createDirectory(work.resolve(stub ? 'stub' : 'real'))
+        def input = new Channel(items: [[[id: 'a'], fasta], [[id: 'b'], fasta]])
+        def out = new Nextflow(root: folder, stub: stub).workflow(file, [input, model, weights, 3])
+        assert out.h5.items*.getAt(0) == [[id: 'a'], [id: 'b']]
+        assert out.h5.items.collect { it[1].fileName.toString() } == ['a.h5', 'b.h5']
+        assert out.report.items.collect { it[1].fileName.toString() } == ['a', 'b'].collectMany { id -> (1..3).collect { "${id}.shard-$it-of-3.json".toString() } }
+        println "${stub ? 'stub' : 'real'}: ${out.h5.items*.getAt(1)}"
+    }
+}
