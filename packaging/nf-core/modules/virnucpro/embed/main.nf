@@ -27,7 +27,7 @@ process VIRNUCPRO_EMBED {
     def source = model || weights ? "--model ${model ?: weights}" : ''
     def device = task.accelerator ? "--device cuda --workers ${task.accelerator.request}" : '--device cpu'
     def part = shard ? "--shard ${shard}" : ''
-    def name = shard ? "${prefix}.shard-${shard.replace('/', '-of-')}" : prefix
+    def name = shard ? "${prefix}.shard-${shard.tokenize('/').collect { number -> number.padLeft(4, '0') }.join('-of-')}" : prefix
     // exit code 3: finished, some records were skipped
     """
     export OMP_NUM_THREADS=${task.cpus}
@@ -45,7 +45,7 @@ process VIRNUCPRO_EMBED {
 
     stub:
     def prefix = task.ext.prefix ?: "${meta.id}"
-    def name = shard ? "${prefix}.shard-${shard.replace('/', '-of-')}" : prefix
+    def name = shard ? "${prefix}.shard-${shard.tokenize('/').collect { number -> number.padLeft(4, '0') }.join('-of-')}" : prefix
     """
     touch ${name}.h5
     touch ${name}.json

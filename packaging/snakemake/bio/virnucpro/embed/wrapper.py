@@ -1,0 +1,36 @@
+__author__ = "The virnucpro authors"
+__copyright__ = "Copyright 2026, The virnucpro authors"
+__email__ = "@EMAIL@"
+__license__ = "MIT"
+
+import re
+
+from snakemake.shell import shell
+
+extra = snakemake.params.get("extra", "")
+log = snakemake.log_fmt_shell(stdout=True, stderr=True)
+
+weights = snakemake.input.get("weights", "")
+model = f"--model {weights}" if weights else ""
+
+gpus = snakemake.resources.get("gpu", 0)
+device = f"--device cuda --workers {gpus}" if gpus else "--device cpu"
+
+report = snakemake.output.get("report", "")
+report = f"--report {report}" if report else ""
+
+# The name of a shard says which part of the FASTA it is, and what the whole output is called.
+shard = re.fullmatch(r"(.+)\.shard-(\d+)-of-(\d+)(\.\w+)", snakemake.output.h5)
+output = f"{shard[1]}{shard[4]} --shard {int(shard[2])}/{int(shard[3])}" if shard else snakemake.output.h5
+
+# Exit code 3: finished, some records were skipped.
+shell(
+    "OMP_NUM_THREADS={snakemake.threads} virnucpro embed {snakemake.input.fasta}"
+    " --output {output}"
+    " {report}"
+    " {model}"
+    " {device}"
+    " {extra}"
+    " {log}"
+    " || [ $? -eq 3 ]"
+)
