@@ -1,4 +1,4 @@
-"""The recipes agree with pyproject.toml, copy what is there, and call commands that exist."""
+"""The recipes agree with pyproject.toml, copy what is there, and call commands and options that exist."""
 
 import importlib.util
 import json
@@ -28,7 +28,11 @@ from virnucpro_cli.config.predict import PredictConfig
 from virnucpro_cli.model.families import SIZES, short_name
 
 RECIPES = ROOT / "packaging"
-MODULE = RECIPES / "nf-core" / "modules" / "virnucpro" / "embed"
+MODULES = RECIPES / "nf-core" / "modules" / "virnucpro"
+SUBWORKFLOW = RECIPES / "nf-core" / "subworkflows" / "fasta_embed_virnucpro"
+WDL = RECIPES / "wdl" / "virnucpro.wdl"
+WRAPPER = RECIPES / "snakemake" / "bio" / "virnucpro" / "embed"
+WORKFLOW = ROOT / "examples" / "snakemake"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch", "huggingface-hub": "huggingface_hub", "xxhash": "python-xxhash"}
 EXTRAS = {"xopen[zstd]": ["zstandard"]}
@@ -113,23 +117,88 @@ def test_the_dockerfile_passes_hadolint() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_nextflow_module_installs_this_version() -> None:
-    environment = yaml.safe_load((MODULE / "environment.yml").read_text())
+@pytest.mark.parametrize("name", ["embed", "fetch", "merge"])
+def test_the_nextflow_modules_install_this_version(name: str) -> None:
+    environment = yaml.safe_load((MODULES / name / "environment.yml").read_text())
     assert environment == {
         "channels": ["conda-forge", "bioconda"],
         "dependencies": [f"bioconda::virnucpro={PROJECT['version']}"],
     }
-    containers = re.findall(r"'(\S*/virnucpro:\S+)'", (MODULE / "main.nf").read_text())
-    assert containers == [f"biocontainers/virnucpro:{PROJECT['version']}--pyhdfd78af_0"]
 
 
-def test_the_nextflow_module_says_what_it_takes_and_gives() -> None:
-    meta, script = yaml.safe_load((MODULE / "meta.yml").read_text()), (MODULE / "main.nf").read_text()
-    names = [list(each) if isinstance(each, dict) else [key for part in each for key in part] for each in meta["input"]]
-    assert names == [["meta", "fasta"], ["weights"]]
+def test_the_gpu_environment_pins_a_pytorch_that_is_promised() -> None:
+    environment = yaml.safe_load((MODULES / "embed" / "environment.gpu.yml").read_text())
+    cpu = yaml.safe_load((MODULES / "embed" / "environment.yml").read_text())
+    ours, cuda, pytorch = environment["dependencies"]
+    assert (environment["channels"], [ours]) == (cpu["channels"], cpu["dependencies"])
+    assert re.fullmatch(r"conda-forge::cuda-version=\d+\.\d+", cuda)
+    (torch,) = [Requirement(text) for text in PROJECT["dependencies"] if text.startswith("torch")]
+    name, _, version = pytorch.partition("=")
+    assert name == "conda-forge::pytorch-gpu" and version in torch.specifier
+
+
+@pytest.mark.parametrize("name", ["embed", "fetch", "merge"])
+def test_the_nextflow_modules_say_what_they_take_and_give(name: str) -> None:
+    meta, script = yaml.safe_load((MODULES / name / "meta.yml").read_text()), (MODULES / name / "main.nf").read_text()
+    taken = script.split("    input:\n")[1].split("\n\n")[0].splitlines()
+    names = [[list(part) for part in each] if isinstance(each, list) else [list(each)] for each in meta["input"]]
+    assert names == [[[word] for word in re.findall(r"(?:val|path)[ (](\w+)", line)] for line in taken]
     assert list(meta["output"]) == re.findall(r"emit: (\w+)", script)
-    (version,) = re.findall(r'eval\("(.+)"\), topic', script)
-    assert version in meta["topics"]["versions"][0][2]
+    versions = re.findall(r"eval\(([\"'])(.+)\1\), topic", script)
+    assert [version.replace("\\", "") for _, version in versions] == [
+        next(iter(each[2])) for each in meta["topics"]["versions"]
+    ]
+
+
+def test_the_nextflow_subworkflow_says_what_it_takes_gives_and_is_made_of() -> None:
+    meta, script = yaml.safe_load((SUBWORKFLOW / "meta.yml").read_text()), (SUBWORKFLOW / "main.nf").read_text()
+    taken = script.split("    take:\n")[1].split("\n\n")[0].splitlines()
+    assert [next(iter(each)) for each in meta["input"]] == [line.split()[0] for line in taken]
+    assert [next(iter(each)) for each in meta["output"]] == re.findall(
+        r"^    (\w+) += ", script.split("emit:")[1], re.MULTILINE
+    )
+    assert meta["components"] == re.findall(r"modules/nf-core/(virnucpro/\w+)/main", script)
+
+
+def test_the_wrapper_and_the_example_workflow_install_this_version() -> None:
+    for folder in (WRAPPER, WORKFLOW):
+        environment = yaml.safe_load((folder / "environment.yaml").read_text())
+        assert environment["dependencies"] == [f"virnucpro ={PROJECT['version']}"]
+
+
+def test_dockstore_finds_the_wdl_workflow_and_inputs_that_it_has() -> None:
+    (workflow,) = yaml.safe_load((ROOT / ".dockstore.yml").read_text())["workflows"]
+    assert ROOT / workflow["primaryDescriptorPath"][1:] == WDL
+    (inputs,) = [json.loads((ROOT / path[1:]).read_text()) for path in workflow["testParameterFiles"]]
+    declared = re.findall(
+        r"^        \w+\?? (\w+)", WDL.read_text().split("    input {")[1].split("    }")[0], re.MULTILINE
+    )
+    assert set(inputs) <= {f"{workflow['name']}.{name}" for name in declared}
+    assert (ROOT / inputs["virnucpro_embed.fasta"]).is_file()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES.glob("*/main.nf"), WDL, WRAPPER / "wrapper.py", WRAPPER / "test" / "Snakefile", WORKFLOW / "Snakefile"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_option_that_is_passed_exists(path: Path) -> None:
+    text = "\n".join(line.partition("# ")[0] for line in path.read_text().splitlines())
+    commands = re.findall(r"virnucpro[ /](embed|fetch|merge)\b", text)
+    known = {"--version"}
+    for command in set(commands):
+        done = subprocess.run([PROGRAM, command, "--help"], capture_output=True, text=True, check=True)
+        known |= set(re.findall(r"--[a-z][a-z-]*", done.stdout))
+    passed = set(re.findall(r"--[a-z][a-z-]*", text))
+    assert commands and passed <= known, passed - known
+
+
+def test_the_readme_names_every_placeholder() -> None:
+    folders = (RECIPES / "nf-core", WDL.parent, WRAPPER)
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    used = {name for file in files for name in re.findall(r"@[A-Z_]+@", file.read_text())}
+    named = set(re.findall(r"`(@[A-Z_]+@)`", (RECIPES / "README.md").read_text()))
+    assert used <= named
 
 
 @pytest.mark.parametrize(("weights", "empty"), [(True, False), (False, True)])
@@ -137,10 +206,10 @@ def test_the_nextflow_modules_command_runs(weights: bool, empty: bool, tiny_mode
     """As Nextflow fills it in; a record that is skipped is no failure of the task."""
     (tmp_path / "in.faa").write_text(">a\nMKVLA\n" + ">empty\n" * empty)
     values = {
-        "fasta": "in.faa", "prefix": "sample", "task.cpus": "1", "model": f"--model {tiny_model}" if weights else "",
-        "args": "--device cpu" if weights else f"--device cpu --model {tiny_model}",
+        "cache": "", "fasta": "in.faa", "prefix": "sample", "name": "sample", "task.cpus": "1", "device": "--device cpu", "part": "",
+        "source": f"--model {tiny_model}" if weights else "", "args": "" if weights else f"--model {tiny_model}",
     }  # fmt: skip
-    script = (MODULE / "main.nf").read_text().split('"""')[1]
+    script = (MODULES / "embed" / "main.nf").read_text().split('"""')[1]
     script = (
         re.sub(r"(?<!\\)\$\{([\w.]+)\}", lambda match: values[match[1]], script)
         .replace("\\\\", "\\")

@@ -128,8 +128,10 @@ if (command == '-v') {
     println 'nextflow version 25.10.0.0'
 } else if (command == 'config') {
     println '{}'
-} else if (command == 'inspect') { // -profile NAME -format json FILE
-    println JsonOutput.toJson([processes: [[container: Nextflow.directives(Paths.get(args[5]), args[2], Nextflow.CPU).container.toString()]]])
+} else if (command == 'inspect') { // [-profile NAME] -format json FILE
+    def engine = '-profile' in args ? args[args.findIndexOf { it == '-profile' } + 1] : 'docker'
+    def container = Nextflow.directives(Paths.get(args[-1]), engine, Nextflow.CPU).container
+    println JsonOutput.toJson([processes: [[container: container.toString()]]])
 } else if (command == 'try') { // a repository of modules, a FASTA file, a folder to work in
     def (repository, fasta, work) = args.drop(1).collect { Paths.get(it).toAbsolutePath() }
     def modules = repository.resolve('modules/nf-core/virnucpro'), embed = modules.resolve('embed/main.nf')

@@ -1,16 +1,38 @@
-# The nf-core modules and the subworkflow, by nf-core's own linter, as parts of a repository of modules with the addresses filled in.
+# The nf-core modules and the subworkflow, by nf-core's linter, as parts of a repository of modules with the addresses filled in;
+# then they run on this host, as stubs and with random weights. Without Nextflow nextflow.groovy stands in; it needs Java.
 # pip: nf-core==4.2.1
-repository=$(mktemp -d)
-trap 'rm -rf "$repository"' EXIT
-cp -r packaging/nf-core/modules "$repository/modules"
-mkdir "$repository/modules/nf-core" && mv "$repository/modules/virnucpro" "$repository/modules/nf-core/"
-mkdir "$repository/subworkflows" && cp -r packaging/nf-core/subworkflows "$repository/subworkflows/nf-core"
+checks=$PWD/packaging/checks fasta=$PWD/examples/viral_proteins.fasta
+repository=$(mktemp -d) work=$(mktemp -d)
+trap 'rm -rf "$repository" "$work"' EXIT
+
+groovy=$TOOLS/groovy
+packages="groovy libasm-java libantlr-java libcommons-cli-java"
+if [ ! -d "$groovy/usr" ]; then
+    mkdir -p "$groovy"
+    (cd "$groovy" && { apt-get download $packages || { apt-get update -qq && apt-get download $packages; }; })
+    for package in "$groovy"/*.deb; do dpkg -x "$package" "$groovy"; done
+fi
+mkdir "$work/bin"
+printf '#!/bin/sh\nexec java -cp "%s" groovy.ui.GroovyMain "%s" "$@"\n' "$(printf %s: "$groovy"/usr/share/java/*.jar)" \
+    "$checks/nextflow.groovy" >"$work/bin/nextflow"
+chmod +x "$work/bin/nextflow"
+export PATH="$PATH:$work/bin"
+
+mkdir -p "$repository/modules/nf-core" "$repository/subworkflows" "$repository/tests/config"
+cp -r packaging/nf-core/modules/virnucpro "$repository/modules/nf-core/"
+cp -r packaging/nf-core/subworkflows "$repository/subworkflows/nf-core"
 find "$repository" -type f -exec sed -i \
-    -e 's|@CONTAINER_.PU@|registry.example/library/virnucpro:0.1.0|; s|@SINGULARITY_.PU@|https://registry.example/virnucpro/data|' \
+    -e 's|@CONTAINER_.PU@|registry.example/library/virnucpro:0.1.0|g; s|@SINGULARITY_.PU@|https://registry.example/virnucpro/data|g' \
     -e 's|@HOMEPAGE@|https://virnucpro.example|' {} +
-printf 'repository_type: modules\norg_path: nf-core\n' >"$repository/.nf-core.yml"
+printf 'repository_type: modules\norg_path: nf-core\ncontainer_registry: [registry.example]\n' >"$repository/.nf-core.yml"
 cd "$repository"
-export HOME=$repository GIT_AUTHOR_NAME=x GIT_AUTHOR_EMAIL=x GIT_COMMITTER_NAME=x GIT_COMMITTER_EMAIL=x
+tee modules/meta-schema.json modules/environment-schema.json subworkflows/yaml-schema.json <<<"{}" >/dev/null # those of nf-core/modules say more
+export HOME=$work GIT_AUTHOR_NAME=x GIT_AUTHOR_EMAIL=x GIT_COMMITTER_NAME=x GIT_COMMITTER_EMAIL=x
 git init -q -b master && git add -A && git commit -q -m modules
-nf-core modules -g "file://$repository" -b master lint --all --local
-nf-core subworkflows -g "file://$repository" -b master lint --all
+git config --global "url.file://$repository.insteadOf" https://modules.example/modules.git # it clones none of file://
+failed=0
+for kind in modules subworkflows; do
+    nf-core "$kind" -g https://modules.example/modules.git -b master lint --all || failed=1
+done
+PATH=${PATH#*:} "$work/bin/nextflow" try . "$fasta" "$work"
+[ "$failed" = 0 ]
