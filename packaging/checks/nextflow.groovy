@@ -1,6 +1,6 @@
-// As much of Nextflow as the modules need, where Nextflow itself cannot be had: `-v`, `config`, `inspect` for nf-core's linter,
-// and `try DIR`, which runs modules and subworkflow on the host. Sections of a process are Groovy, and Groovy evaluates them.
-// What this does not know of Nextflow: its strict syntax, containers, executors, resuming.
+// As much of Nextflow as the modules need: `-v`, `config` and `inspect` for nf-core's linter, and `try`, which runs the
+// subworkflow on this host. The sections of a process are Groovy, and Groovy evaluates them.
+// Nextflow's strict syntax, containers, executors and resuming are not here.
 import groovy.json.JsonOutput
 import java.nio.file.Files
 import java.nio.file.Path
@@ -39,7 +39,7 @@ class Nextflow {
     boolean stub
     Map answers = [:].withDefault { command -> bash(command, root) } // of `eval`: the same in every task
 
-    static Map sections(Path file) { // name -> text; the parts of a process or workflow begin with `name:` on lines of their own
+    static Map sections(Path file) { // name -> text; a section begins with `name:` on a line of its own
         def parts = file.text.split(/(?m)^    (?=(?:input|output|when|script|stub|take|main|emit):$)/)
         def body = parts.drop(1).collectEntries { [it.split(':')[0], it.substring(it.indexOf(':') + 1)] }
         def (_, kind, name) = (parts[0] =~ /(?m)^(process|workflow) (\w+) \{$/)[0]
@@ -48,8 +48,10 @@ class Nextflow {
         body.collectEntries { [it.key, it.value.replaceFirst(/\}\s*$/, '')] } + [name: name, head: head]
     }
 
-    static List evaluate(String text, Map variables, boolean names = false) { // last value, declared, directives, variables then
-        def known = [declared: [], directives: [:], processes: [:], channel: [value: { new Channel(items: [it], value: true) }]]
+    // The last value, what was declared, the directives, the variables then.
+    static List evaluate(String text, Map variables, boolean names = false) {
+        def channel = [value: { new Channel(items: [it], value: true) }]
+        def known = [declared: [], directives: [:], processes: [:], channel: channel]
         known.putAll(variables)
         def binding = names ? new Names(known) : new Binding(known)
         def settings = new org.codehaus.groovy.control.CompilerConfiguration(scriptBaseClass: Declarations.name)
@@ -58,15 +60,14 @@ class Nextflow {
     }
 
     static Map directives(Path file, String engine, Map task) {
-        evaluate(sections(file).head, [workflow: [containerEngine: engine], task: task, moduleDir: file.parent, meta: [id: 'x'], model: 'x'])[2]
+        def variables = [workflow: [containerEngine: engine], task: task, moduleDir: file.parent]
+        evaluate(sections(file).head, variables + [meta: [id: 'x'], model: 'x'])[2]
     }
 
     static List inputs(Map process) {
         def single = process.input.replaceAll(/(?m)^    (val|path) (\w+)$/, '    tuple $1($2)')
         evaluate(single, [:], true)[1].collect { it[0] }
     }
-
-    static String script(Map process, Map variables, boolean stub) { evaluate(process[stub ? 'stub' : 'script'], variables)[0] }
 
     Map run(Path file, List channels) { // emitted name -> channel
         def process = sections(file), rows = channels.findAll { !it.value }.collect { it.items.size() }
@@ -92,7 +93,9 @@ class Nextflow {
                     if (kind == 'val') return value
                     if (kind == 'eval') return answers[value.toString()]
                     def matcher = work.fileSystem.getPathMatcher("glob:$value")
-                    def found = work.toFile().listFiles()*.toPath().findAll { matcher.matches(it.fileName) && !Files.isSymbolicLink(it) }
+                    def found = work.toFile().listFiles()*.toPath().findAll {
+                        matcher.matches(it.fileName) && !Files.isSymbolicLink(it)
+                    }
                     assert found.size() == 1: "$process.name: $value gave $found"
                     found[0]
                 }
@@ -116,7 +119,8 @@ class Nextflow {
     }
 
     static String bash(String text, Path folder) {
-        def process = new ProcessBuilder('bash', '-euo', 'pipefail', '-c', text).directory(folder.toFile()).redirectErrorStream(true).start()
+        def builder = new ProcessBuilder('bash', '-euo', 'pipefail', '-c', text).directory(folder.toFile())
+        def process = builder.redirectErrorStream(true).start()
         def output = process.inputStream.text.trim()
         assert process.waitFor() == 0: "$text\n$output"
         output
@@ -135,19 +139,26 @@ if (command == '-v') {
 } else if (command == 'try') { // a repository of modules, a FASTA file, a folder to work in
     def (repository, fasta, work) = args.drop(1).collect { Paths.get(it).toAbsolutePath() }
     def modules = repository.resolve('modules/nf-core/virnucpro'), embed = modules.resolve('embed/main.nf')
-    def gpu = Nextflow.CPU + [accelerator: [request: 2]]
-    ['docker', 'singularity'].each { engine ->
-        [Nextflow.CPU, gpu].each { println "$engine: ${Nextflow.directives(embed, engine, it).subMap('conda', 'container')}" }
+    def gpu = Nextflow.CPU + [accelerator: [request: 2]], chosen = []
+    [[Nextflow.CPU, '--device cpu'], [gpu, '--device cuda --workers 2']].each { task, device ->
+        ['docker', 'singularity'].each { chosen << Nextflow.directives(embed, it, task).subMap('conda', 'container') }
+        def variables = [task: task, meta: [id: 'x'], fasta: 'x.faa', shard: '2/8', model: '650M', weights: 'weights']
+        def text = Nextflow.evaluate(Nextflow.sections(embed).script, variables)[0]
+        assert text.contains(device)
+        println text.stripIndent()
     }
-    println Nextflow.script(Nextflow.sections(embed), [task: gpu, meta: [id: 'x'], fasta: 'x.faa', shard: '2/8', model: '650M', weights: 'weights'], false)
+    println chosen.join('\n')
+    assert chosen*.container.unique().size() == 4 && chosen*.conda.unique().size() == 2
     def file = repository.resolve('subworkflows/nf-core/fasta_embed_virnucpro/main.nf')
     [[true, '650M', ['', []]], [false, '', ['random:8M', []]]].each { stub, model, weights ->
         def folder = Files.createDirectory(work.resolve(stub ? 'stub' : 'real'))
         def input = new Channel(items: [[[id: 'a'], fasta], [[id: 'b'], fasta]])
         def out = new Nextflow(root: folder, stub: stub).workflow(file, [input, model, weights, 2])
-        assert out.h5.items*.getAt(0) == [[id: 'a'], [id: 'b']]
-        assert out.h5.items.collect { it[1].fileName.toString() } == ['a.h5', 'b.h5']
-        assert out.report.items.collect { it[1].fileName.toString() } == ['a', 'b'].collectMany { id -> (1..2).collect { "${id}.shard-000$it-of-0002.json".toString() } }
+        def names = { channel -> channel.items.collect { [it[0].id, it[1].fileName.toString()] } }
+        assert names(out.h5) == [['a', 'a.h5'], ['b', 'b.h5']]
+        assert names(out.report) == ['a', 'b'].collectMany { id ->
+            ['0001', '0002'].collect { [id, "${id}.shard-${it}-of-0002.json".toString()] }
+        }
         println "${stub ? 'stub' : 'real'}: ${out.h5.items*.getAt(1)}"
     }
 }

@@ -1,5 +1,5 @@
-# The nf-core modules and the subworkflow, by nf-core's linter, as parts of a repository of modules with the addresses filled in;
-# then they run on this host, as stubs and with random weights. Without Nextflow nextflow.groovy stands in; it needs Java.
+# The nf-core modules and the subworkflow, by nf-core's linter, in a repository of modules with the addresses filled in.
+# Then they run on this host, as stubs and with random weights. nextflow.groovy stands in for Nextflow; it needs Java.
 # pip: nf-core==4.2.1
 checks=$PWD/packaging/checks fasta=$PWD/examples/viral_proteins.fasta
 repository=$(mktemp -d) work=$(mktemp -d)
@@ -22,14 +22,16 @@ mkdir -p "$repository/modules/nf-core" "$repository/subworkflows" "$repository/t
 cp -r packaging/nf-core/modules/virnucpro "$repository/modules/nf-core/"
 cp -r packaging/nf-core/subworkflows "$repository/subworkflows/nf-core"
 find "$repository" -type f -exec sed -i \
-    -e 's|@CONTAINER_.PU@|registry.example/library/virnucpro:0.1.0|g; s|@SINGULARITY_.PU@|https://registry.example/virnucpro/data|g' \
+    -e 's|@CONTAINER_\(.\)PU@|registry.example/library/virnucpro-\L\1\Epu:0.1.0|g' \
+    -e 's|@SINGULARITY_\(.\)PU@|https://registry.example/virnucpro-\L\1\Epu/data|g' \
     -e 's|@HOMEPAGE@|https://virnucpro.example|' {} +
-printf 'repository_type: modules\norg_path: nf-core\ncontainer_registry: [registry.example]\n' >"$repository/.nf-core.yml"
 cd "$repository"
-tee modules/meta-schema.json modules/environment-schema.json subworkflows/yaml-schema.json <<<"{}" >/dev/null # those of nf-core/modules say more
+printf '%s\n' 'repository_type: modules' 'org_path: nf-core' 'container_registry: [registry.example]' >.nf-core.yml
+# A repository of modules has schemas, here empty ones, and an address. The linter clones no address of file://.
+tee modules/meta-schema.json modules/environment-schema.json subworkflows/yaml-schema.json <<<"{}" >/dev/null
 export HOME=$work GIT_AUTHOR_NAME=x GIT_AUTHOR_EMAIL=x GIT_COMMITTER_NAME=x GIT_COMMITTER_EMAIL=x
 git init -q -b master && git add -A && git commit -q -m modules
-git config --global "url.file://$repository.insteadOf" https://modules.example/modules.git # it clones none of file://
+git config --global "url.file://$repository.insteadOf" https://modules.example/modules.git
 failed=0
 for kind in modules subworkflows; do
     nf-core "$kind" -g https://modules.example/modules.git -b master lint --all || failed=1

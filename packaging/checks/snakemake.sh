@@ -1,4 +1,5 @@
-# The Snakemake wrapper and the example workflow, by snakefmt and Snakemake's linter; then the wrapper runs, with random weights.
+# The Snakemake wrapper and the example workflow, by snakefmt and Snakemake's linter.
+# Then the wrapper runs, with random weights.
 # pip: snakemake==9.27.1 snakefmt==2.1.0
 wrapper=packaging/snakemake/bio/virnucpro/embed
 snakefmt --check packaging/snakemake examples/snakemake

