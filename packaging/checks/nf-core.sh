@@ -1,6 +1,7 @@
-# The nf-core modules and the subworkflow, by nf-core's linter, in a repository of modules with the addresses filled in.
-# Then they run on this host, as stubs and with random weights. nextflow.groovy stands in for Nextflow; it needs Java.
-# pip: nf-core==4.2.1
+# The nf-core modules and the subworkflow, by reftrace's parser and nf-core's linter, in a repository of modules with the
+# addresses filled in. Then they run on this host, as stubs and with random weights. nextflow.groovy stands in for Nextflow;
+# it needs Java.
+# pip: nf-core==4.2.1 reftrace==0.6.0
 checks=$PWD/packaging/checks fasta=$PWD/examples/viral_proteins.fasta
 repository=$(mktemp -d) work=$(mktemp -d)
 trap 'rm -rf "$repository" "$work"' EXIT
@@ -33,6 +34,8 @@ export HOME=$work GIT_AUTHOR_NAME=x GIT_AUTHOR_EMAIL=x GIT_COMMITTER_NAME=x GIT_
 git init -q -b master && git add -A && git commit -q -m modules
 git config --global "url.file://$repository.insteadOf" https://modules.example/modules.git
 failed=0
+python -c 'import sys, reftrace; [print(reftrace.Module.from_file(path)._proto) for path in sys.argv[1:]]' \
+    $(find . -name main.nf) || failed=1
 for kind in modules subworkflows; do
     nf-core "$kind" -g https://modules.example/modules.git -b master lint --all || failed=1
 done
