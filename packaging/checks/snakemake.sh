@@ -2,11 +2,11 @@
 # Then the wrapper runs, with random weights.
 # pip: snakemake==9.27.1 snakefmt==2.1.0
 wrapper=packaging/snakemake/bio/virnucpro/embed
-snakefmt --check packaging/snakemake examples/snakemake
-snakemake -s "$wrapper/test/Snakefile" --lint
-snakemake -s examples/snakemake/Snakefile --lint --config fasta=in.fasta output=out.h5
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
+snakefmt --check packaging/snakemake examples/snakemake
+snakemake -s "$wrapper/test/Snakefile" --lint --directory "$folder"
+snakemake -s examples/snakemake/Snakefile --lint --directory "$folder" --config fasta=in.fasta output=out.h5
 ln -s "$PWD/packaging/snakemake" "$folder/master" # the test names the wrapper as the public repository does
 cp -r "$wrapper/test" "$folder/test"
 cd "$folder/test"

@@ -19,14 +19,18 @@ device = f"--device cuda --workers {gpus}" if gpus else "--device cpu"
 report = snakemake.output.get("report", "")
 report = f"--report {report}" if report else ""
 
-# The name of a shard says which part of the FASTA it is, and what the whole output is called.
-shard = re.fullmatch(r"(.+)\.shard-(\d+)-of-(\d+)(\.\w+)", snakemake.output.h5)
-output = f"{shard[1]}{shard[4]} --shard {int(shard[2])}/{int(shard[3])}" if shard else snakemake.output.h5
+# The name of a shard says which part of the FASTA it is, and of which output.
+output = snakemake.output.h5
+part = ""
+if shard := re.fullmatch(r"(.+)\.shard-(\d+)-of-(\d+)(\.\w+)", output):
+    output = f"{shard[1]}{shard[4]}"
+    part = f"--shard {int(shard[2])}/{int(shard[3])}"
 
 # Exit code 3: finished, some records were skipped.
 shell(
     "OMP_NUM_THREADS={snakemake.threads} virnucpro embed {snakemake.input.fasta}"
     " --output {output}"
+    " {part}"
     " {report}"
     " {model}"
     " {device}"
