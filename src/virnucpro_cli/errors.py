@@ -114,10 +114,13 @@ def install_command(extra: str) -> str:
         return f"uv tool install 'virnucpro[{extra}]'"
     if home.parent.name == "venvs" and home.parent.parent.name == "pipx":
         return f"pipx install --force 'virnucpro[{extra}]'"
+    return f"{'uv ' if made_by_uv(home) else ''}pip install 'virnucpro[{extra}]'"
+
+
+def made_by_uv(home: Path) -> bool:
+    """Whether uv made this virtual environment, which has no pip then."""
     made_by = home / "pyvenv.cfg"
-    if made_by.is_file() and re.search(r"^uv *=", made_by.read_text(errors="replace"), re.MULTILINE):
-        return f"uv pip install 'virnucpro[{extra}]'"
-    return f"pip install 'virnucpro[{extra}]'"
+    return made_by.is_file() and bool(re.search(r"^uv *=", made_by.read_text(errors="replace"), re.MULTILINE))
 
 
 class Stopped(BaseException):

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import platform
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,12 +15,13 @@ import virnucpro_cli
 from virnucpro_cli import report, store
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, install_command
+from virnucpro_cli.machine import gpus
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model.families import SIZES, short_name
 from virnucpro_cli.plan import shards
 from virnucpro_cli.store import disk
 
-DRIVER = Path("/proc/driver/nvidia/version")
+GPU = "a GPU that PyTorch cannot use"
 LITTLE_ROOM = 1e9
 TIERS = (((8, 0), "promised"), ((5, 0), "best effort"), ((0, 0), "refused"))
 
@@ -34,23 +34,29 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-def check_machine() -> bool:
-    """Print what is seen to standard output; whether nothing stands in the way of a run."""
+def check_machine(place: gpus.Place = gpus.HERE) -> bool:
+    """Print what is seen to standard output; whether nothing stands in the way of a run.
+
+    A GPU that PyTorch cannot use comes before the table, since a run on the CPU would be slow and not wrong.
+    """
     out = report.stdout()
-    findings = list(look())
+    findings = list(look(place))
     table = report.facts_table("What a run would find here")
     for what, seen, remedy in findings:
-        table.add_row(what, f"{seen}\n-> {remedy}" if remedy else seen)
+        if what == GPU:
+            out.print(f"{seen}\n-> {remedy}", soft_wrap=True, markup=False, highlight=False)
+        else:
+            table.add_row(what, f"{seen}\n-> {remedy}" if remedy else seen)
     out.print(table)
     wrong = dict.fromkeys(finding.what for finding in findings if finding.remedy)
     out.print(f"to see to: {', '.join(wrong)}" if wrong else "nothing stands in the way")
     return not wrong
 
 
-def look() -> Iterator[Finding]:
+def look(place: gpus.Place = gpus.HERE) -> Iterator[Finding]:
     python = f"Python {platform.python_version()}, {platform.platform()}"
     yield Finding("virnucpro", f"{virnucpro_cli.__version__}, {python}")
-    yield from _torch_and_driver()
+    yield from _torch_and_driver(place)
     for number in range(torch.cuda.device_count()):
         yield _gpu(torch.device("cuda", number))
     yield from _choices()
@@ -70,20 +76,12 @@ def _tried(what: str, call: Callable[[], str]) -> Finding:
         return Finding(what, error.what, error.remedy)
 
 
-def _torch_and_driver() -> Iterator[Finding]:
-    cuda, hip = torch.version.cuda, torch.version.hip
-    build = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "CPU"
-    driver = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text()) if DRIVER.is_file() else None
-    remedy = ""
-    if driver and build == "CPU":
-        remedy = "There is an NVIDIA driver and this PyTorch cannot use it: install a CUDA build (see pytorch.org)."
-    elif driver and cuda and not torch.cuda.is_available():
-        remedy = (
-            "No GPU can be used: the driver may be too old for this CUDA (nvidia-smi shows which it supports), "
-            "or none is given to this job or container (CUDA_VISIBLE_DEVICES, --gres, --gpus)."
-        )
-    yield Finding("PyTorch", f"{torch.__version__}, a {build} build", remedy)
-    yield Finding("NVIDIA driver", driver[0] if driver else "none")
+def _torch_and_driver(place: gpus.Place) -> Iterator[Finding]:
+    build = gpus.this_build()
+    if (trouble := gpus.unusable(build, place)) is not None:
+        yield Finding(GPU, *trouble)
+    yield Finding("PyTorch", f"{build.version}, a {build.kind} build")
+    yield Finding("NVIDIA driver", gpus.nvidia_driver(place) or "none")
 
 
 def _gpu(device: torch.device) -> Finding:
