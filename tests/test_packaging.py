@@ -211,7 +211,7 @@ def test_an_image_s_command_runs_without_network_and_on_a_root_that_cannot_be_wr
         f"id -u; cut -d: -f1 /proc/net/dev | tail -n +3; touch {tmp_path}/no || echo no root;"
         f"{enter} embed {tmp_path}/in.fasta -o {out} --model {tiny_model} --device cpu && {enter} verify {out}; echo $?"
     )
-    outer = f"mount -t tmpfs none {tmp_path}/tmp && mount -o remount,bind,ro / && exec unshare --map-user=12345 sh -c {shlex.quote(inner)}"
+    outer = f"mount -t tmpfs -o noexec none {tmp_path}/tmp && mount -o remount,bind,ro / && exec unshare --map-user=12345 sh -c {shlex.quote(inner)}"
     environment = {
         "PATH": f"{PROGRAM.parent}:/usr/bin:/bin", "HOME": "/nowhere", "USER": "virnucpro", "TMPDIR": str(tmp_path / "tmp"),
         **python_path(),

@@ -2,6 +2,7 @@
 # What an image of virnucpro holds. The Dockerfile and virnucpro.def run this, and nothing else: install.sh STEP ...
 # TORCH: the build of PyTorch, as uv's --torch-backend names it. SOURCE: the source. ROOT: where the image's files go.
 set -eu
+umask 022
 : "${TORCH:=cu130}" "${SOURCE:=/source}" "${ROOT:=/opt/virnucpro}"
 
 system() { # gcc: Triton compiles the start-up code of kernels; procps: Nextflow measures tasks with ps
