@@ -1,7 +1,7 @@
 """Conda recipes and environments, as four of conda's own libraries read them: conda.py OURS GRAYSKULLS ENVIRONMENT...
 
-Grayskull derives a recipe from the sdist: ours must ask for the same. Rules of Bioconda's linter that need no channel
-follow.
+Grayskull derives a recipe from the sdist: ours must ask for the same. What Bioconda's guidelines
+ask of a recipe follows, as far as it needs no channel.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def compare(ours: Recipe, derived: Recipe) -> list[str]:
 
 
 def bioconda(path: Path, recipe: Recipe) -> list[str]:
-    """Rules of `bioconda-utils lint` by their names there, for a noarch Python package with one source."""
+    """What is broken of Bioconda's guidelines, for a noarch Python package with one source."""
     text = path.read_text()
     about = re.findall(r"^  (\w+): \S", text.partition("\nabout:\n")[2].partition("\nextra:")[0], re.MULTILINE)
     broken = {
@@ -75,7 +75,7 @@ def main(ours: str, derived: str, environments: list[str]) -> int:
         asked += re.findall(r"^  - ([\w-]+::[^ #\n]+)", Path(file).read_text(), re.MULTILINE)
     for spec in asked:
         print(f"{spec} -> {MatchSpec(spec, strict=True)}")
-    print("\n".join(wrong) or "grayskull, souschef, rattler and conda-lock agree; Bioconda's rules hold")
+    print("\n".join(wrong) or "grayskull, souschef, rattler and conda-lock agree; Bioconda's guidelines are kept")
     return bool(wrong)
 
 
