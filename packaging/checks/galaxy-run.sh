@@ -1,3 +1,4 @@
+# By name only: it starts a server, and takes ten minutes.
 # The tests of Galaxy's tools and of the data manager, in a Galaxy server of its own. virnucpro comes from the PATH; the data
 # manager's test fetches the demo weights through pip.
 # pip: galaxy-web-apps==26.1.2 galaxy-app==26.1.2 galaxy-test-driver==26.1.2 h5py==3.16.0
