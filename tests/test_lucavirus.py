@@ -491,9 +491,9 @@ def test_fair_esms_files_are_not_made_of_another_alphabet(small: Path, tmp_path:
 
 
 def test_the_kind_is_part_of_a_run_and_proteins_have_none(small: Path, tiny_model: Path, tmp_path: Path) -> None:
-    path = written(tmp_path / "in.fasta", ["MKVL"])
-    embed_fasta(path, tmp_path / "esm2.h5", model=str(tiny_model), device="cpu")
-    embed_fasta(path, tmp_path / "out.h5", model=str(small), device="cpu")
+    path = written(tmp_path / "in.fasta", ["ACGT"])
+    embed_fasta(path, tmp_path / "esm2.h5", model=str(tiny_model), device="cpu", force_protein=True)
+    embed_fasta(path, tmp_path / "out.h5", model=str(small), device="cpu", force_protein=True)
     for name in ("esm2", "out"):
         with read_embeddings(tmp_path / f"{name}.h5") as file:
             assert "kind" not in file.settings and "kind" not in file.attributes
