@@ -188,17 +188,16 @@ def test_a_portable_kernel_that_differs_from_its_twin_is_refused(monkeypatch: py
     trial = pytest.importorskip("virnucpro_cli.model.kernels.trial")
     from virnucpro_cli.model.kernels import portable
 
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    trial.try_out(portable, CPU, torch.float16)
     for name, other, blamed in (
         ("rotary", lambda cos, sin, positions: (sin, cos, positions), "rotary_linear or attention"),
         ("inner", lambda x, layer: plain.gelu(portable._linear(x, layer.fc1))[:, : 128 * (2 - layer.gated)], "swiglu"),
         ("last_norm", lambda x, last: (x + last.offset).to(x.dtype), "norm"),
     ):
-        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-        trial.try_out(portable, CPU, torch.float16)
-        monkeypatch.setattr(portable, name, other)
-        with pytest.raises(RuntimeError, match=f"{blamed}.* differs"):
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match=f"{blamed}.* differs"):
+            patched.setattr(portable, name, other)
             trial.try_out(portable, CPU, torch.float16)
-        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(1.4, "portable"), (0.8, "torch_varlen")])

@@ -27,7 +27,7 @@ from virnucpro_cli.model.packed import PackedModel, Parts, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec, State
 from virnucpro_cli.plan.packing import buckets
 from virnucpro_cli.validation import dnabert as oracle
-from virnucpro_cli.validation import verify
+from virnucpro_cli.validation import invariance, verify
 from virnucpro_cli.validation.validate import validate_model
 
 CPU = torch.device("cpu")
@@ -191,7 +191,7 @@ def by_kernels(spec: ModelSpec, state: State, dtype: torch.dtype) -> PackedModel
 def test_kernels_lose_no_more_than_plain_steps() -> None:
     dtype = torch.float16  # products of bfloat16 are wrong in the interpreter
     spec = ModelSpec("small", 1, 96, 3, "dnabert", inner=384)
-    state, (batch, tokens) = state_of(spec), pack((2, 30, 31, 32, 62, 63, 64, 130), 512)
+    state, (batch, tokens) = state_of(spec), pack((2, 31, 63, 130), 256)
     exact = embeddings(model_of(spec, state), batch, (1,)).residue[1][: batch.used]
     plain, kernel = (
         relative_l2(embeddings(model, batch, (1,)).residue[1][: batch.used], exact)
@@ -200,7 +200,7 @@ def test_kernels_lose_no_more_than_plain_steps() -> None:
     assert kernel <= 1.5 * plain
     model = by_kernels(spec, state, dtype)
     together = embeddings(model, batch, (1,))
-    for i in (1, 5, 7):
+    for i in (1, 3):
         alone = of_segment(embeddings(model, packed([tokens[i]], 256), (1,)), packed([tokens[i]], 256), 0)
         assert all(torch.equal(values, alone[key]) for key, values in of_segment(together, batch, i).items())
 
@@ -534,6 +534,9 @@ def test_validate_passes_an_honest_run_and_fails_every_mistake(
 ) -> None:
     if mistake is not None:
         MISTAKES[mistake](monkeypatch)
+        monkeypatch.setattr(
+            invariance, "packing", lambda *_: iter(())
+        )  # it takes most of the time, and is not asked here
     verdict = validate_model(model=str(small), device="cpu", sample=24)
     failed = {part.split(":")[0] for part in verdict.failed_parts}
     assert failed == set() if mistake is None else "Semantics" in failed

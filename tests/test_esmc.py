@@ -25,7 +25,7 @@ from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.scores import TokenHead
 from virnucpro_cli.model.spec import INV_FREQ, ModelSpec
 from virnucpro_cli.store import read_embeddings
-from virnucpro_cli.validation import oracle_of, validate, verify
+from virnucpro_cli.validation import invariance, oracle_of, validate, verify
 from virnucpro_cli.validation.esmc import Reference
 from virnucpro_cli.validation.validate import validate_model
 
@@ -444,6 +444,9 @@ def test_validate_passes_an_honest_run_of_esmc_and_fails_every_mistake(
     path.write_text("".join(f">{i}\n{each}\n" for i, each in enumerate([*proteins(40, 150, 250, 90), *ODD[:6]])))
     if mistake is not None:
         MISTAKES[mistake](monkeypatch)
+        monkeypatch.setattr(
+            invariance, "packing", lambda *_: iter(())
+        )  # it takes most of the time, and is not asked here
     verdict = validate_model(model=str(folder), fasta=str(path), device="cpu")
     assert verdict.environment["reference"].startswith("transformers ")
     failed = {part.split(":")[0] for part in verdict.failed_parts}

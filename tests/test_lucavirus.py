@@ -31,7 +31,7 @@ from virnucpro_cli.model.packed import Parts
 from virnucpro_cli.model.scores import TokenHead
 from virnucpro_cli.model.spec import INV_FREQ, ModelSpec
 from virnucpro_cli.store import read_embeddings
-from virnucpro_cli.validation import oracle_of, plain_reader, verify
+from virnucpro_cli.validation import invariance, oracle_of, plain_reader, verify
 from virnucpro_cli.validation.lucavirus import OfNucleotides, Reference
 from virnucpro_cli.validation.validate import validate_model
 
@@ -589,6 +589,9 @@ def test_validate_passes_an_honest_run_of_lucavirus_and_fails_every_mistake(
     path = written(tmp_path / "in.fasta", [*sequences_of(kind, 40, 150, 90), *ODD[kind]])
     if mistake is not None:
         MISTAKES[mistake](monkeypatch)
+        monkeypatch.setattr(
+            invariance, "packing", lambda *_: iter(())
+        )  # it takes most of the time, and is not asked here
     verdict = validate_model(model=str(small), fasta=str(path), device="cpu", kind=kind)
     assert verdict.environment["reference"].startswith("lucavirus ")
     failed = {part.split(":")[0] for part in verdict.failed_parts}

@@ -127,6 +127,7 @@ def test_what_the_conda_recipe_tests_is_there(recipe: dict[str, Any]) -> None:
         ).is_file()
 
 
+@pytest.mark.slow
 def test_the_commands_that_the_conda_recipe_tests_with_run(recipe: dict[str, Any], tmp_path: Path) -> None:
     """As conda runs them: in a folder with the files that the recipe names, and no model fetched before."""
     for name in recipe["test"]["source_files"]:
