@@ -1,10 +1,12 @@
 """Real processes, forked from one that has imported the libraries: a tenth of a second each, where Python and PyTorch take two."""
 
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,7 +18,7 @@ from virnucpro_cli.errors import STOP_SIGNALS
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
     ["virnucpro_cli.__main__", "virnucpro_cli.cli", "virnucpro_cli.embed", "virnucpro_cli.exchange.export", "pytest",
-     "safetensors.torch", "huggingface_hub.hf_api", "filelock", "triton.runtime.interpreter"]
+     "virnucpro_cli.predict", "tokenizers", "safetensors.torch", "huggingface_hub.hf_api", "filelock", "triton.runtime.interpreter"]
 )  # fmt: skip
 
 
@@ -85,6 +87,30 @@ def closed(number: int) -> None:
     """A stream of this process is as Python has it where it is started with `>&-` or `2>&-`."""
     os.close(number)
     setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+
+
+def killed_at(run: Callable[..., object], options: Mapping[str, Any], at: int, told: str) -> None:
+    """A run that ends without a word at the call number `at` of Python code in any of its threads, and commits often.
+
+    told: a file for the number of calls of a run to its end.
+    """
+    import torch
+
+    from virnucpro_cli.engine import placer
+
+    calls = itertools.count(1)
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and next(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    placer.COMMIT_SECONDS = 0.01
+    threading.setprofile(count)
+    sys.setprofile(count)
+    run(**options)
+    sys.setprofile(None)
+    Path(told).write_text(str(next(calls)))
 
 
 def until(true: Callable[[], object], child: Child, seconds: float = 300) -> None:

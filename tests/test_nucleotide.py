@@ -13,6 +13,7 @@ import torch
 
 from children import CHILDREN
 from conftest import read_fasta
+from halves import stopped_in_the_half
 from test_faults import child, one_thread  # noqa: F401  (one_thread is in force here too)
 from test_genes import contents
 from test_lucavirus import authors_model, checkpoint
@@ -20,7 +21,7 @@ from virnucpro_cli import read_embeddings, store
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine import placer, second_pass
-from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange import export
 from virnucpro_cli.features import contigs as genes
 from virnucpro_cli.features.contigs import chunks
@@ -231,24 +232,6 @@ def test_a_kill_at_any_step_is_made_good_by_the_same_command(embed: Embed, tmp_p
         "out.proteins.npz",
         "out.slices.fna",
     }
-
-
-def stopped_in_the_half(embed: Embed, **options: Any) -> None:
-    """A run that ends when the proteins and some of the slices are there."""
-    with pytest.MonkeyPatch.context() as patch:
-        whole, placed = placer.Placer.place, 0
-
-        def place(self: Any, rows: Any) -> None:
-            nonlocal placed
-            whole(self, rows)
-            if self.file.half:
-                placed += 1
-                if placed == 2:
-                    raise Stopped(15)
-
-        patch.setattr(placer.Placer, "place", place)
-        with pytest.raises(Stopped):
-            embed(**options)
 
 
 def test_a_run_that_goes_on_computes_what_is_pending(embed: Embed, tmp_path: Path) -> None:

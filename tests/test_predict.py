@@ -11,7 +11,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,15 @@ import h5py
 import numpy as np
 import pytest
 
-from children import CHILDREN
+from children import CHILDREN, killed_at
 from conftest import ROOT
+from halves import stopped_in_the_half
 from heads import pickled_head
 from test_dnabert import SMALL, checkpoint, state_of
 from test_faults import one_thread  # noqa: F401  (in force here too)
-from test_nucleotide import stopped_in_the_half
 from virnucpro_cli import predict, read_embeddings, store
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
-from virnucpro_cli.engine import placer
 from virnucpro_cli.errors import Stopped, UserError
 from virnucpro_cli.fasta import tokenised
 from virnucpro_cli.fasta.token_file import TokenFile
@@ -233,25 +231,6 @@ def test_the_same_command_makes_what_is_missing_and_nothing_else(
     assert {name: content for name, (content, _) in now.items()} == {n: content for n, (content, _) in before.items()}
 
 
-def killed_at(options: dict[str, Any], at: int, told: str) -> None:
-    """A run of predict that ends without a word at the call number `at` of Python code in any of its threads.
-
-    told: a file for the number of calls of a run to its end.
-    """
-    calls = itertools.count(1)
-
-    def count(frame: Any, event: str, argument: Any) -> None:
-        if event == "call" and next(calls) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    placer.COMMIT_SECONDS = 0.01
-    threading.setprofile(count)
-    sys.setprofile(count)
-    predict_contigs(**options)
-    sys.setprofile(None)
-    Path(told).write_text(str(next(calls)))
-
-
 def content_of(folder: Path) -> dict[str, Any]:
     """All that a user reads of a run: tables, FASTA files, and every dataset but those of the run itself."""
     found: dict[str, Any] = {name: (folder / name).read_bytes() for name in MADE}
@@ -278,7 +257,9 @@ def test_a_kill_at_any_moment_is_made_good_by_the_same_command(
     }  # fmt: skip
 
     def child(at: int, output: Path) -> int:
-        process = CHILDREN.Process(target=killed_at, args=(options | {"output": str(output)}, at, str(told)))
+        process = CHILDREN.Process(
+            target=killed_at, args=(predict_contigs, options | {"output": str(output)}, at, str(told))
+        )
         process.start()
         process.join(120)
         assert process.exitcode is not None
