@@ -3,8 +3,9 @@
 import csv
 import hashlib
 import json
+import os
 import shutil
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange.export import export_file
 from virnucpro_cli.exchange.importing import import_file
 from virnucpro_cli.explore import crate
+from virnucpro_cli.explore import multiqc as sections
 from virnucpro_cli.explore.inspect import inspect_file
 from virnucpro_cli.store import read_embeddings
 
@@ -67,7 +69,7 @@ def test_multiqc_is_told_the_numbers_of_a_sample(folder: Path, tiny_model: Path)
         report = file.report
     assert files["stats"]["plot_type"] == "generalstats"
     assert files["stats"]["data"]["out"] == {
-        "proteins": 5, "skipped": 2, "cut": 1, "tokens/s": report["rates"]["tokens/s"],
+        "records": 5, "skipped": 2, "cut": 1, "tokens/s": report["rates"]["tokens/s"],
         "density": report["packing"]["density"], "model": tiny_model.name,
     }  # fmt: skip
     assert [name for column in files["stats"]["pconfig"] for name in column] == list(files["stats"]["data"]["out"])
@@ -112,6 +114,25 @@ def test_files_for_multiqc_are_replaced_and_those_of_others_are_not(folder: Path
     assert "virnucpro_stats" in other.read_text()
 
 
+def test_samples_of_one_name_are_told_apart_by_their_files(folder: Path, made: Path, tiny_model: Path) -> None:
+    before = multiqc(folder / "out.h5", folder)
+    (folder / "other").mkdir()
+    (folder / "other" / "in.fasta").write_text(">z\nMKV\n")
+    embed_fasta(folder / "other" / "in.fasta", folder / "other" / "out.h5", model=str(tiny_model), device="cpu")
+    with pytest.raises(UserError, match="is of another file of this name"):
+        multiqc(folder / "other" / "out.h5", folder)
+    assert multiqc(folder / "out.h5", folder) == before
+    inspect_file(str(folder / "other" / "out.h5"), multiqc_folder=str(folder), overwrite=True)
+    assert json.loads((folder / "out_virnucpro_stats_mqc.json").read_text())["data"]["out"]["records"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "sample"), [("x.hdf5", "x"), ("a b.h5.partial", "a b"), ("<b>&'.h5", "_b___"), ("a|\x1b.h5", "a|?")]
+)
+def test_a_sample_has_the_name_of_its_file_as_a_page_may_show_it(name: str, sample: str) -> None:
+    assert sections.sample_of(name) == sample
+
+
 # --- RO-Crate ---------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +141,7 @@ def test_the_crate_knows_the_output_by_its_bytes(folder: Path) -> None:
     output, path = entities["out.h5"], folder / "out.h5"
     assert output["@type"] == "File" and output["contentSize"] == str(path.stat().st_size)
     assert output["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert entities["./"]["hasPart"] == [{"@id": "out.h5"}]
+    assert entities["./"]["hasPart"] == {"@id": "out.h5"}
     assert entities[crate.NAME]["about"] == {"@id": "./"}
 
 
@@ -147,7 +168,8 @@ def test_the_crate_says_how_the_file_was_made(folder: Path, made: Path, tiny_mod
     assert entities["#virnucpro"]["softwareVersion"] and entities["https://pytorch.org"]["softwareVersion"] == torch
     assert (entities["#pool"]["value"], entities["#max_residues"]["value"]) == ("mean, max", 100)
     start, end = (datetime.fromisoformat(action[name]) for name in ("startTime", "endTime"))
-    assert start == datetime.fromisoformat(created) and start <= end
+    laid_out = datetime.fromisoformat(created)
+    assert laid_out - timedelta(minutes=10) < start <= laid_out < end + timedelta(seconds=1)
     given = {each["@id"] for each in action["object"]}
     assert {"#input-1", "#model", "#pool", "#environment-1"} <= given and action["result"] == {"@id": "out.h5"}
     assert "agent" not in action
@@ -207,6 +229,38 @@ def test_an_agent_is_a_name_or_an_address(folder: Path) -> None:
     assert described(folder, agent=orcid)["#run"]["agent"] == {"@id": orcid}
 
 
+@pytest.mark.parametrize(
+    ("agent", "address"),
+    [("http://orcid.org/0000-0002-1825-0097/", "https://orcid.org/0000-0002-1825-0097"),
+     ("0000-0002-1694-233x", "https://orcid.org/0000-0002-1694-233X"), ("https://pytorch.org", "#agent")],
+)  # fmt: skip
+def test_an_agent_has_an_address_of_its_own(folder: Path, agent: str, address: str) -> None:
+    entities = described(folder, agent=agent)
+    assert entities["#run"]["agent"] == {"@id": address} and entities[address]["@type"] == "Person"
+
+
+@pytest.mark.parametrize("agent", ["", " ", "https://", "https://orcid.org/0000 0002", "https://x y/<z>", "Ada\nL"])
+def test_an_agent_that_is_nobody_is_refused(folder: Path, agent: str) -> None:
+    with pytest.raises(UserError, match="is no name and no address"):
+        described(folder, agent=agent)
+
+
+def test_names_that_are_no_text_are_described(folder: Path, tiny_model: Path) -> None:
+    fasta, output = (os.fsdecode(os.fsencode(folder) + name) for name in (b"/caf\xe9.faa", b"/p\xff.h5"))
+    Path(fasta).write_text(">a\nMKV\n")
+    embed_fasta(fasta, output, model=str(tiny_model), device="cpu")
+    inspect_file(output, crate_folder=str(folder), multiqc_folder=str(folder))
+    graph = {entity["@id"]: entity for entity in json.loads((folder / crate.NAME).read_text())["@graph"]}
+    assert graph["p%FF.h5"]["name"] == "p\ufffd.h5" and graph["caf%E9.faa"]["name"] == "caf\ufffd.faa"
+
+
+def test_an_input_that_was_read_twice_is_one_entity(folder: Path, tiny_model: Path) -> None:
+    (folder / "in.fasta").write_text(FASTA)
+    twice = [str(folder / "in.fasta")] * 2
+    embed_fasta(twice, folder / "out.h5", model=str(tiny_model), device="cpu", overwrite=True)
+    assert described(folder)["./"]["hasPart"] == [{"@id": "out.h5"}, {"@id": "in.fasta"}]
+
+
 def test_a_crate_is_never_overwritten_unless_asked(folder: Path) -> None:
     (folder / crate.NAME).write_text("{}")
     with pytest.raises(UserError, match="--overwrite"):
@@ -232,8 +286,13 @@ def test_an_imported_file_is_described_as_far_as_it_is_known(made: Path, folder:
     import_file(str(folder / "keyed.h5"), str(folder / "out.h5"), model="8M", overwrite=True)
     entities = described(folder)
     assert entities["./"]["description"].startswith("Imported from ")
+    source = entities["keyed.h5"]
+    assert source["sha256"] == hashlib.sha256((folder / "keyed.h5").read_bytes()).hexdigest()
+    assert {"@id": "keyed.h5"} in entities["#run"]["object"]
+    known = {"#layers", "#pool", "#store_dtype", "#imported"}
+    assert {name for name, each in entities.items() if each["@type"] == "PropertyValue"} == known
     assert "description" in entities["#model"] and "#attention" not in entities and "endTime" not in entities["#run"]
-    assert multiqc(folder / "out.h5", folder)["stats"]["data"]["out"].keys() == {"proteins", "skipped", "cut", "model"}
+    assert multiqc(folder / "out.h5", folder)["stats"]["data"]["out"].keys() == {"records", "skipped", "cut", "model"}
 
 
 def test_a_crate_is_of_a_finished_file(folder: Path) -> None:
@@ -251,6 +310,8 @@ def test_the_options_of_inspect(folder: Path, capsys: pytest.CaptureFixture[str]
         (["--ro-crate", there, "--overwrite"], 0),
         (["--agent", "Ada"], 2),
         (["--multiqc", f"{there}/missing"], 2),
+        (["--multiqc", ""], 2),
+        (["--ro-crate", ""], 2),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(["inspect", f"{there}/out.h5", *arguments])

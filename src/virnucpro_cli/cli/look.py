@@ -36,6 +36,9 @@ def inspect(
 
     if agent is not None and ro_crate is None:
         raise UserError("--agent is for a crate.", "Add --ro-crate DIR, or leave it out.")
+    for flag, folder in (("--multiqc", multiqc), ("--ro-crate", ro_crate)):
+        if folder == "":
+            raise UserError(f"{flag} is empty.", "Name a folder: . is this one.")
     end_at_once()
     inspect_file(file, qc, multiqc, ro_crate, agent, overwrite)
 

@@ -5,6 +5,7 @@ The crate is a folder that holds the file. It follows RO-Crate 1.1 and the profi
 
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -22,10 +23,13 @@ NAME = "ro-crate-metadata.json"
 SPECIFICATION, PROFILE = "https://w3id.org/ro/crate/1.1", "https://w3id.org/ro/wfrun/process/0.5"
 CONTEXT = [f"{SPECIFICATION}/context", {"sha256": "https://w3id.org/ro/terms/workflow-run#sha256"}]
 """The terms of 1.1, which has none for a SHA-256."""
-HDF5, FASTA, FASTQ = (f"http://edamontology.org/format_{number}" for number in (3590, 1929, 1930))
-FORMATS = {HDF5: "HDF5", FASTA: "FASTA", FASTQ: "FASTQ"}
-SPDX = ("MIT", "Apache-2.0", "GPL-3.0")
-"""Licences of weights that have a page of SPDX."""
+HDF5, FASTA = (f"http://edamontology.org/format_{number}" for number in (3590, 1929))
+FORMATS = {HDF5: "HDF5", FASTA: "FASTA"}
+SPDX = {"MIT": "MIT", "Apache-2.0": "Apache-2.0", "GPL-3.0": "GPL-3.0-only"}
+"""Licences of weights that have a page of SPDX, by the names that files have."""
+OF_IMPORTS = ("layers", "pool", "store_dtype", "imported")
+"""Settings of an imported file that are known; the others say how its own rows would be made."""
+ORCID = re.compile(r"(?:(?:https?://)?orcid\.org/)?(\d{4}-\d{4}-\d{4}-\d{3}[\dX])/?", re.IGNORECASE)
 REQUIRED = {"PyTorch": ("torch", "https://pytorch.org"), "Python": ("python", "https://www.python.org")}
 NOT_STATED = {
     "@id": "#not-stated", "@type": "CreativeWork", "name": "not stated",
@@ -40,8 +44,10 @@ def place(folder: str) -> str:
     return str(Path(folder) / NAME)
 
 
-def check(folder: str, file: store.EmbeddingFile, overwrite: bool) -> None:
-    """Raise UserError unless the folder can be the crate of the file."""
+def check(folder: str, file: store.EmbeddingFile, agent: str | None, overwrite: bool) -> None:
+    """Raise UserError unless the folder can be the crate of the file, and the agent somebody."""
+    if agent is not None and not _is_somebody(agent):
+        raise UserError(f"--agent {agent!r} is no name and no address.", "Name a person, or give an ORCID's URL.")
     target = Path(place(folder))
     report.check_places({"crate": str(target)}, [file.path, *(entry["path"] for entry in file.inputs)])
     if target.exists() and not overwrite:
@@ -58,18 +64,23 @@ def write(folder: str, file: store.EmbeddingFile, methods: str, agent: str | Non
 
     methods: how the embeddings were made, in words. agent: who ran it, a name or an address such as an ORCID.
     """
-    text = json.dumps({"@context": CONTEXT, "@graph": list(_graph(folder, file, methods, agent))}, indent=2)
+    graph: dict[str, Entity] = {}
+    for entity in _graph(folder, file, methods, agent):
+        graph.setdefault(entity["@id"], entity)  # one file may have been read twice
+    text = json.dumps({"@context": CONTEXT, "@graph": list(graph.values())}, indent=2, ensure_ascii=False)
     with store.new_file(Path(place(folder)), overwrite) as out:
-        out.write(text.encode() + b"\n")
+        out.write(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode() + b"\n")
 
 
 def _graph(folder: str, file: store.EmbeddingFile, methods: str, agent: str | None) -> Iterator[Entity]:
     contigs = json.loads(file.attributes.get("contigs", "[]"))
     inputs = list(_texts(folder, file, "input", contigs or file.inputs))
+    if "imported" in file.settings:
+        inputs.append(_imported(folder, file))
     found = list(_texts(folder, file, "proteins", file.inputs)) if contigs else []  # this run wrote them
     output, licences = _output(folder, file), _licences(file)
     models, settings, software = list(_models(file, licences)), list(_settings(file)), list(_software(file))
-    who = _agent(agent) if agent else None
+    who = _agent(agent, {each["@id"] for each in (*software, *licences)}) if agent else None
     program, *arguments = json.loads(file.attributes["argv"])
     action = {
         "@id": "#run", "@type": "CreateAction", "name": f"{software[0]['name']} {software[0]['softwareVersion']}",
@@ -83,7 +94,7 @@ def _graph(folder: str, file: store.EmbeddingFile, methods: str, agent: str | No
         "@id": "./", "@type": "Dataset", "name": f"Embeddings {output['name']}", "description": methods,
         "datePublished": datetime.now(UTC).date().isoformat(), "license": _to(NOT_STATED),
         "conformsTo": {"@id": PROFILE}, "mentions": _to(action),
-        "hasPart": [_to(each) for each in (output, *inputs, *found) if each["@type"] == "File"],
+        "hasPart": _to(*(each for each in (output, *inputs, *found) if each["@type"] == "File")),
     }  # fmt: skip
     profile = {"@id": PROFILE, "@type": "CreativeWork", "name": "Process Run Crate", "version": "0.5"}
     used = {each["@id"] for entity in (output, *inputs, *found) for each in entity["encodingFormat"][1:]}
@@ -94,7 +105,7 @@ def _graph(folder: str, file: store.EmbeddingFile, methods: str, agent: str | No
 
 def _to(*entities: Entity) -> Any:
     """References to entities: of one the reference itself."""
-    found = [{"@id": entity["@id"]} for entity in entities]
+    found = [{"@id": each} for each in dict.fromkeys(entity["@id"] for entity in entities)]
     return found[0] if len(found) == 1 else found
 
 
@@ -103,20 +114,25 @@ def _time(moment: datetime) -> str:
 
 
 def _times(file: store.EmbeddingFile) -> Entity:
-    """When the file was laid out, and when it was finished, by the report's seconds; not of a run that was resumed."""
+    """When the run began, and when it was finished, by the report's seconds and the moment when the file was laid out.
+
+    Of a run that was resumed that moment is all that is known.
+    """
     start = datetime.fromisoformat(str(file.attributes["created"]))
     run = file.report
     seconds = {name: n for name, n in run.get("seconds", {}).items() if name not in run.get("meanwhile", [])}
-    later = list(seconds)[list(seconds).index("lay out") :] if "lay out" in seconds else []
-    known = later and "resumed proteins" not in run["counts"]
-    end = {"endTime": _time(start + timedelta(seconds=sum(seconds[name] for name in later)))} if known else {}
-    return {"startTime": _time(start), **end}
+    if "lay out" not in seconds or "resumed proteins" in run["counts"]:
+        return {"startTime": _time(start)}
+    at = list(seconds).index("lay out")
+    each = list(seconds.values())
+    before, after = timedelta(seconds=sum(each[:at])), timedelta(seconds=sum(each[at:]))
+    return {"startTime": _time(start - before), "endTime": _time(start + after)}
 
 
 def _inside(folder: str, path: Path) -> str | None:
     """The path of a file in the folder as the crate names it; None if it is elsewhere. A file that is a link stays."""
     whole, place = Path(folder).resolve(), path.parent.resolve() / path.name
-    return quote(place.relative_to(whole).as_posix()) if place.is_relative_to(whole) else None
+    return quote(os.fsencode(place.relative_to(whole).as_posix())) if place.is_relative_to(whole) else None
 
 
 def _sha256(path: Path) -> str:
@@ -146,10 +162,22 @@ def _texts(folder: str, file: store.EmbeddingFile, name: str, entries: list[Enti
                 entity = {"@id": place, "@type": "File"}
         yield entity | {
             "name": path.name,
-            "encodingFormat": ["text/plain", {"@id": FASTQ if re.search(r"\.f(ast)?q\b", path.name) else FASTA}],
+            "encodingFormat": ["text/plain", {"@id": FASTA}],
             "contentSize": str(entry["bytes"]), "sha256": entry["sha256"],
-            **({} if entity["@type"] == "File" else {"description": "Text that was read, uncompressed."}),
+            **({} if entity["@type"] == "File" else {"description": "Text that was read: FASTA, uncompressed."}),
         }  # fmt: skip
+
+
+def _imported(folder: str, file: store.EmbeddingFile) -> Entity:
+    """What the rows of an imported file are from: a file of the crate if it lies there, otherwise known by its name."""
+    path = Path(str(file.attributes["imported_from"]).rpartition(f" ({file.settings['imported']}")[0])
+    place = _inside(folder, path) if path.is_file() else None
+    if place is None:
+        return {"@id": "#imported", "@type": "CreativeWork", "name": path.name, "encodingFormat": ["unknown"]}
+    return {
+        "@id": place, "@type": "File", "name": path.name, "encodingFormat": ["application/octet-stream"],
+        "contentSize": str(path.stat().st_size), "sha256": _sha256(path),
+    }  # fmt: skip
 
 
 def _models(file: store.EmbeddingFile, licences: list[Entity]) -> Iterator[Entity]:
@@ -158,7 +186,8 @@ def _models(file: store.EmbeddingFile, licences: list[Entity]) -> Iterator[Entit
     name, sha256 = str(attributes["model"]), str(attributes.get("base_sha256", attributes["weights_sha256"]))
     spec = by_name(name.partition(" ")[0]) if attributes.get("weights_origin") == "published" else None
     yield {
-        "@id": "#model", "@type": "CreativeWork", "name": name, "description": f"Weights: {attributes['weights']}",
+        "@id": "#model", "@type": "CreativeWork", "name": name,
+        "description": f"Weights: {Path(str(attributes['weights'])).name}",
         **_known(sha256),
         **({"url": f"https://huggingface.co/{family_of(spec).repository(spec)}"} if spec else {}),
         **({"license": _to(*licences)} if licences else {}),
@@ -181,16 +210,19 @@ def _known(sha256: str) -> Entity:
 def _licences(file: store.EmbeddingFile) -> list[Entity]:
     """The licence of the weights, if the file has one: a name, and in brackets where it stands."""
     name, _, url = str(file.attributes.get("weights_licence", "")).removesuffix(")").partition(" (")
-    address = url or (f"https://spdx.org/licenses/{name}" if name in SPDX else f"#{quote(name)}")
+    address = url or (f"https://spdx.org/licenses/{SPDX[name]}" if name in SPDX else f"#{quote(name)}")
     return [{"@id": address, "@type": "CreativeWork", "name": name}] if name else []
 
 
 def _settings(file: store.EmbeddingFile) -> Iterator[Entity]:
     """Settings that the values depend on, and each environment that computed some."""
-    for name, value in file.settings.items():
+    settings = file.settings
+    if "imported" in settings:
+        settings = {name: value for name, value in settings.items() if name in OF_IMPORTS}
+    for name, value in settings.items():
         if not name.endswith("_sha256") and name not in ("unknown", *HALVES) and value != store.UNKNOWN:
             yield _value(name, value)
-    for number, environment in enumerate(file.environments, start=1):
+    for number, environment in enumerate(filter(None, file.environments), start=1):
         yield _value(f"environment-{number}", environment)
 
 
@@ -216,5 +248,16 @@ def _software(file: store.EmbeddingFile) -> Iterator[Entity]:
     yield from required
 
 
-def _agent(text: str) -> Entity:
-    return {"@id": text if text.startswith("https://") else "#agent", "@type": "Person", "name": text}
+def _is_somebody(agent: str) -> bool:
+    """Whether a text is a name, or an address that is whole."""
+    is_address = re.match("https?:", agent, re.IGNORECASE)
+    whole = not is_address or (re.fullmatch(r"https?://[^/\s<>\"]+\.[^\s<>\"]+", agent, re.IGNORECASE) is not None)
+    return whole and bool(agent.strip()) and agent.isprintable()
+
+
+def _agent(text: str, taken: set[str]) -> Entity:
+    """A person. An ORCID in any form becomes its URL. taken: addresses of others."""
+    orcid = ORCID.fullmatch(text.strip())
+    address = f"https://orcid.org/{orcid[1].upper()}" if orcid else text.strip()
+    own = address.lower().startswith(("https://", "http://")) and address not in taken
+    return {"@id": address if own else "#agent", "@type": "Person", "name": address}

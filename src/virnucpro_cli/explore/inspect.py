@@ -39,11 +39,13 @@ def inspect_file(
     out = report.console() if qc_path == "-" else report.stdout()  # the table alone is on standard output then
     with store.opened(path) as file:
         settings = file.settings
-        sections = multiqc.places(multiqc_folder, path) if multiqc_folder else {}
+        sections = multiqc.places(multiqc_folder, path) if multiqc_folder is not None else {}
         written = {"qc": qc_path, **{f"multiqc {name}": place for name, place in sections.items()}}
         report.check_places(written, [path, *(entry["path"] for entry in file.inputs)], overwrite)
-        if crate_folder:
-            crate.check(crate_folder, file, overwrite)
+        if multiqc_folder is not None:
+            multiqc.check(multiqc_folder, file, overwrite)
+        if crate_folder is not None:
+            crate.check(crate_folder, file, agent, overwrite)
         out.print(_contents(path, file, settings))
         out.print(_statuses(file))
         out.print(_numbers(file, settings))
@@ -57,9 +59,9 @@ def inspect_file(
             out.print(f"Not complete: {pending}. The command of its run, again, goes on.")
         if qc_path:
             qc.write(qc_path, file)
-        if multiqc_folder:
+        if multiqc_folder is not None:
             multiqc.write(multiqc_folder, file)
-        if crate_folder:
+        if crate_folder is not None:
             imported = f"Imported from {file.attributes.get('imported_from')}"
             words = imported if "imported" in settings else methods(file)
             crate.write(crate_folder, file, words, agent, overwrite)

@@ -4,6 +4,8 @@ Files of several samples in one folder make one report, with the samples side by
 """
 
 import json
+import re
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,22 @@ import numpy as np
 
 from virnucpro_cli import store
 from virnucpro_cli.embed.summary import EDGES
+from virnucpro_cli.errors import UserError, printable
 
 PARENT = {
     "parent_id": "virnucpro",
     "parent_name": "virnucpro",
     "parent_description": "embeds proteins and nucleotides with language models, packed, resumable and checked.",
 }
+MADE_OF = "made_of"
+"""The key of what a file of ours is of, which MultiQC passes over."""
 SECTIONS = ("stats", "records", "lengths")
 
 
 def sample_of(path: str | Path) -> str:
-    """The name of a file's sample: p for p.h5 and p.h5.partial."""
-    return Path(path).name.removesuffix(".partial").removesuffix(".h5")
+    """The name of a file's sample: p for p.h5, p.hdf5 and p.h5.partial. What HTML would read as its own is `_`."""
+    name = Path(path).name.removesuffix(".partial").removesuffix(".h5").removesuffix(".hdf5")
+    return re.sub("[<>&\"']", "_", printable(name))
 
 
 def places(folder: str, path: str | Path) -> dict[str, str]:
@@ -31,29 +37,46 @@ def places(folder: str, path: str | Path) -> dict[str, str]:
     return {section: f"{folder}/{sample_of(path)}_virnucpro_{section}_mqc.json" for section in SECTIONS}
 
 
+def check(folder: str, file: store.EmbeddingFile, overwrite: bool) -> None:
+    """Raise UserError if the folder has another file's sample of this name."""
+    for path in places(folder, file.path).values():
+        with suppress(OSError, ValueError, AttributeError):
+            there = json.loads(Path(path).read_bytes()).get(MADE_OF)
+            if there not in (None, _made_of(file)) and not overwrite:
+                remedy = "Give the files names of their own, or --overwrite it."
+                raise UserError(f"{path} is of another file of this name.", remedy)
+
+
+def _made_of(file: store.EmbeddingFile) -> str:
+    """The moment when a file was begun, and its input: the same while it is filled, and wherever it lies."""
+    return f"{file.attributes['created']} {file.settings['input_sha256']}"
+
+
 def write(folder: str, file: store.EmbeddingFile) -> None:
     """Write the files of a sample into the folder. Raises UserError if that fails."""
     contents = {"stats": _stats(file), "records": _records(file), "lengths": _lengths(file)}
     for section, path in places(folder, file.path).items():
-        content = {"id": f"virnucpro_{section}", **contents[section]}
+        content = {"id": f"virnucpro_{section}", MADE_OF: _made_of(file), **contents[section]}
         content["data"] = {sample_of(file.path): content["data"]}
         with store.new_file(Path(path), overwrite=True) as out:
             out.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def _stats(file: store.EmbeddingFile) -> dict[str, Any]:
-    (word, _), run = file.words, file.report if file.complete else {}
+    run = file.report if file.complete else {}
     cut = (file.flags & store.TRUNCATED > 0) & (file.status == store.DONE)
     whole = {"format": "{:,.0f}", "min": 0}
     columns: dict[str, tuple[Any, dict[str, Any]]] = {
-        f"{word}s": (len(file), {"description": "Records of the input", "scale": "Blues", **whole}),
+        "records": (
+            len(file), {"description": "Proteins, or sequences of nucleotides, of the input", "scale": "Blues", **whole}
+        ),
         "skipped": (
             int((file.status == store.SKIPPED).sum()),
-            {"description": f"{word}s without an embedding".capitalize(), "scale": "Reds", **whole},
+            {"description": "Records without an embedding", "scale": "Reds", **whole},
         ),
         "cut": (
             int(cut.sum()),
-            {"description": f"{word}s of which only the first {file.unit}s were embedded".capitalize(),
+            {"description": "Records of which only the first residues, bases or tokens were embedded",
              "scale": "Oranges", **whole},
         ),
         "tokens/s": (
@@ -79,7 +102,7 @@ def _stats(file: store.EmbeddingFile) -> dict[str, Any]:
 
 def _records(file: store.EmbeddingFile) -> dict[str, Any]:
     """Every record in one bar: embedded whole, in windows or cut, skipped by reason, or pending."""
-    done, word = file.status == store.DONE, file.words[0]
+    done = file.status == store.DONE
     cut, windowed = (done & (file.flags & bit > 0) for bit in (store.TRUNCATED, store.WINDOWED))
     counts = {
         "embedded": done & ~cut & ~windowed,
@@ -89,21 +112,20 @@ def _records(file: store.EmbeddingFile) -> dict[str, Any]:
         **{f"skipped: {reason}": (file.status == store.SKIPPED) & (file.reason == code)
            for code, reason in enumerate(store.REASONS) if code},
     }  # fmt: skip
-    text = f"What became of each {word}: embedded whole, in overlapping windows or cut, or skipped, with the reason."
-    return _bars(f"{word}s", text, {name: int(chosen.sum()) for name, chosen in counts.items()}, word)
+    text = "What became of each record: embedded whole, in overlapping windows or cut, or skipped, with the reason."
+    return _bars("records", text, {name: int(chosen.sum()) for name, chosen in counts.items()})
 
 
 def _lengths(file: store.EmbeddingFile) -> dict[str, Any]:
-    word, letter = file.words
     labels = [*(f"{a}-{b - 1}" for a, b in pairwise(EDGES)), f"{EDGES[-1]} and more"]
     counts = np.histogram(file.lengths, [*EDGES, np.iinfo(np.int32).max])[0].tolist()
-    text = f"{word}s of the input by their number of {letter}s, before any cut.".capitalize()
-    return _bars("lengths", text, dict(zip(labels, counts, strict=True)), word)
+    text = "Records of the input by their number of residues or bases, before any cut."
+    return _bars("lengths", text, dict(zip(labels, counts, strict=True)))
 
 
-def _bars(what: str, description: str, counts: dict[str, int], word: str) -> dict[str, Any]:
+def _bars(what: str, description: str, counts: dict[str, int]) -> dict[str, Any]:
     return {
         **PARENT, "section_name": what.capitalize(), "description": description, "plot_type": "bargraph",
-        "pconfig": {"id": f"virnucpro_{what}_plot", "title": f"virnucpro: {what}", "ylab": f"{word}s"},
+        "pconfig": {"id": f"virnucpro_{what}_plot", "title": f"virnucpro: {what}", "ylab": "records"},
         "categories": {name: {"name": name} for name in counts}, "data": counts,
     }  # fmt: skip
