@@ -1,7 +1,6 @@
 """What doctor says of a machine, and of one with something wrong."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,9 +191,9 @@ def test_gpus_are_shown_with_their_tier_and_who_fills_them(
 
 def test_a_full_disk_and_a_cache_that_cannot_be_written_have_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.store, "free_space", lambda path: 5 * 10**6)
-    monkeypatch.setattr(doctor, "os", SimpleNamespace(access=lambda *_: True, W_OK=2, X_OK=1))
     assert "another disk" in remedies()["this folder"] and "TMPDIR" in remedies()["temporary folder"]
-    monkeypatch.setattr(doctor, "os", SimpleNamespace(access=lambda *_: False, W_OK=2, X_OK=1))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # root has the permission, and no file can be made there
+    monkeypatch.chdir("/proc")
     assert "XDG_CACHE_HOME" in remedies()["cache"] and "cannot be written" in remedies()["this folder"]
 
 

@@ -1,7 +1,6 @@
 """The doctor workflow: what a run would find on this machine, and a remedy for everything that stands in its way."""
 
 import importlib.util
-import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
@@ -165,7 +164,10 @@ def _room(what: str, folder: Path, elsewhere: str, another_disk: str) -> Finding
 
 
 def _writable(folder: Path) -> bool:
-    return os.access(folder, os.W_OK | os.X_OK)
+    """Whether a file can be made there: permissions do not tell it of every file system."""
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder):
+        return True
+    return False
 
 
 def _has_locks(folder: Path) -> bool:
