@@ -3,7 +3,9 @@
 PAGE: the address of the project's page, for a release: it goes into both files, and into what is made of them.
 """
 
+import argparse
 import json
+import os
 import re
 import sys
 import tomllib
@@ -97,30 +99,54 @@ def biotools(project: dict[str, Any], citation: dict[str, Any]) -> dict[str, Any
 MADE = {"codemeta.json": codemeta, "packaging/biotools/virnucpro.json": biotools}
 
 
-def made(root: Path) -> dict[str, str]:
-    """The text of each file that follows from pyproject.toml and CITATION.cff of a checkout."""
-    project = tomllib.loads((root / PYPROJECT).read_text())["project"]
-    citation = yaml.safe_load((root / CITATION).read_text())
-    return {name: json.dumps(make(project, citation), indent=2) + "\n" for name, make in MADE.items()}
+def made(project: str, citation: str) -> dict[str, str]:
+    """The text of each file that follows from the texts of pyproject.toml and CITATION.cff."""
+    parsed = tomllib.loads(project)["project"], yaml.safe_load(citation)
+    return {name: json.dumps(make(*parsed), indent=2) + "\n" for name, make in MADE.items()}
 
 
-def fill_in(root: Path, page: str) -> None:
-    """Put the address of the project's page into pyproject.toml and CITATION.cff; one that is there goes."""
-    parts = urlsplit(page)
-    if parts.scheme != "https" or not parts.netloc or re.search(r'[\s"\\]', page):
-        sys.exit(f"{page} is no address of a page: https://...")
+def check(page: str) -> None:
+    """Raises ValueError for what is no address of a page."""
+    parts = urlsplit(page)  # raises it for brackets, too
+    wrong = {
+        "not http:// or https://": parts.scheme not in ("http", "https"),
+        "a character that no address has": not re.fullmatch(r"[!#-;=?-\[\]_a-z~]+", page),
+        "a user or a password": "@" in parts.netloc,
+        "no host": not re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*", parts.hostname or ""),
+        "no port": parts.netloc.endswith(":") or parts.port == 0,  # port raises it beyond 65535
+    }
+    if reasons := [reason for reason, is_so in wrong.items() if is_so]:
+        raise ValueError(", ".join(reasons))
+
+
+def with_page(project: str, citation: str, page: str) -> tuple[str, str]:
+    """Both texts with the address of the project's page; one that is there goes."""
     urls = f'[project.urls]\nHomepage = "{page}"\nSource = "{page}"\n'
-    text = (root / PYPROJECT).read_text()
-    (root / PYPROJECT).write_text(re.sub(r"(?m)^\[project\.urls\]\n(?:[^\[\n].*\n)*", lambda _: urls, text))
-    lines = [line for line in (root / CITATION).read_text().splitlines() if not line.startswith("repository-code:")]
-    lines.insert(
-        next(i for i, line in enumerate(lines) if line.startswith("license:")) + 1, f'repository-code: "{page}"'
-    )
-    (root / CITATION).write_text("\n".join(lines) + "\n")
+    project = re.sub(r"(?m)^\[project\.urls\]\n(?:[^\[\n].*\n)*", lambda _: urls, project)
+    lines = [line for line in citation.splitlines() if not line.startswith("repository-code:")]
+    licence = next(i for i, line in enumerate(lines) if line.startswith("license:"))
+    lines.insert(licence + 1, f'repository-code: "{page}"')
+    return project, "\n".join(lines) + "\n"
+
+
+def write(root: Path, page: str | None) -> None:
+    """Write all files, with a page if there is one: the last thing that is done, when all texts are there."""
+    if page is not None:
+        try:
+            check(page)
+        except ValueError as error:
+            sys.exit(f"{page!r} is no address of a page: {error}")
+    project, citation = ((root / name).read_text() for name in (PYPROJECT, CITATION))
+    if page is not None:
+        project, citation = with_page(project, citation, page)
+    texts = {PYPROJECT: project, CITATION: citation, **made(project, citation)}
+    for name, text in texts.items():
+        (root / f"{name}.new").write_text(text)
+    for name in texts:
+        os.replace(root / f"{name}.new", root / name)
 
 
 if __name__ == "__main__":
-    for address in sys.argv[1:]:
-        fill_in(ROOT, address)
-    for path, content in made(ROOT).items():
-        (ROOT / path).write_text(content)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("page", nargs="?", help="https://...")
+    write(ROOT, parser.parse_args().page)

@@ -11,8 +11,8 @@ workflow virnucpro_embed {
         name: "Name of the output, without .h5."
         model: "Name of a model, fetched by each task; see `virnucpro models`."
         weights: "Weights as a file instead: a fair-esm .pt or a .safetensors file. Needs no internet access."
-        options: "More options of `virnucpro embed`, such as --pool mean,std."
-        shards: "Number of tasks that share the proteins."
+        options: "More options of `virnucpro embed` as a shell reads them, such as --pool mean,std. The output has the file of --qc as a table if its name ends in .tsv, and the proteins of --from contigs."
+        shards: "Number of tasks that share the proteins, at least 1."
         gpu_count: "GPUs of each task; none if not given."
         gpu_type: "Their type, as the platform names it."
         docker: "Image of virnucpro; with CUDA for GPUs."
@@ -36,6 +36,7 @@ workflow virnucpro_embed {
             model = model,
             weights = weights,
             options = options,
+            shards = shards,
             docker = docker
     }
 
@@ -43,7 +44,6 @@ workflow virnucpro_embed {
         call embed {
             input:
                 fasta = fasta,
-                name = name,
                 model = model,
                 weights = weights,
                 options = options,
@@ -68,6 +68,8 @@ workflow virnucpro_embed {
         File embeddings = merge.h5
         File plan_report = plan.report
         Array[File] reports = embed.report
+        Array[File] tables = flatten(embed.tables)
+        File? proteins = embed.proteins[0] # the same of every shard
         File merge_report = merge.report
         String virnucpro_version = merge.virnucpro_version
     }
@@ -83,18 +85,24 @@ task plan {
         String model
         File? weights
         String options
+        Int shards
         String docker
         Int cpu = 2
         Int memory_gb = 8
     }
 
     Int disk_gb = ceil(4 * size(fasta, "GB") + size(weights, "GB")) + 20
+    String quote = "'\"'\"'" # for ' between two of them
 
     command <<<
         set -euo pipefail
-        virnucpro embed "~{fasta}" \
+        if [ ~{shards} -lt 1 ]; then
+            echo "shards is ~{shards}: at least 1 is needed" >&2
+            exit 2
+        fi
+        virnucpro embed '~{sub(fasta, "'", quote)}' \
             --output plan.h5 \
-            --model "~{weights}~{if defined(weights) then "" else model}" \
+            --model '~{if defined(weights) then sub(select_first([weights]), "'", quote) else sub(model, "'", quote)}' \
             --device cpu \
             --dry-run \
             --report plan.json \
@@ -122,7 +130,6 @@ task embed {
 
     input {
         File fasta
-        String name
         String model
         File? weights
         String options
@@ -139,24 +146,27 @@ task embed {
 
     # A fetched model takes up to 60 GB (15B).
     Int disk_gb = ceil(4 * size(fasta, "GB") + size(weights, "GB")) + output_gb + 80
+    String quote = "'\"'\"'" # for ' between two of them
 
     command <<<
         set -euo pipefail
         export OMP_NUM_THREADS=~{cpu}
         code=0
-        virnucpro embed "~{fasta}" \
-            --output "~{name}.h5" \
+        virnucpro embed '~{sub(fasta, "'", quote)}' \
+            --output embeddings.h5 \
             --shard ~{shard}/~{shards} \
-            --model "~{weights}~{if defined(weights) then "" else model}" \
+            --model '~{if defined(weights) then sub(select_first([weights]), "'", quote) else sub(model, "'", quote)}' \
             ~{if defined(gpu_count) then "--device cuda --workers " + gpu_count else "--device cpu"} \
-            --report "~{name}.shard-~{shard}-of-~{shards}.json" \
+            --report shard-~{shard}-of-~{shards}.json \
             ~{options} || code=$?
         [ "$code" = 0 ] || [ "$code" = 3 ] || exit "$code" # 3: finished, some records were skipped
     >>>
 
     output {
-        File h5 = glob("~{name}.shard-*.h5")[0]
-        File report = "~{name}.shard-~{shard}-of-~{shards}.json"
+        File h5 = glob("embeddings.shard-*.h5")[0]
+        File report = "shard-~{shard}-of-~{shards}.json"
+        Array[File] tables = glob("*.tsv")
+        File? proteins = "embeddings.proteins.faa"
     }
 
     runtime {
@@ -186,12 +196,13 @@ task merge {
     }
 
     Int disk_gb = 2 * output_gb + 20
+    String quoted = "'" + sub(name, "'", "'\"'\"'") + "'"
 
     command <<<
         set -euo pipefail
-        ln -s "~{sep='" "' shards}" .
+        while IFS= read -r shard; do ln -s "$shard" ~{quoted}."${shard##*/embeddings.}"; done <'~{write_lines(shards)}'
         code=0
-        virnucpro merge "~{name}.h5" --of ~{length(shards)} --report "~{name}.json" || code=$?
+        virnucpro merge ~{quoted}.h5 --of ~{length(shards)} --report ~{quoted}.json || code=$?
         [ "$code" = 0 ] || [ "$code" = 3 ] || exit "$code" # 3: done, some records were skipped by their shards
         virnucpro --version | sed 's/virnucpro //' >version
     >>>
