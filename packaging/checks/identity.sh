@@ -1,9 +1,10 @@
-# CITATION.cff by cffconvert, codemeta.json by the terms of CodeMeta, the entry of bio.tools by those of EDAM.
+# CITATION.cff by cffconvert, codemeta.json by the terms of CodeMeta, the entry of bio.tools and the recipes by those of EDAM.
 # pip: cffconvert==2.0.0 codemetapy==3.0.4 rdflib==7.6.0 edam-ontology==1.25.3
 cffconvert --validate -i CITATION.cff
 env -u PYTHONPATH python - <<'PYTHON'
 import csv
 import json
+import re
 from pathlib import Path
 
 import codemeta
@@ -41,4 +42,11 @@ for concept in concepts:
     assert (row["Preferred Label"], row["Obsolete"]) == (concept["term"], "FALSE"), concept
     assert not row["notRecommendedForAnnotation"], concept
 print(len(concepts), "concepts of EDAM")
+recipes = [path for ending in ("xml", "yml") for path in Path("packaging").rglob(f"*.{ending}")]
+used = {name for path in recipes for name in re.findall(r"\b(?:topic|operation|data|format)_\d{4}\b", path.read_text())}
+for name in used:
+    row = known[f"http://edamontology.org/{name}"]
+    assert (row["Obsolete"], row["notRecommendedForAnnotation"]) == ("FALSE", ""), (name, row["Preferred Label"])
+assert any(name.startswith("operation_") for name in used)
+print(len(used), "concepts of EDAM in recipes")
 PYTHON

@@ -31,12 +31,14 @@ abstract class Declarations extends Script { // what the sections call
         if (processes[name]) binding.setVariable(name, processes[name](*arguments))
         else directives[name] = arguments[0]
     }
+    void error(String message) { throw new IllegalArgumentException(message) }
 }
 
 class Nextflow {
     static final Map CPU = [cpus: 1, ext: [:], accelerator: null]
     Path root
     boolean stub
+    Map ext = [:] // process name -> its task.ext
     Map answers = [:].withDefault { command -> bash(command, root) } // of `eval`: the same in every task
 
     static Map sections(Path file) { // name -> text; a section begins with `name:` on a line of its own
@@ -74,7 +76,7 @@ class Nextflow {
         def all = [:].withDefault { new Channel(items: [], value: rows.empty) }
         (rows.max() ?: 1).times { i ->
             Path work = Files.createTempDirectory(root, process.name)
-            def variables = [task: CPU + [process: process.name]]
+            def variables = [task: CPU + [process: process.name, ext: ext[process.name] ?: [:]]]
             [inputs(process), channels].transpose().each { parts, channel ->
                 def item = channel.items[channel.value ? 0 : i]
                 [parts, parts.size() == 1 ? [item] : item].transpose().each { part, value ->
@@ -96,10 +98,10 @@ class Nextflow {
                     def found = work.toFile().listFiles()*.toPath().findAll {
                         matcher.matches(it.fileName) && !Files.isSymbolicLink(it)
                     }
-                    assert found.size() == 1: "$process.name: $value gave $found"
+                    assert found.size() == 1 || how.optional && found.empty: "$process.name: $value gave $found"
                     found[0]
                 }
-                all[how.emit].items << row
+                if (row.every { it != null }) all[how.emit].items << row
             }
         }
         all
@@ -150,15 +152,25 @@ if (command == '-v') {
     println chosen.join('\n')
     assert chosen*.container.unique().size() == 4 && chosen*.conda.unique().size() == 2
     def file = repository.resolve('subworkflows/nf-core/fasta_embed_virnucpro/main.nf')
-    [[true, '650M', ['', []]], [false, '', ['random:8M', []]]].each { stub, model, weights ->
+    def odd = "b's \$(touch made)" // a name that no shell may take for commands
+    def ext = [VIRNUCPRO_EMBED: [prefix: 'other', args: '--qc records.tsv']]
+    [[true, '650M', ['', []], [:]], [false, '', ['random:8M', []], ext]].each { stub, model, weights, settings ->
         def folder = Files.createDirectory(work.resolve(stub ? 'stub' : 'real'))
-        def input = new Channel(items: [[[id: 'a'], fasta], [[id: 'b'], fasta]])
-        def out = new Nextflow(root: folder, stub: stub).workflow(file, [input, model, weights, 2])
+        def input = new Channel(items: [[[id: 'a'], fasta], [[id: odd], fasta]])
+        def out = new Nextflow(root: folder, stub: stub, ext: settings).workflow(file, [input, model, weights, 2])
         def names = { channel -> channel.items.collect { [it[0].id, it[1].fileName.toString()] } }
-        assert names(out.h5) == [['a', 'a.h5'], ['b', 'b.h5']]
-        assert names(out.report) == ['a', 'b'].collectMany { id ->
-            ['0001', '0002'].collect { [id, "${id}.shard-${it}-of-0002.json".toString()] }
+        assert names(out.h5) == [['a', 'a.h5'], [odd, odd + '.h5']]
+        assert names(out.report) == ['a', odd].collectMany { id ->
+            ['0001', '0002'].collect { [id, "${stub ? id : 'other'}.shard-${it}-of-0002.json".toString()] }
         }
+        assert out.qc.items.size() == (stub ? 0 : 4) && out.proteins.items.empty
+        folder.eachFileRecurse { assert it.fileName.toString() != 'made' }
         println "${stub ? 'stub' : 'real'}: ${out.h5.items*.getAt(1)}"
+    }
+    try {
+        new Nextflow(root: work, stub: true).workflow(file, [new Channel(items: []), '', ['random:8M', []], 0])
+        assert false: 'no shards were accepted'
+    } catch (IllegalArgumentException refusal) {
+        println refusal.message
     }
 }

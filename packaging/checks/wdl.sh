@@ -7,8 +7,8 @@ trap 'rm -rf "$folder"' EXIT
 export MINIWDL__SCHEDULER__CONTAINER_BACKEND=bare
 fasta="$folder/it's \$(touch made).fasta" name="it's \$(touch made)"
 cp examples/viral_proteins.fasta "$fasta"
-miniwdl run packaging/wdl/virnucpro.wdl -i packaging/wdl/inputs.json -d "$folder/." "fasta=$fasta" "name=$name"
+miniwdl run packaging/wdl/virnucpro.wdl "fasta=$fasta" "name=$name" -i packaging/wdl/inputs.json -d "$folder/."
 virnucpro inspect "$folder/out/embeddings/$name.h5"
 [ -z "$(find "$folder" . -name made)" ]
-if miniwdl run packaging/wdl/virnucpro.wdl -i packaging/wdl/inputs.json -d "$folder/none/." shards=0; then exit 1; fi
+if miniwdl run packaging/wdl/virnucpro.wdl shards=0 -i packaging/wdl/inputs.json -d "$folder/none/."; then exit 1; fi
 grep 'at least 1 is needed' "$folder/none/call-plan/stderr.txt"

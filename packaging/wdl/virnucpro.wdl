@@ -69,7 +69,7 @@ workflow virnucpro_embed {
         File plan_report = plan.report
         Array[File] reports = embed.report
         Array[File] tables = flatten(embed.tables)
-        File? proteins = embed.proteins[0] # the same of every shard
+        Array[File] proteins = select_all(embed.proteins) # the same of every shard
         File merge_report = merge.report
         String virnucpro_version = merge.virnucpro_version
     }

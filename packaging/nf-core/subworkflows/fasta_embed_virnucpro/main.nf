@@ -15,6 +15,9 @@ workflow FASTA_EMBED_VIRNUCPRO {
     val_shards  // value:   number of tasks that share a FASTA file
 
     main:
+    if (val_shards < 1) {
+        error("val_shards is ${val_shards}: at least 1 is needed")
+    }
     ch_weights = channel.value(val_weights)
     if (val_model) {
         VIRNUCPRO_FETCH(val_model)
@@ -29,6 +32,8 @@ workflow FASTA_EMBED_VIRNUCPRO {
     VIRNUCPRO_MERGE(VIRNUCPRO_EMBED.out.h5.groupTuple(size: val_shards, sort: true))
 
     emit:
-    h5     = VIRNUCPRO_MERGE.out.h5     // channel: [ val(meta), path(h5) ]
-    report = VIRNUCPRO_EMBED.out.report // channel: [ val(meta), path(json) ], one of each shard
+    h5       = VIRNUCPRO_MERGE.out.h5       // channel: [ val(meta), path(h5) ]
+    report   = VIRNUCPRO_EMBED.out.report   // channel: [ val(meta), path(json) ], one of each shard
+    qc       = VIRNUCPRO_EMBED.out.qc       // channel: [ val(meta), path(tsv) ], one of each shard with --qc
+    proteins = VIRNUCPRO_EMBED.out.proteins // channel: [ val(meta), path(faa) ], the same of each shard with --from contigs
 }

@@ -12,8 +12,10 @@ process VIRNUCPRO_EMBED {
     tuple val(model), path(weights)
 
     output:
-    tuple val(meta), path("*.h5")  , emit: h5
-    tuple val(meta), path("*.json"), emit: report
+    tuple val(meta), path("*.h5")          , emit: h5
+    tuple val(meta), path("*.json")        , emit: report
+    tuple val(meta), path("*.tsv")         , emit: qc      , optional: true
+    tuple val(meta), path("*.proteins.faa"), emit: proteins, optional: true
     tuple val("${task.process}"), val('virnucpro'), eval("virnucpro --version | sed 's/virnucpro //'"), topic: versions, emit: versions_virnucpro
     tuple val("${task.process}"), val('cuda'), eval('python -c "import torch; print(torch.version.cuda or \'no CUDA available\')"'), topic: versions, emit: versions_cuda
 
@@ -22,7 +24,7 @@ process VIRNUCPRO_EMBED {
 
     script:
     def args = task.ext.args ?: ''
-    def prefix = task.ext.prefix ?: "${meta.id}"
+    def prefix = (task.ext.prefix ?: "${meta.id}").replace("'", "'\\''") // for quotation marks
     def cache = model && weights ? "export XDG_CACHE_HOME=\$PWD/${weights} HF_HUB_CACHE=\$PWD/${weights} TORCH_HOME=\$PWD/${weights}" : ''
     def source = model || weights ? "--model ${model ?: weights}" : ''
     def device = task.accelerator ? "--device cuda --workers ${task.accelerator.request}" : '--device cpu'
@@ -34,8 +36,8 @@ process VIRNUCPRO_EMBED {
     ${cache}
     virnucpro embed \\
         ${fasta} \\
-        --output ${prefix}.h5 \\
-        --report ${name}.json \\
+        --output '${prefix}.h5' \\
+        --report '${name}.json' \\
         ${source} \\
         ${device} \\
         ${part} \\
@@ -44,10 +46,10 @@ process VIRNUCPRO_EMBED {
     """
 
     stub:
-    def prefix = task.ext.prefix ?: "${meta.id}"
+    def prefix = (task.ext.prefix ?: "${meta.id}").replace("'", "'\\''") // for quotation marks
     def name = shard ? "${prefix}.shard-${shard.tokenize('/').collect { number -> number.padLeft(4, '0') }.join('-of-')}" : prefix
     """
-    touch ${name}.h5
-    touch ${name}.json
+    touch '${name}.h5'
+    touch '${name}.json'
     """
 }

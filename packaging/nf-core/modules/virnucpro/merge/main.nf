@@ -21,19 +21,24 @@ process VIRNUCPRO_MERGE {
     script:
     def args = task.ext.args ?: ''
     prefix = task.ext.prefix ?: "${meta.id}"
-    // exit code 3: done, some records were skipped by their shards
+    def quoted = prefix.replace("'", "'\\''")
+    // the shards say of which output they are; exit code 3: done, some records were skipped by their shards
     """
+    shards=(*.shard-*.h5)
+    whole=\${shards%.shard-*}.h5
     virnucpro merge \\
-        --report ${prefix}.json \\
+        --report '${quoted}.json' \\
         ${args} \\
-        ${prefix}.h5 \\
+        "\$whole" \\
         || [ \$? -eq 3 ]
+    [ "\$whole" = '${quoted}.h5' ] || mv "\$whole" '${quoted}.h5'
     """
 
     stub:
     prefix = task.ext.prefix ?: "${meta.id}"
+    def quoted = prefix.replace("'", "'\\''")
     """
-    touch ${prefix}.h5
-    touch ${prefix}.json
+    touch '${quoted}.h5'
+    touch '${quoted}.json'
     """
 }
