@@ -6,12 +6,13 @@ import os
 import re
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -79,6 +80,11 @@ def recipe() -> dict[str, Any]:
         jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(text).render(given)
     )
     return found
+
+
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script of packaging/ that refuses its arguments."""
+    return subprocess.run([RECIPES / name, *arguments], capture_output=True, text=True, check=False)
 
 
 def python_path() -> dict[str, str]:
@@ -150,6 +156,27 @@ def test_a_recipe_with_a_blank_is_not_filled_by_halves() -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        (), ("--help",), ("missing.yaml", "A=b"), ("meta.yaml", "SOURCE_URL"), ("meta.yaml", *BLANKS, BLANKS[0]),
+        *(("meta.yaml", f"HOME={value}", *(each for each in BLANKS if not each.startswith("HOME=")))
+          for value in ("", "a\nb", 'a"b', "a\\", "{{ a }}", "@DOC_URL@")),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_filled_in_is_refused_in_a_line(arguments: tuple[str, ...]) -> None:
+    files = [str(RECIPES / "bioconda" / each) if each.endswith(".yaml") else each for each in arguments[:1]]
+    done = run_script("fill", *files, *arguments[1:])
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+
+
+@pytest.mark.parametrize("name", ["x; touch made", "--help", "", "../check", "*"])
+def test_a_check_that_is_not_there_is_refused_and_not_run(name: str) -> None:
+    done = run_script("check", name)
+    assert (done.returncode, done.stdout) == (2, "") and "usage: packaging/check" in done.stderr
+    assert "identity multiqc" in done.stderr and not (ROOT / "made").exists()
+
+
+@pytest.mark.parametrize(
     ("file", "build"), [("environment.yml", "pytorch-cpu"), ("environment.gpu.yml", "pytorch-gpu")]
 )
 def test_the_conda_environments_have_this_version_and_a_build_of_pytorch(file: str, build: str) -> None:
@@ -198,6 +225,23 @@ def test_the_workflow_builds_the_images_that_doctor_names(tmp_path: Path) -> Non
     named = [gpus.another_build(gpus.Place(tmp_path, tmp_path), older_cuda) for older_cuda in (True, False)]
     assert [re.findall(r"TORCH=(\w+)", text) for text in named] == [["cu126"], ["cu130"]]
     assert builds == ("cpu", "cu126", "cu130") and workflow["permissions"] == {"contents": "read"}
+
+
+def test_the_workflow_runs_an_image_on_a_file_that_is_in_the_folder_it_mounts() -> None:
+    text = (ROOT / ".github" / "workflows" / "container.yml").read_text()
+    ((mounted, file),) = re.findall(r'-v "\$PWD([^"]*)":/data:ro.*\n.* embed (\S+)', text)
+    folder = ROOT / mounted.lstrip("/")
+    assert (folder / file).resolve().is_relative_to(folder.resolve())
+
+
+def test_an_images_command_says_that_nothing_is_kept_in_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "virnucpro").write_text('#!/bin/sh\necho "$HOME"\n')
+    (tmp_path / "virnucpro").chmod(0o755)
+    (tmp_path / "home").mkdir()
+    for home, kept in ((tmp_path / "home", True), (tmp_path / "missing", False)):
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(home), "TMPDIR": str(tmp_path)}
+        done = subprocess.run([CONTAINER / "enter"], env=environment, capture_output=True, text=True, check=True)
+        assert (done.stdout.strip() == str(home), "not kept" not in done.stderr) == (kept, kept)
 
 
 @pytest.mark.slow
@@ -321,6 +365,62 @@ def test_every_option_that_is_passed_exists(path: Path) -> None:
     assert commands and passed <= known, passed - known
 
 
+def test_snakemake_quotes_names_of_files(tmp_path: Path) -> None:
+    commands = re.findall(r'"(virnucpro .+)"', (WORKFLOW / "Snakefile").read_text())
+    named = [name for each in commands for name in re.findall(r"\{((?:input|output|log|params\.output)[^}]*)\}", each)]
+    assert len(named) == 5 and all(name.endswith(":q") for name in named)
+    command = wrapped(output={"h5": "o;p q.shard-0001-of-0002.h5", "report": "r s.json", "qc": "q'.tsv"})
+    (tmp_path / "virnucpro").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "virnucpro").chmod(0o755)
+    subprocess.run(
+        ["bash", "-euc", command], cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True
+    )  # fmt: skip
+    assert (tmp_path / "l g.log").read_text().splitlines() == [
+        "embed", "a b;c.fasta", "d'.fasta", "--output", "o;p q.h5", "--shard", "1/2", "--report", "r s.json",
+        "--qc", "q'.tsv", "--model", "w x", "--device", "cpu", "--pool", "mean",
+    ]  # fmt: skip
+
+
+def test_snakemakes_wrapper_refuses_the_name_of_a_shard_that_is_not_written() -> None:
+    with pytest.raises(ValueError, match=r"x\.shard-0001-of-0002\.h5.*needs four digits"):
+        wrapped(output={"h5": "x.shard-1-of-2.h5"})
+
+
+class Named(dict[str, Any]):
+    """Files by name, as Snakemake gives them to a wrapper."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Quoting(string.Formatter):
+    """Snakemake's format of commands: `:q` quotes."""
+
+    def format_field(self, value: Any, form: str) -> str:
+        texts = [str(each) for each in value] if isinstance(value, list) else [str(value)]
+        return " ".join(map(shlex.quote, texts) if form == "q" else texts)
+
+
+def wrapped(output: dict[str, str]) -> str:
+    """The command of Snakemake's wrapper."""
+    job = SimpleNamespace(
+        input=Named(weights="w x", fasta=["a b;c.fasta", "d'.fasta"]), output=Named(output), threads=1, resources={},
+        params={"extra": "--pool mean"}, log=["l g.log"],
+    )  # fmt: skip
+    commands: list[str] = []
+    names = {"snakemake": job, "shell": commands.append}
+    exec((WRAPPER / "wrapper.py").read_text().replace("from snakemake.shell import shell\n", ""), names)
+    return Quoting().vformat(commands[0], (), names)
+
+
+def test_wdl_puts_no_name_into_a_command_that_the_shell_would_evaluate() -> None:
+    text = WDL.read_text()
+    commands = "".join(re.findall(r"command <<<\n(.*?)>>>", text, re.DOTALL))
+    assert not re.search(r'"[^"\n]*~\{(fasta|name|weights|model)\b', commands)
+    raw = re.findall(r"~\{(?!if |sub\(|write_lines\(|length\()(\w+)\}", commands)
+    assert set(raw) <= {"options", "shards", "shard", "cpu", "quoted"}
+    assert """String quoted = "'" + sub(name, "'", "'\\"'\\"'") + "'\"""" in text
+
+
 def test_the_readme_names_every_placeholder() -> None:
     folders = (RECIPES / "nf-core", WDL.parent, WRAPPER)
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
@@ -334,21 +434,39 @@ def test_the_nextflow_modules_command_runs(weights: bool, empty: bool, tiny_mode
     """As Nextflow fills it in; a record that is skipped is no failure of the task."""
     (tmp_path / "in.faa").write_text(">a\nMKVLA\n" + ">empty\n" * empty)
     values = {
-        "cache": "", "fasta": "in.faa", "prefix": "sample", "name": "sample", "task.cpus": "1", "device": "--device cpu", "part": "",
+        "cache": "", "fasta": "in.faa", "prefix": "a $(touch sample.no)", "name": "a $(touch sample.no)", "task.cpus": "1", "device": "--device cpu", "part": "",
         "source": f"--model {tiny_model}" if weights else "", "args": "" if weights else f"--model {tiny_model}",
     }  # fmt: skip
-    script = (MODULES / "embed" / "main.nf").read_text().split('"""')[1]
-    script = (
-        re.sub(r"(?<!\\)\$\{([\w.]+)\}", lambda match: values[match[1]], script)
-        .replace("\\\\", "\\")
-        .replace(r"\$", "$")
-    )
     environment = {"PATH": f"{PROGRAM.parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        ["bash", "-euo", "pipefail", "-c", nextflow_script("embed", values)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.glob("sample.*")} == {"sample.h5", "sample.json"}
+    made = {path.name for path in tmp_path.iterdir()} - {"in.faa", ".cache"}
+    assert made == {"a $(touch sample.no).h5", "a $(touch sample.no).json"}
+
+
+@pytest.mark.parametrize("prefix", ["a b", "another"])
+def test_the_nextflow_module_merges_shards_of_whatever_name(prefix: str, tmp_path: Path) -> None:
+    """With a program that stands for virnucpro, and makes both files that it is told to."""
+    (tmp_path / "virnucpro").write_text('#!/bin/sh\ntest -e "${4%.h5}.shard-0002-of-0002.h5" && touch "$3" "$4"\n')
+    (tmp_path / "virnucpro").chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+    for number in (1, 2):
+        (work / f"a b.shard-000{number}-of-0002.h5").touch()
+    script = nextflow_script("merge", {"quoted": prefix, "prefix": prefix, "args": ""})
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=work, env=environment, check=True)
+    made = {path.name for path in work.iterdir() if ".shard-" not in path.name}
+    assert made == {f"{prefix}.json", f"{prefix}.h5"}
+
+
+def nextflow_script(name: str, values: dict[str, str]) -> str:
+    """The command of a module as Nextflow fills it in."""
+    script = (MODULES / name / "main.nf").read_text().split('"""')[1]
+    script = re.sub(r"(?<!\\)\$\{([\w.]+)\}", lambda match: values[match[1]], script)
+    return script.replace("\\\\", "\\").replace(r"\$", "$")
 
 
 @pytest.fixture(scope="module")
@@ -361,26 +479,50 @@ def identity() -> ModuleType:
     return module
 
 
+def texts_of(identity: ModuleType, root: Path) -> list[str]:
+    """pyproject.toml and CITATION.cff."""
+    return [(root / name).read_text() for name in (identity.PYPROJECT, identity.CITATION)]
+
+
+def checkout(identity: ModuleType, folder: Path) -> None:
+    """All that the script reads and writes, copied into a folder."""
+    for name in (identity.PYPROJECT, identity.CITATION, *identity.MADE):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+
+
 def test_registries_are_told_what_pyproject_and_the_citation_say(identity: ModuleType) -> None:
-    for name, text in identity.made(ROOT).items():
+    for name, text in identity.made(*texts_of(identity, ROOT)).items():
         assert (ROOT / name).read_text() == text, f"{name}: run python packaging/identity.py"
 
 
 def test_a_release_fills_in_the_projects_page_once_and_again(identity: ModuleType, tmp_path: Path) -> None:
-    for name in (identity.PYPROJECT, identity.CITATION):
-        (tmp_path / name).write_text((ROOT / name).read_text())
+    checkout(identity, tmp_path)
     for page in ("https://example.org/first", "https://example.org/then"):
-        identity.fill_in(tmp_path, page)
+        identity.write(tmp_path, page)
     before, after = (tomllib.loads((root / identity.PYPROJECT).read_text()) for root in (ROOT, tmp_path))
     assert after["project"].pop("urls") == {"Homepage": page, "Source": page}
     before["project"].pop("urls")
     assert after == before
     before, after = (yaml.safe_load((root / identity.CITATION).read_text()) for root in (ROOT, tmp_path))
     assert after == before | {"repository-code": page}
-    codemeta, entry = map(json.loads, identity.made(tmp_path).values())
+    codemeta, entry = (json.loads((tmp_path / name).read_text()) for name in identity.MADE)
     assert (codemeta["url"], codemeta["codeRepository"], entry["homepage"]) == (page, page, page)
-    with pytest.raises(SystemExit, match="is no address"):
-        identity.fill_in(tmp_path, "example.org")
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["", "example.org", "ftp://example.org", "https://", "https://@", "https://[bad", "https://u:secret@h/", "https://:99999",
+     "https://h:99999", "https://h:no", "https://h/\x01", "https://h/\n", "https://h/a b", 'https://h/"', "https://h/\\"],
+)  # fmt: skip
+def test_what_is_no_address_of_a_page_is_refused_in_a_line_and_nothing_is_written(
+    identity: ModuleType, tmp_path: Path, page: str
+) -> None:
+    checkout(identity, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match=r"is no address of a page: [^\n]+$"):
+        identity.write(tmp_path, page)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_no_page_stands_where_none_is_known(identity: ModuleType) -> None:
@@ -437,6 +579,20 @@ def test_galaxy_offers_values_that_an_option_takes_and_has_its_default(command: 
                 map(str, (field.default, field.least, field.most))
             )
     assert compared >= 2
+
+
+@pytest.mark.parametrize(("format", "made"), [("fasta", True), ("fastqsanger.gz", True), ("h5", False)])
+def test_galaxy_expects_embeddings_of_predict_where_it_makes_them(format: str, made: bool) -> None:
+    """The filter of the output, as Galaxy evaluates it."""
+    (output,) = (each for each in galaxy_tool("predict").iter("data") if each.get("name") == "embeddings")
+    given = {"files": ["embeddings"], "input": SimpleNamespace(ext=format)}
+    assert eval((output.findtext("filter") or "").strip(), {}, given) == made
+
+
+def test_galaxy_passes_a_list_of_contacts_with_contacts_only() -> None:
+    assert re.search(
+        r"#if .*'contacts' in \$stored\.emit\n +--contacts-for", galaxy_tool("embed").findtext("command") or ""
+    )
 
 
 def test_galaxy_installs_this_version() -> None:

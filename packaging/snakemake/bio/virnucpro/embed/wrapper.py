@@ -17,11 +17,7 @@ model = f"--model {quote(weights)}" if weights else ""
 gpus = snakemake.resources.get("gpu", 0)
 device = f"--device cuda --workers {gpus}" if gpus else "--device cpu"
 
-tables = " ".join(
-    f"--{name} {quote(snakemake.output[name])}"
-    for name in ("report", "qc")
-    if name in snakemake.output.keys()
-)
+tables = " ".join(f"--{name} {quote(file)}" for name in ("report", "qc") if (file := snakemake.output.get(name)))
 
 # The name of a shard says which part of the FASTA it is, and of which output.
 output = snakemake.output.h5
@@ -30,9 +26,7 @@ if shard := re.fullmatch(r"(.+)\.shard-(\d+)-of-(\d+)(\.\w+)", output):
     whole, number, count, suffix = shard[1], int(shard[2]), int(shard[3]), shard[4]
     named = f"{whole}.shard-{number:04d}-of-{count:04d}{suffix}"
     if output != named:
-        raise ValueError(
-            f"virnucpro writes {named}: the output {output} needs four digits"
-        )
+        raise ValueError(f"virnucpro writes {named}: the output {output} needs four digits")
     output = f"{whole}{suffix}"
     part = f"--shard {number}/{count}"
 
