@@ -200,7 +200,7 @@ task merge {
 
     command <<<
         set -euo pipefail
-        while IFS= read -r shard; do ln -s "$shard" ~{quoted}."${shard##*/embeddings.}"; done <'~{write_lines(shards)}'
+        while IFS= read -r shard || [ -n "$shard" ]; do ln -s "$shard" ~{quoted}."${shard##*/embeddings.}"; done <'~{write_lines(shards)}'
         code=0
         virnucpro merge ~{quoted}.h5 --of ~{length(shards)} --report ~{quoted}.json || code=$?
         [ "$code" = 0 ] || [ "$code" = 3 ] || exit "$code" # 3: done, some records were skipped by their shards
