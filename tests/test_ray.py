@@ -23,8 +23,11 @@ import yaml
 
 import slowed
 import test_adapters
+import test_dnabert
 import test_lucavirus
+import test_nucleotide
 from conftest import ROOT, write_model
+from test_genes import contents
 from virnucpro_cli import cli, fasta, report, store
 from virnucpro_cli.cluster.ray import actor as actors
 from virnucpro_cli.cluster.ray import driver
@@ -268,6 +271,22 @@ def test_actors_give_the_bits_of_one_process_of_nucleotides(tmp_path: Path) -> N
     with store.read_embeddings(tmp_path / "one.h5") as one, store.read_embeddings(tmp_path / "ray.h5") as there:
         for kind, name in (("mean", 4), ("residue", 4), ("unmasked", "logits"), ("unmasked", "pseudo_perplexity")):
             assert np.array_equal(one.dataset(kind, name)[:], there.dataset(kind, name)[:])
+
+
+def test_actors_compute_both_halves_of_contigs(tmp_path: Path) -> None:
+    """Tokens of the nucleotide half are made while the actors compute the proteins."""
+    model = write_model(tmp_path / "tiny")
+    half = test_dnabert.checkpoint(tmp_path / "small", test_dnabert.SMALL, test_dnabert.state_of(test_dnabert.SMALL))
+    dice = random.Random(5)
+    bases = [test_nucleotide.without_stops(dice, length, "N") for length in (1400, 900, 60, 2, 1800)]
+    (tmp_path / "c.fna").write_text("".join(f">c{i}\n{each}\n" for i, each in enumerate(bases)))
+    options: dict[str, Any] = {
+        "model": str(model), "nucleotide_model": str(half), "from_": "contigs", "genes": "virnucpro", "chunk": 300,
+        "nucleotide": True, "device": "cpu", "token_budget": 1024,
+    }  # fmt: skip
+    embed_fasta(tmp_path / "c.fna", tmp_path / "one.h5", **options)
+    embed_fasta(tmp_path / "c.fna", tmp_path / "ray.h5", engine="ray", workers=2, **options)
+    assert contents(tmp_path / "ray.h5") == contents(tmp_path / "one.h5")
 
 
 def test_without_ray_the_remedy_is_told(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
