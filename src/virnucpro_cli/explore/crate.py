@@ -114,7 +114,7 @@ def _time(moment: datetime) -> str:
 
 
 def _times(file: store.EmbeddingFile) -> Entity:
-    """When the run began, and when it was finished, by the report's seconds and the moment when the file was laid out.
+    """Times when the run began and was finished, by the report's seconds and the moment when the file was laid out.
 
     Of a run that was resumed that moment is all that is known.
     """
