@@ -169,7 +169,7 @@ def _texts(folder: str, file: store.EmbeddingFile, name: str, entries: list[Enti
 
 
 def _imported(folder: str, file: store.EmbeddingFile) -> Entity:
-    """What the rows of an imported file are from: a file of the crate if it lies there, otherwise known by its name."""
+    """The source of an imported file: a file of the crate if it lies there, otherwise known by its name."""
     path = Path(str(file.attributes["imported_from"]).rpartition(f" ({file.settings['imported']}")[0])
     place = _inside(folder, path) if path.is_file() else None
     if place is None:
