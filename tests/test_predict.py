@@ -469,6 +469,12 @@ def test_contigs_without_any_frame_are_listed(run: Predict, tmp_path: Path, caps
         run(contigs, output="shard", shard="1/2", format=format)
 
 
+def test_contigs_without_a_letter_are_listed(run: Predict, tmp_path: Path) -> None:
+    (tmp_path / "empty.fna").write_text(">a\n>b\n")
+    rows = rows_of(run(tmp_path / "empty.fna") / "contigs.tsv")[1:]
+    assert [row[:2] for row in rows] == [["a", "no frame"], ["b", "no frame"]]
+
+
 def test_contigs_without_any_frame_are_not_mixed_with_others(run: Predict, tmp_path: Path) -> None:
     out, contigs = run(), tmp_path / "none.fna"
     contigs.write_text(">two\nA\n")

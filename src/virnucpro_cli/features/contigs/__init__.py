@@ -129,7 +129,7 @@ class Contigs(Feature):
 def _check(contigs: fasta.RecordTable) -> None:
     """Raise UserError for proteins, and for contigs that their names do not tell apart."""
     for source, share in zip(contigs.sources, contigs.nucleotide_share, strict=True):
-        if share < LEAST_NUCLEOTIDES:
+        if share < LEAST_NUCLEOTIDES and contigs.residues:
             refusal = f"{source.path} does not look like contigs: {share:.1%} of its letters are A, C, G, T, U or N."
             raise UserError(refusal, "For proteins leave out --from contigs.")
     hashes = np.empty(len(contigs), np.int64)
