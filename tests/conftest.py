@@ -1,12 +1,14 @@
 """Shared fixtures: real tiny models as files, the demo weights, and FASTA files made of real proteins."""
 
 import gzip
+import importlib.util
 import json
 import os
 import random
 import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import huggingface_hub.constants
@@ -40,6 +42,15 @@ VIRAL = ROOT / "examples" / "viral_proteins.fasta"
 TINY = ModelSpec("tiny", 2, 32, 4)
 LONGEST = ("test_ray.py", "test_recipes.py")
 Reported = TypeVar("Reported", pytest.TestReport, pytest.CollectReport)
+
+
+def module_of(path: Path) -> ModuleType:
+    """A Python file that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

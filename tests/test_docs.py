@@ -1,6 +1,5 @@
 """The README, the pages of docs/ and the program say the same."""
 
-import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import yaml
 
 import virnucpro_cli
-from conftest import ROOT
+from conftest import ROOT, module_of
 from virnucpro_cli import EmbeddingFile
 
 DOCS = ROOT / "docs"
@@ -25,11 +24,7 @@ NO_MORE = ("--virtual", "--write ", "--golden", "--write-golden", "bio-embedding
 @pytest.fixture(scope="module")
 def hooks() -> ModuleType:
     """The module that makes pages when the site is built."""
-    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(DOCS / "hooks.py")
 
 
 def test_the_readme_is_read_in_three_minutes() -> None:

@@ -475,19 +475,19 @@ def test_a_kill_at_any_step_is_made_good_by_the_same_command(
     assert {path.name for path in tmp_path.glob("out*")} == {"out.h5", "out.proteins.faa", "out.proteins.npz"}
 
 
-def contents(path: Path) -> dict[str, bytes]:
-    """The bytes of every dataset outside /run."""
-    found: dict[str, bytes] = {}
+def contents(path: Path) -> dict[str, Any]:
+    """Every dataset outside /run: its bytes, or its texts."""
+    found: dict[str, Any] = {}
+
+    def keep(name: str, item: Any) -> None:
+        if hasattr(item, "dtype") and not name.startswith("run/"):
+            values = item[()]
+            found[name] = values.tolist() if values.dtype == object else values.tobytes()
+
     with store.read_embeddings(path) as file:
-        file._file.visititems(
-            lambda name, item: found.update({name: item[()].tobytes()}) if is_plain(name, item) else None
-        )
+        file._file.visititems(keep)
         found["names"] = repr(file.names).encode()
     return found
-
-
-def is_plain(name: str, item: Any) -> bool:
-    return hasattr(item, "dtype") and item.dtype != object and not name.startswith("run/")
 
 
 def test_shards_find_the_proteins_once_and_merge_to_the_single_run(

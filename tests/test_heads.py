@@ -304,13 +304,19 @@ def test_a_head_that_was_put_there_is_used(published: dict[str, bytes], folder: 
         fetching.fetched(300, lambda text: None)
 
 
-def test_fetch_names_every_file_to_bring(published: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_network(published: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither weights nor heads can be fetched."""
     published.clear()
 
     def no_weights(model: str, say: Any, accepted: bool = False) -> None:
         raise UserError(f"{model} could not be fetched.", "Bring it.")
 
     monkeypatch.setattr(fetching.locate, "fetch", no_weights)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_fetch_names_every_file_to_bring() -> None:
     with pytest.raises(UserError) as caught:
         fetching.fetch_all(lambda text: None)
     assert "dnabert-s could not be fetched" in caught.value.what
@@ -324,13 +330,8 @@ def test_fetch_names_every_file_to_bring(published: dict[str, bytes], monkeypatc
     assert io.StringIO(caught.value.remedy).readline().strip() == "Bring it."
 
 
-def test_fetch_says_what_is_missing_of_every_name(published: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    published.clear()
-
-    def no_weights(model: str, say: Any, accepted: bool = False) -> None:
-        raise UserError(f"{model} could not be fetched.", "Bring it.")
-
-    monkeypatch.setattr(fetching.locate, "fetch", no_weights)
+@pytest.mark.usefixtures("no_network")
+def test_fetch_says_what_is_missing_of_every_name() -> None:
     with pytest.raises(UserError) as caught:
         machine.fetch(["3B", "virnucpro", "650M"])
     for words in ("3B could not", "dnabert-s could not", "500 head is not", "650M could not"):

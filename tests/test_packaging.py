@@ -1,6 +1,5 @@
 """The recipes agree with pyproject.toml, copy what is there, and call commands and options that exist."""
 
-import importlib.util
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import yaml
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
-from conftest import ROOT
+from conftest import ROOT, module_of
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.config.options import fields_of, flag_of
 from virnucpro_cli.config.predict import PredictConfig
@@ -472,11 +471,7 @@ def nextflow_script(name: str, values: dict[str, str]) -> str:
 @pytest.fixture(scope="module")
 def identity() -> ModuleType:
     """The script that makes what registries know the project by."""
-    spec = importlib.util.spec_from_file_location("identity", RECIPES / "identity.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(RECIPES / "identity.py")
 
 
 def texts_of(identity: ModuleType, root: Path) -> list[str]:

@@ -25,6 +25,7 @@ from halves import stopped_in_the_half
 from heads import pickled_head
 from test_dnabert import SMALL, checkpoint, state_of
 from test_faults import one_thread  # noqa: F401  (in force here too)
+from test_genes import contents
 from virnucpro_cli import predict, read_embeddings, store
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
@@ -235,15 +236,7 @@ def content_of(folder: Path) -> dict[str, Any]:
     """All that a user reads of a run: tables, FASTA files, and every dataset but those of the run itself."""
     found: dict[str, Any] = {name: (folder / name).read_bytes() for name in MADE}
     found |= {path.name: path.read_bytes() for path in folder.glob("embeddings.*.f[an]a")}
-
-    def keep(name: str, each: Any) -> None:
-        if isinstance(each, h5py.Dataset) and not name.startswith("run/"):
-            values = each[()]
-            found[name] = values.tolist() if values.dtype == object else values.tobytes()
-
-    with h5py.File(folder / "embeddings.h5") as file:
-        file.visititems(keep)
-    return found
+    return found | contents(folder / "embeddings.h5")
 
 
 @pytest.mark.slow

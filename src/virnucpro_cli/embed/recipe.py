@@ -82,8 +82,7 @@ def _check_paths(output: Path, whole: Path, config: EmbedConfig, features: list[
     store.check_hdf5_name(output)
     reports = {"report": config.report, "qc": config.qc}
     index = fasta.index_of(whole)
-    tokens = [fasta.tokens_of(output, half) for half in ("", *store.HALVES)]
-    written = [output, store.partial_path(output), index, store.lock_of(index), *tokens, *beside]
+    written = [output, store.partial_path(output), index, store.lock_of(index), *_token_files(output), *beside]
     report.check_places(reports, [*read, *written], config.overwrite)
 
 
@@ -295,13 +294,17 @@ def inputs_of(config: EmbedConfig, at: Target, out: Console) -> fasta.Inputs:
     return kept.Kept(fasta.index_of(at.whole), partial(out.print, style="yellow"), needed_by)
 
 
+def _token_files(output: Path) -> list[Path]:
+    return [fasta.tokens_of(output, half) for half in ("", *store.HALVES)]
+
+
 @contextmanager
 def tokens_beside(at: Target) -> Iterator[None]:
     """Tokens of several letters that are kept beside the output go at the end, unless its partial file is there."""
     try:
         yield
     finally:
-        there = [path for half in ("", *store.HALVES) if (path := fasta.tokens_of(at.output, half)).exists()]
+        there = [path for path in _token_files(at.output) if path.exists()]
         if there and not store.partial_path(at.output).exists():
             from virnucpro_cli.fasta.token_file import forget
 

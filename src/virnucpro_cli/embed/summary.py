@@ -285,12 +285,17 @@ def _rates(run: EmbedRun, packs: Int64) -> dict[str, float]:
     return {f"{name}/s": count / forward for name, count in done.items()} if forward else {}
 
 
+def by_length(lengths: NDArray[np.int32]) -> dict[str, int]:
+    """How many records, of lengths int32 [N], there are between EDGES, by the words for each range."""
+    labels = [*(f"{a}-{b - 1}" for a, b in pairwise(EDGES)), f"{EDGES[-1]} and more"]
+    counts = np.histogram(lengths, [*EDGES, np.iinfo(np.int32).max])[0].tolist()
+    return dict(zip(labels, counts, strict=True))
+
+
 def describe_plan(run: EmbedRun) -> None:
     """Print what a dry run shows, and add it to the report."""
     summary, device, needed, say = run.summary, run.computing.device, run.layout.file_bytes, run.out.print
-    labels = [*(f"{a}-{b - 1}" for a, b in pairwise(EDGES)), f"{EDGES[-1]} and more"]
-    counts = np.histogram(run.table.length, [*EDGES, np.iinfo(np.int32).max])[0].tolist()
-    histogram = dict(zip(labels, counts, strict=True))
+    histogram = by_length(run.table.length)
     summary.counts["output bytes (estimate)"] = needed
     summary.environment["weights"] = run.located.place if run.located else locate.not_here(run.spec)
     summary.environment["length histogram"] = histogram

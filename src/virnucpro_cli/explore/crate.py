@@ -3,7 +3,6 @@
 The crate is a folder that holds the file. It follows RO-Crate 1.1 and the profile Process Run Crate 0.5.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from urllib.parse import quote
 from virnucpro_cli import report, store
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.families import by_name, family_of
+from virnucpro_cli.store import disk
 from virnucpro_cli.store.schema import HALVES
 
 NAME = "ro-crate-metadata.json"
@@ -135,17 +135,12 @@ def _inside(folder: str, path: Path) -> str | None:
     return quote(os.fsencode(place.relative_to(whole).as_posix())) if place.is_relative_to(whole) else None
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _output(folder: str, file: store.EmbeddingFile) -> Entity:
     status = file.path.stat()
     return {
         "@id": _inside(folder, file.path), "@type": "File", "name": file.path.name,
         "encodingFormat": ["application/x-hdf5", {"@id": HDF5}], "contentSize": str(status.st_size),
-        "sha256": _sha256(file.path), "dateModified": _time(datetime.fromtimestamp(status.st_mtime, UTC)),
+        "sha256": disk.sha256(file.path), "dateModified": _time(datetime.fromtimestamp(status.st_mtime, UTC)),
         "license": _to(NOT_STATED),
     }  # fmt: skip
 
@@ -158,7 +153,7 @@ def _texts(folder: str, file: store.EmbeddingFile, name: str, entries: list[Enti
     for number, entry in enumerate(entries, start=1):
         path, entity = Path(entry["path"]), {"@id": f"#{name}-{number}", "@type": "CreativeWork"}
         for each in (path, file.path.with_name(path.name)):
-            if each.is_file() and (place := _inside(folder, each)) and _sha256(each) == entry["sha256"]:
+            if each.is_file() and (place := _inside(folder, each)) and disk.sha256(each) == entry["sha256"]:
                 entity = {"@id": place, "@type": "File"}
         yield entity | {
             "name": path.name,
@@ -176,7 +171,7 @@ def _imported(folder: str, file: store.EmbeddingFile) -> Entity:
         return {"@id": "#imported", "@type": "CreativeWork", "name": path.name, "encodingFormat": ["unknown"]}
     return {
         "@id": place, "@type": "File", "name": path.name, "encodingFormat": ["application/octet-stream"],
-        "contentSize": str(path.stat().st_size), "sha256": _sha256(path),
+        "contentSize": str(path.stat().st_size), "sha256": disk.sha256(path),
     }  # fmt: skip
 
 

@@ -6,14 +6,11 @@ Files of several samples in one folder make one report, with the samples side by
 import json
 import re
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from virnucpro_cli import store
-from virnucpro_cli.embed.summary import EDGES
+from virnucpro_cli.embed.summary import by_length
 from virnucpro_cli.errors import UserError, printable
 
 PARENT = {
@@ -117,10 +114,8 @@ def _records(file: store.EmbeddingFile) -> dict[str, Any]:
 
 
 def _lengths(file: store.EmbeddingFile) -> dict[str, Any]:
-    labels = [*(f"{a}-{b - 1}" for a, b in pairwise(EDGES)), f"{EDGES[-1]} and more"]
-    counts = np.histogram(file.lengths, [*EDGES, np.iinfo(np.int32).max])[0].tolist()
     text = "Records of the input by their number of residues or bases, before any cut."
-    return _bars("lengths", text, dict(zip(labels, counts, strict=True)))
+    return _bars("lengths", text, by_length(file.lengths))
 
 
 def _bars(what: str, description: str, counts: dict[str, int]) -> dict[str, Any]:

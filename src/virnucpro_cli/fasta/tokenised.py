@@ -65,7 +65,10 @@ def tokenised(
     and may lie from a run that was killed; None for a nameless file in the folder. is_over: whether nobody waits any
     more. Raises UserError if it is no such file, or there is no room, and InterruptedError if nobody waits.
     """
+    from tokenizers import __version__
+
     encode = encoder(path)
+    made_by = f"{__version__}\n{encode.to_str()}"
     is_first = table.unique_of == np.arange(len(table))
     chosen, count, first = np.flatnonzero(is_first), np.zeros(len(table), np.int32), np.zeros(len(table), np.int64)
     is_worth = int(table.length[chosen].sum(dtype=np.int64)) > AT_ONCE
@@ -74,7 +77,7 @@ def tokenised(
             for some in _at_once(chosen, table.length):
                 if is_over():
                     raise InterruptedError
-                block = _block(file, encode, list(_texts(table, some)))
+                block = _block(file, encode, made_by, list(_texts(table, some)))
                 count[some] = block.counts
                 first[some] = block.first + np.cumsum(block.counts, dtype=np.int64) - block.counts
             ids = file.mapped()
@@ -86,11 +89,9 @@ def tokenised(
     return TokenTable(**_facts(table), ids=ids, first=first[same], count=count[same])
 
 
-def _block(file: TokenFile, encode: "Tokenizer", texts: list[str]) -> Block:
-    """The tokens of texts, from the file if it has them next."""
-    from tokenizers import __version__
-
-    key = xxhash.xxh3_128_digest("\n".join((__version__, encode.to_str(), *texts)).encode())
+def _block(file: TokenFile, encode: "Tokenizer", made_by: str, texts: list[str]) -> Block:
+    """The tokens of texts, from the file if it has them next. made_by: all that the tokens of a text depend on."""
+    key = xxhash.xxh3_128_digest("\n".join((made_by, *texts)).encode())
     if (there := file.found(key)) is not None:
         return there
     encoded = [each.ids for each in encode.encode_batch(texts, add_special_tokens=False)]

@@ -431,8 +431,7 @@ def sha256_of(files: Iterable[Path]) -> str:
     """SHA-256 of a file; of several, that of their hex digests in order."""
     digests = []
     for file in files:
-        with open(file, "rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        digests.append(disk.sha256(file))
     return _combined(digests)
 
 

@@ -3,7 +3,6 @@
 `run` reads top to bottom as the steps of a run. All that can be refused is refused before an encoder is loaded.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -233,7 +232,7 @@ def _predict(run: PredictRun) -> None:
                 _save(run, made_of, there)
                 with disk.written_whole(run.folder / name) as file:
                     write(file, scored, run)
-                there.add(name)
+                there[name] = disk.sha256(run.folder / name)
             _save(run, made_of, there)
             _tell(run, scored)
         if run.other is not None:
@@ -269,32 +268,30 @@ def _settings(run: PredictRun, opened: Frames) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _there(run: PredictRun, made_of: dict[str, Any]) -> set[str]:
-    """The tables that are there and whole, of the same settings. Raises UserError for those of other settings."""
+def _there(run: PredictRun, made_of: dict[str, Any]) -> dict[str, str]:
+    """The tables that are there and whole, of the same settings, with their checksums.
+
+    Raises UserError for those of other settings.
+    """
     known: Any = None
     with suppress(OSError, ValueError):
         known = json.loads((run.folder / MADE_OF).read_bytes())
     there = {name for name in _writers(run.config) if (run.folder / name).exists()}
     if isinstance(known, dict) and known.get("made_of") == made_of:
-        return {name for name in there if known.get("sha256", {}).get(name) == _sha256(run.folder / name)}
+        sums = {name: disk.sha256(run.folder / name) for name in there}
+        return {name: each for name, each in sums.items() if known.get("sha256", {}).get(name) == each}
     if there and not run.config.overwrite:
         refusal = f"{run.folder / min(there)} exists, and is of another head, format or embeddings file"
         if known is None:
             refusal = f"{run.folder / min(there)} exists, and nothing says what it is of"
         raise UserError(f"{refusal}.", "Choose another -o, or --overwrite it.")
-    return set()
+    return {}
 
 
-def _save(run: PredictRun, made_of: dict[str, Any], whole: set[str]) -> None:
+def _save(run: PredictRun, made_of: dict[str, Any], sums: dict[str, str]) -> None:
     """Note what the tables are of, and the checksums of those that are whole; others are made again."""
-    sums = {name: _sha256(run.folder / name) for name in sorted(whole)}
     with disk.written_whole(run.folder / MADE_OF) as file:
         file.write(json.dumps({"made_of": made_of, "sha256": sums, "place": run.head.place}, indent=1).encode())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tell(run: PredictRun, scored: Scored) -> None:

@@ -412,6 +412,12 @@ def pread_all(fd: int, view: memoryview, offset: int) -> int:
     return filled
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
     full = {errno.ENOSPC: "No space is left", errno.EDQUOT: "The disk quota is used up"}.get(error.errno or 0)
     message = f"{full} for {output}." if full else f"{output} cannot be written: {error.strerror}."

@@ -111,7 +111,7 @@ class EmbeddingFile:
     @property
     def sizes(self) -> NDArray[np.int32]:
         """Letters of each record, or tokens of several: as many as a model reads if it cuts nothing. int32 [N]."""
-        return self.columns.get("tokens", self.lengths)
+        return self.at("tokens")[:] if self.unit == "token" else self.lengths
 
     @cached_property
     def inputs(self) -> list[dict[str, Any]]:

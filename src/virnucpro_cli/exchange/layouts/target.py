@@ -3,7 +3,6 @@
 A folder holds a list of the files that export wrote into it, with their SHA-256. Only such a folder is replaced.
 """
 
-import hashlib
 import json
 import os
 import secrets
@@ -15,7 +14,7 @@ from pathlib import Path
 from virnucpro_cli import report
 from virnucpro_cli.errors import UserError, in_a_line, shell_word
 from virnucpro_cli.exchange.layouts.layout import Format, possible
-from virnucpro_cli.store.disk import alone, disk_error, lock_of, rename_new, sync_folder
+from virnucpro_cli.store.disk import alone, disk_error, lock_of, rename_new, sha256, sync_folder
 
 LIST = ".virnucpro-export.json"
 MARK = ".virnucpro-partial"
@@ -64,11 +63,6 @@ def _files(target: Path, layout: Format) -> list[Path]:
 # --- the list of a folder ---------------------------------------------------------------------------------------------
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def written(folder: Path) -> dict[str, Stamp]:
     """The files of a folder that export wrote, its list among them; an empty folder has none.
 
@@ -84,7 +78,7 @@ def written(folder: Path) -> dict[str, Stamp]:
     if not isinstance(listed, dict):
         raise UserError(f"{folder} has no list of files that export wrote.", UNTOUCHED)
     for name in stamps.keys() - {LIST}:
-        if listed.get(name) != _sha256(folder / name):
+        if listed.get(name) != sha256(folder / name):
             raise UserError(f"{folder / name} was not written by export, or was changed since.", UNTOUCHED)
     return stamps
 
@@ -150,7 +144,7 @@ def _unwritable(target: Path, error: Exception) -> UserError:
 def _land(place: Path, target: Path, layout: Format, overwrite: bool) -> None:
     new = place / target.name
     if layout.folder:
-        sums = {name: _sha256(new / name) for name in sorted(os.listdir(new))}
+        sums = {name: sha256(new / name) for name in sorted(os.listdir(new))}
         (new / LIST).write_text(json.dumps(sums, indent=0))
     for folder, _, names in os.walk(place):
         for name in names:

@@ -166,8 +166,8 @@ def _vouched_for(paths: Paths, made_of: dict[str, Any]) -> tuple[set[Path], Colu
         return set(), {}
     vouched = set()
     for path, name in ((paths.proteins, PROTEINS), (paths.slices, SLICES)):
-        with suppress(OSError), open(path, "rb") as text:
-            if hashlib.file_digest(text, "sha256").hexdigest() == there[0].get(name):
+        with suppress(OSError):
+            if disk.sha256(path) == there[0].get(name):
                 vouched.add(path)
     return vouched, there[1]
 
