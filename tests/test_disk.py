@@ -258,4 +258,4 @@ def test_without_a_temporary_folder_a_command_says_so_with_exit_2(
         cli.main([str(part) for part in lines[command]])
     err = capsys.readouterr().err
     assert ended.value.code == 2, err
-    assert "nowhere" in err and "TMPDIR" in err
+    assert "nowhere" in err and "TMPDIR" in err and "No temporary folder can be made" in err

@@ -16,7 +16,7 @@ def folder() -> Iterator[str]:
     try:
         temporary = tempfile.TemporaryDirectory(prefix="virnucpro-")
     except OSError as error:
-        raise UserError(f"No temporary folder can be temporary: {error}.", REMEDY) from None
+        raise UserError(f"No temporary folder can be made: {error}.", REMEDY) from None
     try:
         with temporary as path:
             yield path
