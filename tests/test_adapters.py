@@ -17,7 +17,8 @@ from virnucpro_cli import embed_fasta, read_embeddings
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed import run
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import adapters, esm2, locate, weights
+from virnucpro_cli.model import adapters, locate, weights
+from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import DECODER, ModelSpec, State
 
 SPEC = ModelSpec("adapted", 3, 64, 4)
@@ -69,7 +70,7 @@ def loaded(base: Path, *folders: Path) -> tuple[ModelSpec, State, tuple[str, ...
 def encoder_of(model: Any) -> State:
     """PEFT's merged tensors, under the names here."""
     theirs = {name.removeprefix("esm."): tensor for name, tensor in model.state_dict().items()}
-    return {name: theirs[hf_name(name)] for name in esm2.shapes(SPEC)}
+    return {name: theirs[hf_name(name)] for name in ESM2.shapes(SPEC)}
 
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -197,7 +198,7 @@ def test_an_adapter_in_a_bin_file_and_a_base_of_fair_esms_names_give_the_same(tm
     spec, plain, _ = loaded(tmp_path / "base")
     save_file({name: each for name, each in plain.items() if "head" not in name}, tmp_path / "fair-esm.safetensors")
     found = loaded(tmp_path / "fair-esm.safetensors", adapter)[1]
-    assert spec.layers == 3 and all(torch.equal(found[name], expected[name]) for name in esm2.shapes(SPEC))
+    assert spec.layers == 3 and all(torch.equal(found[name], expected[name]) for name in ESM2.shapes(SPEC))
 
 
 def test_an_adapted_embedding_leaves_the_token_heads_matrix_as_pefts_forward_does(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from test_adapters import edited, loaded, trained
 from test_esmc import SMALL, esm32_state, te_state, transformers_model, written
 from virnucpro_cli import embed_fasta, read_embeddings
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import esmc
+from virnucpro_cli.model.esmc import ESMC
 from virnucpro_cli.validation.esmc import Reference
 from virnucpro_cli.validation.validate import validate_model
 
@@ -87,7 +87,7 @@ def test_merged_weights_are_pefts_own_and_rows_those_of_its_unmerged_forward(nam
     unmerged = forward_of(wrapped)
     merged = {each.removeprefix("esmc."): tensor for each, tensor in wrapped.merge_and_unload().state_dict().items()}
     assert spec.family == "esmc"
-    for key in esmc.shapes(spec):
+    for key in ESMC.shapes(spec):
         assert torch.equal(state[key], merged[key]), key
     if kind == "EsmcForMaskedLM":
         for part in ("dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "decoder.weight"):
@@ -299,8 +299,8 @@ def test_validate_merges_an_adapter_of_esmc(tmp_path: Path, make_fasta: Callable
 
 
 SABOTAGE: dict[str, tuple[str, Any]] = {
-    "gate and up turned": ("JOINT", {**esmc.JOINT, "gate_up_proj": ("up_proj", "gate_proj")}),
-    "q and k turned": ("JOINT", {**esmc.JOINT, "qkv_proj": ("k_proj", "q_proj", "v_proj")}),
+    "gate and up turned": ("JOINT", {**ESMC.JOINT, "gate_up_proj": ("up_proj", "gate_proj")}),
+    "q and k turned": ("JOINT", {**ESMC.JOINT, "qkv_proj": ("k_proj", "q_proj", "v_proj")}),
 }
 
 
@@ -309,6 +309,6 @@ def test_joint_rows_that_are_taken_in_another_order_are_seen(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     word, value = SABOTAGE[name]
-    monkeypatch.setattr(esmc, word, value)
+    monkeypatch.setattr(ESMC, word, value)
     with pytest.raises(AssertionError):
         test_fused_names_are_merged_by_their_shapes_into_the_rows_that_they_hold(MAKERS, tmp_path)

@@ -22,6 +22,7 @@ from virnucpro_cli.explore import inspect
 from virnucpro_cli.machine import models
 from virnucpro_cli.model import attention, dnabert, families, kernels, locate, pooling, weights
 from virnucpro_cli.model.attention import Backend
+from virnucpro_cli.model.dnabert import DNABERT
 from virnucpro_cli.model.kernels import postnorm
 from virnucpro_cli.model.packed import PackedModel, Parts, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec, State
@@ -493,12 +494,12 @@ def gate_and_value_swapped(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_type_row(patch: pytest.MonkeyPatch) -> None:
-    whole = dnabert.parts
+    whole = DNABERT.parts
 
     def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:
         return whole(spec, state | {dnabert.TYPES: torch.zeros(2, spec.hidden)}, device)
 
-    patch.setattr(dnabert, "parts", parts)
+    patch.setattr(DNABERT, "parts", parts)
 
 
 def eps_of_esm(patch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from virnucpro_cli.cluster.ray import actor
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import attention, esmc, families, weights
+from virnucpro_cli.model.esmc import ESMC
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.scores import TokenHead
@@ -220,7 +221,7 @@ def test_the_names_of_esmc_lead_to_their_sizes_and_repository(name: str, full: s
     assert spec is not None and spec.name == full
     assert (spec.layers, spec.hidden, spec.heads, spec.inner) == sizes
     assert esmc.inner_of(spec) == esmc.inner_of(ModelSpec("no inner width", *sizes[:3], "esmc"))
-    assert esmc.repository(spec) == f"biohub/{full}" and esmc.url(spec) is None
+    assert ESMC.repository(spec) == f"biohub/{full}" and ESMC.url(spec) is None
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("esmc-300m", 333e6), ("esmc-600m", 575e6), ("esmc-6b", 6.35e9)])
@@ -228,7 +229,7 @@ def test_parameters_and_operations_are_of_this_network(size: str, parameters: fl
     """Published numbers of parameters include the token head."""
     spec = families.by_name(size)
     assert spec is not None
-    head = sum(int(np.prod(shape)) for shape in esmc.head_shapes(spec)["lm_head"].values())
+    head = sum(int(np.prod(shape)) for shape in ESMC.head_shapes(spec)["lm_head"].values())
     assert families.parameters(spec) + head == pytest.approx(parameters, rel=3e-3)
     f = esmc.inner_of(spec)
     assert families.flops(spec, 10, 0, 2) == 2 * 10 * 2 * (4 * spec.hidden**2 + 3 * spec.hidden * f)
@@ -291,18 +292,18 @@ def test_letters_are_those_of_transformers_tokenizer() -> None:
     for text in (*ODD, "ACDEFGHIKLMNPQRSTVWY"):
         ids = tokenizer(text)["input_ids"]
         assert Reference.encode(text) == ids
-        ours = alphabet.token_ids(text.encode(), len(ids) - 2, alphabet.letters("keep", esmc.READING))
+        ours = alphabet.token_ids(text.encode(), len(ids) - 2, alphabet.letters("keep", ESMC.READING))
         assert list(ours) == ids[1:-1]
 
 
 def test_a_chain_break_is_a_letter_of_esmc_and_x_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "in.fasta").write_text(">a\nMK|VL\n>b\nMKXVL\n")
     sources = fasta.open_sources([str(tmp_path / "in.fasta")], tmp_path)
-    own, others = fasta.index(sources, reading=esmc.READING), fasta.index(sources)
+    own, others = fasta.index(sources, reading=ESMC.READING), fasta.index(sources)
     assert own.tokens(np.array([0])).tolist() == [20, 15, 31, 7, 4] and own.replaced.tolist() == [0, 0]
     assert others.tokens(np.array([0])).tolist() == [20, 15, 24, 7, 4] and others.replaced.tolist() == [1, 0]
     assert own.unique_of.tolist() == [0, 1] and others.unique_of.tolist() == [0, 0]
-    fasta.index(sources, reading=esmc.READING, on_invalid="error")
+    fasta.index(sources, reading=ESMC.READING, on_invalid="error")
     with pytest.raises(UserError, match="is not a residue"):
         fasta.index(sources, on_invalid="error")
 
@@ -339,10 +340,10 @@ def test_a_file_of_esmc_has_transformers_rows_and_scores_and_is_verified(tmp_pat
 
 def test_texts_of_a_share_say_how_their_family_reads(tmp_path: Path) -> None:
     (tmp_path / "in.fasta").write_text(">a\nMK<mask>VL\n")
-    table = fasta.index(fasta.open_sources([str(tmp_path / "in.fasta")], tmp_path), reading=esmc.READING)
+    table = fasta.index(fasta.open_sources([str(tmp_path / "in.fasta")], tmp_path), reading=ESMC.READING)
     share: Any = actor.Share(*[None] * (len(actor.Share._fields) - 1), table.reading)
     texts = actor.Texts(share._replace(sizes=table.length, tokens=table.tokens(np.array([0]))))
-    assert not texts.reading.scales_masks and table.part(np.array([0])).reading == esmc.READING
+    assert not texts.reading.scales_masks and table.part(np.array([0])).reading == ESMC.READING
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -399,18 +400,18 @@ def adjacent_pairs(patch: pytest.MonkeyPatch) -> None:
 
 
 def frequencies_in_fp16(patch: pytest.MonkeyPatch) -> None:
-    settle = esmc.settle
+    settle = ESMC.settle
 
     def rounded(state: State, spec: ModelSpec) -> list[str]:
         notes = settle(state, spec)
         state[INV_FREQ] = state[INV_FREQ].half().float()
         return notes
 
-    patch.setattr(esmc, "settle", rounded)
+    patch.setattr(ESMC, "settle", rounded)
 
 
 def masks_scaled(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(esmc, "READING", esmc.READING._replace(scales_masks=True))
+    patch.setattr(ESMC, "READING", ESMC.READING._replace(scales_masks=True))
 
 
 def mask_row_zeroed(patch: pytest.MonkeyPatch) -> None:
@@ -424,7 +425,7 @@ def mask_row_zeroed(patch: pytest.MonkeyPatch) -> None:
 
 
 def chain_break_as_x(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(esmc, "READING", esmc.READING._replace(letters=alphabet.ESM.letters))
+    patch.setattr(ESMC, "READING", ESMC.READING._replace(letters=alphabet.ESM.letters))
 
 
 MISTAKES = {

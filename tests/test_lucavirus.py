@@ -27,6 +27,7 @@ from virnucpro_cli.kinds import NUCLEOTIDE, PROTEIN
 from virnucpro_cli.machine import fetch
 from virnucpro_cli.model import attention, esm2, families, locate, lucavirus, weights
 from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model.lucavirus import LUCAVIRUS
 from virnucpro_cli.model.packed import Parts
 from virnucpro_cli.model.scores import TokenHead
 from virnucpro_cli.model.spec import INV_FREQ, ModelSpec
@@ -162,7 +163,7 @@ def test_a_kind_has_rows_of_its_own_from_the_first_layer_on(tmp_path: Path) -> N
     """The same letters, read as the two kinds, with `[CLS]` and `[SEP]` that differ by the rows of their kinds."""
     state = weights.random_state(SMALL)
     protein, nucleotide = (one_pack(tmp_path, ["ACGT"], 64, families.reading(SMALL, kind)) for kind in REFERENCES)
-    table = lucavirus.parts(SMALL, state, CPU).embedding
+    table = LUCAVIRUS.parts(SMALL, state, CPU).embedding
     types = state[lucavirus.TYPES]
     for row in (0, 5):
         mine, other = table[nucleotide.tokens[row]], table[protein.tokens[row]]
@@ -228,7 +229,7 @@ def test_frequencies_are_the_files_and_exact_without_any(tmp_path: Path) -> None
 def test_the_names_of_lucavirus_lead_to_its_size_and_repositories(short: str) -> None:
     spec = families.by_name(short)
     assert spec is not None and (spec.layers, spec.hidden, spec.heads, spec.family) == (12, 2560, 20, "lucavirus")
-    assert lucavirus.repository(spec) == f"LucaGroup/{spec.name}" and lucavirus.url(spec) is None
+    assert LUCAVIRUS.repository(spec) == f"LucaGroup/{spec.name}" and LUCAVIRUS.url(spec) is None
     assert families.by_name(f"LucaGroup/{spec.name}") == spec
 
 
@@ -448,7 +449,7 @@ def test_a_share_of_a_cluster_says_how_its_kind_is_read(tmp_path: Path) -> None:
     table = indexed(tmp_path, ["AC<mask>GU"], NUCLEOTIDE)
     share: Any = actor.Share(*[None] * (len(actor.Share._fields) - 1), table.reading)
     texts = actor.Texts(share._replace(sizes=table.length, tokens=table.tokens(np.array([0]))))
-    assert texts.reading == lucavirus.NUCLEOTIDES and texts.tokens(np.array([0])).tolist() == [5, 7, 4, 8, 6]
+    assert texts.reading == LUCAVIRUS.NUCLEOTIDES and texts.tokens(np.array([0])).tolist() == [5, 7, 4, 8, 6]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -506,12 +507,12 @@ def test_the_kind_is_part_of_a_run_and_proteins_have_none(small: Path, tiny_mode
 
 def parts_with(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
     """Have the embedding made of tokens [39, D] and types [2, D] in another way."""
-    own = lucavirus.parts
+    own = LUCAVIRUS.parts
 
     def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:
         return own(spec, state, device)._replace(embedding=change(state["embed_tokens.weight"], state[lucavirus.TYPES]))
 
-    patch.setattr(lucavirus, "parts", parts)
+    patch.setattr(LUCAVIRUS, "parts", parts)
 
 
 def rows_of_esm2_zeroed(patch: pytest.MonkeyPatch) -> None:
@@ -547,7 +548,7 @@ def scaled_as_esm2(patch: pytest.MonkeyPatch) -> None:
 
 def masks_scaled(patch: pytest.MonkeyPatch) -> None:
     for name in ("READING", "NUCLEOTIDES"):
-        patch.setattr(lucavirus, name, getattr(lucavirus, name)._replace(scales_masks=True))
+        patch.setattr(LUCAVIRUS, name, getattr(LUCAVIRUS, name)._replace(scales_masks=True))
 
 
 def eps_of_the_configuration(patch: pytest.MonkeyPatch) -> None:
@@ -564,10 +565,10 @@ def adjacent_pairs(patch: pytest.MonkeyPatch) -> None:
 
 def last_letter_lost(patch: pytest.MonkeyPatch) -> None:
     """J and stops are X, and U is N."""
-    patch.setattr(lucavirus, "READING", lucavirus.READING._replace(letters=alphabet.ESM.letters))
-    nucleotides = lucavirus.NUCLEOTIDES
+    patch.setattr(LUCAVIRUS, "READING", LUCAVIRUS.READING._replace(letters=alphabet.ESM.letters))
+    nucleotides = LUCAVIRUS.NUCLEOTIDES
     assert nucleotides is not None
-    patch.setattr(lucavirus, "NUCLEOTIDES", nucleotides._replace(also=nucleotides.also[1:]))
+    patch.setattr(LUCAVIRUS, "NUCLEOTIDES", nucleotides._replace(also=nucleotides.also[1:]))
 
 
 MISTAKES = {

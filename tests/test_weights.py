@@ -28,6 +28,7 @@ from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import esm2, families, locate, scores, weights
+from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.spec import ModelSpec, resolve_layers
 from virnucpro_cli.store import CACHED, read_embeddings
 
@@ -180,7 +181,7 @@ def test_what_transformers_itself_writes_loads(tmp_path: Path) -> None:
     spec, found, _ = loaded(tmp_path / "hf")
     assert (spec.layers, spec.hidden, spec.heads) == (2, 32, 4)
     theirs = model.state_dict()
-    for name in esm2.shapes(TINY):
+    for name in ESM2.shapes(TINY):
         assert torch.equal(found[name], theirs[hf_name(name)]), name
     saved = load_file(tmp_path / "hf" / "model.safetensors")
     kept = [tensor for name, tensor in saved.items() if name.endswith("inv_freq")]
@@ -410,8 +411,8 @@ def test_every_word_of_a_configuration_decides_the_identity_or_is_refused(
     options: dict[str, Any] = {"model": str(folder), "device": "cpu", "emit": ("entropy",)}
     embed_fasta(fasta, home / "out.h5", **options)
     before = (home / "out.h5").read_bytes()
-    for key in (*OF_THE_SPEC.values(), *esm2.CONFIG):
-        there = config.get(key, esm2.CONFIG.get(key, (None,))[0])
+    for key in (*OF_THE_SPEC.values(), *ESM2.CONFIG):
+        there = config.get(key, ESM2.CONFIG.get(key, (None,))[0])
         (folder / "config.json").write_text(json.dumps({**config, key: another(there)}))
         with pytest.raises(UserError):
             embed_fasta(fasta, home / "out.h5", **options)
@@ -728,7 +729,7 @@ def point_hub_at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
         huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(esm2, "url", lambda spec: f"{url}/fair-esm/{spec.name}.pt")
+    monkeypatch.setattr(ESM2, "url", lambda spec: f"{url}/fair-esm/{spec.name}.pt")
 
 
 @pytest.fixture

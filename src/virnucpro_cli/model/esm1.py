@@ -4,15 +4,14 @@ ESM-1b has a LayerNorm before its first layer and a contact regression. ESM-1v h
 """
 
 import re
-from typing import Any
 
 import torch
 
 from virnucpro_cli import alphabet
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import esm2
+from virnucpro_cli.model.esm2 import PREFIX, Esm2
 from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, MIT, Licence, ModelSpec, Shapes, State, positions_of
+from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, ModelSpec, Shapes, State, positions_of
 
 POSITIONS, FIRST_NORM = "embed_positions.weight", "emb_layer_norm_before"
 OFFSET = alphabet.PAD + 1
@@ -21,53 +20,37 @@ _FIRST_NORM_THERE = re.compile(r"(.*\.)?(emb_layer_norm_before|embeddings\.layer
 _POSITIONS_THERE = re.compile(r"(.*\.)?(embed_positions|embeddings\.position_embeddings)\.weight")
 
 
-LONGEST = 1022
-
-
-class Esm1:
+class Esm1(Esm2):
     """A family of models of one size with learned positions. first_norm: whether a LayerNorm follows them.
 
     short_names: the full name of each model by its short one.
     """
 
-    SETTINGS, LEFT_OUT, ARCHITECTURES, PEERS = esm2.SETTINGS, esm2.LEFT_OUT, esm2.ARCHITECTURES, False
-    HUB_FILES = esm2.HUB_FILES
-    told_sizes = staticmethod(esm2.told_sizes)
-    READING, NUCLEOTIDES, HEAD_NAMES, FP8 = esm2.READING, esm2.NUCLEOTIDES, esm2.HEAD_NAMES, esm2.FP8
-    JOINT, TOKENIZER, STEPS = esm2.JOINT, esm2.TOKENIZER, esm2.STEPS
     NAMES = (
-        *esm2.NAMES,
-        (re.compile(esm2.PREFIX + r"embed_positions\.weight"), POSITIONS),
-        (re.compile(esm2.PREFIX + r"embeddings\.position_embeddings\.weight"), POSITIONS),
-        (re.compile(esm2.PREFIX + rf"{FIRST_NORM}\.(weight|bias)"), rf"{FIRST_NORM}.\1"),
-        (re.compile(esm2.PREFIX + r"embeddings\.layer_norm\.(weight|bias)"), rf"{FIRST_NORM}.\1"),
+        *Esm2.NAMES,
+        (re.compile(PREFIX + r"embed_positions\.weight"), POSITIONS),
+        (re.compile(PREFIX + r"embeddings\.position_embeddings\.weight"), POSITIONS),
+        (re.compile(PREFIX + rf"{FIRST_NORM}\.(weight|bias)"), rf"{FIRST_NORM}.\1"),
+        (re.compile(PREFIX + r"embeddings\.layer_norm\.(weight|bias)"), rf"{FIRST_NORM}.\1"),
     )
+    LONGEST = 1022
+    PUBLISHED_SHA256 = {}
+    """No source was found for them."""
+    PEERS = False
 
     def __init__(self, key: str, title: str, first_norm: bool, short_names: dict[str, str]):
         self.TITLE, self.first_norm = title, first_norm
-        self.LONGEST: int | None = LONGEST
-        self.SIZES = {name: ModelSpec(name, 33, 1280, 20, key, LONGEST) for name in short_names.values()}
+        self.SIZES = {name: ModelSpec(name, 33, 1280, 20, key, self.LONGEST) for name in short_names.values()}
         self.SHORT_NAMES = short_names
         self.ALIASES = {
             alias: full
             for short, full in short_names.items()
             for alias in (short, short.replace("-", "_"), short.replace("esm1", "esm-1"))
         }
-        self.PUBLISHED_SHA256: dict[str, dict[str, str]] = {}  # no source was found for them
-        self.CONFIG: dict[str, tuple[Any, Any]] = {
-            **esm2.CONFIG,
+        self.CONFIG = Esm2.CONFIG | {
             "position_embedding_type": ("absolute", "absolute"),
             "emb_layer_norm_before": (first_norm, None),
         }
-
-    def repository(self, spec: ModelSpec) -> str:
-        return f"facebook/{spec.name}"
-
-    def url(self, spec: ModelSpec) -> str | None:
-        return esm2.url(spec)
-
-    def licence(self, spec: ModelSpec) -> Licence:
-        return MIT
 
     def told_by(self, names: set[str]) -> bool:
         """Whether there are learned positions alone, and the first LayerNorm exactly if the family has it."""
@@ -80,14 +63,14 @@ class Esm1:
     def shapes(self, spec: ModelSpec) -> Shapes:
         """Every tensor of the encoder under fair-esm's name, with its shape."""
         assert spec.longest is not None
-        expected = esm2.shapes(spec) | {POSITIONS: (positions_of(spec.longest), spec.hidden)}
+        expected = super().shapes(spec) | {POSITIONS: (positions_of(spec.longest), spec.hidden)}
         if self.first_norm:
             expected |= {f"{FIRST_NORM}.{part}": (spec.hidden,) for part in ("weight", "bias")}
         return expected
 
     def head_shapes(self, spec: ModelSpec) -> dict[str, Shapes]:
         """Every tensor of each head, with its shape. A contact head in a file of ESM-1v was never trained."""
-        heads = esm2.head_shapes(spec)
+        heads = super().head_shapes(spec)
         return heads if self.first_norm else {name: each for name, each in heads.items() if name != CONTACT_HEAD}
 
     def settle(self, state: State, spec: ModelSpec) -> list[str]:
@@ -109,7 +92,7 @@ class Esm1:
 
     def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Parts:
         """The weights of the forward, float32 [...] on the device; positions [longest + 2, D] begin at `<cls>`."""
-        parts = esm2.parts(spec, state, device)
+        parts = super().parts(spec, state, device)
         wide = {
             name: state[name].to(device, torch.float32) for name in state if name.startswith((POSITIONS, FIRST_NORM))
         }

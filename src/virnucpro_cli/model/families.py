@@ -10,9 +10,13 @@ import torch
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import PROTEIN
-from virnucpro_cli.model import dnabert, dplm, esm1, esm2, esmc, lucavirus
 from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.model.esm2 import DEMO
+from virnucpro_cli.model.dnabert import DNABERT
+from virnucpro_cli.model.dplm import DPLM
+from virnucpro_cli.model.esm1 import ESM1B, ESM1V
+from virnucpro_cli.model.esm2 import DEMO, ESM2
+from virnucpro_cli.model.esmc import ESMC
+from virnucpro_cli.model.lucavirus import LUCAVIRUS
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import LM_HEAD, Family, ModelSpec, State
 
@@ -22,8 +26,8 @@ __all__ = [
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
-    "esm2": esm2, "dplm": dplm, "esm1b": esm1.ESM1B, "esm1v": esm1.ESM1V, "esmc": esmc, "lucavirus": lucavirus,
-    "dnabert": dnabert,
+    "esm2": ESM2, "dplm": DPLM, "esm1b": ESM1B, "esm1v": ESM1V, "esmc": ESMC, "lucavirus": LUCAVIRUS,
+    "dnabert": DNABERT,
 }  # fmt: skip
 SIZES = {name: spec for family in FAMILIES.values() for name, spec in family.SIZES.items()}
 SHORT_NAMES = {short: name for family in FAMILIES.values() for short, name in family.SHORT_NAMES.items()}
@@ -65,7 +69,7 @@ def reading(spec: ModelSpec, kind: str = PROTEIN) -> Reading:
 
 def reading_of(attributes: Mapping[str, Any]) -> Reading:
     """How the family of a file with these attributes reads its input; a file without a known one is ESM-2's."""
-    family = FAMILIES.get(str(attributes.get("family")), esm2)
+    family = FAMILIES.get(str(attributes.get("family")), ESM2)
     nucleotides = family.NUCLEOTIDES if attributes.get("kind", PROTEIN) != PROTEIN else None
     found = nucleotides or family.READING or family.NUCLEOTIDES
     assert found is not None

@@ -76,7 +76,7 @@ def positions_of(longest: int) -> int:
 
 
 class Family(Protocol):
-    """A module that is a model family; `families.FAMILIES` is the table of them.
+    """A model family; `families.FAMILIES` is the table of them. What a family does not say is as it is here.
 
     SIZES and PUBLISHED_SHA256 (by file) go by full name, to which SHORT_NAMES and ALIASES (lower case) lead.
     HUB_FILES: by full name, the file of weights in a repository that has not HuggingFace's layout.
@@ -90,6 +90,7 @@ class Family(Protocol):
     READING, NUCLEOTIDES: how it reads proteins, and nucleotides, or None. LONGEST: as in a spec.
     TOKENIZER: the file beside the weights that joins letters to tokens, and the SHA-256 of the published one, or None.
     STEPS: the module of `kernels` with its steps, if they are not those of a backend.
+    HEAD_DIM: width of a head in published sizes; a file without configuration does not say it.
     FP8: whether its products may be in 8 bit.
     PEERS: whether the peers of the benchmark have this network.
     """
@@ -98,49 +99,70 @@ class Family(Protocol):
     SIZES: dict[str, ModelSpec]
     SHORT_NAMES: dict[str, str]
     ALIASES: dict[str, str]
-    PUBLISHED_SHA256: dict[str, dict[str, str]]
-    HUB_FILES: dict[str, str]
+    PUBLISHED_SHA256: dict[str, dict[str, str]] = {}
+    HUB_FILES: dict[str, str] = {}
     SETTINGS: dict[str, tuple[str, ...]]
     CONFIG: dict[str, tuple[Any, Any]]
-    ARCHITECTURES: tuple[str, ...]
+    ARCHITECTURES: tuple[str, ...] = ()
     NAMES: Names
-    HEAD_NAMES: Names
+    HEAD_NAMES: Names = ()
     LEFT_OUT: re.Pattern[str]
-    JOINT: dict[str, tuple[str, ...]]
-    READING: Reading | None
-    NUCLEOTIDES: Reading | None
-    TOKENIZER: tuple[str, str] | None
-    STEPS: str | None
-    LONGEST: int | None
-    FP8: bool
-    PEERS: bool
+    JOINT: dict[str, tuple[str, ...]] = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+    READING: Reading | None = None
+    NUCLEOTIDES: Reading | None = None
+    TOKENIZER: tuple[str, str] | None = None
+    STEPS: str | None = None
+    LONGEST: int | None = None
+    HEAD_DIM: int = 64
+    FP8: bool = False
+    PEERS: bool = False
 
     def repository(self, spec: ModelSpec) -> str:
         """The published weights on HuggingFace."""
 
     def url(self, spec: ModelSpec) -> str | None:
         """The published weights as a fair-esm file, or None."""
+        return None
 
     def licence(self, spec: ModelSpec) -> Licence:
         """The licence of the published weights."""
+        return MIT
 
     def told_by(self, names: set[str]) -> bool:
-        """Whether a checkpoint without configuration, with tensors of these names, is of this family."""
+        """Whether a checkpoint without configuration, with tensors of these names, is known to be of this family."""
+        return False
 
     def told_sizes(self, state: State) -> dict[str, int]:
-        """Fields of a spec that its tensors tell, [...] under the names here, beside layers and hidden."""
+        """Fields of a spec that its tensors tell, [...] under the names here, beside layers and hidden.
+
+        They are the heads by the width of the embedding [V, D], and the inner width by layer 0's last matrix [D, F].
+        """
+        sizes = {"heads": state["embed_tokens.weight"].shape[-1] // self.HEAD_DIM}
+        if (down := state.get("layers.0.mlp.down_proj.weight")) is not None:
+            sizes["inner"] = down.shape[-1]
+        return sizes
 
     def shapes(self, spec: ModelSpec) -> Shapes:
         """Every tensor of the encoder, with its shape."""
 
     def head_shapes(self, spec: ModelSpec) -> dict[str, Shapes]:
-        """Every tensor of each head, with its shape."""
+        """Every tensor of each head that is used, with its shape."""
+        return {}
 
     def settle(self, state: State, spec: ModelSpec) -> list[str]:
         """Put `INV_FREQ`, float32 [Dh / 2], into the state, and whatever else a checkpoint leaves to its reader.
 
-        Returns notes.
+        Joint matrices [n D, D] and biases are split into those here. Returns notes.
         """
+        for name in [*state]:
+            pieces = pieces_of(name, self.JOINT)
+            if len(pieces) > 1:
+                state |= zip(pieces, state.pop(name).chunk(len(pieces)), strict=False)
+        state[INV_FREQ] = spec.exact_inv_freq
+        return []
 
     def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Any:
         """The weights of the packed forward, as `packed.Parts`: float32 [...] on the device."""
