@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from virnucpro_cli.model.locate import Weights
-from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.model.spec import ModelSpec, State
 from virnucpro_cli.validation.oracle import Oracle
 from virnucpro_cli.validation.plain_reader import Letters
 
@@ -42,15 +42,11 @@ class OfNucleotides(Oracle):
     letters = Letters({letter: letter for letter in "ACGTN"} | {"U": "T", "-": "N", ".": "N"}, "N")
     tokenizer: ClassVar[Any] = None
 
-    def __init__(
-        self, spec: ModelSpec, state: dict[str, torch.Tensor], device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
-        super().__init__(spec, state, device, dtype)
-        state = {name: each.to(self.device, dtype) for name, each in state.items() if "inv_freq" not in name}
-        self.model = (
-            _as_published(spec, state) if DnaBertSModel is None else _of_multimolecule(spec, state, self.device)
-        )
+    def made(self, state: State) -> Any:
+        state = {name: each.to(self.device, self.dtype) for name, each in state.items() if "inv_freq" not in name}
+        if DnaBertSModel is None:
+            return _as_published(self.spec, state)
+        return _of_multimolecule(self.spec, state, self.device)
 
     @classmethod
     def reading_by(cls, tokenizer: Path | None) -> "type[OfNucleotides]":

@@ -1,13 +1,12 @@
 """The oracle of ESM C: transformers' own class."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import EsmcConfig, EsmcModel
 from transformers.models.esmc.tokenization_esmc import SEQUENCE_VOCAB
 
-from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.model.spec import State
 from virnucpro_cli.validation.oracle import Oracle
 from virnucpro_cli.validation.plain_reader import RESIDUES, Letters
 
@@ -17,32 +16,27 @@ IDS = {token: i for i, token in enumerate(SEQUENCE_VOCAB)}
 class Reference(Oracle):
     """transformers' model with the given state (its own names), with eager attention.
 
-    Its rotary frequencies are its own, in fp32 whatever the dtype, and its tables in fp64 for fp64. Raises RuntimeError
-    if tensors are missing or left over.
+    Its rotary frequencies are its own, in fp32 whatever the dtype, and its tables in fp64 for fp64.
     """
 
     package, pad = "transformers", IDS["<pad>"]
     letters = Letters({letter: letter for letter in f"{RESIDUES}|"})
 
-    def __init__(
-        self, spec: ModelSpec, state: dict[str, torch.Tensor], device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
-        super().__init__(spec, state, device, dtype)
+    def made(self, state: State) -> Any:
         tensors = {name: each for name, each in state.items() if not name.startswith("lm_head.")}
         tensors = {name: each for name, each in tensors.items() if not name.endswith("inv_freq")}
         config = EsmcConfig(
-            vocab_size=len(state["embed_tokens.weight"]), hidden_size=spec.hidden, num_hidden_layers=spec.layers,
-            num_attention_heads=spec.heads, intermediate_size=len(state["layers.0.mlp.gate_proj.weight"]),
+            vocab_size=len(state["embed_tokens.weight"]), hidden_size=self.spec.hidden,
+            num_hidden_layers=self.spec.layers, num_attention_heads=self.spec.heads,
+            intermediate_size=len(state["layers.0.mlp.gate_proj.weight"]),
         )  # fmt: skip
         config._attn_implementation = "eager"
-        self.model: Any = EsmcModel(config).eval()
-        missing, unexpected = self.model.load_state_dict(tensors, strict=False)
-        if unexpected or missing:
-            raise RuntimeError(f"tensors that transformers' class does not take: {unexpected}, or lacks: {missing}")
-        inv_freq = self.model.rotary_emb.inv_freq.to(self.device, torch.float32, copy=True)
-        self.model.to(self.device, dtype)
-        self.model.rotary_emb = _WideRotary(inv_freq.double() if dtype == torch.float64 else inv_freq)
+        model: Any = EsmcModel(config).eval()
+        model.load_state_dict(tensors)
+        inv_freq = model.rotary_emb.inv_freq.to(self.device, torch.float32, copy=True)
+        model.to(self.device, self.dtype)
+        model.rotary_emb = _WideRotary(inv_freq.double() if self.dtype == torch.float64 else inv_freq)
+        return model
 
     @staticmethod
     def encode(text: str, longest: int | None = None) -> list[int]:
@@ -50,11 +44,6 @@ class Reference(Oracle):
         pieces = [[IDS[letter] for letter in piece] for piece in text.split("<mask>")]
         ids = pieces[0] + [i for piece in pieces[1:] for i in (IDS["<mask>"], *piece)]
         return [IDS["<cls>"], *ids[:longest], IDS["<eos>"]]
-
-    def hidden(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """tokens: int64 [B, L]; layer -> [B, L, D] in the model's dtype."""
-        found = self.model(input_ids=tokens, attention_mask=(tokens != self.pad).long(), output_hidden_states=True)
-        return {layer: found.hidden_states[layer] for layer in layers}
 
 
 class _WideRotary(torch.nn.Module):

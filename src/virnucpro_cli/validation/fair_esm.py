@@ -1,14 +1,15 @@
 """The oracle of ESM-2: fair-esm's own class."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from esm.data import Alphabet
 from esm.model.esm2 import ESM2
 from esm.rotary_embedding import RotaryEmbedding
 
-from virnucpro_cli.model.spec import ModelSpec
-from virnucpro_cli.validation.oracle import Oracle
+from virnucpro_cli.model.spec import State
+from virnucpro_cli.validation.oracle import Oracle, fill
 
 ALPHABET = Alphabet.from_architecture("ESM-1b")
 
@@ -22,30 +23,24 @@ class Reference(Oracle):
     """fair-esm's model with the given state (fair-esm's names).
 
     In another dtype than fp32 its rotary tables are kept in fp32 (fair-esm's `.half()` would round them) or, for fp64,
-    computed in fp64. Raises RuntimeError if its class lacks tensors of the state, or the state lacks its tensors.
+    computed in fp64.
     """
 
     package, pad = "fair-esm", ALPHABET.padding_idx
     encode = staticmethod(encode)
 
-    def __init__(
-        self, spec: ModelSpec, state: dict[str, torch.Tensor], device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
-        super().__init__(spec, state, device, dtype)
+    def made(self, state: State) -> Any:
         with torch.device("meta"):
-            self.model = ESM2(spec.layers, spec.hidden, spec.heads, alphabet=ALPHABET).eval()
-        self.model.to_empty(device=self.device).to(dtype)
+            model = ESM2(self.spec.layers, self.spec.hidden, self.spec.heads, alphabet=ALPHABET).eval()
+        model.to_empty(device=self.device).to(self.dtype)
         inv_freq = state["layers.0.self_attn.rot_emb.inv_freq"]
-        tables = {f"layers.{i}.self_attn.rot_emb.inv_freq": inv_freq for i in range(spec.layers)}
-        missing, unexpected = self.model.load_state_dict(state | tables, strict=False)
-        left_over = [name for name in missing if not name.startswith(("lm_head.", "contact_head."))]
-        if unexpected or left_over:
-            raise RuntimeError(f"tensors that fair-esm's class does not take: {unexpected}, or lacks: {left_over}")
-        if dtype != torch.float32:
-            wide = inv_freq.to(self.device, torch.float64 if dtype == torch.float64 else torch.float32)
-            for layer in self.model.layers:
+        tables = {f"layers.{i}.self_attn.rot_emb.inv_freq": inv_freq for i in range(self.spec.layers)}
+        fill(model, state | tables, "lm_head.", "contact_head.")
+        if self.dtype != torch.float32:
+            wide = inv_freq.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
+            for layer in model.layers:
                 layer.self_attn.rot_emb = _WideRotary(wide)
+        return model
 
     def hidden(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """tokens: int64 [B, L]; layer -> [B, L, D] in the model's dtype."""

@@ -1,13 +1,12 @@
 """The oracle of LucaVirus: its authors' own class."""
 
 import re
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from lucavirus import LucaVirusConfig, LucaVirusModel, LucaVirusTokenizer
 
-from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.model.spec import State
 from virnucpro_cli.validation.oracle import Oracle
 from virnucpro_cli.validation.plain_reader import RESIDUES, Letters
 
@@ -19,31 +18,27 @@ NORMS = {"self_attn_layer_norm": "pre_layer_norm", "final_layer_norm": "post_lay
 class Reference(Oracle):
     """The authors' model with the given state (fair-esm's names), on proteins.
 
-    Its rotary tables are computed in fp32 whatever the dtype, and in fp64 for fp64. Raises RuntimeError if tensors are
-    missing or left over.
+    Its rotary tables are computed in fp32 whatever the dtype, and in fp64 for fp64.
     """
 
     package, pad = "lucavirus", TOKENIZER.padding_idx
     letters = Letters({letter: letter for letter in f"{RESIDUES}J*"})
     seq_type: ClassVar[str] = "prot"
 
-    def __init__(
-        self, spec: ModelSpec, state: dict[str, torch.Tensor], device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
-        super().__init__(spec, state, device, dtype)
-        config = LucaVirusConfig(
-            hidden_size=spec.hidden, num_hidden_layers=spec.layers, num_attention_heads=spec.heads
-        )  # fmt: skip
-        self.model: Any = LucaVirusModel(config).eval()
+    def made(self, state: State) -> Any:
+        spec = self.spec
+        model: Any = LucaVirusModel(
+            LucaVirusConfig(hidden_size=spec.hidden, num_hidden_layers=spec.layers, num_attention_heads=spec.heads)
+        ).eval()
         tensors = {_name(name): tensor for name, tensor in state.items() if not name.startswith("lm_head.")}
         inv_freq = state["layers.0.self_attn.rot_emb.inv_freq"]
         tensors |= {f"encoder.layers.{i}.self_attn.rot_emb.inv_freq": inv_freq for i in range(spec.layers)}
-        self.model.load_state_dict(tensors)
-        self.model.to(self.device, dtype)
-        wide = inv_freq.to(self.device, torch.float64 if dtype == torch.float64 else torch.float32)
-        for layer in self.model.encoder.layers:
+        model.load_state_dict(tensors)
+        model.to(self.device, self.dtype)
+        wide = inv_freq.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
+        for layer in model.encoder.layers:
             layer.self_attn.rot_emb = _WideRotary(layer.self_attn.rot_emb, wide)
+        return model
 
     @classmethod
     def encode(cls, text: str, longest: int | None = None) -> list[int]:
@@ -52,13 +47,9 @@ class Reference(Oracle):
         ids = pieces[0] + [i for piece in pieces[1:] for i in (TOKENIZER.mask_idx, *piece)]
         return [TOKENIZER.cls_idx, *ids[:longest], TOKENIZER.eos_idx]
 
-    def hidden(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """tokens: int64 [B, L]; layer -> [B, L, D] in the model's dtype."""
-        found = self.model(
-            input_ids=tokens, attention_mask=(tokens != self.pad).long(),
-            token_type_ids=torch.full_like(tokens, self.seq_type == "prot"), output_hidden_states=True,
-        )  # fmt: skip
-        return {layer: found.hidden_states[layer] for layer in layers}
+    def more(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The kind of each of the tokens, int64 [B, L]."""
+        return {"token_type_ids": torch.full_like(tokens, self.seq_type == "prot")}
 
 
 class OfNucleotides(Reference):

@@ -14,7 +14,7 @@ import virnucpro_cli
 from virnucpro_cli.engine import devices
 from virnucpro_cli.kinds import KINDS
 from virnucpro_cli.model.locate import Weights
-from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.model.spec import ModelSpec, State
 from virnucpro_cli.validation.plain_reader import FAIR_ESM, Letters
 
 Array = NDArray[np.floating]
@@ -38,13 +38,16 @@ class Oracle(ABC):
     pad: ClassVar[int]
     letters: ClassVar[Letters] = FAIR_ESM
 
-    @abstractmethod
     def __init__(
-        self, spec: ModelSpec, state: dict[str, torch.Tensor], device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
-        """state: tensors by the names of the family's own checkpoints."""
-        self.spec, self.device = spec, torch.device(device)
+        self, spec: ModelSpec, state: State, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ):
+        """state: tensors by the names of the family's own checkpoints. Raises RuntimeError if some lack or are left."""
+        self.spec, self.device, self.dtype = spec, torch.device(device), dtype
+        self.model = self.made(state)
+
+    @abstractmethod
+    def made(self, state: State) -> Any:
+        """The class with the tensors [...] of a state, on the device in the dtype."""
 
     @classmethod
     def fault_of(cls, release: str) -> str:
@@ -56,9 +59,15 @@ class Oracle(ABC):
     def encode(text: str, longest: int | None = None) -> list[int]:
         """Token ids of a cleaned sequence, cut after `longest` residues, between the tokens of its start and end."""
 
-    @abstractmethod
     def hidden(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """Hidden rows, layer -> [B, L, D] in the model's dtype, of a batch of token ids, int64 [B, L] on the device."""
+        mask = (tokens != self.pad).long()
+        found = self.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True, **self.more(tokens))
+        return {layer: found.hidden_states[layer] for layer in layers}
+
+    def more(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Further arguments, [B, L] each, that the class takes with token ids, int64 [B, L]."""
+        return {}
 
     def embed(self, sequence: str | list[int], layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """Hidden rows of one sequence with its first and last token: layer -> [length + 2, D] in the model's dtype."""
@@ -84,6 +93,12 @@ class Oracle(ABC):
             "weights_sha256": weights.sha256,
             "reference": f"{cls.package} in float32 on {devices.describe_device(device)}, eager, one at a time",
         }
+
+
+def fill(model: torch.nn.Module, tensors: State, *heads: str) -> None:
+    """Give a model its tensors [...]; those of heads, whose names begin like this, may lack. Raises RuntimeError."""
+    own = {name: each for name, each in model.state_dict().items() if name.startswith(heads)}
+    model.load_state_dict(own | tensors)
 
 
 @dataclass(frozen=True)
