@@ -14,13 +14,13 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from virnucpro_cli.model.kernels import OPTIONS, attention, contacts, norm, portable
+from virnucpro_cli.model.kernels import OPTIONS, attention, contacts, glue, norm, portable
 
 SIZES = {"HEAD_DIM": 64, "WIDE": 64, "ROWS": 64, "PRECISION": contacts.PRECISION}
 KERNELS = (
     (attention._attention, {"HEAD_DIM": 64, "WIDE": 64, "QUERIES": 64, "KEYS": 32}, ("keys", "values", "q_scale", "k_scale")),
     (portable._turn, {"HALF": 32, "WIDE": 32, "HEADS": 32}, ()), (portable._turn, {"HALF": 12, "WIDE": 16, "HEADS": 32}, ("gain",)),
-    (portable._gate, {"COLUMNS": portable.GATE_COLUMNS}, ()), (norm._norm, {"D": 1280, "WIDE": 256, "PARTS": 5, "ROWS": 1}, ()),
+    (glue._gated, {"BY_GELU": False, "COLUMNS": glue.COLUMNS}, ()), (norm._norm, {"D": 1280, "WIDE": 256, "PARTS": 5, "ROWS": 1}, ()),
     (contacts._rows, SIZES, ()), (contacts._columns, SIZES, ()), (contacts._total, SIZES, ()),
 )
 DATA = {"q", "k", "v", "x", "out", "qkv"}

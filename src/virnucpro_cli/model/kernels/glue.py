@@ -1,4 +1,4 @@
-"""Passes between the products of a layer whose LayerNorms come after its sums, in Triton."""
+"""Passes between the products of a layer in Triton: the gate, and a sum with the LayerNorm that comes after it."""
 
 import torch
 import triton
@@ -38,12 +38,13 @@ def _add_norm(
 
 
 @triton.jit
-def _gated(x, out, width, COLUMNS: tl.constexpr):
+def _gated(x, out, width, BY_GELU: tl.constexpr, COLUMNS: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at, inside = x + row * 2 * width + column, column < width
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + column, (gelu(gate) * up).to(out.dtype.element_ty), mask=inside)
+    gate = gelu(gate) if BY_GELU else gate / (1.0 + tl.exp2(gate * -1.4426950408889634))
+    tl.store(out + row * width + column, (gate * up).to(out.dtype.element_ty), mask=inside)
 
 
 def add_norm(x: torch.Tensor, y: torch.Tensor, norm: Pair, eps: float) -> None:
@@ -51,9 +52,9 @@ def add_norm(x: torch.Tensor, y: torch.Tensor, norm: Pair, eps: float) -> None:
     launch(_add_norm, x, y, *norm, eps=eps)
 
 
-def gated(x: torch.Tensor) -> torch.Tensor:
-    """gelu(a) b [T, F] of x [T, 2 F], which is a beside b, float16 or bf16."""
+def gated(x: torch.Tensor, by_gelu: bool = True) -> torch.Tensor:
+    """gelu(a) b, or silu(a) b, [T, F] of x [T, 2 F], which is a beside b, float16 or bf16."""
     out = x.new_empty(len(x), x.shape[1] // 2)
     blocks = (len(x), triton.cdiv(out.shape[1], COLUMNS))
-    _gated[blocks](x, out, out.shape[1], COLUMNS, num_warps=4, **OPTIONS)
+    _gated[blocks](x, out, out.shape[1], by_gelu, COLUMNS, num_warps=4, **OPTIONS)
     return out

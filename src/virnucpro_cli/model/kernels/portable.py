@@ -13,12 +13,16 @@ import triton
 import triton.language as tl
 
 from virnucpro_cli.model.kernels import OPTIONS, plain
+from virnucpro_cli.model.kernels.fused import LastNorm, add_attention, last_norm, residual
+from virnucpro_cli.model.kernels.glue import gated
 from virnucpro_cli.model.kernels.norm import norm
 from virnucpro_cli.model.kernels.plain import Pair
 from virnucpro_cli.model.spec import LAYER_NORM_EPS
 
+__all__ = [
+    "add_attention", "add_inner", "inner", "last_norm", "prepare", "query_key_value", "residual", "rotary"
+]  # fmt: skip
 Rotary = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-GATE_COLUMNS = 1024
 
 
 class Normed(NamedTuple):
@@ -44,12 +48,6 @@ class Layer(NamedTuple):
     offset: torch.Tensor
     gain: torch.Tensor | None
     gated: bool
-
-
-class LastNorm(NamedTuple):
-    offset: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
 
 
 def prepare(
@@ -108,16 +106,6 @@ def _turn(
     tl.store(at + HALF, (second * c + first * s).to(qkv.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _gate(x, out, width, COLUMNS: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    at, inside = x + row * 2 * width + column, column < width
-    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
-    found = gate / (1.0 + tl.exp2(gate * -1.4426950408889634)) * up
-    tl.store(out + row * width + column, found.to(out.dtype.element_ty), mask=inside)
-
-
 def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torch.Tensor, ...]:
     """The stream x [T, D], float16 or bf16, to q, k, v [T, H, Dh] of its LayerNorm, with q and k rotated.
 
@@ -134,35 +122,15 @@ def query_key_value(x: torch.Tensor, layer: Layer, rotary: Rotary) -> tuple[torc
     return tuple(each.unflatten(1, (heads, 2 * half)) for each in qkv.chunk(3, dim=1))
 
 
-def add_attention(x: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> None:
-    """x [T, D], float16 or bf16, += the output projection of attention's result [T, H, Dh]; no bias."""
-    x.addmm_(mixed.view(x.shape), layer.out.T)
-
-
 def inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     """x [T, D], float16 or bf16, to gelu(fc1(LayerNorm(x))) [T, 4 D], or gated to SwiGLU's silu(a) b [T, F]."""
     wide = _linear(x, layer.fc1)
-    if not layer.gated:
-        return F.gelu(wide)
-    out = wide.new_empty(len(wide), wide.shape[1] // 2)
-    blocks = (len(wide), triton.cdiv(out.shape[1], GATE_COLUMNS))
-    _gate[blocks](wide, out, out.shape[1], GATE_COLUMNS, num_warps=4, **OPTIONS)
-    return out
+    return gated(wide, by_gelu=False) if layer.gated else F.gelu(wide)
 
 
 def add_inner(x: torch.Tensor, inner: torch.Tensor, layer: Layer) -> None:
     """x [T, D], float16 or bf16, += fc2(inner [T, 4 D], or [T, F]), no bias."""
     x.addmm_(inner, layer.fc2.T)
-
-
-def residual(x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """The residual stream after the layer, of its x [T, D] and in the dtype of x, with all biases so far."""
-    return (x + layer.offset).to(x.dtype)
-
-
-def last_norm(x: torch.Tensor, last: LastNorm) -> torch.Tensor:
-    """The final LayerNorm of the stream x [T, D] of the last layer, in the dtype of x."""
-    return norm(x, *last)
 
 
 def _linear(x: torch.Tensor, layer: Normed) -> torch.Tensor:
