@@ -65,24 +65,20 @@ def fragments(tokens: int, dice: np.random.Generator) -> NDArray[np.int64]:
     return dice.integers(low, high + 1, count)
 
 
-def made_up(
-    name: str, lengths: NDArray[np.int64], folder: Path, max_residues: int, seed: int = 0, reading: Reading = ESM
-) -> Workload:
+def made_up(name: str, lengths: NDArray[np.int64], folder: Path, max_residues: int, reading: Reading = ESM) -> Workload:
     """Random proteins of the given lengths, int64 [n], written as FASTA and read back as any input."""
-    dice = np.random.default_rng(seed)
+    dice = np.random.default_rng(0)
     letters = np.frombuffer(RESIDUES, np.uint8)
     texts = [dice.choice(letters, length).tobytes() for length in lengths.tolist()]
     return _indexed(name, write_texts(folder / f"{name}.fasta", texts), folder, max_residues, reading)
 
 
-def sampled(
-    inputs: tuple[str, ...], tokens: int, folder: Path, max_residues: int, seed: int = 0, reading: Reading = ESM
-) -> Workload:
+def sampled(inputs: tuple[str, ...], tokens: int, folder: Path, max_residues: int, reading: Reading = ESM) -> Workload:
     """A random sample of the user's records of about `tokens` tokens, in their order; all if they are fewer."""
     table = fasta.index(fasta.open_sources(inputs, folder), dedup=False, reading=reading)
     able = np.flatnonzero(table.length > 0)
     sizes = np.minimum(table.length[able], max_residues).astype(np.int64) + SPECIAL_TOKENS
-    order = np.random.default_rng(seed).permutation(len(able))
+    order = np.random.default_rng(0).permutation(len(able))
     enough = int(np.searchsorted(np.cumsum(sizes[order]), tokens)) + 1
     chosen = able[np.sort(order[:enough])]
     letters = {i: letter for letter, i in reading.ids().items()}
