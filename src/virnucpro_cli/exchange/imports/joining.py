@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from operator import attrgetter
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def joined(source: Source, table: fasta.RecordTable, full: bool, notes: list[str
     names, layout = partial(table.names, full=full), source.layout
     key_of, longest = layout.key_of, layout.longest
     if key_of is not None and source.keyed:
-        way = Way("sequence", _key, lambda a, b: map(key_of, table.sequences(a, b)))
+        way = Way("sequence", attrgetter("key"), lambda a, b: map(key_of, table.sequences(a, b)))
         theirs, ours = source.keys, hashes(way.texts)
         entry_of = _match(theirs, ours, by_content=True)
     else:
@@ -60,9 +61,9 @@ def joined(source: Source, table: fasta.RecordTable, full: bool, notes: list[str
             by_key = hashes(keys)
             alike = hashes(lambda a, b: (possible(name, longest) for name in names(a, b)))
             matches = _all_of_a_key(_match(source.keys, by_key), alike)
-            ways.append((matches, source.keys, by_key, Way("key", _key, keys)))
+            ways.append((matches, source.keys, by_key, Way("key", attrgetter("key"), keys)))
         for theirs, (how, reading) in zip(source.names, READINGS, strict=True):
-            read = Way(how, partial(_name, reading), partial(_names, reading, names))
+            read = _by_name(how, reading, names)
             ours = hashes(read.texts)
             ways.append((_match(theirs, ours), theirs, ours, read))
         entry_of, theirs, ours, way = max(ways, key=lambda way: int((way[0] >= 0).sum()))
@@ -75,16 +76,8 @@ def joined(source: Source, table: fasta.RecordTable, full: bool, notes: list[str
     return entry_of, way
 
 
-def _key(entry: Entry) -> str:
-    return entry.key
-
-
-def _name(reading: Callable[[str], str], entry: Entry) -> str:
-    return reading(entry.name)
-
-
-def _names(reading: Callable[[str], str], names: Callable[[int, int], list[str]], a: int, b: int) -> Iterable[str]:
-    return map(reading, names(a, b))
+def _by_name(how: str, reading: Callable[[str], str], names: Callable[[int, int], list[str]]) -> Way:
+    return Way(how, lambda entry: reading(entry.name), lambda a, b: map(reading, names(a, b)))
 
 
 def _match(theirs: Int64, ours: Int64, by_content: bool = False) -> Int64:

@@ -64,7 +64,8 @@ def plan(
             notes.append("the FASTA is not the one that was embedded: its content differs")
     entry_of = np.where(reason > 0, NOWHERE, entry_of)
     status = np.where(reason > 0, store.SKIPPED, store.PENDING).astype(np.uint8)
-    offsets = np.append(0, np.cumsum(_rows_of(source, entry_of))) if "residue" in source.kinds else None
+    sizes = np.where(entry_of >= 0, source.sizes[entry_of], 0)
+    offsets = np.append(0, np.cumsum(sizes)) if "residue" in source.kinds else None
     layout = store.Layout(
         source.hidden, source.layers, source.kinds, source.dtype, lengths, replaced, flags, status, reason, offsets,
         names, name_bytes, extra=extra,
@@ -75,11 +76,6 @@ def plan(
 
 def _next(names: Iterator[str], start: int, stop: int) -> list[str]:
     return list(islice(names, stop - start))
-
-
-def _rows_of(source: Source, entry_of: Int64) -> Int64:
-    """Rows of residues of each record."""
-    return np.where(entry_of >= 0, source.sizes[entry_of], 0)
 
 
 def _decided(

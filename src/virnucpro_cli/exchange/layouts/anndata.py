@@ -82,11 +82,7 @@ def provenance(path: Path) -> dict[str, Any]:
         return _provenance(data)
 
 
-def recognises(path: Path) -> bool:
-    return hdf5.has(path, "X", "obs")
-
-
 LAYOUT = Format(
-    "anndata", "AnnData's .h5ad", ".h5ad", write, read, recognises, provenance=provenance, holds_skipped=True,
+    "anndata", "AnnData's .h5ad", ".h5ad", write, read, hdf5.has("X", "obs"), provenance=provenance, holds_skipped=True,
     longest=1000,
 )  # fmt: skip

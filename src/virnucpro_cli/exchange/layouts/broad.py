@@ -32,11 +32,7 @@ def read(path: Path) -> Iterator[Entry]:
             yield Entry(name, {(kind, None): row})
 
 
-def recognises(path: Path) -> bool:
-    return hdf5.has(path, "embeddings", "sequence_ids")
-
-
 LAYOUT = Format(
-    "broad", "HDF5 with embeddings and sequence_ids, as the Broad's VirNucPro", ".broad.h5", write, read, recognises,
-    provenance=hdf5.provenance,
+    "broad", "HDF5 with embeddings and sequence_ids, as the Broad's VirNucPro", ".broad.h5", write, read,
+    hdf5.has("embeddings", "sequence_ids"), provenance=hdf5.provenance,
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,16 @@ def provenance(path: Path) -> dict[str, Any]:
         return json.loads(file.attrs.get(PROVENANCE, "{}"))
 
 
-def has(path: Path, *names: str) -> bool:
-    """Whether it is an HDF5 file with these at its root, and not one that embed wrote."""
-    if not begins(path, HDF5_MAGIC):
-        return False
-    with opened_hdf5(path) as file:
-        return "schema" not in file.attrs and all(name in file for name in names)
+def has(*names: str) -> Callable[[Path], bool]:
+    """Tells of a path whether it is an HDF5 file with these at its root, and not one that embed wrote."""
+
+    def recognises(path: Path) -> bool:
+        if not begins(HDF5_MAGIC)(path):
+            return False
+        with opened_hdf5(path) as file:
+            return "schema" not in file.attrs and all(name in file for name in names)
+
+    return recognises
 
 
 def item(group: h5py.Group, name: str) -> Any:

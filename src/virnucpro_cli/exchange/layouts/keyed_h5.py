@@ -48,7 +48,7 @@ def read(path: Path) -> Iterator[Entry]:
 
 def first_of(path: Path) -> tuple[str, set[str]] | None:
     """(key, names of its attributes) of the first dataset, if it looks like that of a protein."""
-    if not hdf5.has(path):
+    if not hdf5.has()(path):
         return None
     with opened_hdf5(path) as file:
         key, data = next(datasets(file), ("", None))

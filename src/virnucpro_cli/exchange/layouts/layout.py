@@ -147,12 +147,16 @@ class Format:
     is_beside: Callable[[Path], bool] = lambda path: False
 
 
-def begins(path: Path, magic: bytes) -> bool:
-    """Whether it is a file that begins with these bytes."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(magic)) == magic
+def begins(magic: bytes) -> Callable[[Path], bool]:
+    """Tells of a path whether it is a file that begins with these bytes."""
+
+    def recognises(path: Path) -> bool:
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(magic)) == magic
+
+    return recognises
 
 
 def entry_of(facts: dict[str, Any], row: Any) -> Entry:

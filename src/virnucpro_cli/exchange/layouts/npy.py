@@ -55,15 +55,7 @@ def read(path: Path) -> Iterator[Entry]:
         raise ValueError(f"{beside} ends at row {end:,}, and there are {len(array):,}")
 
 
-def is_table(path: Path) -> bool:
-    return begins(path, ("\t".join(COLUMNS) + "\n").encode())
-
-
-def recognises(path: Path) -> bool:
-    return begins(path, b"\x93NUMPY")
-
-
 LAYOUT = Format(
-    "npy", "a NumPy array, and a table of its rows beside it", ".npy", write, read, recognises, KINDS,
-    holds_skipped=True, beside=BESIDE, is_beside=is_table,
+    "npy", "a NumPy array, and a table of its rows beside it", ".npy", write, read, begins(b"\x93NUMPY"), KINDS,
+    holds_skipped=True, beside=BESIDE, is_beside=begins(("\t".join(COLUMNS) + "\n").encode()),
 )  # fmt: skip

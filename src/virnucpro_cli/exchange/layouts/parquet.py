@@ -71,11 +71,7 @@ def provenance(path: Path) -> dict[str, Any]:
     return json.loads((_pyarrow().parquet.read_schema(path).metadata or {}).get(PROVENANCE, b"{}"))
 
 
-def recognises(path: Path) -> bool:
-    return begins(path, b"PAR1")
-
-
 LAYOUT = Format(
-    "parquet", "Parquet, a list of fixed size for each protein", ".parquet", write, read, recognises,
+    "parquet", "Parquet, a list of fixed size for each protein", ".parquet", write, read, begins(b"PAR1"),
     provenance=provenance, holds_skipped=True,
 )  # fmt: skip

@@ -73,11 +73,7 @@ def _complete(ends: NDArray[np.int32], last: int) -> NDArray[np.int64]:
     return np.append(ends, lacking).astype(np.int64)
 
 
-def recognises(path: Path) -> bool:
-    return hdf5.has(path, "embedding", "id", "idptr")
-
-
 LAYOUT = Format(
-    "scikit-bio", "scikit-bio's embed format, HDF5", ".skbio.h5", write, read, recognises, KINDS, hdf5.provenance,
-    key_of=key_of,
+    "scikit-bio", "scikit-bio's embed format, HDF5", ".skbio.h5", write, read, hdf5.has("embedding", "id", "idptr"),
+    KINDS, hdf5.provenance, key_of=key_of,
 )  # fmt: skip

@@ -56,11 +56,8 @@ def _number(path: Path) -> tuple[int, str]:
 
 
 def read(path: Path) -> Iterator[Entry]:
-    for file in (
-        [path]
-        if path.is_file()
-        else sorted(path.glob("*_ESM.pt"), key=_number) or sorted(path.glob("*.pt"), key=_number)
-    ):
+    files = [path] if path.is_file() else [*path.glob("*_ESM.pt")] or [*path.glob("*.pt")]
+    for file in sorted(files, key=_number):
         content = pt.load(file)
         names, data = content["proteins"], content["data"]
         if len(names) != len(data):
