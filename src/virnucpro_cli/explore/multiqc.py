@@ -62,38 +62,25 @@ def write(folder: str, file: store.EmbeddingFile) -> None:
 def _stats(file: store.EmbeddingFile) -> dict[str, Any]:
     run = file.report if file.complete else {}
     cut = (file.flags & store.TRUNCATED > 0) & (file.status == store.DONE)
-    whole = {"format": "{:,.0f}", "min": 0}
-    columns: dict[str, tuple[Any, dict[str, Any]]] = {
-        "records": (
-            len(file), {"description": "Proteins, or sequences of nucleotides, of the input", "scale": "Blues", **whole}
-        ),
-        "skipped": (
-            int((file.status == store.SKIPPED).sum()),
-            {"description": "Records without an embedding", "scale": "Reds", **whole},
-        ),
-        "cut": (
-            int(cut.sum()),
-            {"description": "Records of which only the first residues, bases or tokens were embedded",
-             "scale": "Oranges", **whole},
-        ),
-        "tokens/s": (
-            run.get("rates", {}).get("tokens/s"),
-            {"description": "Tokens by the second of the model's forward", "scale": "Greens", **whole},
-        ),
-        "density": (
-            run.get("packing", {}).get("density"),
-            {"description": "Share of computed rows that are tokens of the input", "scale": "Purples",
-             "format": "{:.1%}", "min": 0, "max": 1},
-        ),
-        "model": (
-            Path(str(file.attributes["model"]).partition(" (")[0]).name,
-            {"description": "Language model", "scale": False},
-        ),
-    }  # fmt: skip
+    whole, share = {"format": "{:,.0f}", "min": 0}, {"format": "{:.1%}", "min": 0, "max": 1}
+    words = "Records of which only the first residues, bases or tokens were embedded"
+    rate, density = run.get("rates", {}).get("tokens/s"), run.get("packing", {}).get("density")
+    model = Path(str(file.attributes["model"]).partition(" (")[0]).name
+    columns: tuple[tuple[str, Any, str, Any, dict[str, Any]], ...] = (
+        ("records", len(file), "Proteins, or sequences of nucleotides, of the input", "Blues", whole),
+        ("skipped", int((file.status == store.SKIPPED).sum()), "Records without an embedding", "Reds", whole),
+        ("cut", int(cut.sum()), words, "Oranges", whole),
+        ("tokens/s", rate, "Tokens by the second of the model's forward", "Greens", whole),
+        ("density", density, "Share of computed rows that are tokens of the input", "Purples", share),
+        ("model", model, "Language model", False, {}),
+    )
     return {
         "plot_type": "generalstats",
-        "pconfig": [{name: {"title": name, "namespace": "virnucpro", **how}} for name, (_, how) in columns.items()],
-        "data": {name: value for name, (value, _) in columns.items() if value is not None},
+        "pconfig": [
+            {name: {"title": name, "namespace": "virnucpro", "description": text, "scale": scale, **how}}
+            for name, _, text, scale, how in columns
+        ],
+        "data": {name: value for name, value, *_ in columns if value is not None},
     }
 
 
