@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from virnucpro_cli import alphabet
 from virnucpro_cli.model.spec import ModelSpec
@@ -49,10 +50,7 @@ def _ascending(ids: list[list[int]], budget: int) -> list[list[list[int]]]:
 
 
 def _tensor(batch: list[list[int]]) -> torch.Tensor:
-    tokens = torch.full((len(batch), max(map(len, batch))), alphabet.PAD)
-    for row, ids in zip(tokens, batch, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    return tokens
+    return pad_sequence([torch.tensor(ids) for ids in batch], batch_first=True, padding_value=alphabet.PAD)
 
 
 def fair_esm(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Run:
@@ -90,28 +88,18 @@ def _huggingface(model_class: Any, config: Any, device: torch.device, dtype: tor
     return run
 
 
-def _config(spec: ModelSpec) -> Any:
-    from transformers import EsmConfig
-
-    config = EsmConfig(
-        vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=spec.hidden, num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads, intermediate_size=4 * spec.hidden, position_embedding_type="rotary",
-        token_dropout=True, layer_norm_eps=1e-5, emb_layer_norm_before=False,
-    )  # fmt: skip
-    config._attn_implementation = "sdpa"
-    return config
-
-
 def transformers_sdpa(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Run:
-    from transformers import EsmModel
+    from virnucpro_cli.validation.transformers_esm import EsmModel, config_of
 
-    return _huggingface(EsmModel, _config(spec), device, dtype, token_budget)
+    return _huggingface(EsmModel, config_of(spec, "sdpa"), device, dtype, token_budget)
 
 
 def faesm(spec: ModelSpec, device: torch.device, dtype: torch.dtype, token_budget: int) -> Run:
     from faesm.esm import FAEsmModel
 
-    config = _config(spec)
+    from virnucpro_cli.validation.transformers_esm import config_of
+
+    config = config_of(spec, "sdpa")
     config.use_fa = True
     return _huggingface(FAEsmModel, config, device, dtype, token_budget)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 import virnucpro_cli
 from virnucpro_cli.engine import devices
@@ -76,9 +77,7 @@ class Oracle(ABC):
     @torch.inference_mode()
     def embed_padded(self, encoded: list[list[int]], layers: Sequence[int]) -> list[dict[int, torch.Tensor]]:
         """The same for several sequences as one ordinary padded batch, each [length + 2, D] in the model's dtype."""
-        tokens = torch.full((len(encoded), max(map(len, encoded))), self.pad)
-        for row, ids in zip(tokens, encoded, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
+        tokens = pad_sequence([torch.tensor(ids) for ids in encoded], batch_first=True, padding_value=self.pad)
         hidden = self.hidden(tokens.to(self.device), layers)
         return [{layer: hidden[layer][i, : len(ids)] for layer in layers} for i, ids in enumerate(encoded)]
 

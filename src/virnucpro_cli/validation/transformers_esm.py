@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import EsmConfig, EsmModel
 
-from virnucpro_cli.model.spec import State
+from virnucpro_cli.model.spec import ModelSpec, State
 from virnucpro_cli.validation.fair_esm import ALPHABET, encode
 from virnucpro_cli.validation.oracle import Oracle, fill
 
@@ -31,14 +31,7 @@ class Reference(Oracle):
     encode = staticmethod(encode)
 
     def made(self, state: State) -> Any:
-        config = EsmConfig(
-            vocab_size=len(ALPHABET), mask_token_id=ALPHABET.mask_idx, pad_token_id=ALPHABET.padding_idx,
-            hidden_size=self.spec.hidden, num_hidden_layers=self.spec.layers, num_attention_heads=self.spec.heads,
-            intermediate_size=4 * self.spec.hidden, position_embedding_type="rotary", token_dropout=True,
-            layer_norm_eps=1e-5, emb_layer_norm_before=False,
-        )  # fmt: skip
-        config._attn_implementation = "eager"
-        model: Any = EsmModel(config, add_pooling_layer=False).eval()
+        model: Any = EsmModel(config_of(self.spec, "eager"), add_pooling_layer=False).eval()
         tensors = {_name(name): tensor for name, tensor in state.items() if "_head." not in name}
         fill(model, tensors, "contact_head.")
         model.to(self.device, self.dtype)
@@ -50,6 +43,18 @@ class Reference(Oracle):
         """A release between FIRST_WRONG and FIRST_RIGHT is no judge."""
         is_wrong = FIRST_WRONG <= tuple(map(int, re.findall(r"\d+", release)[:2])) < FIRST_RIGHT
         return "scales padded proteins with `<mask>` by a wrong length" if is_wrong else ""
+
+
+def config_of(spec: ModelSpec, attention: str) -> Any:
+    """HuggingFace's configuration of ESM-2, and the way in which it computes attention."""
+    config = EsmConfig(
+        vocab_size=len(ALPHABET), mask_token_id=ALPHABET.mask_idx, pad_token_id=ALPHABET.padding_idx,
+        hidden_size=spec.hidden, num_hidden_layers=spec.layers, num_attention_heads=spec.heads,
+        intermediate_size=4 * spec.hidden, position_embedding_type="rotary", token_dropout=True,
+        layer_norm_eps=1e-5, emb_layer_norm_before=False,
+    )  # fmt: skip
+    config._attn_implementation = attention
+    return config
 
 
 def _name(name: str) -> str:
