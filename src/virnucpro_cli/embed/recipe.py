@@ -437,11 +437,6 @@ def _adapters(weights: locate.Weights) -> dict[str, str]:
     return {"base_sha256": weights.base_sha256, "adapters": json.dumps(entries)} if entries else {}
 
 
-def _licence(weights: locate.Weights) -> dict[str, str]:
-    licence = locate.licence_of(weights)
-    return {"weights_licence": str(licence)} if licence else {}
-
-
 def attributes(run: EmbedRun) -> dict[str, Any]:
     """Attributes of the file, for its readers."""
     config, fingerprint, environment = run.config, run.fingerprint, run.summary.environment
@@ -452,11 +447,12 @@ def attributes(run: EmbedRun) -> dict[str, Any]:
     }  # fmt: skip
     family = {} if run.spec.family == ModelSpec.family else {"family": run.spec.family}  # a file without it is ESM-2's
     kind = {} if config.kind == PROTEIN else {"kind": config.kind}
+    licence = {"weights_licence": str(terms)} if (terms := locate.licence_of(run.weights)) else {}
     return {
         "tool": "virnucpro", **family, **kind, "tool_version": virnucpro_cli.__version__, **store.of_this_command(),
         "model": environment["model"], "model_layers": run.spec.layers, "weights": run.weights.place,
         "weights_sha256": run.weights.sha256, "weights_origin": locate.origin_of(run.weights),
-        **_licence(run.weights), **_adapters(run.weights),
+        **licence, **_adapters(run.weights),
         "dtype": fingerprint["dtype"], "approximate": fingerprint["dtype"] == approximate,
         "store_dtype": config.store_dtype, "attention": fingerprint["attention"], "device": environment["device"],
         **{name: json.dumps(value) for name, value in texts.items()},

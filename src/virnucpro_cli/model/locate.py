@@ -429,10 +429,7 @@ def _fetch_fair_esm(spec: ModelSpec) -> None:
 
 def sha256_of(files: Iterable[Path]) -> str:
     """SHA-256 of a file; of several, that of their hex digests in order."""
-    digests = []
-    for file in files:
-        digests.append(disk.sha256(file))
-    return _combined(digests)
+    return _combined(map(disk.sha256, files))
 
 
 def _combined(digests: Iterable[str]) -> str:
