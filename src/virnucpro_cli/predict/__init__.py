@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -210,7 +209,10 @@ def _embed(run: PredictRun) -> None:
 
 def _predict(run: PredictRun) -> None:
     """Have the tables that are asked for. Those that are there, of the same head and file, stay."""
-    opened = frames.opened(run.embedded) if run.without is None else _without_frames(run, run.without)
+    if run.without is None:
+        opened = frames.opened(run.embedded)
+    else:
+        opened = frames.none_of(run.embedded, run.without, run.head, run.head.chunk or DEFAULT_CHUNK)
     try:
         made_of = _settings(run, opened)
         there = _there(run, made_of)
@@ -240,10 +242,6 @@ def _predict(run: PredictRun) -> None:
                 _compare(run, scored, run.other)
     finally:
         opened.file.close()
-
-
-def _without_frames(run: PredictRun, contigs: list[str]) -> Frames:
-    return frames.none_of(frames.NoFile(run.embedded, contigs), run.head, run.head.chunk or DEFAULT_CHUNK)
 
 
 Writer = Callable[[IO[bytes], Scored, PredictRun], None]
@@ -303,7 +301,7 @@ def _tell(run: PredictRun, scored: Scored) -> None:
         "frames": len(scored.rows), "frames of virus": frames_virus, "chunks": len(scored.first),
         "chunks of virus": chunk_virus, **{f"contigs {name}": count for name, count in some.items()},
     }  # fmt: skip
-    say = partial(run.out.print)
+    say = run.out.print
     say(f"{run.folder / tables.FRAMES}: {counted(len(scored.rows), 'frame')}, {frames_virus:,} virus")
     say(f"{run.folder / tables.CHUNKS}: {counted(len(scored.first), 'chunk')}, {chunk_virus:,} virus")
     named = ", ".join(f"{count:,} {name}" for name, count in some.items())

@@ -5,7 +5,7 @@ both files have.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import IO, Any, NamedTuple
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import tables
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.predict import contigs
-from virnucpro_cli.predict.frames import Scored, chunk_is_virus, highest_of
+from virnucpro_cli.predict.frames import Scored, chunk_is_virus
 from virnucpro_cli.predict.tables import HEADER_OF_FRAMES, LABELS
 
 COMPARED = "compare.tsv"
@@ -173,19 +173,16 @@ def compared(scored: Scored, other: Other, file: IO[bytes]) -> Comparison:
     """Compare, and write a line for each changed call and each frame that one of them lacks."""
     at = np.concatenate([np.empty(0, np.int64), *(_places(other, keys_of(n)) for _, n in scored.frames.names() if n)])
     both = np.flatnonzero(at >= 0)
-    there = other.scores[at[both]]
-    pair = scored.scores[both], there
-    calls = [each[:, 1] > each[:, 0] for each in pair]
-    same = calls[0] == calls[1]
-    largest = float(np.abs(pair[0] - pair[1])[same].max(initial=0.0))
-    joined = Joined(scored, both, *pair)
-    gap = np.abs(np.diff(joined.highest[0].astype(np.float64), axis=1))
+    here = Scored(scored.frames, scored.rows[both], scored.contig[both], scored.chunk[both], scored.scores[both])
+    there = replace(here, scores=other.scores[at[both]])
+    same = here.is_virus == there.is_virus
+    largest = float(np.abs(here.scores - there.scores)[same].max(initial=0.0))
+    gap = np.abs(np.diff(here.highest.astype(np.float64), axis=1))
     found = Comparison([], len(other.line) - len(both), len(at) - len(both), largest, int((gap <= 2 * largest).sum()))
     with tables.written_to(file) as table:
         table.writerow(COLUMNS)
-        levels = (("frame", _frames(joined, calls)), ("chunk", _chunks(joined)), ("contig", _contigs(joined)))
-        for name, (count, lines) in levels:
-            changed = 0
+        for name, level in (("frame", _frames), ("chunk", _chunks), ("contig", _contigs)):
+            changed, (count, lines) = 0, level(here, there)
             for line in lines:
                 changed += 1
                 table.writerow((name, *line))
@@ -198,59 +195,43 @@ def compared(scored: Scored, other: Other, file: IO[bytes]) -> Comparison:
     return found
 
 
-class Joined:
-    """Frames that both files have. places: int64 [b], theirs among the scored ones; here, there: float32 [b, 2]."""
-
-    def __init__(
-        self, scored: Scored, places: NDArray[np.int64], here: NDArray[np.float32], there: NDArray[np.float32]
-    ):
-        self.scored, self.places, self.here, self.there = scored, places, here, there
-        contig, chunk = scored.contig[places], scored.chunk[places]
-        changed = (np.diff(contig) != 0) | (np.diff(chunk) != 0)
-        self.first = np.flatnonzero(np.append(len(places) > 0, changed)) if len(places) else np.empty(0, np.int64)
-        self.highest = highest_of(here, self.first), highest_of(there, self.first)
-        self.contig_of_chunk = contig[self.first]
-
-
 def _cells(*scores: NDArray[np.float32]) -> Iterator[str]:
     """Scores of both files, float32 [2] each, as text."""
     return (str(each) for pair in scores for each in pair)
 
 
-def _frames(joined: Joined, calls: list[NDArray[np.bool_]]) -> tuple[int, Iterator[Cells]]:
-    """How many frames are compared, and those whose call changed. calls: bool [b] here and there."""
+def _frames(here: Scored, there: Scored) -> tuple[int, Iterator[Cells]]:
+    """How many frames are compared, and those whose call changed."""
+    calls = here.is_virus.astype(int), there.is_virus.astype(int)
     places = np.flatnonzero(calls[0] != calls[1])
-    names = _names_at(joined.scored, joined.places[places])
     lines = (
-        (name, LABELS[int(calls[0][i])], LABELS[int(calls[1][i])], *_cells(joined.here[i], joined.there[i]))
-        for i, name in zip(places.tolist(), names, strict=True)
+        (name, LABELS[calls[0][i]], LABELS[calls[1][i]], *_cells(here.scores[i], there.scores[i]))
+        for i, name in zip(places.tolist(), _names_at(here, places), strict=True)
     )
-    return len(joined.places), lines
+    return len(here.rows), lines
 
 
-def _chunks(joined: Joined) -> tuple[int, Iterator[Cells]]:
+def _chunks(here: Scored, there: Scored) -> tuple[int, Iterator[Cells]]:
     """How many chunks are compared, and those whose call changed, with their highest scores."""
-    here, there = (chunk_is_virus(highest) for highest in joined.highest)
-    places = np.flatnonzero(here != there)
-    names = _names_at(joined.scored, joined.places[joined.first[places]])
+    calls = chunk_is_virus(here.highest), chunk_is_virus(there.highest)
+    places = np.flatnonzero(calls[0] != calls[1])
     lines = (
-        (name[:-2], str(bool(here[i])), str(bool(there[i])), *_cells(joined.highest[0][i], joined.highest[1][i]))
-        for i, name in zip(places.tolist(), names, strict=True)
+        (name[:-2], str(bool(calls[0][i])), str(bool(calls[1][i])), *_cells(here.highest[i], there.highest[i]))
+        for i, name in zip(places.tolist(), _names_at(here, here.first[places]), strict=True)
     )
-    return len(joined.first), lines
+    return len(here.first), lines
 
 
-def _contigs(joined: Joined) -> tuple[int, Iterator[Cells]]:
+def _contigs(ours: Scored, theirs: Scored) -> tuple[int, Iterator[Cells]]:
     """How many contigs are compared, and those whose call changed, with their weighted deltas as score2."""
-    n, frames = joined.scored.frames.contigs, joined.scored.frames
-    here, there = (contigs.calls_of(joined.contig_of_chunk, highest, n) for highest in joined.highest)
-    compared_contigs = int((here.counts[:, 0] > 0).sum())
+    frames = ours.frames
+    here, there = (contigs.calls_of(each.contig_of_chunk, each.highest, frames.contigs) for each in (ours, theirs))
     lines = (
         (frames.file.texts("contigs/ids", i, i + 1)[0], contigs.CALLS[here.call[i]], contigs.CALLS[there.call[i]],
          "", f"{here.delta[i]:.3f}", "", f"{there.delta[i]:.3f}")
         for i in np.flatnonzero(here.call != there.call).tolist()
     )  # fmt: skip
-    return compared_contigs, lines
+    return int((here.counts[:, 0] > 0).sum()), lines
 
 
 def _names_at(scored: Scored, places: NDArray[np.int64]) -> Iterator[str]:

@@ -81,10 +81,10 @@ class Frames:
             yield rows + block.start, [names[row] for row in rows.tolist()]
 
 
-def none_of(file: NoFile, head: Head, chunk: int) -> Frames:
-    """No frame, of the features that a head takes."""
+def none_of(path: Path, ids: list[str], head: Head, chunk: int) -> Frames:
+    """No frame of contigs of these names, of the features that a head takes."""
     protein, dna = np.empty((0, head.features), np.float32), np.empty((0, 0), np.float32)
-    return Frames(file, protein, dna, np.empty(0, np.int64), np.empty(0, np.bool_), chunk)
+    return Frames(NoFile(path, ids), protein, dna, np.empty(0, np.int64), np.empty(0, np.bool_), chunk)
 
 
 def opened(path: str | Path) -> Frames:
@@ -139,16 +139,13 @@ class Scored:
     @cached_property
     def highest(self) -> NDArray[np.float32]:
         """The highest score of others and of virus in each chunk, float32 [C, 2]."""
-        return highest_of(self.scores, self.first)
+        if not len(self.first):
+            return np.empty((0, 2), np.float32)
+        return np.maximum.reduceat(self.scores, self.first, axis=0)
 
     @property
     def contig_of_chunk(self) -> NDArray[np.int64]:
         return self.contig[self.first]
-
-
-def highest_of(scores: NDArray[np.float32], first: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The highest scores of chunks, float32 [C, 2]. scores: float32 [n, 2]; first: where each begins, int64 [C]."""
-    return np.maximum.reduceat(scores, first, axis=0) if len(first) else np.empty((0, 2), np.float32)
 
 
 def chunk_is_virus(highest: NDArray[np.float32]) -> NDArray[np.bool_]:
