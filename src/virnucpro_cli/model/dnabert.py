@@ -82,7 +82,6 @@ class Dnabert(Family):
         return any(_OWN.fullmatch(name) for name in names)
 
     def shapes(self, spec: ModelSpec) -> Shapes:
-        """Every tensor of the encoder, with its shape."""
         d, f = spec.hidden, inner_of(spec)
         layer: Shapes = {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
         layer |= {f"self_attn.{x}_proj.weight": (d, d) for x in ("q", "k", "v", "out")}

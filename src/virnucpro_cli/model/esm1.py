@@ -61,7 +61,6 @@ class Esm1(Esm2):
         return positions and not rotary and first_norm == self.first_norm
 
     def shapes(self, spec: ModelSpec) -> Shapes:
-        """Every tensor of the encoder under fair-esm's name, with its shape."""
         assert spec.longest is not None
         expected = super().shapes(spec) | {POSITIONS: (positions_of(spec.longest), spec.hidden)}
         if self.first_norm:

@@ -22,6 +22,7 @@ from virnucpro_cli.model.spec import (
     ModelSpec,
     Shapes,
     State,
+    named,
 )
 
 DEMO = ModelSpec("demo", 6, 320, 20)
@@ -35,18 +36,15 @@ class Esm2(Family):
     """The family, from which those with its layers take what they share."""
 
     TITLE = "ESM-2"
-    SIZES = {
-        spec.name: spec
-        for spec in (
-            ModelSpec("esm2_t6_8M_UR50D", 6, 320, 20),
-            ModelSpec("esm2_t12_35M_UR50D", 12, 480, 20),
-            ModelSpec("esm2_t30_150M_UR50D", 30, 640, 20),
-            ModelSpec("esm2_t33_650M_UR50D", 33, 1280, 20),
-            ModelSpec("esm2_t36_3B_UR50D", 36, 2560, 40),
-            ModelSpec("esm2_t48_15B_UR50D", 48, 5120, 40),
-            DEMO,
-        )
-    }
+    SIZES = named(
+        ModelSpec("esm2_t6_8M_UR50D", 6, 320, 20),
+        ModelSpec("esm2_t12_35M_UR50D", 12, 480, 20),
+        ModelSpec("esm2_t30_150M_UR50D", 30, 640, 20),
+        ModelSpec("esm2_t33_650M_UR50D", 33, 1280, 20),
+        ModelSpec("esm2_t36_3B_UR50D", 36, 2560, 40),
+        ModelSpec("esm2_t48_15B_UR50D", 48, 5120, 40),
+        DEMO,
+    )
     SHORT_NAMES = {name.split("_")[2]: name for name in SIZES if name != DEMO.name}
     ALIASES = {
         f"{prefix}{alias}".lower(): full

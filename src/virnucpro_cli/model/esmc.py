@@ -11,7 +11,7 @@ import torch
 from virnucpro_cli import alphabet
 from virnucpro_cli.model.kernels.plain import Layer, Pair
 from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.spec import INV_FREQ, LM_HEAD, MIT, Family, Licence, ModelSpec, Shapes, State
+from virnucpro_cli.model.spec import INV_FREQ, LM_HEAD, MIT, Family, Licence, ModelSpec, Shapes, State, named
 
 _TERMS = "https://www.evolutionaryscale.ai/policies/cambrian-{}-license-agreement"
 FIRST_LICENCES = {
@@ -37,16 +37,13 @@ def inner_of(spec: ModelSpec) -> int:
 
 class EsmC(Family):
     TITLE = "ESM C"
-    SIZES = {
-        spec.name: spec
-        for spec in (
-            ModelSpec("ESMC-300M", 30, 960, 15, "esmc", inner=2560),
-            ModelSpec("ESMC-600M", 36, 1152, 18, "esmc", inner=3072),
-            ModelSpec("ESMC-6B", 80, 2560, 40, "esmc", inner=6912),
-            ModelSpec("esmc-300m-2024-12", 30, 960, 15, "esmc", inner=2560),
-            ModelSpec("esmc-600m-2024-12", 36, 1152, 18, "esmc", inner=3072),
-        )
-    }
+    SIZES = named(
+        ModelSpec("ESMC-300M", 30, 960, 15, "esmc", inner=2560),
+        ModelSpec("ESMC-600M", 36, 1152, 18, "esmc", inner=3072),
+        ModelSpec("ESMC-6B", 80, 2560, 40, "esmc", inner=6912),
+        ModelSpec("esmc-300m-2024-12", 30, 960, 15, "esmc", inner=2560),
+        ModelSpec("esmc-600m-2024-12", 36, 1152, 18, "esmc", inner=3072),
+    )
     SHORT_NAMES = {name.lower(): name for name in SIZES}
     HUB_FILES = {name: f"data/weights/{name.replace('-', '_')}_v0.pth" for name in FIRST_LICENCES}
     """The makers' first files, in the layout of the package esm 3.2."""

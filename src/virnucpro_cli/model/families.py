@@ -14,16 +14,12 @@ from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.dnabert import DNABERT
 from virnucpro_cli.model.dplm import DPLM
 from virnucpro_cli.model.esm1 import ESM1B, ESM1V
-from virnucpro_cli.model.esm2 import DEMO, ESM2
+from virnucpro_cli.model.esm2 import DEMO as DEMO
+from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.esmc import ESMC
 from virnucpro_cli.model.lucavirus import LUCAVIRUS
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import LM_HEAD, Family, ModelSpec, State
-
-__all__ = [
-    "DEMO", "FAMILIES", "PUBLISHED_SHA256", "SHORT_NAMES", "SIZES", "build", "by_name", "check_dtype", "family_of",
-    "flops", "parameters", "products", "reading", "reading_of", "short_name",
-]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "esm2": ESM2, "dplm": DPLM, "esm1b": ESM1B, "esm1v": ESM1V, "esmc": ESMC, "lucavirus": LUCAVIRUS,

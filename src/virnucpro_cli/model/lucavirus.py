@@ -83,7 +83,6 @@ class LucaVirus(Esm2):
         return settle_inv_freq(state, spec.exact_inv_freq, "the exact one")
 
     def shapes(self, spec: ModelSpec) -> Shapes:
-        """Every tensor of the encoder under fair-esm's name, with its shape."""
         tables = {"embed_tokens.weight": (VOCABULARY, spec.hidden), TYPES: (2, spec.hidden)}
         return super().shapes(spec) | tables
 

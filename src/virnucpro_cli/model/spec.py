@@ -53,6 +53,11 @@ class ModelSpec:
         return 1.0 / 10000.0 ** (torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim)
 
 
+def named(*specs: ModelSpec) -> dict[str, ModelSpec]:
+    """The same specs by their names, in order."""
+    return {spec.name: spec for spec in specs}
+
+
 class Licence(NamedTuple):
     """The terms of published weights. url: where they stand, if the name alone does not say it.
 
