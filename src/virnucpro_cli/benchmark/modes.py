@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.batch import PackedBatch
@@ -137,25 +138,20 @@ class _PaddedBatch:
 
     @staticmethod
     def of(group: Int64, sizes: Int64, texts: list[bytes], device: torch.device, reading: Reading) -> "_PaddedBatch":
-        width = int(sizes[group].max())
-        tokens = np.full((len(group), width), reading.pad, np.int32)
-        inside = np.zeros((len(group), width, 1), np.float32)
-        for row, record in enumerate(group.tolist()):
-            size = int(sizes[record])
-            tokens[row, 0], tokens[row, size - 1] = reading.cls, reading.eos
-            tokens[row, 1 : size - 1] = np.frombuffer(texts[record], np.uint8)
-            inside[row, 1 : size - 1] = 1 / (size - SPECIAL_TOKENS)
+        rows = [torch.tensor([reading.cls, *texts[record], reading.eos]) for record in group.tolist()]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=reading.pad).int().to(device)
+        width, size = tokens.shape[1], torch.from_numpy(sizes[group])[:, None].to(device)
+        place = torch.arange(width, device=device, dtype=torch.int32)
         lengths = np.full(len(group), width)
         flat = PackedBatch(
-            torch.from_numpy(tokens.ravel()).to(device),
-            torch.from_numpy(np.tile(np.arange(width, dtype=np.int32), len(group))).to(device),
+            tokens.flatten(), place.repeat(len(group)),
             torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)).to(device),
             torch.ones(len(group), device=device), torch.empty(0, 3, dtype=torch.int32, device=device),
             None, None, group, lengths, width,
         )  # fmt: skip
-        real = torch.from_numpy(tokens != reading.pad).to(device)
+        real, inside = tokens != reading.pad, (place > 0) & (place < size - 1)
         mask = None if bool(real.all()) else real[:, None, None, :]
-        return _PaddedBatch(flat, (len(group), width), mask, torch.from_numpy(inside).to(device))
+        return _PaddedBatch(flat, (len(group), width), mask, (inside / (size - SPECIAL_TOKENS))[..., None])
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float, *left: torch.Tensor
