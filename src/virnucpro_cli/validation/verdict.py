@@ -76,8 +76,9 @@ class Verdict:
         return list(dict.fromkeys(check.part for check in self.checks if check.passed is False))
 
     def to_json(self) -> str:
+        """Numbers that JSON does not have are words, such as "nan"."""
         whole = {"passed": self.passed, "failed_parts": self.failed_parts, **dataclasses.asdict(self)}
-        return json.dumps(_plain(whole), indent=1)
+        return json.dumps(json.loads(json.dumps(whole), parse_constant=lambda word: str(float(word))), indent=1)
 
     def show(self, out: Console, path: str | None) -> None:
         """Print the table and the notes, and write the JSON to a path, if any. Raises UserError if that fails."""
@@ -135,12 +136,3 @@ def _number(value: float | None) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:.7f}" if 0.5 < abs(value) <= 1 else f"{value:.2g}" if abs(value) > 1 else f"{value:.1e}"
-
-
-def _plain(value: Any) -> Any:
-    """The same with numbers that JSON does not have as words."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
