@@ -18,6 +18,7 @@ from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError, in_a_line
 from virnucpro_cli.fasta.table import RecordTable
 from virnucpro_cli.fasta.token_file import Block, TokenFile
+from virnucpro_cli.store.schema import chunks
 from virnucpro_cli.texts import ranges
 
 if TYPE_CHECKING:
@@ -71,12 +72,14 @@ def tokenised(
     made_by = f"{__version__}\n{encode.to_str()}"
     is_first = table.unique_of == np.arange(len(table))
     chosen, count, first = np.flatnonzero(is_first), np.zeros(len(table), np.int32), np.zeros(len(table), np.int64)
-    is_worth = int(table.length[chosen].sum(dtype=np.int64)) > AT_ONCE
+    lengths = table.length[chosen].astype(np.int64)
+    is_worth = int(lengths.sum()) > AT_ONCE
     try:
         with TokenFile(folder, kept if is_worth else None) as file:
-            for some in _at_once(chosen, table.length):
+            for begin, end in chunks(np.append(0, np.cumsum(lengths)), len(chosen), AT_ONCE):
                 if is_over():
                     raise InterruptedError
+                some = chosen[begin:end]
                 block = _block(file, encode, made_by, list(_texts(table, some)))
                 count[some] = block.counts
                 first[some] = block.first + np.cumsum(block.counts, dtype=np.int64) - block.counts
@@ -106,17 +109,6 @@ def as_counted(table: RecordTable, count: NDArray[np.int32]) -> TokenTable:
 
 def _facts(table: RecordTable) -> dict[str, Any]:
     return {each.name: getattr(table, each.name) for each in fields(RecordTable) if each.init}
-
-
-def _at_once(records: NDArray[np.int64], length: NDArray[np.int32]) -> Iterator[NDArray[np.int64]]:
-    """Records, int64 [n], in parts of some letters, and of one record at least."""
-    ends = np.cumsum(length[records], dtype=np.int64)
-    at = 0
-    while at < len(records):
-        before = int(ends[at - 1]) if at else 0
-        upto = max(at + 1, int(np.searchsorted(ends, before + AT_ONCE, side="right")))
-        yield records[at:upto]
-        at = upto
 
 
 def _texts(table: RecordTable, records: NDArray[np.int64]) -> Iterator[str]:

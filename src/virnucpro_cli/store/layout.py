@@ -324,12 +324,8 @@ def _collections(texts: Texts, address: int) -> tuple[NDArray[np.uint64], NDArra
     """Collections that hold texts and lie at an address: uint64 words [W], and the references [n] to the texts."""
     space = HEADER + texts.counts * WORD
     ends = np.cumsum(space)
-    first = [0]  # text of each collection
-    while first[-1] < len(space):
-        begin = int(ends[first[-1]] - space[first[-1]])
-        upto = int(np.searchsorted(ends, begin + LARGEST - HEADER, side="right"))
-        first.append(max(upto, first[-1] + 1))
-    counts, firsts = np.diff(first), np.array(first[:-1], np.int64)
+    firsts, stops = np.array([*schema.chunks(np.append(0, ends), len(space), LARGEST - HEADER)]).T
+    counts = stops - firsts  # texts of each collection
     used = HEADER + np.add.reduceat(space, firsts)
     sizes = np.maximum(used, SMALLEST)
     begins = np.cumsum(sizes) - sizes

@@ -24,6 +24,7 @@ from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model.attention import BROKEN, describe
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
 from virnucpro_cli.plan.policies import Decisions
+from virnucpro_cli.store import schema
 from virnucpro_cli.store.parts import ContactMaps
 
 T = TypeVar("T")
@@ -234,11 +235,13 @@ class _Predictor:
     def __call__(self, records: list[int], sizes: NDArray[np.int32]) -> Iterator[Predicted | None]:
         """The map of each record, of int32 [N] residues, in order; None for one that there is no memory for.
 
-        A batch is computed while the one before it is stored.
+        A batch is of neighbours whose tokens fit the budget, and is computed while the one before it is stored.
         """
         dtype = dtype_of(self.run.dtype)
         before: Iterator[Predicted | None] = iter(())
-        for batch in _batches(records, sizes, self.run.plan.token_budget):
+        tokens = np.append(0, np.cumsum(sizes[records].astype(np.int64) + SPECIAL_TOKENS))
+        for first, last in schema.chunks(tokens, len(records), self.run.plan.token_budget):
+            batch = records[first:last]
             after = self._begun(batch, sizes, dtype)
             yield from before
             before = self._ended(batch, sizes, dtype, after)
@@ -287,20 +290,6 @@ def dtype_of(dtype: torch.dtype) -> torch.dtype:
     On the real 8M weights and 30 viral proteins, the worst probability of fp16 is off by 0.022, and of bf16 by 0.47.
     """
     return torch.float32 if dtype == torch.float32 else torch.float16
-
-
-def _batches(records: list[int], sizes: NDArray[np.int32], token_budget: int) -> Iterator[list[int]]:
-    """Neighbours whose tokens fit the budget, or one protein."""
-    batch, tokens = list[int](), 0
-    for record in records:
-        cost = int(sizes[record]) + SPECIAL_TOKENS
-        if batch and tokens + cost > token_budget:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(record)
-        tokens += cost
-    if batch:
-        yield batch
 
 
 def _settle_all(file: store.Store, settled: dict[int, list[NDArray[np.int64]]]) -> None:
