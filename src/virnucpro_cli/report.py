@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,6 +239,14 @@ def facts_table(title: str) -> Table:
     return table
 
 
+def columns_table(title: str, names: Iterable[str], left: Collection[str] = ("",)) -> Table:
+    """A table with columns of these names. Those to the left hold words, the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
+    return table
+
+
 class Part(NamedTuple):
     """Progress in other units than the tracker's. share: how much of the tracker's unit each is."""
 
@@ -351,9 +359,7 @@ def rows_table(title: str, rows: list[dict[str, Any]]) -> Fitting:
 
     Where that is too wide, rows are columns, as many side by side as fit.
     """
-    table = Table(title=title, title_justify="left")
-    for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right", overflow="fold")
+    table = columns_table(title, rows[0], [name for name, value in rows[0].items() if isinstance(value, str)])
     for row in rows:
         table.add_row(*(cell(name, value) for name, value in row.items()))
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from virnucpro_cli import report, store
 from virnucpro_cli.errors import UserError, counted
@@ -31,11 +30,8 @@ def show_shards(output: str) -> bool:
     done = merged is not None and merged[1]
     for count, files in sorted(sets.items()):
         complete = 0
-        table = Table(title=f"{target} in {counted(count, 'shard')}", title_justify="left")
-        for name in ("shard", "state", "proteins", "skipped", "file"):
-            table.add_column(
-                name, justify="right" if name in ("shard", "proteins", "skipped") else "left", overflow="fold"
-            )
+        names = ("shard", "state", "proteins", "skipped", "file")
+        table = report.columns_table(f"{target} in {counted(count, 'shard')}", names, ("state", "file"))
         for number in range(1, count + 1):
             words = _state(files.get(number))
             complete += words[0] == "complete"

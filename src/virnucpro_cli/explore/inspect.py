@@ -135,9 +135,7 @@ def _statuses(file: store.EmbeddingFile) -> Table:
 
 
 def _numbers(file: store.EmbeddingFile, settings: dict[str, Any]) -> Table:
-    table = Table(title="Numbers", title_justify="left")
-    for name in ("", "least", "5 %", "median", "95 %", "most"):
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    table = report.columns_table("Numbers", ("", "least", "5 %", "median", "95 %", "most"))
     step = max(BLOCK, -(-len(file) * BLOCK // SAMPLED))  # blocks are spread over the file, neighbours together
     blocks = [slice(start, min(start + BLOCK, len(file))) for start in range(0, len(file), step)]
     norms = np.concatenate([np.empty(0), *(qc.norms(file, block) for block in blocks)])

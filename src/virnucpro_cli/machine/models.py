@@ -153,9 +153,8 @@ def count_of(number: int) -> str:
 
 def tables(models: list[Known], here: Here | None) -> Iterator[Table | report.Fitting]:
     """Families, their models, and where the weights are that are here."""
-    families = Table(title="Families", title_justify="left")
-    for name in ("family", "letters", "longest protein", "kernels here"):
-        families.add_column(name, overflow="fold")
+    names = ("family", "letters", "longest protein", "kernels here")
+    families = report.columns_table("Families", names, names)
     for key in dict.fromkeys(model.spec.family for model in models):
         family = FAMILIES[key]
         longest = "no limit" if family.LONGEST is None else f"{family.LONGEST:,} residues"
@@ -171,9 +170,8 @@ def tables(models: list[Known], here: Here | None) -> Iterator[Table | report.Fi
 
 
 def _wide(models: list[Known], here: Here | None) -> Table:
-    table = Table(title="Models", title_justify="left")
-    for name in ("model", "size", "layers", "width", "licence", "tokens/s", "here"):
-        table.add_column(name, justify="left" if name in ("model", "licence", "here") else "right", overflow="fold")
+    names = ("model", "size", "layers", "width", "licence", "tokens/s", "here")
+    table = report.columns_table("Models", names, ("model", "licence", "here"))
     for model in models:
         spec, speed = model.spec, model.speed_in(here)
         table.add_row(

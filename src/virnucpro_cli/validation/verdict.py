@@ -112,12 +112,10 @@ class Verdict:
         return table
 
     def _wide(self, rows: list[_Row]) -> Table:
-        table = Table(title=self.command.capitalize(), title_justify="left")
-        table.show_header = any(check.median is not None or check.limit for check in self.checks)
         names = next((list(numbers) for _, numbers, _ in rows if numbers), [])
         shown = [name for name in names if any(numbers.get(name) for _, numbers, _ in rows)]
-        for name in ("", *shown, ""):
-            table.add_column(name, justify="left" if name in ("", "in") else "right", overflow="fold")
+        table = report.columns_table(self.command.capitalize(), ("", *shown, ""), ("", "in"))
+        table.show_header = any(check.median is not None or check.limit for check in self.checks)
         for what, numbers, state in rows:
             _add(table, what, numbers, *(numbers.get(name, "") for name in shown), state)
         return table
