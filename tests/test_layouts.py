@@ -872,9 +872,10 @@ def test_h5ad_files_that_anndata_wrote_come_back(made: Path, tmp_path: Path, how
 
 @WHOLE
 def test_a_hash_that_two_names_share_joins_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from virnucpro_cli.exchange.imports import joining, source
+    from virnucpro_cli.exchange.imports import source
+    from virnucpro_cli.store import schema
 
-    for module in (joining, source):
+    for module in (schema, source):
         monkeypatch.setattr(module, "hash", lambda text: len(text), raising=False)
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["aa"] = np.zeros(4, np.float32)

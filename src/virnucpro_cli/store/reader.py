@@ -287,9 +287,7 @@ class EmbeddingFile:
     def _by_hash(self, wanted: str, key: Callable[[str], str]) -> list[int]:
         """Records, in order, of whose names `key` makes the text that is wanted."""
         if key not in self._index:
-            hashes = np.empty(len(self), np.int64)
-            for rows in blocks(len(self)):
-                hashes[rows] = [hash(key(name)) for name in self.names_of(rows.start, rows.stop)]
+            hashes = schema.hashes(len(self), lambda start, stop: map(key, self.names_of(start, stop)))
             order = np.argsort(hashes, kind="stable")
             self._index[key] = hashes[order], order
         hashes, order = self._index[key]

@@ -1,7 +1,7 @@
 """The file as data, schema 1: codes and reasons; every dataset, attribute and setting with its type and bounds."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +54,12 @@ def chunks(offsets: NDArray[np.int64], n: int, rows: int) -> Iterator[tuple[int,
 def blocks(n: int, size: int = NAME_BLOCK) -> Iterator[slice]:
     """All of n things in order, `size` of them at a time: as many names, by default, as are held at once."""
     return (slice(start, min(n, start + size)) for start in range(0, n, size))
+
+
+def hashes(n: int, texts: Callable[[int, int], Iterable[str]]) -> NDArray[np.int64]:
+    """A hash of each of n texts, int64 [n]. texts(start, stop): those of a range, a block at a time."""
+    every = (hash(text) for rows in blocks(n) for text in texts(rows.start, rows.stop))
+    return np.fromiter(every, np.int64, n)
 
 
 def distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:

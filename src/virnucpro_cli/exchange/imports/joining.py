@@ -8,10 +8,11 @@ from operator import attrgetter
 
 import numpy as np
 
-from virnucpro_cli import fasta, store
+from virnucpro_cli import fasta
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.exchange.imports.source import READINGS, Int64, Source
 from virnucpro_cli.exchange.layouts.layout import Entry, Keys, possible
+from virnucpro_cli.store import schema
 
 NOWHERE, SEVERAL = -1, -2
 
@@ -44,10 +45,7 @@ def joined(source: Source, table: fasta.RecordTable, full: bool, notes: list[str
     int64 [N]: an entry's number, NOWHERE, or SEVERAL where a name does not tell.
     """
 
-    def hashes(texts: Callable[[int, int], Iterable[str]]) -> Int64:
-        every = store.blocks(len(table))
-        return np.concatenate([np.fromiter(map(hash, texts(each.start, each.stop)), np.int64) for each in every])
-
+    hashes = partial(schema.hashes, len(table))
     names, layout = partial(table.names, full=full), source.layout
     key_of, longest = layout.key_of, layout.longest
     if key_of is not None and source.keyed:

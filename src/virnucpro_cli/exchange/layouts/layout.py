@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from virnucpro_cli.errors import counted
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store import DONE, REASONS, STATUS_NAMES, EmbeddingFile, blocks
+from virnucpro_cli.store.schema import hashes
 
 What = tuple[str, int]
 """Pooling kind and layer."""
@@ -204,10 +205,8 @@ class Keys:
         self._numbered: dict[int, str] = {}
         self.changed = 0
         self.examples: list[str] = []
-        hashes = np.empty(count, np.int64)
-        for block in blocks(count):
-            hashes[block] = [hash(possible(name, longest)) for name in names(block.start, block.stop)]
-        taken, first = np.unique(hashes, return_index=True)
+        every = hashes(count, lambda start, stop: (possible(name, longest) for name in names(start, stop)))
+        taken, first = np.unique(every, return_index=True)
         repeats = np.ones(count, np.bool_)
         repeats[first] = False
         self._number(repeats, taken)
