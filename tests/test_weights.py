@@ -28,8 +28,8 @@ from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model import esm2, families, locate, scores, weights
-from virnucpro_cli.model.esm2 import ESM2
-from virnucpro_cli.model.spec import ModelSpec, resolve_layers
+from virnucpro_cli.model.esm2 import DEMO, ESM2
+from virnucpro_cli.model.spec import ModelSpec, resolved_layers
 from virnucpro_cli.store import CACHED, read_embeddings
 
 State = dict[str, torch.Tensor]
@@ -907,10 +907,10 @@ def test_fair_esms_server_is_the_second_choice(hub: Hub, state: State, tmp_path:
     [((-1,), (6,)), ((0, 6, -1), (0, 6)), ((-7,), (0,)), ((6, 3, 0), (6, 3, 0)), ((-2, 5, 5), (5,))],
 )
 def test_layers_are_resolved_from_either_end_in_order(requested: tuple[int, ...], found: tuple[int, ...]) -> None:
-    assert resolve_layers(requested, 6) == found
+    assert resolved_layers(requested, DEMO) == found
 
 
 @pytest.mark.parametrize("layer", [7, -8])
 def test_a_layer_outside_the_model_is_named(layer: int) -> None:
-    with pytest.raises(ValueError, match=rf"layer {layer} is outside -7\.\.6"):
-        resolve_layers((0, layer), 6)
+    with pytest.raises(UserError, match=rf"layer {layer} is outside -7\.\.6"):
+        resolved_layers((0, layer), DEMO)

@@ -25,7 +25,7 @@ from virnucpro_cli.kinds import NUCLEOTIDE, PROTEIN, any_by_residue, unmasked
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import by_name, check_dtype, family_of, parameters, reading
-from virnucpro_cli.model.spec import ModelSpec, check_longest, resolve_layers
+from virnucpro_cli.model.spec import ModelSpec, check_longest, resolved_layers
 from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import Decisions, decide
 
@@ -347,14 +347,6 @@ def index_input(config: EmbedConfig, out: Console) -> None:
     (word, letter), copies = config.words, int((table.unique_of != np.arange(len(table))).sum())
     held = f"{counted(len(table), word)}, {counted(table.residues, letter)}, {copies:,} like an earlier one"
     out.print(f"{path}: {held}")
-
-
-def resolved_layers(requested: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
-    """Layer numbers 0..L of what --layers asks for. Raises UserError for one that the model does not have."""
-    try:
-        return resolve_layers(requested, spec.layers)
-    except ValueError as error:
-        raise UserError(f"--layers: {error} of {spec.name}.", "0 is the embedding, -1 the last layer.") from None
 
 
 def _with_long(config: EmbedConfig, spec: ModelSpec) -> EmbedConfig:

@@ -198,12 +198,14 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.float8_e4m3fn else dtype
 
 
-def resolve_layers(requested: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """Layer numbers 0..L: negatives count from the end (-1 is L), of duplicates the last is kept, order kept.
+def resolved_layers(requested: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
+    """Layer numbers 0..L of what --layers asks for: negatives count from the end (-1 is L), order is kept.
 
-    Raises ValueError naming the first number outside -(L + 1)..L.
+    Of duplicates the last is kept. Raises UserError for a number outside -(L + 1)..L.
     """
+    count = spec.layers + 1
     for layer in requested:
-        if not -(layers + 1) <= layer <= layers:
-            raise ValueError(f"layer {layer} is outside {-(layers + 1)}..{layers}")
-    return tuple(dict.fromkeys(layer % (layers + 1) for layer in reversed(requested)))[::-1]
+        if not -count <= layer < count:
+            refusal = f"--layers: layer {layer} is outside {-count}..{spec.layers} of {spec.name}."
+            raise UserError(refusal, "0 is the embedding, -1 the last layer.")
+    return tuple(dict.fromkeys(layer % count for layer in reversed(requested)))[::-1]
