@@ -64,6 +64,3 @@ class SearchConfig(Config):
     layer: int | None = option(None, PANEL, "Rows of which layer.", "N", said="the last stored")
     overwrite: bool = option(False, PANEL, "Replace a finished output file.")
     # fmt: on
-
-    def rules(self) -> Iterator[Rule]:
-        return iter(())
