@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from esm.data import Alphabet
 from esm.model.esm2 import ESM2
-from esm.rotary_embedding import RotaryEmbedding
 
 from virnucpro_cli.model.spec import State
-from virnucpro_cli.validation.oracle import Oracle, fill
+from virnucpro_cli.validation.oracle import Oracle, WideRotary, fill
 
 ALPHABET = Alphabet.from_architecture("ESM-1b")
 
@@ -39,22 +38,9 @@ class Reference(Oracle):
         if self.dtype != torch.float32:
             wide = inv_freq.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
             for layer in model.layers:
-                layer.self_attn.rot_emb = _WideRotary(wide)
+                layer.self_attn.rot_emb = WideRotary(layer.self_attn.rot_emb, wide)
         return model
 
     def hidden(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """tokens: int64 [B, L]; layer -> [B, L, D] in the model's dtype."""
         return self.model(tokens, repr_layers=list(layers))["representations"]
-
-
-class _WideRotary(RotaryEmbedding):
-    """fair-esm's rotary embedding, computed in the dtype of `inv_freq` whatever the model's."""
-
-    def __init__(self, inv_freq: torch.Tensor):
-        super().__init__(2 * len(inv_freq))
-        self.inv_freq = inv_freq
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """q, k: [..., L, Dh] of any dtype; returns both rotated, in that dtype."""
-        wide = super().forward(q.to(self.inv_freq.dtype), k.to(self.inv_freq.dtype))
-        return wide[0].to(q.dtype), wide[1].to(k.dtype)

@@ -7,7 +7,7 @@ import torch
 from lucavirus import LucaVirusConfig, LucaVirusModel, LucaVirusTokenizer
 
 from virnucpro_cli.model.spec import State
-from virnucpro_cli.validation.oracle import Oracle
+from virnucpro_cli.validation.oracle import Oracle, WideRotary
 from virnucpro_cli.validation.plain_reader import RESIDUES, Letters
 
 TOKENIZER = LucaVirusTokenizer()
@@ -37,7 +37,7 @@ class Reference(Oracle):
         model.to(self.device, self.dtype)
         wide = inv_freq.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
         for layer in model.encoder.layers:
-            layer.self_attn.rot_emb = _WideRotary(layer.self_attn.rot_emb, wide)
+            layer.self_attn.rot_emb = WideRotary(layer.self_attn.rot_emb, wide)
         return model
 
     @classmethod
@@ -57,20 +57,6 @@ class OfNucleotides(Reference):
 
     letters = Letters({letter: letter for letter in "ACGTN"} | {"U": "T", "-": "N", ".": "N"}, "N")
     seq_type = "gene"
-
-
-class _WideRotary(torch.nn.Module):
-    """The authors' rotary embedding, computed in the dtype of `inv_freq` whatever the model's."""
-
-    def __init__(self, rotary: torch.nn.Module, inv_freq: torch.Tensor):
-        super().__init__()
-        self.rotary: Any = rotary
-        self.rotary.inv_freq = inv_freq
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """q, k: [..., L, Dh] of any dtype; returns both rotated, in that dtype."""
-        wide = self.rotary(q.to(self.rotary.inv_freq.dtype), k.to(self.rotary.inv_freq.dtype))
-        return wide[0].to(q.dtype), wide[1].to(k.dtype)
 
 
 def _name(name: str) -> str:

@@ -100,6 +100,20 @@ def fill(model: torch.nn.Module, tensors: State, *heads: str) -> None:
     model.load_state_dict(own | tensors)
 
 
+class WideRotary(torch.nn.Module):
+    """A rotary embedding of others, computed in the dtype of `inv_freq` whatever the model's."""
+
+    def __init__(self, rotary: torch.nn.Module, inv_freq: torch.Tensor):
+        super().__init__()
+        self.rotary: Any = rotary
+        self.rotary.inv_freq = inv_freq
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q, k: [..., L, Dh] of any dtype; returns both rotated, in that dtype."""
+        wide = self.rotary(q.to(self.rotary.inv_freq.dtype), k.to(self.rotary.inv_freq.dtype))
+        return wide[0].to(q.dtype), wide[1].to(k.dtype)
+
+
 @dataclass(frozen=True)
 class Sample:
     """n proteins: their names, raw FASTA text, and token ids with the first and last token."""
