@@ -409,14 +409,6 @@ def test_portable_steps_are_the_same_bits_wherever_a_row_stands() -> None:
     assert torch.equal(portable.inner(x, ready)[here], portable.inner(other, ready)[there])
 
 
-def test_attention_without_descriptors_has_the_bits_of_attention_with_them() -> None:
-    lengths = [1, 40, 64, 130, 200]
-    q, k, v = (data(sum(lengths), 2, 24, dtype=torch.float16, seed=each) for each in range(3))
-    tiles = batch_of(lengths, sum(lengths)).query_tiles.to(DEVICE)
-    one, two = (attention.attention(q, k, v, tiles, 0.2, with_descriptors=each) for each in (True, False))
-    assert torch.equal(one, two)
-
-
 # --- sums of attention maps ------------------------------------------------------------------------------------------
 
 
