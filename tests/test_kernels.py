@@ -25,6 +25,7 @@ pytest.importorskip(
     "triton", None if torch.cuda.is_available() else interpreter.OLDEST, reason="the interpreter needs triton>=3.9"
 )
 from virnucpro_cli.model.kernels import attention, e4m3, fused, linear, norm, portable
+from virnucpro_cli.model.kernels.sums import segment_sums
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -377,6 +378,29 @@ def test_padded_batches_through_the_fused_steps_finish_the_norms_of_queries_and_
         model = build(spec, state, dtype, DEVICE, Backend("any", sdpa.attention, steps))
         rows.append(modes.padded(model, work, 80, by_length=True).run())
     assert relative_l2(rows[1], rows[0]) <= 2e-3
+
+
+# --- sums of segments ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("width", [1, 48, 64, 130])
+def test_sums_of_segments_have_the_bits_of_pytorchs(width: int, skip: int) -> None:
+    """float64 holds every sum of so many fp16 numbers exactly, in whatever order."""
+    lengths = [2, 3, 31, 32, 33, 34, 35, 100]
+    batch, rows = batch_of(lengths, 300), data(300, width, dtype=torch.float16)
+    rows[sum(lengths) :] = float("nan")
+    bounds = batch.cu_seqlens.to(DEVICE)
+    found = segment_sums(rows, bounds, skip)
+    for each, start, stop in zip(found, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        assert torch.equal(each, rows[start + skip : stop - skip].double().sum(0))
+
+
+def test_a_sum_with_what_is_not_a_number_is_none() -> None:
+    rows = data(70, 8, dtype=torch.bfloat16)
+    rows[5, 3] = float("nan")
+    bounds = batch_of([30, 40], 70).cu_seqlens.to(DEVICE)
+    assert segment_sums(rows, bounds, 1).isnan().nonzero().tolist() == [[0, 3]]
 
 
 # --- portable steps --------------------------------------------------------------------------------------------------
