@@ -1,16 +1,16 @@
 // Attention of each segment to itself in 16 bit, scores, exponentials and sums in fp32. For compute capability 9.0.
 //
-// A block of four warps has 64 queries of one segment and one head, and takes the segment's keys from its first, 64 at a
-// time. While some blocks of a multiprocessor multiply, others take exponentials.
+// A block of four warps has 64 queries of one segment, and takes its keys from the first, 64 at a time, head after head;
+// what it needs next is loaded meanwhile. While some blocks of a multiprocessor multiply, others take exponentials.
 //
 // Compiled with HEAD_DIM (16, 24, 32 or 64), ELEMENT (f16 or bf16), AHEAD (blocks of keys that are loaded early), BLOCKS
-// (on a multiprocessor), perhaps LEFT (rows of q and of k are still to be multiplied), and operands of products, see `hopper_attention.py`.
+// (on a multiprocessor), HEADS (of a block), perhaps LEFT (rows of q and of k are still to be multiplied), and operands of products, see `hopper_attention.py`.
 
 constexpr int KEYS = 64, THREADS = 128;
 constexpr int WIDE = HEAD_DIM <= 16 ? 16 : HEAD_DIM <= 32 ? 32 : 64;
 constexpr int ROW = WIDE * 2, TILE = KEYS * ROW, PARTS = WIDE / 8;  // bytes; parts of 16 bytes of a row
 constexpr int STEP = THREADS / PARTS;                               // rows that are copied at a time
-constexpr int KEY_ROOMS = AHEAD + 1, VALUE_ROOMS = AHEAD + 2;
+constexpr int QUERY_ROOMS = AHEAD + 1, KEY_ROOMS = AHEAD + 1, VALUE_ROOMS = AHEAD + 2;
 constexpr float LARGEST = 16384.0f;  // sum of weights that 16 bit can hold
 
 // Where a part of a row lies, so that eight rows of one column are in different banks.
@@ -140,113 +140,124 @@ __device__ __forceinline__ void take(float (&s)[32], u32 (&p)[4][4], Rows& rows,
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_attention(
     const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v,
     u16* __restrict__ out, const int* __restrict__ tiles, const float* __restrict__ q_scale,
-    const float* __restrict__ k_scale, float scale, int stride, int count) {
+    const float* __restrict__ k_scale, float scale, int stride, int heads, int count) {
     extern __shared__ __align__(1024) char memory[];
-    u32 queries = shared_address(memory), key_rooms = queries + TILE, value_rooms = key_rooms + KEY_ROOMS * TILE;
-    int heads = gridDim.x, column = blockIdx.x * HEAD_DIM, number = blockIdx.z * gridDim.y + blockIdx.y;
+    u32 queries = shared_address(memory), key_rooms = queries + QUERY_ROOMS * TILE, value_rooms = key_rooms + KEY_ROOMS * TILE;
+    int first_head = blockIdx.x * HEADS, number = blockIdx.z * gridDim.y + blockIdx.y;
     if (number >= count) return;
-    int first = tiles[3 * number], start = tiles[3 * number + 1], stop = tiles[3 * number + 2];
-    int keys = stop - start, there = keys - AHEAD * KEYS;  // of them, how many are still to be copied after the first
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 * 16;
+    int first = tiles[3 * number], start = tiles[3 * number + 1], stop = tiles[3 * number + 2], length = stop - start;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 * 16, column = first_head * HEAD_DIM;
+
+    // Blocks are copied in the order in which they are used, those of the next head behind those of this.
     u32 own = place(threadIdx.x / PARTS, threadIdx.x % PARTS);
-    u64 part = column + threadIdx.x % PARTS * 8;
-    copy(queries + own, q + (u64)(first + threadIdx.x / PARTS) * stride + part, stride, stop - first);
-    part += (u64)(start + threadIdx.x / PARTS) * stride;
+    q += (u64)(first + threadIdx.x / PARTS) * stride + column + threadIdx.x % PARTS * 8;
+    u64 part = (u64)(start + threadIdx.x / PARTS) * stride + column + threadIdx.x % PARTS * 8;
     k += part, v += part;
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        if (i * KEYS < keys) {
-            copy(key_rooms + i * TILE + own, k, stride, keys - i * KEYS);
-            copy(value_rooms + i * TILE + own, v, stride, keys - i * KEYS);
+    int copied_heads = min(HEADS, heads - first_head), left = copied_heads, there = length;
+    u32 to_queries = queries + own, to_keys = key_rooms + own, to_values = value_rooms + own;
+    auto copy_next = [&]() {
+        if (copied_heads > 0) {
+            if (there == length) {
+                copy(to_queries, q, stride, stop - first);
+                q += HEAD_DIM;
+                if ((to_queries += TILE) == queries + QUERY_ROOMS * TILE + own) to_queries = queries + own;
+            }
+            copy(to_keys, k, stride, there);
+            copy(to_values, v, stride, there);
+            if ((to_keys += TILE) == key_rooms + KEY_ROOMS * TILE + own) to_keys = key_rooms + own;
+            if ((to_values += TILE) == value_rooms + VALUE_ROOMS * TILE + own) to_values = value_rooms + own;
+            k += KEYS * stride, v += KEYS * stride, there -= KEYS;
+            if (there <= 0) {
+                u64 back = (u64)(length - there) * stride - HEAD_DIM;
+                k -= back, v -= back, there = length, copied_heads--;
+            }
         }
         end_copies();
-        k += KEYS * stride, v += KEYS * stride;
-    }
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) copy_next();
+
+    u32 query_room = queries >> 4, key_room = key_rooms >> 4, value_room = value_rooms >> 4;
     Rows rows;
 #pragma unroll
     for (int below = 0; below < 2; below++) {
-        rows.scale[below] = scale, rows.top[below] = -INFINITY, rows.sum[below] = 0.0f;
+        rows.scale[below] = scale;
 #ifdef LEFT
         int row = first + warp + lane / 4 + 8 * below;
         rows.scale[below] *= row < stop ? __ldg(q_scale + row) : 0.0f;
 #endif
     }
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 2; i++) rows.out[i] = 0.0f;
-    bool first_block = true;
-    u32 key_room = 0, value_room = 0;
 #pragma unroll 1
     do {
-        wait_copies<AHEAD - 1>();
-        fence_writes();
-        // The block is there for all, who are done with the keys before it, and with the values before those.
-        __syncthreads();
-        float s[32];
-        u32 at = queries >> 4, keys_at = (key_rooms + key_room) >> 4;
-        fence_products();
-        begin_scores(s, matrix(at), matrix(keys_at));
+        int keys = length;
+        rows.top[0] = rows.top[1] = -INFINITY, rows.sum[0] = rows.sum[1] = 0.0f;
 #pragma unroll
-        for (int i = 1; i < WIDE / 16; i++) add_scores(s, matrix(at + 2 * i), matrix(keys_at + 2 * i));
-        end_products();
-        u32 next_keys = key_rooms + (key_room == 0 ? AHEAD * TILE : key_room - TILE);
-        u32 next_values = value_rooms + (value_room <= TILE ? value_room + AHEAD * TILE : value_room - 2 * TILE);
-        if (there > 0) {
-            copy(next_keys + own, k, stride, there);
-            copy(next_values + own, v, stride, there);
-        }
-        end_copies();
-        k += KEYS * stride, v += KEYS * stride;
-        there -= KEYS;
+        for (int i = 0; i < HEAD_DIM / 2; i++) rows.out[i] = 0.0f;
+#pragma unroll 1
+        do {
+            wait_copies<AHEAD - 1>();
+            fence_writes();
+            // The block is there for all, who are done with the keys before it, and with the values before those.
+            __syncthreads();
+            float s[32];
+            fence_products();
+            begin_scores(s, matrix(query_room), matrix(key_room));
+#pragma unroll
+            for (int i = 1; i < WIDE / 16; i++) add_scores(s, matrix(query_room + 2 * i), matrix(key_room + 2 * i));
+            end_products();
+            copy_next();
 #ifdef LEFT
-        float2 factors[8];
+            float2 factors[8];
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            int key = j * 8 + lane % 4 * 2;
-            factors[j].x = key < keys ? __ldg(k_scale + stop - keys + key) : 0.0f;
-            factors[j].y = key + 1 < keys ? __ldg(k_scale + stop - keys + key + 1) : 0.0f;
-        }
+            for (int j = 0; j < 8; j++) {
+                int key = j * 8 + lane % 4 * 2;
+                factors[j].x = key < keys ? __ldg(k_scale + stop - keys + key) : 0.0f;
+                factors[j].y = key + 1 < keys ? __ldg(k_scale + stop - keys + key + 1) : 0.0f;
+            }
 #endif
+            wait_products<0>();
+#ifdef LEFT
+#pragma unroll
+            for (int i = 0; i < 32; i++) s[i] *= i % 2 ? factors[i / 4].y : factors[i / 4].x;
+#endif
+            u32 p[4][4];
+            if (keys >= KEYS)
+                take<false>(s, p, rows, keys, keys == length);
+            else
+                take<true>(s, p, rows, keys, keys == length);
+            fence_products();
+#pragma unroll
+            for (int t = 0; t < 4; t++) add_values(rows.out, p[t], matrix(value_room + t * ROW));
+            end_products();
+            if ((key_room += TILE / 16) == (key_rooms + KEY_ROOMS * TILE) >> 4) key_room = key_rooms >> 4;
+            if ((value_room += TILE / 16) == (value_rooms + VALUE_ROOMS * TILE) >> 4) value_room = value_rooms >> 4;
+            keys -= KEYS;
+        } while (keys > 0);
         wait_products<0>();
-#ifdef LEFT
+        __syncthreads();  // all are done with the queries of this head, whose room the results take
+        u32 room = query_room << 4;
 #pragma unroll
-        for (int i = 0; i < 32; i++) s[i] *= i % 2 ? factors[i / 4].y : factors[i / 4].x;
-#endif
-        u32 p[4][4];
-        if (keys >= KEYS)
-            take<false>(s, p, rows, keys, first_block);
-        else
-            take<true>(s, p, rows, keys, first_block);
-        first_block = false;
-        u32 values_at = (value_rooms + value_room) >> 4;
-        fence_products();
+        for (int below = 0; below < 2; below++) {
+            float share = __fdividef(1.0f, sum_of_quad(rows.sum[below]));
 #pragma unroll
-        for (int t = 0; t < 4; t++) add_values(rows.out, p[t], matrix(values_at + t * ROW));
-        end_products();
-        if ((key_room += TILE) == KEY_ROOMS * TILE) key_room = 0;
-        if ((value_room += TILE) == VALUE_ROOMS * TILE) value_room = 0;
-        keys -= KEYS;
-    } while (keys > 0);
-    wait_products<0>();
-    __syncthreads();  // all are done with the queries, whose room the results take
-#pragma unroll
-    for (int below = 0; below < 2; below++) {
-        float share = __fdividef(1.0f, sum_of_quad(rows.sum[below]));
-#pragma unroll
-        for (int j = 0; j < HEAD_DIM / 8; j++) {
-            u32 both = rounded(rows.out[4 * j + 2 * below] * share, rows.out[4 * j + 2 * below + 1] * share);
-            asm volatile("st.shared.b32 [%0], %1;"
-                         ::"r"(queries + place(warp + 8 * below + lane / 4, j) + lane % 4 * 4), "r"(both) : "memory");
+            for (int j = 0; j < HEAD_DIM / 8; j++) {
+                u32 both = rounded(rows.out[4 * j + 2 * below] * share, rows.out[4 * j + 2 * below + 1] * share);
+                asm volatile("st.shared.b32 [%0], %1;"
+                             ::"r"(room + place(warp + 8 * below + lane / 4, j) + lane % 4 * 4), "r"(both) : "memory");
+            }
         }
-    }
-    __syncwarp();
+        __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 16 * PARTS / 32; i++) {
-        int row = warp + (i * 32 + lane) / PARTS, part = lane % PARTS;
-        if (first + row < stop && part < HEAD_DIM / 8)
-            asm volatile(
-                "{\n.reg .b32 a, b, c, d;\nld.shared.v4.b32 {a, b, c, d}, [%1];\n"
-                "st.global.v4.b32 [%0], {a, b, c, d};\n}"
-                ::"l"(out + ((u64)(first + row) * heads * HEAD_DIM + column + part * 8)),
-                "r"(queries + place(row, part)) : "memory");
-    }
+        for (int i = 0; i < 16 * PARTS / 32; i++) {
+            int row = warp + (i * 32 + lane) / PARTS, part = lane % PARTS;
+            if (first + row < stop && part < HEAD_DIM / 8)
+                asm volatile(
+                    "{\n.reg .b32 a, b, c, d;\nld.shared.v4.b32 {a, b, c, d}, [%1];\n"
+                    "st.global.v4.b32 [%0], {a, b, c, d};\n}"
+                    ::"l"(out + ((u64)(first + row) * heads * HEAD_DIM + column + part * 8)),
+                    "r"(room + place(row, part)) : "memory");
+        }
+        column += HEAD_DIM;
+        if ((query_room += TILE / 16) == (queries + QUERY_ROOMS * TILE) >> 4) query_room = queries >> 4;
+    } while (--left > 0);
 }
