@@ -1,6 +1,6 @@
 """Hidden rows of a packed batch to what is stored: pooled and residue rows, accumulated in float64 on the device.
 
-Every sum is over one segment's rows alone, in an order of its own, so its bits do not depend on what else is in the pack.
+Every sum is over one segment's rows alone, in an order of its own: its bits do not depend on what else is in the pack.
 """
 
 from functools import cache

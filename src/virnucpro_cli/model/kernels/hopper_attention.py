@@ -15,8 +15,8 @@ from virnucpro_cli.model.kernels.trial import LARGEST_DIFFERENCE, Noise
 
 SOURCE = Path(__file__).with_suffix(".cu")
 HEAD_DIMS = (16, 24, 32, 64)
-KEYS, THREADS, LARGEST_GRID = QUERY_TILE, 128, 32768
-"""Keys of a block, as many as queries of a tile; threads; blocks in one direction of a grid."""
+KEYS, HEADS, THREADS, LARGEST_GRID = QUERY_TILE, 4, 128, 32768
+"""Keys of a block, as many as queries of a tile; heads and threads of a block; blocks in one direction of a grid."""
 KINDS = (nvrtc.POINTER,) * 7 + (nvrtc.FLOAT,) + (nvrtc.INT,) * 3
 
 
@@ -38,17 +38,17 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-TUNED = {16: (2, 5, 4), 24: (2, 5, 4), 32: (2, 5, 4), 64: (1, 4, 4)}
-"""By size of head: blocks of keys that are loaded early, blocks of threads on a multiprocessor, and heads of a block."""
+TUNED = {16: (2, 5), 24: (2, 5), 32: (2, 5), 64: (1, 4)}
+"""By size of head: blocks of keys that are loaded early, and blocks of threads on a multiprocessor."""
 
 
 @cache
 def options(element: str, head_dim: int, left: bool) -> tuple[str, ...]:
     """Options of the compiler: what the kernel is to do, and the operands of products, which are too many to write."""
-    count, (ahead, blocks, each) = head_dim // 2, TUNED[head_dim]
+    count, (ahead, blocks) = head_dim // 2, TUNED[head_dim]
     macros = {
         "HEAD_DIM": head_dim, "HEAD_TEXT": f'"{head_dim}"', "ELEMENT": f'"{element}"', "AHEAD": ahead,
-        "BLOCKS": blocks, "HEADS": each, "S_OUTPUTS": nvrtc.operands(0, 32),
+        "BLOCKS": blocks, "HEADS": HEADS, "S_OUTPUTS": nvrtc.operands(0, 32),
         "S_RESULTS": nvrtc.registers("=f", "s", 32), "S_ACCUMULATORS": nvrtc.registers("+f", "s", 32),
         "O_OUTPUTS": nvrtc.operands(0, count), "O_ACCUMULATORS": nvrtc.registers("+f", "o", count),
         "P_INPUTS": nvrtc.operands(count, 4), "V_INPUT": nvrtc.operands(count + 4, 1),
@@ -69,12 +69,11 @@ def attention(
     rows, heads, head_dim = q.shape
     element, count = nvrtc.ELEMENTS[q.dtype], len(tiles)
     out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)
-    ahead, _, each = TUNED[head_dim]
-    shared = (3 * ahead + 4) * KEYS * max(16, 1 << (head_dim - 1).bit_length()) * 2
+    shared = (3 * TUNED[head_dim][0] + 4) * KEYS * max(16, 1 << (head_dim - 1).bit_length()) * 2
     kernel = nvrtc.function(q.device, SOURCE, options(element, head_dim, bool(left)), shared)
     tensors = (q, k, v, out, tiles, *(left or (None, None)))
     values = (*(0 if each is None else each.data_ptr() for each in tensors), scale * LOG2_E, q.stride(0), heads, count)
-    blocks = -(-heads // each), min(count, LARGEST_GRID), -(-count // LARGEST_GRID)
+    blocks = -(-heads // HEADS), min(count, LARGEST_GRID), -(-count // LARGEST_GRID)
     nvrtc.launch(kernel, blocks, THREADS, shared, values, KINDS, q.device)
     return out
 
