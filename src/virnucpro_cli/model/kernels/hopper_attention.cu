@@ -1,10 +1,11 @@
 // Attention of each segment to itself in 16 bit, scores, exponentials and sums in fp32. For compute capability 9.0.
 //
-// A block of four warps has 64 queries of one segment, and takes its keys from the first, 64 at a time, head after head;
-// what it needs next is loaded meanwhile. While some blocks of a multiprocessor multiply, others take exponentials.
+// A block of four warps has 64 queries of one segment, and takes its keys from the first, 64 at a time, head after
+// head; what it needs next is loaded meanwhile. While some blocks of a multiprocessor multiply, others take exponentials.
 //
-// Compiled with HEAD_DIM (16, 24, 32 or 64), ELEMENT (f16 or bf16), AHEAD (blocks of keys that are loaded early), BLOCKS
-// (on a multiprocessor), HEADS (of a block), perhaps LEFT (rows of q and of k are still to be multiplied), and operands of products, see `hopper_attention.py`.
+// Compiled with HEAD_DIM (16, 24, 32 or 64), ELEMENT (f16 or bf16), AHEAD (blocks of keys that are loaded early),
+// BLOCKS (on a multiprocessor), HEADS (of a block), perhaps LEFT (rows of q and of k are still to be multiplied), and
+// operands of products, see `hopper_attention.py`.
 
 constexpr int KEYS = 64, THREADS = 128;
 constexpr int WIDE = HEAD_DIM <= 16 ? 16 : HEAD_DIM <= 32 ? 32 : 64;
@@ -72,8 +73,8 @@ __device__ __forceinline__ float sum_of_quad(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// Two rows of a thread, the second eight below the first: the factor of their scores, what is then subtracted, the sums of
-// their weights, and weights times values.
+// Two rows of a thread, the second eight below the first: the factor of their scores, what is then subtracted, the sums
+// of their weights, and weights times values.
 struct Rows {
     float scale[2], top[2], sum[2], out[HEAD_DIM / 2];
 };
@@ -142,7 +143,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_attention(
     u16* __restrict__ out, const int* __restrict__ tiles, const float* __restrict__ q_scale,
     const float* __restrict__ k_scale, float scale, int stride, int heads, int count) {
     extern __shared__ __align__(1024) char memory[];
-    u32 queries = shared_address(memory), key_rooms = queries + QUERY_ROOMS * TILE, value_rooms = key_rooms + KEY_ROOMS * TILE;
+    u32 queries = shared_address(memory), key_rooms = queries + QUERY_ROOMS * TILE;
+    u32 value_rooms = key_rooms + KEY_ROOMS * TILE;
     int first_head = blockIdx.x * HEADS, number = blockIdx.z * gridDim.y + blockIdx.y;
     if (number >= count) return;
     int first = tiles[3 * number], start = tiles[3 * number + 1], stop = tiles[3 * number + 2], length = stop - start;
