@@ -10,13 +10,13 @@ ROWS, COLUMNS = 32, 64
 
 
 @triton.jit
-def _sums(rows, bounds, out, width, skip, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sums(x, bounds, out, width, skip, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     segment, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     start, stop = tl.load(bounds + segment) + skip, tl.load(bounds + segment + 1) - skip
     total = tl.zeros((ROWS, COLUMNS), tl.float64)
     for first in range(start, stop, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
-        at = rows + row.to(tl.int64) * width + column
+        at = x + row.to(tl.int64) * width + column
         total += tl.load(at, mask=(row < stop) & (column < width), other=0.0).to(tl.float64)
     tl.store(out + segment * width + column, tl.sum(total, 0, keep_dims=True), mask=column < width)
 
