@@ -12,6 +12,7 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ from virnucpro_cli.batch import query_tiles
 from virnucpro_cli.benchmark import limits, modes, workload
 from virnucpro_cli.engine import devices
 from virnucpro_cli.model import attention, families, weights
+from virnucpro_cli.model.attention.triton import attention as short_attention
 from virnucpro_cli.model.families import build
 from virnucpro_cli.model.kernels import fused, plain
-from virnucpro_cli.model.kernels.attention import attention as short_attention
 from virnucpro_cli.model.kernels.norm import quantised_norm, row_scale
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import stream_dtype
@@ -112,7 +113,8 @@ def kernels(spec, dtype, rows, copy_rate):
         cu = torch.from_numpy(bounds).int().to(DEVICE)
         q, k, v = random(rows, 3, heads, head_dim, dtype=dtype).unbind(1)
         left = () if parts.qk_norm is None else (torch.ones(rows, device=DEVICE),) * 2
-        ours = microseconds(lambda a=(q, k, v, tiles), left=left: short_attention(*a, head_dim**-0.5, *left))
+        batch = SimpleNamespace(query_tiles=tiles)
+        ours = microseconds(lambda a=(q, k, v, batch), left=left: short_attention(*a, head_dim**-0.5, *left))
         from torch.nn.attention.varlen import varlen_attn
 
         longest = int(lengths.max())

@@ -183,9 +183,7 @@ def by_kernels(spec: ModelSpec, state: State, dtype: torch.dtype) -> PackedModel
     pytest.importorskip("triton")
     fall = torch.tensor(postnorm.slopes(spec.heads))
     model = model_of(spec, state, dtype)
-    own = Backend(
-        "portable", lambda *x: postnorm.by_kernel(*x, slopes=fall, with_descriptors=False), postnorm.steps(True)
-    )
+    own = Backend("portable", lambda *x: postnorm.by_kernel(*x, slopes=fall), postnorm.steps(True))
     return model._with(backend=own)
 
 
@@ -213,38 +211,36 @@ def test_the_trial_refuses_a_kernel_that_differs_from_its_twin(monkeypatch: pyte
     from virnucpro_cli.model.kernels import glue
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    postnorm.try_out(CPU, torch.float16, False)
+    postnorm.try_out(CPU, torch.float16)
     with monkeypatch.context() as patch:
         patch.setattr(postnorm, "slopes", lambda heads: [0.5, 0.1])
-        postnorm.try_out(CPU, torch.float16, False)
+        postnorm.try_out(CPU, torch.float16)
         bias = postnorm._bias
         patch.setattr(postnorm, "_bias", lambda *each: 1.1 * bias(*each))
         with pytest.raises(RuntimeError, match="attention differs"):
-            postnorm.try_out(CPU, torch.float16, False)
+            postnorm.try_out(CPU, torch.float16)
     with monkeypatch.context() as patch:
         patch.setattr(glue, "gated", lambda x: postnorm.gated(torch.cat(x.chunk(2, 1)[::-1], 1)))
         with pytest.raises(RuntimeError, match="gated differs"):
-            postnorm.try_out(CPU, torch.float16, False)
+            postnorm.try_out(CPU, torch.float16)
     with monkeypatch.context() as patch:
         patch.setattr(glue, "add_norm", lambda x, y, norm, eps: None)
         with pytest.raises(RuntimeError, match="add_norm differs"):
-            postnorm.try_out(CPU, torch.float16, False)
+            postnorm.try_out(CPU, torch.float16)
     assert kernels.OPTIONS
 
 
 @pytest.mark.parametrize("lengths", [[2], [31, 32, 33], [64, 65, 63], [200, 97, 2]])
 def test_the_kernel_takes_distances_off_scores_of_any_segment(lengths: list[int]) -> None:
-    """Heads of 64, whose blocks may come through descriptors: the same bits with and without."""
     pytest.importorskip("triton")
     from virnucpro_cli.model.kernels.attention import attention as by_triton
 
     batch, dice = packed([[1] * each for each in lengths], 384), torch.Generator().manual_seed(0)
     q, k, v = torch.randn(384, 3, 3, 64, generator=dice).half().unbind(1)
     fall = torch.tensor(postnorm.slopes(3))
-    found = [by_triton(q, k, v, batch.query_tiles, 0.125, slopes=fall, with_descriptors=each) for each in (True, False)]
-    assert torch.equal(*(each[: batch.used] for each in found))
+    found = by_triton(q, k, v, batch.query_tiles, 0.125, slopes=fall)
     exact = postnorm.by_sdpa(q.double(), k.double(), v.double(), batch, 0.125, slopes=fall.double())
-    assert relative_l2(found[0][: batch.used], exact[: batch.used]) <= 8e-4
+    assert relative_l2(found[: batch.used], exact[: batch.used]) <= 8e-4
 
 
 @pytest.mark.parametrize(("rows", "width"), [(5, 96), (33, 768), (3, 80), (130, 64)])

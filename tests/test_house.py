@@ -78,7 +78,7 @@ def test_flash_attn_is_imported_by_its_adapter_only() -> None:
 def test_cuda_streams_and_events_are_the_runners() -> None:
     streams = [f"torch.cuda.{name}" for name in ("Stream", "Event", "stream")]
     assert users_of(*streams) == {"engine/runner.py"}
-    assert users_of("torch.cuda.current_stream") == {"engine/runner.py", "model/kernels/pingpong.py"}  # launches itself
+    assert users_of("torch.cuda.current_stream") == {"engine/runner.py", "model/kernels/nvrtc.py"}  # launches itself
 
 
 def test_the_environment_is_read_only_for_weights_and_for_batch_systems() -> None:

@@ -25,6 +25,7 @@ pytest.importorskip(
     "triton", None if torch.cuda.is_available() else interpreter.OLDEST, reason="the interpreter needs triton>=3.9"
 )
 from virnucpro_cli.model.kernels import attention, e4m3, fused, linear, norm, portable
+from virnucpro_cli.model.kernels.sums import segment_sums
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -379,6 +380,29 @@ def test_padded_batches_through_the_fused_steps_finish_the_norms_of_queries_and_
     assert relative_l2(rows[1], rows[0]) <= 2e-3
 
 
+# --- sums of segments ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("width", [1, 48, 64, 130])
+def test_sums_of_segments_have_the_bits_of_pytorchs(width: int, skip: int) -> None:
+    """float64 holds every sum of so many fp16 numbers exactly, in whatever order."""
+    lengths = [2, 3, 31, 32, 33, 34, 35, 100]
+    batch, rows = batch_of(lengths, 300), data(300, width, dtype=torch.float16)
+    rows[sum(lengths) :] = float("nan")
+    bounds = batch.cu_seqlens.to(DEVICE)
+    found = segment_sums(rows, bounds, skip)
+    for each, start, stop in zip(found, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        assert torch.equal(each, rows[start + skip : stop - skip].double().sum(0))
+
+
+def test_a_sum_with_what_is_not_a_number_is_none() -> None:
+    rows = data(70, 8, dtype=torch.bfloat16)
+    rows[5, 3] = float("nan")
+    bounds = batch_of([30, 40], 70).cu_seqlens.to(DEVICE)
+    assert segment_sums(rows, bounds, 1).isnan().nonzero().tolist() == [[0, 3]]
+
+
 # --- portable steps --------------------------------------------------------------------------------------------------
 
 
@@ -407,14 +431,6 @@ def test_portable_steps_are_the_same_bits_wherever_a_row_stands() -> None:
     here, there = slice(100, 240), slice(7, 147)
     other[there] = x[here]
     assert torch.equal(portable.inner(x, ready)[here], portable.inner(other, ready)[there])
-
-
-def test_attention_without_descriptors_has_the_bits_of_attention_with_them() -> None:
-    lengths = [1, 40, 64, 130, 200]
-    q, k, v = (data(sum(lengths), 2, 24, dtype=torch.float16, seed=each) for each in range(3))
-    tiles = batch_of(lengths, sum(lengths)).query_tiles.to(DEVICE)
-    one, two = (attention.attention(q, k, v, tiles, 0.2, with_descriptors=each) for each in (True, False))
-    assert torch.equal(one, two)
 
 
 # --- sums of attention maps ------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """Hidden rows of a packed batch to what is stored: pooled and residue rows, accumulated in float64 on the device.
 
-Every sum runs over one segment's rows in order, so its bits do not depend on what else is in the pack.
+Every sum is over one segment's rows alone, in an order of its own: its bits do not depend on what else is in the pack.
 """
+
+from functools import cache
 
 import torch
 
 from virnucpro_cli.batch import Embeddings, PackedBatch
+from virnucpro_cli.model.attention import is_nvidia, kernels_refusal, sm80_refusal
 
 
 def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
@@ -17,7 +20,10 @@ def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 def mean_of_all(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Mean over all tokens of each segment, the first and the last included, float32 [n, D]. Not of windows."""
     offsets = batch.cu_seqlens
-    sums = torch.segment_reduce(_wide(hidden), "sum", offsets=offsets, axis=0, unsafe=True)
+    if _has_kernel(hidden):
+        sums = _by_kernel(hidden, batch, 0)
+    else:
+        sums = torch.segment_reduce(_wide(hidden), "sum", offsets=offsets, axis=0, unsafe=True)
     return (sums / (offsets[1:] - offsets[:-1])[:, None]).float()
 
 
@@ -58,7 +64,35 @@ def residues(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype)
 
 def mean_over_residues(rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Mean of rows [T, m] over the residues of each segment, accumulated in float64: [n, m]."""
-    return _over_residues("sum", _wide(rows), batch) / batch.divisor[:, None]
+    sums = _by_kernel(rows, batch, 1) if _has_kernel(rows) else _over_residues("sum", _wide(rows), batch)
+    return sums / batch.divisor[:, None]
+
+
+def _has_kernel(rows: torch.Tensor) -> bool:
+    return rows.dtype in (torch.float16, torch.bfloat16) and rows.is_contiguous() and _kernel_works(rows.device)
+
+
+def _by_kernel(rows: torch.Tensor, batch: PackedBatch, skip: int) -> torch.Tensor:
+    from virnucpro_cli.model.kernels.sums import segment_sums
+
+    return segment_sums(rows, batch.cu_seqlens, skip)
+
+
+@cache
+def _kernel_works(device: torch.device) -> bool:
+    """Whether Triton adds rows up there, seen by a trial."""
+    if not is_nvidia(device) or sm80_refusal(device, torch.float16) is not None:
+        return False
+
+    def try_out() -> None:
+        from virnucpro_cli.model.kernels.sums import segment_sums
+
+        bounds = torch.tensor([0, 3, 70], device=device, dtype=torch.int32)
+        found = segment_sums(torch.arange(210, device=device).half().view(70, 3), bounds, 1)
+        if found.tolist() != [[3.0, 4.0, 5.0], [7020.0, 7085.0, 7150.0]]:
+            raise RuntimeError("sums of segments are wrong")
+
+    return kernels_refusal(try_out) is None
 
 
 def _over_residues(reduction: str, rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

@@ -33,4 +33,4 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBa
     """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16."""
     from virnucpro_cli.model.kernels.attention import attention
 
-    return attention(q, k, v, batch.query_tiles, scale, with_descriptors=False)
+    return attention(q, k, v, batch.query_tiles, scale)

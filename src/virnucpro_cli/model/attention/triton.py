@@ -4,6 +4,7 @@ import torch
 
 from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.model.attention import describe, kernels_refusal
+from virnucpro_cli.model.spec import stream_dtype
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -22,10 +23,15 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def notes(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """Notes for the user on how this backend computes here; none where all is as it should be."""
-    from virnucpro_cli.model.kernels import pingpong
+    from virnucpro_cli.model.kernels import hopper_attention, pingpong
 
-    refusal = None if dtype == torch.float8_e4m3fn else pingpong.refusal(device, dtype)
-    return () if refusal is None else (f"products are up to a third slower than they could be: {refusal}",)
+    products = None if dtype == torch.float8_e4m3fn else pingpong.refusal(device, dtype)
+    attending = hopper_attention.refusal(device, stream_dtype(dtype))
+    return tuple(
+        f"{what} slower than could be: {refusal}"
+        for what, refusal in (("products are up to a third", products), ("attention is up to a fifth", attending))
+        if refusal is not None
+    )
 
 
 def attention(
@@ -37,6 +43,7 @@ def attention(
     *left: torch.Tensor,
 ) -> torch.Tensor:
     """q, k, v [T, H, Dh] to [T, H, Dh], all float16 or bf16; left: q_scale and k_scale of the kernel, or none."""
-    from virnucpro_cli.model.kernels.attention import attention
+    from virnucpro_cli.model.kernels import attention, hopper_attention
 
-    return attention(q, k, v, batch.query_tiles, scale, *left)
+    way = hopper_attention if hopper_attention.takes(q) else attention
+    return way.attention(q, k, v, batch.query_tiles, scale, *left)

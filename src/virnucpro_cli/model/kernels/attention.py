@@ -1,14 +1,13 @@
 """Variable-length attention for short sequences: tiles of 64 queries of one segment, where FlashAttention-2 takes 128.
 
 A program owns 64 queries of one segment and one head. The segment's last, partly filled block of keys comes first, by
-plain masked loads that are all in flight at once; the full blocks follow, on Hopper those of wide heads through the
-tensor memory accelerator. The order of keys depends on the segment's length alone, so a result is the same anywhere.
+plain masked loads that are all in flight at once; the full blocks follow. The order of keys depends on the segment's
+length alone, so a result is the same anywhere.
 """
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from virnucpro_cli.batch import QUERY_TILE
 from virnucpro_cli.model.kernels import OPTIONS
@@ -19,7 +18,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _attention(
-    q, k, v, keys, values, out, tiles, q_scale, k_scale, slopes, scale, stride, heads,
+    q, k, v, out, tiles, q_scale, k_scale, slopes, scale, stride, heads,
     HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
@@ -54,14 +53,10 @@ def _attention(
     sums = weight  # added up over the keys at the end
     acc = tl.dot(weight.to(v_tile.dtype), v_tile)
     for row in range(start, tail, KEYS):
-        if keys is not None:
-            k_tile = keys.load([row, column])
-            v_tile = values.load([row, column])
-        else:
-            at = (row + key).to(tl.int64)[:, None] * stride + column + d[None, :]
-            k_tile = tl.load(k + at, mask=d[None, :] < HEAD_DIM, other=0.0)
-            v_tile = tl.load(v + at, mask=d[None, :] < HEAD_DIM, other=0.0)
-        score = tl.dot(q_tile, k_tile.T)  # columns of the next head meet zeros in q
+        at = (row + key).to(tl.int64)[:, None] * stride + column + d[None, :]
+        k_tile = tl.load(k + at, mask=d[None, :] < HEAD_DIM, other=0.0)
+        v_tile = tl.load(v + at, mask=d[None, :] < HEAD_DIM, other=0.0)
+        score = tl.dot(q_tile, k_tile.T)
         if q_scale is not None:
             score *= following[None, :]
             following = tl.load(k_scale + min(row + KEYS, tail - KEYS) + key)
@@ -86,14 +81,12 @@ def attention(
     scale: float,
     *left: torch.Tensor,
     slopes: torch.Tensor | None = None,
-    with_descriptors: bool = True,
 ) -> torch.Tensor:
     """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; tiles int32 [n, 3] of `batch.query_tiles`.
 
     Heads of q, k and v are adjacent; they are copied unless their rows are equally far apart. left: float32 [T] twice,
     by which rows of q and of k are still to be multiplied, or nothing. slopes: float32 [H], by which scores fall with
-    each row of distance, or None. with_descriptors: whether blocks of wide heads come through the tensor memory
-    accelerator, which older GPUs lack.
+    each row of distance, or None.
     """
     if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -101,12 +94,9 @@ def attention(
     rows, heads, head_dim = q.shape
     wide = max(16, triton.next_power_of_2(head_dim))
     out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)
-    keys = values = None
-    if with_descriptors and head_dim >= 64:  # narrower blocks come sooner by plain loads
-        keys, values = (TensorDescriptor(x, [rows, heads * head_dim], [x.stride(0), 1], [KEYS, wide]) for x in (k, v))
     registers = 96 if q_scale is not None and wide <= 64 else None  # five programs at a time on a multiprocessor
     _attention[(heads * len(tiles),)](
-        q, k, v, keys, values, out, tiles, q_scale, k_scale, slopes, scale * LOG2_E, q.stride(0), heads,
+        q, k, v, out, tiles, q_scale, k_scale, slopes, scale * LOG2_E, q.stride(0), heads,
         head_dim, wide, QUERY_TILE, KEYS, num_warps=4, num_stages=3, maxnreg=registers, **OPTIONS,
     )  # fmt: skip
     return out

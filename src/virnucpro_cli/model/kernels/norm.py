@@ -35,7 +35,8 @@ def _centred(x, offset, row, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, PAR
 
 @triton.jit
 def _row_scale(x, offset, out, rows, eps, D: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    # The last rows come first: the product before wrote them last, so they are still in the cache.
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)[:, None]
     _, scale = _centred(x, offset, row, rows, eps, D, WIDE, PARTS)
     tl.store(out + row, scale, mask=row < rows)
 

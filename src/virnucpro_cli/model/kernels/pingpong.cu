@@ -8,11 +8,6 @@
 // Compiled with ROWS, COLUMNS, DEPTH, PIECE and STAGES, see `pingpong.py`, ELEMENT (f16 or bf16), HEAD_DIM (16, 24, 32 or
 // 64, for the rotary embedding, else GELU) and SHIFTED (whether there is a shift).
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-struct __align__(64) TensorMap { u64 opaque[16]; };
-
 constexpr int PIECES = COLUMNS / PIECE;
 #ifdef HEAD_DIM
 constexpr int PERIOD = HEAD_DIM / 8;  // blocks of eight columns after which angles come again
@@ -21,24 +16,6 @@ constexpr int PERIOD = 1;
 #endif
 constexpr int X_BYTES = ROWS * DEPTH * 2, W_BYTES = COLUMNS * DEPTH * 2, STAGE = X_BYTES + W_BYTES;
 constexpr int OWN_BYTES = 16 * PIECE * 2;  // what a warp has of a piece; there is room for two
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void begin_barrier(u32 barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 phase) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}"
-        ::"r"(barrier), "r"(phase) : "memory");
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
 
 // Arrive at the barrier that lies there in the shared memory of block `rank` of the pair.
 __device__ __forceinline__ void arrive(u32 barrier, u32 rank) {
@@ -50,12 +27,6 @@ __device__ __forceinline__ void arrive(u32 barrier, u32 rank) {
 
 __device__ __forceinline__ void meet_pair() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void load(u32 to, const TensorMap* from, int column, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-        ::"r"(to), "l"(from), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void load_for_pair(u32 to, const TensorMap* from, int column, int row, u32 barrier) {
@@ -81,24 +52,6 @@ __device__ __forceinline__ void await_turn(int group) { asm volatile("bar.sync %
 __device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory"); }
 
 __device__ __forceinline__ void meet_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
-
-__device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wait_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-
-__device__ __forceinline__ u32 rounded(float first, float second) {
-    u32 both;
-    asm("cvt.rn." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-    return both;
-}
-
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // As `linear.gelu`.
 __device__ __forceinline__ float gelu(float x) {

@@ -1,20 +1,16 @@
 """Linear layers on Hopper that are finished while the next tile is multiplied, by the kernel in `pingpong.cu`.
 
-Functions of `linear`, for folded layers in 16 bit without norms of q and k and without a gate. The kernel is CUDA C++:
-NVRTC and `cuda.bindings`, which come with PyTorch for CUDA, compile it once, and the cache keeps it.
+Functions of `linear`, for folded layers in 16 bit without norms of q and k and without a gate.
 """
 
-import ctypes
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from virnucpro_cli.errors import in_a_line
-from virnucpro_cli.model.keeping import keep, kept
+from virnucpro_cli.model.kernels import nvrtc
 from virnucpro_cli.model.kernels.linear import Folded, Quantised, Rotary, fold
 from virnucpro_cli.model.kernels.norm import row_scale
 from virnucpro_cli.model.kernels.trial import LARGEST_DIFFERENCE, Noise
@@ -25,7 +21,6 @@ ROWS, COLUMNS, DEPTH, PIECE, STAGES, THREADS = 128, 160, 64, 32, 5, 384
 loads in flight, and threads of a block."""
 SHARED = STAGES * (ROWS + COLUMNS) * DEPTH * 2 + 16 * 16 * PIECE * 2 + 16 * STAGES + 1024
 HEAD_DIMS = (16, 24, 32, 64)
-ELEMENTS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def takes(x: torch.Tensor, layer: Folded | Quantised, head_dim: int | None = None) -> bool:
@@ -39,8 +34,8 @@ def takes(x: torch.Tensor, layer: Folded | Quantised, head_dim: int | None = Non
 @cache
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot be used there; None if it can: it was compiled, and is as exact as it should be."""
-    if dtype not in ELEMENTS or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return "it is written for 16 bit and Hopper"
+    if why := nvrtc.refusal(device, dtype):
+        return why
     try:
         with torch.cuda.device(device), torch.inference_mode():
             _try_out(device, dtype)
@@ -64,110 +59,39 @@ def rotary_linear(x: torch.Tensor, layer: Folded, rotary: Rotary) -> tuple[torch
     return out.view(len(x), 3, -1, head_dim).unbind(1)
 
 
-def options(element: str, head_dim: int, shifted: bool) -> list[str]:
+@cache
+def options(element: str, head_dim: int, shifted: bool) -> tuple[str, ...]:
     """Options of the compiler: what the kernel is to do, and the operands of a product, which are too many to write."""
-    outputs = ", ".join(f"%{i}" for i in range(COLUMNS // 2))
-    accumulators = ", ".join(f'"+f"(acc[{i}])' for i in range(COLUMNS // 2))
-    macros: dict[str, Any] = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "PIECE": PIECE, "STAGES": STAGES}
-    macros |= {"ELEMENT": f'"{element}"', "OUTPUTS": f'"{outputs}"', "ACCUMULATORS": accumulators}
+    macros = {
+        "ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "PIECE": PIECE, "STAGES": STAGES, "ELEMENT": f'"{element}"',
+        "OUTPUTS": nvrtc.operands(0, COLUMNS // 2), "ACCUMULATORS": nvrtc.registers("+f", "acc", COLUMNS // 2),
+    }  # fmt: skip
     if head_dim:
         macros["HEAD_DIM"] = head_dim
     if shifted:
         macros["SHIFTED"] = 1
-    return ["--gpu-architecture=sm_90a", "-default-device", *(f"-D{name}={value}" for name, value in macros.items())]
+    return tuple(nvrtc.options(macros))
 
 
-def compiled(source: bytes, options: Sequence[str]) -> bytes:
-    """The machine code of CUDA C++ that includes nothing. Raises RuntimeError with what the compiler says."""
-    from cuda.bindings import nvrtc
-
-    program = _checked(nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), 0, [], []))
-    given = [option.encode() for option in options]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
-    if error != 0:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"{error.name}: {log.decode(errors='replace')}")
-    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, code))
-    _checked(nvrtc.nvrtcDestroyProgram(program))
-    return code
-
-
-def _checked(result: tuple[Any, ...]) -> Any:
-    """The result of a call of `cuda.bindings`. Raises RuntimeError for the error beside it."""
-    error, *found = result
-    if error != 0:
-        raise RuntimeError(f"{type(error).__name__}: {error.name}")
-    return found[0] if found else None
-
-
-def _machine_code(options: Sequence[str]) -> bytes:
-    """The machine code of the kernel, from the cache if it is there."""
-    from cuda.bindings import nvrtc
-
-    source, (_, *version) = SOURCE.read_bytes(), nvrtc.nvrtcVersion()
-    about = "|".join([*options, *map(str, version)]).encode() + source
-    code = kept("kernels", about)
-    if code is None:
-        code = compiled(source, options)
-        keep("kernels", about, code)
-    return code
-
-
-@cache
-def _function(device: torch.device, element: str, head_dim: int, shifted: bool) -> tuple[Any, int]:
-    """The kernel on the device, and how many pairs of blocks run there at a time."""
-    from cuda.bindings import driver
-
-    torch.cuda.synchronize(device)  # the device has a context now, if it had none
-    module = _checked(driver.cuModuleLoadData(_machine_code(options(element, head_dim, shifted))))
-    function = _checked(driver.cuModuleGetFunction(module, b"pingpong"))
-    largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuFuncSetAttribute(function, largest, SHARED))
-    return function, torch.cuda.get_device_properties(device).multi_processor_count // 2
-
-
-@lru_cache(4096)
-def _boxes(address: int, rows: int, width: int, box: int, element: str) -> Any:
-    """How the tensor memory accelerator reads boxes [box, DEPTH] of a matrix [rows, width] in 16 bit."""
-    from cuda.bindings import driver
-
-    types = driver.CUtensorMapDataType
-    return _checked(
-        driver.cuTensorMapEncodeTiled(
-            types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if element == "f16" else types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            2, address, [driver.cuuint64_t(width), driver.cuuint64_t(rows)], [driver.cuuint64_t(2 * width)],
-            [driver.cuuint32_t(DEPTH), driver.cuuint32_t(box)], [driver.cuuint32_t(1), driver.cuuint32_t(1)],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )  # fmt: skip
-
-
-KINDS = (None,) * 2 + (ctypes.c_void_p,) * 6 + (ctypes.c_int,) * 4
+KINDS = (nvrtc.BOXES,) * 2 + (nvrtc.POINTER,) * 6 + (nvrtc.INT,) * 4
 
 
 def _launch(
     x: torch.Tensor, layer: Folded, head_dim: int, rotated: int, table: torch.Tensor | None,
     positions: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    from cuda.bindings import driver
-
-    (rows, depth), columns, element = x.shape, len(layer.weight), ELEMENTS[x.dtype]
+    (rows, depth), columns, element = x.shape, len(layer.weight), nvrtc.ELEMENTS[x.dtype]
     y, scales = torch.empty(rows, columns, dtype=x.dtype, device=x.device), row_scale(x, layer.offset)
-    function, pairs = _function(x.device, element, head_dim, layer.shift is not None)
+    kernel = nvrtc.function(x.device, SOURCE, options(element, head_dim, layer.shift is not None), SHARED)
     pointers = (y, scales, layer.shift, layer.bias, table, positions)
     values = (
-        _boxes(x.data_ptr(), rows, depth, ROWS, element),
-        _boxes(layer.weight.data_ptr(), columns, depth, COLUMNS // 2, element),
+        nvrtc.boxes(x.data_ptr(), (rows, depth), depth, (ROWS, DEPTH), element),
+        nvrtc.boxes(layer.weight.data_ptr(), (columns, depth), depth, (COLUMNS // 2, DEPTH), element),
         *(0 if each is None else each.data_ptr() for each in pointers), rows, columns, depth, rotated,
     )  # fmt: skip
+    pairs = torch.cuda.get_device_properties(x.device).multi_processor_count // 2
     blocks = 2 * min(pairs, -(-rows // (2 * ROWS)) * -(-columns // COLUMNS))
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    _checked(driver.cuLaunchKernel(function, blocks, 1, 1, THREADS, 1, 1, SHARED, stream, (values, KINDS), 0))
+    nvrtc.launch(kernel, (blocks, 1, 1), THREADS, SHARED, values, KINDS, x.device)
     return y
 
 

@@ -44,19 +44,19 @@ def adapted(backend: Backend, spec: ModelSpec, device: torch.device, dtype: torc
 
     Our kernels compute it where they can, whatever the backend, and PyTorch's scaled dot-product attention elsewhere.
     """
-    fall, hopper = torch.tensor(slopes(spec.heads), device=device), backend.name == "triton"
+    fall = torch.tensor(slopes(spec.heads), device=device)
     refusal: str | None = "it has no Triton kernels"
     if backend.wide:
         refusal = "its residual stream is in float32"
     elif is_nvidia(device):
-        refusal = sm80_refusal(device, dtype) or kernels_refusal(partial(try_out, device, dtype, hopper))
+        refusal = sm80_refusal(device, dtype) or kernels_refusal(partial(try_out, device, dtype))
     if refusal is not None:
         notes = (f"{spec.name}: attention by sdpa, a call for each sequence: {refusal}",) if is_nvidia(device) else ()
         return backend._replace(attention=partial(by_sdpa, slopes=fall), steps=steps(False), notes=notes)
     notes = ()
     if backend.name not in KNOWING:
         notes = (f"{spec.name}: attention by our own kernel, since {backend.name} knows no distances",)
-    attend = partial(by_kernel, slopes=fall, with_descriptors=hopper)
+    attend = partial(by_kernel, slopes=fall)
     return backend._replace(attention=attend, steps=steps(True), notes=notes)
 
 
@@ -131,13 +131,12 @@ def gated(x: torch.Tensor) -> torch.Tensor:
 
 
 def by_kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float, *, slopes: torch.Tensor,
-    with_descriptors: bool,
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PackedBatch, scale: float, *, slopes: torch.Tensor
+) -> torch.Tensor:
     """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; slopes: float32 [H]."""
     from virnucpro_cli.model.kernels.attention import attention
 
-    return attention(q, k, v, batch.query_tiles, scale, slopes=slopes, with_descriptors=with_descriptors)
+    return attention(q, k, v, batch.query_tiles, scale, slopes=slopes)
 
 
 def by_sdpa(
@@ -176,7 +175,7 @@ def _bias(slopes: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> to
 # --- trial -----------------------------------------------------------------------------------------------------------
 
 
-def try_out(device: torch.device, dtype: torch.dtype, with_descriptors: bool) -> None:
+def try_out(device: torch.device, dtype: torch.dtype) -> None:
     """Compile the kernels, and compare each with its twin. Raises RuntimeError if one differs."""
     from virnucpro_cli.model.kernels.attention import attention
     from virnucpro_cli.model.kernels.trial import LARGEST_DIFFERENCE, ROWS, SCALE, Noise
@@ -195,7 +194,7 @@ def try_out(device: torch.device, dtype: torch.dtype, with_descriptors: bool) ->
         from virnucpro_cli.model.kernels import glue
 
         low_q, low_k, low_v = (each.to(dtype) for each in qkv)
-        mixed = attention(low_q, low_k, low_v, tiles, SCALE, slopes=fall, with_descriptors=with_descriptors)
+        mixed = attention(low_q, low_k, low_v, tiles, SCALE, slopes=fall)
         found = {
             "attention": (mixed, twin),
             "add_norm": (ours, twins),

@@ -1,7 +1,6 @@
 """A layer of each kind in kernels against its plain twin, on the device at hand, before they are relied on."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +21,12 @@ def try_out(steps: Any, device: torch.device, dtype: torch.dtype) -> None:
 
     Raises RuntimeError if a step differs, and any error of the compiler or the driver.
     """
-    attend = partial(attention, with_descriptors=not steps.__name__.endswith("portable"))
     with torch.cuda.device(device), torch.inference_mode():
         tiles = torch.tensor([[0, 0, ROWS]], device=device, dtype=torch.int32)
         for gated in (False,) if dtype == torch.float8_e4m3fn else (False, True):
             noise = Noise(device)
             layer, inputs = made_up(noise, 64, gated), (noise(ROWS, 64), noise(ROWS, 16, scale=3.0))
-            ours = _results(steps, layer, inputs, dtype, lambda q, k, v, *left: attend(q, k, v, tiles, SCALE, *left))
+            ours = _results(steps, layer, inputs, dtype, lambda q, k, v, *left: attention(q, k, v, tiles, SCALE, *left))
             twins = _results(plain, layer, inputs, torch.float32, _plain_attention)
             for name, twin in twins.items():
                 if not (ours[name] - twin).norm() <= LARGEST_DIFFERENCE[dtype] * twin.norm():
