@@ -8,7 +8,7 @@ ones of natural lengths and four of fragments, `mean` of the last layer, random 
 """
 
 import argparse
-import importlib
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -41,7 +41,7 @@ def serve(name: str, dtype_name: str) -> None:
     weights, esm2, known = module("model.weights"), module("model.esm2"), module("model.spec")
     device, dtype = torch.device("cuda", 0), getattr(torch, DTYPES[dtype_name])
     module("model.packed", "model.esm2").exact_arithmetic()
-    new = not hasattr(esm2, "ESM2")
+    new = importlib.util.find_spec("virnucpro_cli.model.families") is not None
     spec = module("model.families").by_name(name) if new else known.by_name(name)
     rows = devices.auto_token_budget("cuda", torch.cuda.get_device_properties(device).total_memory, spec.hidden, 0)
     make = module("model.families").build if new else esm2.ESM2
