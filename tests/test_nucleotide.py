@@ -222,7 +222,7 @@ def test_virnucpros_files_have_both_halves(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "survived"),
     [("fsync", 0), ("replace", 0), ("replace", 1), ("replace", 2), ("rename", 0), ("pwrite", 60), ("fdatasync", 2),
-     ("fdatasync", 9), ("fdatasync", 15), ("rename_exclusive", 0)],
+     ("fdatasync", 9), ("fdatasync", 13), ("rename_exclusive", 0)],
 )  # fmt: skip
 def test_a_kill_at_any_step_is_made_good_by_the_same_command(
     embed: Embed, told: dict[str, Any], whole: Path, tmp_path: Path, call: str, survived: int
