@@ -18,7 +18,8 @@ from virnucpro_cli.errors import STOP_SIGNALS
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
     ["virnucpro_cli.__main__", "virnucpro_cli.cli", "virnucpro_cli.embed", "virnucpro_cli.exchange.export", "pytest",
-     "virnucpro_cli.predict", "tokenizers", "safetensors.torch", "huggingface_hub.hf_api", "filelock", "triton.runtime.interpreter"]
+     "virnucpro_cli.predict", "tokenizers", "safetensors.torch", "huggingface_hub.hf_api", "filelock", "typer._adapters",
+     "triton.runtime.interpreter", "hypothesis"]
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,9 @@ from slurm import slurm  # noqa: F401  (a fixture)
 from virnucpro_cli.errors import STOP_SIGNALS
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec, State
+
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of tests start Python: each would compile the program again
+sys.dont_write_bytecode = False
 
 if not torch.cuda.is_available():
     interpreter.prepare()
