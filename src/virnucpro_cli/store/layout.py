@@ -8,8 +8,11 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from math import prod
 from typing import Any
 
@@ -34,6 +37,8 @@ LARGEST, SMALLEST = 1 << 16, 1 << 12
 """Bytes of a collection: at most, unless one text takes more; and at least, as HDF5 demands."""
 MOST_OVERHEAD = 56
 """Bytes that a text takes beside its own letters, at most: reference, header, padding, a collection's header."""
+MOST_PACKING = 16
+"""Threads that pack texts, at most; each holds a block of them."""
 _REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("number", "<u4")])
 _GCOL = int.from_bytes(b"GCOL\x01\0\0\0", "little")
 _END_AT = 40
@@ -250,11 +255,7 @@ def lay_out(fd: int, layout: Layout) -> None:
         sink.end()
     end = sink.size
     for offset, names in texts.items():
-        for rows in schema.blocks(names.count):
-            stopping.check()
-            some = names.of(rows.start, rows.stop)
-            packed = some if isinstance(some, Texts) else _packed(some)
-            end = _write_texts(fd, packed, offset + rows.start * _REFERENCE.itemsize, end)
+        end = _write_texts(fd, names, offset, end)
     _move_end(fd, sink.size, end)
     os.ftruncate(fd, end)
 
@@ -320,8 +321,8 @@ def _create_contiguous(
 # Collections lie behind all that HDF5 has written, and the superblock is told where the file ends now.
 
 
-def _collections(texts: Texts, address: int) -> tuple[NDArray[np.uint64], NDArray[Any]]:
-    """Collections that hold texts and lie at an address: uint64 words [W], and the references [n] to the texts."""
+def _collections(texts: Texts) -> tuple[NDArray[np.uint64], NDArray[Any]]:
+    """Collections that hold texts, uint64 words [W], and references [n] to these, as if the first lay at address 0."""
     space = HEADER + texts.counts * WORD
     ends = np.cumsum(space)
     first = [0]  # text of each collection
@@ -343,7 +344,7 @@ def _collections(texts: Texts, address: int) -> tuple[NDArray[np.uint64], NDArra
     words[ranges((at + HEADER) // WORD, texts.counts)] = texts.words
     references = np.empty(len(space), _REFERENCE)
     references["length"], references["number"] = texts.lengths, number
-    references["address"] = address + np.repeat(begins, counts)
+    references["address"] = np.repeat(begins, counts)
     return words, references
 
 
@@ -354,16 +355,33 @@ def _packed(texts: list[str]) -> Texts:
     return Texts.of([text.encode("utf-8", "surrogateescape") for text in texts])
 
 
-def _write_texts(fd: int, texts: Texts, references_at: int, end: int) -> int:
+def _write_texts(fd: int, names: Names, references_at: int, end: int) -> int:
     """Write texts behind the `end` of a file, and the references to them. Returns where the file ends now.
 
-    Raises OSError if the disk fails.
+    Threads pack the next blocks meanwhile: NumPy lets go of Python. Raises OSError if the disk fails.
     """
-    end += -end % WORD
-    words, references = _collections(texts, end)
-    pwrite_all(fd, words.view(np.uint8).data, end)
-    pwrite_all(fd, references.view(np.uint8).data, references_at)
-    return end + words.nbytes
+
+    def packed(rows: slice) -> tuple[NDArray[np.uint64], NDArray[Any]]:
+        texts = names.of(rows.start, rows.stop)
+        return _collections(texts if isinstance(texts, Texts) else _packed(texts))
+
+    threads = min(os.cpu_count() or 1, MOST_PACKING)
+    pool = ThreadPoolExecutor(threads, "names")
+    left = (pool.submit(packed, rows) for rows in schema.blocks(names.count))
+    packing = deque(islice(left, threads + 1))
+    try:
+        while packing:
+            words, references = packing.popleft().result()
+            packing.extend(islice(left, 1))
+            stopping.check()
+            end += -end % WORD
+            references["address"] += end
+            pwrite_all(fd, words.view(np.uint8).data, end)
+            pwrite_all(fd, references.view(np.uint8).data, references_at)
+            end, references_at = end + words.nbytes, references_at + references.nbytes
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return end
 
 
 def _move_end(fd: int, before: int, end: int) -> None:
