@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import stopping
 from virnucpro_cli.kinds import pooled
 from virnucpro_cli.store import schema
-from virnucpro_cli.store.disk import pwrite_all
+from virnucpro_cli.store.disk import pread_all, pwrite_all
 from virnucpro_cli.texts import WORD, Texts, ranges
 
 RUN = {
@@ -382,6 +382,45 @@ def _write_texts(fd: int, names: Names, references_at: int, end: int) -> int:
     finally:
         pool.shutdown(cancel_futures=True)
     return end
+
+
+def texts_as_written(fd: int, references_at: int, start: int, stop: int) -> Texts | None:
+    """The texts of references [start, stop), if they lie as they are written here, else None.
+
+    references_at: where the first reference of all lies. Raises OSError if the disk fails.
+    """
+
+    def read(begin: int, size: int) -> NDArray[np.uint8]:
+        data = np.zeros(size, np.uint8)  # zeros, which are no reference, where the file ends
+        pread_all(fd, data.data, begin)
+        return data
+
+    size = _REFERENCE.itemsize
+    (number,) = read(references_at + start * size, size).view(_REFERENCE)["number"].tolist()
+    begin = start - number + 1  # the first text of its collection
+    if not 0 <= begin <= start:
+        return None
+    found = read(references_at + begin * size, (stop - begin) * size).view(_REFERENCE)
+    numbers, addresses, lengths = (found[name].astype(np.int64) for name in ("number", "address", "length"))
+    firsts = np.flatnonzero(numbers == 1)
+    if not len(firsts) or firsts[0] != 0 or (lengths > os.fstat(fd).st_size).any():
+        return None
+    counts = np.diff(firsts, append=len(numbers))
+    texts = Texts(np.empty(0, np.uint64), lengths)
+    space = HEADER + texts.counts * WORD
+    before = np.cumsum(space) - space
+    at = addresses + HEADER + before - np.repeat(before[firsts], counts)  # of each text's header
+    end, low = int(at[-1] + space[-1]), int(addresses[0])
+    apart = (np.diff(addresses[firsts]) < HEADER).any() or (addresses % WORD).any() or (np.diff(at) < HEADER).any()
+    if apart or low < 0 or end - low > 2 * (space.sum() + LARGEST * len(firsts)):
+        return None
+    words, at = read(low, end - low).view(np.uint64), (at - low) // WORD
+    alike = (numbers == np.arange(len(numbers)) - np.repeat(firsts, counts) + 1).all()
+    alike &= (addresses == np.repeat(addresses[firsts], counts)).all() and (words[at + 1] == lengths).all()
+    if not (alike and ((words[at] & np.uint64(0xFFFF)) == numbers).all() and (words[at[firsts] - 2] == _GCOL).all()):
+        return None
+    own = slice(start - begin, None)
+    return Texts(words[ranges(at[own] + HEADER // WORD, texts.counts[own])], lengths[own]).padded()
 
 
 def _move_end(fd: int, before: int, end: int) -> None:
