@@ -1,5 +1,6 @@
 """Helper processes on this host: a fresh Python each, which calls functions for its parent and cannot outlive it."""
 
+import fcntl
 import os
 import pickle
 import signal
@@ -28,6 +29,9 @@ threading.Thread(target=end_with_parent, daemon=True).start()
 """
 """The first lines of a process that must not outlive its parent, however that ends: another run may soon hold the file.
 The kernel sees to it where it can (PR_SET_PDEATHSIG, SIGKILL), elsewhere a thread."""
+
+PIPE_BYTES = 1 << 20
+"""Room of a pipe for results: the most that Linux gives without asking."""
 
 T = TypeVar("T")
 
@@ -84,6 +88,7 @@ class _Calls:
                 streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
                 self._own.helper = started(code, self.descriptors, **streams)
                 self._all.append(self._own.helper)
+                _widen(self._own.helper.stdout)
             pickle.dump((self.function, task), self._own.helper.stdin, pickle.HIGHEST_PROTOCOL)
             self._own.helper.stdin.flush()
             went_well, found = pickle.load(self._own.helper.stdout)
@@ -105,6 +110,12 @@ class _Calls:
         for helper in self._all:
             with suppress(OSError):  # what it was still to be told
                 helper.communicate()
+
+
+def _widen(pipe: Any) -> None:
+    """Let a pipe hold much, if the system allows it: each time that it is full, two processes wait for each other."""
+    with suppress(AttributeError, OSError):  # Linux alone has it, and limits it
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def serve() -> None:

@@ -42,6 +42,16 @@ class Texts(NamedTuple):
         words, lengths = zip(*several, strict=True)
         return cls(np.concatenate(words), np.concatenate(lengths))
 
+    def take(self, order: NDArray[np.int64]) -> "Texts":
+        """The texts of these numbers (int64 [m]), in their order."""
+        return Texts(self.words[ranges(self.starts[order], self.counts[order])], self.lengths[order])
+
+    def padded(self) -> "Texts":
+        """The same texts, whose last words may be filled up with anything."""
+        part = np.flatnonzero(self.lengths % WORD)
+        self.words[(self.starts + self.counts)[part] - 1] &= _FIRST_BYTES[self.lengths[part] % WORD]
+        return self
+
     @property
     def counts(self) -> NDArray[np.int64]:
         """Words of each text, int64 [n]."""

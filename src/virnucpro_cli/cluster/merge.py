@@ -28,7 +28,7 @@ from virnucpro_cli.processes import cores
 from virnucpro_cli.store import sums
 from virnucpro_cli.store.disk import alone
 from virnucpro_cli.store.schema import HALVES, chunks
-from virnucpro_cli.texts import ranges
+from virnucpro_cli.texts import Texts, ranges
 
 if TYPE_CHECKING:
     from virnucpro_cli.store.parts import Half
@@ -243,10 +243,10 @@ def _layout(parts: list[_Part], fingerprint: dict[str, Any]) -> store.Layout:
     """Layout of the merged file. Columns are copied from the shards; rows still to be copied are pending."""
     n = sum(len(part.records) for part in parts)
 
-    def names(start: int, stop: int) -> list[str]:
-        return _gathered(
-            parts, start, stop, lambda part, rows: np.array(part.file.names_of(rows.start, rows.stop), object)
-        ).tolist()
+    def names(start: int, stop: int) -> Texts:
+        spans = [(part, *np.searchsorted(part.records, (start, stop)).tolist()) for part in parts]
+        texts = Texts.joined([part.file.name_texts(a, b) for part, a, b in spans if a < b])
+        return texts.take(np.argsort(np.concatenate([part.records[a:b] for part, a, b in spans])))
 
     environments = list(dict.fromkeys(line for part in parts for line in _environments(part)))
     spec = parts[0].file.dataset(fingerprint["pool"][0], fingerprint["layers"][0])

@@ -74,7 +74,9 @@ def rounded(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     if values.dtype != np.float32 or dtype != np.float16:
         return np.ascontiguousarray(values, dtype)
     own = values if values.flags.writeable else values.copy()  # Ray's are not, of which PyTorch warns
-    return torch.from_numpy(np.ascontiguousarray(own)).half().numpy()
+    into = np.empty(values.shape, np.float16)  # which the store may keep: it owns its memory
+    torch.from_numpy(into).copy_(torch.from_numpy(np.ascontiguousarray(own)))
+    return into
 
 
 def is_limit(writing: float, seconds: float, beside: bool) -> bool:
@@ -102,8 +104,9 @@ class Placer:
         self.flag = 0
         self.started = self.last_commit = time.perf_counter()
         self.writing = 0.0  # seconds
-        self._members = np.argsort(job.decisions.representative, kind="stable")
-        self._sorted_representatives = job.decisions.representative[self._members]
+        representative = job.decisions.representative
+        self._members = np.argsort(representative, kind="stable")
+        self._first = np.append(0, np.cumsum(np.bincount(representative, minlength=len(representative))))
         self._windows: dict[int, tuple[Pooled, Residue]] = {}  # by segment
         self._beside = ThreadPoolExecutor(2, "disk")  # one to write, and one to wait for the disk
         self._commit: Future[None] | None = None
@@ -167,18 +170,20 @@ class Placer:
 
     def rows_of(self, records: Int64) -> tuple[Int64, Int64]:
         """Rows of representatives [n] and their copies, and the position of each's representative; both int64 [m]."""
-        first = np.searchsorted(self._sorted_representatives, records, side="left")
-        counts = np.searchsorted(self._sorted_representatives, records, side="right") - first
+        first = self._first[records]
+        counts = self._first[records + 1] - first
         source = np.repeat(np.arange(len(records)), counts)
         return self._members[ranges(first, counts)], source
 
     def _place_whole(self, record: Int64, chosen: Int64, rows: Rows) -> None:
         places, source = self.rows_of(record[chosen])
         row_sums = np.zeros(len(places), np.uint64)
+        is_all, has_copies = len(chosen) == len(record), len(places) > len(chosen)
         for (kind, layer), values in rows.pooled.items():
-            stored = rounded(values[chosen], np.dtype(np.float32) if kind == "unmasked" else self.store_dtype)
+            own = values if is_all else values[chosen]
+            stored = rounded(own, np.dtype(np.float32) if kind == "unmasked" else self.store_dtype)
             row_sums += sums.of_rows(f"{kind}/{layer}", stored)[source]
-            self.file.place(kind, layer, places, stored[source])
+            self.file.place(kind, layer, places, stored[source] if has_copies else stored)
         starts = np.cumsum(rows.seqlens) - rows.seqlens + 1
         for layer, values in rows.residue.items():
             row_sums += self._place_residues(layer, places, values, starts[chosen][source])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import alphabet
 from virnucpro_cli.fasta import reading
 from virnucpro_cli.fasta.reading import Source
-from virnucpro_cli.texts import Texts, names_in
+from virnucpro_cli.texts import Texts, names_in, ranges
 
 AHEAD, MOST_AHEAD, FEWEST_AHEAD = 1 << 23, 1 << 27, 32  # bytes, bytes, records
 AT_ONCE = 1024
@@ -97,14 +97,14 @@ class RecordTable:
 
         There is no `<cls>` and no `<eos>`. Raises UserError if the file has changed.
         """
-        texts = list(self._texts(records))
-        text, end = b"".join(texts), np.cumsum([len(each) for each in texts])
-        start = np.append(0, end[:-1])
-        newline = np.append(np.flatnonzero(np.frombuffer(text, np.uint8) == NEWLINE), len(text))
+        text, sizes = self._joined(records)
+        end = np.cumsum(sizes)
+        start = end - sizes
+        newline = np.append(np.flatnonzero(text == NEWLINE), len(text))
         step = np.zeros(len(text) + 1, np.int8)
         step[start] += 1
         step[np.minimum(newline[np.searchsorted(newline, start)], end)] -= 1  # where the header ends
-        codes = np.frombuffer(bytearray(text.translate(self.read_as.text)), np.uint8)
+        codes = np.frombuffer(bytearray(text.tobytes().translate(self.read_as.text)), np.uint8)
         codes[np.cumsum(step[:-1], dtype=np.int8) > 0] = alphabet.SPACE
         if (codes == alphabet.LESS).any():  # a `<mask>`, perhaps: many bytes for one token
             return np.frombuffer(b"".join(self.token_ids(records)), np.uint8)
@@ -146,18 +146,35 @@ class RecordTable:
         return (text.partition(b"\n")[2] for text in self._texts(records))
 
     def _texts(self, records: NDArray[np.int64]) -> Iterator[bytes]:
-        """The text of each record, header included.
+        """The text of each record, header included."""
+        if (near := self._near_to(records)) is None:
+            yield from (source.read(at, size) for source, at, size in self._spans(records))
+            return
+        text, start, sizes = near
+        yield from (text[at : at + size] for at, size in zip(start.tolist(), sizes.tolist(), strict=True))
+
+    def _joined(self, records: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The same, one behind the other, uint8 [bytes of all], and the bytes of each, int64 [n]."""
+        if (near := self._near_to(records)) is None:
+            texts = list(self._texts(records))
+            return np.frombuffer(b"".join(texts), np.uint8), np.array(list(map(len, texts)), np.int64)
+        text, start, sizes = near
+        return np.frombuffer(text, np.uint8).take(ranges(start, sizes), mode="clip"), sizes
+
+    def _near_to(self, records: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64], NDArray[np.int64]] | None:
+        """A text that holds those of many records that lie near each other, with start and size of each, int64 [n].
 
         Between the first and the last of a pack's records lie those of packs to come: one read is cheaper than many.
         """
-        spans = self._spans(records)
-        if len(records) >= FEWEST_AHEAD:
-            (source, start, _), (other, last, size) = spans[records.argmin()], spans[records.argmax()]
-            if source is other and last + size - start <= MOST_AHEAD:
-                begin, text = self._around(source, start, last + size)
-                yield from (text[at - begin : at - begin + size] for _, at, size in spans)
-                return
-        yield from (source.read(at, size) for source, at, size in spans)
+        if len(records) < FEWEST_AHEAD:
+            return None
+        which, start, sizes = self._places(records)
+        first, last = records.argmin(), records.argmax()
+        begin, end = int(start[first]), int(start[last] + sizes[last])
+        if which[first] != which[last] or end - begin > MOST_AHEAD:
+            return None
+        near, text = self._around(self.sources[which[first]], begin, end)
+        return text, start - near, sizes
 
     def _around(self, source: Source, start: int, stop: int) -> tuple[int, bytes]:
         """Bytes [start, stop) of a source and some more, and where they begin."""
@@ -179,13 +196,17 @@ class RecordTable:
 
     def _spans(self, records: NDArray[np.int64]) -> list[tuple[Source, int, int]]:
         """Source, offset in it and size of the text (header included) of each record."""
+        which, start, sizes = self._places(records)
+        sources = map(self.sources.__getitem__, which.tolist())
+        return list(zip(sources, start.tolist(), sizes.tolist(), strict=True))
+
+    def _places(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The same with the number of the source, int64 [n] each."""
         bases = np.array([source.base for source in self.sources], np.int64)
         start = self.offset[records]
         which = np.searchsorted(bases, start, side="right") - 1
         ends = bases + [source.size for source in self.sources]
-        size = np.minimum(self._following(records), ends[which]) - start
-        sources = map(self.sources.__getitem__, which.tolist())
-        return list(zip(sources, (start - bases[which]).tolist(), size.tolist(), strict=True))
+        return which, start - bases[which], np.minimum(self._following(records), ends[which]) - start
 
     def names(self, start: int, stop: int, full: bool = False) -> list[str]:
         """Names of the records [start, stop): the header up to the first white space, or all of it.

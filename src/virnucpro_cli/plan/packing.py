@@ -136,7 +136,7 @@ def first_fit_decreasing(lengths: NDArray[np.int32] | Int64, token_budget: int) 
     each as it has room for, which is a cumulative sum of those capacities cut at c. All indices are int64.
     """
     cost = np.asarray(lengths, np.int64) + SPECIAL_TOKENS
-    order = np.argsort(-cost, kind="stable")
+    order = _stable_order(int(cost.max(initial=0)) - cost)
     sorted_cost = cost[order]
     pack_of = np.empty(len(cost), np.int64)  # of the sorted segments
     changes = np.flatnonzero(np.diff(sorted_cost)) + 1
@@ -164,7 +164,13 @@ def first_fit_decreasing(lengths: NDArray[np.int32] | Int64, token_budget: int) 
             open_ids, open_room = open_ids[usable], open_room[usable]
 
     tokens = np.bincount(pack_of, weights=sorted_cost, minlength=n_packs).astype(np.int64)
-    return Plan.of(order[np.argsort(pack_of, kind="stable")], np.bincount(pack_of), tokens, token_budget)
+    return Plan.of(order[_stable_order(pack_of)], np.bincount(pack_of), tokens, token_budget)
+
+
+def _stable_order(values: Int64) -> Int64:
+    """The order, int64 [n], that sorts values (int64 [n], none below 0); NumPy sorts those of 16 bits by radix."""
+    small = int(values.max(initial=0)) < 1 << 16
+    return np.argsort(values.astype(np.uint16) if small else values, kind="stable")
 
 
 BLOCK = 1 << 17

@@ -8,8 +8,11 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from math import prod
 from typing import Any
 
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import stopping
 from virnucpro_cli.kinds import pooled
 from virnucpro_cli.store import schema
-from virnucpro_cli.store.disk import pwrite_all
+from virnucpro_cli.store.disk import pread_all, pwrite_all
 from virnucpro_cli.texts import WORD, Texts, ranges
 
 RUN = {
@@ -34,6 +37,8 @@ LARGEST, SMALLEST = 1 << 16, 1 << 12
 """Bytes of a collection: at most, unless one text takes more; and at least, as HDF5 demands."""
 MOST_OVERHEAD = 56
 """Bytes that a text takes beside its own letters, at most: reference, header, padding, a collection's header."""
+MOST_PACKING = 16
+"""Threads that pack texts, at most; each holds a block of them."""
 _REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("number", "<u4")])
 _GCOL = int.from_bytes(b"GCOL\x01\0\0\0", "little")
 _END_AT = 40
@@ -250,11 +255,7 @@ def lay_out(fd: int, layout: Layout) -> None:
         sink.end()
     end = sink.size
     for offset, names in texts.items():
-        for rows in schema.blocks(names.count):
-            stopping.check()
-            some = names.of(rows.start, rows.stop)
-            packed = some if isinstance(some, Texts) else _packed(some)
-            end = _write_texts(fd, packed, offset + rows.start * _REFERENCE.itemsize, end)
+        end = _write_texts(fd, names, offset, end)
     _move_end(fd, sink.size, end)
     os.ftruncate(fd, end)
 
@@ -320,8 +321,8 @@ def _create_contiguous(
 # Collections lie behind all that HDF5 has written, and the superblock is told where the file ends now.
 
 
-def _collections(texts: Texts, address: int) -> tuple[NDArray[np.uint64], NDArray[Any]]:
-    """Collections that hold texts and lie at an address: uint64 words [W], and the references [n] to the texts."""
+def _collections(texts: Texts) -> tuple[NDArray[np.uint64], NDArray[Any]]:
+    """Collections that hold texts, uint64 words [W], and references [n] to these, as if the first lay at address 0."""
     space = HEADER + texts.counts * WORD
     ends = np.cumsum(space)
     firsts, stops = np.array([*schema.chunks(np.append(0, ends), len(space), LARGEST - HEADER)]).T
@@ -339,7 +340,7 @@ def _collections(texts: Texts, address: int) -> tuple[NDArray[np.uint64], NDArra
     words[ranges((at + HEADER) // WORD, texts.counts)] = texts.words
     references = np.empty(len(space), _REFERENCE)
     references["length"], references["number"] = texts.lengths, number
-    references["address"] = address + np.repeat(begins, counts)
+    references["address"] = np.repeat(begins, counts)
     return words, references
 
 
@@ -350,16 +351,72 @@ def _packed(texts: list[str]) -> Texts:
     return Texts.of([text.encode("utf-8", "surrogateescape") for text in texts])
 
 
-def _write_texts(fd: int, texts: Texts, references_at: int, end: int) -> int:
+def _write_texts(fd: int, names: Names, references_at: int, end: int) -> int:
     """Write texts behind the `end` of a file, and the references to them. Returns where the file ends now.
 
-    Raises OSError if the disk fails.
+    Threads pack the next blocks meanwhile: NumPy lets go of Python. Raises OSError if the disk fails.
     """
-    end += -end % WORD
-    words, references = _collections(texts, end)
-    pwrite_all(fd, words.view(np.uint8).data, end)
-    pwrite_all(fd, references.view(np.uint8).data, references_at)
-    return end + words.nbytes
+
+    def packed(rows: slice) -> tuple[NDArray[np.uint64], NDArray[Any]]:
+        texts = names.of(rows.start, rows.stop)
+        return _collections(texts if isinstance(texts, Texts) else _packed(texts))
+
+    threads = min(os.cpu_count() or 1, MOST_PACKING)
+    pool = ThreadPoolExecutor(threads, "names")
+    left = (pool.submit(packed, rows) for rows in schema.blocks(names.count))
+    packing = deque(islice(left, threads + 1))
+    try:
+        while packing:
+            words, references = packing.popleft().result()
+            packing.extend(islice(left, 1))
+            stopping.check()
+            end += -end % WORD
+            references["address"] += end
+            pwrite_all(fd, words.view(np.uint8).data, end)
+            pwrite_all(fd, references.view(np.uint8).data, references_at)
+            end, references_at = end + words.nbytes, references_at + references.nbytes
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return end
+
+
+def texts_as_written(fd: int, references_at: int, start: int, stop: int) -> Texts | None:
+    """The texts of references [start, stop), if they lie as they are written here, else None.
+
+    references_at: where the first reference of all lies. Raises OSError if the disk fails.
+    """
+
+    def read(begin: int, size: int) -> NDArray[np.uint8]:
+        data = np.zeros(size, np.uint8)  # zeros, which are no reference, where the file ends
+        pread_all(fd, data.data, begin)
+        return data
+
+    size = _REFERENCE.itemsize
+    (number,) = read(references_at + start * size, size).view(_REFERENCE)["number"].tolist()
+    begin = start - number + 1  # the first text of its collection
+    if not 0 <= begin <= start:
+        return None
+    found = read(references_at + begin * size, (stop - begin) * size).view(_REFERENCE)
+    numbers, addresses, lengths = (found[name].astype(np.int64) for name in ("number", "address", "length"))
+    firsts = np.flatnonzero(numbers == 1)
+    if not len(firsts) or firsts[0] != 0 or (lengths > os.fstat(fd).st_size).any():
+        return None
+    counts = np.diff(firsts, append=len(numbers))
+    texts = Texts(np.empty(0, np.uint64), lengths)
+    space = HEADER + texts.counts * WORD
+    before = np.cumsum(space) - space
+    at = addresses + HEADER + before - np.repeat(before[firsts], counts)  # of each text's header
+    end, low = int(at[-1] + space[-1]), int(addresses[0])
+    apart = (np.diff(addresses[firsts]) < HEADER).any() or (addresses % WORD).any() or (np.diff(at) < HEADER).any()
+    if apart or low < 0 or end - low > 2 * (space.sum() + LARGEST * len(firsts)):
+        return None
+    words, at = read(low, end - low).view(np.uint64), (at - low) // WORD
+    alike = (numbers == np.arange(len(numbers)) - np.repeat(firsts, counts) + 1).all()
+    alike &= (addresses == np.repeat(addresses[firsts], counts)).all() and (words[at + 1] == lengths).all()
+    if not (alike and ((words[at] & np.uint64(0xFFFF)) == numbers).all() and (words[at[firsts] - 2] == _GCOL).all()):
+        return None
+    own = slice(start - begin, None)
+    return Texts(words[ranges(at[own] + HEADER // WORD, texts.counts[own])], lengths[own]).padded()
 
 
 def _move_end(fd: int, before: int, end: int) -> None:

@@ -29,7 +29,9 @@ from virnucpro_cli.store.checked import (
     opened_hdf5,
     reading,
 )
+from virnucpro_cli.store.layout import texts_as_written
 from virnucpro_cli.store.schema import DONE, NAME_BLOCK, PENDING, STATUS_NAMES, blocks, chunks, unfit, whole_lines
+from virnucpro_cli.texts import Texts
 
 if TYPE_CHECKING:
     import anndata
@@ -254,6 +256,15 @@ class EmbeddingFile:
     def names_of(self, start: int, stop: int) -> list[str]:
         """The names of a range of records, read from the file."""
         return self.texts("sequence_ids", start, stop)
+
+    def name_texts(self, start: int, stop: int) -> Texts:
+        """The same, packed. Names that lie in the file as this program writes them are not read by HDF5."""
+        with reading(self.path):
+            at, fd = self.at("sequence_ids").id.get_offset(), self._file.id.get_vfd_handle()
+            texts = texts_as_written(fd, at, start, stop) if at is not None and 0 <= start < stop <= len(self) else None
+        if texts is not None:
+            return texts
+        return Texts.of([name.encode("utf-8", "surrogateescape") for name in self.names_of(start, stop)])
 
     def names_at(self, rows: NDArray[np.int64]) -> list[str]:
         """The names of records (int64 [n]), in that order; the file's names are read in blocks, not held."""

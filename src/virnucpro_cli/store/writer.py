@@ -64,6 +64,17 @@ def _extents(file: h5py.File, path: Path) -> dict[str, Extent]:
     return extents
 
 
+def _in_order(parts: list[NDArray[Any]], order: NDArray[np.int64]) -> NDArray[Any]:
+    """The rows `order` (int64 [n]) of all parts [.., D] behind one another, which are copied once."""
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    values, begin = np.empty((len(order), *parts[0].shape[1:]), parts[0].dtype), 0
+    for part in parts:
+        values[place[begin : begin + len(part)]] = part
+        begin += len(part)
+    return values
+
+
 class Store:
     """A laid-out file, locked by this process, filled row by row.
 
@@ -298,7 +309,7 @@ class Store:
         for name, parts in self._staged.items():
             rows = np.concatenate([rows for rows, _ in parts])
             order = np.argsort(rows, kind="stable")
-            rows, values = rows[order], np.concatenate([values for _, values in parts])[order]
+            rows, values = rows[order], _in_order([values for _, values in parts], order)
             runs = np.cumsum(np.diff(rows, prepend=rows[0]) > 1)  # a row that was placed twice is of one run
             long = np.bincount(runs)[runs] >= least
             if long.all():
