@@ -202,6 +202,12 @@ class TestAttentionOnHopper:
                 )
                 assert torch.equal(alone, whole[start:stop])
 
+    def test_queries_keys_and_values_may_lie_apart(self, head_dim: int, dtype: torch.dtype) -> None:
+        rows = qkv(dtype, head_dim)
+        q, k, v = rows.unbind(1)
+        found = hopper_attention.attention(q.clone(), k.clone(), v, tiles_of(BOUNDS), head_dim**-0.5)
+        assert torch.equal(found[: BOUNDS[-1]], attended(rows))
+
     def test_what_is_not_a_number_stays_in_its_segment(self, head_dim: int, dtype: torch.dtype) -> None:
         rows = qkv(dtype, head_dim)
         whole, start, stop = attended(rows), BOUNDS[12], BOUNDS[13]

@@ -63,9 +63,11 @@ def attention(
 ) -> torch.Tensor:
     """q, k, v [T, H, Dh] to [T, H, Dh], float16 or bf16; tiles int32 [n, 3] of `batch.query_tiles`.
 
-    Heads of q, k and v are adjacent, and their rows equally far apart. left: float32 [T] twice, by which rows of q and
-    of k are still to be multiplied, or nothing.
+    Heads of q, k and v are adjacent; they are copied unless their rows are equally far apart. left: float32 [T] twice,
+    by which rows of q and of k are still to be multiplied, or nothing.
     """
+    if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     rows, heads, head_dim = q.shape
     element, count = nvrtc.ELEMENTS[q.dtype], len(tiles)
     out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)
