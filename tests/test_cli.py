@@ -428,3 +428,19 @@ def test_a_word_or_number_that_no_option_may_be_is_refused_by_the_fields_name(co
         if bad is not None:
             with pytest.raises(UserError, match=f"{field.flag} (is|has) {bad!r}|{field.flag} (is|has) {bad}"):
                 config(**{name: (bad,) if field.several else bad})
+
+
+ENDING = """
+import atexit, sys
+from virnucpro_cli import __main__, cli
+class Late:
+    def __del__(self): print("taken apart")
+late = Late()
+cli.main = lambda: (atexit.register(print, "last words"), print("first words", end=" "), sys.exit(3))
+__main__.main()
+"""
+
+
+def test_the_program_ends_with_its_code_after_all_last_words_and_is_not_taken_apart() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "first words last words\n")
