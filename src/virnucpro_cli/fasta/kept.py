@@ -289,7 +289,7 @@ class _Spools:
         self.open.close()
 
     def write(self, name: str, values: NDArray[Any]) -> None:
-        """Append values [n] or [n, 2] to a column."""
+        """Append values [n] or [n, 2] to a column, in its dtype."""
         data = np.ascontiguousarray(values).view(np.uint8).reshape(-1).data
         self.hashers[name].update(data)
         self.files[name].write(data)

@@ -111,7 +111,7 @@ class TokenFile:
         self.file = new
 
     def mapped(self) -> NDArray[np.uint16]:
-        """All of the file as uint16, in which a block's tokens lie from its `first` on. It is not locked any more."""
+        """All of the file, uint16 [n], in which a block's tokens lie from its `first` on. It is not locked any more."""
         if not self.at:
             return np.empty(0, np.uint16)
         with ExitStack() as stack:

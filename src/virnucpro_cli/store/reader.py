@@ -427,7 +427,7 @@ class EmbeddingFile:
         return self.at("{}/{}".format(*self.kind_and_layer(kind, layer)))
 
     def rows_at(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """A row of a dataset and those that follow it, [count, D]. HDF5 is passed by: threads do not wait for another.
+        """A row of a dataset and those that follow it, [count, D] in its dtype. HDF5 is passed by: threads wait for none.
 
         Raises UserError if the file was cut short.
         """
@@ -449,7 +449,7 @@ class EmbeddingFile:
         return self.mapped(self.dataset(kind, layer))
 
     def mapped(self, data: h5py.Dataset) -> NDArray[Any]:
-        """A dataset of the file as a read-only memory map, in its dtype and shape; see `array`."""
+        """A dataset of the file, [n, D], as a read-only memory map in its dtype; see `array`."""
         offset = data.id.get_offset()
         if offset is None:  # it is empty
             return data[:]

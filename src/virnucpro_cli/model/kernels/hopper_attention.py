@@ -21,7 +21,7 @@ KINDS = (nvrtc.POINTER,) * 7 + (nvrtc.FLOAT,) + (nvrtc.INT,) * 3
 
 
 def takes(q: torch.Tensor) -> bool:
-    """Whether the kernel is for such heads [T, H, Dh]."""
+    """Whether the kernel is for such heads [T, H, Dh] and their dtype."""
     return q.shape[2] in HEAD_DIMS and refusal(q.device, q.dtype) is None
 
 

@@ -112,7 +112,7 @@ def quantised_norm(x: torch.Tensor, offset: torch.Tensor, step: float) -> torch.
 
 
 def launch(kernel, x: torch.Tensor, *others: torch.Tensor | float, eps: float = LAYER_NORM_EPS) -> None:  # type: ignore[no-untyped-def]
-    """Run a kernel of LayerNorm on the rows of x [T, D]; others: its further arguments before the number of rows."""
+    """Run a kernel of LayerNorm on the rows of x [T, D], float16 or bf16; others: its further arguments before T."""
     rows, d = x.shape
     wide = d & -d  # the largest power of two that divides it: 5 parts for all sizes of ESM-2 but one
     block = max(1, 256 // wide)  # a warp holds 16 bytes a thread; rows spread over several would change their layout

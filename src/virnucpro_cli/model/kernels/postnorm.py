@@ -70,7 +70,7 @@ def steps(kernels: bool) -> Any:
         add, gate = glue.add_norm, glue.gated
 
     def add_attention(x: torch.Tensor, mixed: torch.Tensor, layer: Layer) -> None:
-        """x [T, D] = LayerNorm(x + the output projection of attention's result [T, H, Dh])."""
+        """x [T, D] = LayerNorm(x + the output projection of attention's result [T, H, Dh]), in the dtype of x."""
         add(x, F.linear(mixed.reshape(x.shape), *layer.out), layer.norm1, EPS)
 
     def inner(x: torch.Tensor, layer: Layer) -> torch.Tensor:
@@ -78,7 +78,7 @@ def steps(kernels: bool) -> Any:
         return gate(F.linear(x.to(layer.fc1[0].dtype), layer.fc1[0]))
 
     def add_inner(x: torch.Tensor, inner: torch.Tensor, layer: Layer) -> None:
-        """x [T, D] = LayerNorm(x + fc2(inner [T, F]))."""
+        """x [T, D] = LayerNorm(x + fc2(inner [T, F])), in the dtype of x."""
         add(x, F.linear(inner, *layer.fc2), layer.norm2, EPS)
 
     return SimpleNamespace(
@@ -101,7 +101,7 @@ def prepare(layers: Iterable[Layer], norm: Pair, head_dim: int, dtype: torch.dty
 
 
 def no_rotary(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> int:
-    """Width of a head: all that is used of tables [L, Dh / 2]."""
+    """Width of a head: all that is used of tables [L, Dh / 2], float32."""
     return 2 * cos.shape[1]
 
 
