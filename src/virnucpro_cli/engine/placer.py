@@ -70,7 +70,7 @@ def rows_of(batch: PackedBatch, embeddings: Embeddings) -> Rows:
 
 
 def rounded(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The values [n, D] in float16 or float32, in one piece. PyTorch rounds to float16 as NumPy does, many times as fast."""
+    """The values [n, D] in float16 or float32, in one piece. PyTorch rounds as NumPy does, many times as fast."""
     if values.dtype != np.float32 or dtype != np.float16:
         return np.ascontiguousarray(values, dtype)
     own = values if values.flags.writeable else values.copy()  # Ray's are not, of which PyTorch warns

@@ -427,7 +427,7 @@ class EmbeddingFile:
         return self.at("{}/{}".format(*self.kind_and_layer(kind, layer)))
 
     def rows_at(self, name: str, first: int, count: int) -> NDArray[Any]:
-        """A row of a dataset and those that follow it, [count, D] in its dtype. HDF5 is passed by: threads wait for none.
+        """A row of a dataset and those behind it, [count, D] in its dtype. HDF5 is passed by: threads wait for none.
 
         Raises UserError if the file was cut short.
         """

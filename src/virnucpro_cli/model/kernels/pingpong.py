@@ -24,7 +24,7 @@ HEAD_DIMS = (16, 24, 32, 64)
 
 
 def takes(x: torch.Tensor, layer: Folded | Quantised, head_dim: int | None = None) -> bool:
-    """Whether the functions here are for such rows [T, K], their dtype and the layer. head_dim: of its rotary embedding."""
+    """Whether the functions here are for rows [T, K] of that dtype and the layer. head_dim: of its rotary embedding."""
     if not isinstance(layer, Folded) or layer.gain is not None or head_dim not in (None, *HEAD_DIMS):
         return False
     columns, depth = layer.weight.shape
