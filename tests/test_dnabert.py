@@ -534,7 +534,8 @@ def test_validate_passes_an_honest_run_and_fails_every_mistake(
         monkeypatch.setattr(
             invariance, "packing", lambda *_: iter(())
         )  # it takes most of the time, and is not asked here
-    verdict = validate_model(model=str(small), device="cpu", sample=24 if mistake is None else 8)
+    sizes: dict[str, Any] = {"sample": 24} if mistake is None else {"sample": 8, "max_residues": 100}
+    verdict = validate_model(model=str(small), device="cpu", **sizes)
     failed = {part.split(":")[0] for part in verdict.failed_parts}
     assert failed == set() if mistake is None else "Semantics" in failed
 

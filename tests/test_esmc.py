@@ -459,10 +459,10 @@ def test_validate_passes_an_honest_run_of_esmc_and_fails_every_mistake(
     assert failed == set() if mistake is None else "Semantics" in failed
 
 
-def test_validate_passes_esmc_in_fp16_and_its_bits_are_those_of_any_company(small: Path) -> None:
-    verdict = validate_model(
-        model=str(small), device="cpu", dtype="fp16", sample=9, max_residues=200, token_budget=2048
-    )
+def test_validate_passes_esmc_in_fp16_and_its_bits_are_those_of_any_company(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "in.fasta"
+    path.write_text("".join(f">{i}\n{each}\n" for i, each in enumerate([*proteins(40, 190), *ODD[-2:]])))
+    verdict = validate_model(model=str(small), fasta=str(path), device="cpu", dtype="fp16", token_budget=2048)
     assert verdict.passed, verdict.failed_parts
     packing = [check for check in verdict.checks if check.part.startswith("Packing") and check.limit]
     assert len(packing) == 6 and all(check.limit == "bitwise" and check.worst == 0 for check in packing)

@@ -971,6 +971,7 @@ def grouped(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return folder / "out.h5"
 
 
+@WHOLE
 @pytest.mark.parametrize("to", ["csv", "npy", "parquet", "anndata", "keyed-h5", "broad"])
 @pytest.mark.parametrize("kind", ["mean", "length_weighted_mean", "max"])
 def test_rows_of_groups_are_rows_of_a_table(tmp_path: Path, grouped: Path, to: str, kind: str) -> None:
