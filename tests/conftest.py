@@ -44,7 +44,10 @@ for _number in STOP_SIGNALS:  # ignored by nohup and by a shell's `&`, and then 
 ROOT = Path(__file__).parent.parent
 VIRAL = ROOT / "examples" / "viral_proteins.fasta"
 TINY = ModelSpec("tiny", 2, 32, 4)
-LONGEST = ("test_ray.py", "test_recipes.py")
+LONGEST = (
+    "test_ray.py", "test_recipes.py", "test_layouts.py", "test_kernels.py", "test_faults.py", "test_lucavirus.py",
+    "test_dnabert.py", "test_esmc.py", "test_workers.py",
+)  # fmt: skip
 Reported = TypeVar("Reported", pytest.TestReport, pytest.CollectReport)
 
 
@@ -63,7 +66,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process is left with one at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    turns = {name: turn for turn, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turns.get(item.path.name, len(turns)))
 
 
 def failed_if_skipped(config: pytest.Config, report: Reported) -> Reported:

@@ -113,6 +113,12 @@ def written(folder: Path, layout: str, model: Any) -> Path:
 
 LAYOUTS = ["transformers", "sharded", "encoder", "engine", "esm 3.2", "esm 3.2 in safetensors"]
 
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("esmc") / "hf", "transformers", transformers_model())
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -129,14 +135,15 @@ def test_esmc_is_transformers_own_model(sizes: tuple[int, int, int], tmp_path: P
     spec = ModelSpec("wide", *sizes, "esmc")
     state = weights.random_state(spec, seed=2)
     sequences, layers = [*proteins(3, 130), *ODD], tuple(dict.fromkeys((0, 1, sizes[0] // 2, sizes[0])))
-    wanted = [expected(Reference(spec, state), sequence, layers) for sequence in sequences]
+    judge = Reference(spec, state)
+    wanted = [expected(judge, sequence, layers) for sequence in sequences]
     assert_within_gates(embed(packed_model(spec, state), sequences, tmp_path, layers), wanted)
 
 
 def test_a_long_protein_has_transformers_rows(tmp_path: Path) -> None:
     state = weights.random_state(SMALL, seed=2)
-    sequences = proteins(1022, 2500)
-    wanted = [expected(Reference(SMALL, state), sequence, (1, 2, 4)) for sequence in sequences]
+    sequences, judge = proteins(1022, 2500), Reference(SMALL, state)
+    wanted = [expected(judge, sequence, (1, 2, 4)) for sequence in sequences]
     assert_within_gates(embed(packed_model(SMALL, state), sequences, tmp_path, (1, 2, 4)), wanted)
 
 
@@ -349,11 +356,10 @@ def test_texts_of_a_share_say_how_their_family_reads(tmp_path: Path) -> None:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_contacts_and_fp8_are_refused_in_a_sentence(tmp_path: Path) -> None:
-    folder = written(tmp_path / "hf", "transformers", transformers_model())
+def test_contacts_and_fp8_are_refused_in_a_sentence(small: Path, tmp_path: Path) -> None:
     (tmp_path / "in.fasta").write_text(">a\nMKVL\n")
     with pytest.raises(UserError, match="has no contact regression"):
-        embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(folder), device="cpu", emit=("contacts",))
+        embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(small), device="cpu", emit=("contacts",))
     backend = attention.resolve("sdpa", CPU, torch.float32)
     with pytest.raises(UserError, match="is not computed in fp8: there are no scales for ESM C yet"):
         families.build(SMALL, weights.random_state(SMALL), torch.float8_e4m3fn, CPU, backend)
@@ -438,25 +444,25 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", [None, *MISTAKES])
 def test_validate_passes_an_honest_run_of_esmc_and_fails_every_mistake(
-    mistake: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    mistake: str | None, small: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    folder = written(tmp_path / "hf", "transformers", transformers_model())
-    path = tmp_path / "in.fasta"
-    path.write_text("".join(f">{i}\n{each}\n" for i, each in enumerate([*proteins(40, 150, 250, 90), *ODD[:6]])))
+    path, lengths = tmp_path / "in.fasta", (40, 150, 250, 90) if mistake is None else (90,)
+    path.write_text("".join(f">{i}\n{each}\n" for i, each in enumerate([*proteins(*lengths), *ODD[:6]])))
     if mistake is not None:
         MISTAKES[mistake](monkeypatch)
         monkeypatch.setattr(
             invariance, "packing", lambda *_: iter(())
         )  # it takes most of the time, and is not asked here
-    verdict = validate_model(model=str(folder), fasta=str(path), device="cpu")
+    verdict = validate_model(model=str(small), fasta=str(path), device="cpu")
     assert verdict.environment["reference"].startswith("transformers ")
     failed = {part.split(":")[0] for part in verdict.failed_parts}
     assert failed == set() if mistake is None else "Semantics" in failed
 
 
-def test_validate_passes_esmc_in_fp16_and_its_bits_are_those_of_any_company(tmp_path: Path) -> None:
-    folder = written(tmp_path / "hf", "transformers", transformers_model())
-    verdict = validate_model(model=str(folder), device="cpu", dtype="fp16", sample=9, max_residues=200)
+def test_validate_passes_esmc_in_fp16_and_its_bits_are_those_of_any_company(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "in.fasta"
+    path.write_text("".join(f">{i}\n{each}\n" for i, each in enumerate([*proteins(40, 190), *ODD[-2:]])))
+    verdict = validate_model(model=str(small), fasta=str(path), device="cpu", dtype="fp16", token_budget=2048)
     assert verdict.passed, verdict.failed_parts
     packing = [check for check in verdict.checks if check.part.startswith("Packing") and check.limit]
     assert len(packing) == 6 and all(check.limit == "bitwise" and check.worst == 0 for check in packing)

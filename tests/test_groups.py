@@ -108,12 +108,11 @@ def test_rows_of_groups_are_what_numpy_makes_of_the_rows_of_their_members(
     assert verify.verify_file(str(path)).passed
 
 
-def test_bits_do_not_depend_on_budget_workers_or_blocks(
+def test_bits_do_not_depend_on_budget_or_blocks(
     embed_groups: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = contents(embed_groups())
     assert contents(embed_groups("budget.h5", token_budget=1024)) == expected
-    assert contents(embed_groups("workers.h5", token_budget=1024, workers=2)) == expected
     monkeypatch.setattr(
         groups, "BLOCK_BYTES", 3 * 8 * 32
     )  # three members at once, so that groups are in several blocks

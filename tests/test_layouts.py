@@ -202,6 +202,7 @@ def test_files_keyed_by_sequence_have_the_documented_keys_and_names(
             np.testing.assert_array_equal(file[key], rows(i, kind))
 
 
+@WHOLE
 def test_files_of_bio_embeddings_are_read_as_keyed_h5(made: Path, tmp_path: Path, rows: Callable[..., Any]) -> None:
     with h5py.File(tmp_path / "reduced_embeddings_file.h5", "w") as file:
         for i in DISTINCT:
@@ -251,6 +252,7 @@ def test_a_protein_that_was_given_up_has_no_rows_that_are_anothers(
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
+@WHOLE
 def test_names_that_were_changed_are_reported(made: Path, tmp_path: Path) -> None:
     summary = export.export_file(str(made / "out.h5"), "keyed-h5", str(tmp_path / "x.h5"))
     assert any("'a/b' is 'a_b'" in note and "'twice_2'" in note for note in summary.notes)
@@ -267,6 +269,7 @@ def test_a_possible_name_is_a_file_name(tmp_path: Path, name: str) -> None:
 # --- what is refused, and what is left -------------------------------------------------------------------------------
 
 
+@WHOLE
 @pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.name)
 def test_a_target_is_replaced_only_when_told_and_whole(
     made: Path, tmp_path: Path, layout: Any, monkeypatch: pytest.MonkeyPatch
@@ -291,7 +294,7 @@ def test_a_target_is_replaced_only_when_told_and_whole(
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("room", [0, 500])
+@pytest.mark.parametrize(("chunks", "room"), [(1 << 26, 0), (1 << 26, 500), (1, 500)], indirect=["chunks"])
 def test_a_full_disk_is_one_message_of_the_target_and_leaves_nothing(
     made: Path, tmp_path: Path, layout: Any, room: int
 ) -> None:
@@ -305,6 +308,7 @@ def test_a_full_disk_is_one_message_of_the_target_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@WHOLE
 @pytest.mark.parametrize("kind", ["mean", "residue"])
 def test_scikit_bio_knows_a_protein_by_a_letter_for_each_residue(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     path, out = tmp_path / "in.fasta", tmp_path / "out.h5"
@@ -615,29 +619,29 @@ def test_what_was_exported_comes_back_in_the_order_of_the_fasta(made: Path, tmp_
         assert all(file.reason[file.status == store.SKIPPED] > 0)
 
 
+@WHOLE
 @pytest.mark.parametrize("gaps", ["keep", "strip", "x"])
-@pytest.mark.parametrize("to", ["parquet", "keyed-h5", "biotrainer"])
-def test_rows_of_aligned_proteins_come_back_as_they_were_read(
-    tmp_path: Path, tiny_model: Path, to: str, gaps: str
-) -> None:
+def test_rows_of_aligned_proteins_come_back_as_they_were_read(tmp_path: Path, tiny_model: Path, gaps: str) -> None:
     (tmp_path / "in.fasta").write_text(">a\nMK-VLAGWYKK\n>b\nMKV.LWWG\n>c\nMKVLAA\n>d\nMKVLAGWYKK\n")
     embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(tiny_model), device="cpu", gaps=gaps)
-    export.export_file(str(tmp_path / "out.h5"), to, str(tmp_path / "there"))
-    importing.import_file(
-        str(tmp_path / "there"), str(tmp_path / "back.h5"), None, (str(tmp_path / "in.fasta"),), str(tiny_model), None
-    )
-    with store.read_embeddings(tmp_path / "out.h5") as file, store.read_embeddings(tmp_path / "back.h5") as back:
-        np.testing.assert_array_equal(back[:], file[:])
-        assert back.lengths.tolist() == file.lengths.tolist()
-        assert back.columns["gaps"][:].tolist() == file.columns["gaps"][:].tolist() == [1, 1, 0, 0]
-    assert verify.verify_file(str(tmp_path / "back.h5")).passed
+    for to in ("parquet", "keyed-h5", "biotrainer"):
+        there, back = tmp_path / f"there {to}", tmp_path / f"{to}.h5"
+        export.export_file(str(tmp_path / "out.h5"), to, str(there))
+        importing.import_file(str(there), str(back), None, (str(tmp_path / "in.fasta"),), str(tiny_model), None)
+        with store.read_embeddings(tmp_path / "out.h5") as file, store.read_embeddings(back) as again:
+            np.testing.assert_array_equal(again[:], file[:])
+            assert again.lengths.tolist() == file.lengths.tolist()
+            assert again.columns["gaps"][:].tolist() == file.columns["gaps"][:].tolist() == [1, 1, 0, 0]
+        assert verify.verify_file(str(back)).passed
 
 
+@WHOLE
 @pytest.mark.parametrize("to", ["npy", "parquet", "anndata", "csv", "tsv"])
 def test_tables_come_back_without_a_fasta(made: Path, tmp_path: Path, to: str) -> None:
     same(made / "out.h5", there_and_back(made, tmp_path, to, "mean", fasta=False), "mean")
 
 
+@WHOLE
 @pytest.mark.parametrize("to", ["keyed-h5", "fair-esm", "virnucpro", "broad", "npy", "biotrainer"])
 def test_rows_follow_their_names_into_a_fasta_of_another_order(made: Path, tmp_path: Path, to: str, rows: Any) -> None:
     order = [9, 0, 8, 3]
@@ -725,6 +729,7 @@ def test_a_fasta_without_any_of_the_proteins_is_refused(made: Path, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.fasta", "x.npy", "x.tsv"]
 
 
+@WHOLE
 @pytest.mark.parametrize("fasta", [True, False])
 def test_inspect_verify_and_export_know_an_imported_file(
     made: Path, tmp_path: Path, fasta: bool, capsys: pytest.CaptureFixture[str]
@@ -847,6 +852,7 @@ def test_a_database_of_two_models_is_refused_by_their_names(tmp_path: Path) -> N
         imported(tmp_path / "x.h5", tmp_path / "out.h5")
 
 
+@WHOLE
 @pytest.mark.parametrize("how", ["whole", "first five", "strings", "nullable"])
 def test_h5ad_files_that_anndata_wrote_come_back(made: Path, tmp_path: Path, how: str) -> None:
     import anndata
@@ -957,19 +963,26 @@ def test_a_table_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     assert names == ["007"] and rows["mean"].tolist() == [[1.5, 2]]
 
 
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("grouped")
+    (folder / "in.fasta").write_text(">a_1\nMKV\n>b_1\nMKVLL\n>a_2\nGGTRS\n>c_1\n\n")
+    embed_fasta(folder / "in.fasta", folder / "out.h5", model=str(tiny_model), device="cpu", group_regex="^(.)_")
+    return folder / "out.h5"
+
+
+@WHOLE
 @pytest.mark.parametrize("to", ["csv", "npy", "parquet", "anndata", "keyed-h5", "broad"])
 @pytest.mark.parametrize("kind", ["mean", "length_weighted_mean", "max"])
-def test_rows_of_groups_are_rows_of_a_table(tmp_path: Path, tiny_model: Path, to: str, kind: str) -> None:
-    (tmp_path / "in.fasta").write_text(">a_1\nMKV\n>b_1\nMKVLL\n>a_2\nGGTRS\n>c_1\n\n")
-    embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(tiny_model), device="cpu", group_regex="^(.)_")
+def test_rows_of_groups_are_rows_of_a_table(tmp_path: Path, grouped: Path, to: str, kind: str) -> None:
     target = tmp_path / f"x{layouts.named(to).suffix}"
-    export.export_file(str(tmp_path / "out.h5"), to, str(target), (f"groups/{kind}",))
+    export.export_file(str(grouped), to, str(target), (f"groups/{kind}",))
     found = [
         (entry.name, entry.skipped, np.asarray(row))
         for entry in layouts.named(to).read(target)
         for row in entry.values.values()
     ]
-    with store.read_embeddings(tmp_path / "out.h5") as file:
+    with store.read_embeddings(grouped) as file:
         expected = dict(zip(file.groups.ids, file.groups.rows(kind)[:], strict=True))
     there = [name for name, skipped, _ in found if not skipped]
     assert there == ["a", "b"]

@@ -15,6 +15,7 @@ from virnucpro_cli import cli, store
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.features import groups
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import read_embeddings
@@ -137,9 +138,11 @@ def test_skipped_proteins_have_nan_copies_their_originals_and_verify_agrees(
     assert verify.verify_file(str(tmp_path / "out.h5"), (str(fasta),), None).passed
 
 
-def test_workers_shards_and_a_merge_give_the_same_scores(tmp_path: Path, make_fasta: Make, model: Path) -> None:
-    fasta = make_fasta(LENGTHS * 4)
-    expected = embed(fasta, tmp_path / "one.h5", model, emit=ALL)
+def test_workers_give_the_same_scores_and_groups_and_shards_and_a_merge_the_same_scores(
+    tmp_path: Path, make_fasta: Make, model: Path
+) -> None:
+    fasta, grouped = make_fasta(LENGTHS * 4), {"emit": ALL, "group_regex": "^(p[12])."}
+    expected = embed(fasta, tmp_path / "one.h5", model, **grouped)
     for part in ("1/2", "2/2"):
         embed_fasta(str(fasta), str(tmp_path / "all.h5"), model=str(model), device="cpu", emit=ALL, shard=part)
     merge.merge_shards(str(tmp_path / "all.h5"))
@@ -147,8 +150,13 @@ def test_workers_shards_and_a_merge_give_the_same_scores(tmp_path: Path, make_fa
     with read_embeddings(tmp_path / "one.h5") as one, read_embeddings(tmp_path / "all.h5") as merged:
         np.testing.assert_array_equal(*(file.dataset("unmasked", "logits")[:] for file in (one, merged)))
     assert verify.verify_file(str(tmp_path / "all.h5"), (str(fasta),), None).passed
-    two = embed(fasta, tmp_path / "two.h5", model, workers=2, token_budget=1024)
+    two = embed(fasta, tmp_path / "two.h5", model, workers=2, token_budget=1024, **grouped)
     np.testing.assert_allclose(two, expected, rtol=1e-6)
+    with read_embeddings(tmp_path / "one.h5") as one, read_embeddings(tmp_path / "two.h5") as other:
+        assert one.groups is not None and other.groups is not None
+        assert one.groups.ids == other.groups.ids == ["p1", "p2"] and np.array_equal(one.groups.of, other.groups.of)
+        for kind in groups.KINDS:
+            np.testing.assert_array_equal(one.groups.rows(kind)[:], other.groups.rows(kind)[:])
 
 
 def test_a_score_that_is_not_finite_ends_as_skipped(tmp_path: Path, make_fasta: Make, model: Path) -> None:

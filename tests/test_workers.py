@@ -117,7 +117,7 @@ def threads_of(pid: int) -> list[str]:
 
 def test_several_workers_make_the_file_of_one(case: Case, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
-    counts = case.embed(output, workers=3)
+    counts = case.embed(output, workers=2)
     assert counts["skipped"] == sum(i % 97 == 3 for i in range(600))
     case.check(output)
 
