@@ -24,7 +24,7 @@ from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange import export, importing, layouts
 from virnucpro_cli.exchange.layouts import target as places
-from virnucpro_cli.exchange.layouts.layout import possible
+from virnucpro_cli.exchange.layouts.layout import Keys, possible
 from virnucpro_cli.explore import inspect
 from virnucpro_cli.store import reader
 from virnucpro_cli.validation import verify
@@ -1040,3 +1040,10 @@ def test_an_import_never_replaces_what_it_reads(made: Path, tmp_path: Path) -> N
         importing.import_file(str(keyed), str(tmp_path / "x.h5"), overwrite=True)
     (tmp_path / "x.h5").unlink()
     assert everything(tmp_path) == before
+
+
+def test_what_is_said_of_changed_names_is_short_however_long_they_are() -> None:
+    names = ["a/" + "x" * 70_000, "b"]
+    keys = Keys(lambda start, stop: names[start:stop], 2, 200)
+    keys(0, 2)
+    assert keys.described.startswith("1 name changed to be possible and unique: 'a/xxx") and len(keys.described) < 1000

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import counted
+from virnucpro_cli.errors import counted, shortened
 from virnucpro_cli.kinds import POOLED
 from virnucpro_cli.store import DONE, REASONS, STATUS_NAMES, EmbeddingFile, blocks
 from virnucpro_cli.store.schema import hashes
@@ -241,7 +241,7 @@ class Keys:
     def described(self) -> str:
         """Words for the names that were changed; empty if none was."""
         what = f"{counted(self.changed, 'name')} changed to be possible and unique: {', '.join(self.examples)}"
-        return what if self.changed else ""
+        return shortened(what) if self.changed else ""
 
 
 def _is_among(value: int, ordered: NDArray[np.int64]) -> bool:
