@@ -8,7 +8,8 @@ from contextlib import suppress
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    atexit.register(_leave)
+    ends_with = list[object]()
+    atexit.register(_leave, ends_with)
     try:
         from virnucpro_cli import cli
     except KeyboardInterrupt:  # before the command line has its own handler
@@ -17,19 +18,16 @@ def main() -> None:
     try:
         cli.main()
     except SystemExit as end:
-        _ends_with.append(end.code)
+        ends_with.append(end.code)
         raise
 
 
-_ends_with = list[object]()
-
-
-def _leave() -> None:
-    """End at once: Python would take PyTorch apart for half a second.
+def _leave(ends_with: list[object]) -> None:
+    """End at once with the code, if there is one: Python would take PyTorch apart for half a second.
 
     What is registered first is called last, so all that others have to do at the end is done, and threads have ended.
     """
-    if _ends_with and isinstance(code := _ends_with[0], int):
+    if ends_with and isinstance(code := ends_with[0], int):
         with suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()

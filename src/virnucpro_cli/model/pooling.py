@@ -20,11 +20,7 @@ def mean(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 def mean_of_all(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Mean over all tokens of each segment, the first and the last included, float32 [n, D]. Not of windows."""
     offsets = batch.cu_seqlens
-    if _has_kernel(hidden):
-        sums = _by_kernel(hidden, batch, 0)
-    else:
-        sums = torch.segment_reduce(_wide(hidden), "sum", offsets=offsets, axis=0, unsafe=True)
-    return (sums / (offsets[1:] - offsets[:-1])[:, None]).float()
+    return (_sums(hidden, batch, 0) / (offsets[1:] - offsets[:-1])[:, None]).float()
 
 
 def bos(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
@@ -64,18 +60,18 @@ def residues(hidden: torch.Tensor, batch: PackedBatch, store_dtype: torch.dtype)
 
 def mean_over_residues(rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Mean of rows [T, m] over the residues of each segment, accumulated in float64: [n, m]."""
-    sums = _by_kernel(rows, batch, 1) if _has_kernel(rows) else _over_residues("sum", _wide(rows), batch)
-    return sums / batch.divisor[:, None]
+    return _sums(rows, batch, 1) / batch.divisor[:, None]
 
 
-def _has_kernel(rows: torch.Tensor) -> bool:
-    return rows.dtype in (torch.float16, torch.bfloat16) and rows.is_contiguous() and _kernel_works(rows.device)
+def _sums(rows: torch.Tensor, batch: PackedBatch, skip: int) -> torch.Tensor:
+    """Sums of rows [T, m] over each segment without its first and last `skip` (0 or 1) rows, in float64: [n, m]."""
+    if rows.dtype in (torch.float16, torch.bfloat16) and rows.is_contiguous() and _kernel_works(rows.device):
+        from virnucpro_cli.model.kernels.sums import segment_sums
 
-
-def _by_kernel(rows: torch.Tensor, batch: PackedBatch, skip: int) -> torch.Tensor:
-    from virnucpro_cli.model.kernels.sums import segment_sums
-
-    return segment_sums(rows, batch.cu_seqlens, skip)
+        return segment_sums(rows, batch.cu_seqlens, skip)
+    if skip:
+        return _over_residues("sum", _wide(rows), batch)
+    return torch.segment_reduce(_wide(rows), "sum", offsets=batch.cu_seqlens, axis=0, unsafe=True)
 
 
 @cache

@@ -344,7 +344,7 @@ def _collections(texts: Texts) -> tuple[NDArray[np.uint64], NDArray[Any]]:
     return words, references
 
 
-def _packed(texts: list[str]) -> Texts:
+def packed(texts: list[str]) -> Texts:
     """Texts of any source, packed. Raises ValueError for a NUL byte, at which HDF5 would end a text."""
     if any("\0" in text for text in texts):
         raise ValueError("a text of HDF5 has no NUL byte")
@@ -357,13 +357,13 @@ def _write_texts(fd: int, names: Names, references_at: int, end: int) -> int:
     Threads pack the next blocks meanwhile: NumPy lets go of Python. Raises OSError if the disk fails.
     """
 
-    def packed(rows: slice) -> tuple[NDArray[np.uint64], NDArray[Any]]:
+    def collected(rows: slice) -> tuple[NDArray[np.uint64], NDArray[Any]]:
         texts = names.of(rows.start, rows.stop)
-        return _collections(texts if isinstance(texts, Texts) else _packed(texts))
+        return _collections(texts if isinstance(texts, Texts) else packed(texts))
 
     threads = min(os.cpu_count() or 1, MOST_PACKING)
     pool = ThreadPoolExecutor(threads, "names")
-    left = (pool.submit(packed, rows) for rows in schema.blocks(names.count))
+    left = (pool.submit(collected, rows) for rows in schema.blocks(names.count))
     packing = deque(islice(left, threads + 1))
     try:
         while packing:

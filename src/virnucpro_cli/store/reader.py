@@ -29,7 +29,7 @@ from virnucpro_cli.store.checked import (
     opened_hdf5,
     reading,
 )
-from virnucpro_cli.store.layout import texts_as_written
+from virnucpro_cli.store.layout import packed, texts_as_written
 from virnucpro_cli.store.schema import DONE, NAME_BLOCK, PENDING, STATUS_NAMES, blocks, chunks, unfit, whole_lines
 from virnucpro_cli.texts import Texts
 
@@ -264,7 +264,7 @@ class EmbeddingFile:
             texts = texts_as_written(fd, at, start, stop) if at is not None and 0 <= start < stop <= len(self) else None
         if texts is not None:
             return texts
-        return Texts.of([name.encode("utf-8", "surrogateescape") for name in self.names_of(start, stop)])
+        return packed(self.names_of(start, stop))
 
     def names_at(self, rows: NDArray[np.int64]) -> list[str]:
         """The names of records (int64 [n]), in that order; the file's names are read in blocks, not held."""

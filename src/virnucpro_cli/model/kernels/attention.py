@@ -73,6 +73,13 @@ def _attention(
     tl.store(to, (acc / tl.sum(sums, 1)[:, None]).to(out.dtype.element_ty), mask=valid)
 
 
+def equally_apart(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k, v [T, H, Dh] of any dtype, copied unless their rows are equally far apart: those of plain steps are not."""
+    if q.stride(0) == k.stride(0) == v.stride(0):
+        return q, k, v
+    return q.contiguous(), k.contiguous(), v.contiguous()
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -88,8 +95,7 @@ def attention(
     by which rows of q and of k are still to be multiplied, or nothing. slopes: float32 [H], by which scores fall with
     each row of distance, or None.
     """
-    if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = equally_apart(q, k, v)
     q_scale, k_scale = left or (None, None)
     rows, heads, head_dim = q.shape
     wide = max(16, triton.next_power_of_2(head_dim))

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from virnucpro_cli.model.kernels import OPTIONS
-from virnucpro_cli.model.kernels.linear import gelu
+from virnucpro_cli.model.kernels.linear import gelu, silu
 from virnucpro_cli.model.kernels.norm import launch, place
 from virnucpro_cli.model.kernels.plain import Pair
 
@@ -43,7 +43,7 @@ def _gated(x, out, width, BY_GELU: tl.constexpr, COLUMNS: tl.constexpr):
     at, inside = x + row * 2 * width + column, column < width
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
-    gate = gelu(gate) if BY_GELU else gate / (1.0 + tl.exp2(gate * -1.4426950408889634))
+    gate = gelu(gate) if BY_GELU else silu(gate)
     tl.store(out + row * width + column, (gate * up).to(out.dtype.element_ty), mask=inside)
 
 

@@ -7,6 +7,8 @@
 // BLOCKS (on a multiprocessor), HEADS (of a block), perhaps LEFT (rows of q and of k are still to be multiplied), and
 // operands of products, see `hopper_attention.py`.
 
+#define INFINITY __int_as_float(0x7f800000)
+
 constexpr int KEYS = 64, THREADS = 128;
 constexpr int WIDE = HEAD_DIM <= 16 ? 16 : HEAD_DIM <= 32 ? 32 : 64;
 constexpr int ROW = WIDE * 2, TILE = KEYS * ROW, PARTS = WIDE / 8;  // bytes; parts of 16 bytes of a row

@@ -8,15 +8,16 @@ import numpy as np
 import torch
 
 from virnucpro_cli.batch import QUERY_TILE, query_tiles
-from virnucpro_cli.errors import in_a_line
 from virnucpro_cli.model.kernels import nvrtc
-from virnucpro_cli.model.kernels.attention import LOG2_E
-from virnucpro_cli.model.kernels.trial import LARGEST_DIFFERENCE, Noise
+from virnucpro_cli.model.kernels.attention import LOG2_E, equally_apart
+from virnucpro_cli.model.kernels.trial import Noise, must_agree
 
 SOURCE = Path(__file__).with_suffix(".cu")
 HEAD_DIMS = (16, 24, 32, 64)
 KEYS, HEADS, THREADS, LARGEST_GRID = QUERY_TILE, 4, 128, 32768
 """Keys of a block, as many as queries of a tile; heads and threads of a block; blocks in one direction of a grid."""
+TUNED = {16: (2, 5), 24: (2, 5), 32: (2, 5), 64: (1, 4)}
+"""By size of head: blocks of keys that are loaded early, and blocks of threads on a multiprocessor."""
 KINDS = (nvrtc.POINTER,) * 7 + (nvrtc.FLOAT,) + (nvrtc.INT,) * 3
 
 
@@ -28,18 +29,7 @@ def takes(q: torch.Tensor) -> bool:
 @cache
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot be used there; None if it can: it was compiled, and is as exact as it should be."""
-    if why := nvrtc.refusal(device, dtype):
-        return why
-    try:
-        with torch.cuda.device(device), torch.inference_mode():
-            _try_out(device, dtype)
-    except Exception as error:  # no NVRTC, no cuda.bindings, another driver ...
-        return in_a_line(error)[:200]
-    return None
-
-
-TUNED = {16: (2, 5), 24: (2, 5), 32: (2, 5), 64: (1, 4)}
-"""By size of head: blocks of keys that are loaded early, and blocks of threads on a multiprocessor."""
+    return nvrtc.refusal(device, dtype, _try_out)
 
 
 @cache
@@ -66,8 +56,7 @@ def attention(
     Heads of q, k and v are adjacent; they are copied unless their rows are equally far apart. left: float32 [T] twice,
     by which rows of q and of k are still to be multiplied, or nothing.
     """
-    if not q.stride(0) == k.stride(0) == v.stride(0):  # of the plain steps
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = equally_apart(q, k, v)
     rows, heads, head_dim = q.shape
     element, count = nvrtc.ELEMENTS[q.dtype], len(tiles)
     out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)
@@ -90,5 +79,4 @@ def _try_out(device: torch.device, dtype: torch.dtype) -> None:
         for start, stop in itertools.pairwise(bounds):
             ours, *wide = (each[start:stop].float().transpose(0, 1) for each in (found, q, k, v))
             twin = torch.softmax(wide[0] @ wide[1].mT, -1) @ wide[2]
-            if not (ours - twin).norm() <= LARGEST_DIFFERENCE[dtype] * twin.norm():
-                raise RuntimeError("it differs from PyTorch")
+            must_agree(ours, twin, dtype, "it differs from PyTorch")

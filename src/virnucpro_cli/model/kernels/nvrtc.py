@@ -4,26 +4,37 @@ NVRTC and `cuda.bindings`, which come with PyTorch for CUDA, compile them. Each 
 """
 
 import ctypes
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from virnucpro_cli.errors import in_a_line
 from virnucpro_cli.model.keeping import keep, kept
 
 COMMON = Path(__file__).with_name("hopper.cuh")
 ELEMENTS = {torch.float16: "f16", torch.bfloat16: "bf16"}
-POINTER, INT, FLOAT, BOXES = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, None
+POINTER, INT, FLOAT, DESCRIPTOR = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, None
 """Kinds of arguments of a kernel."""
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no kernel here can be used there, or None."""
-    if dtype in ELEMENTS and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
-        return None
-    return "it is written for 16 bit and Hopper"
+def refusal(
+    device: torch.device, dtype: torch.dtype, try_out: Callable[[torch.device, torch.dtype], None]
+) -> str | None:
+    """Why a kernel here cannot be used there; None if it can: it was compiled, and is as exact as it should be.
+
+    try_out: compares it with PyTorch, and raises if it differs.
+    """
+    if dtype not in ELEMENTS or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "it is written for 16 bit and Hopper"
+    try:
+        with torch.cuda.device(device), torch.inference_mode():
+            try_out(device, dtype)
+    except Exception as error:  # no NVRTC, no cuda.bindings, another driver ...
+        return in_a_line(error)[:200]
+    return None
 
 
 def source(file: Path) -> bytes:
@@ -96,33 +107,14 @@ def function(device: torch.device, file: Path, options: tuple[str, ...], shared:
     return kernel
 
 
-@lru_cache(4096)
-def boxes(address: int, shape: tuple[int, int], stride: int, box: tuple[int, int], element: str) -> Any:
-    """How the tensor memory accelerator reads boxes of a matrix in 16 bit, whose rows are `stride` numbers apart.
-
-    shape and box: rows and columns. Rows of a box are swizzled over 128 bytes.
-    """
-    from cuda.bindings import driver
-
-    types, wide, one = driver.CUtensorMapDataType, driver.cuuint64_t, driver.cuuint32_t(1)
-    return checked(
-        driver.cuTensorMapEncodeTiled(
-            types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if element == "f16" else types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            2, address, [wide(shape[1]), wide(shape[0])], [wide(2 * stride)],
-            [driver.cuuint32_t(box[1]), driver.cuuint32_t(box[0])], [one, one],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )  # fmt: skip
-
-
 def launch(
     kernel: Any, blocks: tuple[int, int, int], threads: int, shared: int, values: tuple[Any, ...],
     kinds: tuple[Any, ...], device: torch.device,
 ) -> None:  # fmt: skip
-    """Start the kernel on the device's current stream. values: numbers, addresses, and what `boxes` says."""
+    """Start the kernel on the device's current stream.
+
+    values: numbers, addresses, and descriptors of the tensor memory accelerator; kinds: of each.
+    """
     from cuda.bindings import driver
 
     stream = torch.cuda.current_stream(device).cuda_stream

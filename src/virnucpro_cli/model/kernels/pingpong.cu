@@ -8,6 +8,8 @@
 // Compiled with ROWS, COLUMNS, DEPTH, PIECE and STAGES, see `pingpong.py`, ELEMENT (f16 or bf16), HEAD_DIM (16, 24, 32 or
 // 64, for the rotary embedding, else GELU) and SHIFTED (whether there is a shift).
 
+struct __align__(64) TensorMap { u64 opaque[16]; };
+
 constexpr int PIECES = COLUMNS / PIECE;
 #ifdef HEAD_DIM
 constexpr int PERIOD = HEAD_DIM / 8;  // blocks of eight columns after which angles come again
@@ -16,6 +18,28 @@ constexpr int PERIOD = 1;
 #endif
 constexpr int X_BYTES = ROWS * DEPTH * 2, W_BYTES = COLUMNS * DEPTH * 2, STAGE = X_BYTES + W_BYTES;
 constexpr int OWN_BYTES = 16 * PIECE * 2;  // what a warp has of a piece; there is room for two
+
+__device__ __forceinline__ void begin_barrier(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void wait(u32 barrier, u32 phase) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}"
+        ::"r"(barrier), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void load(u32 to, const TensorMap* from, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        ::"r"(to), "l"(from), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
 
 // Arrive at the barrier that lies there in the shared memory of block `rank` of the pair.
 __device__ __forceinline__ void arrive(u32 barrier, u32 rank) {

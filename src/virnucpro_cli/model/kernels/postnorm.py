@@ -178,7 +178,7 @@ def _bias(slopes: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> to
 def try_out(device: torch.device, dtype: torch.dtype) -> None:
     """Compile the kernels, and compare each with its twin. Raises RuntimeError if one differs."""
     from virnucpro_cli.model.kernels.attention import attention
-    from virnucpro_cli.model.kernels.trial import LARGEST_DIFFERENCE, ROWS, SCALE, Noise
+    from virnucpro_cli.model.kernels.trial import ROWS, SCALE, Noise, must_agree
 
     noise, fall = Noise(device), torch.tensor(slopes(2), device=device)
     with torch.cuda.device(device), torch.inference_mode():
@@ -201,8 +201,7 @@ def try_out(device: torch.device, dtype: torch.dtype) -> None:
             "gated": (glue.gated(wide.to(dtype)), gated(wide.clone())),
         }
         for name, (each, exact) in found.items():
-            if not (each.float() - exact).norm() <= LARGEST_DIFFERENCE[dtype] * exact.norm():
-                raise RuntimeError(f"{name} differs from its plain twin")
+            must_agree(each, exact, dtype, f"{name} differs from its plain twin")
 
 
 def _identity(norm: Pair, dtype: torch.dtype) -> Layer:

@@ -29,8 +29,13 @@ def try_out(steps: Any, device: torch.device, dtype: torch.dtype) -> None:
             ours = _results(steps, layer, inputs, dtype, lambda q, k, v, *left: attention(q, k, v, tiles, SCALE, *left))
             twins = _results(plain, layer, inputs, torch.float32, _plain_attention)
             for name, twin in twins.items():
-                if not (ours[name] - twin).norm() <= LARGEST_DIFFERENCE[dtype] * twin.norm():
-                    raise RuntimeError(f"{name} differs from its plain twin")
+                must_agree(ours[name], twin, dtype, f"{name} differs from its plain twin")
+
+
+def must_agree(ours: torch.Tensor, twin: torch.Tensor, dtype: torch.dtype, otherwise: str) -> None:
+    """Raise RuntimeError if ours, computed in the dtype, is further from its twin, float32 [...], than it may be."""
+    if not (ours.float() - twin).norm() <= LARGEST_DIFFERENCE[dtype] * twin.norm():
+        raise RuntimeError(otherwise)
 
 
 class Noise:
