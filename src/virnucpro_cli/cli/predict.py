@@ -3,6 +3,7 @@
 import typer
 
 import virnucpro_cli
+from virnucpro_cli import waking
 from virnucpro_cli.cli import options
 from virnucpro_cli.config.predict import PredictConfig
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
@@ -19,6 +20,7 @@ def predict(settings: PredictConfig) -> None:
 
     Nothing else is needed: virnucpro predict contigs.fna -o DIR. An interrupted run is resumed by the same command.
     """
+    waking.wake(settings.device)
     from virnucpro_cli import predict as workflow
 
     if workflow.run(settings, since=virnucpro_cli.BEGUN).missed:

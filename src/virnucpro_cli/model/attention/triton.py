@@ -1,5 +1,7 @@
 """Our own fused kernels on NVIDIA Hopper: attention with short tiles, and the steps around it."""
 
+from functools import partial
+
 import torch
 
 from virnucpro_cli.batch import PackedBatch
@@ -16,7 +18,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     def try_out() -> None:
         from virnucpro_cli.model.kernels import fused, trial
 
-        trial.try_out(fused, device, dtype)
+        trials = partial(trial.try_out, fused, device, dtype), partial(notes, device, dtype)
+        trial.side_by_side(device, trials)
 
     return kernels_refusal(try_out)
 

@@ -26,7 +26,7 @@ def takes(q: torch.Tensor) -> bool:
     return q.shape[2] in HEAD_DIMS and refusal(q.device, q.dtype) is None
 
 
-@cache
+@nvrtc.once
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot be used there; None if it can: it was compiled, and is as exact as it should be."""
     return nvrtc.refusal(device, dtype, _try_out)

@@ -5,8 +5,9 @@ NVRTC and `cuda.bindings`, which come with PyTorch for CUDA, compile them. Each 
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,18 @@ COMMON = Path(__file__).with_name("hopper.cuh")
 ELEMENTS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 POINTER, INT, FLOAT, DESCRIPTOR = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, None
 """Kinds of arguments of a kernel."""
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose results are kept, as `functools.cache` does; a thread waits while another computes."""
+    lock, cached = Lock(), cache(function)
+
+    @wraps(function)
+    def waiting(*arguments: Any) -> Any:
+        with lock:
+            return cached(*arguments)
+
+    return waiting
 
 
 def refusal(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from virnucpro_cli.model.kernels import nvrtc
 from virnucpro_cli.model.kernels.linear import Folded, Quantised, Rotary, fold
 from virnucpro_cli.model.kernels.norm import row_scale
-from virnucpro_cli.model.kernels.trial import Noise, must_agree
+from virnucpro_cli.model.kernels.trial import HEAD_DIM, Noise, must_agree, side_by_side
 
 SOURCE = Path(__file__).with_suffix(".cu")
 ROWS, COLUMNS, DEPTH, PIECE, STAGES, THREADS = 128, 160, 64, 32, 5, 384
@@ -31,7 +31,7 @@ def takes(x: torch.Tensor, layer: Folded | Quantised, head_dim: int | None = Non
     return columns % PIECE == 0 and depth % 8 == 0 and refusal(x.device, x.dtype) is None
 
 
-@cache
+@nvrtc.once
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot be used there; None if it can: it was compiled, and is as exact as it should be."""
     return nvrtc.refusal(device, dtype, _try_out)
@@ -109,18 +109,17 @@ def _launch(
 
 def _try_out(device: torch.device, dtype: torch.dtype) -> None:
     """Compare the kernel with PyTorch where each of its groups has several tiles. Raises RuntimeError if it differs."""
-    noise, heads, depth = Noise(device), 5, 136
+    noise, heads, depth, width = Noise(device), 10, 136, HEAD_DIM
     rows = 4 * ROWS * torch.cuda.get_device_properties(device).multi_processor_count // 6
     norm, x = (noise(depth, mean=1.0), noise(depth)), noise(rows, depth).to(dtype)
-    angles, positions = noise(64, 32, scale=3.0), torch.arange(rows, device=device, dtype=torch.int32) % 64
+    angles, positions = noise(64, width // 2, scale=3.0), torch.arange(rows, device=device, dtype=torch.int32) % 64
     rotary = Rotary(torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(1), positions)
-    layer = noise(3 * heads * 64, depth), noise(3 * heads * 64)
+    layer = noise(3 * heads * width, depth), noise(3 * heads * width)
     folded, wide = fold(norm, layer, noise(depth), dtype), x.float()
     exact = F.linear(F.layer_norm(wide + folded.offset, (depth,), *norm), *layer)
     turns = torch.polar(torch.ones_like(angles), angles)[positions.long()][:, None]
-    turned = torch.view_as_complex(exact[:, : 2 * heads * 64].reshape(rows, 2 * heads, 32, 2)) * turns
-    whole = torch.cat([torch.view_as_real(turned).flatten(1), exact[:, 2 * heads * 64 :]], dim=1)
-    found = torch.cat([each.flatten(1) for each in rotary_linear(x, folded, rotary)], dim=1)
-    pairs = (gelu_linear(x, folded), F.gelu(exact)), (found, whole)
-    for ours, twin in pairs:
+    turned = torch.view_as_complex(exact[:, : 2 * heads * width].reshape(rows, 2 * heads, width // 2, 2)) * turns
+    whole = torch.cat([torch.view_as_real(turned).flatten(1), exact[:, 2 * heads * width :]], dim=1)
+    wide, found = side_by_side(device, (lambda: gelu_linear(x, folded), lambda: rotary_linear(x, folded, rotary)))
+    for ours, twin in ((wide, F.gelu(exact)), (torch.cat([each.flatten(1) for each in found], dim=1), whole)):
         must_agree(ours, twin, dtype, "it differs from PyTorch")

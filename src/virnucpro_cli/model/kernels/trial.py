@@ -1,6 +1,8 @@
 """A layer of each kind in kernels against its plain twin, on the device at hand, before they are relied on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from virnucpro_cli.model.kernels.attention import attention
 from virnucpro_cli.model.kernels.plain import Pair
 from virnucpro_cli.model.spec import stream_dtype
 
-ROWS, SCALE = 48, 0.2
+ROWS, HEAD_DIM, SCALE = 48, 32, 0.2
 LARGEST_DIFFERENCE = {torch.float16: 1e-2, torch.bfloat16: 2e-2, torch.float8_e4m3fn: 2e-1}
 """Relative L2 of a step against its twin in fp32, after all steps before it; 5e-4, 4e-3 and 1e-1 are usual."""
+MOST_COMPILERS = 16
 
 
 def try_out(steps: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -23,13 +26,37 @@ def try_out(steps: Any, device: torch.device, dtype: torch.dtype) -> None:
     """
     with torch.cuda.device(device), torch.inference_mode():
         tiles = torch.tensor([[0, 0, ROWS]], device=device, dtype=torch.int32)
+
+        def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *left: torch.Tensor) -> torch.Tensor:
+            return attention(q, k, v, tiles, SCALE, *left)
+
+        noise, pairs = Noise(device), list[tuple[_Steps, _Steps]]()
         for gated in (False,) if dtype == torch.float8_e4m3fn else (False, True):
-            noise = Noise(device)
-            layer, inputs = made_up(noise, 64, gated), (noise(ROWS, 64), noise(ROWS, 16, scale=3.0))
-            ours = _results(steps, layer, inputs, dtype, lambda q, k, v, *left: attention(q, k, v, tiles, SCALE, *left))
-            twins = _results(plain, layer, inputs, torch.float32, _plain_attention)
-            for name, twin in twins.items():
-                must_agree(ours[name], twin, dtype, f"{name} differs from its plain twin")
+            layer, inputs = made_up(noise, 64, gated), (noise(ROWS, 64), noise(ROWS, HEAD_DIM // 2, scale=3.0))
+            twin = _Steps(plain, layer, inputs, torch.float32, _plain_attention)
+            pairs.append((_Steps(steps, layer, inputs, dtype, ours), twin))
+        if device.type == "cuda":
+            side_by_side(device, [call for each, _ in pairs for call in each.alone(noise)])
+        for each, twin in pairs:
+            found = each.results()
+            for name, exact in twin.results().items():
+                must_agree(found[name], exact, dtype, f"{name} differs from its plain twin")
+
+
+def side_by_side(device: torch.device, calls: Iterable[Callable[[], Any]]) -> list[Any]:
+    """Results of calls, each in a thread: compilers of kernels, which take a second each, work beside each other.
+
+    Raises the error of the first call that has one. Without a GPU, where nothing is compiled: one after the other.
+    """
+    if device.type != "cuda":
+        return [each() for each in calls]
+
+    def call(each: Callable[[], Any]) -> Any:
+        with torch.cuda.device(device), torch.inference_mode():
+            return each()
+
+    with ThreadPoolExecutor(MOST_COMPILERS) as threads:
+        return list(threads.map(call, calls))
 
 
 def must_agree(ours: torch.Tensor, twin: torch.Tensor, dtype: torch.dtype, otherwise: str) -> None:
@@ -65,26 +92,42 @@ def made_up(noise: Noise, width: int, gated: bool) -> plain.Layer:
     )  # fmt: skip
 
 
-def _results(
-    steps: Any,
-    layer: plain.Layer,
-    inputs: tuple[torch.Tensor, torch.Tensor],
-    dtype: torch.dtype,
-    attention: Callable[..., torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """The result of every step by the kernel to blame. inputs: the stream and angles, float32 [T, 64] and [T, 16]."""
-    (prepared,), last = steps.prepare([layer], layer.norm1, 32, dtype)
-    x, angles = inputs[0].to(stream_dtype(dtype), copy=True), inputs[1]
-    tables = steps.rotary(angles.cos(), angles.sin(), torch.arange(ROWS, device=x.device, dtype=torch.int32))
-    mixed = attention(*steps.query_key_value(x, prepared, tables))
-    steps.add_attention(x, mixed, prepared)
-    inner = steps.inner(x, prepared)
-    steps.add_inner(x, inner, prepared)
-    wide = "swiglu_linear" if layer.gated else "gelu_linear"
-    results = {"rotary_linear or attention": mixed, wide: inner.float(), "norm": steps.last_norm(x, last)}
-    if dtype == torch.float8_e4m3fn:
-        results[wide] /= prepared.fc1.grain
-    return {name: each.float() for name, each in results.items()}
+class _Steps:
+    """A layer's steps in one of their ways. inputs: the stream and angles, float32 [T, 64] and [T, 16]."""
+
+    def __init__(
+        self, steps: Any, layer: plain.Layer, inputs: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype,
+        attention: Callable[..., torch.Tensor],
+    ):  # fmt: skip
+        (self.prepared,), self.last = steps.prepare([layer], layer.norm1, HEAD_DIM, dtype)
+        self.steps, self.gated, self.dtype, self.attention = steps, layer.gated, dtype, attention
+        self.x, angles = inputs
+        self.tables = steps.rotary(
+            angles.cos(), angles.sin(), torch.arange(ROWS, device=self.x.device, dtype=torch.int32)
+        )
+
+    def alone(self, noise: "Noise") -> list[Callable[[], Any]]:
+        """Calls of the steps with kernels, none of which needs what another gives."""
+        x, steps = self.x.to(stream_dtype(self.dtype)), self.steps
+        q, k, v = noise(ROWS, 3, 64 // HEAD_DIM, HEAD_DIM).to(x.dtype).unbind(1)
+        left = (noise(ROWS), noise(ROWS)) if self.gated else ()
+        return [
+            partial(steps.query_key_value, x, self.prepared, self.tables), partial(self.attention, q, k, v, *left),
+            partial(steps.inner, x, self.prepared), partial(steps.last_norm, x, self.last),
+        ]  # fmt: skip
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """The result of every step, float32, by the kernel to blame."""
+        steps, prepared, x = self.steps, self.prepared, self.x.to(stream_dtype(self.dtype), copy=True)
+        mixed = self.attention(*steps.query_key_value(x, prepared, self.tables))
+        steps.add_attention(x, mixed, prepared)
+        inner = steps.inner(x, prepared)
+        steps.add_inner(x, inner, prepared)
+        wide = "swiglu_linear" if self.gated else "gelu_linear"
+        results = {"rotary_linear or attention": mixed, wide: inner.float(), "norm": steps.last_norm(x, self.last)}
+        if self.dtype == torch.float8_e4m3fn:
+            results[wide] /= prepared.fc1.grain
+        return {name: each.float() for name, each in results.items()}
 
 
 def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
