@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from children import program
 from conftest import ROOT
-from virnucpro_cli import __version__, cli, embed
+from virnucpro_cli import __version__, cli, embed, waking
 from virnucpro_cli.config import BenchConfig, EmbedConfig, ValidateConfig
 from virnucpro_cli.config.options import fields_of
 from virnucpro_cli.errors import UserError
@@ -444,3 +445,12 @@ __main__.main()
 def test_the_program_ends_with_its_code_after_all_last_words_and_is_not_taken_apart() -> None:
     done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3, "first words last words\n")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:0,1", "cuda:99", "cuda:x", "mps", "cpu"])
+def test_a_gpu_that_is_not_there_is_woken_in_vain(device: str) -> None:
+    waking.wake(device)
+    for thread in threading.enumerate():
+        if thread.name == "wake":
+            thread.join(60)
+    assert not [thread for thread in threading.enumerate() if thread.name == "wake"]

@@ -2,7 +2,11 @@
 
 import itertools
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from conftest import relative_l2
 triton = pytest.importorskip("triton")
 
 from virnucpro_cli.batch import query_tiles  # noqa: E402
-from virnucpro_cli.model.kernels import attention, hopper_attention, linear, nvrtc, pingpong  # noqa: E402
+from virnucpro_cli.model.kernels import attention, hopper_attention, linear, nvrtc, pingpong, trial  # noqa: E402
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not ON_HOPPER, reason="no Hopper GPU")]
@@ -43,6 +47,28 @@ def test_it_is_compiled_once_and_kept_whole(home: Path, monkeypatch: pytest.Monk
     assert file.read_bytes() == code
     monkeypatch.setattr(nvrtc, "compiled", lambda source, options: pytest.fail("it is kept"))
     assert nvrtc.machine_code(pingpong.SOURCE, options) == code
+
+
+def test_a_kernel_is_tried_once_however_many_threads_ask() -> None:
+    both, tried = Barrier(2), list[str]()
+
+    @nvrtc.once
+    def try_out(name: str) -> str:
+        tried.append(name)
+        with suppress(BrokenBarrierError):  # another thread is in here as well, unless it waits outside
+            both.wait(0.2)
+        return name
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(try_out, ["kernel"] * 4)) == ["kernel"] * 4
+    assert tried == ["kernel"]
+
+
+def test_calls_side_by_side_give_their_results_in_order_and_the_first_error() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert trial.side_by_side(device, [partial(pow, 2, n) for n in range(20)]) == [2**n for n in range(20)]
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        trial.side_by_side(device, [partial(int, "1"), partial(int, "one"), partial(dict, 2)])
 
 
 def test_what_the_compiler_says_is_the_message() -> None:

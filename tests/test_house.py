@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "virnucpro_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    "errors", "alphabet", "kinds", "texts", "stopping", "processes", "scratch", "config", "report",
+    "errors", "alphabet", "kinds", "texts", "stopping", "waking", "processes", "scratch", "config", "report",
     "store", "fasta", "tables", "plan", "batch", "model", "engine", "machine", "features", "cluster", "embed",
     "exchange", "predict", "validation", "benchmark", "explore", "cli", "__main__",
 )  # fmt: skip
@@ -81,8 +81,8 @@ def test_cuda_streams_and_events_are_the_runners() -> None:
     assert users_of("torch.cuda.current_stream") == {"engine/runner.py", "model/kernels/nvrtc.py"}  # launches itself
 
 
-def test_the_environment_is_read_only_for_weights_and_for_batch_systems() -> None:
-    assert users_of("os.environ", "os.getenv", "os.putenv") == {"model/locate.py", "plan/shards.py"}
+def test_the_environment_is_read_only_for_weights_for_batch_systems_and_for_the_driver() -> None:
+    assert users_of("os.environ", "os.getenv", "os.putenv") == {"model/locate.py", "plan/shards.py", "waking.py"}
 
 
 def test_fair_esm_is_an_oracle_and_a_peer_to_time_and_nothing_else() -> None:

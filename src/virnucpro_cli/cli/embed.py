@@ -3,7 +3,6 @@
 import typer
 
 import virnucpro_cli
-from virnucpro_cli import waking
 from virnucpro_cli.cli import options
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
@@ -21,8 +20,10 @@ def embed(settings: EmbedConfig) -> None:
     Nothing else is needed: virnucpro embed proteins.fasta -o embeddings.h5. An interrupted run is resumed by the same
     command.
     """
-    if settings.engine == "local" and not settings.dry_run:
-        waking.wake(settings.device)
+    if settings.engine == "local" and settings.device != "cpu":
+        from virnucpro_cli.waking import wake
+
+        wake(settings.device)
     from virnucpro_cli import embed as workflow
 
     if workflow.run(settings, since=virnucpro_cli.BEGUN).missed:

@@ -3,7 +3,6 @@
 import typer
 
 import virnucpro_cli
-from virnucpro_cli import waking
 from virnucpro_cli.cli import options
 from virnucpro_cli.config.predict import PredictConfig
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
@@ -20,7 +19,10 @@ def predict(settings: PredictConfig) -> None:
 
     Nothing else is needed: virnucpro predict contigs.fna -o DIR. An interrupted run is resumed by the same command.
     """
-    waking.wake(settings.device)
+    if settings.engine == "local" and settings.device != "cpu":
+        from virnucpro_cli.waking import wake
+
+        wake(settings.device)
     from virnucpro_cli import predict as workflow
 
     if workflow.run(settings, since=virnucpro_cli.BEGUN).missed:

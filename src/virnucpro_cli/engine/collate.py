@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.batch import PackedBatch, query_tiles
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Int64, Plan, Segments, bucket_of, window_weights
+from virnucpro_cli.texts import ranges
 
 Item = int | np.int64 | Int64
 """A pack by its number in the plan, or segments that make up one."""
@@ -49,22 +50,19 @@ class VarlenCollator:
         cu_seqlens = np.append(0, np.cumsum(seqlens))
         used = int(cu_seqlens[-1])
         rows = int(bucket_of(cu_seqlens[-1:], self.plan.token_budget)[0])
-        position = np.arange(used) - np.repeat(cu_seqlens[:-1], seqlens)
-
-        whole, which = np.unique(record, return_inverse=True)  # windows share their record
-        sizes = self.table.sizes[whole].astype(np.int64)
-        first = (np.cumsum(sizes) - sizes)[which] + self.segments.start[numbers]  # of each segment, in the text of all
-        text = self.table.tokens(whole).take(position + np.repeat(first - 1, seqlens), mode="clip")
+        position = np.arange(used, dtype=np.int32)
+        position -= np.repeat(cu_seqlens[:-1].astype(np.int32), seqlens)
+        windows = np.flatnonzero(length < total)
         reading = self.table.reading
-        text[cu_seqlens[:-1]] = reading.cls
-        text[cu_seqlens[1:] - 1] = reading.eos
+        is_whole = (length == self.table.sizes[record]).all()
+        text = self.table.tokens(record) if is_whole else self._of_pieces(record, numbers, length)
+        text = _between(text, cu_seqlens, reading.cls, reading.eos)
 
         mask_ratio = weights = None
         if reading.scales_masks and (text == reading.mask).any():
             masked = np.add.reduceat(text == reading.mask, cu_seqlens[:-1], dtype=np.int64)
             ratio = np.float32(1) - (masked / seqlens).astype(np.float32)
             mask_ratio = self._tensor(np.repeat(ratio, seqlens), torch.float32, rows, filler=1)
-        windows = np.flatnonzero(length < total)
         if len(windows):
             blending = np.ones(used, np.float32)
             for i in windows.tolist():
@@ -76,6 +74,13 @@ class VarlenCollator:
             self._tensor(query_tiles(cu_seqlens).ravel(), torch.int32).view(-1, 3),
             mask_ratio, weights, numbers, seqlens, int(seqlens.max()),
         )  # fmt: skip
+
+    def _of_pieces(self, record: Int64, numbers: Int64, length: Int64) -> NDArray[Any]:
+        """Tokens of segments, one behind the other. record, numbers, length: int64 [n]; windows share their record."""
+        whole, which = np.unique(record, return_inverse=True)
+        sizes = self.table.sizes[whole].astype(np.int64)
+        first = (np.cumsum(sizes) - sizes)[which] + self.segments.start[numbers]
+        return self.table.tokens(whole)[ranges(first, length)]
 
     def parts(self, item: Item, tokens: int) -> list[Any]:
         """The segments of a pack in parts of at most so many tokens, or of one segment; the item if it is one part."""
@@ -111,3 +116,13 @@ class VarlenCollator:
         tensor.numpy()[: len(values)] = values
         tensor.numpy()[len(values) :] = filler
         return tensor
+
+
+def _between(text: NDArray[Any], cu_seqlens: Int64, first: int, last: int) -> NDArray[Any]:
+    """Tokens of all segments, one behind the other, each with a first and a last one around it: [cu_seqlens[-1]]."""
+    found, inside = np.empty(cu_seqlens[-1], text.dtype), np.ones(cu_seqlens[-1], np.bool_)
+    for at, token in ((cu_seqlens[:-1], first), (cu_seqlens[1:] - 1, last)):
+        found[at] = token
+        inside[at] = False
+    found[inside] = text
+    return found

@@ -66,8 +66,6 @@ def compute_with(model: PackedModel, layers: tuple[int, ...], config: EmbedConfi
 
 def serial(items: Iterator[Item], collate: Collate, compute: Compute, sink: Sink, device: torch.device) -> None:
     """One pack after the other on the calling thread. The reference for `overlapped`, and the path of the CPU."""
-    if device.type == "cpu":
-        devices.keep_freed_memory()
     for item in items:
         batch = collate(item)
         try:
@@ -190,6 +188,7 @@ def run_packs(
     A single segment goes to `unfit`; without one it is a UserError.
     Raises DeviceFailed when the device is of no use any more.
     """
+    devices.keep_freed_memory()
     run = overlapped if device.type == "cuda" else serial
     items, name = iter(packs), devices.describe_device(device)
     while True:

@@ -101,14 +101,13 @@ class RecordTable:
         end = np.cumsum(sizes)
         start = end - sizes
         newline = np.append(np.flatnonzero(text == NEWLINE), len(text))
-        step = np.zeros(len(text) + 1, np.int8)
-        step[start] += 1
-        step[np.minimum(newline[np.searchsorted(newline, start)], end)] -= 1  # where the header ends
-        codes = np.frombuffer(bytearray(text.tobytes().translate(self.read_as.text)), np.uint8)
-        codes[np.cumsum(step[:-1], dtype=np.int8) > 0] = alphabet.SPACE
-        if (codes == alphabet.LESS).any():  # a `<mask>`, perhaps: many bytes for one token
+        header = np.minimum(newline[np.searchsorted(newline, start)], end) - start
+        codes = np.frombuffer(text.tobytes().translate(self.read_as.text), np.uint8)
+        kept = np.repeat(np.tile([False, True], len(sizes)), np.stack((header, sizes - header), axis=1).ravel())
+        kept &= codes != alphabet.SPACE
+        if (codes == alphabet.LESS).any() and (codes[kept] == alphabet.LESS).any():
+            # a `<mask>`, perhaps: many bytes for one token
             return np.frombuffer(b"".join(self.token_ids(records)), np.uint8)
-        kept = codes != alphabet.SPACE
         count = np.cumsum(kept, dtype=np.int32)
         before, after = count[start] - kept[start], count[end - 1]
         length = self.length[records]

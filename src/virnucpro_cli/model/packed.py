@@ -83,7 +83,7 @@ class PackedModel:
 
     def _forward(self, batch: PackedBatch, wanted: tuple[int, ...], on_layer: OnLayer) -> None:
         self.reserve_positions(batch.max_seqlen)
-        x = self._embedded(batch)
+        x, used = self._embedded(batch), batch.used
         if 0 in wanted:
             on_layer(0, x)
         steps, scale = self.backend.steps, self.spec.head_dim**-0.5
@@ -94,7 +94,8 @@ class PackedModel:
             thirds = (steps.query_key_value(x[part], layer, turn) for part, turn in zip(parts, rotary, strict=True))
             q, k, v, *left = _joined(thirds, parts)  # [T, H, Dh] each, and what is left of norms of q and k, [T] each
             mixed = self.backend.attention(q, k, v, batch, scale, *left)
-            mixed[batch.used :] = 0  # filler: whatever the kernel left there
+            if used < len(mixed):
+                mixed[used:] = 0  # filler: whatever the kernel left there
             steps.add_attention(x, mixed, layer)
             del q, k, v, left, mixed  # or they would stand beside the widest rows there are
             for part in parts:

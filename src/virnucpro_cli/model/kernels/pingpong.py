@@ -85,6 +85,12 @@ def _boxes(address: int, rows: int, width: int, box: int, element: str) -> Any:
     )  # fmt: skip
 
 
+@cache
+def _pairs(device: torch.device) -> int:
+    """Pairs of multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count // 2
+
+
 KINDS = (nvrtc.DESCRIPTOR,) * 2 + (nvrtc.POINTER,) * 6 + (nvrtc.INT,) * 4
 
 
@@ -101,8 +107,7 @@ def _launch(
         _boxes(layer.weight.data_ptr(), columns, depth, COLUMNS // 2, element),
         *(0 if each is None else each.data_ptr() for each in pointers), rows, columns, depth, rotated,
     )  # fmt: skip
-    pairs = torch.cuda.get_device_properties(x.device).multi_processor_count // 2
-    blocks = 2 * min(pairs, -(-rows // (2 * ROWS)) * -(-columns // COLUMNS))
+    blocks = 2 * min(_pairs(x.device), -(-rows // (2 * ROWS)) * -(-columns // COLUMNS))
     nvrtc.launch(kernel, (blocks, 1, 1), THREADS, SHARED, values, KINDS, x.device)
     return y
 
@@ -110,7 +115,7 @@ def _launch(
 def _try_out(device: torch.device, dtype: torch.dtype) -> None:
     """Compare the kernel with PyTorch where each of its groups has several tiles. Raises RuntimeError if it differs."""
     noise, heads, depth, width = Noise(device), 10, 136, HEAD_DIM
-    rows = 4 * ROWS * torch.cuda.get_device_properties(device).multi_processor_count // 6
+    rows = 4 * ROWS * _pairs(device) // 3
     norm, x = (noise(depth, mean=1.0), noise(depth)), noise(rows, depth).to(dtype)
     angles, positions = noise(64, width // 2, scale=3.0), torch.arange(rows, device=device, dtype=torch.int32) % 64
     rotary = Rotary(torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(1), positions)
