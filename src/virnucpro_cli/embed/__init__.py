@@ -203,7 +203,8 @@ def _compute(run: EmbedRun, packs: Int64, placer: Placer) -> None:
 
         with run.clock.stage("second pass"):
             second_pass(placer, run.device, computing.backend, run.tell)
-    run.file.commit()
+    with run.clock.stage("finish"):
+        run.file.commit()
 
 
 # --- the file ----------------------------------------------------------------------------------------------------

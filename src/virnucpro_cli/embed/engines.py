@@ -2,7 +2,8 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -26,19 +27,21 @@ if TYPE_CHECKING:
     from virnucpro_cli.cluster.ray.driver import Cluster
 
 
+Here = tuple[devices.Device, Backend | None]
+
+
 @dataclass(frozen=True)
 class Computing(ABC):
     """Where packs are computed, and by whom.
 
-    device: what packs are computed on; local_device and backend: of this process, for all that it computes itself;
-    gpus: devices that compute at the same time; workers: processes or actors in words, empty if this process is alone;
-    processes: of this host, that place rows; sharing: those of them on a device; pins: whether this process collates
-    batches into pinned memory.
+    here: gives what packs are computed on, and the backend of this process; it waits while kernels are tried.
+    local_device: of this process, for all that it computes itself; gpus: devices that compute at the same time;
+    workers: processes or actors in words, empty if this process is alone; processes: of this host, that place rows;
+    sharing: those of them on a device; pins: whether this process collates batches into pinned memory.
     """
 
-    device: devices.Device
+    here: Callable[[], Here]
     local_device: torch.device
-    backend: Backend | None
     dtype: torch.dtype
     gpus: int
     workers: str
@@ -46,6 +49,14 @@ class Computing(ABC):
     sharing: int = 1
     pins: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> devices.Device:
+        return self.here()[0]
+
+    @property
+    def backend(self) -> Backend | None:
+        return self.here()[1]
 
     def check_room(self, spec: ModelSpec) -> None:
         """Raises UserError if the weights surely do not fit."""
@@ -115,12 +126,12 @@ class OnRay(Computing):
 @contextmanager
 def chosen(config: EmbedConfig, alone: bool, out: Console, clock: report.Clock) -> Iterator[Computing]:
     """The engine of a run; alone: in this process, whatever is asked for. Raises UserError for one that is absent."""
-    if config.engine == "local":
-        with clock.stage("devices"):
-            here = _on_this_host(config, alone)
-        yield here
-        return
     with ExitStack() as stack:
+        if config.engine == "local":
+            with clock.stage("devices"):
+                here = _on_this_host(config, alone, stack)
+            yield here
+            return
         with clock.stage("start workers"):
             from virnucpro_cli.cluster.ray.driver import Cluster
 
@@ -129,17 +140,30 @@ def chosen(config: EmbedConfig, alone: bool, out: Console, clock: report.Clock) 
             local_device, backend = cluster.of_the_driver()
             actors = cluster.room()
         workers = f"{counted(actors, 'actor')} of Ray at the start"
-        yield OnRay(device, local_device, backend, cluster.dtype, actors, workers, cluster=cluster)
+        yield OnRay(_known((device, backend)), local_device, cluster.dtype, actors, workers, cluster=cluster)
 
 
-def _on_this_host(config: EmbedConfig, alone: bool) -> OnThisHost:
+def _known(here: Here) -> Callable[[], Here]:
+    return lambda: here
+
+
+def _on_this_host(config: EmbedConfig, alone: bool, stack: ExitStack) -> OnThisHost:
+    """Raises UserError for devices and backends that cannot be had. stack: ends what is begun here."""
     each, notes = devices.resolve_devices(config.device, config.workers)
     each = each[:1] if alone else each
     first, n, names = each[0], len(each), dict.fromkeys(map(str, each))
     dtype = devices.resolve_dtype(config.dtype, first)
-    backend = attention.resolve(config.attention, first, dtype, config.residual)
+
+    def here() -> Here:
+        backend = attention.resolve(config.attention, first, dtype, config.residual)
+        return devices.device_here(first, backend), backend
+
+    if first.type == "cuda" and config.attention == "auto" and dtype != torch.float8_e4m3fn:
+        # Kernels are tried while the input is read: whatever comes of it, some backend is left.
+        tried: Callable[[], Here] = stack.enter_context(ThreadPoolExecutor(1, "trial")).submit(here).result
+    else:
+        tried = _known(here())
     workers = f"{counted(n, 'process', 'processes')} on {', '.join(names)}" if n > 1 else ""
     return OnThisHost(
-        devices.device_here(first, backend), first, backend, dtype, len(names), workers, n, each.count(first),
-        first.type == "cuda", tuple(notes), devices=each,
-    )  # fmt: skip
+        tried, first, dtype, len(names), workers, n, each.count(first), first.type == "cuda", tuple(notes), devices=each
+    )

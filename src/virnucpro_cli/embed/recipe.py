@@ -210,6 +210,8 @@ def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, 
         extra |= more
     with clock.stage("index"):
         table = model.table(inputs, sources, any(feature.needs_digests for feature in features))
+    with clock.stage("devices"):
+        around.computing.here()
     _check_protein(table, config, model.spec, around.out)
     extra |= _gaps(table, config)
     for feature in features:

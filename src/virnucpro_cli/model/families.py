@@ -107,4 +107,6 @@ def build(spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.devic
         own = import_module(f"virnucpro_cli.model.kernels.{family.STEPS}")
         backend = own.adapted(backend, spec, device, dtype)
     head = {name: each for name, each in state.items() if name.startswith((f"{LM_HEAD}.", "embed_tokens."))}
-    return PackedModel(spec, family.parts(spec, state, device), head, dtype, device, backend)
+    model = PackedModel(spec, family.parts(spec, state, device), head, dtype, device, backend)
+    model.compile()
+    return model

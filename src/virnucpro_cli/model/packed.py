@@ -6,6 +6,7 @@ Shapes: T rows of a pack, H heads of Dh, D = H * Dh, L layers.
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from virnucpro_cli.batch import Embeddings, PackedBatch
-from virnucpro_cli.model.attention import Attention, Backend
+from virnucpro_cli.model.attention import STEPS, Attention, Backend
 from virnucpro_cli.model.kernels.plain import Layer, Pair, layer_norm
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.model.spec import ModelSpec, State, stream_dtype
@@ -64,6 +65,19 @@ class PackedModel:
         self.layers, self.norm = backend.steps.prepare(parts.layers, parts.norm, spec.head_dim, dtype)
         self.inv_freq = parts.inv_freq
         self.cos = self.sin = torch.empty(0, spec.head_dim // 2, device=device)
+
+    def compile(self) -> None:
+        """Have a layer's kernels compiled beside each other: in the first pack one would wait for the other."""
+        if self.device.type != "cuda" or self.backend.name not in STEPS or self.inv_freq is None:
+            return
+        from virnucpro_cli.model.kernels.trial import ROWS, side_by_side
+
+        steps, layer, norm = self.backend.steps, self.layers[0], self.norm
+        self.reserve_positions(1)
+        x = self.embedding.new_zeros(ROWS, self.spec.hidden)
+        turn = steps.rotary(self.cos, self.sin, torch.zeros(ROWS, dtype=torch.int32, device=self.device))
+        calls = [partial(steps.query_key_value, x, layer, turn), partial(steps.inner, x, layer)]
+        side_by_side(self.device, calls + [partial(steps.last_norm, x, norm)] * (norm is not None))
 
     def reserve_positions(self, longest: int) -> None:
         """Make the rotary tables (fp32, whatever the dtype) cover segments of up to `longest` tokens."""
