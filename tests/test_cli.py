@@ -20,6 +20,7 @@ from virnucpro_cli.config import BenchConfig, EmbedConfig, ValidateConfig
 from virnucpro_cli.config.options import fields_of
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.store import read_embeddings
+from virnucpro_cli.validation import gates
 
 Make = Callable[..., Path]
 COMMANDS = list(cli.COMMANDS)
@@ -402,6 +403,21 @@ def test_the_help_of_embed_begins_with_what_most_people_need(help_of: Callable[.
     assert headings[1::2][:2] == ["Arguments", "Most used"]
     assert re.findall(r"--[a-z-]+", headings[4])[:1] == ["--output"]
     assert len(re.findall(r"^  (?:-., )?--", headings[4], re.MULTILINE)) == 5
+
+
+def test_help_names_arguments_as_people_type_them(help_of: Callable[..., str]) -> None:
+    """Some versions of Typer put them in braces, and their types in Python's words beside them."""
+    usages = {"embed": "INPUT...", "fetch": "[MODEL...]", "models": "[NAME]", "merge": "OUT.h5"}
+    for command, words in usages.items():
+        text = help_of(command)
+        assert text.partition("\n")[0].endswith(f" {command} [OPTIONS] {words}")
+        assert re.search(rf"^  {re.escape(words.strip('[]'))}  ", text, re.MULTILINE) and "<" not in text
+
+
+def test_help_tells_every_gate_of_validate(help_of: Callable[..., str]) -> None:
+    text = " ".join(help_of("validate").split())
+    for gates_of in (gates.MIN_COSINE, gates.MAX_REL_L2):
+        assert all(f"{value:g}" in text or f"{value:.0e}".replace("e-0", "e-") in text for value in gates_of.values())
 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])

@@ -19,7 +19,6 @@ from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.explore import inspect
-from virnucpro_cli.machine import models
 from virnucpro_cli.model import attention, dnabert, families, kernels, locate, pooling, weights
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.dnabert import DNABERT
@@ -368,7 +367,7 @@ def test_weights_without_their_tokenizer_are_fetched_again(tmp_path: Path, monke
 def test_no_table_is_made_for_it_and_nothing_is_emitted() -> None:
     model = model_of(SMALL, state_of(SMALL))
     model.reserve_positions(600)
-    assert not len(model.cos) and models.emitted(SMALL) == []
+    assert not len(model.cos) and families.emitted(SMALL) == []
 
 
 def test_a_plain_bert_is_refused(tmp_path: Path) -> None:
@@ -401,8 +400,25 @@ def test_proteins_fp8_and_heads_are_refused(tmp_path: Path, small: Path) -> None
         families.reading(SMALL)
     with pytest.raises(UserError, match="fp8"):
         families.check_dtype(SMALL, torch.float8_e4m3fn)
-    with pytest.raises(UserError, match="have no language-model head"):
+    with pytest.raises(UserError, match="has no language-model head"):
         embed_fasta(tmp_path / "p.faa", tmp_path / "o.h5", model=str(small), device="cpu", emit=("entropy",))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"emit": ("entropy",)}, "language-model head"), ({"emit": ("contacts",)}, "contact regression"),
+     ({"dtype": "fp8"}, "fp8"), ({"layers": (99,)}, "layer 99")],
+)  # fmt: skip
+def test_what_a_named_model_cannot_do_is_refused_before_it_is_fetched(
+    options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No network is asked: a fetch would fail with other words."""
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "empty"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    nucleotides(tmp_path / "n.fasta", 40)
+    with pytest.raises(UserError, match=words):
+        embed_fasta(tmp_path / "n.fasta", tmp_path / "o.h5", model="dnabert-s", device="cpu", **options)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

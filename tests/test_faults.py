@@ -597,6 +597,27 @@ def test_a_run_may_go_on_elsewhere_and_the_file_says_which_rows_did(
     case.check_values(output)
 
 
+def test_rows_of_a_cpu_say_with_how_many_threads_a_process_computed_them(case: Case, tmp_path: Path) -> None:
+    """A run goes on with another number of workers, and so of threads: what is there stays, and no bit is unaccounted for."""
+    output = tmp_path / "out.h5"
+    assert run_child(case, output, ("fdatasync", 40)) == -signal.SIGKILL
+    torch.set_num_threads(4)
+    try:
+        case.embed(output, workers=2)
+        case.embed(tmp_path / "two.h5", workers=2)
+    finally:
+        torch.set_num_threads(1)
+    with store.read_embeddings(output) as file, store.read_embeddings(tmp_path / "two.h5") as other:
+        assert [each["device"] for each in file.environments] == ["CPU, 1 thread", "CPU, 2 threads"]
+        assert [each["device"] for each in other.environments] == ["CPU, 2 threads"]
+        done = np.flatnonzero(file.status == store.DONE)
+        assert set(file.computed_by[done]) == {0, 1}
+        for kind in ("mean", "bos"):
+            whole = case.datasets[f"{kind}/2"], other.array(kind)
+            for row in done.tolist():
+                assert file.array(kind)[row].tobytes() == whole[file.computed_by[row]][row].tobytes()
+
+
 # --- full disks ----------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from children import Child, until
-from virnucpro_cli import alphabet, fasta, processes
+from virnucpro_cli import alphabet, fasta, processes, stopping
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import RecordTable, indexing
+from virnucpro_cli.store import disk
 
 COLUMNS = ("offset", "length", "replaced", "gaps", "unique_of", "digest", "nucleotide_like")
 HOW = indexing.How("x", "keep", alphabet.ESM)
@@ -164,3 +166,25 @@ def gone(ask: Callable[[], None], seconds: float = 60) -> None:
             ask()
             time.sleep(0.01)
         raise AssertionError("it lives")
+
+
+@pytest.fixture
+def one_processor() -> Iterator[None]:
+    """This process may use one of the processors of this machine."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no such sets")
+@pytest.mark.usefixtures("one_processor")
+def test_a_process_that_may_use_one_processor_has_one_thread() -> None:
+    names = set()
+    with stopping.threads(16) as pool:
+        for _ in range(20):
+            pool.submit(lambda: names.add(threading.current_thread().name)).result()
+    assert (stopping.cores(), len(names)) == (1, 1)
+    digests = disk.PassingDigests()
+    assert digests._pool._max_workers == 1
+    digests.close()

@@ -85,6 +85,10 @@ def test_the_environment_is_read_only_for_weights_for_batch_systems_and_for_the_
     assert users_of("os.environ", "os.getenv", "os.putenv") == {"model/locate.py", "plan/shards.py", "waking.py"}
 
 
+def test_processors_are_counted_in_one_place() -> None:
+    assert users_of("os.cpu_count", "os.sched_getaffinity") == {"stopping.py"}
+
+
 def test_fair_esm_is_an_oracle_and_a_peer_to_time_and_nothing_else() -> None:
     assert importers_of("esm") == {"validation/fair_esm.py", "validation/fair_esm_1.py", "benchmark/peers.py"}
 

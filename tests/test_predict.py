@@ -715,10 +715,30 @@ def test_tables_that_cannot_be_compared_are_refused(tmp_path: Path, text: str, w
         compare.read(str(tmp_path / "other.txt"))
 
 
+def test_chunks_are_called_in_the_words_of_frames(
+    run: Predict, tmp_path: Path, head: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every call of the other file is turned."""
+    out = run()
+    header, *rows = rows_of(out / MADE[0])
+    turned = [[name, {"virus": "others", "others": "virus"}[call], two, one] for name, call, one, two in rows]
+    (tmp_path / "other.txt").write_text("".join("\t".join(row) + "\n" for row in [header, *turned]))
+    capsys.readouterr()
+    run(out / "embeddings.h5", output=out, head=head, compare=str(tmp_path / "other.txt"), quiet=False)
+    changed = rows_of(out / "compare.tsv")[1:]
+    for level in ("frame", "chunk"):
+        assert {call for row in changed if row[0] == level for call in row[2:4]} == {"virus", "others"}
+    said = capsys.readouterr().err.splitlines()
+    for level in ("frame", "chunk"):
+        _, name, here, there, *scores = next(row for row in changed if row[0] == level)
+        line = f"  {level} {name}: {here} here ({', '.join(scores[:2])}), {there} there ({', '.join(scores[2:])})"
+        assert line in said
+
+
 def test_a_table_of_other_contigs_is_named(run: Predict, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "other.txt").write_text(BROAD)
     run(compare=str(tmp_path / "other.txt"), quiet=False)
-    assert "no frame of the other file is one of these" in " ".join(capsys.readouterr().err.split())
+    assert "no frame is both here and there" in " ".join(capsys.readouterr().err.split())
 
 
 def test_names_that_would_steer_a_terminal_are_the_same_in_all_tables(run: Predict, tmp_path: Path, head: Path) -> None:
@@ -730,6 +750,10 @@ def test_names_that_would_steer_a_terminal_are_the_same_in_all_tables(run: Predi
     run(out / "embeddings.h5", output="again", head=head, compare=str(out / MADE[0]), report=str(tmp_path / "r.json"))
     counts = json.loads((tmp_path / "r.json").read_text())["counts"]
     assert counts["frames compared"] == counts["frames with the same call"] == len(rows_of(out / MADE[0])) - 1
+    (tmp_path / "other.txt").write_text("\t".join(compare.HEADER) + "\n")
+    run(out / "embeddings.h5", output="third", head=head, compare=str(tmp_path / "other.txt"))
+    missing = [row[1] for row in rows_of(out.parent / "third" / "compare.tsv")[1:]]
+    assert missing == [row[0] for row in rows_of(out / MADE[0])[1:]]
 
 
 def test_names_are_found_by_their_keys() -> None:

@@ -16,6 +16,7 @@ from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.features import groups
+from virnucpro_cli.kinds import EMITS
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import read_embeddings
@@ -180,6 +181,22 @@ def test_weights_without_the_head_are_refused_before_the_layout(
     with pytest.raises(UserError, match=r"lm_head\.\* in .*tiny"):
         embed(make_fasta([30]), tmp_path / "out.h5", tiny_model)
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
+
+
+@pytest.mark.parametrize("kind", EMITS)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_missing_head_is_the_first_thing_that_is_told(
+    tmp_path: Path, make_fasta: Make, tiny_model: Path, kind: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the input is read, which is refused, too: it looks like nucleotides."""
+    fasta = make_fasta([])
+    fasta.write_text(">a\nACGTACGTACGTACGTACGT\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["embed", str(fasta), "-o", str(tmp_path / "out.h5"), "--model", str(tiny_model), "--device", "cpu",
+                  "--emit", kind, *more])  # fmt: skip
+    told = capsys.readouterr()
+    assert stop.value.code == 2 and told.out == "" and told.err.startswith("error: The weights of")
+    assert ("no contact regression" if kind == "contacts" else "no language-model head") in told.err
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """`virnucpro validate`: honest runs pass, every mistake fails and is caught by the part that should see it."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import VIRAL, read_fasta
 from sabotage import (  # fmt: skip
@@ -19,8 +22,10 @@ from sabotage import (  # fmt: skip
     wrong_constant_in_16_bit,
 )
 from virnucpro_cli import embed
+from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import KINDS
+from virnucpro_cli.model import pooling
 from virnucpro_cli.store import DONE, read_embeddings
 from virnucpro_cli.validation import agreement, fair_esm, oracle, plain_reader, validate
 from virnucpro_cli.validation.validate import validate_model
@@ -115,6 +120,55 @@ def test_a_mistake_of_16_bit_kernels_fails_the_precision(
     """A tanh GELU is below the noise of bf16, and of a tiny model; fp16 sees it in a real one."""
     mistake(monkeypatch)
     assert parts(judged(dtype=dtype, model=str(tiny_model) if model == "tiny" else model)) == {"Precision"}
+
+
+@pytest.fixture
+def alike(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
+    """A model whose layers add little, and a protein of one letter among others: its rows are nearly alike."""
+    state = load_file(tiny_model / "model.safetensors")
+    shutil.copytree(tiny_model, tmp_path / "small")
+    small = {name: each * 0.1 if each.dim() > 1 and "embed" not in name else each for name, each in state.items()}
+    save_file(small, tmp_path / "small" / "model.safetensors")
+    names = {name.split()[0]: text for name, text in read_fasta(EDGES)}
+    chosen = ("edge:one_letter", "edge:two_residues", "edge:masked", "edge:one_residue")
+    (tmp_path / "alike.fasta").write_text("".join(f">{name}\n{names[name]}\n" for name in chosen))
+    return {"model": str(tmp_path / "small"), "fasta": tmp_path / "alike.fasta"}
+
+
+def test_a_deviation_of_rows_that_are_nearly_alike_may_differ_by_what_these_do(
+    judged: Callable[..., Verdict], alike: dict[str, Any]
+) -> None:
+    verdict = judged(**alike)
+    assert verdict.passed, verdict.failed_parts
+    owed = [check for check in verdict.checks if check.note == "1 owed to rows nearly alike"]
+    assert [(check.what, check.record) for check in owed] == [
+        (f"std, layer {layer}: relative L2", "edge:one_letter") for layer in (1, 2)
+    ]
+    assert all(check.worst is not None and check.worst > 1e-4 for check in owed)
+
+
+def test_a_wrong_deviation_fails_the_semantics_however_alike_the_rows_are(
+    judged: Callable[..., Verdict], alike: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a divisor of one residue less; that changes a deviation of 64 rows by 0.8 %."""
+
+    def of_a_sample(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        return pooling.deviation(hidden, batch) * (batch.divisor / (batch.divisor - 1).clamp(1)).sqrt()[:, None].float()
+
+    monkeypatch.setitem(pooling.POOLS, "std", of_a_sample)
+    fasta = Path(alike["fasta"])
+    fasta.write_text("".join(f">{name}\n{text}\n" for name, text in read_fasta(fasta) if "one_" in name))
+    failed = [check.what for check in judged(**alike).checks if check.passed is False]
+    assert failed == [f"std, layer {layer}: relative L2" for layer in (1, 2)]
+
+
+def test_the_reference_finds_no_deviation_in_equal_rows() -> None:
+    """Not even in fp64, where the sum of 61 equal numbers over 61 may be another number."""
+    row = np.random.default_rng(0).standard_normal(500)
+    rows = np.tile(row, (61, 1))
+    assert not oracle.pooled(rows, row, row)["std"].any()
+    rows[7, 3] += 1e-9
+    assert np.allclose(oracle.pooled(rows, row, row)["std"][3], 1e-9 * (1 / 61 - 1 / 61**2) ** 0.5, rtol=1e-6)
 
 
 def test_the_users_own_gates_are_obeyed(judged: Callable[..., Verdict], tiny_model: Path) -> None:

@@ -36,11 +36,6 @@ PIPE_BYTES = 1 << 20
 T = TypeVar("T")
 
 
-def cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def started(code: str, descriptors: Collection[int], **streams: Any) -> "subprocess.Popen[bytes]":
     """A fresh Python that runs the code, bound to this process, and inherits the descriptors.
 

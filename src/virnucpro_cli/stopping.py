@@ -1,14 +1,18 @@
 """Signals that stop a run, one way for all commands: at once, or at the end of a block that must not be interrupted.
 
+Threads of this process are here too, since what they have not begun must not hold up a stop.
+
 Python raises the exception of a signal handler wherever the program is. In a callback of a compiled library, or in a
 destructor, it is swallowed, or ends the process. Such blocks are `held`; for others the handler looks again a moment
 later.
 """
 
+import os
 import signal
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -120,3 +124,18 @@ def stop_in(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, Stopped | KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error
+
+
+def cores() -> int:
+    """How many processors this process may use: in a container, a batch job or under taskset not all that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def threads(most: int, name: str = "") -> Iterator[ThreadPoolExecutor]:
+    """Threads for a block, one for each of `cores` and at most so many. What has not begun at its end never does."""
+    pool = ThreadPoolExecutor(min(cores(), most), name)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -16,15 +16,26 @@ from virnucpro_cli.errors import UserError
 class InPanels(TyperCommand):
     """A command whose --help has a heading for each panel of options, in the order of their first options."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The words behind the command's name. Those of Typer for arguments change from version to version."""
+        arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        return ["[OPTIONS]", *(_word_of(param) if param.required else f"[{_word_of(param)}]" for param in arguments)]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             if record := param.get_help_record(ctx):
-                plain = "Arguments" if param.param_type_name == "argument" else "Options"
+                plain = "Options"
+                if param.param_type_name == "argument":
+                    plain, record = "Arguments", (_word_of(param), record[1])
                 panels.setdefault(getattr(param, "rich_help_panel", None) or plain, []).append(record)
         for heading, records in panels.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+def _word_of(argument: Any) -> str:
+    return str(argument.metavar or argument.name.upper()).strip("[]")
 
 
 def _info(field: Field, panel: str | None = None) -> Any:

@@ -24,7 +24,7 @@ from virnucpro_cli.fasta import index_of, kept
 from virnucpro_cli.features import Shards, stored_in
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.plan import shards
-from virnucpro_cli.processes import cores
+from virnucpro_cli.stopping import cores
 from virnucpro_cli.store import sums
 from virnucpro_cli.store.disk import alone
 from virnucpro_cli.store.schema import HALVES, chunks

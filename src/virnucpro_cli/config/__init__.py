@@ -69,8 +69,8 @@ class EmbedConfig(Config):
     output: str = option("", FIRST, "The HDF5 file to write.", "OUT.h5", written=True, short="o")
     model: str = option(
         "esm2_t33_650M_UR50D", FIRST, "8M, 35M, 150M, 650M, 3B, 15B, dplm-150m, dplm-650m, dplm-3b, "
-        "esmc-300m, esmc-600m, esmc-6b, esm1b, esm1v-1 to esm1v-5, lucavirus, their long names, demo, or a path to a "
-        "fair-esm .pt, an esm 3.2 .pth, a .safetensors file or a HuggingFace directory.", "MODEL", path=True,
+        "esmc-300m, esmc-600m, esmc-6b, esm1b, esm1v-1 to esm1v-5, lucavirus, dnabert-s, their long names, demo, or a "
+        "path to a fair-esm .pt, an esm 3.2 .pth, a .safetensors file or a HuggingFace directory.", "MODEL", path=True,
         said="650M")
     adapter: tuple[str, ...] = option(
         (), COMPUTE, "A folder with a LoRA or DoRA adapter of PEFT, merged into the model; may be repeated, in order.",
@@ -82,7 +82,7 @@ class EmbedConfig(Config):
         "auto", FIRST,
         "Proteins longer than --max-residues: cut, whole, covered by stitched windows, skipped, or refused.",
         choices=("auto", "truncate", "full", "window", "skip", "error"),
-        said="truncate; window for ESM-1b and ESM-1v")
+        said="auto: truncate; window for ESM-1b and ESM-1v")
     kind: str = option(
         PROTEIN, INPUT, "What the letters are; nucleotide for LucaVirus; DNABERT-S reads nothing else.",
         choices=tuple(WORDS))
@@ -98,23 +98,26 @@ class EmbedConfig(Config):
     dedup: bool = option(True, INPUT, "Compute identical proteins again instead of copying.")
     force_protein: bool = option(False, INPUT, "Accept a file that looks like nucleotides.")
     dtype: str = option(
-        "auto", COMPUTE, "Compute in auto, fp32, fp16, bf16 or fp8 (Hopper; approximate: errors of several %).", "TYPE",
+        "auto", COMPUTE, "Compute in fp32, fp16, bf16 or fp8 (Hopper; approximate: errors of several %).", "TYPE",
         choices=DTYPES, said="auto: fp16 on CUDA, fp32 elsewhere")
     residual: str = option(
         "same", COMPUTE, "Residual stream in --dtype, or in fp32 for models that overflow in fp16 (plain PyTorch).",
         choices=("same", "fp32"))
     device: str = option("auto", COMPUTE, "auto, cpu, cuda (all GPUs), cuda:N, cuda:N,N or mps.", "DEVICE")
     workers: int | str = option(
-        "auto", COMPUTE, "Processes on this host, that share the devices; auto is one for each GPU, and one on a CPU.",
+        "auto", COMPUTE,
+        "Processes on this host, which share its GPUs or CPU threads; auto is one for each GPU, and one on a CPU.",
         "N", least=1, most=MOST_WORKERS)
     attention: str = option(
-        "auto", COMPUTE, f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}; a named one runs or is refused.", "NAME",
+        "auto", COMPUTE,
+        f"Kernels of attention: {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}; named ones run or are refused.", "NAME",
         choices=BACKENDS)
     token_budget: int | str = option("auto", COMPUTE, "Tokens per pack, or auto.", "N", least=1024, most=LARGEST)
     max_residues: int = _max_residues("Longest protein embedded in one piece.")
     overlap: int = option(256, LONG, "Least overlap of two windows, in residues.", "N", least=0, most=LARGEST)
     emit: tuple[str, ...] = option(
-        (), STORED, "Of the unmasked pass: logits, entropy, pseudo-perplexity; contacts, a map for each protein.",
+        (), STORED,
+        "Store, too: logits, entropy or pseudo-perplexity of the unmasked pass; contacts, a map for each protein.",
         "WHAT,WHAT", choices=EMITS)
     contacts_for: str | None = option(
         None, STORED, "Names of the proteins that get a contact map, one in a line.", "FILE", path=True, said="all")
@@ -144,7 +147,8 @@ class EmbedConfig(Config):
     min_aa: int = option(30, CONTIGS, "Shortest ORF of --genes six-frame, in residues.", "N", least=1, most=LARGEST)
     chunk: int = option(500, CONTIGS, "Bases in a chunk of --genes virnucpro.", choices=(300, 500))
     nucleotide: bool = option(
-        False, CONTIGS, "Store VirNucPro's nucleotide half, too: a row of the bases behind each protein.")
+        False, CONTIGS,
+        "With --genes virnucpro, store VirNucPro's nucleotide half, too: a row of the bases behind each protein.")
     nucleotide_model: str = option(
         "dnabert-s", CONTIGS, "The model of that half: dnabert-s or a path.", "MODEL", path=True)
     group: str | None = option(None, CONTIGS, "Store a row for each contig, too, from its proteins' means.", "contig")
@@ -237,15 +241,15 @@ class ValidateConfig(Config):
         None, INPUT, "Audit a file that embed wrote, with the model and settings it names; or another tool's, with "
         "--model and --fasta.", "OUT.h5", path=True)
     sample: int = option(
-        60, INPUT, "Proteins to compare at least, spread over the lengths; odd ones included.", "N", least=2,
-        most=1 << 63)
+        60, INPUT, "Proteins to compare, spread over the lengths; longest, shortest and odd ones among them.", "N",
+        least=2, most=1 << 63)
     seed: int = option(0, INPUT, "Seed of the sample.", "N", least=0, most=1 << 63)
     min_cosine: float | None = option(
         None, GATES, "Least cosine of a pooled row with the reference's.", "X", least=-1, most=1,
-        said="0.999, bf16 0.998")
+        said="fp32 and fp16 0.999, bf16 0.998, fp8 0.92")
     max_rel_l2: float | None = option(
         None, GATES, "Largest relative L2 error of a pooled row.", "X", least=ABOVE_0, most=FINITE,
-        said="fp32 1e-5, fp16 1e-2, bf16 6e-2")
+        said="fp32 1e-5, fp16 1e-2, bf16 6e-2, fp8 4e-1")
     model: str | None = option(None, COMPUTE, "As in embed.", "MODEL", path=True, said="demo")
     adapter: tuple[str, ...] = option((), COMPUTE, "As in embed.", "DIR", repeated=True, path=True)
     kind: str = option(PROTEIN, COMPUTE, "As in embed.", choices=tuple(WORDS))

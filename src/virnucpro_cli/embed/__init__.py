@@ -32,9 +32,7 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.engine.placer import Job, Placer
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.features import Loaded, asked_for
-from virnucpro_cli.kinds import unmasked
 from virnucpro_cli.model import locate
-from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import parameters
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.plan.packing import Int64, subset, worst_first
@@ -101,9 +99,6 @@ def _embed(run: EmbedRun) -> None:
             run.computing.check_room(each.spec)
             assert each.located is not None
             each.weights = locate.verified(each.located)
-        if run.config.emit:
-            run.loaded = run.loaded or model_weights.load(run.weights)
-            _check_heads(run, run.loaded)
     with run.clock.stage("lay out"):
         for each in (run, *run.halves.values()):
             each.fingerprint = each.fingerprint_with(each.weights)
@@ -120,16 +115,6 @@ def _embed(run: EmbedRun) -> None:
             feature.written(run.output)
         if not run.summary.already_complete:
             words.end(run)
-
-
-def _check_heads(run: EmbedRun, loaded: Loaded) -> None:
-    """Raise UserError if the weights lack what --emit needs."""
-    if unmasked(run.config.emit):
-        from virnucpro_cli.model.scores import check_head
-
-        check_head(loaded[1], run.weights)
-    for feature in run.features:
-        feature.check_weights(loaded, run.weights)
 
 
 def _fill(run: EmbedRun) -> None:

@@ -24,7 +24,7 @@ from virnucpro_cli.features import Feature, Half, Run, asked_for
 from virnucpro_cli.kinds import NUCLEOTIDE, PROTEIN, any_by_residue, unmasked
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import by_name, check_dtype, family_of, parameters, reading
+from virnucpro_cli.model.families import by_name, check_dtype, check_emit, family_of, parameters, reading
 from virnucpro_cli.model.spec import ModelSpec, check_longest, resolved_layers
 from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import Decisions, decide
@@ -183,16 +183,37 @@ class Model(NamedTuple):
         return tokenised(table, path, output.parent, kept, is_over)
 
 
-def _model_of(config: EmbedConfig, dtype: torch.dtype, around: Around) -> Model:
-    """Raises UserError for weights that cannot be had, and for what the model cannot do."""
+def _model_of(config: EmbedConfig, features: list[Feature], dtype: torch.dtype, around: Around) -> Model:
+    """Raises UserError for what the model cannot do, before it is fetched, and for weights that cannot be had."""
     with around.clock.stage("load model"):
-        located, spec = _located(config, around.out)
+        located, spec = _here(config)
     check_dtype(spec, dtype)
+    check_emit(spec, config.emit)
     family = family_of(spec)
     if family.READING is None and config.kind == PROTEIN and config.from_ == "proteins":
         config = replace(config, kind=NUCLEOTIDE)
-    config, how = _with_long(config, spec), reading(spec, config.kind)
-    return Model(config, located, spec, resolved_layers(config.layers, spec), how, dtype)
+    config, how, layers = _with_long(config, spec), reading(spec, config.kind), resolved_layers(config.layers, spec)
+    with around.clock.stage("load model"):
+        if located is None and not config.dry_run:
+            located = _adapted(locate.fetch(config.model, around.out.print), config)
+        if located is not None:
+            located = replace(located, states=locate.states_of(located))
+            locate.tokenizer_of(located, spec)
+            _check_heads(config, features, located)
+    return Model(config, located, spec, layers, how, dtype)
+
+
+def _check_heads(config: EmbedConfig, features: list[Feature], located: locate.Weights) -> None:
+    """Raise UserError if the weights lack what --emit needs: names and shapes of tensors say it, no values are read."""
+    if not config.emit or located.seed is not None:
+        return
+    loaded = model_weights.load(replace(located, adapters=(), states=()))
+    if unmasked(config.emit):
+        from virnucpro_cli.model.scores import check_head
+
+        check_head(loaded[1], located)
+    for feature in features:
+        feature.check_weights(loaded, located)
 
 
 def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, around: Around) -> EmbedRun:
@@ -203,7 +224,7 @@ def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, 
     at, clock = around.at, around.clock
     with clock.stage("index"):
         sources = inputs.sources(config.inputs, at.output.parent)
-    model, extra = _model_of(config, around.computing.dtype, around), store.Extra()
+    model, extra = _model_of(config, features, around.computing.dtype, around), store.Extra()
     config = model.config
     for feature in features:
         sources, more = feature.sources(sources, at.whole, around.out, clock)
@@ -247,7 +268,7 @@ def _decided_half(half: Half, around: Around, records: NDArray[np.int64] | None,
     Raises UserError if it has another number of records.
     """
     features, dtype = asked_for(half.config), around.computing.dtype
-    model = _model_of(half.config, torch.float16 if dtype == torch.float8_e4m3fn else dtype, around)
+    model = _model_of(half.config, features, torch.float16 if dtype == torch.float8_e4m3fn else dtype, around)
     with around.clock.stage("index"):
         table = model.table(fasta.Inputs(), half.sources, any(feature.needs_digests for feature in features))
     if len(table) != count:
@@ -256,8 +277,6 @@ def _decided_half(half: Half, around: Around, records: NDArray[np.int64] | None,
     run = _planned(model, table, decide(table, model.config), store.Extra(), around, records)
     run.features, run.half = features, half.name
     if family_of(model.spec).TOKENIZER is not None:
-        if model.located is not None:
-            locate.tokenizer_of(model.located, model.spec)  # or the refusal would come late
         run.model = model
     return run
 
@@ -314,16 +333,21 @@ def tokens_beside(at: Target) -> Iterator[None]:
                 forget(path)
 
 
-def _located(config: EmbedConfig, out: Console) -> tuple[locate.Weights | None, ModelSpec]:
-    """The weights, which are fetched if they are not here and the run is no dry one, and the sizes of the model."""
-    located = locate.locate(config.model) if config.dry_run else locate.fetch(config.model, out.print)
-    if located is not None and config.adapter:
-        from virnucpro_cli.model.adapters import with_adapters
-
-        located = with_adapters(located, config.adapter)
+def _here(config: EmbedConfig) -> tuple[locate.Weights | None, ModelSpec]:
+    """The weights, None if they are not on this machine, and the sizes of the model."""
+    found = locate.locate(config.model)
+    located = None if found is None else _adapted(found, config)
     spec = by_name(config.model) if located is None else model_weights.spec_of(located)
     assert spec is not None
     return located, spec
+
+
+def _adapted(located: locate.Weights, config: EmbedConfig) -> locate.Weights:
+    if not config.adapter:
+        return located
+    from virnucpro_cli.model.adapters import with_adapters
+
+    return with_adapters(located, config.adapter)
 
 
 def index_input(config: EmbedConfig, out: Console) -> None:
@@ -331,7 +355,7 @@ def index_input(config: EmbedConfig, out: Console) -> None:
     from virnucpro_cli.fasta import kept
 
     at = target(config, [])
-    _, spec = _located(replace(config, dry_run=True), out)
+    _, spec = _here(config)
     path, how = fasta.index_of(at.whole), fasta.How("x", config.gaps, reading(spec, config.kind))
     if not fasta.is_large(config.inputs) and "-" not in config.inputs:
         out.print("no index of so small an input is kept: every run reads it in a second")

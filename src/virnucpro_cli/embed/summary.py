@@ -1,9 +1,7 @@
 """The words of a run: warnings, and the numbers of its report."""
 
-import os
 import platform
 import resource
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +22,7 @@ from virnucpro_cli.model import locate
 from virnucpro_cli.model.families import flops
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
 from virnucpro_cli.plan.policies import Int64
+from virnucpro_cli.stopping import threads
 
 SIXTEEN_BIT = {320: 2.2e14, 480: 2.8e14, 640: 3.6e14, 1280: 4.9e14, 2560: 5.6e14}
 MEASURED_FLOPS = {
@@ -185,11 +184,8 @@ def _repeated_names(table: fasta.RecordTable, config: EmbedConfig) -> int:
     def hash_them(rows: slice) -> None:
         hashes[rows] = table.name_texts(rows.start, rows.stop, config.id == "full").hashes()
 
-    threads = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS))  # NumPy lets go of Python
-    try:
-        list(threads.map(hash_them, store.blocks(len(table))))
-    finally:
-        threads.shutdown(cancel_futures=True)
+    with threads(MOST_THREADS) as pool:  # NumPy lets go of Python
+        list(pool.map(hash_them, store.blocks(len(table))))
     hashes.sort()
     return int((hashes[1:] == hashes[:-1]).sum())
 

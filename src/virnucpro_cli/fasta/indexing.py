@@ -21,6 +21,7 @@ from virnucpro_cli.fasta import reading
 from virnucpro_cli.fasta.compressed import LONGEST_MAGIC, PROGRAMS, kind_of
 from virnucpro_cli.fasta.reading import BOM, HEAD_BYTES, Source, open_sources
 from virnucpro_cli.fasta.table import NEWLINE, RecordTable
+from virnucpro_cli.stopping import cores, threads
 
 NUCLEOTIDE_SHARE, AMBIGUOUS_SHARE = 0.95, 0.5
 """Least share of the letters of nucleotides: ACGTUN, or these and the other codes of IUPAC if ACGTUN are half and C and
@@ -175,7 +176,7 @@ def _by_span(source: Source, how: How, helpers: int | None) -> Iterator[tuple[Pa
     if helpers == 1 or (helpers is None and len(spans) < FEWEST_SPANS):
         yield from (index_span(*span) for span in spans)
         return
-    from virnucpro_cli.processes import cores, in_order  # not for most files
+    from virnucpro_cli.processes import in_order  # not for most files
 
     spool = [] if source.spool is None else [source.spool.fileno()]
     yield from in_order(index_span, spans, min(helpers or min(cores(), MOST_HELPERS), len(spans)), spool)
@@ -368,10 +369,10 @@ def first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:
         high, low = np.ascontiguousarray(digest[own := np.concatenate(rows)].T)
         unique_of[own] = own[_first_of_part(high, low)]
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_HELPERS)) as threads:
-        chunks = list(threads.map(parted, range(0, len(digest), ROWS_AT_ONCE)))
+    with threads(MOST_HELPERS) as pool:
+        chunks = list(pool.map(parted, range(0, len(digest), ROWS_AT_ONCE)))
         counts = np.sum([np.diff(at) for _, _, at in chunks], axis=0)
-        list(threads.map(settle, np.flatnonzero(counts).tolist()))
+        list(pool.map(settle, np.flatnonzero(counts).tolist()))
     return unique_of
 
 

@@ -13,10 +13,9 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.machine.speeds import Speed, remembered
 from virnucpro_cli.model import attention, locate
-from virnucpro_cli.model.families import DEMO, FAMILIES, SIZES, by_name, family_of, parameters, short_name
-from virnucpro_cli.model.spec import CONTACT_HEAD, LM_HEAD, Family, Licence, ModelSpec
+from virnucpro_cli.model.families import DEMO, FAMILIES, SIZES, by_name, emitted, family_of, parameters, short_name
+from virnucpro_cli.model.spec import Family, Licence, ModelSpec
 
-OF_TOKENS = ("logits", "entropy", "pseudo-perplexity")
 LATER = "virnucpro models NAME says all of one."
 
 
@@ -129,12 +128,6 @@ def alphabet_of(family: Family) -> str:
             runs.append([byte])
     words = [chr(run[0]) if len(run) == 1 else f"{chr(run[0])}-{chr(run[-1])}" for run in runs]
     return " ".join([*words, *map(chr, others)])
-
-
-def emitted(spec: ModelSpec) -> list[str]:
-    """Kinds of --emit that a model has heads for."""
-    heads = family_of(spec).head_shapes(spec)
-    return [*(OF_TOKENS if LM_HEAD in heads else ()), *(["contacts"] if CONTACT_HEAD in heads else [])]
 
 
 def published(spec: ModelSpec) -> str:

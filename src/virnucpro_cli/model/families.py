@@ -9,7 +9,7 @@ import torch
 
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.kinds import PROTEIN
+from virnucpro_cli.kinds import PROTEIN, UNMASKED
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.dnabert import DNABERT
 from virnucpro_cli.model.dplm import DPLM
@@ -19,7 +19,7 @@ from virnucpro_cli.model.esm2 import ESM2
 from virnucpro_cli.model.esmc import ESMC
 from virnucpro_cli.model.lucavirus import LUCAVIRUS
 from virnucpro_cli.model.packed import PackedModel
-from virnucpro_cli.model.spec import LM_HEAD, Family, ModelSpec, State
+from virnucpro_cli.model.spec import CONTACT_HEAD, LM_HEAD, Family, ModelSpec, State
 
 FAMILIES: dict[str, Family] = {
     "esm2": ESM2, "dplm": DPLM, "esm1b": ESM1B, "esm1v": ESM1V, "esmc": ESMC, "lucavirus": LUCAVIRUS,
@@ -79,6 +79,19 @@ def check_dtype(spec: ModelSpec, dtype: torch.dtype) -> None:
             f"{spec.name} is not computed in fp8: there are no scales for {family_of(spec).TITLE} yet.",
             "Use --dtype fp16.",
         )
+
+
+def emitted(spec: ModelSpec) -> list[str]:
+    """Kinds of --emit that a model has heads for."""
+    heads = family_of(spec).head_shapes(spec)
+    return [*(UNMASKED if LM_HEAD in heads else ()), *(["contacts"] if CONTACT_HEAD in heads else [])]
+
+
+def check_emit(spec: ModelSpec, emit: tuple[str, ...]) -> None:
+    """Raise UserError for what --emit names and no weights of the model have a head for."""
+    if lacking := [name for name in emit if name not in emitted(spec)]:
+        head = "contact regression" if lacking == ["contacts"] else "language-model head"
+        raise UserError(f"{spec.name} has no {head}.", f"Leave --emit {','.join(lacking)} out.")
 
 
 def products(spec: ModelSpec) -> tuple[tuple[int, int], ...]:

@@ -483,6 +483,7 @@ def verified(weights: Weights) -> Weights:
     """
     if weights.base_sha256:
         return weights
+    check_unchanged(weights)
     weights = _verified_base(replace(weights, states=states_of(weights)))
     adapters = tuple(replace(each, sha256=sha256_of(each.files)) for each in weights.adapters)
     check_unchanged(weights)

@@ -93,5 +93,5 @@ def check_head(state: State, weights: Weights) -> None:
         raise UserError(
             f"The weights of {weights.name} have no language-model head (lm_head.* in {weights.place}), "
             "or its last matrix contradicts tie_word_embeddings of config.json.",
-            "Leave --emit out, or use published weights of a model that has one: DNABERT-S has none.",
+            "Leave --emit out, or use the published weights.",
         )

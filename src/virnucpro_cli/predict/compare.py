@@ -1,7 +1,8 @@
 """Another program's prediction_results.txt beside ours: agreement, every changed call, and what one of them lacks.
 
 Frames are joined by name, since the other file has nothing else. Chunks and contigs are compared by the frames that
-both files have.
+both files have. What is of our run is here, what is of the other file is there. Frames and chunks are virus or others;
+contigs have the calls of their own table.
 """
 
 from collections.abc import Iterator
@@ -70,16 +71,17 @@ class Comparison:
     def words(self) -> Iterator[str]:
         """The result in lines."""
         if self.levels[0].both == 0:
-            yield "no frame of the other file is one of these: are both of the same contigs, by the same names?"
-        yield "the same call: " + ", ".join(map(str, self.levels))
+            yield "no frame is both here and there: are both files of the same contigs, by the same names?"
+        yield "the same call here and there: " + ", ".join(map(str, self.levels))
         yield (
             f"scores of frames with the same call differ by {self.largest:.2g} at most; "
             f"{counted(self.near, 'chunk')} so near a tie that this could turn them"
         )
         if self.missing_here or self.missing_there:
-            yield f"frames only in the other file: {self.missing_here:,}; only here: {self.missing_there:,}"
+            yield f"frames missing here: {self.missing_here:,}, missing there: {self.missing_there:,}"
         for level, name, here, there, *scores in self.first:
-            yield f"  {level} {name}: {here} here, {there} there" + f" ({', '.join(filter(None, scores))})"
+            ours, theirs = (", ".join(filter(None, pair)) for pair in (scores[:2], scores[2:]))
+            yield f"  {level} {name}: {here} here ({ours}), {there} there ({theirs})"
 
     def as_numbers(self) -> dict[str, Any]:
         """The result for a report."""
@@ -183,16 +185,22 @@ def compared(scored: Scored, other: Other, file: IO[bytes]) -> Comparison:
         table.writerow(COLUMNS)
         for name, level in (("frame", _frames), ("chunk", _chunks), ("contig", _contigs)):
             changed, (count, lines) = 0, level(here, there)
-            for line in lines:
+            for of, *cells in lines:
                 changed += 1
-                table.writerow((name, *line))
-                found.first += [(name, *line)] * (changed <= SHOWN)
+                line = (name, tables.cell(of), *cells)
+                table.writerow(line)
+                found.first += [line] * (changed <= SHOWN)
             found.levels.append(Level(name, count, count - changed))
         for name in _names_at(scored, np.flatnonzero(at < 0)):
-            table.writerow(("frame", name, "", MISSING, "", "", "", ""))
+            table.writerow(("frame", tables.cell(name), "", MISSING, "", "", "", ""))
         for name in _names_missing_here(other, at[both]):
-            table.writerow(("frame", name, MISSING, "", "", "", "", ""))
+            table.writerow(("frame", tables.cell(name), MISSING, "", "", "", "", ""))
     return found
+
+
+def _labels(is_virus: NDArray[np.bool_]) -> Iterator[str]:
+    """Calls of both files, bool [2], in words."""
+    return (LABELS[each] for each in is_virus.tolist())
 
 
 def _cells(*scores: NDArray[np.float32]) -> Iterator[str]:
@@ -202,10 +210,10 @@ def _cells(*scores: NDArray[np.float32]) -> Iterator[str]:
 
 def _frames(here: Scored, there: Scored) -> tuple[int, Iterator[Cells]]:
     """How many frames are compared, and those whose call changed."""
-    calls = here.is_virus.astype(int), there.is_virus.astype(int)
-    places = np.flatnonzero(calls[0] != calls[1])
+    calls = np.stack([here.is_virus, there.is_virus], axis=1)
+    places = np.flatnonzero(calls[:, 0] != calls[:, 1])
     lines = (
-        (name, LABELS[calls[0][i]], LABELS[calls[1][i]], *_cells(here.scores[i], there.scores[i]))
+        (name, *_labels(calls[i]), *_cells(here.scores[i], there.scores[i]))
         for i, name in zip(places.tolist(), _names_at(here, places), strict=True)
     )
     return len(here.rows), lines
@@ -213,10 +221,10 @@ def _frames(here: Scored, there: Scored) -> tuple[int, Iterator[Cells]]:
 
 def _chunks(here: Scored, there: Scored) -> tuple[int, Iterator[Cells]]:
     """How many chunks are compared, and those whose call changed, with their highest scores."""
-    calls = chunk_is_virus(here.highest), chunk_is_virus(there.highest)
-    places = np.flatnonzero(calls[0] != calls[1])
+    calls = np.stack([chunk_is_virus(here.highest), chunk_is_virus(there.highest)], axis=1)
+    places = np.flatnonzero(calls[:, 0] != calls[:, 1])
     lines = (
-        (name[:-2], str(bool(calls[0][i])), str(bool(calls[1][i])), *_cells(here.highest[i], there.highest[i]))
+        (name[:-2], *_labels(calls[i]), *_cells(here.highest[i], there.highest[i]))
         for i, name in zip(places.tolist(), _names_at(here, here.first[places]), strict=True)
     )
     return len(here.first), lines

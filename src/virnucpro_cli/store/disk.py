@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import IO, Any
 
 from virnucpro_cli.errors import UserError, shell_word
+from virnucpro_cli.stopping import cores, threads
 from virnucpro_cli.store.schema import CHECKSUM_BYTES
 
 OTHER_FILES = 256
@@ -462,7 +463,7 @@ class PassingDigests:
     def __init__(self) -> None:
         self.whole: dict[int, bytes] = {}
         self._begun: dict[int, tuple[Any, int]] = {}  # start of a block -> its hash, and the offset up to which it is
-        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_HASHING), "hash")
+        self._pool = ThreadPoolExecutor(min(cores(), MOST_HASHING), "hash")
         self._lock = threading.Lock()  # neighbours of two writes may share a block
 
     @contextmanager
@@ -518,9 +519,5 @@ def checksum(fd: int, itself: int, complete: int, known: Mapping[int, bytes] = M
         return sha.digest()
 
     end = os.fstat(fd).st_size
-    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_HASHING))  # hashing lets go of Python
-    try:
-        starts = range(0, end, CHECKSUM_BLOCK)
-        return hashlib.sha256(b"".join(pool.map(of_block, starts))).hexdigest()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with threads(MOST_HASHING) as pool:  # hashing lets go of Python
+        return hashlib.sha256(b"".join(pool.map(of_block, range(0, end, CHECKSUM_BLOCK)))).hexdigest()

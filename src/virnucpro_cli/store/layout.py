@@ -10,7 +10,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from math import prod
@@ -361,11 +360,9 @@ def _write_texts(fd: int, names: Names, references_at: int, end: int) -> int:
         texts = names.of(rows.start, rows.stop)
         return _collections(texts if isinstance(texts, Texts) else packed(texts))
 
-    threads = min(os.cpu_count() or 1, MOST_PACKING)
-    pool = ThreadPoolExecutor(threads, "names")
-    left = (pool.submit(collected, rows) for rows in schema.blocks(names.count))
-    packing = deque(islice(left, threads + 1))
-    try:
+    with stopping.threads(MOST_PACKING, "names") as pool:
+        left = (pool.submit(collected, rows) for rows in schema.blocks(names.count))
+        packing = deque(islice(left, MOST_PACKING + 1))
         while packing:
             words, references = packing.popleft().result()
             packing.extend(islice(left, 1))
@@ -375,8 +372,6 @@ def _write_texts(fd: int, names: Names, references_at: int, end: int) -> int:
             pwrite_all(fd, words.view(np.uint8).data, end)
             pwrite_all(fd, references.view(np.uint8).data, references_at)
             end, references_at = end + words.nbytes, references_at + references.nbytes
-    finally:
-        pool.shutdown(cancel_futures=True)
     return end
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError, counted
 from virnucpro_cli.kinds import KINDS, POOLED, PROTEIN, WORDS
+from virnucpro_cli.stopping import cores
 from virnucpro_cli.store import checked, disk, schema, sums
 from virnucpro_cli.store.checked import (
     AGAIN,
@@ -603,7 +604,7 @@ def opened(path: str | Path) -> EmbeddingFile:
 
 def opened_all(paths: Sequence[str | Path]) -> list[EmbeddingFile]:
     """The files at `paths`, each as `opened` gives it. Raises UserError for the first that is none."""
-    _try_in_children([Path(path).absolute() for path in paths], os.cpu_count() or 1)
+    _try_in_children([Path(path).absolute() for path in paths], cores())
     files: list[EmbeddingFile] = []
     try:
         for path in paths:

@@ -159,7 +159,8 @@ def stratified(lengths: NDArray[np.int64], odd: NDArray[np.uint16], size: int, s
 
 def pooled(residues: Array, bos: Array, eos: Array) -> dict[str, Array]:
     """Kinds of one row of a protein, each [D], of its residue rows, float [L, D], and both ends; means are float64."""
-    mean, std = (reduce(residues, axis=0, dtype=np.float64) for reduce in (np.mean, np.std))
+    mean = residues.mean(axis=0, dtype=np.float64)
+    std = np.subtract(residues, residues[:1], dtype=np.float64).std(axis=0)  # a mean of equal float64 rows is rounded
     every = (residues.sum(axis=0, dtype=np.float64) + bos + eos) / (len(residues) + 2)
     return {"mean": mean, "mean-all": every, "bos": bos, "eos": eos, "max": residues.max(axis=0), "std": std}
 

@@ -13,7 +13,7 @@ from virnucpro_cli.engine.runner import copied
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.features.contacts import totals
 from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.model.families import build, family_of
+from virnucpro_cli.model.families import build
 from virnucpro_cli.model.locate import Weights
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import CONTACT_HEAD, ModelSpec, State
@@ -93,8 +93,6 @@ def with_contact_head(state: State, spec: ModelSpec, weights: Weights) -> State:
     """The state with the contact head, its own or from the file beside it. Raises UserError if neither has it."""
     if f"{CONTACT_HEAD}.weight" in state:
         return state
-    if CONTACT_HEAD not in family_of(spec).head_shapes(spec):
-        raise UserError(f"{spec.name} has no contact regression.", "Leave contacts out.")
     beside = regression_beside(weights)
     for path in filter(Path.is_file, beside):
         head = heads_in(read_tensors(path), spec)

@@ -11,7 +11,7 @@ import zlib
 from array import array
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from virnucpro_cli.errors import NoProteins, UserError, counted
 from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.features.contigs import chunks, codons, pyrodigal_gv, six_frame
 from virnucpro_cli.features.contigs.codons import Genes
-from virnucpro_cli.processes import cores
+from virnucpro_cli.stopping import cores, threads
 from virnucpro_cli.store import disk
 
 CALLERS: dict[str, Any] = {"pyrodigal-gv": pyrodigal_gv, "six-frame": six_frame, "virnucpro": chunks}
@@ -227,18 +227,15 @@ def _called(contigs: fasta.RecordTable, caller: Any) -> Iterator[tuple[Genes, in
     def of(name: str, sequence: bytes) -> tuple[Genes, int]:
         return caller(name, sequence), sum(stop - start for start, stop in codons.gaps(sequence))
 
-    threads = cores()
-    pool = ThreadPoolExecutor(threads)
+    most = cores()
     waiting: deque[Future[tuple[Genes, int]]] = deque()
-    try:
+    with threads(most) as pool:
         for name, sequence in _contigs(contigs):
             waiting.append(pool.submit(of, name, sequence))
-            if len(waiting) > AHEAD * threads:
+            if len(waiting) > AHEAD * most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _contigs(contigs: fasta.RecordTable) -> Iterator[tuple[str, bytes]]:
