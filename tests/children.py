@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 from virnucpro_cli.errors import STOP_SIGNALS
@@ -75,6 +76,11 @@ class Child:
 def program(*arguments: Any, before: Callable[[], None] | None = None, **more: Any) -> Child:
     """`virnucpro` with these arguments. before: what changes the program first."""
     return Child(_program, [str(each) for each in arguments], before, **more)
+
+
+def python(code: str, *arguments: Any, **more: Any) -> Child:
+    """`python -c` with this code and these arguments, but for its imports."""
+    return Child(_python, code, [str(each) for each in arguments], **more)
 
 
 def no_reader(number: int) -> None:
@@ -157,3 +163,9 @@ def _program(arguments: list[str], before: Callable[[], None] | None) -> None:
         before()
     sys.argv = ["virnucpro", *arguments]
     main()
+
+
+def _python(code: str, arguments: list[str]) -> None:
+    module = ModuleType("__main__")
+    sys.modules["__main__"], sys.argv = module, ["-c", *arguments]
+    exec(code, vars(module))
