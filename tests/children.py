@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -150,6 +151,10 @@ def _begin(
     torch.set_num_threads(1)
     try:
         target(*arguments)
+    except Exception:
+        with suppress(OSError, AttributeError):
+            traceback.print_exc()
+        raise
     finally:  # Python ends well where its errors cannot be shown; multiprocessing does not
         with suppress(OSError, AttributeError):
             sys.stderr.flush()

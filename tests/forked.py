@@ -11,8 +11,10 @@ import traceback
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from children import Child
 from virnucpro_cli.errors import STOP_SIGNALS
 from virnucpro_cli.processes import BOUND
 
@@ -24,12 +26,17 @@ def workers(change: Callable[[], None] | None = None) -> None:
     workers.started = partial(Worker, change)  # type: ignore[assignment]
 
 
-def embed(**options: Any) -> None:
-    """A run with such workers, for a process of its own."""
+def embed(*paths: Path, **options: Any) -> None:
+    """As `embed_fasta` with several such workers, in a process of its own."""
+    run = Child(_embed, paths, {"workers": 2, **options}, TOKENIZERS_PARALLELISM="false")
+    assert run.wait() == 0, run.err
+
+
+def _embed(paths: tuple[Path, ...], options: dict[str, Any]) -> None:
     from virnucpro_cli.embed import embed_fasta
 
     workers()
-    embed_fasta(**options)
+    embed_fasta(*paths, **options)
 
 
 class Worker:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import forked
 from conftest import ROOT, loaded, relative_l2
 from packs import embeddings, of_segment
 from test_tokens import trained
@@ -475,8 +476,8 @@ def test_proteins_are_no_nucleotides(tmp_path: Path, small: Path) -> None:
 def test_workers_embed_tokens_too(tmp_path: Path, small: Path) -> None:
     path = tmp_path / "in.fna"
     nucleotides(path, *range(100, 700, 20))
-    for name, workers in (("one.h5", 1), ("two.h5", 2)):
-        embed_fasta(path, tmp_path / name, model=str(small), device="cpu", workers=workers, token_budget=1024)
+    for name, run in (("one.h5", embed_fasta), ("two.h5", forked.embed)):
+        run(path, tmp_path / name, model=str(small), device="cpu", token_budget=1024)
     with read_embeddings(tmp_path / "one.h5") as one, read_embeddings(tmp_path / "two.h5") as two:
         assert (one[:] == two[:]).all() and devices.describe_device(CPU)
 

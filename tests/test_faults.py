@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import forked
 import slowed
 from children import CHILDREN, program, until
 from conftest import write_model
@@ -340,11 +341,12 @@ def test_rows_that_are_not_as_they_were_committed_are_computed_again(
         offset = item.id.get_offset() + row * int(np.prod(item.shape[1:])) * item.dtype.itemsize
     flipped(partial, offset, 1)
     report = tmp_path / "report.json"
-    resumed = small.embed(output, workers=workers, report=str(report))["resumed proteins"]
-    assert resumed == len(done) - 1
+    run = embed_fasta if workers == 1 else forked.embed
+    run(output=output, **small.options(report=str(report)))
     small.check_rows(output)
-    notes = json.loads(report.read_text())["notes"]
-    assert any("not in" in note and "as they were committed" in note for note in notes) or name == "status"
+    told = json.loads(report.read_text())
+    assert told["counts"]["resumed proteins"] == len(done) - 1
+    assert any("not in" in note and "as they were committed" in note for note in told["notes"]) or name == "status"
 
 
 # --- out of memory -------------------------------------------------------------------------------------------------

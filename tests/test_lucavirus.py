@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import forked
 from conftest import loaded, randomise, relative_l2, write_model
 from packs import among_strangers, embeddings, one_pack, random_protein
 from test_model import CPU, assert_within_gates, embed, expected, packed_model, same_bits, worst
@@ -414,7 +415,7 @@ def test_nucleotides_go_through_windows_workers_shards_cache_and_search(small: P
     embed_fasta(path, tmp_path / "one.h5", cache=str(tmp_path / "cache"), **same)
     again = embed_fasta(path, tmp_path / "cached.h5", cache=str(tmp_path / "cache"), **same)
     assert again.counts["from the cache"] == 6
-    embed_fasta(path, tmp_path / "workers.h5", workers=2, **same)
+    forked.embed(path, tmp_path / "workers.h5", **same)
     for shard in ("1/2", "2/2"):
         embed_fasta(path, tmp_path / "shards.h5", shard=shard, **same)
     merge_shards(str(tmp_path / "shards.h5"))
