@@ -444,7 +444,9 @@ def test_validate_and_an_audit_merge_the_adapters(tmp_path: Path, make_fasta: Ca
     from virnucpro_cli.validation.validate import validate_model
 
     adapter, fasta = made(tmp_path), make_fasta([20, 30, 50, 80])
-    verdict = validate_model(model=str(tmp_path / "base"), adapter=str(adapter), fasta=str(fasta), device="cpu")
+    verdict = validate_model(
+        model=str(tmp_path / "base"), adapter=str(adapter), fasta=str(fasta), device="cpu", token_budget=1024
+    )
     assert verdict.passed and any("merged into" in note for note in verdict.notes)
     embed_fasta(fasta, tmp_path / "o.h5", model=str(tmp_path / "base"), adapter=str(adapter), device="cpu")
     assert validate_model(against=str(tmp_path / "o.h5")).passed
