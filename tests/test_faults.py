@@ -32,7 +32,7 @@ from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.store import disk as disk_calls
 
 KINDS = ("mean", "bos", "residue")
-MOMENTS = 20
+MOMENTS, FLIPS = 20, 24
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -308,7 +308,7 @@ def begun(small: Case, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_a_flipped_bit_of_a_partial_file_is_never_in_a_finished_one(small: Case, begun: bytes, tmp_path: Path) -> None:
     """Wherever it is: rows, columns, names, HDF5's own bytes. The run makes it good or refuses to go on."""
     generator, refused, output = random.Random(3), 0, tmp_path / "out.h5"
-    for i in range(40):
+    for i in range(FLIPS):
         store.partial_path(output).write_bytes(begun)
         within = 4096 if i % 4 == 0 else len(begun)  # HDF5's own bytes are few
         flipped(store.partial_path(output), generator.randrange(within), generator.randrange(8))
@@ -320,7 +320,7 @@ def test_a_flipped_bit_of_a_partial_file_is_never_in_a_finished_one(small: Case,
             small.embed(output, restart=True)
         small.check(output)
         output.unlink()
-    assert 0 < refused < 40
+    assert 0 < refused < FLIPS
 
 
 @pytest.mark.parametrize(

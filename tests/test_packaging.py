@@ -435,7 +435,7 @@ def test_the_readme_names_every_placeholder() -> None:
     assert used <= named
 
 
-@pytest.mark.parametrize(("weights", "empty"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("weights", "empty"), [pytest.param(True, False, marks=pytest.mark.slow), (False, True)])
 def test_the_nextflow_modules_command_runs(weights: bool, empty: bool, tiny_model: Path, tmp_path: Path) -> None:
     """As Nextflow fills it in; a record that is skipped is no failure of the task."""
     (tmp_path / "in.faa").write_text(">a\nMKVLA\n" + ">empty\n" * empty)
