@@ -26,15 +26,17 @@ def workers(change: Callable[[], None] | None = None) -> None:
     workers.started = partial(Worker, change)  # type: ignore[assignment]
 
 
-def embed(*paths: Path, **options: Any) -> None:
-    """As `embed_fasta` with several such workers, in a process of its own."""
-    run = Child(_embed, paths, {"workers": 2, **options}, TOKENIZERS_PARALLELISM="false")
+def embed(*paths: Path, before: Callable[[], None] | None = None, **options: Any) -> None:
+    """As `embed_fasta` with several such workers, in a process of its own. before: what changes the program first."""
+    run = Child(_embed, paths, before, {"workers": 2, **options}, TOKENIZERS_PARALLELISM="false")
     assert run.wait() == 0, run.err
 
 
-def _embed(paths: tuple[Path, ...], options: dict[str, Any]) -> None:
+def _embed(paths: tuple[Path, ...], before: Callable[[], None] | None, options: dict[str, Any]) -> None:
     from virnucpro_cli.embed import embed_fasta
 
+    if before is not None:
+        before()
     workers()
     embed_fasta(*paths, **options)
 

@@ -21,6 +21,7 @@ import torch
 
 import forked
 import slowed
+import virnucpro_cli
 from children import CHILDREN, program, until
 from conftest import write_model
 from virnucpro_cli import store
@@ -580,21 +581,24 @@ def test_a_failed_device_is_one_message_and_the_same_command_resumes(small: Case
 # --- another place -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_may_go_on_elsewhere_and_the_file_says_which_rows_did(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def of_another_version() -> None:
+    virnucpro_cli.__version__ = "9.9"
+
+
+def test_a_run_may_go_on_elsewhere_and_the_file_says_which_rows_did(case: Case, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     assert run_child(case, output, ("fdatasync", 40)) == -signal.SIGKILL
     with h5py.File(store.partial_path(output)) as file:
         done = file["status"][:] == store.DONE
     assert done.any() and not done.all()
-    monkeypatch.setattr("virnucpro_cli.__version__", "9.9")
-    counts = case.embed(output, token_budget=2048, workers=2, report=str(report_of(output)))
-    assert counts["resumed proteins"] == done.sum()
+    more = case.options(token_budget=2048, report=str(report_of(output)))
+    forked.embed(before=of_another_version, output=output, **more)
     with store.read_embeddings(output) as file:
         assert (file.computed_by == np.where(done | (file.status == store.SKIPPED), 0, 1)).all()
         assert [each["virnucpro"] == "9.9" for each in file.environments] == [False, True]
-    rows = json.loads(report_of(output).read_text())["tables"]["Computed by"]
+    told = json.loads(report_of(output).read_text())
+    assert told["counts"]["resumed proteins"] == done.sum()
+    rows = told["tables"]["Computed by"]
     assert [row["proteins"] for row in rows] == [done.sum(), (~done).sum() - case.proteins // 97 - 1]
     case.check_values(output)
 
