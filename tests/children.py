@@ -8,9 +8,11 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 from virnucpro_cli.errors import STOP_SIGNALS
@@ -75,6 +77,11 @@ class Child:
 def program(*arguments: Any, before: Callable[[], None] | None = None, **more: Any) -> Child:
     """`virnucpro` with these arguments. before: what changes the program first."""
     return Child(_program, [str(each) for each in arguments], before, **more)
+
+
+def python(code: str, *arguments: Any, **more: Any) -> Child:
+    """`python -c` with this code and these arguments, but for its imports."""
+    return Child(_python, code, [str(each) for each in arguments], **more)
 
 
 def no_reader(number: int) -> None:
@@ -144,6 +151,10 @@ def _begin(
     torch.set_num_threads(1)
     try:
         target(*arguments)
+    except Exception:
+        with suppress(OSError, AttributeError):
+            traceback.print_exc()
+        raise
     finally:  # Python ends well where its errors cannot be shown; multiprocessing does not
         with suppress(OSError, AttributeError):
             sys.stderr.flush()
@@ -157,3 +168,9 @@ def _program(arguments: list[str], before: Callable[[], None] | None) -> None:
         before()
     sys.argv = ["virnucpro", *arguments]
     main()
+
+
+def _python(code: str, arguments: list[str]) -> None:
+    module = ModuleType("__main__")
+    sys.modules["__main__"], sys.argv = module, ["-c", *arguments]
+    exec(code, vars(module))

@@ -1,5 +1,6 @@
 """Shared fixtures: real tiny models as files, the demo weights, and FASTA files made of real proteins."""
 
+import gc
 import gzip
 import importlib.util
 import json
@@ -68,6 +69,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process is left with one at the end."""
     turns = {name: turn for turn, name in enumerate(LONGEST)}
     items.sort(key=lambda item: turns.get(item.path.name, len(turns)))
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries have made lives to the end of the tests: nothing looks through it meanwhile."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def failed_if_skipped(config: pytest.Config, report: Reported) -> Reported:

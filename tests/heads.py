@@ -1,8 +1,8 @@
 """Heads for tests: a program that pickles a whole module as VirNucPro's train.py does, in a process of its own."""
 
-import subprocess
-import sys
 from pathlib import Path
+
+import children
 
 PROGRAM = """
 import numpy, sys, torch
@@ -47,6 +47,6 @@ def pickled_head(folder: Path, features: int, hidden: int = 512, rows: Path | No
     rows: a file of features [n, D], of which the head calls half virus; made-up ones by default.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    words = [folder, features, hidden, 0.3, *([rows] if rows else [])]
-    subprocess.run([sys.executable, "-c", PROGRAM, *map(str, words)], check=True)
+    program = children.python(PROGRAM, folder, features, hidden, 0.3, *([rows] if rows else []))
+    assert program.wait() == 0, program.err
     return folder / "head.pth"

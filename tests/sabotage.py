@@ -16,6 +16,7 @@ from virnucpro_cli.model.attention import sdpa
 from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.packed import OnLayer, PackedModel
 from virnucpro_cli.store import Store
+from virnucpro_cli.validation import invariance
 
 Mistake = Callable[[pytest.MonkeyPatch], None]
 
@@ -166,6 +167,11 @@ def wrong_constant_in_16_bit(patch: pytest.MonkeyPatch) -> None:
 def tanh_gelu_in_16_bit(patch: pytest.MonkeyPatch) -> None:
     exact = plain.gelu
     patch.setattr(plain, "gelu", lambda x: exact(x) if x.dtype == torch.float32 else F.gelu(x, approximate="tanh"))
+
+
+def without_packing(patch: pytest.MonkeyPatch) -> None:
+    """The packing check takes most of the time, and is not asked where semantics are."""
+    patch.setattr(invariance, "packing", lambda *_: iter(()))
 
 
 MISTAKES: dict[str, Mistake] = {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import forked
 from conftest import relative_l2
 from test_weights import hf_name
 from virnucpro_cli import embed_fasta, read_embeddings
@@ -414,7 +415,8 @@ def test_workers_merge_the_adapters_too(
     adapter, fasta = made(tmp_path), make_fasta([300] * 12)
     common = {"model": str(tmp_path / "base"), "adapter": str(adapter), "token_budget": 1024, "device": "cpu"}
     embed_fasta(fasta, tmp_path / "one.h5", **common)
-    embed_fasta(fasta, tmp_path / "two.h5", **common, **options)
+    run = forked.embed if "workers" in options else embed_fasta
+    run(fasta, tmp_path / "two.h5", **common, **options)
     embed_fasta(fasta, tmp_path / "plain.h5", **{**common, "adapter": ()})
     one, two, plain = (
         torch.from_numpy(read_embeddings(tmp_path / f"{name}.h5").dataset("mean", 3)[:])
@@ -442,7 +444,9 @@ def test_validate_and_an_audit_merge_the_adapters(tmp_path: Path, make_fasta: Ca
     from virnucpro_cli.validation.validate import validate_model
 
     adapter, fasta = made(tmp_path), make_fasta([20, 30, 50, 80])
-    verdict = validate_model(model=str(tmp_path / "base"), adapter=str(adapter), fasta=str(fasta), device="cpu")
+    verdict = validate_model(
+        model=str(tmp_path / "base"), adapter=str(adapter), fasta=str(fasta), device="cpu", token_budget=1024
+    )
     assert verdict.passed and any("merged into" in note for note in verdict.notes)
     embed_fasta(fasta, tmp_path / "o.h5", model=str(tmp_path / "base"), adapter=str(adapter), device="cpu")
     assert validate_model(against=str(tmp_path / "o.h5")).passed

@@ -294,7 +294,9 @@ def test_validate_merges_an_adapter_of_esmc(tmp_path: Path, make_fasta: Callable
     base = written(tmp_path / "base", "transformers", transformers_model())
     by_hand(tmp_path / "adapter", MAKERS)
     fasta = make_fasta([20, 30, 50, 80])
-    verdict = validate_model(model=str(base), adapter=str(tmp_path / "adapter"), fasta=str(fasta), device="cpu")
+    verdict = validate_model(
+        model=str(base), adapter=str(tmp_path / "adapter"), fasta=str(fasta), device="cpu", token_budget=1024
+    )
     assert verdict.passed and any("LoRA merged into 4 modules" in note for note in verdict.notes)
 
 

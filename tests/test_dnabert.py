@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+import forked
 from conftest import ROOT, loaded, relative_l2
 from packs import embeddings, of_segment
+from sabotage import without_packing
 from test_tokens import trained
 from virnucpro_cli import read_embeddings
 from virnucpro_cli.batch import PackedBatch, query_tiles
@@ -27,7 +29,7 @@ from virnucpro_cli.model.packed import PackedModel, Parts, exact_arithmetic
 from virnucpro_cli.model.spec import ModelSpec, State
 from virnucpro_cli.plan.packing import buckets
 from virnucpro_cli.validation import dnabert as oracle
-from virnucpro_cli.validation import invariance, verify
+from virnucpro_cli.validation import verify
 from virnucpro_cli.validation.validate import validate_model
 
 CPU = torch.device("cpu")
@@ -491,8 +493,8 @@ def test_proteins_are_no_nucleotides(tmp_path: Path, small: Path) -> None:
 def test_workers_embed_tokens_too(tmp_path: Path, small: Path) -> None:
     path = tmp_path / "in.fna"
     nucleotides(path, *range(100, 700, 20))
-    for name, workers in (("one.h5", 1), ("two.h5", 2)):
-        embed_fasta(path, tmp_path / name, model=str(small), device="cpu", workers=workers, token_budget=1024)
+    for name, run in (("one.h5", embed_fasta), ("two.h5", forked.embed)):
+        run(path, tmp_path / name, model=str(small), device="cpu", token_budget=1024)
     with read_embeddings(tmp_path / "one.h5") as one, read_embeddings(tmp_path / "two.h5") as two:
         assert (one[:] == two[:]).all() and devices.describe_device(CPU)
 
@@ -547,11 +549,9 @@ def test_validate_passes_an_honest_run_and_fails_every_mistake(
 ) -> None:
     if mistake is not None:
         MISTAKES[mistake](monkeypatch)
-        monkeypatch.setattr(
-            invariance, "packing", lambda *_: iter(())
-        )  # it takes most of the time, and is not asked here
+        without_packing(monkeypatch)
     sizes: dict[str, Any] = {"sample": 24} if mistake is None else {"sample": 8, "max_residues": 100}
-    verdict = validate_model(model=str(small), device="cpu", **sizes)
+    verdict = validate_model(model=str(small), device="cpu", token_budget=1024, **sizes)
     failed = {part.split(":")[0] for part in verdict.failed_parts}
     assert failed == set() if mistake is None else "Semantics" in failed
 

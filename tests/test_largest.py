@@ -65,7 +65,13 @@ def test_the_largest_values_of_nucleotides_are_theirs_and_not_those_of_proteins(
     texts = test_lucavirus.sequences_of(NUCLEOTIDE, 60, 90)
     fasta = test_lucavirus.written(tmp_path / "in.fasta", texts)
     verdict = validate_model(
-        model=str(model), fasta=(str(fasta),), kind=NUCLEOTIDE, dtype="fp32", device="cpu", quiet=True
+        model=str(model),
+        fasta=(str(fasta),),
+        kind=NUCLEOTIDE,
+        dtype="fp32",
+        device="cpu",
+        quiet=True,
+        token_budget=1024,
     )
     spec, state, _ = loaded(model)
     judge, layers = oracle_of(spec, NUCLEOTIDE)(spec, state), tuple(range(spec.layers))
@@ -90,7 +96,7 @@ def test_validate_prints_the_largest_values_and_reports_them_for_each_layer(
     tiny_model: Path, tmp_path: Path, make_fasta: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An embedding that fp16 does not hold is told by its layer, and fails nothing by itself."""
-    options = {"fasta": str(make_fasta([20, 30, 50])), "device": "cpu", "quiet": False}
+    options = {"fasta": str(make_fasta([20, 30, 50])), "device": "cpu", "quiet": False, "token_budget": 1024}
     report = tmp_path / "report.json"
     verdict = validate_model(model=str(tiny_model), report=str(report), **options)
     values = json.loads(report.read_text())["largest"]
@@ -137,7 +143,7 @@ def test_what_overflows_in_the_reference_too_is_not_judged_by_it(
     """Proteins beside it are, and rows are held to the limits of the dtype whether they have a floor or not."""
     verdict = validate_model(
         model=str(half_large), device="cpu", dtype="fp16", residual=residual,
-        fasta=str(with_tryptophans(tmp_path / "in.fasta", n)),
+        fasta=str(with_tryptophans(tmp_path / "in.fasta", n)), token_budget=1024,
     )  # fmt: skip
     assert verdict.passed, [check for check in verdict.checks if check.passed is False]
     assert any(f"{n} proteins without a noise floor" in note for note in verdict.notes)
@@ -156,5 +162,5 @@ def test_a_mistake_beside_proteins_that_overflow_fails(
 ) -> None:
     wrong_constant_in_16_bit(monkeypatch)
     fasta = with_tryptophans(tmp_path / "in.fasta", 5)
-    verdict = validate_model(model=str(half_large), device="cpu", dtype="fp16", fasta=str(fasta))
+    verdict = validate_model(model=str(half_large), device="cpu", dtype="fp16", fasta=str(fasta), token_budget=1024)
     assert any(part.startswith("Precision") for part in verdict.failed_parts)

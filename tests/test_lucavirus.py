@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import forked
 from conftest import loaded, randomise, relative_l2, write_model
 from packs import among_strangers, embeddings, one_pack, random_protein
+from sabotage import without_packing
 from test_model import CPU, assert_within_gates, embed, expected, packed_model, same_bits, worst
 from virnucpro_cli import alphabet, fasta
 from virnucpro_cli.benchmark.bench import bench_model
@@ -31,7 +33,7 @@ from virnucpro_cli.model.packed import Parts
 from virnucpro_cli.model.scores import TokenHead
 from virnucpro_cli.model.spec import INV_FREQ, ModelSpec
 from virnucpro_cli.store import read_embeddings
-from virnucpro_cli.validation import invariance, oracle_of, plain_reader, verify
+from virnucpro_cli.validation import oracle_of, plain_reader, verify
 from virnucpro_cli.validation.validate import validate_model
 
 State = dict[str, torch.Tensor]
@@ -414,7 +416,7 @@ def test_nucleotides_go_through_windows_workers_shards_cache_and_search(small: P
     embed_fasta(path, tmp_path / "one.h5", cache=str(tmp_path / "cache"), **same)
     again = embed_fasta(path, tmp_path / "cached.h5", cache=str(tmp_path / "cache"), **same)
     assert again.counts["from the cache"] == 6
-    embed_fasta(path, tmp_path / "workers.h5", workers=2, **same)
+    forked.embed(path, tmp_path / "workers.h5", **same)
     for shard in ("1/2", "2/2"):
         embed_fasta(path, tmp_path / "shards.h5", shard=shard, **same)
     merge_shards(str(tmp_path / "shards.h5"))
@@ -490,7 +492,9 @@ def test_nucleotides_are_refused_with_their_kind_as_the_remedy_where_there_is_on
     assert "LucaVirus" in error.value.remedy
     with pytest.raises(UserError, match="reads proteins only"):
         validate_model(model=str(tiny_model), fasta=str(path), kind=NUCLEOTIDE, device="cpu")
-    shipped = validate_model(model=str(small), kind=NUCLEOTIDE, device="cpu", sample=3, max_residues=100)
+    shipped = validate_model(
+        model=str(small), kind=NUCLEOTIDE, device="cpu", sample=3, max_residues=100, token_budget=1024
+    )
     assert shipped.passed and shipped.environment["inputs"] == "the sequences that ship with virnucpro"
 
 
@@ -600,10 +604,8 @@ def test_validate_passes_an_honest_run_of_lucavirus_and_fails_every_mistake(
     path = written(tmp_path / "in.fasta", [*sequences_of(kind, *lengths), *ODD[kind]])
     if mistake is not None:
         MISTAKES[mistake](monkeypatch)
-        monkeypatch.setattr(
-            invariance, "packing", lambda *_: iter(())
-        )  # it takes most of the time, and is not asked here
-    verdict = validate_model(model=str(small), fasta=str(path), device="cpu", kind=kind)
+        without_packing(monkeypatch)
+    verdict = validate_model(model=str(small), fasta=str(path), device="cpu", kind=kind, token_budget=1024)
     assert verdict.environment["reference"].startswith("lucavirus ")
     failed = {part.split(":")[0] for part in verdict.failed_parts}
     assert failed == set() if mistake is None else "Semantics" in failed
@@ -612,7 +614,9 @@ def test_validate_passes_an_honest_run_of_lucavirus_and_fails_every_mistake(
 @pytest.mark.slow
 def test_validate_passes_lucavirus_in_fp16_with_bits_of_any_company(small: Path, tmp_path: Path) -> None:
     path = written(tmp_path / "in.fasta", [*sequences_of(NUCLEOTIDE, 40, 150, 90, 200), *ODD[NUCLEOTIDE]])
-    verdict = validate_model(model=str(small), fasta=str(path), kind=NUCLEOTIDE, device="cpu", dtype="fp16")
+    verdict = validate_model(
+        model=str(small), fasta=str(path), kind=NUCLEOTIDE, device="cpu", dtype="fp16", token_budget=1024
+    )
     assert verdict.passed, verdict.failed_parts
     packing = [check for check in verdict.checks if check.part.startswith("Packing") and check.limit]
     assert len(packing) == 6 and all(check.limit == "bitwise" and check.worst == 0 for check in packing)

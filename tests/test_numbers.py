@@ -21,7 +21,7 @@ SLOW = ("0", "-0.0", "1e-320", "1" + "0" * 30, str(1 << 63))
 ARGUMENTS = {
     "embed": "in.fasta -o new.h5 --dry-run --model tiny --device cpu",
     "bench": "--fasta in.fasta --seconds 0.1 --model tiny --device cpu --quiet",
-    "validate": "--fasta in.fasta --sample 2 --model tiny --device cpu --quiet",
+    "validate": "--fasta in.fasta --sample 2 --model tiny --device cpu --quiet --token-budget 1024",
     "search": "out.h5 --query p1",
     "map": "out.h5 -o map.tsv --method pca --overwrite",
     "extract": "tiny in.fasta tree --include mean --nogpu",

@@ -204,6 +204,16 @@ def test_a_file_in_which_the_library_is_lost_is_told_as_damaged(
         inspect.inspect_file(str(copy))
 
 
+def test_a_file_is_tried_once_until_it_changes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, child = [], reading._child_that_opens
+    monkeypatch.setattr(reading, "_child_that_opens", lambda paths: tried.append(paths) or child(paths))
+    for expected in (1, 1, 2):
+        if expected == 2:
+            os.utime(copy)
+        reading.opened(copy).close()
+        assert len(tried) == expected
+
+
 def test_a_partial_file_in_which_the_library_is_lost_is_refused_and_can_be_discarded(
     copy: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

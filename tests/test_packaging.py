@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import string
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ import yaml
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
+from children import Child
 from conftest import ROOT, module_of
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.config.options import fields_of, flag_of
@@ -348,6 +351,13 @@ def test_dockstore_finds_the_wdl_workflow_and_inputs_that_it_has() -> None:
     assert (ROOT / inputs["virnucpro_embed.fasta"]).is_file()
 
 
+@cache
+def options_of(command: str) -> set[str]:
+    """As --help shows them."""
+    done = subprocess.run([PROGRAM, command, "--help"], capture_output=True, text=True, check=True)
+    return set(re.findall(r"--[a-z][a-z-]*", done.stdout))
+
+
 @pytest.mark.parametrize(
     "path",
     [*MODULES.glob("*/main.nf"), WDL, WRAPPER / "wrapper.py", WRAPPER / "test" / "Snakefile", WORKFLOW / "Snakefile"],
@@ -356,10 +366,7 @@ def test_dockstore_finds_the_wdl_workflow_and_inputs_that_it_has() -> None:
 def test_every_option_that_is_passed_exists(path: Path) -> None:
     text = "\n".join(line.partition("# ")[0] for line in path.read_text().splitlines())
     commands = re.findall(r"virnucpro[ /](embed|fetch|merge)\b", text)
-    known = {"--version"}
-    for command in set(commands):
-        done = subprocess.run([PROGRAM, command, "--help"], capture_output=True, text=True, check=True)
-        known |= set(re.findall(r"--[a-z][a-z-]*", done.stdout))
+    known = {"--version"}.union(*map(options_of, commands))
     passed = set(re.findall(r"--[a-z][a-z-]*", text))
     assert commands and passed <= known, passed - known
 
@@ -428,7 +435,7 @@ def test_the_readme_names_every_placeholder() -> None:
     assert used <= named
 
 
-@pytest.mark.parametrize(("weights", "empty"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("weights", "empty"), [pytest.param(True, False, marks=pytest.mark.slow), (False, True)])
 def test_the_nextflow_modules_command_runs(weights: bool, empty: bool, tiny_model: Path, tmp_path: Path) -> None:
     """As Nextflow fills it in; a record that is skipped is no failure of the task."""
     (tmp_path / "in.faa").write_text(">a\nMKVLA\n" + ">empty\n" * empty)
@@ -610,7 +617,8 @@ def test_galaxys_test_data_are_small_and_the_inputs_are_those_of_the_command(tmp
     shutil.rmtree(made / "tiny")
     for name in ("head.safetensors", "contigs.fasta", "proteins.fasta", "reads.fastq"):
         (made / name).unlink()
-    subprocess.run([sys.executable, script], check=True)
+    run = Child(partial(runpy.run_path, run_name="__main__"), str(script))
+    assert run.wait() == 0, run.err
     for path in files:
         there = made / path.relative_to(GALAXY / "test-data")
         assert there.read_bytes() == path.read_bytes() or path.suffix in (".safetensors", ".gz"), path.name

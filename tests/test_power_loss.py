@@ -15,7 +15,7 @@ from virnucpro_cli import store
 from virnucpro_cli.engine import placer
 
 SECTOR = 512
-CUTS = 50
+CUTS = 24
 Write = tuple[int, bytes]
 
 

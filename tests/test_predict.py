@@ -6,7 +6,6 @@ A pipeline written anew from VirNucPro's description stands beside it, with the 
 import csv
 import itertools
 import json
-import os
 import random
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 
-from children import CHILDREN, killed_at
+from children import CHILDREN, killed_at, program
 from conftest import ROOT
 from halves import stopped_in_the_half
 from heads import pickled_head
@@ -811,11 +810,11 @@ def test_reads_of_a_bam_come_through_a_pipe(
 
 
 def test_the_command_says_what_it_made(tmp_path: Path, sample: Path, tiny_model: Path, small: Path, head: Path) -> None:
-    ran = command(
+    ran = program(
         "predict", sample, "-o", "out", "--chunk", 300, "--head", head, "--model", tiny_model, "--nucleotide-model",
-        small, "--device", "cpu", "--report", "r.json", cwd=tmp_path, env={**os.environ},
+        small, "--device", "cpu", "--report", "r.json", folder=tmp_path,
     )  # fmt: skip
-    assert ran.returncode == 0 and ran.stdout == "", ran.stderr
-    assert "out/contigs.tsv: 11 contigs" in ran.stderr and "2 no frame" in ran.stderr
+    assert ran.wait() == 0 and ran.out == "", ran.err
+    assert "out/contigs.tsv: 11 contigs" in ran.err and "2 no frame" in ran.err
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["command"] == "predict" and report["counts"]["frames"] > 30 and "score" in report["seconds"]

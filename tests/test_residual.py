@@ -148,6 +148,7 @@ def test_a_search_embeds_its_queries_with_the_stream_of_the_file(
 def test_validate_judges_a_wide_stream_and_shows_what_it_reaches(large: Path, make_fasta: Callable[..., Path]) -> None:
     verdict = validate_model(
         model=str(large), device="cpu", dtype="fp16", residual="fp32", fasta=str(make_fasta([20, 30, 50])),
+        token_budget=1024,
     )  # fmt: skip
     assert all(np.isfinite(verdict.largest)) and max(verdict.largest) > 65504
     assert "Range: largest value of the residual stream in fp32" in {check.part for check in verdict.checks}

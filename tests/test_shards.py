@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import forked
 from test_faults import CHILDREN, Case, datasets, one_thread  # noqa: F401  (in force here too)
 from virnucpro_cli import cli, store
 from virnucpro_cli.cluster import merge, status
@@ -51,8 +52,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def made(small: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the three shards of out.h5, run in another order and by other means each."""
     folder = tmp_path_factory.mktemp("made")
-    for number, more in ((2, {"token_budget": 4096}), (3, {"workers": 2}), (1, {})):
-        small.embed(folder / "out.h5", shard=f"{number}/3", **more)
+    small.embed(folder / "out.h5", shard="2/3", token_budget=4096)
+    forked.embed(output=folder / "out.h5", **small.options(shard="3/3"))
+    small.embed(folder / "out.h5", shard="1/3")
     return folder
 
 

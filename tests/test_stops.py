@@ -210,9 +210,13 @@ def test_files_opened_after_a_layout_that_failed_are_untouched(
         file.close()
 
 
+ANNDATA = pytest.param(12, marks=pytest.mark.slow)
+"""The seed of `export anndata`, whose library takes a second to import."""
+
+
 @pytest.mark.parametrize(
-    "seed", [*range(14), *(pytest.param(n, marks=pytest.mark.soak) for n in range(14, 200))]
-)  # fmt: skip
+    "seed", [*range(12), ANNDATA, 13, *(pytest.param(n, marks=pytest.mark.soak) for n in range(14, 200))]
+)
 def test_a_signal_at_any_moment_stops_any_command_and_the_same_command_goes_on(
     there: Path, tmp_path: Path, seed: int
 ) -> None:

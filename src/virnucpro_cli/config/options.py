@@ -12,6 +12,7 @@ import sys
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -131,6 +132,7 @@ def fields_of(config: type[Any]) -> dict[str, Field]:
     return {field.name: _field(field) for field in dataclasses.fields(config)}
 
 
+@cache
 def _field(field: dataclasses.Field[Any]) -> Field:
     several = get_origin(field.type) is tuple
     each = get_args(field.type)[0] if several else field.type

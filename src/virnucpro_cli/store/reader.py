@@ -50,6 +50,8 @@ OPENING_SECONDS, OPENING_RATE = 30, 10_000_000
 CRASHES: tuple[int, ...] = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
 LOST = {int(signal.SIGALRM): "does not come back", **dict.fromkeys(CRASHES, "crashes")}
 NOT_JSON = (ValueError, RecursionError)
+_TRIED = set[tuple[int, ...]]()
+"""Files that HDF5 has come back from in this process, by `_state_of`."""
 
 
 def accession(name: str) -> str:
@@ -624,8 +626,13 @@ def fingerprint_tried(path: Path, remedy: str = AGAIN) -> tuple[dict[str, Any], 
 
 
 def _try_in_children(paths: list[Path], children: int, remedy: str = AGAIN) -> None:
-    """Raise UserError if HDF5 crashes or does not come back when it opens a file, as it may with a damaged one."""
-    shares = [share for first in range(children) if (share := paths[first::children])]
+    """Raise UserError if HDF5 crashes or does not come back when it opens a file, as it may with a damaged one.
+
+    A file that has not changed since it was tried is not tried again.
+    """
+    states = {path: _state_of(path) for path in paths}
+    untried = [path for path in paths if states[path] not in _TRIED]
+    shares = [share for first in range(children) if (share := untried[first::children])]
     pids = [_child_that_opens(share) for share in shares]
     ends = [os.waitpid(pid, 0)[1] for pid in pids]
     for share, status in zip(shares, ends, strict=True):
@@ -634,6 +641,17 @@ def _try_in_children(paths: list[Path], children: int, remedy: str = AGAIN) -> N
                 raise damaged(share[0], f"the HDF5 library {LOST[signum]} when it reads it", remedy)
             for path in share:
                 _try_in_children([path], 1, remedy)
+        elif status == 0:
+            _TRIED.update(states[path] for path in share if states[path])
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    """A file and all that changes with its content; nothing of one that is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _child_that_opens(paths: list[Path]) -> int:
