@@ -1,6 +1,7 @@
 """Several processes, one file: the same bits for any number of them, whoever is killed, and whenever."""
 
 import errno
+import gzip
 import json
 import os
 import random
@@ -18,10 +19,11 @@ import torch
 import children
 import forked
 from test_faults import KINDS, Case, one_thread  # noqa: F401  (in force here too)
-from virnucpro_cli import store
+from virnucpro_cli import embed, store
 from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.engine import devices, placer, runner, workers
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.fasta import indexing
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="this machine has no /proc, where workers are found"
@@ -139,6 +141,62 @@ def test_several_workers_make_the_file_of_one(case: Case, tmp_path: Path) -> Non
     counts = case.embed(output, workers=2)
     assert counts["skipped"] == sum(i % 97 == 3 for i in range(600))
     case.check(output)
+
+
+def begun_early(then: Callable[[list[Any]], None], options: dict[str, Any]) -> None:
+    """A run of an input that counts as large. then: what is done once its workers wait and the input is to be read."""
+    forked.workers()
+    begun: list[Any] = []
+    begin, read_all = workers.begin, indexing.read_all
+
+    def seen(*arguments: Any) -> Any:
+        then(begun)
+        return read_all(*arguments)
+
+    indexing.WORTH_BYTES = 1
+    workers.begin = lambda *arguments: begun.append(begin(*arguments)) or begun[-1]  # type: ignore[func-returns-value]
+    indexing.read_all = seen
+    embed.embed_fasta(**options)
+    assert len(begun) == 2 and all(worker.process.poll() is not None for worker in begun)
+
+
+def two_wait(begun: list[Any]) -> None:
+    assert len(begun) == 2 and all(worker.process.poll() is None for worker in begun)
+
+
+def one_dies(begun: list[Any]) -> None:
+    two_wait(begun)
+    begun[0].process.kill()
+    begun[0].process.wait()
+
+
+def large(then: Callable[[list[Any]], None], case: Case, output: Path, **options: Any) -> None:
+    options = case.options(output=str(output), workers=2, **options)
+    run = children.Child(begun_early, then, options, TOKENIZERS_PARALLELISM="false")
+    assert run.wait() == 0, run.err
+
+
+def test_workers_of_a_large_input_begin_before_it_is_read(case: Case, tmp_path: Path) -> None:
+    """Compressed, so that its plain text lies in a file that was opened after them."""
+    fasta, output = tmp_path / "in.fasta.gz", tmp_path / "out.h5"
+    fasta.write_bytes(gzip.compress(case.fasta.read_bytes()))
+    large(two_wait, case, output, inputs=str(fasta))
+    case.check_rows(output)
+
+
+def test_a_worker_that_dies_while_it_waits_is_told_of_and_done_without(case: Case, tmp_path: Path) -> None:
+    output, report = tmp_path / "out.h5", tmp_path / "out.json"
+    large(one_dies, case, output, report=str(report))
+    assert any("worker 1" in note and "SIGKILL" in note for note in json.loads(report.read_text())["notes"])
+    case.check_rows(output)
+
+
+def test_workers_that_a_large_input_does_not_need_end_with_the_run(case: Case, tmp_path: Path) -> None:
+    fasta, output = tmp_path / "in.fasta", tmp_path / "out.h5"
+    fasta.write_text(">one\nMKVLA\n")
+    large(two_wait, case, output, inputs=str(fasta))
+    with store.read_embeddings(output) as file:
+        assert list(file.names) == ["one"] and file.status.tolist() == [store.DONE]
 
 
 def test_the_packs_of_a_killed_worker_are_done_by_the_others(case: Case, tmp_path: Path) -> None:
@@ -284,8 +342,8 @@ def test_when_the_disk_fails_the_workers_end_with_the_run(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Any] = []
-    start = workers._start
-    monkeypatch.setattr(workers, "_start", lambda *arguments: begun.append(start(*arguments)) or begun[-1])
+    begin = workers.begin
+    monkeypatch.setattr(workers, "begin", lambda *arguments: begun.append(begin(*arguments)) or begun[-1])
     monkeypatch.setattr(os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     monkeypatch.setattr("virnucpro_cli.engine.placer.COMMIT_SECONDS", 0.0)
     with pytest.raises(UserError, match="Input/output"):

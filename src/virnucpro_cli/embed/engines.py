@@ -16,6 +16,7 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.engine import devices, runner
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted
+from virnucpro_cli.fasta import is_large
 from virnucpro_cli.features import Run
 from virnucpro_cli.model import attention
 from virnucpro_cli.model.attention import Backend
@@ -25,6 +26,7 @@ from virnucpro_cli.plan.policies import Int64
 
 if TYPE_CHECKING:
     from virnucpro_cli.cluster.ray.driver import Cluster
+    from virnucpro_cli.engine.workers import Process
 
 
 Here = tuple[devices.Device, Backend | None]
@@ -73,9 +75,10 @@ class Computing(ABC):
 
 @dataclass(frozen=True)
 class OnThisHost(Computing):
-    """This process if it has one device, or one pack; else a process for each of `devices`."""
+    """This process if it has one device, or one pack; else a process for each of `devices`. begun: those that wait."""
 
     devices: list[torch.device] = field(kw_only=True)
+    begun: "list[Process]" = field(kw_only=True)
 
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         if len(packs) > 1 and self.processes > 1:
@@ -103,7 +106,7 @@ class OnThisHost(Computing):
         from virnucpro_cli.engine import workers
 
         run.loaded = None
-        rows = workers.compute_in_processes(placer, packs, self.devices, self.device.attention, run.tell)
+        rows = workers.compute_in_processes(placer, packs, self.devices, self.device.attention, run.tell, self.begun)
         run.summary.tables[f"Workers {run.half}".rstrip()] = rows
 
 
@@ -163,7 +166,15 @@ def _on_this_host(config: EmbedConfig, alone: bool, stack: ExitStack) -> OnThisH
         tried: Callable[[], Here] = stack.enter_context(ThreadPoolExecutor(1, "trial")).submit(here).result
     else:
         tried = _known(here())
+    begun = list["Process"]()
+    if n > 1 and not config.dry_run and is_large(config.inputs):
+        from virnucpro_cli.engine import workers as of_this_host
+
+        stack.callback(of_this_host.end, begun)
+        for number, device in enumerate(each, start=1):
+            begun.append(of_this_host.begin(number, device))  # they read their libraries while the input is read
     workers = f"{counted(n, 'process', 'processes')} on {', '.join(names)}" if n > 1 else ""
     return OnThisHost(
-        tried, first, dtype, len(names), workers, n, each.count(first), first.type == "cuda", tuple(notes), devices=each
-    )
+        tried, first, dtype, len(names), workers, n, each.count(first), first.type == "cuda", tuple(notes),
+        devices=each, begun=begun,
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 """Several processes on one host. Packs are dealt from the plan; each worker places its rows in the file by itself.
 
 The parent alone says what is done: it owns the statuses, stitches windows, and gives the packs of a worker that dies to
-the others. A worker is a fresh Python that runs `main` here and inherits the descriptors that it needs.
+the others. A worker is a fresh Python that runs `main` here, and is sent the descriptors that it needs with its job: so
+it can begin, and read its libraries, before there is a job.
 """
 
 import mmap
@@ -18,7 +19,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from socket import SHUT_WR, socket, socketpair
+from socket import SHUT_WR, recv_fds, send_fds, socket, socketpair
 from threading import Lock, Thread
 from typing import IO, Any, NamedTuple
 
@@ -31,6 +32,7 @@ from virnucpro_cli.engine.dealing import Dealer, Lost, Message, Worker, lost_by,
 from virnucpro_cli.engine.devices import threads_of
 from virnucpro_cli.engine.placer import Job, Placer, Pooled, Residue, Rows
 from virnucpro_cli.errors import UserError
+from virnucpro_cli.fasta import reading
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import build
@@ -42,14 +44,17 @@ from virnucpro_cli.store import Store
 LARGEST_SHARE = 256
 """Packs dealt at once, at most."""
 STOP_SECONDS = 10.0
+MOST_DESCRIPTORS = 64
 
 
 class Start(NamedTuple):
     """The first message to a worker. sizes: of the job's parts in its file; store: what a Store is made of.
 
-    With the store's descriptor a worker inherits the file's lock as well.
+    descriptors: numbers in the parent of those that came before it, the job's file first. With the store's a worker has
+    the file's lock as well.
     """
 
+    descriptors: list[int]
     sizes: list[int]
     device: str
     attention: str
@@ -58,7 +63,9 @@ class Start(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Process(Worker):
+class Process(Worker):
+    """A worker, and this process's end of its channel."""
+
     device: str
     process: "subprocess.Popen[bytes]"
     channel: Connection
@@ -76,12 +83,14 @@ class _Process(Worker):
 
 
 def compute_in_processes(
-    placer: Placer, packs: Int64, devices: Sequence[torch.device], attention: str, note: Callable[[str], None]
-) -> list[dict[str, Any]]:
+    placer: Placer, packs: Int64, devices: Sequence[torch.device], attention: str, note: Callable[[str], None],
+    begun: list[Process],
+) -> list[dict[str, Any]]:  # fmt: skip
     """Have all packs, int64 [P], done by one process for each of `devices`; `note` is told of those that were lost.
 
-    attention: the backend's name. Returns a row for each worker: what it did, how long it had nothing to do at the end,
-    and what it used. Raises UserError when no worker is left, or when one meets what would stop every other.
+    attention: the backend's name. begun: processes that wait, of which those that are needed are taken. Returns a row
+    for each worker: what it did, how long it had nothing to do at the end, and what it used. Raises UserError when no
+    worker is left, or when one meets what would stop every other.
     """
     dealer = _Processes(placer, packs, note)
     file, threads = placer.file, threads_of(len(devices))
@@ -92,8 +101,9 @@ def compute_in_processes(
             shared, sizes = _job_file(placer.job)
         with shared, placer.clock.stage("start workers"):
             for number, device in enumerate(devices[: len(packs)], start=1):
-                start = Start(sizes, str(device), attention, threads, store)
-                workers.append(_start(number, start, placer.job, shared))
+                workers.append(begun.pop(0) if begun else begin(number, device))
+            for worker in workers:
+                _tell(worker, Start([], sizes, worker.device, attention, threads, store), placer.job, shared)
         dealer.living = list(workers)
         dealer.run()
     finally:
@@ -116,10 +126,10 @@ class _Processes(Dealer):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.workers: list[_Process] = []
+        self.workers: list[Process] = []
 
-    def wait(self) -> Iterator[tuple[_Process, Iterable[Message]]]:
-        by_channel: dict[Any, _Process] = {worker.channel: worker for worker in self.living}
+    def wait(self) -> Iterator[tuple[Process, Iterable[Message]]]:
+        by_channel: dict[Any, Process] = {worker.channel: worker for worker in self.living}
         for channel in wait(list(by_channel)):
             worker = by_channel[channel]
             try:
@@ -128,7 +138,7 @@ class _Processes(Dealer):
                 message = "lost", worker.death()
             yield worker, [message]
 
-    def send(self, worker: _Process, packs: list[int]) -> None:
+    def send(self, worker: Process, packs: list[int]) -> None:
         with suppress(OSError):  # it has died; its channel will say so
             worker.channel.send(packs)
 
@@ -208,20 +218,34 @@ def _load(fd: int, sizes: list[int]) -> Job:
     return job
 
 
-def _start(number: int, start: Start, job: Job, shared: IO[bytes]) -> _Process:
+def begin(number: int, device: torch.device) -> Process:
+    """Start a process for the device, which waits for its job. Raises UserError if the system has none to give."""
     ours, theirs = socketpair()
-    spools = {source.spool.fileno() for source in job.table.sources if source.spool is not None}
-    main_of = f"from {__name__} import main; main({theirs.fileno()}, {shared.fileno()})"
+    code = f"from virnucpro_cli.waking import wake; wake('{device}'); from {__name__} import main; main({{}})"
     try:
-        descriptors = [theirs.fileno(), shared.fileno(), start.store[2], *spools]
-        process = started(main_of, descriptors, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        with theirs:
+            process = started(code.format(theirs.fileno()), [theirs.fileno()], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.DEVNULL)  # fmt: skip
     except OSError as error:
         raise UserError(f"Worker {number} cannot be started: {error.strerror}.", "Use fewer --workers.") from None
-    theirs.close()
-    channel = Connection(ours.detach())
-    with suppress(OSError):  # it has died; its channel will say so
-        channel.send(start)
-    return _Process(number, start.device, process, channel)
+    return Process(number, str(device), process, Connection(ours.detach()))
+
+
+def end(begun: list[Process]) -> None:
+    """End processes that have no job."""
+    for worker in begun:
+        worker.process.kill()
+        worker.channel.close()
+        worker.process.wait()
+
+
+def _tell(worker: Process, start: Start, job: Job, shared: IO[bytes]) -> None:
+    """Give a process its job, with the descriptors of it."""
+    spools = {source.spool.fileno() for source in job.table.sources if source.spool is not None}
+    descriptors = [shared.fileno(), start.store[2], *spools]
+    with suppress(OSError), socket(fileno=os.dup(worker.channel.fileno())) as channel:
+        send_fds(channel, [b"."], descriptors)
+        worker.channel.send(start._replace(descriptors=descriptors))  # if it has died, its channel will say so
 
 
 # --- the worker ------------------------------------------------------------------------------------------------------
@@ -310,19 +334,33 @@ class _WorkerPlacer(Placer):
         self.file.post.send("used", tokens)
 
 
-def main(channel_fd: int, job_fd: int) -> None:
+def main(channel_fd: int) -> None:
     """Do the packs that come through the channel until it closes."""
     channel = Connection(channel_fd)
     with suppress(*PARENT_ENDED):
         try:
+            own = _descriptors(channel_fd)
             start = channel.recv()
-            _work(_load(job_fd, start.sizes), start, channel)
+            here = dict(zip(start.descriptors, own, strict=True))
+            reading.INHERITED.update(here)
+            output, path, fd, *more = start.store
+            job = _load(here[start.descriptors[0]], start.sizes)
+            _work(job, start._replace(store=(output, path, here[fd], *more)), channel)
         except PARENT_ENDED:
             raise
         except Exception as error:
             channel.send(("lost", lost_by(error)))
             if not isinstance(error, UserError):
                 raise
+
+
+def _descriptors(channel_fd: int) -> list[int]:
+    """Descriptors that the parent sends before its first message, under their numbers here."""
+    with socket(fileno=os.dup(channel_fd)) as channel:
+        word, descriptors, *_ = recv_fds(channel, 1, MOST_DESCRIPTORS)
+    if not word:
+        raise _Enough
+    return descriptors
 
 
 def _work(job: Job, start: Start, channel: Connection) -> None:

@@ -58,7 +58,7 @@ class Source:
     start: int = 0  # of this text in the spool
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a process that inherits the spool's descriptor, under its number."""
+        """For a process that has the spool's descriptor too, under its number here; see `INHERITED`."""
         return vars(self) | {"spool": self.spool and self.spool.fileno()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -153,9 +153,13 @@ def _reopened(source: Source) -> IO[bytes]:
     return file
 
 
+INHERITED: dict[int, int] = {}
+"""Descriptors that this process has under another number than the one that it is told: its own for each."""
+
+
 @cache
 def _inherited(descriptor: int) -> IO[bytes]:
-    return os.fdopen(descriptor, "rb")
+    return os.fdopen(INHERITED.get(descriptor, descriptor), "rb")
 
 
 Kept = Callable[[str, State], Text | None]
