@@ -37,7 +37,7 @@ from virnucpro_cli.validation import oracle_of, plain_reader, verify
 from virnucpro_cli.validation.validate import validate_model
 
 State = dict[str, torch.Tensor]
-SMALL = ModelSpec("small", 4, 256, 2, "lucavirus")
+SMALL = ModelSpec("small", 4, 64, 2, "lucavirus")
 KINDS = (PROTEIN, NUCLEOTIDE)
 BOTH = pytest.mark.parametrize("kind", KINDS)
 ODD = {
@@ -187,7 +187,7 @@ def test_a_kind_has_rows_of_its_own_from_the_first_layer_on(tmp_path: Path) -> N
 def test_every_layout_gives_the_authors_rows_and_logits(layout: str, tmp_path: Path) -> None:
     model = authors_model()
     spec, state, notes = loaded(checkpoint(tmp_path / "there", layout, model))
-    assert (spec.family, spec.layers, spec.hidden, spec.heads) == ("lucavirus", 4, 256, 2)
+    assert (spec.family, spec.layers, spec.hidden, spec.heads) == ("lucavirus", 4, 64, 2)
     assert notes == ()
     for kind in KINDS:
         reference = reference_of(kind)
@@ -218,7 +218,7 @@ def test_every_layout_gives_the_same_bits(tmp_path: Path) -> None:
 def test_frequencies_are_the_files_and_exact_without_any(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "hub", "hub", authors_model())
     tensors = load_file(folder / "model.safetensors")
-    exact = 1 / 10000.0 ** (torch.arange(0, 128, 2).float() / 128)
+    exact = 1 / 10000.0 ** (torch.arange(0, 32, 2).float() / 32)
     _, state, notes = loaded(folder)
     assert torch.equal(state[INV_FREQ], exact) and notes == ()
     halved = {name: each * 0.5 if name.endswith("inv_freq") else each for name, each in tensors.items()}
@@ -270,8 +270,8 @@ def test_a_configuration_of_another_network_is_refused(word: str, value: Any, tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [(lambda tensors: tensors.pop("lucavirus.embeddings.embed_type.weight"), "lacks 1 tensors"),
-     (lambda tensors: tensors.update({"lucavirus.embeddings.embed_pos.weight": torch.ones(9, 256)}), "does not have"),
-     (lambda tensors: tensors.update({"lucavirus.embeddings.embed_layer_norm.weight": torch.ones(256)}), "does not have")],
+     (lambda tensors: tensors.update({"lucavirus.embeddings.embed_pos.weight": torch.ones(9, SMALL.hidden)}), "does not have"),
+     (lambda tensors: tensors.update({"lucavirus.embeddings.embed_layer_norm.weight": torch.ones(SMALL.hidden)}), "does not have")],
     ids=["no types", "positions", "a first norm"],
 )  # fmt: skip
 def test_tensors_that_are_not_lucavirus_are_refused(
