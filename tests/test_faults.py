@@ -607,12 +607,10 @@ def test_rows_of_a_cpu_say_with_how_many_threads_a_process_computed_them(case: C
     """A run goes on with another number of workers, and so of threads: what is there stays, and no bit is unaccounted for."""
     output = tmp_path / "out.h5"
     assert run_child(case, output, ("fdatasync", 40)) == -signal.SIGKILL
-    torch.set_num_threads(4)
-    try:
-        case.embed(output, workers=2)
-        case.embed(tmp_path / "two.h5", workers=2)
-    finally:
-        torch.set_num_threads(1)
+    options, four = case.options(), functools.partial(torch.set_num_threads, 4)
+    del options["inputs"]
+    for path in (output, tmp_path / "two.h5"):
+        forked.embed(case.fasta, path, before=four, **options)
     with store.read_embeddings(output) as file, store.read_embeddings(tmp_path / "two.h5") as other:
         assert [each["device"] for each in file.environments] == ["CPU, 1 thread", "CPU, 2 threads"]
         assert [each["device"] for each in other.environments] == ["CPU, 2 threads"]

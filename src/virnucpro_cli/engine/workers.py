@@ -45,6 +45,7 @@ LARGEST_SHARE = 256
 """Packs dealt at once, at most."""
 STOP_SECONDS = 10.0
 MOST_DESCRIPTORS = 64
+"""Descriptors that a worker is sent, at most: of the job, of the file, and of plain texts of compressed inputs."""
 
 
 class Start(NamedTuple):
@@ -102,8 +103,10 @@ def compute_in_processes(
         with shared, placer.clock.stage("start workers"):
             for number, device in enumerate(devices[: len(packs)], start=1):
                 workers.append(begun.pop(0) if begun else begin(number, device))
+            spools = {source.spool.fileno() for source in placer.job.table.sources if source.spool is not None}
+            descriptors = [shared.fileno(), file.fd, *spools]
             for worker in workers:
-                _tell(worker, Start([], sizes, worker.device, attention, threads, store), placer.job, shared)
+                _tell(worker, Start(descriptors, sizes, worker.device, attention, threads, store))
         dealer.living = list(workers)
         dealer.run()
     finally:
@@ -239,13 +242,11 @@ def end(begun: list[Process]) -> None:
         worker.process.wait()
 
 
-def _tell(worker: Process, start: Start, job: Job, shared: IO[bytes]) -> None:
-    """Give a process its job, with the descriptors of it."""
-    spools = {source.spool.fileno() for source in job.table.sources if source.spool is not None}
-    descriptors = [shared.fileno(), start.store[2], *spools]
+def _tell(worker: Process, start: Start) -> None:
+    """Give a process its job, after the descriptors of it. If it has died, its channel will say so."""
     with suppress(OSError), socket(fileno=os.dup(worker.channel.fileno())) as channel:
-        send_fds(channel, [b"."], descriptors)
-        worker.channel.send(start._replace(descriptors=descriptors))  # if it has died, its channel will say so
+        send_fds(channel, [b"."], start.descriptors)
+        worker.channel.send(start)
 
 
 # --- the worker ------------------------------------------------------------------------------------------------------
@@ -344,8 +345,7 @@ def main(channel_fd: int) -> None:
             here = dict(zip(start.descriptors, own, strict=True))
             reading.INHERITED.update(here)
             output, path, fd, *more = start.store
-            job = _load(here[start.descriptors[0]], start.sizes)
-            _work(job, start._replace(store=(output, path, here[fd], *more)), channel)
+            _work(_load(own[0], start.sizes), start._replace(store=(output, path, here[fd], *more)), channel)
         except PARENT_ENDED:
             raise
         except Exception as error:

@@ -68,11 +68,12 @@ class PackedModel:
 
     def compile(self) -> None:
         """Have a layer's kernels compiled beside each other: in the first pack one would wait for the other."""
-        if self.device.type != "cuda" or self.backend.name not in STEPS or self.inv_freq is None:
+        backend = self.backend
+        if self.device.type != "cuda" or backend.name not in STEPS or backend.wide or self.inv_freq is None:
             return
         from virnucpro_cli.model.kernels.trial import ROWS, side_by_side
 
-        steps, layer, norm = self.backend.steps, self.layers[0], self.norm
+        steps, layer, norm = backend.steps, self.layers[0], self.norm
         self.reserve_positions(1)
         x = self.embedding.new_zeros(ROWS, self.spec.hidden)
         turn = steps.rotary(self.cos, self.sin, torch.zeros(ROWS, dtype=torch.int32, device=self.device))
