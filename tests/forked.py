@@ -21,9 +21,9 @@ from virnucpro_cli.processes import BOUND
 
 def workers(change: Callable[[], None] | None = None) -> None:
     """From now on, workers of this process are forked. change: what is done in each before it begins."""
-    from virnucpro_cli.engine import workers
+    from virnucpro_cli import waking
 
-    workers.started = partial(Worker, change)  # type: ignore[assignment]
+    waking.started = partial(Worker, change)  # type: ignore[assignment]
 
 
 def embed(*paths: Path, before: Callable[[], None] | None = None, **options: Any) -> None:

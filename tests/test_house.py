@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "virnucpro_cli"
 NAMES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ORDER = (
-    "errors", "alphabet", "kinds", "texts", "stopping", "waking", "processes", "scratch", "config", "report",
+    "errors", "alphabet", "kinds", "texts", "stopping", "processes", "waking", "scratch", "config", "report",
     "store", "fasta", "tables", "plan", "batch", "model", "engine", "machine", "features", "cluster", "embed",
     "exchange", "predict", "validation", "benchmark", "explore", "cli", "__main__",
 )  # fmt: skip

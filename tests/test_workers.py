@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +20,7 @@ import torch
 import children
 import forked
 from test_faults import KINDS, Case, one_thread  # noqa: F401  (in force here too)
-from virnucpro_cli import embed, store
+from virnucpro_cli import cli, store, waking
 from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.engine import devices, placer, runner, workers
 from virnucpro_cli.errors import UserError
@@ -143,25 +144,29 @@ def test_several_workers_make_the_file_of_one(case: Case, tmp_path: Path) -> Non
     case.check(output)
 
 
-def begun_early(then: Callable[[list[Any]], None], options: dict[str, Any]) -> None:
-    """A run of an input that counts as large. then: what is done once its workers wait and the input is to be read."""
+def begun_early(then: Callable[[list[Any]], None], arguments: list[str]) -> None:
+    """A command with an input that counts as large. then: what is done once its workers wait, and it is to be read."""
     forked.workers()
     begun: list[Any] = []
-    begin, read_all = workers.begin, indexing.read_all
+    begin, read_all = waking.begin, indexing.read_all
 
-    def seen(*arguments: Any) -> Any:
+    def seen(*of: Any) -> Any:
         then(begun)
-        return read_all(*arguments)
+        return read_all(*of)
 
-    indexing.WORTH_BYTES = 1
-    workers.begin = lambda *arguments: begun.append(begin(*arguments)) or begun[-1]  # type: ignore[func-returns-value]
-    indexing.read_all = seen
-    embed.embed_fasta(**options)
-    assert len(begun) == 2 and all(worker.process.poll() is not None for worker in begun)
+    def begin_seen(device: str) -> Any:
+        begun.append(begin(device))
+        return begun[-1]
+
+    indexing.WORTH_BYTES, indexing.read_all, waking.begin = 1, seen, begin_seen
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert len(begun) == 2 and all(each.process.poll() is not None for each in begun)
+    sys.exit(ended.value.code)
 
 
 def two_wait(begun: list[Any]) -> None:
-    assert len(begun) == 2 and all(worker.process.poll() is None for worker in begun)
+    assert len(begun) == 2 and all(each.process.poll() is None for each in begun)
 
 
 def one_dies(begun: list[Any]) -> None:
@@ -170,33 +175,55 @@ def one_dies(begun: list[Any]) -> None:
     begun[0].process.wait()
 
 
-def large(then: Callable[[list[Any]], None], case: Case, output: Path, **options: Any) -> None:
-    options = case.options(output=str(output), workers=2, **options)
-    run = children.Child(begun_early, then, options, TOKENIZERS_PARALLELISM="false")
-    assert run.wait() == 0, run.err
+def large(then: Callable[[list[Any]], None], case: Case, fasta: Path, output: Path, code: int) -> dict[str, Any]:
+    """The report of such a command with two workers."""
+    options = [
+        "--model", case.model, "--device", "cpu", "--token-budget", 1024, "--pool", ",".join(KINDS), "--long", "window",
+        "--max-residues", 200, "--overlap", 50, "--workers", 2, "--report", output.with_suffix(".json"),
+    ]  # fmt: skip
+    arguments = [str(each) for each in ("embed", fasta, "-o", output, *options)]
+    run = children.Child(begun_early, then, arguments, TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+    assert run.wait() == code, run.err
+    return dict(json.loads(output.with_suffix(".json").read_text()))
 
 
 def test_workers_of_a_large_input_begin_before_it_is_read(case: Case, tmp_path: Path) -> None:
     """Compressed, so that its plain text lies in a file that was opened after them."""
     fasta, output = tmp_path / "in.fasta.gz", tmp_path / "out.h5"
     fasta.write_bytes(gzip.compress(case.fasta.read_bytes()))
-    large(two_wait, case, output, inputs=str(fasta))
+    large(two_wait, case, fasta, output, code=3)  # some records are empty
     case.check_rows(output)
 
 
 def test_a_worker_that_dies_while_it_waits_is_told_of_and_done_without(case: Case, tmp_path: Path) -> None:
-    output, report = tmp_path / "out.h5", tmp_path / "out.json"
-    large(one_dies, case, output, report=str(report))
-    assert any("worker 1" in note and "SIGKILL" in note for note in json.loads(report.read_text())["notes"])
+    output = tmp_path / "out.h5"
+    report = large(one_dies, case, case.fasta, output, code=3)
+    assert any("worker 1" in note and "SIGKILL" in note for note in report["notes"])
     case.check_rows(output)
 
 
 def test_workers_that_a_large_input_does_not_need_end_with_the_run(case: Case, tmp_path: Path) -> None:
     fasta, output = tmp_path / "in.fasta", tmp_path / "out.h5"
     fasta.write_text(">one\nMKVLA\n")
-    large(two_wait, case, output, inputs=str(fasta))
+    large(two_wait, case, fasta, output, code=0)
     with store.read_embeddings(output) as file:
         assert list(file.names) == ["one"] and file.status.tolist() == [store.DONE]
+
+
+@pytest.mark.parametrize(("device", "workers", "names"), [
+    ("cpu", "auto", ["cpu"]), ("cpu", 3, ["cpu"] * 3), ("mps", 2, []), ("cuda:0,2", "auto", ["cuda:0", "cuda:2"]),
+    ("cuda:1", 2, ["cuda:1"] * 2), ("auto", "auto", ["cuda:0", "cuda:1", "cuda:2"]), ("cuda", 2, ["cuda:0", "cuda:1"]),
+])  # fmt: skip
+def test_devices_of_workers_are_known_by_the_drivers_word(
+    device: str, workers: int | str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gpu in ("0000:0f:00.0", "0000:1f:00.0", "0000:2f:00.0"):
+        (tmp_path / gpu).mkdir()
+    monkeypatch.setattr(waking, "GPUS", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert waking.expected(device, workers) == names
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert waking.expected("cuda", "auto") == ["cuda:0"]
 
 
 def test_the_packs_of_a_killed_worker_are_done_by_the_others(case: Case, tmp_path: Path) -> None:
@@ -342,8 +369,8 @@ def test_when_the_disk_fails_the_workers_end_with_the_run(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Any] = []
-    begin = workers.begin
-    monkeypatch.setattr(workers, "begin", lambda *arguments: begun.append(begin(*arguments)) or begun[-1])
+    begin = workers._begun
+    monkeypatch.setattr(workers, "_begun", lambda *arguments: begun.append(begin(*arguments)) or begun[-1])
     monkeypatch.setattr(os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     monkeypatch.setattr("virnucpro_cli.engine.placer.COMMIT_SECONDS", 0.0)
     with pytest.raises(UserError, match="Input/output"):

@@ -1,11 +1,17 @@
 """virnucpro embed."""
 
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
 import typer
 
 import virnucpro_cli
 from virnucpro_cli.cli import options
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import EXIT_SOME_SKIPPED
+
+if TYPE_CHECKING:
+    from virnucpro_cli.waking import Begun
 
 EMBED_EPILOG = (
     "Exit codes: 0 all done; 2 something to put right (the message says what); 3 finished, but some records were "
@@ -20,11 +26,22 @@ def embed(settings: EmbedConfig) -> None:
     Nothing else is needed: virnucpro embed proteins.fasta -o embeddings.h5. An interrupted run is resumed by the same
     command.
     """
-    if settings.engine == "local" and settings.device != "cpu":
-        from virnucpro_cli.waking import wake
+    with ExitStack() as stack:
+        waiting = _begun(settings, stack)
+        from virnucpro_cli import embed as workflow
 
-        wake(settings.device)
-    from virnucpro_cli import embed as workflow
+        if workflow.run(settings, since=virnucpro_cli.BEGUN, waiting=waiting).missed:
+            raise typer.Exit(EXIT_SOME_SKIPPED)
 
-    if workflow.run(settings, since=virnucpro_cli.BEGUN).missed:
-        raise typer.Exit(EXIT_SOME_SKIPPED)
+
+def _begun(settings: EmbedConfig, stack: ExitStack) -> "list[Begun]":
+    """Begin what the run will need before PyTorch is read: the first GPU, and the workers of a large input."""
+    if settings.engine != "local" or (settings.device == "cpu" and settings.workers in ("auto", 1)):
+        return []
+    from virnucpro_cli import waking
+    from virnucpro_cli.fasta import is_large
+
+    waking.wake(settings.device)
+    if settings.dry_run or not is_large(settings.inputs):
+        return []
+    return stack.enter_context(waking.begun_for(settings.device, settings.workers))

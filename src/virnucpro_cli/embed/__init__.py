@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -37,6 +37,9 @@ from virnucpro_cli.model.families import parameters
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.plan.packing import Int64, subset, worst_first
 
+if TYPE_CHECKING:
+    from virnucpro_cli.waking import Begun
+
 __all__ = ["embed_fasta", "resolved_layers", "run"]
 
 ANOTHER = "Choose another -o, or --overwrite it."
@@ -49,11 +52,13 @@ def run(
     out: Console | None = None,
     loaded: Loaded | None = None,
     since: float | None = None,
+    waiting: "list[Begun] | None" = None,
 ) -> report.RunReport:
     """Do what `virnucpro embed` does and return its report. Raises UserError for what the user can put right.
 
     loaded: the weights, for a caller that has read them already; one process then does it all.
     since: the moment (`time.perf_counter`) at which the program began, from which on its seconds are reported.
+    waiting: worker processes that wait for a job.
     """
     clock = report.Clock(since)
     with clock.stage("plan"):
@@ -62,7 +67,7 @@ def run(
     with (
         tokens_beside(at),
         inputs_of(config, at, out) as inputs,
-        engines.chosen(config, loaded is not None, out, clock) as computing,
+        engines.chosen(config, loaded is not None, out, clock, waiting or []) as computing,
     ):
         with clock.stage("plan"):
             begun = decided(config, features, inputs, Around(at, computing, out, clock))

@@ -16,7 +16,6 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.engine import devices, runner
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import counted
-from virnucpro_cli.fasta import is_large
 from virnucpro_cli.features import Run
 from virnucpro_cli.model import attention
 from virnucpro_cli.model.attention import Backend
@@ -26,7 +25,7 @@ from virnucpro_cli.plan.policies import Int64
 
 if TYPE_CHECKING:
     from virnucpro_cli.cluster.ray.driver import Cluster
-    from virnucpro_cli.engine.workers import Process
+    from virnucpro_cli.waking import Begun
 
 
 Here = tuple[devices.Device, Backend | None]
@@ -78,7 +77,7 @@ class OnThisHost(Computing):
     """This process if it has one device, or one pack; else a process for each of `devices`. begun: those that wait."""
 
     devices: list[torch.device] = field(kw_only=True)
-    begun: "list[Process]" = field(kw_only=True)
+    begun: "list[Begun]" = field(kw_only=True)
 
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         if len(packs) > 1 and self.processes > 1:
@@ -127,12 +126,17 @@ class OnRay(Computing):
 
 
 @contextmanager
-def chosen(config: EmbedConfig, alone: bool, out: Console, clock: report.Clock) -> Iterator[Computing]:
-    """The engine of a run; alone: in this process, whatever is asked for. Raises UserError for one that is absent."""
+def chosen(
+    config: EmbedConfig, alone: bool, out: Console, clock: report.Clock, begun: "list[Begun]"
+) -> Iterator[Computing]:
+    """The engine of a run. Raises UserError for one that is absent.
+
+    alone: in this process, whatever is asked for; begun: processes that wait for a job, which are taken if they suit.
+    """
     with ExitStack() as stack:
         if config.engine == "local":
             with clock.stage("devices"):
-                here = _on_this_host(config, alone, stack)
+                here = _on_this_host(config, alone, stack, begun)
             yield here
             return
         with clock.stage("start workers"):
@@ -150,7 +154,7 @@ def _known(here: Here) -> Callable[[], Here]:
     return lambda: here
 
 
-def _on_this_host(config: EmbedConfig, alone: bool, stack: ExitStack) -> OnThisHost:
+def _on_this_host(config: EmbedConfig, alone: bool, stack: ExitStack, begun: "list[Begun]") -> OnThisHost:
     """Raises UserError for devices and backends that cannot be had. stack: ends what is begun here."""
     each, notes = devices.resolve_devices(config.device, config.workers)
     each = each[:1] if alone else each
@@ -166,13 +170,6 @@ def _on_this_host(config: EmbedConfig, alone: bool, stack: ExitStack) -> OnThisH
         tried: Callable[[], Here] = stack.enter_context(ThreadPoolExecutor(1, "trial")).submit(here).result
     else:
         tried = _known(here())
-    begun = list["Process"]()
-    if n > 1 and not config.dry_run and is_large(config.inputs):
-        from virnucpro_cli.engine import workers as of_this_host
-
-        stack.callback(of_this_host.end, begun)
-        for number, device in enumerate(each, start=1):
-            begun.append(of_this_host.begin(number, device))  # they read their libraries while the input is read
     workers = f"{counted(n, 'process', 'processes')} on {', '.join(names)}" if n > 1 else ""
     return OnThisHost(
         tried, first, dtype, len(names), workers, n, each.count(first), first.type == "cuda", tuple(notes),

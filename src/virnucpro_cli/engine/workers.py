@@ -19,7 +19,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from socket import SHUT_WR, recv_fds, send_fds, socket, socketpair
+from socket import SHUT_WR, recv_fds, send_fds, socket
 from threading import Lock, Thread
 from typing import IO, Any, NamedTuple
 
@@ -38,8 +38,8 @@ from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import build
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.plan.policies import Int64
-from virnucpro_cli.processes import started
 from virnucpro_cli.store import Store
+from virnucpro_cli.waking import Begun, begin
 
 LARGEST_SHARE = 256
 """Packs dealt at once, at most."""
@@ -85,7 +85,7 @@ class Process(Worker):
 
 def compute_in_processes(
     placer: Placer, packs: Int64, devices: Sequence[torch.device], attention: str, note: Callable[[str], None],
-    begun: list[Process],
+    begun: list[Begun],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Have all packs, int64 [P], done by one process for each of `devices`; `note` is told of those that were lost.
 
@@ -102,7 +102,7 @@ def compute_in_processes(
             shared, sizes = _job_file(placer.job)
         with shared, placer.clock.stage("start workers"):
             for number, device in enumerate(devices[: len(packs)], start=1):
-                workers.append(begun.pop(0) if begun else begin(number, device))
+                workers.append(_begun(number, device, begun))
             spools = {source.spool.fileno() for source in placer.job.table.sources if source.spool is not None}
             descriptors = [shared.fileno(), file.fd, *spools]
             for worker in workers:
@@ -221,25 +221,16 @@ def _load(fd: int, sizes: list[int]) -> Job:
     return job
 
 
-def begin(number: int, device: torch.device) -> Process:
-    """Start a process for the device, which waits for its job. Raises UserError if the system has none to give."""
-    ours, theirs = socketpair()
-    code = f"from virnucpro_cli.waking import wake; wake('{device}'); from {__name__} import main; main({{}})"
+def _begun(number: int, device: torch.device, begun: list[Begun]) -> Process:
+    """A process for the device, of those that wait if there is one. Raises UserError if the system has none to give."""
+    waiting = next((each for each in begun if each.device == str(device)), None)
     try:
-        with theirs:
-            process = started(code.format(theirs.fileno()), [theirs.fileno()], stdin=subprocess.DEVNULL,
-                              stdout=subprocess.DEVNULL)  # fmt: skip
+        own = waiting or begin(str(device))
     except OSError as error:
         raise UserError(f"Worker {number} cannot be started: {error.strerror}.", "Use fewer --workers.") from None
-    return Process(number, str(device), process, Connection(ours.detach()))
-
-
-def end(begun: list[Process]) -> None:
-    """End processes that have no job."""
-    for worker in begun:
-        worker.process.kill()
-        worker.channel.close()
-        worker.process.wait()
+    if waiting is not None:
+        begun.remove(waiting)
+    return Process(number, own.device, own.process, Connection(own.channel.detach()))
 
 
 def _tell(worker: Process, start: Start) -> None:
