@@ -603,21 +603,21 @@ def test_a_run_may_go_on_elsewhere_and_the_file_says_which_rows_did(case: Case, 
     case.check_values(output)
 
 
-def test_rows_of_a_cpu_say_with_how_many_threads_a_process_computed_them(case: Case, tmp_path: Path) -> None:
+def test_rows_of_a_cpu_say_with_how_many_threads_a_process_computed_them(small: Case, tmp_path: Path) -> None:
     """A run goes on with another number of workers, and so of threads: what is there stays, and no bit is unaccounted for."""
     output = tmp_path / "out.h5"
-    assert run_child(case, output, ("fdatasync", 40)) == -signal.SIGKILL
-    options, four = case.options(), functools.partial(torch.set_num_threads, 4)
+    assert run_child(small, output, ("fdatasync", 12)) == -signal.SIGKILL
+    options, four = small.options(), functools.partial(torch.set_num_threads, 4)
     del options["inputs"]
     for path in (output, tmp_path / "two.h5"):
-        forked.embed(case.fasta, path, before=four, **options)
+        forked.embed(small.fasta, path, before=four, **options)
     with store.read_embeddings(output) as file, store.read_embeddings(tmp_path / "two.h5") as other:
         assert [each["device"] for each in file.environments] == ["CPU, 1 thread", "CPU, 2 threads"]
         assert [each["device"] for each in other.environments] == ["CPU, 2 threads"]
         done = np.flatnonzero(file.status == store.DONE)
         assert set(file.computed_by[done]) == {0, 1}
         for kind in ("mean", "bos"):
-            whole = case.datasets[f"{kind}/2"], other.array(kind)
+            whole = small.datasets[f"{kind}/2"], other.array(kind)
             for row in done.tolist():
                 assert file.array(kind)[row].tobytes() == whole[file.computed_by[row]][row].tobytes()
 

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+from conftest import no_more_files
 from virnucpro_cli import store
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.store import (
@@ -28,6 +29,8 @@ from virnucpro_cli.store import (
     read_embeddings,
     sums,
 )
+from virnucpro_cli.store.checked import damage_named
+from virnucpro_cli.store.writer import DAMAGED
 
 NAMES = ["alpha", "β-lactamase", "alpha", "delta", "epsilon", "zeta"]
 LENGTHS = np.array([3, 2, 4, 0, 1, 5], np.int32)
@@ -275,6 +278,15 @@ def test_a_row_is_done_only_after_a_commit(tmp_path: Path) -> None:
     resumed = Store.resume(output)
     assert resumed.status.tolist() == [DONE, SKIPPED, PENDING, SKIPPED, PENDING, DONE]
     resumed.close()
+
+
+def test_a_process_that_may_open_no_more_files_is_not_told_to_discard_a_partial_file(tmp_path: Path) -> None:
+    Store.create(tmp_path / "out.h5", layout()).close()
+    path = store.partial_path(tmp_path / "out.h5")
+    with no_more_files(), pytest.raises(UserError) as told, damage_named(path, *DAMAGED):
+        h5py.File(path, locking=False)
+    assert str(told.value).startswith(f"{path} cannot be read: too many files are open.")
+    assert "ulimit -n" in told.value.remedy and "restart" not in str(told.value)
 
 
 def test_what_there_was_no_memory_for_is_pending_again_and_what_a_policy_skips_is_not(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import TINY, loaded, write_model
+from conftest import TINY, loaded, no_more_files, write_model
 from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import MORE_FILES, UserError
 from virnucpro_cli.model import esm2, families, locate, scores, weights
 from virnucpro_cli.model.esm2 import DEMO, ESM2
 from virnucpro_cli.model.spec import ModelSpec, resolved_layers
@@ -526,6 +526,19 @@ def test_garbage_is_a_user_error_that_names_the_file(content: str, suffix: str, 
     path = tmp_path / f"garbage{suffix}"
     path.write_bytes(GARBAGE[content])
     assert str(path) in refusal(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_process_that_may_open_no_more_files_is_told_so_and_not_that_the_file_is_bad(
+    suffix: str, state: State, tmp_path: Path
+) -> None:
+    path = tmp_path / f"whole{suffix}"
+    save = save_file if suffix == ".safetensors" else torch.save
+    save(state, path)
+    loaded(path)  # so that all that it imports is there
+    with no_more_files():
+        told = refusal(path)
+    assert told.split("\n") == [f"{path} cannot be read: too many files are open.", MORE_FILES]
 
 
 @pytest.mark.parametrize("kind", ["pt", "old.pt", "safetensors"])

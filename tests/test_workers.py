@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import itertools
 import json
 import os
 import random
@@ -9,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 import children
 import forked
+from conftest import no_more_files
 from test_faults import KINDS, Case, one_thread  # noqa: F401  (in force here too)
 from virnucpro_cli import cli, store, waking
 from virnucpro_cli.batch import PackedBatch
@@ -83,14 +85,21 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 class Program:
     """`virnucpro embed` in a process of its own, with workers of its own; change: of these."""
 
-    def __init__(self, case: Case, output: Path, workers: int, change: Change | None = slow, **variables: str):
+    def __init__(self, case: Case, output: Path, workers: int, change: Change | None = slow,
+                 before: Callable[[], None] | None = None, **variables: str):  # fmt: skip
         self.output = output
-        before = None if change is None else partial(forked.workers, partial(changed, change))
+        before = before if change is None else partial(forked.workers, partial(changed, change))
         self.process = children.program(
-            "embed", case.fasta, "-o", output, "--model", case.model, "--device", "cpu", "--token-budget", 1024,
-            "--pool", ",".join(KINDS), "--long", "window", "--max-residues", 200, "--overlap", 50, "--workers", workers,
-            "--report", output.with_suffix(".json"), before=before, OMP_NUM_THREADS="1", **variables,
+            "embed", case.fasta, "-o", output, *self.options(case, workers), "--report", output.with_suffix(".json"),
+            before=before, OMP_NUM_THREADS="1", **variables,
         )  # fmt: skip
+
+    @staticmethod
+    def options(case: Case, workers: int) -> list[Any]:
+        return [
+            "--model", case.model, "--device", "cpu", "--token-budget", 1024, "--pool", ",".join(KINDS),
+            "--long", "window", "--max-residues", 200, "--overlap", 50, "--workers", workers,
+        ]  # fmt: skip
 
     @property
     def workers(self) -> list[int]:
@@ -177,10 +186,7 @@ def one_dies(begun: list[Any]) -> None:
 
 def large(then: Callable[[list[Any]], None], case: Case, fasta: Path, output: Path, code: int) -> dict[str, Any]:
     """The report of such a command with two workers."""
-    options = [
-        "--model", case.model, "--device", "cpu", "--token-budget", 1024, "--pool", ",".join(KINDS), "--long", "window",
-        "--max-residues", 200, "--overlap", 50, "--workers", 2, "--report", output.with_suffix(".json"),
-    ]  # fmt: skip
+    options = [*Program.options(case, 2), "--report", output.with_suffix(".json")]
     arguments = [str(each) for each in ("embed", fasta, "-o", output, *options)]
     run = children.Child(begun_early, then, arguments, TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
     assert run.wait() == code, run.err
@@ -208,6 +214,32 @@ def test_workers_that_a_large_input_does_not_need_end_with_the_run(case: Case, t
     large(two_wait, case, fasta, output, code=0)
     with store.read_embeddings(output) as file:
         assert list(file.names) == ["one"] and file.status.tolist() == [store.DONE]
+
+
+def without_descriptors(workers_without: int, arguments: list[str]) -> None:
+    """A command that may open no more files while so many of its workers are to be given their jobs."""
+    forked.workers()
+    tell, told = workers._tell, itertools.count()
+
+    def tell_without(*of: Any) -> None:
+        with no_more_files() if next(told) < workers_without else nullcontext():
+            tell(*of)
+
+    workers._tell = tell_without
+    cli.main(arguments)
+
+
+@pytest.mark.parametrize("without", [1, 2])
+def test_a_worker_that_cannot_be_given_its_job_is_not_waited_for(case: Case, tmp_path: Path, without: int) -> None:
+    output = tmp_path / "out.h5"
+    arguments = ["embed", str(case.fasta), "-o", str(output), *map(str, Program.options(case, 2))]
+    run = children.Child(without_descriptors, without, arguments, TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+    assert run.wait() == (3 if without == 1 else 2), run.err
+    assert "worker 1 on cpu was lost" in run.err and "could not be given its job: Too many open files" in run.err
+    if without == 1:
+        case.check_rows(output)
+    else:
+        assert "No worker is left" in run.err and "ulimit -n" in run.err
 
 
 @pytest.mark.parametrize(("device", "workers", "names"), [
@@ -307,25 +339,43 @@ sys.meta_path.insert(0, Slow())
 """
 
 
-@pytest.mark.parametrize("before", [None, signal.SIGSTOP], ids=["running", "stopped"])
-def test_workers_that_have_hardly_begun_end_with_their_parent(
-    case: Case, tmp_path: Path, before: signal.Signals | None
-) -> None:
-    """While they import PyTorch, which takes long on a busy machine; whatever the parent does."""
+@pytest.fixture
+def hardly_begun(case: Case, tmp_path: Path) -> tuple[Program, list[int]]:
+    """A run whose two workers import PyTorch, which takes long on a busy machine; it would wait for them for long."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_TO_BEGIN)
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    program = Program(case, tmp_path / "out.h5", 2, change=None, PYTHONPATH=path)
+    program = Program(case, tmp_path / "out.h5", 2, change=None, before=patient, PYTHONPATH=path)
     deadline = time.monotonic() + 300
     while len(program.workers) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    workers = program.workers
+    pids = program.workers
     time.sleep(0.5)
-    assert len(workers) == 2 and program.process.poll() is None
+    assert len(pids) == 2 and program.process.poll() is None
+    return program, pids
+
+
+def patient() -> None:
+    workers.STOP_SECONDS = 300.0
+
+
+def test_a_stop_does_not_wait_for_workers_that_have_hardly_begun(hardly_begun: tuple[Program, list[int]]) -> None:
+    program, pids = hardly_begun
+    os.kill(program.process.pid, signal.SIGINT)
+    assert "SIGINT" in program.end(130)
+    assert gone(pids, 0.1)
+
+
+@pytest.mark.parametrize("before", [None, signal.SIGSTOP], ids=["running", "stopped"])
+def test_workers_that_have_hardly_begun_end_with_their_parent(
+    hardly_begun: tuple[Program, list[int]], before: signal.Signals | None
+) -> None:
+    """Whatever the parent does."""
+    program, pids = hardly_begun
     if before is not None:
         os.kill(program.process.pid, before)
     program.process.kill()
     program.process.wait()
-    assert gone(workers, 30)
+    assert gone(pids, 30)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The words for users when something is wrong, and the exit codes of the program."""
 
+import errno
 import os
 import re
 import shlex
@@ -93,6 +94,16 @@ def unread(path: str, error: OSError) -> str:
     """Why a path that exists by its name does not open: a link that leads nowhere, or the system's words."""
     lost = isinstance(error, FileNotFoundError) and os.path.islink(path)
     return absent(path) if lost else f"{path} cannot be read: {error.strerror}"
+
+
+MORE_FILES = "Let this process open more files: ulimit -n 1024"
+
+
+def too_many_open(path: str | Path, error: BaseException) -> UserError | None:
+    """Words for an error that says nothing of the file at the path: this process may open no more. None for others."""
+    if os.strerror(errno.EMFILE) not in str(error):
+        return None
+    return UserError(f"{path} cannot be read: too many files are open.", MORE_FILES)
 
 
 def choose(given: str, allowed: Sequence[str], how: str = "Choose one of") -> str:

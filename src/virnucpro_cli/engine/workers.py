@@ -14,12 +14,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from socket import SHUT_WR, recv_fds, send_fds, socket
+from socket import MSG_CTRUNC, SHUT_WR, recv_fds, send_fds, socket
 from threading import Lock, Thread
 from typing import IO, Any, NamedTuple
 
@@ -31,7 +31,7 @@ from virnucpro_cli.engine import placer, runner
 from virnucpro_cli.engine.dealing import Dealer, Lost, Message, Worker, lost_by, used_here
 from virnucpro_cli.engine.devices import threads_of
 from virnucpro_cli.engine.placer import Job, Placer, Pooled, Residue, Rows
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import MORE_FILES, UserError
 from virnucpro_cli.fasta import reading
 from virnucpro_cli.model import attention as attention_backends
 from virnucpro_cli.model import weights as model_weights
@@ -70,6 +70,7 @@ class Process(Worker):
     device: str
     process: "subprocess.Popen[bytes]"
     channel: Connection
+    untold: str = field(default="", init=False)  # why it was not given its job
 
     def __str__(self) -> str:
         return f"worker {self.number} on {self.device}"
@@ -77,6 +78,8 @@ class Process(Worker):
     def death(self) -> Lost:
         """The end of a worker whose channel has closed without a word."""
         code = self.process.wait()
+        if self.untold:
+            return Lost(UserError(f"it could not be given its job: {self.untold}.", MORE_FILES), fatal=False)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = " (the kernel does that when memory runs out)" if code == -signal.SIGKILL else ""
         remedy = "Run the same command again: what is done is kept. If memory ran out, choose fewer --workers."
@@ -164,8 +167,10 @@ class _Processes(Dealer):
                 super().heed(worker, message)
 
     def stop(self) -> None:
-        """Stop every worker, and take note of what they place until they are gone."""
+        """Stop every worker, and take note of what they place until they are gone. One that has not begun just ends."""
         for worker in self.workers:
+            if not worker.used:
+                worker.process.kill()
             with suppress(OSError), socket(fileno=os.dup(worker.channel.fileno())) as end:
                 end.shutdown(SHUT_WR)
         deadline = time.monotonic() + STOP_SECONDS
@@ -234,10 +239,16 @@ def _begun(number: int, device: torch.device, begun: list[Begun]) -> Process:
 
 
 def _tell(worker: Process, start: Start) -> None:
-    """Give a process its job, after the descriptors of it. If it has died, its channel will say so."""
-    with suppress(OSError), socket(fileno=os.dup(worker.channel.fileno())) as channel:
-        send_fds(channel, [b"."], start.descriptors)
-        worker.channel.send(start)
+    """Give a process its job, after the descriptors of it. One that cannot have it ends; its channel will say so."""
+    try:
+        with socket(fileno=os.dup(worker.channel.fileno())) as channel:
+            send_fds(channel, [b"."], start.descriptors)
+            worker.channel.send(start)
+    except (BrokenPipeError, ConnectionResetError):  # it has died
+        pass
+    except OSError as error:  # it would wait for ever
+        worker.untold = str(error.strerror)
+        worker.process.kill()
 
 
 # --- the worker ------------------------------------------------------------------------------------------------------
@@ -348,9 +359,11 @@ def main(channel_fd: int) -> None:
 def _descriptors(channel_fd: int) -> list[int]:
     """Descriptors that the parent sends before its first message, under their numbers here."""
     with socket(fileno=os.dup(channel_fd)) as channel:
-        word, descriptors, *_ = recv_fds(channel, 1, MOST_DESCRIPTORS)
+        word, descriptors, flags, _ = recv_fds(channel, 1, MOST_DESCRIPTORS)
     if not word:
         raise _Enough
+    if flags & MSG_CTRUNC:
+        raise UserError("It cannot have as many files open as its job needs.", MORE_FILES)
     return descriptors
 
 

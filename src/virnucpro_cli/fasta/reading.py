@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Event
 from typing import IO, Any, NamedTuple
 
-from virnucpro_cli.errors import UserError, absent
+from virnucpro_cli.errors import MORE_FILES, UserError, absent
 from virnucpro_cli.fasta.compressed import LONGEST_MAGIC, decoder_errors, decompressed, kind_of
 
 HEAD_BYTES = 1 << 16
@@ -210,7 +210,7 @@ def _opened(name: str) -> io.BufferedReader:
         if error.errno == errno.EMFILE and _reopened.cache_info().currsize:
             _reopened.cache_clear()
             return _opened(name)
-        remedy = "Let this process open more files: ulimit -n 1024" if error.errno == errno.EMFILE else ""
+        remedy = MORE_FILES if error.errno == errno.EMFILE else ""
         raise UserError(f"{name} cannot be read: {error.strerror}.", remedy) from None
 
 

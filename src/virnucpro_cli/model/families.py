@@ -90,8 +90,8 @@ def emitted(spec: ModelSpec) -> list[str]:
 def check_emit(spec: ModelSpec, emit: tuple[str, ...]) -> None:
     """Raise UserError for what --emit names and no weights of the model have a head for."""
     if lacking := [name for name in emit if name not in emitted(spec)]:
-        head = "contact regression" if lacking == ["contacts"] else "language-model head"
-        raise UserError(f"{spec.name} has no {head}.", f"Leave --emit {','.join(lacking)} out.")
+        heads = dict.fromkeys("contact regression" if name == "contacts" else "language-model head" for name in lacking)
+        raise UserError(f"{spec.name} has no {' and no '.join(heads)}.", f"Leave --emit {','.join(lacking)} out.")
 
 
 def products(spec: ModelSpec) -> tuple[tuple[int, int], ...]:

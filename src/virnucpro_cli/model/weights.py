@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from virnucpro_cli import stopping
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, too_many_open
 from virnucpro_cli.model.families import DEMO, FAMILIES, SIZES, family_of
 from virnucpro_cli.model.locate import Weights, check_unchanged
 from virnucpro_cli.model.spec import DECODER, INV_FREQ, LM_HEAD, Family, ModelSpec, State, name_in
@@ -145,6 +145,7 @@ def read_tensors(path: Path) -> State:
 
 def _read_file(path: Path) -> tuple[State, dict[str, Any]]:
     try:
+        path.open("rb").close()  # says why it cannot be opened: safetensors calls it absent, whatever the reason
         if path.suffix == ".safetensors":
             return load_file(path), {}
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -161,7 +162,8 @@ def _read_file(path: Path) -> tuple[State, dict[str, Any]]:
                 "Only tensors are read from pickles; convert the file to safetensors.",
             ) from None
         first = (str(error).strip() or "it ends early").splitlines()[0]
-        raise UserError(f"{path} is not a readable checkpoint: {first}.", "Fetch or copy it again.") from None
+        unreadable = UserError(f"{path} is not a readable checkpoint: {first}.", "Fetch or copy it again.")
+        raise too_many_open(path, error) or unreadable from None
     tensors = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not isinstance(tensors, dict):
         under = " under 'model'" if isinstance(content, dict) else ""

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import UserError, in_a_line, unread
+from virnucpro_cli.errors import UserError, in_a_line, too_many_open, unread
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.store import schema
 from virnucpro_cli.store.schema import MOST_OBJECTS, MOST_TEXT, field_of, unfit
@@ -47,7 +47,7 @@ def damage_named(path: str | Path, kinds: tuple[type[Exception], ...] = DAMAGE, 
     except UserError:
         raise
     except kinds as error:
-        raise damaged(path, in_a_line(error), remedy) from None
+        raise too_many_open(path, error) or damaged(path, in_a_line(error), remedy) from None
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
