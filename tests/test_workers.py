@@ -89,7 +89,9 @@ class Program:
     def __init__(self, case: Case, output: Path, workers: int, change: Change | None = slow,
                  before: Callable[[], None] | None = None, **variables: str):  # fmt: skip
         self.output = output
-        before = before if change is None else partial(forked.workers, partial(changed, change))
+        if change is not None:
+            before = partial(changed, change)
+            before = before if workers == 1 else partial(forked.workers, before)
         self.process = children.program(
             "embed", case.fasta, "-o", output, *self.options(case, workers), "--report", output.with_suffix(".json"),
             before=before, OMP_NUM_THREADS="1", **variables,
@@ -388,7 +390,8 @@ def test_a_kill_of_anybody_at_any_moment_is_made_good_by_the_same_command(
     dice = random.Random(moments)
     killed = 0
     for i in range(moments):
-        program = Program(case, tmp_path / f"{i}.h5", dice.choice((1, 2, 4)), slower)
+        workers = dice.choice((1, 2, 4))  # fifty packs take five seconds at least, however many do them
+        program = Program(case, tmp_path / f"{i}.h5", workers, partial(slow, seconds=0.1 * workers))
         for _ in range(dice.randint(1, 3)):
             time.sleep(dice.uniform(0, 4))
             victims = [program.process.pid, *program.workers]
@@ -399,7 +402,7 @@ def test_a_kill_of_anybody_at_any_moment_is_made_good_by_the_same_command(
             case.embed(program.output, workers=dice.choice((1, 2)))
         case.check_rows(program.output)
         program.output.unlink()
-    assert killed >= moments / 2
+    assert killed >= moments
 
 
 def test_no_room_for_what_workers_are_told_is_one_message(
