@@ -52,7 +52,6 @@ class VarlenCollator:
         rows = int(bucket_of(cu_seqlens[-1:], self.plan.token_budget)[0])
         position = np.arange(used, dtype=np.int32)
         position -= np.repeat(cu_seqlens[:-1].astype(np.int32), seqlens)
-        windows = np.flatnonzero(length < total)
         reading = self.table.reading
         is_whole = (length == self.table.sizes[record]).all()
         text = self.table.tokens(record) if is_whole else self._of_pieces(record, numbers, length)
@@ -63,6 +62,7 @@ class VarlenCollator:
             masked = np.add.reduceat(text == reading.mask, cu_seqlens[:-1], dtype=np.int64)
             ratio = np.float32(1) - (masked / seqlens).astype(np.float32)
             mask_ratio = self._tensor(np.repeat(ratio, seqlens), torch.float32, rows, filler=1)
+        windows = np.flatnonzero(length < total)
         if len(windows):
             blending = np.ones(used, np.float32)
             for i in windows.tolist():

@@ -49,24 +49,23 @@ MOST_DESCRIPTORS = 64
 
 
 class Start(NamedTuple):
-    """The first message to a worker. sizes: of the job's parts in its file; store: what a Store is made of.
+    """The first message to a worker. sizes: of the job's parts in its file; store: what a Store is made of,
+    but for its descriptor.
 
-    descriptors: numbers in the parent of those that came before it, the job's file first. With the store's a worker has
-    the file's lock as well.
+    Descriptors come before it: of the job's file, of the store, with which a worker has the file's lock as well, and of
+    plain texts of compressed inputs, whose numbers in the parent are `spools`.
     """
 
-    descriptors: list[int]
+    spools: list[int]
     sizes: list[int]
     device: str
     attention: str
     threads: int
-    store: tuple[Path, Path, int, bool, str]
+    store: tuple[Path, Path, bool, str]
 
 
 @dataclass(eq=False)
-class Process(Worker):
-    """A worker, and this process's end of its channel."""
-
+class _Process(Worker):
     device: str
     process: "subprocess.Popen[bytes]"
     channel: Connection
@@ -98,7 +97,7 @@ def compute_in_processes(
     """
     dealer = _Processes(placer, packs, note)
     file, threads = placer.file, threads_of(len(devices))
-    store = file.output, file.path, file.fd, file.locked, file.half
+    store = file.output, file.path, file.locked, file.half
     workers = dealer.workers
     try:
         with placer.clock.stage("start workers"):
@@ -106,10 +105,10 @@ def compute_in_processes(
         with shared, placer.clock.stage("start workers"):
             for number, device in enumerate(devices[: len(packs)], start=1):
                 workers.append(_begun(number, device, begun))
-            spools = {source.spool.fileno() for source in placer.job.table.sources if source.spool is not None}
-            descriptors = [shared.fileno(), file.fd, *spools]
+            spools = list({each.spool.fileno() for each in placer.job.table.sources if each.spool is not None})
             for worker in workers:
-                _tell(worker, Start(descriptors, sizes, worker.device, attention, threads, store))
+                start = Start(spools, sizes, worker.device, attention, threads, store)
+                _tell(worker, [shared.fileno(), file.fd, *spools], start)
         dealer.living = list(workers)
         dealer.run()
     finally:
@@ -132,10 +131,10 @@ class _Processes(Dealer):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.workers: list[Process] = []
+        self.workers: list[_Process] = []
 
-    def wait(self) -> Iterator[tuple[Process, Iterable[Message]]]:
-        by_channel: dict[Any, Process] = {worker.channel: worker for worker in self.living}
+    def wait(self) -> Iterator[tuple[_Process, Iterable[Message]]]:
+        by_channel: dict[Any, _Process] = {worker.channel: worker for worker in self.living}
         for channel in wait(list(by_channel)):
             worker = by_channel[channel]
             try:
@@ -144,7 +143,7 @@ class _Processes(Dealer):
                 message = "lost", worker.death()
             yield worker, [message]
 
-    def send(self, worker: Process, packs: list[int]) -> None:
+    def send(self, worker: _Process, packs: list[int]) -> None:
         with suppress(OSError):  # it has died; its channel will say so
             worker.channel.send(packs)
 
@@ -226,7 +225,7 @@ def _load(fd: int, sizes: list[int]) -> Job:
     return job
 
 
-def _begun(number: int, device: torch.device, begun: list[Begun]) -> Process:
+def _begun(number: int, device: torch.device, begun: list[Begun]) -> _Process:
     """A process for the device, of those that wait if there is one. Raises UserError if the system has none to give."""
     waiting = next((each for each in begun if each.device == str(device)), None)
     try:
@@ -235,14 +234,14 @@ def _begun(number: int, device: torch.device, begun: list[Begun]) -> Process:
         raise UserError(f"Worker {number} cannot be started: {error.strerror}.", "Use fewer --workers.") from None
     if waiting is not None:
         begun.remove(waiting)
-    return Process(number, own.device, own.process, Connection(own.channel.detach()))
+    return _Process(number, own.device, own.process, Connection(own.channel.detach()))
 
 
-def _tell(worker: Process, start: Start) -> None:
+def _tell(worker: _Process, descriptors: list[int], start: Start) -> None:
     """Give a process its job, after the descriptors of it. One that cannot have it ends; its channel will say so."""
     try:
         with socket(fileno=os.dup(worker.channel.fileno())) as channel:
-            send_fds(channel, [b"."], start.descriptors)
+            send_fds(channel, [b"."], descriptors)
             worker.channel.send(start)
     except (BrokenPipeError, ConnectionResetError):  # it has died
         pass
@@ -342,12 +341,10 @@ def main(channel_fd: int) -> None:
     channel = Connection(channel_fd)
     with suppress(*PARENT_ENDED):
         try:
-            own = _descriptors(channel_fd)
+            job, file, *spools = _descriptors(channel_fd)
             start = channel.recv()
-            here = dict(zip(start.descriptors, own, strict=True))
-            reading.INHERITED.update(here)
-            output, path, fd, *more = start.store
-            _work(_load(own[0], start.sizes), start._replace(store=(output, path, here[fd], *more)), channel)
+            reading.INHERITED.update(zip(start.spools, spools, strict=True))
+            _work(_load(job, start.sizes), file, start, channel)
         except PARENT_ENDED:
             raise
         except Exception as error:
@@ -367,7 +364,7 @@ def _descriptors(channel_fd: int) -> list[int]:
     return descriptors
 
 
-def _work(job: Job, start: Start, channel: Connection) -> None:
+def _work(job: Job, fd: int, start: Start, channel: Connection) -> None:
     device = torch.device(start.device)
     torch.set_num_threads(start.threads)
     if device.type == "cuda":
@@ -378,7 +375,8 @@ def _work(job: Job, start: Start, channel: Connection) -> None:
     model = build(spec, state, job.dtype, device, backend)
     del state
     post = _Post(channel)
-    file = _SharedStore(post, *start.store)
+    output, path, *more = start.store
+    file = _SharedStore(post, output, path, fd, *more)
     placer = _WorkerPlacer(file, job, report.Clock(), pin=device.type == "cuda")
     placer.broken, placer.unfit = file.broken, file.unfit
     compute = runner.compute_with(model, job.layers, job.config)

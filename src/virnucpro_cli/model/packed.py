@@ -6,7 +6,6 @@ Shapes: T rows of a pack, H heads of Dh, D = H * Dh, L layers.
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -71,14 +70,12 @@ class PackedModel:
         backend = self.backend
         if self.device.type != "cuda" or backend.name not in STEPS or backend.wide or self.inv_freq is None:
             return
-        from virnucpro_cli.model.kernels.trial import ROWS, side_by_side
+        from virnucpro_cli.model.kernels.trial import ROWS, alone, side_by_side
 
-        steps, layer, norm = backend.steps, self.layers[0], self.norm
         self.reserve_positions(1)
         x = self.embedding.new_zeros(ROWS, self.spec.hidden)
-        turn = steps.rotary(self.cos, self.sin, torch.zeros(ROWS, dtype=torch.int32, device=self.device))
-        calls = [partial(steps.query_key_value, x, layer, turn), partial(steps.inner, x, layer)]
-        side_by_side(self.device, calls + [partial(steps.last_norm, x, norm)] * (norm is not None))
+        turn = backend.steps.rotary(self.cos, self.sin, torch.zeros(ROWS, dtype=torch.int32, device=self.device))
+        side_by_side(self.device, alone(backend.steps, x, self.layers[0], turn, self.norm))
 
     def reserve_positions(self, longest: int) -> None:
         """Make the rotary tables (fp32, whatever the dtype) cover segments of up to `longest` tokens."""

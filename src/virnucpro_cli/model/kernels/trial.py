@@ -1,7 +1,6 @@
 """A layer of each kind in kernels against its plain twin, on the device at hand, before they are relied on."""
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.kernels.attention import attention
 from virnucpro_cli.model.kernels.plain import Pair
 from virnucpro_cli.model.spec import stream_dtype
+from virnucpro_cli.stopping import threads
 
 ROWS, HEAD_DIM, SCALE = 48, 32, 0.2
 LARGEST_DIFFERENCE = {torch.float16: 1e-2, torch.bfloat16: 2e-2, torch.float8_e4m3fn: 2e-1}
@@ -55,8 +55,19 @@ def side_by_side(device: torch.device, calls: Iterable[Callable[[], Any]]) -> li
         with torch.cuda.device(device), torch.inference_mode():
             return each()
 
-    with ThreadPoolExecutor(MOST_COMPILERS) as threads:
-        return list(threads.map(call, calls))
+    with threads(MOST_COMPILERS) as pool:
+        return list(pool.map(call, calls))
+
+
+def alone(steps: Any, x: torch.Tensor, layer: Any, tables: Any, last: Any) -> list[Callable[[], Any]]:
+    """Calls of the steps with kernels, none of which needs what another gives. x: the stream [T, D], in its dtype.
+
+    layer, tables, last: a prepared layer, the rotary embedding of the rows, and the prepared last norm.
+    """
+    return [
+        partial(steps.query_key_value, x, layer, tables), partial(steps.inner, x, layer),
+        partial(steps.last_norm, x, last),
+    ]  # fmt: skip
 
 
 def must_agree(ours: torch.Tensor, twin: torch.Tensor, dtype: torch.dtype, otherwise: str) -> None:
@@ -107,14 +118,12 @@ class _Steps:
         )
 
     def alone(self, noise: "Noise") -> list[Callable[[], Any]]:
-        """Calls of the steps with kernels, none of which needs what another gives."""
-        x, steps = self.x.to(stream_dtype(self.dtype)), self.steps
+        """The calls of `alone`, and one of attention."""
+        x = self.x.to(stream_dtype(self.dtype))
         q, k, v = noise(ROWS, 3, 64 // HEAD_DIM, HEAD_DIM).to(x.dtype).unbind(1)
         left = (noise(ROWS), noise(ROWS)) if self.gated else ()
-        return [
-            partial(steps.query_key_value, x, self.prepared, self.tables), partial(self.attention, q, k, v, *left),
-            partial(steps.inner, x, self.prepared), partial(steps.last_norm, x, self.last),
-        ]  # fmt: skip
+        calls = alone(self.steps, x, self.prepared, self.tables, self.last)
+        return [*calls, partial(self.attention, q, k, v, *left)]
 
     def results(self) -> dict[str, torch.Tensor]:
         """The result of every step, float32, by the kernel to blame."""
