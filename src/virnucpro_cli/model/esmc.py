@@ -1,6 +1,6 @@
-"""ESM C: sizes, checkpoints, and the weights of its forward. transformers' `EsmcModel` is the definition.
+"""ESM C: checkpoints, and the weights of its forward. transformers' `EsmcModel` is the definition.
 
-Tensors have transformers' names here, without prefix. A new size is a new row.
+Tensors have transformers' names here, without prefix.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from virnucpro_cli import alphabet
 from virnucpro_cli.model.kernels.plain import Layer, Pair
 from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.spec import INV_FREQ, LM_HEAD, MIT, Family, Licence, ModelSpec, Shapes, State, named
+from virnucpro_cli.model.spec import INV_FREQ, LM_HEAD, MIT, Family, Licence, ModelSpec, Shapes, State
 
 _TERMS = "https://www.evolutionaryscale.ai/policies/cambrian-{}-license-agreement"
 FIRST_LICENCES = {
@@ -23,7 +23,6 @@ VOCABULARY = 64
 _PREFIX = r"(?:esmc\.)?"
 _BLOCK = r"transformer\.blocks\.(\d+)"
 _ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
-_OWN = re.compile(r"(.*\.)?(layernorm_qkv\..*|[qk]_ln\.weight|self_attn\.[qk]_norm\.weight)")
 
 
 def _owner(name: str) -> str:
@@ -37,25 +36,8 @@ def inner_of(spec: ModelSpec) -> int:
 
 class EsmC(Family):
     TITLE = "ESM C"
-    SIZES = named(
-        ModelSpec("ESMC-300M", 30, 960, 15, "esmc", inner=2560),
-        ModelSpec("ESMC-600M", 36, 1152, 18, "esmc", inner=3072),
-        ModelSpec("ESMC-6B", 80, 2560, 40, "esmc", inner=6912),
-        ModelSpec("esmc-300m-2024-12", 30, 960, 15, "esmc", inner=2560),
-        ModelSpec("esmc-600m-2024-12", 36, 1152, 18, "esmc", inner=3072),
-    )
-    SHORT_NAMES = {name.lower(): name for name in SIZES}
     HUB_FILES = {name: f"data/weights/{name.replace('-', '_')}_v0.pth" for name in FIRST_LICENCES}
     """The makers' first files, in the layout of the package esm 3.2."""
-    ALIASES = {
-        alias: name
-        for short, name in SHORT_NAMES.items()
-        for alias in (
-            short, short.replace("-", "_"), short.replace("esmc", "esm-c"), f"{_owner(name).lower()}/{short}",
-        )
-    }  # fmt: skip
-    PUBLISHED_SHA256 = {}
-    """The published files were replaced by others of the same content, so no SHA-256 stands for a model."""
     NAMES = tuple((re.compile(_PREFIX + pattern), template) for pattern, template in (
         (r"(embed_tokens\.weight|norm\.weight|layers\.\d+\.(?:self_attn\.(?:(?:[qkvo]_proj)|[qk]_norm)\.weight"
          r"|mlp\.(?:gate|up|down)_proj\.weight|(?:input|post_attention)_layernorm\.(?:weight|bias)))", r"\1"),
@@ -89,7 +71,6 @@ class EsmC(Family):
         "inner": ("intermediate_size",),
     }
     CONFIG = {
-        "model_type": ("esmc", None),
         "hidden_act": ("silu", "silu"),
         "vocab_size": (VOCABULARY, VOCABULARY),
         "attention_bias": (False, False),
@@ -104,10 +85,6 @@ class EsmC(Family):
 
     def licence(self, spec: ModelSpec) -> Licence:
         return FIRST_LICENCES.get(spec.name, MIT)
-
-    def told_by(self, names: set[str]) -> bool:
-        """Whether there are norms of queries and keys."""
-        return any(_OWN.fullmatch(name) for name in names)
 
     def shapes(self, spec: ModelSpec) -> Shapes:
         """Every tensor of the encoder under transformers' name, with its shape."""

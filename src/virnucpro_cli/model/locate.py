@@ -265,7 +265,8 @@ def _check_accepted(spec: ModelSpec) -> None:
     licence = family.licence(spec)
     if not licence.to_accept:
         return
-    free = [each for each in family.SIZES.values() if each.size == spec.size and not family.licence(each).to_accept]
+    alike = [each for each in SIZES.values() if (each.family, each.size) == (spec.family, spec.size)]
+    free = [each for each in alike if not family.licence(each).to_accept]
     others = [f"{short_name(each)} is of the same size, under {family.licence(each)}." for each in free]
     raise UserError(
         f"{spec.name} is not fetched before its licence is accepted: {licence}.",

@@ -1,6 +1,6 @@
 """LucaVirus: ESM-2's layers on proteins and on nucleotides, each with a row for its kind added to every token.
 
-The authors' `LucaVirusModel` is the definition. A new size is a new row.
+The authors' `LucaVirusModel` is the definition.
 """
 
 import re
@@ -22,17 +22,6 @@ class LucaVirus(Esm2):
     """The family. Its licence is MIT, as ESM-2's."""
 
     TITLE = "LucaVirus"
-    SHORT_NAMES = {
-        "lucavirus": "LucaVirus-default-step3.8M",
-        "lucavirus-gene": "LucaVirus-gene-step3.8M",
-        "lucavirus-prot": "LucaVirus-prot-step3.8M",
-        "lucavirus-mask": "LucaVirus-mask-step3.8M",
-        "lucavirus-mask-1.4m": "LucaVirus-mask-step1.4M",
-    }
-    SIZES = {name: ModelSpec(name, 12, 2560, 20, "lucavirus") for name in SHORT_NAMES.values()}
-    ALIASES = SHORT_NAMES | {f"lucagroup/{name.lower()}": name for name in SIZES}
-    PUBLISHED_SHA256 = {}
-    """No source was found for the SHA-256 of the published files."""
     NUCLEOTIDES = Reading(
         "ATCGN", 5, CLS, PAD, EOS, MASK, "N", (("U", "T"), ("-", "N"), (".", "N")), 4, False, width=VOCABULARY
     )
@@ -55,7 +44,6 @@ class LucaVirus(Esm2):
     )
     SETTINGS = {field: words[:1] for field, words in Esm2.SETTINGS.items()}
     CONFIG = {
-        "model_type": ("lucavirus", None),
         "vocab_size": (VOCABULARY, VOCABULARY),
         "type_vocab_size": (2, 2),
         "no_position_embeddings": (True, True),
@@ -73,10 +61,6 @@ class LucaVirus(Esm2):
 
     def url(self, spec: ModelSpec) -> str | None:
         return None
-
-    def told_by(self, names: set[str]) -> bool:
-        """Whether there are LayerNorms with the authors' names."""
-        return any(re.fullmatch(r"(.*\.)?layers\.\d+\.pre_layer_norm\.weight", name) for name in names)
 
     def settle(self, state: State, spec: ModelSpec) -> list[str]:
         """Make layer 0's inv_freq, float32 [Dh / 2], stand for all. Returns notes; see `settle_inv_freq`."""

@@ -53,9 +53,7 @@ class ModelSpec:
         return 1.0 / 10000.0 ** (torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim)
 
 
-def named(*specs: ModelSpec) -> dict[str, ModelSpec]:
-    """The same specs by their names, in order."""
-    return {spec.name: spec for spec in specs}
+DEMO = ModelSpec("demo", 6, 320, 20)
 
 
 class Licence(NamedTuple):
@@ -81,18 +79,16 @@ def positions_of(longest: int) -> int:
 
 
 class Family(Protocol):
-    """A model family; `families.FAMILIES` is the table of them. What a family does not say is as it is here.
+    """A model family as its file defines it; names and signs of its models are its row in `families.TABLE`.
 
-    SIZES and PUBLISHED_SHA256 (by file) go by full name, to which SHORT_NAMES and ALIASES (lower case) lead.
+    What a family does not say is as it is here.
     HUB_FILES: by full name, the file of weights in a repository that has not HuggingFace's layout.
     SETTINGS: fields of a spec, and the words for each in config.json or in the settings of a fair-esm file.
-    CONFIG: the values that config.json must have, or a frozenset of them, and HuggingFace's defaults, which it leaves
-    out.
-    ARCHITECTURES: classes in config.json that tell the family from others with the same CONFIG.
+    CONFIG: further values that config.json must have, beside those of the row and in the same form.
     NAMES, HEAD_NAMES: patterns of tensors of the encoder and of heads in checkpoints, and their names here.
     LEFT_OUT: tensors that are known and not used.
     JOINT: words of matrices that stand in one tensor in some layouts, one below the other, by the word of that tensor.
-    READING, NUCLEOTIDES: how it reads proteins, and nucleotides, or None. LONGEST: as in a spec.
+    READING, NUCLEOTIDES: how it reads proteins, and nucleotides, or None.
     TOKENIZER: the file beside the weights that joins letters to tokens, and the SHA-256 of the published one, or None.
     STEPS: the module of `kernels` with its steps, if they are not those of a backend.
     HEAD_DIM: width of a head in published sizes; a file without configuration does not say it.
@@ -101,14 +97,9 @@ class Family(Protocol):
     """
 
     TITLE: str
-    SIZES: dict[str, ModelSpec]
-    SHORT_NAMES: dict[str, str]
-    ALIASES: dict[str, str]
-    PUBLISHED_SHA256: dict[str, dict[str, str]] = {}
     HUB_FILES: dict[str, str] = {}
     SETTINGS: dict[str, tuple[str, ...]]
-    CONFIG: dict[str, tuple[Any, Any]]
-    ARCHITECTURES: tuple[str, ...] = ()
+    CONFIG: dict[str, tuple[Any, Any]] = {}
     NAMES: Names
     HEAD_NAMES: Names = ()
     LEFT_OUT: re.Pattern[str]
@@ -120,7 +111,6 @@ class Family(Protocol):
     NUCLEOTIDES: Reading | None = None
     TOKENIZER: tuple[str, str] | None = None
     STEPS: str | None = None
-    LONGEST: int | None = None
     HEAD_DIM: int = 64
     FP8: bool = False
     PEERS: bool = False
@@ -135,10 +125,6 @@ class Family(Protocol):
     def licence(self, spec: ModelSpec) -> Licence:
         """The licence of the published weights."""
         return MIT
-
-    def told_by(self, names: set[str]) -> bool:
-        """Whether a checkpoint without configuration, with tensors of these names, is known to be of this family."""
-        return False
 
     def told_sizes(self, state: State) -> dict[str, int]:
         """Fields of a spec that its tensors tell, [...] under the names here, beside layers and hidden.

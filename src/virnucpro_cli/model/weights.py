@@ -13,12 +13,10 @@ from safetensors.torch import load_file
 
 from virnucpro_cli import stopping
 from virnucpro_cli.errors import UserError, too_many_open
-from virnucpro_cli.model.families import DEMO, FAMILIES, SIZES, family_of
+from virnucpro_cli.model.families import DEFAULT, DEMO, FAMILIES, SIZES, TABLE, Row, by_tensors, family_of
 from virnucpro_cli.model.locate import Weights, check_unchanged
 from virnucpro_cli.model.spec import DECODER, INV_FREQ, LM_HEAD, Family, ModelSpec, State, name_in
 
-DEFAULT = "esm2"
-"""The family of a lone file."""
 OTHERS = {
     "MSA Transformer": re.compile("row_self_attention|msa_position_embedding"),
     "ESM-1": re.compile(r"self_attn\.bias_[kv]$|embed_out_bias"),
@@ -51,8 +49,7 @@ def load(weights: Weights) -> tuple[ModelSpec, State, tuple[str, ...]]:
             _put(raw, _WRAPPERS.sub("", name), tensor, weights)
     check_unchanged(weights)
     _refuse_others(raw, weights.place)
-    told = (key for key, each in FAMILIES.items() if each.told_by(set(raw)))
-    key = weights.spec.family if weights.spec else config.get("family") or next(told, DEFAULT)
+    key = weights.spec.family if weights.spec else config.get("family") or by_tensors(raw) or DEFAULT
     family = FAMILIES[key]
     state, left_out = _renamed(raw, family, weights)
     spec = _spec_of(state, config, key, weights)
@@ -104,13 +101,13 @@ def _read_config(path: Path, spec: ModelSpec | None = None) -> dict[str, Any]:
     said = config if isinstance(config, dict) else {}
     classes = said.get("architectures")
     _refuse_others((each for each in classes if isinstance(each, str)) if isinstance(classes, list) else (), str(path))
-    alike = [key for key, each in FAMILIES.items() if _is(said.get("model_type"), each.CONFIG["model_type"][0])]
-    key = spec.family if spec else min(alike or [DEFAULT], key=lambda key: _distance(said, FAMILIES[key]))
+    alike = [key for key, row in TABLE.items() if _is(said.get("model_type"), row.config["model_type"][0])]
+    key = spec.family if spec else min(alike or [DEFAULT], key=lambda key: _distance(said, TABLE[key]))
     family = FAMILIES[key]
     sizes = {field: _first_of(said, words) for field, words in family.SETTINGS.items()}
     if not isinstance(config, dict) or not all(isinstance(size, int | None) for size in sizes.values()):
         raise UserError(f"{path} is not a model's configuration.", "Fetch or copy the model directory again.")
-    for there, found, value in _contradictions(config, family):
+    for there, found, value in _contradictions(config, TABLE[key].config | family.CONFIG):
         wanted = " or ".join(map(repr, sorted(value))) if isinstance(value, frozenset) else repr(value)
         raise UserError(f"{path} is not {family.TITLE}: {there} is {found!r}, and {family.TITLE} has {wanted}.")
     return {**sizes, "family": key, "tied": config.get("tie_word_embeddings", True)}
@@ -120,9 +117,9 @@ def _first_of(config: dict[str, Any], words: tuple[str, ...]) -> Any:
     return next((config[word] for word in words if word in config), None)
 
 
-def _contradictions(config: dict[str, Any], family: Family) -> list[tuple[str, Any, Any]]:
-    """Words of a configuration that are not the family's: the word, its value, and the family's."""
-    found = [(word, config.get(word, default), value) for word, (value, default) in family.CONFIG.items()]
+def _contradictions(config: dict[str, Any], wanted: dict[str, tuple[Any, Any]]) -> list[tuple[str, Any, Any]]:
+    """Words of a configuration that are not a family's: the word, its value, and the family's; wanted: as in a row."""
+    found = [(word, config.get(word, default), value) for word, (value, default) in wanted.items()]
     return [each for each in found if not _is(each[1], each[2]) and not (each[2] is False and each[1] is None)]
 
 
@@ -131,11 +128,11 @@ def _is(found: Any, value: Any) -> bool:
     return found == value or (isinstance(value, frozenset) and isinstance(found, str) and found in value)
 
 
-def _distance(config: dict[str, Any], family: Family) -> tuple[int, bool]:
+def _distance(config: dict[str, Any], row: Row) -> tuple[int, bool]:
     """How far a configuration is from a family's; the classes that it names decide between equals."""
     classes = config.get("architectures")
-    named = isinstance(classes, list) and any(each in family.ARCHITECTURES for each in classes)
-    return len(_contradictions(config, family)), not named
+    named = isinstance(classes, list) and any(each in row.architectures for each in classes)
+    return len(_contradictions(config, row.config)), not named
 
 
 def read_tensors(path: Path) -> State:
@@ -222,7 +219,7 @@ def _spec_of(state: State, config: dict[str, Any], family: str, weights: Weights
         )
     name = named.name if named else _published_name(layers, hidden, heads, family) or weights.name
     inner = config.get("inner") or told.get("inner")
-    spec = ModelSpec(name, layers, hidden, heads, family, FAMILIES[family].LONGEST, inner)
+    spec = ModelSpec(name, layers, hidden, heads, family, TABLE[family].longest, inner)
     if named not in (None, spec):
         raise UserError(
             f"{weights.place} is not {name}: it has {layers} layers of {hidden} with {heads} heads.",
