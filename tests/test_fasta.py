@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from virnucpro_cli import fasta, tables
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import RecordTable
-from virnucpro_cli.fasta.compressed import PROGRAMS
+from virnucpro_cli.fasta.reading import PROGRAMS
 
 try:
     from compression import zstd  # Python 3.14

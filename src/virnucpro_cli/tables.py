@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from virnucpro_cli import fasta
 from virnucpro_cli.errors import UserError, counted, unread
+from virnucpro_cli.fasta.compressed import decoder_errors
 
 
 class Dialect(csv.excel_tab):
@@ -41,7 +42,7 @@ class Lines:
                 for self.number, line in enumerate(text, start=1):
                     self.digest.update(self._encoded(line))
                     yield line
-        except fasta.decoder_errors() as error:
+        except decoder_errors() as error:
             words = (
                 unread(str(self.path), error)
                 if isinstance(error, OSError) and error.strerror

@@ -3,7 +3,6 @@
 A record's number is its identity. Names, and the text of single records, are read lazily by offset.
 """
 
-from virnucpro_cli.fasta.compressed import decoder_errors, decompressed
 from virnucpro_cli.fasta.indexing import NUCLEOTIDE_SHARE, How, Inputs, index, index_of, is_large, tokens_of
-from virnucpro_cli.fasta.reading import Source, open_sources
+from virnucpro_cli.fasta.reading import Source, decompressed, open_sources
 from virnucpro_cli.fasta.table import RecordTable

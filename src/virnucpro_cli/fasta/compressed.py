@@ -1,4 +1,4 @@
-"""Compressed bytes to plain ones, every stream of a file: gz, bz2, xz and zst, known by their first bytes."""
+"""Compressed bytes to plain ones, every stream of a file: gz, bz2, xz and zst."""
 
 import bz2
 import io
@@ -12,12 +12,6 @@ from itertools import chain
 from typing import IO, Any
 
 BLOCK_BYTES, MOST_AT_ONCE = 1 << 20, 1 << 24
-MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
-MAGIC |= {bytes([0x50 + i, 0x2A, 0x4D, 0x18]): "zst" for i in range(16)}
-"""The last 16 begin a frame without content, with which pzstd begins (RFC 8878, section 3.1.2)."""
-LONGEST_MAGIC = 6
-PROGRAMS = {"gz": "gzip", "bz2": "bzip2", "xz": "xz", "zst": "zstd"}
-"""Each prints the plain bytes of a file with -dc."""
 OPTIONAL_ERRORS = {
     "isal.isal_zlib": "error", "zlib_ng.zlib_ng": "error",
     "backports.zstd": "ZstdError", "compression.zstd": "ZstdError", "zstandard": "ZstdError",
@@ -25,22 +19,22 @@ OPTIONAL_ERRORS = {
 """Modules of decompressors, which may be installed, and the name of their error."""
 
 
-def kind_of(first: bytes) -> str | None:
-    """gz, bz2, xz or zst by the first bytes of a file; None of plain text."""
-    return next((kind for magic, kind in MAGIC.items() if first.startswith(magic)), None)
-
-
-def decompressed(file: IO[bytes]) -> IO[bytes]:
-    """The plain bytes of a buffered file or pipe at its beginning, compressed or not.
-
-    Reading raises one of `decoder_errors()` where a stream is damaged, cut, or followed by bytes that are no stream.
-    """
-    first = file.read(LONGEST_MAGIC)  # a pipe may show fewer bytes to a peek
+def begun(file: IO[bytes], size: int) -> tuple[bytes, IO[bytes]]:
+    """The first bytes of a buffered file or pipe, so many of them, and the same from its beginning."""
+    first = file.read(size)  # a pipe may show fewer bytes to a peek
     if file.seekable():
         file.seek(-len(first), os.SEEK_CUR)
     else:
         file = plain(chain([first], iter(partial(file.read, BLOCK_BYTES), b"")))
-    match kind_of(first):
+    return first, file
+
+
+def decoded(file: IO[bytes], kind: str | None) -> IO[bytes]:
+    """The plain bytes of a file or pipe at its beginning, which is compressed as `kind` says, or not.
+
+    Reading raises one of `decoder_errors()` where a stream is damaged, cut, or followed by bytes that are no stream.
+    """
+    match kind:
         case None:
             return file
         case "bz2":

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from virnucpro_cli import alphabet
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import reading
-from virnucpro_cli.fasta.compressed import LONGEST_MAGIC, PROGRAMS, kind_of
-from virnucpro_cli.fasta.reading import BOM, HEAD_BYTES, Source, open_sources
+from virnucpro_cli.fasta.reading import BOM, HEAD_BYTES, LONGEST_MAGIC, PROGRAMS, Source, kind_of, open_sources
 from virnucpro_cli.fasta.table import NEWLINE, RecordTable
 from virnucpro_cli.stopping import cores, threads
 

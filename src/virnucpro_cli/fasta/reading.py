@@ -18,11 +18,16 @@ from threading import Event
 from typing import IO, Any, NamedTuple
 
 from virnucpro_cli.errors import MORE_FILES, UserError, absent
-from virnucpro_cli.fasta.compressed import LONGEST_MAGIC, decoder_errors, decompressed, kind_of
 
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 20  # the pass over one chunk stays within the L2 cache
 BOM = b"\xef\xbb\xbf"
+MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
+MAGIC |= {bytes([0x50 + i, 0x2A, 0x4D, 0x18]): "zst" for i in range(16)}
+"""The last 16 begin a frame without content, with which pzstd begins (RFC 8878, section 3.1.2)."""
+LONGEST_MAGIC = 6
+PROGRAMS = {"gz": "gzip", "bz2": "bzip2", "xz": "xz", "zst": "zstd"}
+"""Each prints the plain bytes of a file with -dc."""
 FASTQ = b"@"
 """The byte that a FASTQ begins with, and no FASTA."""
 SPOOL_RESERVE = 1 << 28
@@ -196,6 +201,22 @@ def open_sources(inputs: Sequence[str], spool_dir: Path, kept: Kept | None = Non
     return sources
 
 
+def kind_of(first: bytes) -> str | None:
+    """gz, bz2, xz or zst by the first bytes of a file; None of plain text."""
+    return next((kind for magic, kind in MAGIC.items() if first.startswith(magic)), None)
+
+
+def decompressed(file: IO[bytes]) -> IO[bytes]:
+    """The plain bytes of a buffered file or pipe at its beginning, compressed or not.
+
+    Reading raises one of `compressed.decoder_errors()` where they are damaged.
+    """
+    from virnucpro_cli.fasta.compressed import begun, decoded
+
+    first, file = begun(file, LONGEST_MAGIC)
+    return decoded(file, kind_of(first))
+
+
 def _opened(name: str) -> io.BufferedReader:
     try:
         if name == "-" and sys.stdin is None:
@@ -231,6 +252,8 @@ def _no_spool(name: str, folder: Path, why: str | None) -> UserError:
 
 def _copy(file: IO[bytes], name: str, spool: IO[bytes], folder: Path) -> None:
     """Append the plain text of a file or pipe to the spool, and leave room on its disk."""
+    from virnucpro_cli.fasta.compressed import decoder_errors
+
     size, looked, reserve = 0, 0, min(SPOOL_RESERVE, shutil.disk_usage(folder).free // 2)
     try:
         for block in _texts(decompressed(file), "standard input" if name == "-" else name):
