@@ -22,10 +22,10 @@ from virnucpro_cli import report
 from virnucpro_cli.batch import query_tiles
 from virnucpro_cli.benchmark import limits, modes, workload
 from virnucpro_cli.engine import devices
-from virnucpro_cli.model import attention, families, weights
+from virnucpro_cli.model import attention, families, plain, weights
 from virnucpro_cli.model.attention.triton import attention as short_attention
 from virnucpro_cli.model.families import build
-from virnucpro_cli.model.kernels import fused, plain
+from virnucpro_cli.model.kernels import fused
 from virnucpro_cli.model.kernels.norm import quantised_norm, row_scale
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import stream_dtype

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 
 from virnucpro_cli.batch import PackedBatch
 from virnucpro_cli.engine.collate import VarlenCollator
-from virnucpro_cli.model import esm2, pooling
+from virnucpro_cli.model import esm2, plain, pooling
 from virnucpro_cli.model.attention import sdpa
-from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.packed import OnLayer, PackedModel
 from virnucpro_cli.store import Store
 from virnucpro_cli.validation import invariance

@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from virnucpro_cli.batch import PackedBatch, query_tiles
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import attention
+from virnucpro_cli.model import attention, plain
 from virnucpro_cli.model.attention import sdpa, torch_varlen
-from virnucpro_cli.model.kernels import plain
 
 CPU = torch.device("cpu")
 HEADS = 3

@@ -20,9 +20,8 @@ from virnucpro_cli import alphabet, fasta
 from virnucpro_cli.cluster.ray import actor
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model import attention, esmc, families, weights
+from virnucpro_cli.model import attention, esmc, families, plain, weights
 from virnucpro_cli.model.esmc import ESMC
-from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.scores import TokenHead
 from virnucpro_cli.model.spec import INV_FREQ, ModelSpec

@@ -23,8 +23,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange.extract import extract_files
 from virnucpro_cli.explore import inspect
 from virnucpro_cli.machine import fetch
-from virnucpro_cli.model import esm1, families, locate, weights
-from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model import esm1, families, locate, plain, weights
 from virnucpro_cli.model.packed import Parts
 from virnucpro_cli.model.scores import TokenHead
 from virnucpro_cli.model.spec import INV_FREQ, ModelSpec

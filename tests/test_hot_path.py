@@ -14,10 +14,9 @@ from packs import one_pack
 from virnucpro_cli import fasta
 from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.kinds import KINDS
-from virnucpro_cli.model import weights
+from virnucpro_cli.model import plain, weights
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.families import build
-from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.model.spec import ModelSpec

@@ -13,11 +13,10 @@ from packs import embeddings, one_pack, random_protein
 from test_attention import batch_of
 from virnucpro_cli.benchmark import modes, workload
 from virnucpro_cli.features.contacts import totals
-from virnucpro_cli.model import weights
+from virnucpro_cli.model import plain, weights
 from virnucpro_cli.model.attention import Backend, sdpa, triton
 from virnucpro_cli.model.attention import portable as portable_attention
 from virnucpro_cli.model.families import build, family_of
-from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import SPECIAL_TOKENS
 

@@ -26,8 +26,7 @@ from virnucpro_cli.exchange.extract import extract_files
 from virnucpro_cli.explore import inspect
 from virnucpro_cli.kinds import NUCLEOTIDE, PROTEIN
 from virnucpro_cli.machine import fetch
-from virnucpro_cli.model import attention, esm2, families, locate, lucavirus, weights
-from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model import attention, esm2, families, locate, lucavirus, plain, weights
 from virnucpro_cli.model.lucavirus import LUCAVIRUS
 from virnucpro_cli.model.packed import Parts
 from virnucpro_cli.model.scores import TokenHead

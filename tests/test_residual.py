@@ -21,8 +21,7 @@ from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.embed import run
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.explore import inspect
-from virnucpro_cli.model import attention, families, weights
-from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model import attention, families, plain, weights
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.store import RECOMPUTED

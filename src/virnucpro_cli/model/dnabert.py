@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from virnucpro_cli.alphabet import Reading
-from virnucpro_cli.model.kernels.plain import Layer, Pair
 from virnucpro_cli.model.packed import Parts
+from virnucpro_cli.model.plain import Layer, Pair
 from virnucpro_cli.model.spec import APACHE, Family, Licence, ModelSpec, Shapes, State
 
 EPS = 1e-12

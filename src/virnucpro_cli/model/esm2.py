@@ -9,8 +9,8 @@ import torch
 
 from virnucpro_cli import alphabet
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model.kernels.plain import Layer, Pair
 from virnucpro_cli.model.packed import Parts
+from virnucpro_cli.model.plain import Layer, Pair
 from virnucpro_cli.model.spec import (
     CONTACT_HEAD,
     DEMO,

@@ -9,8 +9,8 @@ import re
 import torch
 
 from virnucpro_cli import alphabet
-from virnucpro_cli.model.kernels.plain import Layer, Pair
 from virnucpro_cli.model.packed import Parts
+from virnucpro_cli.model.plain import Layer, Pair
 from virnucpro_cli.model.spec import INV_FREQ, LM_HEAD, MIT, Family, Licence, ModelSpec, Shapes, State
 
 _TERMS = "https://www.evolutionaryscale.ai/policies/cambrian-{}-license-agreement"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from virnucpro_cli.batch import Embeddings, PackedBatch
 from virnucpro_cli.model.attention import STEPS, Attention, Backend
-from virnucpro_cli.model.kernels.plain import Layer, Pair, layer_norm
+from virnucpro_cli.model.plain import Layer, Pair, layer_norm
 from virnucpro_cli.model.pooling import Pooler
 from virnucpro_cli.model.spec import ModelSpec, State, stream_dtype
 

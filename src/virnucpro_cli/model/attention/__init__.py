@@ -23,7 +23,7 @@ STEPS = {"triton": "fused", "portable": "portable"}
 
 
 class Backend(NamedTuple):
-    """How a forward computes: attention, and `kernels.plain`, `fused` or `portable` for the steps around it.
+    """How a forward computes: attention, and the steps around it: `plain`, or `fused` or `portable` of `kernels`.
 
     wide: whether the residual stream is in float32 whatever the dtype, which plain steps alone can do.
     """
@@ -72,7 +72,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, residual: str =
             refusal = None if gain > 1 else "plain steps are faster here"
         if refusal is None:
             notes += adapter.notes(device, dtype) if hasattr(adapter, "notes") else ()
-            steps = import_module(f"virnucpro_cli.model.kernels.{'plain' if wide else STEPS.get(candidate, 'plain')}")
+            home = "plain" if wide or candidate not in STEPS else f"kernels.{STEPS[candidate]}"
+            steps = import_module(f"virnucpro_cli.model.{home}")
             return Backend(candidate, adapter.attention, steps, notes, wide)
         if BROKEN in refusal:
             notes += (f"attention backend {candidate} would be faster on this device, but {refusal}",)

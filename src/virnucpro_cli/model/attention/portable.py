@@ -21,8 +21,9 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def gain(device: torch.device, dtype: torch.dtype) -> float:
     """How many times as fast as plain steps it is on this device, by a timed trial."""
+    from virnucpro_cli.model import plain
     from virnucpro_cli.model.attention import efficient, torch_varlen
-    from virnucpro_cli.model.kernels import plain, portable, timed
+    from virnucpro_cli.model.kernels import portable, timed
 
     other = efficient if torch_varlen.refusal(device, dtype) else torch_varlen
     ours = Backend("portable", attention, portable)

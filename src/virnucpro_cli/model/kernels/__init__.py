@@ -1,8 +1,7 @@
-"""Steps of the forward around attention: `plain` in PyTorch for every device, `fused` in Triton for Hopper, one file
-per kernel, and `portable` in Triton for other GPUs. `contacts` adds up attention maps.
+"""Steps of the forward around attention as kernels: `fused` in Triton for Hopper, one file per kernel, and `portable`
+in Triton for other GPUs. `contacts` adds up attention maps.
 
-All steps have the same functions, so that each is another's twin: `prepare` the weights, `rotary` for a batch, and for
-each layer `query_key_value`, `add_attention`, `inner`, `add_inner`; `residual` or `last_norm` for wanted layers.
+All steps have the same functions as those in `model.plain`, so that each is another's twin.
 """
 
 OPTIONS = {"enable_fp_fusion": True}

@@ -10,7 +10,7 @@ import math
 import torch
 
 from virnucpro_cli.model.kernels.linear import Quantised, QuantisedSum, whole_tiles
-from virnucpro_cli.model.kernels.plain import Pair
+from virnucpro_cli.model.plain import Pair
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli.model.kernels import linear, pingpong, plain
+from virnucpro_cli.model import plain
+from virnucpro_cli.model.kernels import linear, pingpong
 from virnucpro_cli.model.kernels.e4m3 import E4M3, quantise, quantise_sum
 from virnucpro_cli.model.kernels.linear import (
     GATED,
@@ -25,7 +26,7 @@ from virnucpro_cli.model.kernels.linear import (
     whole_tiles,
 )
 from virnucpro_cli.model.kernels.norm import norm
-from virnucpro_cli.model.kernels.plain import Pair
+from virnucpro_cli.model.plain import Pair
 
 __all__ = [
     "add_attention", "add_inner", "inner", "last_norm", "prepare", "query_key_value", "residual", "rotary"

@@ -7,7 +7,7 @@ import triton.language as tl
 from virnucpro_cli.model.kernels import OPTIONS
 from virnucpro_cli.model.kernels.linear import gelu, silu
 from virnucpro_cli.model.kernels.norm import launch, place
-from virnucpro_cli.model.kernels.plain import Pair
+from virnucpro_cli.model.plain import Pair
 
 COLUMNS = 1024
 

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from virnucpro_cli.model.kernels import OPTIONS
 from virnucpro_cli.model.kernels.norm import qk_scale, quantised_norm, row_scale
-from virnucpro_cli.model.kernels.plain import Pair
+from virnucpro_cli.model.plain import Pair
 
 ROWS, COLUMNS, DEPTH_BYTES = 128, 256, 128
 """Tile of the result, and how much of the inner dimension is loaded at a time."""

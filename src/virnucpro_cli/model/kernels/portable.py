@@ -12,11 +12,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from virnucpro_cli.model.kernels import OPTIONS, plain
+from virnucpro_cli.model import plain
+from virnucpro_cli.model.kernels import OPTIONS
 from virnucpro_cli.model.kernels.fused import LastNorm, add_attention, last_norm, residual
 from virnucpro_cli.model.kernels.glue import gated
 from virnucpro_cli.model.kernels.norm import norm
-from virnucpro_cli.model.kernels.plain import Pair
+from virnucpro_cli.model.plain import Pair
 from virnucpro_cli.model.spec import LAYER_NORM_EPS
 
 __all__ = [

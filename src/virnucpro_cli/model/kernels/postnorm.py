@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from virnucpro_cli.batch import PackedBatch
+from virnucpro_cli.model import plain
 from virnucpro_cli.model.attention import Backend, is_nvidia, kernels_refusal, sm80_refusal
 from virnucpro_cli.model.dnabert import EPS
-from virnucpro_cli.model.kernels import plain
-from virnucpro_cli.model.kernels.plain import Layer, Pair
+from virnucpro_cli.model.plain import Layer, Pair
 from virnucpro_cli.model.spec import ModelSpec
 
 KNOWING = ("triton", "portable", "sdpa")

@@ -13,9 +13,9 @@ import triton
 
 import virnucpro_cli
 from virnucpro_cli.batch import PackedBatch, query_tiles
+from virnucpro_cli.model import plain
 from virnucpro_cli.model.attention import Backend
 from virnucpro_cli.model.keeping import keep, kept
-from virnucpro_cli.model.kernels import plain
 from virnucpro_cli.model.kernels.trial import Noise, made_up
 
 WIDTH, HEAD_DIM = 640, 64

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from virnucpro_cli.model.kernels import plain
+from virnucpro_cli.model import plain
 from virnucpro_cli.model.kernels.attention import attention
-from virnucpro_cli.model.kernels.plain import Pair
+from virnucpro_cli.model.plain import Pair
 from virnucpro_cli.model.spec import stream_dtype
 from virnucpro_cli.stopping import threads
 

@@ -1,5 +1,7 @@
 """The forward's steps in plain PyTorch: the path of every device without fused kernels, and the twin those must match.
 
+Steps are these functions: `prepare` the weights, `rotary` for a batch, and for each layer `query_key_value`,
+`add_attention`, `inner`, `add_inner`; `residual` or `last_norm` for wanted layers.
 Shapes: T rows of a pack, H heads of Dh, D = H * Dh.
 """
 
