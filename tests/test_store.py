@@ -15,7 +15,7 @@ import pytest
 
 from conftest import no_more_files
 from virnucpro_cli import store
-from virnucpro_cli.errors import UserError
+from virnucpro_cli.errors import UserError, damage_named
 from virnucpro_cli.store import (
     DONE,
     EMPTY,
@@ -29,7 +29,6 @@ from virnucpro_cli.store import (
     read_embeddings,
     sums,
 )
-from virnucpro_cli.store.checked import damage_named
 from virnucpro_cli.store.writer import DAMAGED
 
 NAMES = ["alpha", "β-lactamase", "alpha", "delta", "epsilon", "zeta"]

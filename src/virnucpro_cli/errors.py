@@ -6,7 +6,8 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,6 +97,9 @@ def unread(path: str, error: OSError) -> str:
     return absent(path) if lost else f"{path} cannot be read: {error.strerror}"
 
 
+DAMAGE = (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError)
+"""Kinds of errors that HDF5 and other libraries raise when they open damaged files, or something else."""
+AGAIN = "Copy it again from where it was whole, or embed again."
 MORE_FILES = "Let this process open more files: ulimit -n 1024"
 
 
@@ -104,6 +108,21 @@ def too_many_open(path: str | Path, error: BaseException) -> UserError | None:
     if os.strerror(errno.EMFILE) not in str(error):
         return None
     return UserError(f"{path} cannot be read: too many files are open.", MORE_FILES)
+
+
+def damaged(path: str | Path, what: object, remedy: str = AGAIN) -> UserError:
+    return UserError(f"{path} is cut short or damaged: {what}.", remedy)
+
+
+@contextmanager
+def damage_named(path: str | Path, kinds: tuple[type[Exception], ...] = DAMAGE, remedy: str = AGAIN) -> Iterator[None]:
+    """Tell as damage what the block raises of these kinds. Only reads of the file belong into the block."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise too_many_open(path, error) or damaged(path, in_a_line(error), remedy) from None
 
 
 def choose(given: str, allowed: Sequence[str], how: str = "Choose one of") -> str:

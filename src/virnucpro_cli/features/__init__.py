@@ -53,7 +53,7 @@ def asked_for(config: EmbedConfig) -> "list[Feature]":
     return [_class_of(known)(config) for known in FEATURES if known.is_asked_for(config)]
 
 
-def stored_in(file: store.EmbeddingFile) -> "list[type[Feature]]":
+def stored_in(file: "store.EmbeddingFile") -> "list[type[Feature]]":
     """The features that left something in a file, of those whose hooks need to know."""
     return [_class_of(known) for known in FEATURES if known.leaves is not None and file.holds(known.leaves)]
 
@@ -111,7 +111,7 @@ class Half(NamedTuple):
     sources: list[fasta.Source]
 
 
-Shards = list[tuple[NDArray[np.int64], store.EmbeddingFile]]
+Shards = list[tuple[NDArray[np.int64], "store.EmbeddingFile"]]
 """Shards of an output: the numbers of its records, int64 [M], and its open file."""
 
 
@@ -162,7 +162,7 @@ class Feature:
     def check_weights(self, loaded: Loaded, weights: locate.Weights) -> None:
         """Raises UserError if the weights lack what it needs."""
 
-    def lacking(self, file: store.EmbeddingFile) -> dict[str, int]:
+    def lacking(self, file: "store.EmbeddingFile") -> dict[str, int]:
         """Things that a finished file lacks for want of memory, as the report counts them."""
         return {}
 
@@ -190,11 +190,11 @@ class Feature:
         """Place in the merged file, whose rows are there, what is not of records."""
 
     @staticmethod
-    def described(file: store.EmbeddingFile) -> Iterator[tuple[str, str]]:
+    def described(file: "store.EmbeddingFile") -> Iterator[tuple[str, str]]:
         """Lines of `inspect`: name and facts."""
         yield from ()
 
     @staticmethod
-    def count_wrong(file: store.EmbeddingFile) -> int:
+    def count_wrong(file: "store.EmbeddingFile") -> int:
         """Number of stored things that are neither as their status says nor NaN."""
         return 0

@@ -4,7 +4,9 @@ HDF5 never writes to the file again, so a kill at any moment leaves it readable.
 disk: rows are synced before the status bytes that vouch for them. The file is `OUT.partial` until it is complete.
 """
 
-from virnucpro_cli.store.checked import DAMAGE, fingerprint_of, opened_hdf5
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from virnucpro_cli.store.disk import (
     Overtaken,
     allow_open_files,
@@ -24,14 +26,6 @@ from virnucpro_cli.store.disk import (
     without_lock,
 )
 from virnucpro_cli.store.layout import Extra, Layout, Names, of_this_command
-from virnucpro_cli.store.reader import (
-    EmbeddingFile,
-    fingerprint_tried,
-    opened,
-    opened_all,
-    read_embeddings,
-    unfinished,
-)
 from virnucpro_cli.store.schema import (
     ABSENT,
     AFTER_TRYING,
@@ -63,3 +57,25 @@ from virnucpro_cli.store.schema import (
     differences,
 )
 from virnucpro_cli.store.writer import Store
+
+if TYPE_CHECKING:
+    from virnucpro_cli.store.checked import fingerprint_of, opened_hdf5
+    from virnucpro_cli.store.reader import (
+        EmbeddingFile,
+        fingerprint_tried,
+        opened,
+        opened_all,
+        read_embeddings,
+        unfinished,
+    )
+
+_READ_BY = dict.fromkeys(("fingerprint_of", "opened_hdf5"), "checked") | dict.fromkeys(
+    ("EmbeddingFile", "fingerprint_tried", "opened", "opened_all", "read_embeddings", "unfinished"), "reader"
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use what reads files: a run that begins a file reads none."""
+    if name in _READ_BY:
+        return getattr(import_module(f"{__name__}.{_READ_BY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ are compared with the file's length and with each other before anything is alloc
 import json
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,38 +16,16 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import UserError, in_a_line, too_many_open, unread
+from virnucpro_cli.errors import UserError, damage_named, damaged, unread
 from virnucpro_cli.kinds import any_by_residue, by_residue, unmasked
 from virnucpro_cli.store import schema
+from virnucpro_cli.store.layout import datasets_in, foreign
 from virnucpro_cli.store.schema import MOST_OBJECTS, MOST_TEXT, field_of, unfit
 
-DAMAGE = (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError)
-"""Kinds of errors that HDF5 and other libraries raise when they open damaged files, or something else."""
-DEPTH = 4
 HEAP_ENTRY = 16
 """Bytes of a text in its dataset: its length (uint32), and where it is in a heap."""
-AGAIN = "Copy it again from where it was whole, or embed again."
 NAME_ANOTHER = "Name a file that virnucpro embed wrote."
 COLUMNS = ("lengths", "status", "flags", "reason", "replaced")
-
-
-def damaged(path: str | Path, what: object, remedy: str = AGAIN) -> UserError:
-    return UserError(f"{path} is cut short or damaged: {what}.", remedy)
-
-
-def foreign(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is refused: {what}.", "A file that virnucpro embed wrote holds all of its rows.")
-
-
-@contextmanager
-def damage_named(path: str | Path, kinds: tuple[type[Exception], ...] = DAMAGE, remedy: str = AGAIN) -> Iterator[None]:
-    """Tell as damage what the block raises of these kinds. Only reads of the file belong into the block."""
-    try:
-        yield
-    except UserError:
-        raise
-    except kinds as error:
-        raise too_many_open(path, error) or damaged(path, in_a_line(error), remedy) from None
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
@@ -192,28 +170,6 @@ def fingerprint_of(path: Path) -> tuple[dict[str, Any], bool] | None:
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
-
-
-def datasets_in(file: h5py.File, path: Path) -> Iterator[tuple[str, h5py.Dataset]]:
-    """Every dataset of the file with its name, or each of them. Raises UserError for a link to another place."""
-    waiting: list[tuple[str, Any]] = [("", file)]
-    seen = 0
-    while waiting:
-        prefix, group = waiting.pop()
-        seen += len(group)
-        if seen > MOST_OBJECTS:
-            raise damaged(path, f"it has more than {MOST_OBJECTS:,} datasets")
-        for key in group:
-            name = prefix + key
-            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
-                raise foreign(path, f"{name} is a link to another place")
-            item = group[key]
-            if isinstance(item, h5py.Dataset):
-                yield name, item
-            elif isinstance(item, h5py.Group) and name.count("/") < DEPTH - 1:
-                waiting.append((f"{name}/", item))
-            else:
-                raise damaged(path, f"{name} is no dataset")
 
 
 def datasets_of(file: h5py.File, path: Path) -> dict[str, Dataset]:

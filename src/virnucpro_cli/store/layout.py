@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import stopping
+from virnucpro_cli.errors import UserError, damaged
 from virnucpro_cli.kinds import pooled
 from virnucpro_cli.store import schema
 from virnucpro_cli.store.disk import pread_all, pwrite_all
@@ -42,6 +44,8 @@ _REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("number", "<u4")]
 _GCOL = int.from_bytes(b"GCOL\x01\0\0\0", "little")
 _END_AT = 40
 """Place of the file's end in a superblock of version 0."""
+DEPTH = 4
+"""Parts of a dataset's name, at most."""
 
 
 @dataclass(frozen=True)
@@ -421,3 +425,52 @@ def _move_end(fd: int, before: int, end: int) -> None:
     if versions[0] != 0 or versions[5:7] != bytes([WORD, WORD]) or there != before:
         raise RuntimeError("HDF5 has begun the file in a way that is not known here; this is a bug")
     pwrite_all(fd, memoryview(end.to_bytes(WORD, "little")), _END_AT)
+
+
+# --- where everything lies -------------------------------------------------------------------------------------------
+
+
+class Extent(NamedTuple):
+    """Where a dataset's rows lie in the file."""
+
+    offset: int
+    row_bytes: int
+    dtype: np.dtype[Any]
+    rows: int
+
+
+def extents_of(file: h5py.File, path: Path) -> dict[str, Extent]:
+    """Every dataset that lies in one piece, by name."""
+    extents = {}
+    for name, data in datasets_in(file, path):
+        offset, shape = data.id.get_offset(), data.shape or (1,)
+        if offset is not None or shape[0] == 0:  # HDF5 gives no offset to a dataset without rows
+            row = int(np.prod(shape[1:], dtype=np.int64)) * data.dtype.itemsize
+            extents[name] = Extent(offset or 0, row, data.dtype, shape[0])
+    return extents
+
+
+def foreign(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is refused: {what}.", "A file that virnucpro embed wrote holds all of its rows.")
+
+
+def datasets_in(file: h5py.File, path: Path) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Every dataset of the file with its name, or each of them. Raises UserError for a link to another place."""
+    waiting: list[tuple[str, Any]] = [("", file)]
+    seen = 0
+    while waiting:
+        prefix, group = waiting.pop()
+        seen += len(group)
+        if seen > schema.MOST_OBJECTS:
+            raise damaged(path, f"it has more than {schema.MOST_OBJECTS:,} datasets")
+        for key in group:
+            name = prefix + key
+            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                raise foreign(path, f"{name} is a link to another place")
+            item = group[key]
+            if isinstance(item, h5py.Dataset):
+                yield name, item
+            elif isinstance(item, h5py.Group) and name.count("/") < DEPTH - 1:
+                waiting.append((f"{name}/", item))
+            else:
+                raise damaged(path, f"{name} is no dataset")

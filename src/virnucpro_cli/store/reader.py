@@ -15,16 +15,13 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import STOP_SIGNALS, Missing, UserError, counted
+from virnucpro_cli.errors import AGAIN, STOP_SIGNALS, Missing, UserError, counted, damage_named, damaged
 from virnucpro_cli.kinds import KINDS, POOLED, PROTEIN, WORDS
 from virnucpro_cli.stopping import cores
 from virnucpro_cli.store import checked, disk, schema, sums
 from virnucpro_cli.store.checked import (
-    AGAIN,
     Dataset,
     columns_of,
-    damage_named,
-    damaged,
     datasets_of,
     fingerprint_of,
     opened_hdf5,

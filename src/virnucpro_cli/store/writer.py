@@ -13,11 +13,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import Stopped, UserError
+from virnucpro_cli.errors import DAMAGE, Stopped, UserError, damage_named
 from virnucpro_cli.kinds import by_residue
 from virnucpro_cli.store import disk, schema, sums
-from virnucpro_cli.store.checked import DAMAGE, damage_named, datasets_in
-from virnucpro_cli.store.layout import Layout, lay_out
+from virnucpro_cli.store.layout import Layout, extents_of, lay_out
 from virnucpro_cli.store.schema import DONE, NO_MEMORY, PENDING, RECOMPUTED, SKIPPED, STATES, blocks, chunks, distinct
 
 LARGE_WRITE = 1 << 15
@@ -42,26 +41,6 @@ def _alike(marks: list[Mark]) -> Iterator[tuple[tuple[int, int, int, bool], list
     """Status, flag, reason and whether there are sums, with the marks that follow each other and agree in them."""
     for key, group in groupby(marks, lambda mark: (mark.status, mark.flag, mark.reason, mark.sums is not None)):
         yield key, list(group)
-
-
-class Extent(NamedTuple):
-    """Where a dataset's rows lie in the file."""
-
-    offset: int
-    row_bytes: int
-    dtype: np.dtype[Any]
-    rows: int
-
-
-def _extents(file: h5py.File, path: Path) -> dict[str, Extent]:
-    """Every dataset that lies in one piece, by name."""
-    extents = {}
-    for name, data in datasets_in(file, path):
-        offset, shape = data.id.get_offset(), data.shape or (1,)
-        if offset is not None or shape[0] == 0:  # HDF5 gives no offset to a dataset without rows
-            row = int(np.prod(shape[1:], dtype=np.int64)) * data.dtype.itemsize
-            extents[name] = Extent(offset or 0, row, data.dtype, shape[0])
-    return extents
 
 
 def _in_order(parts: list[NDArray[Any]], order: NDArray[np.int64]) -> NDArray[Any]:
@@ -105,7 +84,7 @@ class Store:
             self.environments: list[str] = schema.whole_lines(file["run/environments"][()])
             has_offsets = not half and "residue/offsets" in file
             self._offsets: NDArray[np.int64] | None = file["residue/offsets"][:] if has_offsets else None
-            extents = _extents(file, path)
+            extents = extents_of(file, path)
         self.status: NDArray[np.uint8]
         self.flags: NDArray[np.uint16]
         self.reason: NDArray[np.uint8]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import store
-from virnucpro_cli.errors import UserError, in_a_line
+from virnucpro_cli.errors import DAMAGE, UserError, in_a_line
 from virnucpro_cli.exchange.layouts.layout import Entry, Format, What
 from virnucpro_cli.store.reader import accession
 
@@ -92,7 +92,7 @@ def reading_of(path: str, layout: Format) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except store.DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(
             f"{path} cannot be read as {layout.name}: {in_a_line(error)}.",
             "Is it whole, and of that layout? Say of which one: --from LAYOUT",

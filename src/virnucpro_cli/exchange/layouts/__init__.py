@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from virnucpro_cli.config.options import refuse_removed
-from virnucpro_cli.errors import UserError, choose
+from virnucpro_cli.errors import DAMAGE, UserError, choose
 from virnucpro_cli.exchange.layouts import (
     anndata,
     biotrainer,
@@ -17,7 +17,6 @@ from virnucpro_cli.exchange.layouts import (
     virnucpro,
 )  # fmt: skip
 from virnucpro_cli.exchange.layouts.layout import Format
-from virnucpro_cli.store import DAMAGE
 
 LAYOUTS = (
     npy.LAYOUT, parquet.LAYOUT, anndata.LAYOUT, fair_esm.LAYOUT, virnucpro.LAYOUT, broad.LAYOUT, scikit_bio.LAYOUT,

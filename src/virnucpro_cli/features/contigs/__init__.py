@@ -22,7 +22,7 @@ from rich.console import Console
 
 from virnucpro_cli import fasta, report, store
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import NoProteins, UserError, counted
+from virnucpro_cli.errors import DAMAGE, NoProteins, UserError, counted
 from virnucpro_cli.features import Feature, Run
 from virnucpro_cli.features.contigs import chunks, codons, pyrodigal_gv, six_frame
 from virnucpro_cli.features.contigs.codons import Genes
@@ -43,7 +43,7 @@ COLUMNS = {"contig": "q", "begin": "q", "end": "q", "strand": "b", "gaps": "q"}
 """Columns of the table, and their types: int64 contig, begin and end, int8 strand of each protein; int64 gaps of each
 contig, its bases that lie in gaps."""
 Columns = dict[str, NDArray[Any]]
-NO_TABLE = (*store.DAMAGE, MemoryError, zipfile.BadZipFile, zlib.error)
+NO_TABLE = (*DAMAGE, MemoryError, zipfile.BadZipFile, zlib.error)
 """Errors of NumPy and JSON for a file that is no such table."""
 
 
