@@ -1,4 +1,4 @@
-"""Helper processes on this host: a fresh Python each, which calls functions for its parent and cannot outlive it."""
+"""Processes on this host that cannot outlive their parent: a fresh Python, or helpers that call functions for it."""
 
 import fcntl
 import os
@@ -7,10 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from importlib import import_module
+from itertools import chain
+from multiprocessing.connection import Connection, Pipe
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from virnucpro_cli.errors import STOP_SIGNALS
@@ -57,7 +62,7 @@ def in_order(
 
     The function is one of a module, tasks and results can be pickled. A call whose helper dies is made here.
     """
-    calls = _Calls(function, descriptors)
+    calls = _Calls(function, helpers, descriptors)
     with ThreadPoolExecutor(helpers, "helper") as threads:
         try:
             futures = deque(threads.submit(calls, task) for task in tasks)
@@ -70,24 +75,33 @@ def in_order(
 
 
 class _Calls:
-    """Calls of a function, from several threads; each has a helper of its own."""
+    """Calls of a function, from several threads; each has a helper of its own.
 
-    def __init__(self, function: Callable[..., Any], descriptors: Collection[int]):
-        self.function, self.descriptors, self.stopped = function, descriptors, False
-        self._own, self._all = threading.local(), list["subprocess.Popen[bytes]"]()
+    Helpers are forks of a fresh Python that has read the function's module, so that libraries are read once.
+    """
+
+    def __init__(self, function: Callable[..., Any], helpers: int, descriptors: Collection[int]):
+        self.function, self.stopped = function, False
+        self._first: subprocess.Popen[bytes] | None = None
+        self._own, self._free = threading.local(), SimpleQueue[tuple[Connection, Connection]]()
+        self._ours, ends = ExitStack(), list[tuple[int, int]]()
+        with suppress(OSError), ExitStack() as theirs:  # whoever has no helper makes the call here
+            for _ in range(helpers):
+                (tasks, to), (answers, results) = Pipe(duplex=False), Pipe(duplex=False)
+                _widen(results)
+                self._free.put((self._ours.enter_context(to), self._ours.enter_context(answers)))
+                ends.append((theirs.enter_context(tasks).fileno(), theirs.enter_context(results).fileno()))
+            code = f"from virnucpro_cli.processes import serve; serve({function.__module__!r}, {ends})"
+            self._first = started(code, [*chain(*ends), *descriptors], stdin=subprocess.DEVNULL)
 
     def __call__(self, task: tuple[Any, ...]) -> Any:
         try:
             if not hasattr(self._own, "helper"):
-                code = "from virnucpro_cli.processes import serve; serve()"
-                streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-                self._own.helper = started(code, self.descriptors, **streams)
-                self._all.append(self._own.helper)
-                _widen(self._own.helper.stdout)
-            pickle.dump((self.function, task), self._own.helper.stdin, pickle.HIGHEST_PROTOCOL)
-            self._own.helper.stdin.flush()
-            went_well, found = pickle.load(self._own.helper.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):  # it could not be started, or has died
+                self._own.helper = self._free.get_nowait()
+            to, answers = self._own.helper
+            to.send((self.function, task))
+            went_well, found = answers.recv()
+        except (OSError, EOFError, Empty, pickle.UnpicklingError):  # it could not be started, or has died
             return None if self.stopped else self.function(*task)
         if not went_well:
             raise found
@@ -96,33 +110,56 @@ class _Calls:
     def kill(self) -> None:
         """End all helpers, whatever they are at."""
         self.stopped = True
-        for helper in self._all:
-            helper.kill()
+        if self._first is not None:
+            with suppress(OSError):
+                os.killpg(self._first.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End what is left, once no thread calls."""
-        self.kill()
-        for helper in self._all:
-            with suppress(OSError):  # what it was still to be told
-                helper.communicate()
+        """Let go of what is left, once no thread calls."""
+        self._ours.close()
+        if self._first is not None:
+            self._first.wait()
 
 
-def _widen(pipe: Any) -> None:
+def _widen(pipe: Connection) -> None:
     """Let a pipe hold much, if the system allows it: each time that it is full, two processes wait for each other."""
     with suppress(AttributeError, OSError):  # Linux alone has it, and limits it
         fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
-def serve() -> None:
-    """The whole life of a helper: calls come on standard input, results go to what was standard output."""
-    tasks, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+def serve(module: str, ends: list[tuple[int, int]]) -> None:
+    """The whole life of the process that helpers are forked from.
+
+    ends: for each helper the descriptor that its calls come from, and the one that its results go to.
+    """
     os.dup2(2, 1)
+    import_module(module)
+    warnings.simplefilter("ignore")  # of forks beside the thread that looks for the parent
+    first = os.getpid()
+    with suppress(OSError):  # whoever has no helper makes the call itself
+        for own in ends:
+            if not os.fork():
+                try:
+                    for end in chain(*(each for each in ends if each != own)):
+                        os.close(end)
+                    exec(BOUND.format(parent=first), {})
+                    _help(*map(Connection, own))
+                finally:
+                    os._exit(0)
+    for end in chain(*ends):
+        os.close(end)
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def _help(tasks: Connection, results: Connection) -> None:
+    """The life of a helper, which ends with its calls."""
     with suppress(EOFError, BrokenPipeError):
         while True:
-            function, task = pickle.load(tasks)
+            function, task = tasks.recv()
             try:
                 answer = True, function(*task)
             except Exception as error:
                 answer = False, error
-            pickle.dump(answer, results, pickle.HIGHEST_PROTOCOL)
-            results.flush()
+            results.send(answer)
