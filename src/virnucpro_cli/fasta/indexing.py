@@ -32,7 +32,7 @@ _WEIGHT = bytes([2, 2, 2, 0, 0, 1]).ljust(256, b"\0")
 
 SPAN_BYTES = 1 << 23
 """Bytes of a span, the work of a helper at a time."""
-FEWEST_SPANS = 12
+FEWEST_SPANS = 6
 """Spans of a source that is worth helpers: a smaller one is read before they have begun."""
 MOST_HELPERS = 16
 """Helpers at once, at most: each takes some 60 MB."""
@@ -365,8 +365,8 @@ def first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:
 
     def settle(byte: int) -> None:
         rows = [order[at[byte] : at[byte + 1]].astype(np.int64) + start for start, order, at in chunks]
-        high, low = np.ascontiguousarray(digest[own := np.concatenate(rows)].T)
-        unique_of[own] = own[_first_of_part(high, low)]
+        own = np.concatenate(rows)
+        unique_of[own] = own[_first_of_part(digest, own)]
 
     with threads(MOST_HELPERS) as pool:
         chunks = list(pool.map(parted, range(0, len(digest), ROWS_AT_ONCE)))
@@ -375,16 +375,19 @@ def first_of_equal(digest: NDArray[np.uint64]) -> NDArray[np.int64]:
     return unique_of
 
 
-def _first_of_part(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For each pair of words the first place of an equal one, int64 [n]."""
-    order = np.argsort(high, kind="stable")
-    same = high[order[1:]] == high[order[:-1]]
-    if (low[order[1:]][same] != low[order[:-1]][same]).any():  # a 64-bit collision: sort by both words
-        order = np.lexsort((low, high))
-        same = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
-    is_first = np.append(True, ~same)
+def _first_of_part(digest: NDArray[np.uint64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each of the rows, int64 [n] and rising, the first place in it of a row with the same digest, int64 [n]."""
+    high = digest[rows, 0]
+    order = np.argsort(high)
+    again = high[order[1:]] == high[order[:-1]]
+    if again.any():
+        low = digest[rows, 1]
+        if (low[order[1:]][again] != low[order[:-1]][again]).any():  # a 64-bit collision: sort by both words
+            order = np.lexsort((low, high))
+            again = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
+    begin = np.flatnonzero(np.append(True, ~again))
     first = np.empty(len(order), np.int64)
-    first[order] = order[is_first][np.cumsum(is_first) - 1]
+    first[order] = np.repeat(np.minimum.reduceat(order, begin), np.diff(begin, append=len(order)))
     return first
 
 
