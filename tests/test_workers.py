@@ -23,8 +23,9 @@ import children
 import forked
 from conftest import no_more_files
 from test_faults import KINDS, Case, one_thread  # noqa: F401  (in force here too)
-from virnucpro_cli import cli, store, waking
+from virnucpro_cli import cli, embed_fasta, store, waking
 from virnucpro_cli.batch import PackedBatch
+from virnucpro_cli.embed import engines
 from virnucpro_cli.engine import devices, placer, runner, workers
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import indexing
@@ -154,6 +155,33 @@ def test_several_workers_make_the_file_of_one(case: Case, tmp_path: Path) -> Non
     counts = case.embed(output, workers=2)
     assert counts["skipped"] == sum(i % 97 == 3 for i in range(600))
     case.check(output)
+
+
+@pytest.mark.parametrize(
+    ("operations", "asked", "processes"), [(1e12, False, 1), (4.1e15, False, 2), (1e18, False, 4), (1e12, True, 4)]
+)
+def test_a_short_run_takes_no_more_gpus_than_it_is_worth_unless_they_are_asked_for(
+    operations: float, asked: bool, processes: int
+) -> None:
+    gpus = [torch.device("cuda", i) for i in range(4)]
+    every = engines.OnThisHost(
+        lambda: pytest.fail("no device is looked at"), gpus[0], torch.float16, 4, "4 processes", 4, devices=gpus,
+        asked=asked, begun=[],
+    )  # fmt: skip
+    some = every.worth(operations)
+    assert isinstance(some, engines.OnThisHost)
+    assert (some.processes, some.gpus, some.devices) == (processes, processes, gpus[:processes])
+    assert bool(some.workers) == (processes > 1)
+    assert ["--workers 4 takes all" in note for note in some.notes] == [True] * (processes < 4)
+
+
+def test_a_run_of_seconds_is_computed_by_one_process_which_says_so(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "resolve_devices", lambda *_: ([torch.device("cpu")] * 2, []))
+    output = tmp_path / "out.h5"
+    found = embed_fasta(str(case.fasta), str(output), model=str(case.model), device="cpu", token_budget=1024)
+    assert "Workers" not in found.tables and any("--workers 2 takes all" in note for note in found.notes)
 
 
 def begun_early(then: Callable[[list[Any]], None], arguments: list[str]) -> None:

@@ -13,6 +13,8 @@ from virnucpro_cli.errors import EXIT_SOME_SKIPPED
 if TYPE_CHECKING:
     from virnucpro_cli.waking import Begun
 
+UNASKED_TIMES = 8
+"""How many times larger than a large input is one for which all GPUs begin at once, if nobody asks for them."""
 EMBED_EPILOG = (
     "Exit codes: 0 all done; 2 something to put right (the message says what); 3 finished, but some records were "
     "skipped; 70 a bug; 128+signal after an orderly stop, which the same command resumes."
@@ -42,6 +44,6 @@ def _begun(settings: EmbedConfig, stack: ExitStack) -> "list[Begun]":
     from virnucpro_cli.fasta import is_large
 
     waking.wake(settings.device)
-    if settings.dry_run or not is_large(settings.inputs):
+    if settings.dry_run or not is_large(settings.inputs, 1 if settings.asks_for_processes else UNASKED_TIMES):
         return []
     return stack.enter_context(waking.begun_for(settings.device, settings.workers))

@@ -106,7 +106,8 @@ class EmbedConfig(Config):
     device: str = option("auto", COMPUTE, "auto, cpu, cuda (all GPUs), cuda:N, cuda:N,N or mps.", "DEVICE")
     workers: int | str = option(
         "auto", COMPUTE,
-        "Processes on this host, which share its GPUs or CPU threads; auto is one for each GPU, and one on a CPU.",
+        "Processes on this host, which share its GPUs or CPU threads; auto is one on a CPU, and one for each GPU, or "
+        "for as many as the work is worth.",
         "N", least=1, most=MOST_WORKERS)
     attention: str = option(
         "auto", COMPUTE,
@@ -170,6 +171,11 @@ class EmbedConfig(Config):
     def words(self) -> tuple[str, str]:
         """The words for a record and for a letter of it."""
         return WORDS[self.kind]
+
+    @property
+    def asks_for_processes(self) -> bool:
+        """Whether it says how many processes a run on this host has, or names several GPUs."""
+        return self.workers != "auto" or "," in self.device
 
     def rules(self) -> Iterator[Rule]:
         bytes_of(self.cache_size)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 
 Here = tuple[devices.Device, Backend | None]
+LEAST_OPERATIONS = 2e15
+"""Floating-point operations of each process, at least, unless their number is asked for: about six seconds of an H100,
+in which another process has only begun."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class Computing(ABC):
         """The environment of a row, in a line of JSON. several: whether there are packs for all processes."""
         return devices.computed_by(self.device, dtype, self.local_device, self.processes if several else 1)
 
+    def worth(self, operations: float) -> "Computing":
+        """This, or as much of it as a run of so many floating-point operations is worth."""
+        return self
+
     @abstractmethod
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         """Have all packs, int64 [P], computed and placed."""
@@ -74,10 +81,22 @@ class Computing(ABC):
 
 @dataclass(frozen=True)
 class OnThisHost(Computing):
-    """This process if it has one device, or one pack; else a process for each of `devices`. begun: those that wait."""
+    """This process if it has one device, or one pack; else a process for each of `devices`.
+
+    asked: whether their number was asked for; begun: processes that wait.
+    """
 
     devices: list[torch.device] = field(kw_only=True)
+    asked: bool = field(kw_only=True)
     begun: "list[Begun]" = field(kw_only=True)
+
+    def worth(self, operations: float) -> "Computing":
+        n = max(1, int(operations / LEAST_OPERATIONS))
+        if self.asked or n >= self.processes:
+            return self
+        every, used = counted(self.processes, "GPU"), self.devices[:n]
+        note = f"{n} of {every}: more would begin for longer than they compute; --workers {self.processes} takes all"
+        return replace(self, gpus=n, workers=_in_words(used), processes=n, notes=(*self.notes, note), devices=used)
 
     def compute(self, run: Run, packs: Int64, placer: Placer) -> None:
         if len(packs) > 1 and self.processes > 1:
@@ -158,7 +177,7 @@ def _on_this_host(config: EmbedConfig, alone: bool, stack: ExitStack, begun: "li
     """Raises UserError for devices and backends that cannot be had. stack: ends what is begun here."""
     each, notes = devices.resolve_devices(config.device, config.workers)
     each = each[:1] if alone else each
-    first, n, names = each[0], len(each), dict.fromkeys(map(str, each))
+    first = each[0]
     dtype = devices.resolve_dtype(config.dtype, first)
 
     def here() -> Here:
@@ -170,8 +189,13 @@ def _on_this_host(config: EmbedConfig, alone: bool, stack: ExitStack, begun: "li
         tried: Callable[[], Here] = stack.enter_context(ThreadPoolExecutor(1, "trial")).submit(here).result
     else:
         tried = _known(here())
-    workers = f"{counted(n, 'process', 'processes')} on {', '.join(names)}" if n > 1 else ""
     return OnThisHost(
-        tried, first, dtype, len(names), workers, n, each.count(first), first.type == "cuda", tuple(notes),
-        devices=each, begun=begun,
+        tried, first, dtype, len(set(each)), _in_words(each), len(each), each.count(first), first.type == "cuda",
+        tuple(notes), devices=each, asked=config.asks_for_processes, begun=begun,
     )  # fmt: skip
+
+
+def _in_words(each: list[torch.device]) -> str:
+    """The processes of several devices; empty for one."""
+    names = ", ".join(dict.fromkeys(map(str, each)))
+    return f"{counted(len(each), 'process', 'processes')} on {names}" if len(each) > 1 else ""

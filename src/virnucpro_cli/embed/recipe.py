@@ -259,6 +259,10 @@ def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, 
     extra |= store.Extra(halves={name: half.layout for name, half in halves.items()})
     run = _planned(model, table, decisions, extra, around, records)
     run.features, run.halves = features, halves
+    every = run, *halves.values()
+    operations = sum(2.0 * parameters(each.spec) * int(each.plan.tokens.sum()) for each in every)
+    for each in every:
+        each.computing = around.computing.worth(operations)
     return run
 
 

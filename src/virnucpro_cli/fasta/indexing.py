@@ -85,9 +85,9 @@ class Inputs:
         )  # fmt: skip
 
 
-def is_large(files: Sequence[str]) -> bool:
-    """Whether an index of the files is worth keeping."""
-    return sum(os.path.getsize(name) for name in files if os.path.isfile(name)) >= WORTH_BYTES
+def is_large(files: Sequence[str], times: int = 1) -> bool:
+    """Whether the files are so large that their index is worth keeping, or so many times as large."""
+    return sum(os.path.getsize(name) for name in files if os.path.isfile(name)) >= times * WORTH_BYTES
 
 
 def index_of(output: Path) -> Path:
