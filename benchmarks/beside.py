@@ -38,13 +38,17 @@ OPTIONS = [
 ]
 
 
-def program(checkout: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def started(checkout: Path, *arguments: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "virnucpro_cli", *arguments]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(checkout / "src"), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    path = os.pathsep.join([str(checkout / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def program(checkout: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    process = started(checkout, *arguments)
+    done = subprocess.CompletedProcess(process.args, 0, *process.communicate())
+    done.returncode = process.returncode
     if check and done.returncode:
         sys.exit(f"{checkout.name}: {' '.join(arguments)}: {done.stderr[-2000:]}")
     return done

@@ -6,6 +6,7 @@ esm-efficient calls flash-attn. Where that cannot be installed, PyTorch's own bu
 """
 
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,7 @@ def stand_in() -> None:
     padding: Any = ModuleType("flash_attn.bert_padding")
     padding.pad_input = padding.unpad_input = None
     flash: Any = ModuleType("flash_attn")
+    flash.__spec__ = ModuleSpec("flash_attn", None)
     flash.flash_attn_varlen_func = varlen
     sys.modules |= {"flash_attn": flash, "flash_attn.bert_padding": padding}
 

@@ -3,8 +3,9 @@
     python benchmarks/host.py OLD_CHECKOUT [--records 10000000] [--fragments 400000] [--residues 20000] [--repeat 1]
 
 `--records`: short random proteins by the 8M. `--fragments`: lengths of VirNucPro's windows by the 8M, first with empty
-caches of kernels, as on a new machine. `--residues`: natural lengths by the 650M, means and then rows of residues too.
-Weights are random. 0 leaves one out. The last line is all of it as JSON.
+caches of kernels, as on a new machine. `--residues`: natural lengths by the 650M, means and then rows of residues too,
+and the rate of the disk. Weights are random. 0 leaves one out. Peak memory is that of
+the largest process. The last line is all of it as JSON.
 """
 
 import argparse
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from beside import HERE, program
+from beside import HERE, started
 from markdown import table
+from merge import disk_rate
 
 from virnucpro_cli.benchmark import workload
 
@@ -47,13 +49,17 @@ def timed(name: str, checkout: Path, fasta: Path, options: str) -> dict[str, Any
     output.unlink(missing_ok=True)
     os.sync()
     began = time.perf_counter()
-    program(checkout, "embed", str(fasta), "-o", str(output), "-q", "--report", str(report), *options.split())
+    process = started(checkout, "embed", str(fasta), "-o", str(output), "-q", "--report", str(report), *options.split())
+    _, status, used = os.wait4(process.pid, 0)
     wall = time.perf_counter() - began
+    if status:
+        sys.exit(f"{checkout.name}: {process.stderr.read()}")
     found = json.loads(report.read_text())
     stages = {stage: round(seconds, 2) for stage, seconds in found["seconds"].items()}
     rate = found["rates"].get("tokens/s", 0)
-    print(name, checkout.name, f"{wall:.1f} s", stages, f"{rate:,.0f} tokens/s", flush=True)
-    return {"load": name, "of": "new" if checkout == HERE else "old", "wall": wall, "tokens/s": rate, "stages": stages}
+    build, memory = "new" if checkout == HERE else "old", used.ru_maxrss / 2**20
+    print(name, build, f"{wall:.1f} s", stages, f"{rate:,.0f} tokens/s, {memory:.2f} GiB of memory", flush=True)
+    return {"load": name, "of": build, "wall": wall, "tokens/s": rate, "GiB": memory, "stages": stages}
 
 
 def main() -> None:
@@ -82,6 +88,8 @@ def main() -> None:
             for checkout in both * options.repeat:
                 for pool in ("mean", "mean,residue"):
                     rows.append(timed(f"natural, {pool}", checkout, fasta, f"--model random:650M --pool {pool}"))
+            size = fasta.with_suffix(".h5").stat().st_size
+            print(f"plain synced writes of {size / 1e9:.1f} GB: {disk_rate(folder / 'plain', size) / 1e6:.0f} MB/s")
         if options.records:
             fasta = write_fasta(folder / "records.fasta", dice.integers(30, 91, options.records))
             for checkout in both * options.repeat:
