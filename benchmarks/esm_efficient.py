@@ -19,10 +19,11 @@ from virnucpro_cli.cli import main
 def varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0, causal: bool = False,
+    softmax_scale: float | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """FlashAttention-2 of packed q, k, v [T, H, Dh] in 16 bit, [T, H, Dh]."""
     out, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal, False
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal, False, scale=softmax_scale
     )
     return out
 

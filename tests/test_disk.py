@@ -194,6 +194,18 @@ def test_a_system_without_fdatasync_and_fallocate_is_done_without(
         assert file.complete and file.unaltered
 
 
+def test_a_disk_that_cannot_be_asked_to_begin_is_done_without(tmp_path: Path) -> None:
+    """As a pipe, and a descriptor that is closed; a file has the same bytes after it."""
+    path = tmp_path / "file"
+    path.write_bytes(b"ACDE" * 5000)
+    with open(path, "r+b", buffering=0) as file:
+        disk.begin_to_write(file.fileno(), 4096, 1 << 40)
+    disk.begin_to_write(file_number := os.dup(0), 0, 4096)
+    os.close(file_number)
+    disk.begin_to_write(file_number, 0, 4096)
+    assert path.read_bytes() == b"ACDE" * 5000
+
+
 def test_without_a_home_a_model_by_its_path_runs_and_a_named_one_says_what_to_set(
     embed: Callable[..., RunReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ _WEIGHT = bytes([2, 2, 2, 0, 0, 1]).ljust(256, b"\0")
 
 SPAN_BYTES = 1 << 23
 """Bytes of a span, the work of a helper at a time."""
-FEWEST_SPANS = 6
+FEWEST_SPANS = 8
 """Spans of a source that is worth helpers: a smaller one is read before they have begun."""
 MOST_HELPERS = 16
 """Helpers at once, at most: each takes some 60 MB."""

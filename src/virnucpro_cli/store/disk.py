@@ -32,6 +32,8 @@ ANOTHER = "Wait for it, or choose another output with -o."
 LINGER = 10.0
 """Seconds in which a lock is asked for again: workers that were just starting when their run was killed hold it on."""
 
+SYNC_FILE_RANGE_WRITE = 2
+"""Linux's number."""
 ENOTSUPP = 524
 """The kernel's own number for "not supported", which some network file systems let out."""
 LACKS = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, ENOTSUPP)
@@ -434,6 +436,15 @@ def reserve(fd: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):  # not on Apple's
         with _optional("fallocate"):
             os.posix_fallocate(fd, 0, size)
+
+
+def begin_to_write(fd: int, offset: int, size: int) -> None:
+    """Have the disk begin with bytes that were written, where the system can be asked to (Linux), and do not wait.
+
+    What becomes of them `sync_data` says, as of any others.
+    """
+    if (call := getattr(ctypes.CDLL(None), "sync_file_range", None)) is not None:
+        call(fd, ctypes.c_int64(offset), ctypes.c_int64(size), SYNC_FILE_RANGE_WRITE)
 
 
 def sync_data(fd: int) -> None:

@@ -264,7 +264,8 @@ class Store:
         """Write runs of rows of a dataset from where they lie in values [n, D], already in the store dtype.
 
         Run i is `values[starts[i]:starts[i] + counts[i]]`, for row rows[i] and those that follow it; all int64 [m].
-        Nothing is copied. Raises UserError if the disk fails.
+        Nothing is copied, and the disk begins with them at once: they are many, and nobody writes beside them later.
+        Raises UserError if the disk fails.
         """
         extent = self.places[name]
         if values.nbytes != len(values) * extent.row_bytes or not values.flags.c_contiguous:
@@ -277,6 +278,7 @@ class Store:
                 self._write_staged()  # which may hold an older value of these rows
             for begin, end, offset in zip(begins.tolist(), ends.tolist(), offsets.tolist(), strict=True):
                 self._write(data[begin:end], offset)
+        disk.begin_to_write(self.fd, extent.offset, extent.rows * extent.row_bytes)
 
     def place_at(self, name: str, first: int, values: NDArray[Any]) -> None:
         """Write values [n, D], already in the store dtype, to a row and those that follow it, none of them staged."""
