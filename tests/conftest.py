@@ -48,8 +48,8 @@ ROOT = Path(__file__).parent.parent
 VIRAL = ROOT / "examples" / "viral_proteins.fasta"
 TINY = ModelSpec("tiny", 2, 32, 4)
 LONGEST = (
-    "test_ray.py", "test_recipes.py", "test_layouts.py", "test_kernels.py", "test_faults.py", "test_lucavirus.py",
-    "test_dnabert.py", "test_esmc.py", "test_workers.py",
+    "test_ray.py", "test_recipes.py", "test_validate.py", "test_crossings.py", "test_layouts.py", "test_kernels.py",
+    "test_faults.py", "test_lucavirus.py", "test_dnabert.py", "test_esmc.py", "test_workers.py", "test_slurm.py",
 )  # fmt: skip
 Reported = TypeVar("Reported", pytest.TestReport, pytest.CollectReport)
 

@@ -64,7 +64,7 @@ def judged(monkeypatch: pytest.MonkeyPatch, proteins: Path) -> Iterator[Callable
     monkeypatch.setattr(oracle, "rows_of", remembered)
 
     def run(**options: Any) -> Verdict:
-        return validate_model(**{"fasta": proteins, "device": "cpu", "model": "demo", **options})
+        return validate_model(**{"fasta": proteins, "device": "cpu", "model": "demo", "token_budget": 1024, **options})
 
     yield run
 
@@ -120,6 +120,7 @@ def test_a_mistake_of_16_bit_kernels_fails_the_precision(
     model: str,
 ) -> None:
     """A tanh GELU is below the noise of bf16, and of a tiny model; fp16 sees it in a real one."""
+    without_packing(monkeypatch)
     mistake(monkeypatch)
     assert parts(judged(dtype=dtype, model=str(tiny_model) if model == "tiny" else model)) == {"Precision"}
 
