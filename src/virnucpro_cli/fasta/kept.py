@@ -114,6 +114,8 @@ class IndexFile:
             raise ValueError(f"its head lacks {error}") from None
         if not is_whole:
             raise ValueError("its bytes are not those that were written")
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)  # columns that nobody reads need not count as this process's memory
         self.columns: dict[str, NDArray[Any]] = {
             name: parts[name].view(dtype).reshape((-1, width) if width > 1 else -1)
             for name, (_, dtype, width) in COLUMNS.items()
