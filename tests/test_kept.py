@@ -1,10 +1,12 @@
 """The index as a file beside the output: the same table, never of another input, and gone when nobody needs it."""
 
 import bz2
+import gc
 import gzip
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -112,6 +114,20 @@ def test_a_second_run_reads_nothing_of_its_inputs(
         nothing_read(patch)
         assert_same(here(*inputs), expected)
         assert here(*inputs, dedup=False).unique_of.tolist() == list(range(len(expected)))
+
+
+def test_the_index_is_closed_with_its_run_and_its_columns_stay(inputs: list[Path], tmp_path: Path) -> None:
+    """Python tells of files that are left open where it is asked to."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with kept.Kept(tmp_path / "out.h5.index", lambda _: None) as run:
+            table = run.table(run.sources([str(inputs[0])], tmp_path), HOW)
+        del run
+        lengths = table.length.copy()
+        del table
+        gc.collect()
+    assert [each for each in told if issubclass(each.category, ResourceWarning)] == []
+    assert (lengths == in_memory(inputs[0]).length).all()
 
 
 def test_the_index_is_a_safetensors_file(inputs: list[Path], here: Callable[..., RecordTable], tmp_path: Path) -> None:

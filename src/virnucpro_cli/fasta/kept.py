@@ -161,6 +161,8 @@ class Kept(Inputs):
 
     def __exit__(self, *exc: object) -> None:
         self._unlock()
+        if self._there is not None:
+            self._there.file.close()  # what is mapped stays
         is_refused = exc[0] is not None and not self._is_made  # then the index is another command's
         if self.needed_by is not None and not self.needed_by.exists() and not is_refused:
             forget(self.path)

@@ -79,3 +79,7 @@ def __getattr__(name: str) -> Any:
     if name in _READ_BY:
         return getattr(import_module(f"{__name__}.{_READ_BY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_READ_BY]
