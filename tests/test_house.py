@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from virnucpro_cli import embed_fasta
 from virnucpro_cli.model import families
 
 PACKAGE = ROOT / "src" / "virnucpro_cli"
@@ -163,6 +164,21 @@ def test_a_plain_run_imports_only_what_it_needs(tiny_model: Path, tmp_path: Path
     assert [name for name in found if name.startswith("virnucpro_cli.features.")] == []
     homes = {f"virnucpro_cli.model.{row.module}" for row in families.TABLE.values()}
     assert homes.intersection(found) == {"virnucpro_cli.model.esm2"}
+
+
+@pytest.mark.parametrize(
+    "command", ["merge out.h5", "status out.h5", "export out.shard-0001-of-0002.h5 --to npy -o rows.npy"]
+)
+def test_shards_are_merged_shown_and_exported_without_pytorch(command: str, tiny_model: Path, tmp_path: Path) -> None:
+    """It takes seconds to import."""
+    (tmp_path / "in.fasta").write_text(">a\nMKVLA\n>b\nMKV\n")
+    for shard in ("1/2", "2/2"):
+        embed_fasta(
+            str(tmp_path / "in.fasta"), str(tmp_path / "out.h5"), model=str(tiny_model), device="cpu", shard=shard
+        )
+    program = f"import sys; sys.modules['torch'] = None\nfrom virnucpro_cli.cli import main; main({command.split()!r})"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 MOST_LINES, MOST_PARAMETERS = 60, 8

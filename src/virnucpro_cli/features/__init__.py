@@ -9,20 +9,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
 from virnucpro_cli import fasta, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.model import locate
-from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.spec import ModelSpec
 from virnucpro_cli.plan.packing import Plan
 from virnucpro_cli.plan.policies import Decisions
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Known(NamedTuple):
@@ -78,8 +79,8 @@ class Run:
     decisions: Decisions
     plan: Plan
     layout: store.Layout
-    device: torch.device
-    dtype: torch.dtype
+    device: "torch.device"
+    dtype: "torch.dtype"
     out: Console
     clock: report.Clock
     summary: report.RunReport
@@ -96,8 +97,10 @@ class Run:
 
     def take_weights(self) -> Loaded:
         """The weights, which the run forgets, so that memory holds them once."""
+        from virnucpro_cli.model import weights  # which needs PyTorch; commands on files do without
+
         loaded, self.loaded = self.loaded, None
-        return loaded or model_weights.load(self.weights)
+        return loaded or weights.load(self.weights)
 
 
 class Half(NamedTuple):
@@ -155,7 +158,7 @@ class Feature:
         """A sentence for the first screen."""
         return None
 
-    def fingerprint(self, weights: locate.Weights, dtype: torch.dtype) -> dict[str, Any]:
+    def fingerprint(self, weights: locate.Weights, dtype: "torch.dtype") -> dict[str, Any]:
         """Entries of the fingerprint that its values depend on, beside those of its columns."""
         return {}
 

@@ -1,6 +1,6 @@
 """The table of model families. A new family is a file and a row; nothing else knows which family runs.
 
-A row holds what tells families apart. The file of a family is imported when a model of it is used.
+A row holds what tells families apart. The file of a family is imported when a model of it is used, and PyTorch with it.
 """
 
 import math
@@ -8,16 +8,18 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.kinds import PROTEIN, UNMASKED
-from virnucpro_cli.model.attention import Backend
-from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import CONTACT_HEAD, DEMO, LM_HEAD, Family, ModelSpec, State
+
+if TYPE_CHECKING:
+    import torch
+
+    from virnucpro_cli.model.attention import Backend
+    from virnucpro_cli.model.packed import PackedModel
 
 DEFAULT = "esm2"
 """The family of a lone file, and of an output that names none."""
@@ -229,8 +231,10 @@ def reading_of(attributes: Mapping[str, Any]) -> Reading:
     return found
 
 
-def check_dtype(spec: ModelSpec, dtype: torch.dtype) -> None:
+def check_dtype(spec: ModelSpec, dtype: "torch.dtype") -> None:
     """Raise UserError for fp8 of a family whose largest values are not known beforehand."""
+    import torch
+
     if dtype == torch.float8_e4m3fn and not family_of(spec).FP8:
         raise UserError(
             f"{spec.name} is not computed in fp8: there are no scales for {family_of(spec).TITLE} yet.",
@@ -269,8 +273,12 @@ def flops(spec: ModelSpec, tokens: float, attended: float, layers: int) -> float
     return layers * (2.0 * sum(map(math.prod, products(spec))) * tokens + 4.0 * spec.hidden * attended)
 
 
-def build(spec: ModelSpec, state: State, dtype: torch.dtype, device: torch.device, backend: Backend) -> PackedModel:
+def build(
+    spec: ModelSpec, state: State, dtype: "torch.dtype", device: "torch.device", backend: "Backend"
+) -> "PackedModel":
     """The packed forward of a spec, with its state (any floating dtype, shapes [...] of the family) on the device."""
+    from virnucpro_cli.model.packed import PackedModel
+
     family = family_of(spec)
     check_dtype(spec, dtype)
     if family.STEPS is not None:

@@ -1,15 +1,19 @@
-"""An architecture as data, a family of them, and the names that tensors have here whatever the checkpoint."""
+"""An architecture as data, a family of them, and the names that tensors have here whatever the checkpoint.
+
+Commands that compute nothing read this, too: PyTorch is imported by what needs it.
+"""
 
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.errors import UserError
 
-State = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+State = dict[str, "torch.Tensor"]
 """Tensors under the names that their family has here, whatever the checkpoint: fair-esm's, for ESM C transformers'."""
 Shapes = dict[str, tuple[int, ...]]
 Names = tuple[tuple[re.Pattern[str], str], ...]
@@ -48,8 +52,10 @@ class ModelSpec:
         return f"{self.layers} layers of {self.hidden}"
 
     @property
-    def exact_inv_freq(self) -> torch.Tensor:
+    def exact_inv_freq(self) -> "torch.Tensor":
         """`1 / 10000^(2i / head_dim)`, float32 [head_dim / 2]: the rotary frequencies as they are meant."""
+        import torch
+
         return 1.0 / 10000.0 ** (torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim)
 
 
@@ -155,7 +161,7 @@ class Family(Protocol):
         state[INV_FREQ] = spec.exact_inv_freq
         return []
 
-    def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Any:
+    def parts(self, spec: ModelSpec, state: State, device: "torch.device") -> Any:
         """The weights of the packed forward, as `packed.Parts`: float32 [...] on the device."""
 
 
@@ -179,8 +185,10 @@ def check_longest(spec: ModelSpec, residues: int) -> None:
         )
 
 
-def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+def stream_dtype(dtype: "torch.dtype") -> "torch.dtype":
     """The dtype of the residual stream and of attention in a forward of this dtype: fp16 for fp8, else the same."""
+    import torch
+
     return torch.float16 if dtype == torch.float8_e4m3fn else dtype
 
 
