@@ -126,7 +126,8 @@ def test_the_index_is_closed_with_its_run_and_its_columns_stay(inputs: list[Path
         lengths = table.length.copy()
         del table
         gc.collect()
-    assert [each for each in told if issubclass(each.category, ResourceWarning)] == []
+    index = str(tmp_path / "out.h5.index")  # another test may have left something else open
+    assert [each for each in told if issubclass(each.category, ResourceWarning) and index in str(each.message)] == []
     assert (lengths == in_memory(inputs[0]).length).all()
 
 
