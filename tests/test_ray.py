@@ -385,7 +385,7 @@ def test_a_node_that_is_to_be_taken_away_ends_what_it_has_and_gets_no_more(
         [
             sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.ray.address, "--node-id",
             cluster.nodes[0].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test",
-            "--deadline-remaining-seconds", "60",
+            "--deadline-remaining-seconds", "600",
         ], check=True, capture_output=True,
     )  # fmt: skip
     deadline = time.monotonic() + 600
