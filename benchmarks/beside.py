@@ -47,8 +47,8 @@ def started(checkout: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 def program(checkout: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     process = started(checkout, *arguments)
-    done = subprocess.CompletedProcess(process.args, 0, *process.communicate())
-    done.returncode = process.returncode
+    out, err = process.communicate()
+    done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     if check and done.returncode:
         sys.exit(f"{checkout.name}: {' '.join(arguments)}: {done.stderr[-2000:]}")
     return done

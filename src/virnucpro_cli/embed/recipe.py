@@ -24,7 +24,7 @@ from virnucpro_cli.features import Feature, Half, Run, asked_for
 from virnucpro_cli.kinds import NUCLEOTIDE, PROTEIN, any_by_residue, unmasked
 from virnucpro_cli.model import attention, locate
 from virnucpro_cli.model import weights as model_weights
-from virnucpro_cli.model.families import by_name, check_dtype, check_emit, family_of, parameters, reading
+from virnucpro_cli.model.families import by_name, check_dtype, check_emit, family_of, flops, parameters, reading
 from virnucpro_cli.model.spec import ModelSpec, check_longest, resolved_layers
 from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.plan.policies import Decisions, decide
@@ -259,10 +259,12 @@ def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, 
     extra |= store.Extra(halves={name: half.layout for name, half in halves.items()})
     run = _planned(model, table, decisions, extra, around, records)
     run.features, run.halves = features, halves
-    every = run, *halves.values()
-    operations = sum(2.0 * parameters(each.spec) * int(each.plan.tokens.sum()) for each in every)
+    every, no_attention = (run, *halves.values()), 0.0  # which would take an array of all lengths
+    computing = around.computing.worth(
+        sum(flops(each.spec, float(each.plan.tokens.sum()), no_attention, max(each.layers)) for each in every)
+    )
     for each in every:
-        each.computing = around.computing.worth(operations)
+        each.computing = computing
     return run
 
 
