@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -283,6 +284,21 @@ def test_a_stopped_program_says_how_to_go_on(case: Case, tmp_path: Path, number:
     assert not output.exists()
     assert case.embed(output)["resumed proteins"] > 0
     case.check(output)
+
+
+def with_a_thread_that_never_ends() -> None:
+    threading.Thread(target=threading.Event().wait).start()
+
+
+def test_a_program_that_has_said_its_last_word_and_does_not_end_can_be_killed(tmp_path: Path) -> None:
+    run = program("embed", tmp_path / "absent.fasta", "-o", tmp_path / "out.h5", before=with_a_thread_that_never_ends)
+    until(lambda: "absent.fasta" in run.err, run)
+    for _ in range(1000):  # those that come before it takes no more notice do nothing
+        run.kill(signal.SIGTERM)
+        if run.poll() is not None:
+            break
+        time.sleep(0.01)
+    assert run.wait(1) == -signal.SIGTERM
 
 
 # --- a disk that forgets ------------------------------------------------------------------------------------------

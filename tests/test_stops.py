@@ -7,8 +7,12 @@ import random
 import signal
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,6 +26,7 @@ from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.engine.placer import Placer
 from virnucpro_cli.errors import STOP_SIGNALS, UserError
 from virnucpro_cli.model import weights
+from virnucpro_cli.store import Store
 
 CONTIGS = Path(__file__).parent.parent / "examples" / "contigs.fna"
 SHARDS = 2
@@ -90,9 +95,10 @@ def child(line: list[str], at: int, answer: Any, trap: Callable[[], None] | None
             signal.raise_signal(signal.SIGTERM)
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if trap is not None:
+    if trap is None:
+        sys.setprofile(count)
+    else:
         trap()
-    sys.setprofile(count if trap is None else None)
     try:
         cli.main(line)
     except SystemExit as end:
@@ -107,10 +113,10 @@ def ran(line: list[str], at: int = 0, trap: Callable[[], None] | None = None) ->
     process = CHILDREN.Process(target=child, args=(line, at, question, trap))
     process.start()
     process.join(300)
-    if answer.poll():
-        return answer.recv()
-    assert process.exitcode is not None
-    return 0, process.exitcode, True
+    ended = process.exitcode
+    process.kill()
+    assert ended is not None, "it said that it ended, and did not" if answer.poll() else "it did not end"
+    return answer.recv() if answer.poll() else (0, ended, True)
 
 
 def prepared(there: Path, out: Path) -> Path:
@@ -162,8 +168,46 @@ def in_compiled_code() -> None:
     weights.load_file = load_file
 
 
+def among_threads(event: str, *functions: Callable[..., object]) -> None:
+    """A signal in functions of Python's own that call each other, where a thread is begun that has rows to write.
+
+    It writes none before the signal.
+    """
+    codes, came, place_runs = {each.__code__ for each in functions}, threading.Event(), Store.place_runs  # type: ignore[attr-defined]
+
+    def at_the_moment(frame: FrameType, what: str, _: Any) -> None:
+        if what == event and codes <= {each.f_code for each, _ in traceback.walk_stack(frame)}:
+            sys.setprofile(None)
+            came.set()
+            signal.raise_signal(signal.SIGTERM)
+
+    def late(*arguments: Any) -> None:
+        came.wait(60)
+        place_runs(*arguments)
+
+    def placed(*arguments: Any) -> Any:
+        sys.setprofile(None if came.is_set() else at_the_moment)
+        return place_residues(*arguments)
+
+    Store.place_runs = late  # type: ignore[method-assign]
+    place_residues, Placer._place_residues = Placer._place_residues, placed  # type: ignore[method-assign]
+
+
+AMONG_THREADS = {
+    f"{event}: {', '.join(each.__qualname__ for each in functions)}": functools.partial(
+        among_threads, event, *functions
+    )
+    for event, *functions in (
+        ("call", threading.Thread.start),
+        ("c_return", threading.Thread.start, threading.Condition.__enter__),
+        ("call", threading.Thread.start, threading.Condition.__exit__),
+        ("c_call", threading.Thread.start, threading.Condition.wait),
+        ("c_return", Future.result, threading.Condition.__enter__),
+    )
+}
 TRAPS: dict[str, Callable[[], None]] = {
     **{f"write {n} of the layout": functools.partial(at_the_write, n) for n in (1, 2, 3, 5, 8, 12, 17, 23, 30)},
+    **AMONG_THREADS,
     "a destructor": in_a_destructor,
     "loading weights": in_compiled_code,
 }

@@ -4,7 +4,8 @@ Threads of this process are here too, since what they have not begun must not ho
 
 Python raises the exception of a signal handler wherever the program is. In a callback of a compiled library, or in a
 destructor, it is swallowed, or ends the process. Such blocks are `held`; for others the handler looks again a moment
-later.
+later. Where Python's own threads are begun or told something, it would leave a lock taken that a thread then waits for
+for ever: there too the handler looks again.
 """
 
 import os
@@ -14,12 +15,18 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Condition
 from types import FrameType
 from typing import Any
 
 from virnucpro_cli.errors import STOP_SIGNALS, Stopped
 
 AGAIN_SECONDS = 0.2
+WHOLE = frozenset(
+    each.__code__
+    for each in (ThreadPoolExecutor.submit, threading.Thread.start, Condition.__enter__, Condition.__exit__)
+)
+"""Python's functions that are as good as instantaneous, and leave a lock or a thread behind if they are interrupted."""
 
 
 class Stopper:
@@ -35,11 +42,10 @@ class Stopper:
         if self.signum is None and not self.over:
             self.signum = signum
             signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
-        if not self.holding:
-            self.check()
+        self.again(signum, frame)
 
     def again(self, signum: int, frame: FrameType | None) -> None:
-        if not self.holding:
+        if not self.holding and not _in_whole(frame):
             self.check()
 
     def check(self) -> None:
@@ -58,6 +64,13 @@ class Stopper:
         """The command is over: a signal that comes now finds nothing to stop."""
         self.over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _in_whole(frame: FrameType | None) -> bool:
+    """Whether a frame is of a function that is not to be interrupted, or was called by one."""
+    while frame is not None and frame.f_code not in WHOLE:
+        frame = frame.f_back
+    return frame is not None
 
 
 _stopper: Stopper | None = None
@@ -124,6 +137,17 @@ def stop_in(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, Stopped | KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error
+
+
+@contextmanager
+def resumable(is_so: bool) -> Iterator[None]:
+    """Have a stop in the block say whether the same command goes on from what it leaves."""
+    try:
+        yield
+    except BaseException as error:
+        if (stop := stop_in(error)) is not None:
+            stop.resumable = is_so  # type: ignore[attr-defined]
+        raise
 
 
 def cores() -> int:

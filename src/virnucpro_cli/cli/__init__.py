@@ -94,6 +94,8 @@ def main(arguments: list[str] | None = None) -> Any:
         code = _failed(raised)
     with suppress(UserError):
         sys.stdout.flush()
+    if code != EXIT_OK:
+        end_at_once()  # all is said, and threads of libraries that never end are not waited for
     sys.exit(code)
 
 

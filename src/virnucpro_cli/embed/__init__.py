@@ -186,13 +186,14 @@ def _compute(run: EmbedRun, packs: Int64, placer: Placer) -> None:
     with run.clock.stage("plan"):
         exact_arithmetic()
         run.file.compute_in(computing.computed_by(len(packs) > 1, run.dtype))
-    if len(packs):
-        computing.compute(run, packs, placer)
-    if placer.broken or placer.unfit:
-        from virnucpro_cli.engine.second_pass import second_pass
+    with placer:
+        if len(packs):
+            computing.compute(run, packs, placer)
+        if placer.broken or placer.unfit:
+            from virnucpro_cli.engine.second_pass import second_pass
 
-        with run.clock.stage("second pass"):
-            second_pass(placer, run.device, computing.backend, run.tell)
+            with run.clock.stage("second pass"):
+                second_pass(placer, run.device, computing.backend, run.tell)
     with run.clock.stage("finish"):
         run.file.commit()
 

@@ -4,7 +4,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -91,6 +91,7 @@ class Placer:
     """The sink of the runner: what a batch yields goes to the rows of its records and of their copies.
 
     Windows of a long record wait here until the last has come, and are then added in window order.
+    It is entered before the first batch; at the end of the block its threads have written all that they were given.
     """
 
     def __init__(self, file: store.Store, job: Job, clock: report.Clock, pin: bool):
@@ -114,6 +115,12 @@ class Placer:
     @cached_property
     def _offsets(self) -> Int64:
         return np.append(0, np.cumsum(self.embedded, dtype=np.int64))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._beside.shutdown()
 
     def __call__(self, batch: PackedBatch, embeddings: Embeddings) -> None:
         self.place(rows_of(batch, embeddings))

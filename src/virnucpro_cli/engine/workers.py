@@ -382,10 +382,11 @@ def _work(job: Job, fd: int, start: Start, channel: Connection) -> None:
     compute = runner.compute_with(model, job.layers, job.config)
     note = partial(post.send, "note")
     try:
-        while True:
-            post.send("done", used_here(device))
-            runner.run_packs(post.packs(), placer.collator, compute, placer, device, note, placer.note_unfit)
-            file.commit()
+        with placer:
+            while True:
+                post.send("done", used_here(device))
+                runner.run_packs(post.packs(), placer.collator, compute, placer, device, note, placer.note_unfit)
+                file.commit()
     except BaseException:
         file.commit()
         raise

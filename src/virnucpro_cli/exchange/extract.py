@@ -21,12 +21,13 @@ from rich.console import Console
 from virnucpro_cli import embed, report, store
 from virnucpro_cli.alphabet import ESM
 from virnucpro_cli.config import EmbedConfig
-from virnucpro_cli.errors import Stopped, UserError, counted, unread
+from virnucpro_cli.errors import UserError, counted, unread
 from virnucpro_cli.exchange.layouts import fair_esm, pt
 from virnucpro_cli.exchange.layouts.layout import Keys, Selection
 from virnucpro_cli.fasta import RecordTable, decompressed, index, open_sources
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.families import reading
+from virnucpro_cli.stopping import resumable
 from virnucpro_cli.store.disk import alone
 
 INCLUDED = {"per_tok": "residue", "mean": "mean", "bos": "bos"}
@@ -101,7 +102,7 @@ def _write(hidden: Path, include: Sequence[str], labels: list[str], paths: list[
             )
         pool, layers = tuple(file.settings["pool"]), tuple(file.layers)
         selection = Selection(file, pool, layers, lambda a, b: paths[a:b], {}, tracker.advance)
-        try:
+        with resumable(True):
             for number, path, content in fair_esm.contents(selection):
                 content["label"] = labels[number]
                 if "bos" not in include:
@@ -110,9 +111,6 @@ def _write(hidden: Path, include: Sequence[str], labels: list[str], paths: list[
                     content["contacts"] = pt.tensor(file.contacts(number))
                 _save(content, hidden.parent / f"{path}.pt", hidden.with_suffix(".tmp"))
             os.sync()  # all of the tree is on disk before what it is made from goes
-        except Stopped as stop:
-            stop.resumable = True
-            raise
         done = int((file.status == store.DONE).sum())
         return Written(done, len(file) - done)
 

@@ -19,10 +19,11 @@ from rich.console import Console
 from virnucpro_cli import embed, report, scratch, store, tables
 from virnucpro_cli.config import EmbedConfig, resolve
 from virnucpro_cli.engine import devices
-from virnucpro_cli.errors import Stopped, UserError, absent, counted, unread
+from virnucpro_cli.errors import UserError, absent, counted, unread
 from virnucpro_cli.explore import SearchConfig, default_rows
 from virnucpro_cli.explore.default_rows import Pooled
 from virnucpro_cli.model.packed import exact_arithmetic
+from virnucpro_cli.stopping import resumable
 from virnucpro_cli.validation import audit
 
 COLUMNS = ("query", "hit", "rank", "cosine", "query_length", "hit_length")
@@ -268,15 +269,13 @@ def _embedded(data: Pooled, asked: SearchConfig, stack: ExitStack, out: Console)
     })  # fmt: skip
     out.print(f"embedding {'standard input' if query == '-' else query} with {weights.place}", style="dim")
     try:
-        embed.run(config)
+        with resumable(False):  # the folder goes
+            embed.run(config)
     except UserError as error:
         if "--from contigs" not in error.remedy:
             raise
         remedy = "Queries are proteins: virnucpro embed --from contigs finds those of contigs. Or --force-protein."
         raise UserError(error.what, remedy) from None
-    except Stopped as stop:
-        stop.resumable = False  # the folder goes
-        raise
     file = stack.enter_context(store.read_embeddings(config.output))
     if _is_other_model(settings, file.settings):
         raise UserError(f"{other_weights}: their heads differ.", "Put the config.json back that the weights had then.")

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnucpro_cli import report, store, tables
-from virnucpro_cli.errors import Stopped
 from virnucpro_cli.features import Feature
 from virnucpro_cli.plan.packing import windows_of
+from virnucpro_cli.stopping import resumable
 
 COLUMNS = ("name", "status", "reason", "length", "embedded", "truncated", "windows", "replaced", "gaps", "copied",
            "recomputed", "norm", "nearest")  # fmt: skip
@@ -22,12 +22,8 @@ class Table(Feature):
 
     def written(self, output: Path) -> None:
         assert self.config.qc is not None
-        try:
-            with store.read_embeddings(output) as file:
-                write(self.config.qc, file)
-        except Stopped as stop:
-            stop.resumable = True  # the file is complete: the same command writes the table alone
-            raise
+        with resumable(True), store.read_embeddings(output) as file:  # it is complete: the table alone is written then
+            write(self.config.qc, file)
 
 
 def write(path: str, file: store.EmbeddingFile) -> None:

@@ -16,13 +16,14 @@ from rich.console import Console
 from virnucpro_cli import embed, report, store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.config.predict import PredictConfig
-from virnucpro_cli.errors import NoProteins, Stopped, UserError, absent, counted, shell_word, unread
+from virnucpro_cli.errors import NoProteins, UserError, absent, counted, shell_word, unread
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.families import by_name
 from virnucpro_cli.predict import compare, contigs, fetching, frames, tables
 from virnucpro_cli.predict import head as heads
 from virnucpro_cli.predict.frames import Frames, Scored
 from virnucpro_cli.predict.head import Head
+from virnucpro_cli.stopping import resumable
 from virnucpro_cli.store import disk
 
 EMBEDDINGS, MADE_OF = "embeddings.h5", "predict.json"
@@ -66,11 +67,8 @@ def run(config: PredictConfig, out: Console | None = None, since: float | None =
     if not begun.is_given:
         _embed(begun)
     if config.shard is None:
-        try:
+        with resumable(True):  # the embeddings and whole tables are there
             _predict(begun)
-        except Stopped as stop:
-            stop.resumable = True  # the embeddings and whole tables are there
-            raise
     else:
         whole = shell_word(begun.embedded)
         begun.out.print(f"then, once all shards are there: virnucpro merge {whole}, and this command without --shard")

@@ -13,8 +13,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from virnucpro_cli.errors import DAMAGE, Stopped, UserError, damage_named
+from virnucpro_cli.errors import DAMAGE, UserError, damage_named
 from virnucpro_cli.kinds import by_residue
+from virnucpro_cli.stopping import resumable
 from virnucpro_cli.store import disk, schema, sums
 from virnucpro_cli.store.layout import Layout, extents_of, lay_out
 from virnucpro_cli.store.schema import DONE, NO_MEMORY, PENDING, RECOMPUTED, SKIPPED, STATES, blocks, chunks, distinct
@@ -487,13 +488,12 @@ class Store:
     def filling(self) -> Iterator[None]:
         """Close the file after the block. If it fails or is stopped, commit first, as far as the disk still lets us."""
         try:
-            yield
-        except BaseException as error:
+            with resumable(True):
+                yield
+        except BaseException:
             with suppress(UserError):  # if the disk is what failed, the first error is the one to show
                 for each in (self, *self.halves.values()):
                     each.commit()
-            if isinstance(error, Stopped):
-                error.resumable = True
             raise
         finally:
             self.close()

@@ -20,7 +20,7 @@ import virnucpro_cli
 from virnucpro_cli import embed, report, scratch
 from virnucpro_cli.config import EmbedConfig, ValidateConfig, resolve
 from virnucpro_cli.engine import devices
-from virnucpro_cli.errors import Stopped, UserError, counted
+from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.exchange import importing, layouts
 from virnucpro_cli.fasta.plain import refuse_unreadable, write_texts
 from virnucpro_cli.fasta.tokenised import tokenised
@@ -31,6 +31,7 @@ from virnucpro_cli.model import weights as model_weights
 from virnucpro_cli.model.families import build, family_of, reading
 from virnucpro_cli.model.packed import exact_arithmetic
 from virnucpro_cli.model.spec import stream_dtype
+from virnucpro_cli.stopping import resumable
 from virnucpro_cli.store import RECOMPUTED, fingerprint_of, read_embeddings
 from virnucpro_cli.validation import audit, gates, invariance, largest, oracle, oracle_of, plain_reader
 from virnucpro_cli.validation.oracle import Oracle, Rows, Sample
@@ -138,12 +139,8 @@ class _Subject:
             token_budget=config.token_budget, max_residues=config.max_residues, long="truncate", quiet=True,
             force_protein=config.kind == PROTEIN, kind=config.kind, adapter=config.adapter, residual=config.residual,
         )  # fmt: skip
-        try:
-            with self.clock.stage(f"embed, {dtype}"):
-                embed.run(settings, loaded=self.loaded)
-        except Stopped as stop:
-            stop.resumable = False  # what it kept is in a temporary folder
-            raise
+        with self.clock.stage(f"embed, {dtype}"), resumable(False):  # what it keeps is in a temporary folder
+            embed.run(settings, loaded=self.loaded)
         with read_embeddings(output) as file:
             self.again.update(np.flatnonzero(file.flags & RECOMPUTED).tolist())
             if self.again:
