@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -23,6 +24,8 @@ from rich.table import Table
 from virnucpro_cli.errors import UserError, printable, shell_word
 
 LOG_EVERY_SECONDS = 30.0
+LENGTHS = (0, 50, 100, 200, 400, 800, 1023, 2000, 5000)
+"""Where the ranges of a histogram of lengths begin."""
 RANGES = 8
 """Ranges of rows that a report names, at most."""
 
@@ -313,6 +316,15 @@ def amount(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+
+
+def by_length(lengths: NDArray[np.int32]) -> dict[str, int]:
+    """How many records, of lengths int32 [N], there are in the ranges of LENGTHS, by the words for each range."""
+    labels = [*(f"{a}-{b - 1}" for a, b in pairwise(LENGTHS)), f"{LENGTHS[-1]} and more"]
+    counts = np.histogram(lengths, [*LENGTHS, np.iinfo(np.int32).max])[0].tolist()
+    return dict(zip(labels, counts, strict=True))
 
 
 def size(count: float) -> str:

@@ -2,7 +2,6 @@
 
 import platform
 import resource
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,8 +38,6 @@ MOST_THREADS = 16
 MORE = 1.25
 SHOWN = 3
 """Proteins that a message names, at most."""
-EDGES = (0, 50, 100, 200, 400, 800, 1023, 2000, 5000)
-"""First lengths of the bins that --dry-run shows."""
 APPROXIMATE = (
     "fp8 is approximate: on real 8M weights a protein's mean is off by 4 % (median; the worst of 128 by 26 %), forty "
     "times what rounding in fp16 does. Check what your own downstream task makes of it."
@@ -281,17 +278,10 @@ def _rates(run: EmbedRun, packs: Int64) -> dict[str, float]:
     return {f"{name}/s": count / forward for name, count in done.items()} if forward else {}
 
 
-def by_length(lengths: NDArray[np.int32]) -> dict[str, int]:
-    """How many records, of lengths int32 [N], there are between EDGES, by the words for each range."""
-    labels = [*(f"{a}-{b - 1}" for a, b in pairwise(EDGES)), f"{EDGES[-1]} and more"]
-    counts = np.histogram(lengths, [*EDGES, np.iinfo(np.int32).max])[0].tolist()
-    return dict(zip(labels, counts, strict=True))
-
-
 def describe_plan(run: EmbedRun) -> None:
     """Print what a dry run shows, and add it to the report."""
     summary, device, needed, say = run.summary, run.computing.device, run.layout.file_bytes, run.out.print
-    histogram = by_length(run.table.length)
+    histogram = report.by_length(run.table.length)
     summary.counts["output bytes (estimate)"] = needed
     summary.environment["weights"] = run.located.place if run.located else locate.not_here(run.spec)
     summary.environment["length histogram"] = histogram

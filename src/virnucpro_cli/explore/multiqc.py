@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from virnucpro_cli import store
-from virnucpro_cli.embed.summary import by_length
+from virnucpro_cli import report, store
 from virnucpro_cli.errors import UserError, printable
 
 PARENT = {
@@ -102,7 +101,7 @@ def _records(file: store.EmbeddingFile) -> dict[str, Any]:
 
 def _lengths(file: store.EmbeddingFile) -> dict[str, Any]:
     text = "Records of the input by their number of residues or bases, before any cut."
-    return _bars("lengths", text, by_length(file.lengths))
+    return _bars("lengths", text, report.by_length(file.lengths))
 
 
 def _bars(what: str, description: str, counts: dict[str, int]) -> dict[str, Any]:

@@ -4,14 +4,16 @@ LayerNorm comes after each sum, positions are distances (ALiBi), and tokens are 
 """
 
 import re
-
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
 
 from virnucpro_cli.alphabet import Reading
-from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.plain import Layer, Pair
 from virnucpro_cli.model.spec import APACHE, Family, Licence, ModelSpec, Shapes, State
+
+if TYPE_CHECKING:
+    import torch
+
+    from virnucpro_cli.model.packed import Parts
+    from virnucpro_cli.model.plain import Pair
 
 EPS = 1e-12
 VOCABULARY = 4096
@@ -83,16 +85,21 @@ class Dnabert(Family):
         expected |= {f"{NORM}.weight": (d,), f"{NORM}.bias": (d,)}
         return expected | {f"layers.{i}.{part}": shape for i in range(spec.layers) for part, shape in layer.items()}
 
-    def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Parts:
+    def parts(self, spec: ModelSpec, state: State, device: "torch.device") -> "Parts":
         """The weights of the forward, float32 on the device.
 
         The embedding [V, D] is that of a token and of type 0, after their LayerNorm: a row depends on its token alone.
         """
+        import torch
+        import torch.nn.functional as F
+
+        from virnucpro_cli.model.packed import Parts
+        from virnucpro_cli.model.plain import Layer
 
         def wide(*names: str) -> torch.Tensor:
             return torch.cat([state[name].to(device, torch.float32) for name in names])
 
-        def pair(*names: str) -> Pair:
+        def pair(*names: str) -> "Pair":
             return wide(*(f"{name}.weight" for name in names)), wide(*(f"{name}.bias" for name in names))
 
         def layer(i: int) -> Layer:

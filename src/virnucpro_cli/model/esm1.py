@@ -4,14 +4,17 @@ ESM-1b has a LayerNorm before its first layer and a contact regression. ESM-1v h
 """
 
 import re
-
-import torch
+from typing import TYPE_CHECKING
 
 from virnucpro_cli import alphabet
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.model.esm2 import PREFIX, Esm2
-from virnucpro_cli.model.packed import Parts
 from virnucpro_cli.model.spec import CONTACT_HEAD, INV_FREQ, ModelSpec, Shapes, State, positions_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from virnucpro_cli.model.packed import Parts
 
 POSITIONS, FIRST_NORM = "embed_positions.weight", "emb_layer_norm_before"
 OFFSET = alphabet.PAD + 1
@@ -51,6 +54,8 @@ class Esm1(Esm2):
         The row of `<mask>` of the embedding [33, D] becomes zero, as in fair-esm: the token head sees it, too.
         Raises UserError for a checkpoint with rotary frequencies.
         """
+        import torch
+
         if any(name.endswith("inv_freq") for name in state):
             raise UserError(
                 f"The checkpoint is not {self.TITLE}: it has rotary frequencies (inv_freq), as ESM-2 has.",
@@ -62,8 +67,10 @@ class Esm1(Esm2):
             table[alphabet.MASK] = 0
         return []
 
-    def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Parts:
+    def parts(self, spec: ModelSpec, state: State, device: "torch.device") -> "Parts":
         """The weights of the forward, float32 [...] on the device; positions [longest + 2, D] begin at `<cls>`."""
+        import torch
+
         parts = super().parts(spec, state, device)
         wide = {
             name: state[name].to(device, torch.float32) for name in state if name.startswith((POSITIONS, FIRST_NORM))

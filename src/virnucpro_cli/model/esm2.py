@@ -4,13 +4,10 @@ fair-esm is the definition; comments name the mistakes of others.
 """
 
 import re
-
-import torch
+from typing import TYPE_CHECKING
 
 from virnucpro_cli import alphabet
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.plain import Layer, Pair
 from virnucpro_cli.model.spec import (
     CONTACT_HEAD,
     DEMO,
@@ -24,6 +21,12 @@ from virnucpro_cli.model.spec import (
     Shapes,
     State,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from virnucpro_cli.model.packed import Parts
+    from virnucpro_cli.model.plain import Pair
 
 EMBED_SCALE = 0.88
 """`1 - 0.15 * 0.8`, the share of tokens not masked in training; applied at inference too (fair-esm esm2.py:86-92)."""
@@ -82,10 +85,14 @@ class Esm2(Family):
     def licence(self, spec: ModelSpec) -> Licence:
         return Licence("GPL-3.0") if spec == DEMO else MIT
 
-    def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Parts:
+    def parts(self, spec: ModelSpec, state: State, device: "torch.device") -> "Parts":
         """The weights of the forward, float32 on the device. Rows of `<mask>` and `<pad>` are zero, as in fair-esm."""
+        import torch
 
-        def pair(*names: str) -> Pair:
+        from virnucpro_cli.model.packed import Parts
+        from virnucpro_cli.model.plain import Layer
+
+        def pair(*names: str) -> "Pair":
             weight, bias = (
                 torch.cat([state[f"{name}.{part}"].to(device, torch.float32) for name in names])
                 for part in ("weight", "bias")
@@ -144,11 +151,13 @@ class Esm2(Family):
 ESM2 = Esm2()
 
 
-def settle_inv_freq(state: State, expected: torch.Tensor, which: str) -> list[str]:
+def settle_inv_freq(state: State, expected: "torch.Tensor", which: str) -> list[str]:
     """Make layer 0's inv_freq, float32 [Dh / 2], stand for all, or the expected one if there is none. Returns notes.
 
     which: the expected one in words. Raises UserError if layers disagree.
     """
+    import torch
+
     there = [state.pop(name).float() for name in [*state] if name.endswith("inv_freq")]
     state[INV_FREQ] = first = there[0] if there else expected
     if not there:
@@ -160,6 +169,6 @@ def settle_inv_freq(state: State, expected: torch.Tensor, which: str) -> list[st
     return []
 
 
-def half_rounded_inv_freq(spec: ModelSpec) -> torch.Tensor:
+def half_rounded_inv_freq(spec: ModelSpec) -> "torch.Tensor":
     """The exact ones rounded to fp16, float32 [head_dim / 2]: the values that ESM-2's checkpoints hold."""
     return spec.exact_inv_freq.half().float()

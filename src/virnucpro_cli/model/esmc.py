@@ -5,13 +5,16 @@ Tensors have transformers' names here, without prefix.
 
 import math
 import re
-
-import torch
+from typing import TYPE_CHECKING
 
 from virnucpro_cli import alphabet
-from virnucpro_cli.model.packed import Parts
-from virnucpro_cli.model.plain import Layer, Pair
 from virnucpro_cli.model.spec import INV_FREQ, LM_HEAD, MIT, Family, Licence, ModelSpec, Shapes, State
+
+if TYPE_CHECKING:
+    import torch
+
+    from virnucpro_cli.model.packed import Parts
+    from virnucpro_cli.model.plain import Pair
 
 _TERMS = "https://www.evolutionaryscale.ai/policies/cambrian-{}-license-agreement"
 FIRST_LICENCES = {
@@ -107,17 +110,22 @@ class EsmC(Family):
             },
         }  # fmt: skip
 
-    def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Parts:
+    def parts(self, spec: ModelSpec, state: State, device: "torch.device") -> "Parts":
         """The weights of the forward, float32 on the device. Biases that the network does not have are zero.
 
         Both sums into the residual stream are divided by sqrt(layers / 36): out and fc2 are.
         """
+        import torch
+
+        from virnucpro_cli.model.packed import Parts
+        from virnucpro_cli.model.plain import Layer
+
         divisor = math.sqrt(spec.layers / 36)
 
         def wide(*names: str) -> torch.Tensor:
             return torch.cat([state[name].to(device, torch.float32) for name in names])
 
-        def no_bias(weight: torch.Tensor) -> Pair:
+        def no_bias(weight: torch.Tensor) -> "Pair":
             return weight, torch.zeros(len(weight), device=device)
 
         def layer(i: int) -> Layer:

@@ -4,13 +4,16 @@ The authors' `LucaVirusModel` is the definition.
 """
 
 import re
-
-import torch
+from typing import TYPE_CHECKING
 
 from virnucpro_cli.alphabet import Reading
 from virnucpro_cli.model.esm2 import Esm2, settle_inv_freq
-from virnucpro_cli.model.packed import Parts
 from virnucpro_cli.model.spec import LM_HEAD, ModelSpec, Shapes, State
+
+if TYPE_CHECKING:
+    import torch
+
+    from virnucpro_cli.model.packed import Parts
 
 VOCABULARY = 39
 PAD, CLS, EOS, MASK = 0, 2, 3, 4
@@ -74,11 +77,13 @@ class LucaVirus(Esm2):
         """Every tensor of the token head, with its shape; its last matrix is the token embedding."""
         return {LM_HEAD: super().head_shapes(spec)[LM_HEAD] | {"bias": (VOCABULARY,)}}
 
-    def parts(self, spec: ModelSpec, state: State, device: torch.device) -> Parts:
+    def parts(self, spec: ModelSpec, state: State, device: "torch.device") -> "Parts":
         """The weights of the forward, float32 on the device.
 
         The embedding [78, D] holds every token as nucleotides have it, then as proteins do. Nothing is zero or scaled.
         """
+        import torch
+
         tokens, types = (state[name].to(device, torch.float32) for name in ("embed_tokens.weight", TYPES))
         return super().parts(spec, state, device)._replace(embedding=torch.cat([tokens + row for row in types]))
 
