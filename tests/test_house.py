@@ -167,9 +167,12 @@ def test_a_plain_run_imports_only_what_it_needs(tiny_model: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "command", ["merge out.h5", "status out.h5", "export out.shard-0001-of-0002.h5 --to npy -o rows.npy"]
-)
-def test_shards_are_merged_shown_and_exported_without_pytorch(command: str, tiny_model: Path, tmp_path: Path) -> None:
+    "command",
+    ["merge out.h5", "status out.h5", "export out.shard-0001-of-0002.h5 --to npy -o rows.npy",
+     "inspect out.shard-0001-of-0002.h5 --qc qc.tsv --multiqc . --ro-crate .",
+     "verify out.shard-0001-of-0002.h5 --fasta in.fasta"],
+)  # fmt: skip
+def test_what_reads_files_does_without_pytorch(command: str, tiny_model: Path, tmp_path: Path) -> None:
     """It takes seconds to import."""
     (tmp_path / "in.fasta").write_text(">a\nMKVLA\n>b\nMKV\n")
     for shard in ("1/2", "2/2"):
