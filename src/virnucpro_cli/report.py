@@ -318,8 +318,6 @@ def amount(value: float) -> str:
     return f"{value:.4g}"
 
 
-
-
 def by_length(lengths: NDArray[np.int32]) -> dict[str, int]:
     """How many records, of lengths int32 [N], there are in the ranges of LENGTHS, by the words for each range."""
     labels = [*(f"{a}-{b - 1}" for a, b in pairwise(LENGTHS)), f"{LENGTHS[-1]} and more"]
