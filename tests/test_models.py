@@ -243,7 +243,7 @@ def test_json_holds_what_the_table_shows_and_more(says: Callable[..., str], home
 
 
 def test_a_name_that_is_none_is_answered_with_the_nearest_and_a_path_with_the_way(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Did you mean ESMC-600M"):
+    with pytest.raises(UserError, match="Did you mean esmc-600m"):
         models.show("esmc-600")
     with pytest.raises(UserError, match="is a path"):
         models.show(str(tmp_path))

@@ -616,7 +616,7 @@ def test_a_path_comes_before_a_loose_name(home: Path, state: State, monkeypatch:
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("650MB", "esm2_t33_650M_UR50D"), ("esm2_t33_650M_UR50", "esm2_t33_650M_UR50D"), ("dmeo", "demo")],
+    [("650MB", "650M"), ("650N", "650M"), ("esm2_t33_650M_UR50", "esm2_t33_650M_UR50D"), ("dmeo", "demo")],
 )
 def test_a_misspelt_name_is_told_what_is_near(typed: str, meant: str) -> None:
     with pytest.raises(UserError, match=f"Did you mean {meant}"):

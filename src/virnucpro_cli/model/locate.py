@@ -166,11 +166,11 @@ def _plain_names() -> set[str]:
 
 
 def unknown_model(model: str) -> UserError:
-    close = get_close_matches(model.lower().removeprefix("facebook/"), sorted(_plain_names()), n=1)
-    near = by_name(close[0]) if close else None
+    known = {name.lower(): name for name in (*SIZES, *SHORT_NAMES)}
+    near = get_close_matches(model.lower().removeprefix("facebook/"), sorted(known), n=1)
     return UserError(
         f"There is no model {model!r}: it is neither a known name nor a path that exists.",
-        f"{f'Did you mean {near.name}? ' if near else ''}Names: {', '.join(SHORT_NAMES)}, their long forms such as "
+        f"{f'Did you mean {known[near[0]]}? ' if near else ''}Names: {', '.join(SHORT_NAMES)}, their long forms such as "
         "esm2_t33_650M_UR50D, and demo; virnucpro models shows them. Paths: a fair-esm .pt, an esm 3.2 .pth, a "
         ".safetensors file, or a HuggingFace directory.",
     )
