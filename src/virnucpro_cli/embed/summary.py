@@ -109,6 +109,7 @@ def _warnings(run: EmbedRun) -> list[str]:
     if config.pool == ("residue",):
         remedy = f"add mean, say, to --pool for one row a {word}"
         notes.append(f"only per-residue rows are stored, so the file has no /embeddings; {remedy}")
+    table.let_go()
     with run.clock.stage("names"):
         repeated = _repeated_names(table, config) if config.shard is None else 0
     if repeated:

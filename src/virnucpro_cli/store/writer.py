@@ -411,7 +411,8 @@ class Store:
         for block in blocks(len(every)):
             self._write_column("run/sums", every[block], self._state_sums(every[block]) + total[block])
         self._sync()
-        self._write_column("status", every, self.status[every])
+        for block in blocks(len(every)):
+            self._write_column("status", every[block], self.status[every[block]])
         self._sync()
 
     def settle(self, name: str, rows: NDArray[np.int64], value: int, columns: dict[str, NDArray[np.uint64]]) -> None:
