@@ -107,8 +107,9 @@ class Placer:
         self.writing = 0.0  # seconds
         representative = job.decisions.representative
         copies = np.flatnonzero((job.decisions.flags & store.COPIED) > 0)
-        self._copies = copies[np.argsort(representative[copies], kind="stable")]
-        self._originals = representative[self._copies].astype(np.int64)
+        by_original = np.argsort(representative[copies], kind="stable")
+        self._copies = copies[by_original].astype(representative.dtype)
+        self._originals = representative[self._copies]
         self._windows: dict[int, tuple[Pooled, Residue]] = {}  # by segment
         self._beside = ThreadPoolExecutor(2, "disk")  # one to write, and one to wait for the disk
         self._commit: Future[None] | None = None
@@ -182,10 +183,11 @@ class Placer:
 
         Both int64 [m].
         """
-        first, last = (np.searchsorted(self._originals, records, side=side) for side in ("left", "right"))
-        every = np.arange(len(records))
-        copies = self._copies[ranges(first, last - first)]
-        return np.append(records, copies), np.append(every, np.repeat(every, last - first))
+        order = np.argsort(records)
+        wanted = records[order].astype(self._originals.dtype)  # of another type NumPy would convert all of them
+        first, last = (np.searchsorted(self._originals, wanted, side=side) for side in ("left", "right"))
+        copies, source = self._copies[ranges(first, last - first)], np.repeat(order, last - first)
+        return np.append(records, copies), np.append(np.arange(len(records)), source)
 
     def _place_whole(self, record: Int64, chosen: Int64, rows: Rows) -> None:
         places, source = self.rows_of(record[chosen])
