@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,19 @@ from safetensors.torch import load_file, save_file
 from conftest import read_fasta, relative_l2, write_model
 from virnucpro_cli import cli, store
 from virnucpro_cli.alphabet import TOKENS
-from virnucpro_cli.embed import embed_fasta
+from virnucpro_cli.embed import embed_fasta, engines, recipe, summary
 from virnucpro_cli.engine import devices, placer, second_pass
 from virnucpro_cli.errors import UserError
-from virnucpro_cli.fasta import reading
+from virnucpro_cli.fasta import indexing, reading
 from virnucpro_cli.kinds import KINDS, OF_ALL_RESIDUES, POOLED
 from virnucpro_cli.model import locate, weights
 from virnucpro_cli.model.families import build
 from virnucpro_cli.model.packed import PackedModel
 from virnucpro_cli.model.spec import ModelSpec
+from virnucpro_cli.plan import policies
+from virnucpro_cli.plan.packing import in_blocks
 from virnucpro_cli.report import Clock, RunReport
-from virnucpro_cli.store import read_embeddings
+from virnucpro_cli.store import layout, read_embeddings, schema, sums
 from virnucpro_cli.validation import verify
 from virnucpro_cli.validation.fair_esm import Reference
 
@@ -793,3 +796,40 @@ def test_rows_are_rounded_to_float16_as_numpy_rounds_them(values: list[float], r
     finite = ~np.isnan(block)
     assert np.array_equal(found.view(np.uint16)[finite], expected.view(np.uint16)[finite])
     assert np.isnan(found[~finite]).all()
+
+
+class _Begun(Exception):
+    pass
+
+
+def test_a_record_takes_few_bytes_of_memory_until_the_first_pack(
+    tmp_path: Path, embed: Embed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10^7 records in under 3 GB: each takes so much at the peak, where one in four is a copy."""
+    letters = str.maketrans("0123456789", "ACDEFGHIKL")
+
+    def begin(*_: Any) -> None:
+        raise _Begun
+
+    def peak(count: int) -> int:
+        proteins = (f"{i - (i % 4 == 3):07d}".translate(letters) for i in range(count))
+        fasta = write(tmp_path / f"{count}.fasta", "".join(f">{i}\n{text}\n" for i, text in enumerate(proteins)))
+        tracemalloc.start()
+        try:
+            with pytest.raises(_Begun):
+                embed(fasta, tmp_path / f"{count}.h5", token_budget=1 << 14)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    monkeypatch.setattr(recipe, "_check_protein", lambda *_: tracemalloc.reset_peak())  # the index is read
+    monkeypatch.setattr(engines.OnThisHost, "compute", begin)
+    monkeypatch.setattr(indexing, "WORTH_BYTES", 0)  # the index is mapped, as that of a large input
+    for owner, name, value in (
+        (policies, "AT_ONCE", 1 << 12), (layout, "MOST_PACKING", 1), (summary, "MOST_THREADS", 1),
+        (in_blocks, "__defaults__", (1 << 12,)), (schema.blocks, "__defaults__", (1 << 12,)), (sums, "BLOCK", 1 << 16),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, value)  # what is worked out at once is the same for few and many
+    few, many = 50_000, 100_000
+    _, of_few, of_many = peak(1000), peak(few), peak(many)  # the first one imports
+    assert (of_many - of_few) / (many - few) < 40

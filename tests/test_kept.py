@@ -105,6 +105,26 @@ def test_the_table_of_a_kept_index_is_that_of_the_inputs(inputs: list[Path], her
         table.check_unchanged()
 
 
+def test_what_was_read_of_a_kept_index_need_not_stay_in_memory(
+    tmp_path: Path, inputs: list[Path], here: Callable[..., RecordTable]
+) -> None:
+    def resident() -> int:
+        """KiB of the index that count as memory of this process."""
+        parts = Path("/proc/self/smaps").read_text().partition(str(tmp_path / "out.h5.index"))[2].splitlines()
+        return next(int(line.split()[1]) for line in parts if line.startswith("Rss:"))
+
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("this machine tells nothing of the pages of a process")
+    table = here(*inputs)
+    total = int(table.length.sum())
+    assert resident() > 0
+    table.let_go()
+    assert resident() == 0
+    assert int(table.length.sum()) == total
+    table.part(np.arange(5)).let_go()
+    assert_same(table, in_memory(*inputs))
+
+
 def test_a_second_run_reads_nothing_of_its_inputs(
     inputs: list[Path], here: Callable[..., RecordTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:

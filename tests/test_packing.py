@@ -14,6 +14,7 @@ from virnucpro_cli.plan.packing import (
     buckets,
     first_fit_decreasing,
     in_blocks,
+    numbers_below,
     subset,
     whole_segments,
     window_weights,
@@ -77,6 +78,15 @@ def test_packs_that_nothing_fits_into_any_more_are_not_carried_on() -> None:
     """150 residues at a budget of 2048: 13 in a pack, .965 of it, and no better pack to be had."""
     plan = in_blocks(np.full(5000, 150), 2048, 130)
     assert all(np.ptp(plan.pack(i)) < 200 for i in range(len(plan)))
+
+
+def test_numbers_are_kept_in_32_bits_where_they_fit_and_computed_with_in_64() -> None:
+    assert [numbers_below(n) for n in (5000, 1 << 31, (1 << 31) + 1)] == [np.int32, np.int32, np.int64]
+    plan = in_blocks(np.full(5000, 150), 2048, 130)
+    assert plan.segments.dtype == np.int32 and plan.pack(0).dtype == np.int64
+    segments = windowed_segments(np.array([1, 3], np.int32), np.array([10, 95]), 30, 10)
+    first, last = segments.bounds_of(np.array([1, 2, 3]))
+    assert (first.tolist(), last.tolist()) == ([0, 1, 1], [1, 1, 6]) and segments.record.dtype == np.int32
 
 
 @pytest.mark.parametrize(("low", "high", "budget"), [(60, 166, 131072), (60, 166, 16384), (30, 1023, 32768)])

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -618,3 +619,23 @@ def test_blocks_hold_everything_once_and_no_more_than_their_size(n: int, size: i
     each = list(store.blocks(n) if size is None else store.blocks(n, size))
     assert [i for block in each for i in range(block.start, block.stop)] == list(range(n))
     assert all(0 < block.stop - block.start <= (size or store.NAME_BLOCK) for block in each)
+
+
+def test_a_commit_takes_few_bytes_for_each_of_many_rows(tmp_path: Path) -> None:
+    def peak(n: int) -> int:
+        of_all = {"lengths": np.ones(n, np.int32), "replaced": np.zeros(n, np.int32), "reason": np.zeros(n, np.uint8)}
+        of_all |= {"flags": np.zeros(n, np.uint16), "status": np.full(n, PENDING, np.uint8)}
+        names = lambda start, stop: [str(i) for i in range(start, stop)]  # noqa: E731
+        file = Store.create(tmp_path / f"{n}.h5", layout(("mean",), names=names, name_bytes=7 * n, **of_all))
+        for rows in np.split(np.random.default_rng(0).permutation(n), 64):
+            file.mark(rows, row_sums=rows.astype(np.uint64))
+        tracemalloc.start()
+        try:
+            file.commit()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+            file.close()
+
+    few, many = 1 << 18, 1 << 20
+    assert (peak(many) - peak(few)) / (many - few) < 32

@@ -48,7 +48,7 @@ class Workload:
 
     def token_ids(self) -> list[bytes]:
         """Token ids of each segment without `<cls>` and `<eos>`."""
-        ids = self.table.token_ids(self.segments.record)
+        ids = self.table.token_ids(self.segments.record.astype(np.int64))
         return [text[:length] for text, length in zip(ids, self.segments.length.tolist(), strict=True)]
 
 

@@ -73,6 +73,7 @@ def run(
             begun = decided(config, features, inputs, Around(at, computing, out, clock))
             begun.loaded = loaded
             words.begin(begun)
+            begun.table.let_go()
             for note in begun.summary.notes:
                 out.print(note, style="yellow")
         if config.dry_run:
@@ -108,6 +109,7 @@ def _embed(run: EmbedRun) -> None:
         for each in (run, *run.halves.values()):
             each.fingerprint = each.fingerprint_with(each.weights)
         _take_up(run)
+        run.table.let_go()
     if not run.summary.already_complete:
         with run.file.filling():
             if not run.file.locked:

@@ -257,6 +257,7 @@ def decided(config: EmbedConfig, features: list[Feature], inputs: fasta.Inputs, 
     for half in halves.values():
         half.layout = replace(half.layout, extra=store.Extra(rows=extra.rows))
     extra |= store.Extra(halves={name: half.layout for name, half in halves.items()})
+    table.let_go()
     run = _planned(model, table, decisions, extra, around, records)
     run.features, run.halves = features, halves
     every, no_attention = (run, *halves.values()), 0.0  # which would take an array of all lengths

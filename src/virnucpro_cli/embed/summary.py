@@ -84,7 +84,9 @@ def _warnings(run: EmbedRun) -> list[str]:
 
     truncated = (decisions.flags & store.TRUNCATED) > 0
     sizes, unit = table.sizes, table.unit(letter)
-    unseen = int((sizes - decisions.embedded)[truncated].sum(dtype=np.int64)) / max(int(sizes.sum(dtype=np.int64)), 1)
+    unseen = int((sizes[truncated] - decisions.embedded[truncated]).sum(dtype=np.int64)) / max(
+        int(sizes.sum(dtype=np.int64)), 1
+    )
     share = f"{unseen:.0%}" if unseen >= 0.01 else "under 1%"
     warn(truncated, f"truncated, {share} of {unit}s not seen; {_way_to_embed_whole(run)}")
     windowed = (decisions.flags & store.WINDOWED) > 0
@@ -104,6 +106,7 @@ def _warnings(run: EmbedRun) -> list[str]:
     if config.pool == ("residue",):
         remedy = f"add mean, say, to --pool for one row a {word}"
         notes.append(f"only per-residue rows are stored, so the file has no /embeddings; {remedy}")
+    table.let_go()
     with run.clock.stage("names"):
         repeated = _repeated_names(table, config) if config.shard is None else 0
     if repeated:
@@ -192,10 +195,10 @@ def _counts(run: EmbedRun) -> dict[str, int]:
     truncated, windowed, copied = (
         (decisions.flags & bit) > 0 for bit in (store.TRUNCATED, store.WINDOWED, store.COPIED)
     )
-    segments, lengths = decisions.segments, decisions.embedded.astype(np.int64)
+    segments, saved = decisions.segments, int(decisions.embedded[copied].sum(dtype=np.int64))
     return {
         "proteins": len(table),
-        "distinct proteins": int(np.count_nonzero(np.diff(segments.record, prepend=-1))),
+        "distinct proteins": int((segments.record[1:] != segments.record[:-1]).sum()) + bool(len(segments)),
         "residues": table.residues,
         "tokens": int(segments.length.sum(dtype=np.int64)) + SPECIAL_TOKENS * len(segments),
         "truncated": int(truncated.sum()),
@@ -203,7 +206,7 @@ def _counts(run: EmbedRun) -> dict[str, int]:
         "with replaced residues": int((table.replaced > 0).sum()),
         "with gaps": int((table.gaps > 0).sum()),
         "copied from an identical one": int(copied.sum()),
-        "tokens saved by copying": int((lengths + SPECIAL_TOKENS)[copied].sum()),
+        "tokens saved by copying": saved + SPECIAL_TOKENS * int(copied.sum()),
         "skipped": int((decisions.status == store.SKIPPED).sum()),
     }
 

@@ -43,7 +43,7 @@ class VarlenCollator:
         """The batch of a pack, or of any segments."""
         self.table.check_unchanged()
         numbers = self.segments_of(item)
-        record = self.segments.record[numbers]
+        record = self.segments.record[numbers].astype(np.int64)
         length = self.segments.length[numbers].astype(np.int64)
         total = self.embedded[record]
         seqlens = length + SPECIAL_TOKENS
@@ -101,10 +101,10 @@ class VarlenCollator:
     def weights_of(self, segment: int) -> NDArray[np.float32]:
         """Blending weights of a window, float32 [length]."""
         record = self.segments.record[segment]
-        first, last = np.searchsorted(self.segments.record, [record, record + 1])
+        first, last = np.ravel(self.segments.bounds_of(np.array([record]))).tolist()
         starts = tuple(self.segments.start[first:last].tolist())
         window = int(self.segments.length[segment])
-        return window_weights(int(self.embedded[record]), starts, window)[segment - int(first)]
+        return window_weights(int(self.embedded[record]), starts, window)[segment - first]
 
     def _tensor(self, values: NDArray[Any], dtype: torch.dtype, rows: int = 0, filler: int = 0) -> torch.Tensor:
         """The values, and filler up to so many rows, in a tensor from which a copy to a device need not wait."""

@@ -106,8 +106,10 @@ class Placer:
         self.started = self.last_commit = time.perf_counter()
         self.writing = 0.0  # seconds
         representative = job.decisions.representative
-        self._members = np.argsort(representative, kind="stable")
-        self._first = np.append(0, np.cumsum(np.bincount(representative, minlength=len(representative))))
+        copies = np.flatnonzero((job.decisions.flags & store.COPIED) > 0)
+        by_original = np.argsort(representative[copies], kind="stable")
+        self._copies = copies[by_original].astype(representative.dtype)
+        self._originals = representative[self._copies]
         self._windows: dict[int, tuple[Pooled, Residue]] = {}  # by segment
         self._beside = ThreadPoolExecutor(2, "disk")  # one to write, and one to wait for the disk
         self._commit: Future[None] | None = None
@@ -129,7 +131,7 @@ class Placer:
         """Place what a batch yields of pending records, float32 [n, D] and residues; note what of it is not finite."""
         began = time.perf_counter()
         with self.clock.beside("write (overlapped)" if self.collator.pin else "write"):
-            record = self.segments.record[rows.segments]
+            record = self.segments.record[rows.segments].astype(np.int64)
             wanted = self.pending[record]
             whole = rows.seqlens - SPECIAL_TOKENS == self.embedded[record]
             self.broken += record[wanted & whole & ~rows.finite].tolist()
@@ -151,6 +153,7 @@ class Placer:
             if self._commit is not None:
                 self._commit.result()
             self._commit = self._beside.submit(self.file.commit)
+            self.job.table.let_go()
             self.last_commit = time.perf_counter()
 
     def advance(self, tokens: int) -> None:
@@ -176,11 +179,15 @@ class Placer:
         self.file.mark(rows, store.SKIPPED, reason=reason)
 
     def rows_of(self, records: Int64) -> tuple[Int64, Int64]:
-        """Rows of representatives [n] and their copies, and the position of each's representative; both int64 [m]."""
-        first = self._first[records]
-        counts = self._first[records + 1] - first
-        source = np.repeat(np.arange(len(records)), counts)
-        return self._members[ranges(first, counts)], source
+        """Rows of representatives [n] and then of their copies, and the position of each's representative.
+
+        Both int64 [m].
+        """
+        order = np.argsort(records)
+        wanted = records[order].astype(self._originals.dtype)  # of another type NumPy would convert all of them
+        first, last = (np.searchsorted(self._originals, wanted, side=side) for side in ("left", "right"))
+        copies, source = self._copies[ranges(first, last - first)], np.repeat(order, last - first)
+        return np.append(records, copies), np.append(np.arange(len(records)), source)
 
     def _place_whole(self, record: Int64, chosen: Int64, rows: Rows) -> None:
         places, source = self.rows_of(record[chosen])
@@ -231,7 +238,7 @@ class Placer:
         """
         self._windows[segment] = pooled, residue
         record = int(self.segments.record[segment])
-        every = range(*np.searchsorted(self.segments.record, [record, record + 1]).tolist())
+        every = range(*np.ravel(self.segments.bounds_of(np.array([record]))).tolist())
         if all(each in self._windows for each in every):
             starts = self.segments.start[every.start : every.stop].tolist()
             self._place_windows(record, starts, [self._windows.pop(each) for each in every])

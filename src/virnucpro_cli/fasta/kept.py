@@ -27,7 +27,7 @@ from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import indexing
 from virnucpro_cli.fasta.indexing import How, Inputs, Part, is_large
 from virnucpro_cli.fasta.reading import Source, State, Text, open_sources
-from virnucpro_cli.fasta.table import RecordTable
+from virnucpro_cli.fasta.table import RecordTable, let_go
 from virnucpro_cli.store import disk
 
 SCHEMA = 1
@@ -108,18 +108,21 @@ class IndexFile:
             self.entries = [Entry(tuple(state), *rest) for state, *rest in about["inputs"]]
             self.places = {name: [begin + each for each in part["data_offsets"]] for name, part in head.items()}
             parts = {name: np.frombuffer(self.map, np.uint8, end - at, at) for name, (at, end) in self.places.items()}
-            sums = {name: _sum(part.data) for name, part in parts.items()}
+            sums = {name: self._sum_of(part) for name, part in parts.items()}
             is_whole = metadata["sum"] == _sum(metadata["about"].encode()) and sums == about["sums"]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"its head lacks {error}") from None
         if not is_whole:
             raise ValueError("its bytes are not those that were written")
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED)  # columns that nobody reads need not count as this process's memory
         self.columns: dict[str, NDArray[Any]] = {
             name: parts[name].view(dtype).reshape((-1, width) if width > 1 else -1)
             for name, (_, dtype, width) in COLUMNS.items()
         }
+
+    def _sum_of(self, part: NDArray[np.uint8]) -> str:
+        total = _sum(part.data)
+        let_go(self.map)
+        return total
 
     def text(self, number: int) -> Text | None:
         """The plain text of an input, if that is compressed."""

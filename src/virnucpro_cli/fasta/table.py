@@ -1,5 +1,6 @@
 """The record table: what is known of every record, and its name, tokens or text when they are asked for."""
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,12 @@ from virnucpro_cli.texts import Texts, names_in, ranges
 AHEAD, MOST_AHEAD, FEWEST_AHEAD = 1 << 23, 1 << 27, 32  # bytes, bytes, records
 AT_ONCE = 1024
 NEWLINE = ord("\n")
+
+
+def let_go(mapped: mmap.mmap) -> None:
+    """Have pages of a file no longer count as memory of this process. They are mapped again where they are read."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass
@@ -79,6 +86,14 @@ class RecordTable:
     def check_unchanged(self) -> None:
         for source, sha256 in zip(self.sources, self.sha256, strict=True):
             source.check_unchanged(sha256)
+
+    def let_go(self) -> None:
+        """Have columns that a kept index holds no longer count as memory of this process, until they are read again."""
+        base: Any = self.offset
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap) and base.readonly:
+            let_go(base.obj)
 
     def part(self, records: NDArray[np.int64]) -> "RecordTable":
         """The table of some records (rising numbers, int64 [n]), with the first of each set of equal ones among them.

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from virnucpro_cli.texts import ranges
 
 Int64 = NDArray[np.int64]
+Numbers = NDArray[np.int32 | np.int64]
+"""Numbers of records or segments, in the type of `numbers_below`; whatever is computed with them takes int64."""
 
 SPECIAL_TOKENS = 2
 """`<cls>` and `<eos>`, one of each around every segment."""
@@ -28,32 +30,37 @@ and from 1024 on an H100; below, BLAS may pick another kernel for another shape.
 class Segments:
     """Pieces of records to embed, in record order.
 
-    record: int64 [S], number of the record; start: int32 [S], first residue; length: int32 [S], residues.
+    record: int32 or int64 [S], number of the record; start: int32 [S], first residue; length: int32 [S], residues.
     """
 
-    record: Int64
+    record: Numbers
     start: NDArray[np.int32]
     length: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.record)
 
+    def bounds_of(self, records: Numbers) -> tuple[Int64, Int64]:
+        """The first segment of each record and the one past its last, int64 [n] both. records: int [n]."""
+        wanted = records.astype(self.record.dtype)  # of another type NumPy would convert all segments
+        return np.searchsorted(self.record, wanted), np.searchsorted(self.record, wanted, side="right")
+
 
 @dataclass(frozen=True)
 class Plan:
     """Packs of segments. Pack p holds `segments[offsets[p]:offsets[p + 1]]`, longest first, in `bucket[p]` rows.
 
-    segments: int64 [S]; offsets: int64 [P + 1]; bucket: int64 [P]; tokens: int64 [P], used rows of each pack.
+    segments: int32 or int64 [S]; offsets: int64 [P + 1]; bucket: int64 [P]; tokens: int64 [P], used rows of each pack.
     """
 
-    segments: Int64
+    segments: Numbers
     offsets: Int64
     bucket: Int64
     tokens: Int64
     token_budget: int
 
     @classmethod
-    def of(cls, segments: Int64, sizes: Int64, tokens: Int64, token_budget: int) -> "Plan":
+    def of(cls, segments: Numbers, sizes: Int64, tokens: Int64, token_budget: int) -> "Plan":
         """The plan of packs that hold so many segments (int64 [P]) and tokens (int64 [P]), one behind the other."""
         offsets = np.append(0, np.cumsum(sizes))
         return cls(segments, offsets, bucket_of(tokens, token_budget), tokens, token_budget)
@@ -62,7 +69,8 @@ class Plan:
         return len(self.bucket)
 
     def pack(self, number: int) -> Int64:
-        return self.segments[self.offsets[number] : self.offsets[number + 1]]
+        """Numbers of the segments of a pack, int64 [n]."""
+        return self.segments[self.offsets[number] : self.offsets[number + 1]].astype(np.int64)
 
     @property
     def density(self) -> float:
@@ -75,10 +83,15 @@ class Plan:
         return float(self.tokens[:-1].sum() / self.bucket[:-1].sum()) if len(self) > 1 else self.density
 
 
-def whole_segments(records: Int64, lengths: Int64, longest: int | None = None) -> Segments:
+def numbers_below(n: int) -> type[np.int32] | type[np.int64]:
+    """The narrowest type that is used for numbers below n."""
+    return np.int32 if n <= 1 << 31 else np.int64
+
+
+def whole_segments(records: Numbers, lengths: Numbers, longest: int | None = None) -> Segments:
     """One segment per record, cut after `longest` residues if given."""
     length = lengths if longest is None else np.minimum(lengths, longest)
-    return Segments(records, np.zeros(len(records), np.int32), length.astype(np.int32))
+    return Segments(records, np.zeros(len(records), np.int32), length.astype(np.int32, copy=False))
 
 
 def windows_of(lengths: NDArray[Any], window: int, overlap: int) -> Int64:
@@ -88,16 +101,16 @@ def windows_of(lengths: NDArray[Any], window: int, overlap: int) -> Int64:
     return np.where(lengths > window, several, 1)
 
 
-def windowed_segments(records: Int64, lengths: Int64, window: int, overlap: int) -> Segments:
+def windowed_segments(records: Numbers, lengths: Int64, window: int, overlap: int) -> Segments:
     """Records of up to `window` residues whole; longer ones as evenly spread windows of `window` residues.
 
     Neighbouring windows share at least `overlap` residues.
     """
     counts = windows_of(lengths, window, overlap)
-    record, total, count = (np.repeat(each, counts) for each in (records, lengths, counts))
+    total, count = (np.repeat(each, counts) for each in (lengths, counts))
     k = ranges(np.zeros(len(counts), np.int64), counts)
     start = np.where(count > 1, k * (total - window) // np.maximum(count - 1, 1), 0)
-    return Segments(record, start.astype(np.int32), np.minimum(total, window).astype(np.int32))
+    return Segments(np.repeat(records, counts), start.astype(np.int32), np.minimum(total, window).astype(np.int32))
 
 
 @lru_cache(maxsize=16)
@@ -186,20 +199,24 @@ def in_blocks(lengths: NDArray[np.int32] | Int64, token_budget: int, block: int 
     """
     if len(lengths) < 2 * block:
         return first_fit_decreasing(lengths, token_budget)
-    cost = np.asarray(lengths, np.int64) + SPECIAL_TOKENS
-    alone, rest = np.flatnonzero(cost > token_budget), np.flatnonzero(cost <= token_budget)
+    kind, shortest = numbers_below(len(lengths)), int(lengths.min()) + SPECIAL_TOKENS
+    alone = np.flatnonzero(lengths > token_budget - SPECIAL_TOKENS)
+    rest = np.delete(np.arange(len(lengths), dtype=kind), alone)
     parts = [alone, *(rest[start : start + block] for start in range(0, len(rest), block))]
-    left_over = np.empty(0, np.int64)
-    packs = []  # segments, sizes and tokens of those that are kept
+    left_over = np.empty(0, kind)
+    segments, end = np.empty(len(lengths), kind), 0
+    packs = []  # sizes and tokens of those that are kept
     for part in parts:
         numbers = np.append(left_over, part)
         plan = first_fit_decreasing(lengths[numbers], token_budget)
         room, sizes = token_budget - plan.tokens, np.diff(plan.offsets)
-        kept = (room <= (1 - FULL) * token_budget) | (room < cost.min()) | (part is parts[-1])
+        kept = (room <= (1 - FULL) * token_budget) | (room < shortest) | (part is parts[-1])
         in_kept = np.repeat(kept, sizes)
-        packs.append((numbers[plan.segments[in_kept]], sizes[kept], plan.tokens[kept]))
+        packs.append((sizes[kept], plan.tokens[kept]))
+        begin, end = end, end + int(sizes[kept].sum())
+        segments[begin:end] = numbers[plan.segments[in_kept]]
         left_over = np.sort(numbers[plan.segments[~in_kept]])
-    segments, sizes, tokens = (np.concatenate(column) for column in zip(*packs, strict=True))
+    sizes, tokens = (np.concatenate(column) for column in zip(*packs, strict=True))
     return Plan.of(segments, sizes, tokens, token_budget)
 
 

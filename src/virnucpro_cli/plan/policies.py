@@ -10,7 +10,14 @@ from virnucpro_cli import store
 from virnucpro_cli.config import EmbedConfig
 from virnucpro_cli.errors import UserError, counted
 from virnucpro_cli.fasta import RecordTable
-from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Segments, whole_segments, windowed_segments
+from virnucpro_cli.plan.packing import (
+    SPECIAL_TOKENS,
+    Numbers,
+    Segments,
+    numbers_below,
+    whole_segments,
+    windowed_segments,
+)
 
 Int64 = NDArray[np.int64]
 POLICIES = ("max_residues", "long", "overlap", "invalid", "gaps", "id", "dedup")
@@ -23,11 +30,11 @@ AT_ONCE = 1 << 20
 class Decisions:
     """The proteins to embed: per-record decisions, and the segments and packs that follow from them.
 
-    representative: int64 [N], the record that is computed in a record's stead: itself or an identical earlier one.
-    embedded: int32 [N], residues that are embedded; flags: uint16 [N]; status, reason: uint8 [N].
+    representative: int32 or int64 [N], the record that is computed in a record's stead: itself or an identical earlier
+    one. embedded: int32 [N], residues that are embedded; flags: uint16 [N]; status, reason: uint8 [N].
     """
 
-    representative: Int64
+    representative: Numbers
     embedded: NDArray[np.int32]
     flags: NDArray[np.uint16]
     status: NDArray[np.uint8]
@@ -40,21 +47,22 @@ def decide(table: RecordTable, config: EmbedConfig) -> Decisions:
 
     Raises UserError if there are long proteins and `long` is "error", or if nothing is left of a whole input.
     """
-    n = len(table)
-    representative = np.empty(n, np.int64)
+    n, kind = len(table), numbers_below(len(table))
+    representative, embedded = np.empty(n, kind), np.empty(n, np.int32)
+    flags, reason = np.zeros(n, np.uint16), np.empty(n, np.uint8)
+    computed = [np.empty(0, kind)]
     for rows, those in representatives(table, config):
         representative[rows] = those
-    reason, embedded = _each(table, slice(0, n), config)
-    is_long = table.sizes > config.max_residues
-    flags = np.zeros(n, np.uint16)
-    flags[(reason == 0) & (embedded < table.sizes)] |= store.TRUNCATED
-    flags[table.replaced > 0] |= store.REPLACED
-    is_own = representative == np.arange(n)
-    flags[~is_own] |= store.COPIED
-    compute = np.flatnonzero((reason == 0) & is_own)
-    if config.long == "window":
-        flags[(reason == 0) & is_long] |= store.WINDOWED
-    status = np.where(reason == 0, store.PENDING, store.SKIPPED).astype(np.uint8)
+        reason[rows], embedded[rows] = _each(table, rows, config)
+        is_kept, is_own, size = reason[rows] == 0, those == np.arange(rows.start, rows.stop), table.sizes[rows]
+        flags[rows][is_kept & (embedded[rows] < size)] |= store.TRUNCATED
+        flags[rows][table.replaced[rows] > 0] |= store.REPLACED
+        flags[rows][~is_own] |= store.COPIED
+        if config.long == "window":
+            flags[rows][is_kept & (size > config.max_residues)] |= store.WINDOWED
+        computed.append((rows.start + np.flatnonzero(is_kept & is_own)).astype(kind))
+    compute = np.concatenate(computed)
+    status = np.where(reason == 0, np.uint8(store.PENDING), np.uint8(store.SKIPPED))
     return Decisions(representative, embedded, flags, status, reason, _segments(compute, embedded[compute], config))
 
 
@@ -126,8 +134,8 @@ def _stand_ins(table: RecordTable, config: EmbedConfig) -> tuple[Int64, Int64]:
     return of, np.concatenate(others)[at]
 
 
-def _segments(compute: Int64, residues: NDArray[np.int32], config: EmbedConfig) -> Segments:
-    """Segments of the records to compute, int64 [n], of so many residues each, int32 [n]."""
+def _segments(compute: Numbers, residues: NDArray[np.int32], config: EmbedConfig) -> Segments:
+    """Segments of the records to compute, int [n], of so many residues each, int32 [n]."""
     if config.long == "window":
         return windowed_segments(compute, residues.astype(np.int64), config.max_residues, config.overlap)
-    return whole_segments(compute, residues.astype(np.int64))
+    return whole_segments(compute, residues)

@@ -39,9 +39,15 @@ class Mark(NamedTuple):
 
 
 def _alike(marks: list[Mark]) -> Iterator[tuple[tuple[int, int, int, bool], list[Mark]]]:
-    """Status, flag, reason and whether there are sums, with the marks that follow each other and agree in them."""
-    for key, group in groupby(marks, lambda mark: (mark.status, mark.flag, mark.reason, mark.sums is not None)):
-        yield key, list(group)
+    """Status, flag, reason and whether there are sums, with the marks that follow each other and agree in them.
+
+    Marks are some COMPARED_ROWS rows at a time, so that the memory that they take does not grow with their number.
+    """
+    turns = (np.cumsum([len(mark.rows) for mark in marks]) // COMPARED_ROWS).tolist()
+    for key, group in groupby(
+        zip(marks, turns, strict=True), lambda each: (*each[0][1:4], each[0].sums is not None, each[1])
+    ):
+        yield key[:4], [mark for mark, _ in group]
 
 
 def _in_order(parts: list[NDArray[Any]], order: NDArray[np.int64]) -> NDArray[Any]:
@@ -402,9 +408,11 @@ class Store:
             if self._environment is not None:
                 self._set("computed_by", self.computed_by, rows, np.full(len(rows), self._environment, np.uint8))
         total[~known] = self._row_sums(every[~known])
-        self._write_column("run/sums", every, self._state_sums(every) + total)
+        for block in blocks(len(every)):
+            self._write_column("run/sums", every[block], self._state_sums(every[block]) + total[block])
         self._sync()
-        self._write_column("status", every, self.status[every])
+        for block in blocks(len(every)):
+            self._write_column("status", every[block], self.status[every[block]])
         self._sync()
 
     def settle(self, name: str, rows: NDArray[np.int64], value: int, columns: dict[str, NDArray[np.uint64]]) -> None:

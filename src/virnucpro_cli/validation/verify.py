@@ -86,10 +86,11 @@ def _of_the_input(
             names = table.names(block.start, block.stop, config.id == "full")
             there = file.names_of(block.start, block.stop)
             other[block] = [a != b for a, b in zip(names, there, strict=True)]
+    instead = decisions.representative.astype(np.int64)
     expected = records.Expected(
-        table.length, table.replaced, decisions.embedded, decisions.flags, decisions.reason, decisions.representative
+        table.length, table.replaced, decisions.embedded, decisions.flags, decisions.reason, instead
     )
-    return [*checks, *records.compared(file, expected, other, INPUT)], decisions.representative
+    return [*checks, *records.compared(file, expected, other, INPUT)], instead
 
 
 def _within(shard: NDArray[np.int64], count: int) -> bool:

@@ -349,8 +349,8 @@ def share_of(packs: Sequence[int], placer: Placer) -> Share:
     segments, table, plan = placer.segments, placer.job.table, placer.job.plan
     parts = [plan.pack(pack) for pack in packs]
     wanted = np.concatenate(parts)
-    records = distinct(segments.record[wanted])
-    first, last = (np.searchsorted(segments.record, records, side=side) for side in ("left", "right"))
+    records = distinct(segments.record[wanted].astype(np.int64))
+    first, last = segments.bounds_of(records)
     counts = last - first
     numbers = ranges(first, counts)
     table.check_unchanged()

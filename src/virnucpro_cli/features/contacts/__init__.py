@@ -74,7 +74,7 @@ class Contacts(Feature):
         """Room for the maps of this part, see `laid_out`: int64 `starts`, int32 `sizes` [N]."""
         wanted = (self.wanted if records is None else self.wanted[records]) & (decisions.reason == 0)
         sizes = np.where(wanted, decisions.embedded, 0).astype(np.int32)
-        return laid_out(np.where(wanted, decisions.representative, -1), sizes)
+        return laid_out(np.where(wanted, decisions.representative, np.int64(-1)), sizes)
 
     def note(self, run: Run) -> str | None:
         longest = int(run.layout.extra.columns[SIZES].max(initial=0))
@@ -267,8 +267,8 @@ class _Predictor:
         model, fits = self.models[dtype], head.bytes_needed(self.spec, sizes[batch].tolist())
         if model is None or fits >= devices.free_memory(self.device):
             return None
-        record = self.run.decisions.representative[batch]
-        return _or_none(model.start, self.collate(np.searchsorted(self.run.decisions.segments.record, record)))
+        segments, _ = self.run.decisions.segments.bounds_of(self.run.decisions.representative[batch])
+        return _or_none(model.start, self.collate(segments))
 
     def _model(self, dtype: torch.dtype) -> head.Contacts:
         run = self.run
