@@ -4,14 +4,25 @@ import bz2
 import io
 import lzma
 import os
+import re
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from itertools import chain
 from typing import IO, Any
 
+from virnucpro_cli.stopping import cores, threads
+
 BLOCK_BYTES, MOST_AT_ONCE = 1 << 20, 1 << 24
+BGZF_HEAD = re.compile(rb"\x1f\x8b\x08\x04.{6}\x06\x00BC\x02\x00(..)", re.DOTALL)
+"""The head of a BGZF block, a gzip member that holds its own size less 1 (SAM specification, section 4.1)."""
+BGZF_HEAD_BYTES, BGZF_BLOCK_BYTES = 18, 1 << 16
+BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+"""The empty block at the end of a BGZF file."""
+BLOCKS_AT_ONCE, MOST_THREADS = 32, 16
 OPTIONAL_ERRORS = {
     "isal.isal_zlib": "error", "zlib_ng.zlib_ng": "error",
     "backports.zstd": "ZstdError", "compression.zstd": "ZstdError", "zstandard": "ZstdError",
@@ -41,17 +52,96 @@ def decoded(file: IO[bytes], kind: str | None) -> IO[bytes]:
             return plain(_every_stream(file, bz2.BZ2Decompressor, padded=False))
         case "xz":
             return plain(_every_stream(file, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), padded=True))
+        case "gz":
+            first, file = begun(file, BGZF_HEAD_BYTES)
+            return plain(_bgzf(file)) if cores() > 1 and BGZF_HEAD.match(first) else _xopened(file, kind)
         case kind:
-            from xopen import xopen  # for a third of a second, and not by helpers, which read plain bytes
-
-            opened: Any = xopen(file, "rb", threads=0, format=kind)
-            return opened
+            return _xopened(file, kind)
 
 
 def decoder_errors() -> tuple[type[Exception], ...]:
     """Errors of the decompressors on damaged data, of those modules that are loaded."""
     optional = [getattr(sys.modules[name], error) for name, error in OPTIONAL_ERRORS.items() if name in sys.modules]
     return (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError, *optional)
+
+
+def _xopened(file: IO[bytes], kind: str) -> IO[bytes]:
+    from xopen import xopen  # for a third of a second, and not by helpers, which read plain bytes
+
+    opened: Any = xopen(file, "rb", threads=0, format=kind)
+    return opened
+
+
+def _bgzf(file: IO[bytes]) -> Iterator[bytes]:
+    """Decompress the blocks of a BGZF file by threads beside one another, in order.
+
+    From the first member that is no sound block on, the rest is read as any gzip file is. An empty block stands before
+    it, since zeros may follow a member and not precede the first.
+    """
+    pieces, ahead, decoder = _bgzf_pieces(file), deque[tuple[bytes, Future[tuple[list[bytes], int]]]](), _inflater()
+    most = 2 * min(cores(), MOST_THREADS)
+    with threads(MOST_THREADS, "bgzf") as pool:
+        while True:
+            while len(ahead) < most and (piece := next(pieces, b"")):
+                ahead.append((piece, pool.submit(_inflated, piece, decoder)))
+            if not ahead:
+                return
+            piece, future = ahead.popleft()
+            texts, end = future.result()
+            yield from texts
+            if end < len(piece):
+                break
+    rest = _xopened(plain(chain([BGZF_END, piece[end:]], (waiting for waiting, _ in ahead), pieces)), "gz")
+    yield from iter(partial(rest.read, BLOCK_BYTES), b"")
+
+
+def _bgzf_pieces(file: IO[bytes]) -> Iterator[bytes]:
+    """Cut a file into pieces of whole BGZF blocks, so many at most. Bytes that are no block are pieces as they come."""
+    data = b""
+    while more := file.read(BLOCK_BYTES):
+        data += more
+        start, end, blocks = 0, 0, 0
+        while (head := BGZF_HEAD.match(data, end)) and (after := _bgzf_end(head)) <= len(data):
+            end, blocks = after, blocks + 1
+            if blocks == BLOCKS_AT_ONCE:
+                yield data[start:end]
+                start, blocks = end, 0
+        if len(data) - end >= BGZF_BLOCK_BYTES:  # more than what may be half a block
+            end = len(data)
+        if start < end:
+            yield data[start:end]
+        data = data[end:]
+    if data:
+        yield data
+
+
+def _bgzf_end(head: re.Match[bytes]) -> int:
+    return head.start() + int.from_bytes(head[1], "little") + 1
+
+
+def _inflater() -> Any:
+    """The module that decompresses gzip files for xopen."""
+    import xopen  # noqa: F401
+
+    return next((sys.modules[name] for name in ("isal.isal_zlib", "zlib_ng.zlib_ng") if name in sys.modules), zlib)
+
+
+def _inflated(piece: bytes, decoder: Any) -> tuple[list[bytes], int]:
+    """The plain bytes of each sound block that a piece begins with, and where the last of them ends."""
+    texts, at, view = list[bytes](), 0, memoryview(piece)
+    while (head := BGZF_HEAD.match(piece, at)) and head.end() + 8 <= (end := _bgzf_end(head)) <= len(piece):
+        stream, check, size = view[head.end() : end - 8], view[end - 8 : end - 4], view[end - 4 : end]
+        try:
+            inflating = decoder.decompressobj(-zlib.MAX_WBITS)
+            text = inflating.decompress(stream, BGZF_BLOCK_BYTES + 1)
+        except decoder_errors():
+            break
+        sums = decoder.crc32(text).to_bytes(4, "little"), len(text).to_bytes(4, "little")
+        if not inflating.eof or inflating.unused_data or sums != (check, size):
+            break
+        texts.append(text)
+        at = end
+    return texts, at
 
 
 def _every_stream(file: IO[bytes], new: Callable[[], Any], padded: bool) -> Iterator[bytes]:
