@@ -78,45 +78,42 @@ def _bgzf(file: IO[bytes]) -> Iterator[bytes]:
     From the first member that is no sound block on, the rest is read as any gzip file is. An empty block stands before
     it, since zeros may follow a member and not precede the first.
     """
-    pieces, ahead, decoder = _bgzf_pieces(file), deque[tuple[bytes, Future[tuple[list[bytes], int]]]](), _inflater()
-    most = 2 * min(cores(), MOST_THREADS)
+    pieces, ahead = _bgzf_pieces(file), deque[tuple[list[bytes], Future[list[bytes]]]]()
+    decoder, most = _inflater(), 2 * min(cores(), MOST_THREADS)
     with threads(MOST_THREADS, "bgzf") as pool:
         while True:
-            while len(ahead) < most and (piece := next(pieces, b"")):
+            while len(ahead) < most and (piece := next(pieces, None)):
                 ahead.append((piece, pool.submit(_inflated, piece, decoder)))
             if not ahead:
                 return
             piece, future = ahead.popleft()
-            texts, end = future.result()
-            yield from texts
-            if end < len(piece):
+            yield from (texts := future.result())
+            if len(texts) < len(piece):
                 break
-    rest = _xopened(plain(chain([BGZF_END, piece[end:]], (waiting for waiting, _ in ahead), pieces)), "gz")
-    yield from iter(partial(rest.read, BLOCK_BYTES), b"")
+    waiting = chain.from_iterable(blocks for blocks, _ in ahead)
+    rest = plain(chain([BGZF_END], piece[len(texts) :], waiting, chain.from_iterable(pieces)))
+    yield from iter(partial(_xopened(rest, "gz").read, BLOCK_BYTES), b"")
 
 
-def _bgzf_pieces(file: IO[bytes]) -> Iterator[bytes]:
-    """Cut a file into pieces of whole BGZF blocks, so many at most. Bytes that are no block are pieces as they come."""
-    data = b""
+def _bgzf_pieces(file: IO[bytes]) -> Iterator[list[bytes]]:
+    """Cut a file into BGZF blocks, and give so many at once. Other bytes are pieces too, as they come."""
+    data, blocks = b"", list[bytes]()
     while more := file.read(BLOCK_BYTES):
-        data += more
-        start, end, blocks = 0, 0, 0
-        while (head := BGZF_HEAD.match(data, end)) and (after := _bgzf_end(head)) <= len(data):
-            end, blocks = after, blocks + 1
-            if blocks == BLOCKS_AT_ONCE:
-                yield data[start:end]
-                start, blocks = end, 0
-        if len(data) - end >= BGZF_BLOCK_BYTES:  # more than what may be half a block
-            end = len(data)
-        if start < end:
-            yield data[start:end]
-        data = data[end:]
+        data, at = data + more, 0
+        while (head := BGZF_HEAD.match(data, at)) and (end := at + int.from_bytes(head[1], "little") + 1) <= len(data):
+            blocks.append(data[at:end])
+            at = end
+            if len(blocks) == BLOCKS_AT_ONCE:
+                yield blocks
+                blocks = []
+        data = data[at:]
+        if len(data) >= BGZF_BLOCK_BYTES:  # half a block is less
+            blocks, data = [*blocks, data], b""
+        if blocks:
+            yield blocks
+            blocks = []
     if data:
-        yield data
-
-
-def _bgzf_end(head: re.Match[bytes]) -> int:
-    return head.start() + int.from_bytes(head[1], "little") + 1
+        yield [data]
 
 
 def _inflater() -> Any:
@@ -126,22 +123,20 @@ def _inflater() -> Any:
     return next((sys.modules[name] for name in ("isal.isal_zlib", "zlib_ng.zlib_ng") if name in sys.modules), zlib)
 
 
-def _inflated(piece: bytes, decoder: Any) -> tuple[list[bytes], int]:
-    """The plain bytes of each sound block that a piece begins with, and where the last of them ends."""
-    texts, at, view = list[bytes](), 0, memoryview(piece)
-    while (head := BGZF_HEAD.match(piece, at)) and head.end() + 8 <= (end := _bgzf_end(head)) <= len(piece):
-        stream, check, size = view[head.end() : end - 8], view[end - 8 : end - 4], view[end - 4 : end]
+def _inflated(blocks: list[bytes], decoder: Any) -> list[bytes]:
+    """The plain bytes of each block, up to the first that is not sound."""
+    texts = list[bytes]()
+    for block in blocks:
+        inflating = decoder.decompressobj(-zlib.MAX_WBITS)
         try:
-            inflating = decoder.decompressobj(-zlib.MAX_WBITS)
-            text = inflating.decompress(stream, BGZF_BLOCK_BYTES + 1)
+            text = inflating.decompress(memoryview(block)[BGZF_HEAD_BYTES:-8], BGZF_BLOCK_BYTES)
         except decoder_errors():
             break
-        sums = decoder.crc32(text).to_bytes(4, "little"), len(text).to_bytes(4, "little")
-        if not inflating.eof or inflating.unused_data or sums != (check, size):
+        sums = decoder.crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little")
+        if not (BGZF_HEAD.match(block) and inflating.eof and not inflating.unused_data and block[-8:] == sums):
             break
         texts.append(text)
-        at = end
-    return texts, at
+    return texts
 
 
 def _every_stream(file: IO[bytes], new: Callable[[], Any], padded: bool) -> Iterator[bytes]:
