@@ -91,10 +91,10 @@ MIXED = {
 """Files that begin as BGZF does, or nearly so."""
 
 
-@pytest.fixture(params=[(1 << 20, 32), (97, 2), (7, 1)], ids=["as it is", "small pieces", "tiny pieces"])
+@pytest.fixture(params=[(1 << 18, 8), (97, 2), (7, 1)], ids=["as it is", "small pieces", "tiny pieces"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compressed, "BLOCK_BYTES", request.param[0])
-    monkeypatch.setattr(compressed, "BLOCKS_AT_ONCE", request.param[1])
+    monkeypatch.setattr(compressed, "PIECE_BYTES", request.param[0])
+    monkeypatch.setattr(compressed, "PIECE_BLOCKS", request.param[1])
 
 
 @pytest.fixture(autouse=True)
@@ -144,12 +144,12 @@ def test_half_of_the_largest_block_waits_for_the_other_half(
     text = DICE.randbytes(65505)
     largest = stored(text)
     assert len(largest) == 65536
-    monkeypatch.setattr(compressed, "BLOCK_BYTES", size)
+    monkeypatch.setattr(compressed, "PIECE_BYTES", size)
     assert (now(largest * 3), plainly_read) == (text * 3, [])
 
 
 def test_much_that_is_no_bgzf_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compressed, "BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(compressed, "PIECE_BYTES", 1 << 16)
     content = SMALL + gzip.compress(DICE.randbytes(3 << 20)) + SMALL
     assert now(content) == gzip.decompress(content)
 
@@ -189,8 +189,8 @@ def test_any_cutting_into_blocks_whole_or_damaged_is_read_as_before(
     monkeypatch: pytest.MonkeyPatch, data: st.DataObject
 ) -> None:
     draw = data.draw
-    monkeypatch.setattr(compressed, "BLOCK_BYTES", draw(st.sampled_from((1, 19, 100, 1000, 1 << 20))))
-    monkeypatch.setattr(compressed, "BLOCKS_AT_ONCE", draw(st.integers(1, 5)))
+    monkeypatch.setattr(compressed, "PIECE_BYTES", draw(st.sampled_from((1, 19, 100, 1000, 1 << 20))))
+    monkeypatch.setattr(compressed, "PIECE_BLOCKS", draw(st.integers(1, 5)))
     cuts = sorted(draw(st.lists(st.integers(0, len(TEXT)), max_size=12)))
     members = [
         draw(st.sampled_from((stored, block, gzip.compress) if cuts[:1] != [0] else (block,)))(part)
@@ -214,7 +214,7 @@ def test_a_file_of_htslib_is_read_by_threads(tmp_path: Path, plainly_read: list[
     with pysam.BGZFile(str(tmp_path / "in.fasta.gz"), "wb") as file:  # type: ignore[attr-defined]
         file.write(text)
     content = (tmp_path / "in.fasta.gz").read_bytes()
-    assert len(content) > 3 * compressed.BLOCK_BYTES and content.endswith(BGZF_END)
+    assert len(content) > 9 * compressed.PIECE_BYTES and content.endswith(BGZF_END)
     assert (now(content), plainly_read) == (text, [])
 
 
@@ -227,13 +227,13 @@ def test_blocks_keep_their_order_whichever_is_ready_first(monkeypatch: pytest.Mo
         return inflated(blocks, decoder)
 
     monkeypatch.setattr(compressed, "_inflated", slowly)
-    monkeypatch.setattr(compressed, "BLOCKS_AT_ONCE", 1)
+    monkeypatch.setattr(compressed, "PIECE_BLOCKS", 1)
     assert now(bgzf(TEXT, *range(100, len(TEXT), 100))) == TEXT
     assert len(threads) == 4
 
 
 def test_few_pieces_are_read_ahead_of_who_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compressed, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(compressed, "PIECE_BYTES", 1000)
     content = io.BufferedReader(io.BytesIO(block(TEXT[:900]) * 1000), 100)  # type: ignore[arg-type]
     with fasta.decompressed(content) as file:
         assert file.read(10) == TEXT[:10] and content.tell() < 12_000 < len(block(TEXT[:900]) * 1000)
@@ -243,14 +243,14 @@ def test_blocks_that_grow_a_thousandfold_take_little_memory(plainly_read: list[s
     """A megabyte of such blocks is hundreds of megabytes of text: a piece holds few of them."""
     content = block(b"N" * 65280) * 2000
     pieces = list(compressed._bgzf_pieces(io.BytesIO(content)))
-    assert max(map(len, pieces)) == 32 and b"".join(chain.from_iterable(pieces)) == content
+    assert max(map(len, pieces)) == 8 and b"".join(chain.from_iterable(pieces)) == content
     assert (now(content), plainly_read) == (b"N" * 65280 * 2000, [])
 
 
 def test_bytes_that_are_no_block_are_not_gathered_in_memory() -> None:
     content = SMALL + DICE.randbytes(5 << 20)
     pieces = list(chain.from_iterable(compressed._bgzf_pieces(io.BytesIO(content))))
-    assert max(map(len, pieces)) <= 1 << 20 and b"".join(pieces) == content
+    assert max(map(len, pieces)) <= 5 << 16 and b"".join(pieces) == content
 
 
 def test_one_core_reads_as_before_and_begins_no_thread(
@@ -330,7 +330,7 @@ from pathlib import Path
 from virnucpro_cli import fasta, stopping
 from virnucpro_cli.fasta import compressed
 stopping.install()
-compressed.BLOCK_BYTES = fasta.reading.READ_BYTES = 1000
+compressed.PIECE_BYTES = fasta.reading.READ_BYTES = 1000
 fasta.open_sources(["-"], Path("."))
 """
 
@@ -340,12 +340,13 @@ def test_a_stop_does_not_wait_for_a_pipe_that_gives_nothing(tmp_path: Path, comp
     command = [sys.executable, "-c", READING]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
         assert process.stdin is not None
-        process.stdin.write(compress(TEXT) * 1000)
+        process.stdin.write(compress(TEXT) * 2500)
         process.stdin.flush()
         deadline = time.monotonic() + 60
         while not _spooled(process.pid) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert _spooled(process.pid)
+        time.sleep(0.5)  # it awaits more by now
         process.send_signal(signal.SIGINT)
         process.wait(30)
         assert process.stderr is not None and b"Stopped" in process.stderr.read()

@@ -22,7 +22,8 @@ BGZF_HEAD = re.compile(rb"\x1f\x8b\x08\x04.{6}\x06\x00BC\x02\x00(..)", re.DOTALL
 BGZF_HEAD_BYTES, BGZF_BLOCK_BYTES = 18, 1 << 16
 BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 """The empty block at the end of a BGZF file."""
-BLOCKS_AT_ONCE, MOST_THREADS = 32, 16
+PIECE_BYTES, PIECE_BLOCKS, MOST_THREADS = 1 << 18, 8, 16
+"""A thread gets half a megabyte of text at once, which stays within a cache on its way to the file."""
 OPTIONAL_ERRORS = {
     "isal.isal_zlib": "error", "zlib_ng.zlib_ng": "error",
     "backports.zstd": "ZstdError", "compression.zstd": "ZstdError", "zstandard": "ZstdError",
@@ -98,12 +99,12 @@ def _bgzf(file: IO[bytes]) -> Iterator[bytes]:
 def _bgzf_pieces(file: IO[bytes]) -> Iterator[list[bytes]]:
     """Cut a file into BGZF blocks, and give so many at once. Other bytes are pieces too, as they come."""
     data, blocks = b"", list[bytes]()
-    while more := file.read(BLOCK_BYTES):
+    while more := file.read(PIECE_BYTES):
         data, at = data + more, 0
         while (head := BGZF_HEAD.match(data, at)) and (end := at + int.from_bytes(head[1], "little") + 1) <= len(data):
             blocks.append(data[at:end])
             at = end
-            if len(blocks) == BLOCKS_AT_ONCE:
+            if len(blocks) == PIECE_BLOCKS:
                 yield blocks
                 blocks = []
         data = data[at:]
