@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from itertools import chain
@@ -18,6 +19,7 @@ from threading import Event
 from typing import IO, Any, NamedTuple
 
 from virnucpro_cli.errors import MORE_FILES, UserError, absent
+from virnucpro_cli.stopping import cores, threads
 
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 20  # the pass over one chunk stays within the L2 cache
@@ -256,13 +258,14 @@ def _copy(file: IO[bytes], name: str, spool: IO[bytes], folder: Path) -> None:
 
     size, looked, reserve = 0, 0, min(SPOOL_RESERVE, shutil.disk_usage(folder).free // 2)
     try:
-        for block in _texts(decompressed(file), "standard input" if name == "-" else name):
-            if size >= looked and (free := shutil.disk_usage(folder).free) < reserve:
-                room = f"its text has more than {size / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free there"
-                raise _no_spool(name, folder, room)
-            looked = size + 8 * READ_BYTES if size >= looked else looked
-            spool.write(block)
-            size += len(block)
+        with _beside(spool.write) as write:
+            for block in _texts(decompressed(file), "standard input" if name == "-" else name):
+                if size >= looked and (free := shutil.disk_usage(folder).free) < reserve:
+                    room = f"its text has more than {size / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free there"
+                    raise _no_spool(name, folder, room)
+                looked = size + 8 * READ_BYTES if size >= looked else looked
+                write(block)
+                size += len(block)
         spool.flush()
     except decoder_errors() as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -272,6 +275,27 @@ def _copy(file: IO[bytes], name: str, spool: IO[bytes], folder: Path) -> None:
             f"({error}).",
             "Fetch or copy the file again and compare its checksum.",
         ) from None
+
+
+@contextmanager
+def _beside(write: Callable[[bytes], object]) -> Iterator[Callable[[bytes], object]]:
+    """Have blocks written by a thread, one after the other, while the next is made; on one core at once.
+
+    An error of a block is raised at the next, or at the end.
+    """
+    if cores() == 1:
+        yield write
+        return
+    with threads(1, "spool") as pool:
+        last = pool.submit(write, b"")
+
+        def begin(block: bytes) -> None:
+            nonlocal last
+            last.result()
+            last = pool.submit(write, block)
+
+        yield begin
+        last.result()
 
 
 def _texts(stream: IO[bytes], name: str) -> Iterator[bytes]:
