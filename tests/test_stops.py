@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from children import CHILDREN
+from children import CHILDREN, program
 from conftest import write_model
 from test_faults import datasets
 from virnucpro_cli import cli, stopping
@@ -281,6 +282,26 @@ def test_a_signal_at_any_moment_stops_any_command_and_the_same_command_goes_on(
         if name in ("embed", "contigs", "merge", "import"):
             first, second = datasets(path), datasets(out / path.name)
             assert all(first[each].tobytes() == second[each].tobytes() for each in first)
+
+
+def told_to_another_thread() -> None:
+    """A signal that interrupts no wait of the main thread: the system may give it to any."""
+
+    def later() -> None:
+        time.sleep(2)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    threading.Thread(target=later, daemon=True).start()
+
+
+def test_a_signal_that_does_not_interrupt_a_wait_ends_it_too(there: Path, tmp_path: Path) -> None:
+    silent = tmp_path / "silent"
+    os.mkfifo(silent)
+    writer = os.open(silent, os.O_RDWR)
+    line = ["embed", str(silent), "-o", str(tmp_path / "out.h5"), "--model", str(there / "model"), "--device", "cpu"]
+    run = program(*line, before=told_to_another_thread)
+    assert run.wait(60) == 128 + signal.SIGTERM and "stopped by SIGTERM" in run.err
+    os.close(writer)
 
 
 @pytest.mark.parametrize("place", ["virnucpro_cli.cli.at_home", "virnucpro_cli.cli._check_current_folder"])

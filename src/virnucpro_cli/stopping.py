@@ -5,12 +5,14 @@ Threads of this process are here too, since what they have not begun must not ho
 Python raises the exception of a signal handler wherever the program is. In a callback of a compiled library, or in a
 destructor, it is swallowed, or ends the process. Such blocks are `held`; for others the handler looks again a moment
 later. Where Python's own threads are begun or told something, it would leave a lock taken that a thread then waits for
-for ever: there too the handler looks again.
+for ever: there too the handler looks again. And a signal that comes while Python is on its way into a wait, or that
+the system gives to another thread, does not end the wait: a thread that is told of it does.
 """
 
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +39,11 @@ class Stopper:
         self.holding = 0
         self.over = False
         self._raised: weakref.ref[Stopped] | None = None
+        self._told, self._telling = os.pipe()
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None and not self.over:
             self.signum = signum
-            signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
         self.again(signum, frame)
 
     def again(self, signum: int, frame: FrameType | None) -> None:
@@ -60,10 +62,29 @@ class Stopper:
         finally:
             del stop  # nothing else keeps it alive when it is swallowed
 
+    def begin(self) -> None:
+        """Have signals told to a thread, by the main one."""
+        os.set_blocking(self._telling, False)
+        signal.set_wakeup_fd(self._telling, warn_on_full_buffer=False)
+        threading.Thread(target=self._remind, name="stop", daemon=True).start()
+
+    def _remind(self) -> None:
+        """Interrupt the main thread now and then, from the first signal that stops until the command is over."""
+        main = threading.main_thread().ident
+        assert main is not None
+        while (told := os.read(self._told, 1)) and told[0] not in STOP_SIGNALS:
+            pass
+        while told and not self.over:
+            signal.pthread_kill(main, signal.SIGALRM)
+            time.sleep(AGAIN_SECONDS)
+        os.close(self._told)
+
     def end(self) -> None:
         """The command is over: a signal that comes now finds nothing to stop."""
-        self.over = True
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if not self.over:
+            self.over = True
+            signal.set_wakeup_fd(-1)
+            os.close(self._telling)
 
 
 def _in_whole(frame: FrameType | None) -> bool:
@@ -80,8 +101,9 @@ def install() -> Stopper:
     """Have signals stop this process's command."""
     global _stopper
     _stopper = Stopper()
-    on_stop_signals(_stopper)
+    _stopper.begin()
     signal.signal(signal.SIGALRM, _stopper.again)
+    on_stop_signals(_stopper)
     return _stopper
 
 

@@ -170,8 +170,8 @@ def unknown_model(model: str) -> UserError:
     near = get_close_matches(model.lower().removeprefix("facebook/"), sorted(known), n=1)
     return UserError(
         f"There is no model {model!r}: it is neither a known name nor a path that exists.",
-        f"{f'Did you mean {known[near[0]]}? ' if near else ''}Names: {', '.join(SHORT_NAMES)}, their long forms such as "
-        "esm2_t33_650M_UR50D, and demo; virnucpro models shows them. Paths: a fair-esm .pt, an esm 3.2 .pth, a "
+        f"{f'Did you mean {known[near[0]]}? ' if near else ''}Names: {', '.join(SHORT_NAMES)}, their long forms such "
+        "as esm2_t33_650M_UR50D, and demo; virnucpro models shows them. Paths: a fair-esm .pt, an esm 3.2 .pth, a "
         ".safetensors file, or a HuggingFace directory.",
     )
 
