@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -222,6 +223,25 @@ def test_a_signal_that_a_library_would_swallow_stops_the_run_too(there: Path, tm
     assert not list(tmp_path.glob("*new"))
     assert ran(line)[1] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.h5"]
+
+
+def test_a_stop_that_python_swallows_is_not_printed(there: Path, tmp_path: Path) -> None:
+    run = program(*commands(there, tmp_path)["embed"], before=in_a_destructor)
+    assert run.wait() == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in run.err and "Traceback" not in run.err and "ignored" not in run.err
+
+
+def with_room_for(files: int) -> None:
+    """Only so many files more can be opened."""
+    limit = max(map(int, os.listdir("/proc/self/fd"))) + files
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+@pytest.mark.parametrize("files", range(6))
+def test_a_program_that_can_open_too_few_files_says_so(there: Path, tmp_path: Path, files: int) -> None:
+    run = program(*commands(there, tmp_path)["embed"], before=functools.partial(with_room_for, files))
+    code = run.wait()
+    assert code == 0 or (code == 2 and "files are open" in run.err and "ulimit -n" in run.err), run.err
 
 
 @pytest.mark.parametrize("what", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stopped"])

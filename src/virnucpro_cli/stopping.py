@@ -11,6 +11,7 @@ the system gives to another thread, does not end the wait: a thread that is told
 
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -40,6 +41,7 @@ class Stopper:
         self.over = False
         self._raised: weakref.ref[Stopped] | None = None
         self._told, self._telling = os.pipe()
+        self._print_unraisable = sys.unraisablehook
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None and not self.over:
@@ -63,10 +65,15 @@ class Stopper:
             del stop  # nothing else keeps it alive when it is swallowed
 
     def begin(self) -> None:
-        """Have signals told to a thread, by the main one."""
+        """Have signals told to a thread, and a swallowed Stopped not printed: it is raised again."""
+        sys.unraisablehook = self._unraisable
         os.set_blocking(self._telling, False)
         signal.set_wakeup_fd(self._telling, warn_on_full_buffer=False)
         threading.Thread(target=self._remind, name="stop", daemon=True).start()
+
+    def _unraisable(self, what: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(what.exc_type, Stopped):
+            self._print_unraisable(what)
 
     def _remind(self) -> None:
         """Interrupt the main thread now and then, from the first signal that stops until the command is over."""
@@ -84,6 +91,7 @@ class Stopper:
         if not self.over:
             self.over = True
             signal.set_wakeup_fd(-1)
+            sys.unraisablehook = self._print_unraisable
             os.close(self._telling)
 
 

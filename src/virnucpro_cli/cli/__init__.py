@@ -27,6 +27,7 @@ from virnucpro_cli.errors import (
     EXIT_OK,
     EXIT_SIGNAL_BASE,
     EXIT_USER_ERROR,
+    MORE_FILES,
     UserError,
     printable,
     shortened,
@@ -76,7 +77,10 @@ def at_home(argument: str) -> str:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with its code."""
     _open_streams()
-    stopper = stopping.install()
+    try:
+        stopper = stopping.install()
+    except OSError as error:
+        sys.exit(_failed(error))
     code, raised = EXIT_OK, None
     try:
         try:
@@ -132,6 +136,8 @@ def _failed(error: BaseException) -> int:
     """Say what went wrong, and return the exit code."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         error = UserError(f"No file can have the name {error.filename!r}: it is too long.", "Give a shorter one.")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        error = UserError(f"Too many files are open{f' for {error.filename}' if error.filename else ''}.", MORE_FILES)
     if isinstance(error, UserError):
         say(f"error: {error.what}", *([error.remedy] if error.remedy else []))
         return EXIT_USER_ERROR
