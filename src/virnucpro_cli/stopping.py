@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Condition
 from types import FrameType
 from typing import Any
 
@@ -27,8 +26,10 @@ from virnucpro_cli.errors import STOP_SIGNALS, Stopped
 AGAIN_SECONDS = 0.2
 WHOLE = frozenset(
     each.__code__
-    for each in (ThreadPoolExecutor.submit, threading.Thread.start, Condition.__enter__, Condition.__exit__)
-)
+    for each in (
+        ThreadPoolExecutor.submit, threading.Thread.start, threading.Condition.__enter__, threading.Condition.__exit__,
+    )
+)  # fmt: skip
 """Python's functions that are as good as instantaneous, and leave a lock or a thread behind if they are interrupted."""
 
 

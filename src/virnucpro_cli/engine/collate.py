@@ -100,11 +100,11 @@ class VarlenCollator:
 
     def weights_of(self, segment: int) -> NDArray[np.float32]:
         """Blending weights of a window, float32 [length]."""
-        record = self.segments.record[segment]
-        first, last = np.ravel(self.segments.bounds_of(np.array([record]))).tolist()
-        starts = tuple(self.segments.start[first:last].tolist())
+        record = int(self.segments.record[segment])
+        every = self.segments.of(record)
+        starts = tuple(self.segments.start[every.start : every.stop].tolist())
         window = int(self.segments.length[segment])
-        return window_weights(int(self.embedded[record]), starts, window)[segment - first]
+        return window_weights(int(self.embedded[record]), starts, window)[segment - every.start]
 
     def _tensor(self, values: NDArray[Any], dtype: torch.dtype, rows: int = 0, filler: int = 0) -> torch.Tensor:
         """The values, and filler up to so many rows, in a tensor from which a copy to a device need not wait."""

@@ -17,7 +17,7 @@ from virnucpro_cli.engine.collate import Item, VarlenCollator
 from virnucpro_cli.fasta import RecordTable
 from virnucpro_cli.kinds import POOLED, by_residue
 from virnucpro_cli.model import locate
-from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan
+from virnucpro_cli.plan.packing import SPECIAL_TOKENS, Plan, bounds_in
 from virnucpro_cli.plan.policies import Decisions, Int64
 from virnucpro_cli.store import sums
 from virnucpro_cli.texts import ranges
@@ -184,8 +184,7 @@ class Placer:
         Both int64 [m].
         """
         order = np.argsort(records)
-        wanted = records[order].astype(self._originals.dtype)  # of another type NumPy would convert all of them
-        first, last = (np.searchsorted(self._originals, wanted, side=side) for side in ("left", "right"))
+        first, last = bounds_in(self._originals, records[order])
         copies, source = self._copies[ranges(first, last - first)], np.repeat(order, last - first)
         return np.append(records, copies), np.append(np.arange(len(records)), source)
 
@@ -238,7 +237,7 @@ class Placer:
         """
         self._windows[segment] = pooled, residue
         record = int(self.segments.record[segment])
-        every = range(*np.ravel(self.segments.bounds_of(np.array([record]))).tolist())
+        every = self.segments.of(record)
         if all(each in self._windows for each in every):
             starts = self.segments.start[every.start : every.stop].tolist()
             self._place_windows(record, starts, [self._windows.pop(each) for each in every])

@@ -161,12 +161,13 @@ def _torch_hub_file(spec: ModelSpec) -> Path | None:
     return Path(get_dir()) / "checkpoints" / f"{spec.name}.pt"
 
 
-def _plain_names() -> set[str]:
-    return {name.lower() for name in (*SHORT_NAMES, *SIZES)}
+def _plain_names() -> dict[str, str]:
+    """Names of models as they are written, by the same in lower case; of two, the short one."""
+    return {name.lower(): name for name in (*SIZES, *SHORT_NAMES)}
 
 
 def unknown_model(model: str) -> UserError:
-    known = {name.lower(): name for name in (*SIZES, *SHORT_NAMES)}
+    known = _plain_names()
     near = get_close_matches(model.lower().removeprefix("facebook/"), sorted(known), n=1)
     return UserError(
         f"There is no model {model!r}: it is neither a known name nor a path that exists.",

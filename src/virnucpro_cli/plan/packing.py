@@ -42,8 +42,18 @@ class Segments:
 
     def bounds_of(self, records: Numbers) -> tuple[Int64, Int64]:
         """The first segment of each record and the one past its last, int64 [n] both. records: int [n]."""
-        wanted = records.astype(self.record.dtype)  # of another type NumPy would convert all segments
-        return np.searchsorted(self.record, wanted), np.searchsorted(self.record, wanted, side="right")
+        return bounds_in(self.record, records)
+
+    def of(self, record: int) -> range:
+        """Numbers of the segments of a record."""
+        (first,), (last,) = self.bounds_of(np.array([record]))
+        return range(int(first), int(last))
+
+
+def bounds_in(rising: Numbers, wanted: Numbers) -> tuple[Int64, Int64]:
+    """The first place of each wanted number among rising ones, int [S], and the one past its last; int64 [n] both."""
+    wanted = wanted.astype(rising.dtype)  # of another type NumPy would convert all of them
+    return np.searchsorted(rising, wanted), np.searchsorted(rising, wanted, side="right")
 
 
 @dataclass(frozen=True)
