@@ -260,6 +260,19 @@ def test_an_overwriting_run_that_is_killed_leaves_the_old_file(small: Case, tmp_
     small.check(output)
 
 
+def slow_and_told(marked: Path) -> None:
+    """In this process packs take long, and a file is there once rows are final, though not committed."""
+    slowed.here(0.02)
+    mark = store.Store.mark
+
+    def told(file: store.Store, rows: Any, *more: Any, **named: Any) -> None:
+        mark(file, rows, *more, **named)
+        if len(rows):
+            marked.touch()
+
+    store.Store.mark = told  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_stopped_program_says_how_to_go_on(case: Case, tmp_path: Path, number: signal.Signals) -> None:
     output = tmp_path / "out.h5"
@@ -267,16 +280,9 @@ def test_a_stopped_program_says_how_to_go_on(case: Case, tmp_path: Path, number:
         "embed", case.fasta, "-o", output, "--model", case.model, "--device", "cpu", "--token-budget", 1024,
         "--pool", ",".join(KINDS), "--long", "window", "--max-residues", 200, "--overlap", 50,
     )  # fmt: skip
-    run = program(*command, before=functools.partial(slowed.here, 0.02))
-    written: set[int] = set()
-
-    def rows_are_written() -> bool:
-        """After the layout."""
-        if store.partial_path(output).exists():
-            written.add(store.partial_path(output).stat().st_mtime_ns)
-        return len(written) == 3
-
-    until(rows_are_written, run)
+    marked = tmp_path / "marked"
+    run = program(*command, before=functools.partial(slow_and_told, marked))
+    until(marked.exists, run)
     run.kill(number)
     assert run.wait() == 128 + number, run.err
     assert run.out == "" and "Traceback" not in run.err

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 
@@ -51,6 +52,12 @@ def changed(change: Change) -> None:
         serial(packs, collate, both, sink, device)
 
     runner.serial = with_change  # type: ignore[assignment]
+
+
+def with_workers(before: Callable[[], None]) -> None:
+    """In a parent: it commits often, too."""
+    placer.COMMIT_SECONDS = 0.1
+    forked.workers(before)
 
 
 def slow(batch: PackedBatch, seconds: float = 0.02) -> None:
@@ -92,7 +99,7 @@ class Program:
         self.output = output
         if change is not None:
             before = partial(changed, change)
-            before = before if workers == 1 else partial(forked.workers, before)
+            before = before if workers == 1 else partial(with_workers, before)
         self.process = children.program(
             "embed", case.fasta, "-o", output, *self.options(case, workers), "--report", output.with_suffix(".json"),
             before=before, OMP_NUM_THREADS="1", **variables,
@@ -113,14 +120,17 @@ class Program:
             return []
         return [int(pid) for pid in listed.split()]
 
-    def wait_for_work(self, rows: int = 10) -> None:
-        """Until some rows are done, which the parent says every five seconds: or are written, which shows at once."""
-        deadline, seen, partial = time.monotonic() + 300, set[int](), store.partial_path(self.output)
-        while len(seen) < rows and self.process.poll() is None and time.monotonic() < deadline:
-            if partial.exists():
-                seen.add(partial.stat().st_mtime_ns)
-            time.sleep(0.002)
-        assert self.process.poll() is None, self.process.err
+    def wait_for_work(self) -> None:
+        """Until some rows are in the file, with the states that vouch for them."""
+        partial = store.partial_path(self.output)
+
+        def rows_are_there() -> bool:
+            if not partial.exists():
+                return False
+            with h5py.File(partial, "r", locking=False) as file:
+                return bool((file["status"][:] == store.DONE).any())
+
+        children.until(rows_are_there, self.process)
 
     def end(self, code: int = 3) -> str:  # 3: some records are empty
         assert self.process.wait() == code, self.process.err
