@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from virnucpro_cli import fasta, tables
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import RecordTable
-from virnucpro_cli.fasta.reading import PROGRAMS
+from virnucpro_cli.fasta.reading import PROGRAMS, Source
 
 try:
     from compression import zstd  # Python 3.14
@@ -762,6 +762,31 @@ def test_a_change_with_its_time_put_back_is_noticed_and_a_new_link_is_none(tmp_p
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(UserError, match="was changed while it was being read"):
         table.check_unchanged()
+
+
+UNREADABLE = Path("/proc/self/mem")
+"""It opens, and the system cannot read what is at its beginning, as on a disk that fails."""
+
+
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="this machine has no /proc")
+@pytest.mark.parametrize("name", [str(UNREADABLE), "-"], ids=["file", "pipe"])
+def test_a_file_that_the_system_cannot_read_is_named_with_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shown = "standard input" if name == "-" else name
+    with open(UNREADABLE, "rb") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(UserError, match=f"^{shown} cannot be read: Input/output error"):
+            fasta.open_sources([name], tmp_path)
+
+
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="this machine has no /proc")
+def test_a_file_that_the_system_cannot_read_any_more_is_named_with_what_it_says() -> None:
+    status = UNREADABLE.stat()
+    state = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    source = Source("in.fasta", 10, 0, str(UNREADABLE), state)
+    with pytest.raises(UserError, match=r"^in\.fasta cannot be read: Input/output error"):
+        source.read(0, 10)
 
 
 def test_spooling_leaves_room_on_the_disk(

@@ -74,7 +74,7 @@ class Source:
     def read(self, start: int, size: int) -> bytes:
         """Bytes [start, start + size) of this text, with line feeds for carriage returns.
 
-        Raises UserError if the file was replaced or has shrunk.
+        Raises UserError if the file was replaced or has shrunk, or the system cannot read it.
         """
         return self.read_raw(start, size).replace(b"\r", b"\n")
 
@@ -82,7 +82,8 @@ class Source:
         """The same as the bytes stand in the file."""
         file, data = self.spool or _reopened(self), b""
         while len(data) < size:
-            more = os.pread(file.fileno(), size - len(data), self.start + start + len(data))
+            with _readable(self.path):
+                more = os.pread(file.fileno(), size - len(data), self.start + start + len(data))
             if not more:
                 raise self.changed()
             data = data + more if data else more
@@ -186,7 +187,8 @@ def open_sources(inputs: Sequence[str], spool_dir: Path, kept: Kept | None = Non
         with _opened(name) as file:
             is_file = name != "-" and os.path.isfile(name)
             path, state = (os.path.realpath(name), _state_of(file)) if is_file else ("", None)
-            first = file.peek(LONGEST_MAGIC) if state is not None else b""
+            with _readable(name):
+                first = file.peek(LONGEST_MAGIC) if state is not None else b""
             if state is not None and not kind_of(first) and not _is_fastq(first):
                 source = Source(name, state[1], base, path, state)
             elif state is not None and kept is not None and (text := kept(path, state)):
@@ -256,25 +258,43 @@ def _copy(file: IO[bytes], name: str, spool: IO[bytes], folder: Path) -> None:
     """Append the plain text of a file or pipe to the spool, and leave room on its disk."""
     from virnucpro_cli.fasta.compressed import decoder_errors
 
+    shown = "standard input" if name == "-" else name
     size, looked, reserve = 0, 0, min(SPOOL_RESERVE, shutil.disk_usage(folder).free // 2)
+
+    def keep(block: bytes) -> None:
+        try:
+            spool.write(block)
+            spool.flush()
+        except OSError as error:
+            raise _no_spool(name, folder, error.strerror) from None
+
     try:
-        with _beside(spool.write) as write:
-            for block in _texts(decompressed(file), "standard input" if name == "-" else name):
+        with _readable(shown), _beside(keep) as write:
+            for block in _texts(decompressed(file), shown):
                 if size >= looked and (free := shutil.disk_usage(folder).free) < reserve:
                     room = f"its text has more than {size / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free there"
                     raise _no_spool(name, folder, room)
                 looked = size + 8 * READ_BYTES if size >= looked else looked
                 write(block)
                 size += len(block)
-        spool.flush()
     except decoder_errors() as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise _no_spool(name, folder, error.strerror) from None
         raise UserError(
             f"{name} is damaged: its compressed data ends early, does not decode, or is followed by something else "
             f"({error}).",
             "Fetch or copy the file again and compare its checksum.",
         ) from None
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Tell what the system says of a file that it cannot read, say of a disk that fails or a server that is gone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # of a decompressor
+            raise
+        remedy = "See to the disk or the server that it is on; the same command then goes on."
+        raise UserError(f"{name} cannot be read: {error.strerror}.", remedy) from None
 
 
 @contextmanager
