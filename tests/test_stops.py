@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import os
 import random
 import resource
@@ -242,6 +243,27 @@ def test_a_program_that_can_open_too_few_files_says_so(there: Path, tmp_path: Pa
     run = program(*commands(there, tmp_path)["embed"], before=functools.partial(with_room_for, files))
     code = run.wait()
     assert code == 0 or (code == 2 and "files are open" in run.err and "ulimit -n" in run.err), run.err
+
+
+def with_room_for_threads(threads: int) -> None:
+    """Only so many threads more can begin."""
+    real, left = threading._start_new_thread, itertools.repeat(None, threads)  # type: ignore[attr-defined]
+
+    def begin(*arguments: Any) -> int:
+        for _ in left:
+            begun: int = real(*arguments)
+            return begun
+        raise RuntimeError("can't start new thread")
+
+    threading._start_new_thread = begin  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("threads", range(6))
+def test_a_program_that_can_begin_too_few_threads_says_so(there: Path, tmp_path: Path, threads: int) -> None:
+    run = program(*commands(there, tmp_path)["embed"], before=functools.partial(with_room_for_threads, threads))
+    code = run.wait()
+    assert code == 0 or (code == 2 and "no more threads" in run.err and "ulimit -u" in run.err), run.err
+    assert "Traceback" not in run.err
 
 
 @pytest.mark.parametrize("what", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stopped"])

@@ -28,6 +28,7 @@ from virnucpro_cli.errors import (
     EXIT_SIGNAL_BASE,
     EXIT_USER_ERROR,
     MORE_FILES,
+    MORE_PROCESSES,
     UserError,
     printable,
     shortened,
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> Any:
     _open_streams()
     try:
         stopper = stopping.install()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         sys.exit(_failed(error))
     code, raised = EXIT_OK, None
     try:
@@ -134,10 +135,7 @@ def _stopped(signum: int, stop: BaseException | None) -> int:
 
 def _failed(error: BaseException) -> int:
     """Say what went wrong, and return the exit code."""
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        error = UserError(f"No file can have the name {error.filename!r}: it is too long.", "Give a shorter one.")
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        error = UserError(f"Too many files are open{f' for {error.filename}' if error.filename else ''}.", MORE_FILES)
+    error = _of_the_system(error) or error
     if isinstance(error, UserError):
         say(f"error: {error.what}", *([error.remedy] if error.remedy else []))
         return EXIT_USER_ERROR
@@ -148,6 +146,22 @@ def _failed(error: BaseException) -> int:
         raise error
     _report_bug(error.__cause__ or error if isinstance(error, typer.Abort) else error)  # click's word for an EOFError
     return EXIT_INTERNAL
+
+
+def _of_the_system(error: BaseException) -> UserError | None:
+    """The words for an error by which the system refuses what any command may ask of it; None for others."""
+    match getattr(error, "errno", None):
+        case errno.ENAMETOOLONG:
+            name = error.filename  # type: ignore[attr-defined]
+            return UserError(f"No file can have the name {name!r}: it is too long.", "Give a shorter one.")
+        case errno.EMFILE | errno.ENFILE:
+            name = error.filename  # type: ignore[attr-defined]
+            return UserError(f"Too many files are open{f' for {name}' if name else ''}.", MORE_FILES)
+        case errno.EAGAIN:  # of a fork
+            return UserError("The system lets no more processes begin.", MORE_PROCESSES)
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return UserError("The system lets no more threads begin.", MORE_PROCESSES)
+    return None
 
 
 def _report_bug(error: BaseException) -> None:
