@@ -19,6 +19,8 @@ from virnucpro_cli.model.kernels import OPTIONS, attention, contacts, glue, line
 SIZES = {"HEAD_DIM": 64, "WIDE": 64, "ROWS": 64, "PRECISION": contacts.PRECISION}
 KERNELS = (
     (attention._attention, {"HEAD_DIM": 64, "WIDE": 64, "QUERIES": 64, "KEYS": 32}, ("q_scale", "k_scale")),
+    (attention._attention, {"HEAD_DIM": 128, "WIDE": 128, "QUERIES": 64, "KEYS": 32}, ("q_scale", "k_scale", "slopes")),
+    (portable._turn, {"HALF": 64, "WIDE": 64, "HEADS": 64}, ("gain",)), (norm._norm, {"D": 5120, "WIDE": 1024, "PARTS": 5, "ROWS": 1}, ()),
     (portable._turn, {"HALF": 32, "WIDE": 32, "HEADS": 32}, ()), (portable._turn, {"HALF": 12, "WIDE": 16, "HEADS": 32}, ("gain",)),
     (glue._gated, {"BY_GELU": False, "COLUMNS": glue.COLUMNS}, ()), (norm._norm, {"D": 1280, "WIDE": 256, "PARTS": 5, "ROWS": 1}, ()),
     (sums._sums, {"ROWS": sums.ROWS, "COLUMNS": sums.COLUMNS}, ()), (contacts._rows, SIZES, ()), (contacts._columns, SIZES, ()),
