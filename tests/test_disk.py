@@ -46,8 +46,8 @@ def failing(patch: pytest.MonkeyPatch, call: str, number: int) -> list[int]:
         )
         patch.setattr(os, "link", fail)
     else:
-        owner: Any = disk if call == "renameat2" else os
-        patch.setattr(owner, {"fallocate": "posix_fallocate", "renameat2": "rename_exclusive"}.get(call, call), fail)
+        ours = {"fallocate": "fallocate", "renameat2": "rename_exclusive"}
+        patch.setattr(disk if call in ours else os, ours.get(call, call), fail)
     return calls
 
 
@@ -188,10 +188,27 @@ def test_a_system_without_fdatasync_and_fallocate_is_done_without(
 ) -> None:
     """Apple's."""
     monkeypatch.delattr(os, "fdatasync")
-    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(disk.ctypes, "CDLL", lambda *_, **__: object())
     embed()
     with store.read_embeddings(tmp_path / "out.h5") as file:
         assert file.complete and file.unaltered
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this machine has no /proc")
+def test_a_file_system_that_does_not_count_what_is_free_is_not_full() -> None:
+    output = Path("/proc/out.h5")
+    assert disk.free_space(output) is None and disk.has_room(output, 1 << 60)
+    disk.check_free_space(output, 1 << 60)
+
+
+def test_room_that_nobody_knows_of_is_told_as_such(
+    embed: Callable[..., RunReport], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(disk, "free_space", lambda output: None)
+    monkeypatch.setattr(store, "free_space", lambda output: None)
+    embed(dry_run=True, quiet=False)
+    assert "its file system does not say how much is free\n" in capsys.readouterr().err
+    assert "which does not say how much is free" in doctor._room("this folder", Path(), "", "").found
 
 
 def test_a_disk_that_cannot_be_asked_to_begin_is_done_without(tmp_path: Path) -> None:

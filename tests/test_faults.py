@@ -201,7 +201,7 @@ def test_a_kill_at_any_moment_is_made_good_by_the_same_command(case: Case, tmp_p
     ("call", "survived"),
     [
         ("pwrite", 0), ("pwrite", 1), ("pwrite", 5), ("pwrite", 50), ("fdatasync", 0), ("fdatasync", 1),
-        ("fdatasync", 2), ("fdatasync", 7), ("posix_fallocate", 0), ("posix_fallocate", 1), ("fsync", 0), ("fsync", 1),
+        ("fdatasync", 2), ("fdatasync", 7), ("fallocate", 0), ("fallocate", 1), ("fsync", 0), ("fsync", 1),
         ("fsync", 2), ("rename", 0), ("rename_exclusive", 0),
     ],
     ids=lambda value: str(value),

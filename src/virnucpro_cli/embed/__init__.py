@@ -266,7 +266,7 @@ def _is_retried(run: EmbedRun) -> bool:
 
 def _has_room(output: Path) -> bool:
     """Whether a better file can be made beside this one, and may take its place."""
-    return os.access(output, os.W_OK) and store.free_space(output) > output.stat().st_size
+    return os.access(output, os.W_OK) and store.has_room(output, output.stat().st_size)
 
 
 def _drop_finished_partial(output: Path) -> None:

@@ -294,8 +294,9 @@ def describe_plan(run: EmbedRun) -> None:
         if key in summary.environment:
             say(f"{key}: {summary.environment[key]}")
     free = store.free_space(run.output)
-    enough = "" if free >= needed else ", WHICH IS NOT ENOUGH"
-    say(f"output: at most {report.size(needed)}; {report.size(free)} are free there{enough}")
+    room = "its file system does not say how much is free" if free is None else f"{report.size(free)} are free there"
+    enough = "" if store.has_room(run.output, needed) else ", WHICH IS NOT ENOUGH"
+    say(f"output: at most {report.size(needed)}; {room}{enough}")
     seconds = _forward_seconds(run)
     if seconds is None:
         name = devices.short_name(run.computing.dtype)

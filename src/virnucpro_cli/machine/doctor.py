@@ -156,11 +156,12 @@ def _room(what: str, folder: Path, elsewhere: str, another_disk: str) -> Finding
     free, remedy = store.free_space(folder / "any"), ""
     if not _writable(folder):
         remedy = f"It cannot be written: {elsewhere}"
-    elif free < LITTLE_ROOM:
+    elif free is not None and free < LITTLE_ROOM:
         remedy = f"Little room: {another_disk}"
     elif what == "this folder" and not _has_locks(folder):
         remedy = "It has no file locks: never write one output from two runs at once, or give another -o."
-    return Finding(what, f"{folder}, {report.size(free)} free", remedy)
+    room = "which does not say how much is free" if free is None else f"{report.size(free)} free"
+    return Finding(what, f"{folder}, {room}", remedy)
 
 
 def _writable(folder: Path) -> bool:

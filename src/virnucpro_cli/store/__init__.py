@@ -20,6 +20,7 @@ from virnucpro_cli.store.disk import (
     copy_back,
     discard_partial,
     free_space,
+    has_room,
     lock_of,
     new_file,
     partial_path,

@@ -122,14 +122,22 @@ def check_hdf5_name(output: Path) -> None:
     raise UserError(f"The output {output} is HDF5, and its name says {output.suffix}.", f"Give -o {file}{then}")
 
 
-def free_space(output: Path) -> int:
-    """Bytes free where `output` will be."""
-    return shutil.disk_usage(output.parent).free
+def free_space(output: Path) -> int | None:
+    """Bytes free where `output` will be; None on a file system that does not count them."""
+    usage = shutil.disk_usage(output.parent)
+    return usage.free if usage.total else None
+
+
+def has_room(output: Path, needed: int) -> bool:
+    """Whether so many bytes are free where `output` will be, as far as the file system says."""
+    free = free_space(output)
+    return free is None or free >= needed
 
 
 def check_free_space(output: Path, needed: int) -> None:
+    """Raise UserError if fewer bytes than needed are free where `output` will be."""
     free = free_space(output)
-    if free < needed:
+    if free is not None and free < needed:
         raise UserError(
             f"{output} will need {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free in {output.parent}.",
             "Free some space, choose another disk with -o, or store less "
@@ -433,9 +441,21 @@ def disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
 
 def reserve(fd: int, size: int) -> None:
     """Take the disk space now, so that a full disk shows now; a file system that cannot is left to show it later."""
-    if hasattr(os, "posix_fallocate"):  # not on Apple's
-        with _optional("fallocate"):
-            os.posix_fallocate(fd, 0, size)
+    with _optional("fallocate"):
+        fallocate(fd, size)
+
+
+def fallocate(fd: int, size: int) -> None:
+    """Linux' call that gives a file its space. Raises OSError.
+
+    Where a file system lacks it, the C library's `posix_fallocate` writes a byte into every block instead: on a network
+    file system that takes as long as to write the file.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    while call is None or call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        number = ctypes.get_errno() if call else errno.ENOSYS
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
 
 
 def begin_to_write(fd: int, offset: int, size: int) -> None:
