@@ -253,8 +253,8 @@ def _layout(parts: list[_Part], fingerprint: dict[str, Any]) -> store.Layout:
     offsets = _offsets(parts, n) if _by_residue(fingerprint) else None
     scores = unmasked(fingerprint.get("emit", ()))
     columns = parts[0].file.dataset("unmasked", "logits").shape[1] if "logits" in scores else 0
-    lengths, replaced = _column(parts, n, "lengths"), _column(parts, n, "replaced")
-    extra, states = _extra(parts, n), _states(parts, n, environments)
+    lengths, replaced = _column(parts, "lengths"), _column(parts, "replaced")
+    extra, states = _extra(parts), _states(parts, n, environments)
     for name in (each for each in HALVES if each in fingerprint):
         halves, its = _of_half(parts, name), fingerprint[name]
         rows = halves[0].rows.at(f"{its['pool'][0]}/{its['layers'][0]}")
@@ -285,8 +285,8 @@ def _of_half(parts: list[_Part], name: str) -> list[_Part]:
     return halves
 
 
-def _column(parts: list[_Part], n: int, name: str) -> NDArray[Any]:
-    return _gathered(parts, 0, n, lambda part, rows: getattr(part.rows, name)[rows])
+def _column(parts: list[_Part], name: str) -> NDArray[Any]:
+    return _gathered(parts, lambda part: getattr(part.rows, name))
 
 
 def _environments(part: _Part) -> list[str]:
@@ -295,20 +295,20 @@ def _environments(part: _Part) -> list[str]:
 
 def _states(parts: list[_Part], n: int, environments: list[str]) -> dict[str, Any]:
     """Columns that say what became of n records, [n]: rows that are to be copied are pending."""
-    status, computed_by = _column(parts, n, "status"), np.zeros(n, np.uint8)
+    status, computed_by = _column(parts, "status"), np.zeros(n, np.uint8)
     for part in parts:
         known = np.array([environments.index(line) for line in _environments(part)])
         computed_by[part.records] = known[np.minimum(part.rows.computed_by, len(known) - 1)]
     pending = np.where(status == store.DONE, store.PENDING, status).astype(np.uint8)
-    flags, reason = _column(parts, n, "flags"), _column(parts, n, "reason")
+    flags, reason = _column(parts, "flags"), _column(parts, "reason")
     return {"status": pending, "flags": flags, "reason": reason, "computed_by": computed_by}
 
 
-def _extra(parts: list[_Part], n: int) -> store.Extra:
+def _extra(parts: list[_Part]) -> store.Extra:
     """Columns gathered, tables as the first shard has them, and what features make of their parts."""
 
     def gathered(name: str) -> NDArray[Any]:
-        return _gathered(parts, 0, n, lambda part, rows: part.columns[name][rows])
+        return _gathered(parts, lambda part: part.columns[name][:])
 
     def table(name: str, data: Any) -> Any:
         if data.dtype != object:
@@ -359,6 +359,7 @@ def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) 
     names += [f"unmasked/{name}" for name in unmasked(fingerprint.get("emit", ()))]
     width = max(file.places[name].row_bytes for name in names)
     file.keep_environments()
+    columns = _column(parts, "status"), _column(parts, "reason")
     ahead, synced = deque[_Chunk](), deque[Future[None]]()
     with ThreadPoolExecutor(min(cores() + 2, MOST_READERS)) as readers, ThreadPoolExecutor(1) as syncing:
 
@@ -366,7 +367,7 @@ def _copied(parts: list[_Part], file: store.Store, fingerprint: dict[str, Any]) 
             chunk = ahead.popleft()
             for each in chunk.reading:
                 each.result()
-            _write(parts, file, chunk, offsets)
+            _write(file, chunk, offsets, *columns)
             synced.append(syncing.submit(file.commit))
             if len(synced) > 1:
                 synced.popleft().result()
@@ -430,15 +431,17 @@ def _take(part: _Part, first: int, last: int, chunk: _Chunk, offsets: NDArray[np
         raise _Damaged(part.path)
 
 
-def _write(parts: list[_Part], file: store.Store, chunk: _Chunk, offsets: NDArray[np.int64]) -> None:
-    """Place a chunk's rows, and mark what is pending as its shard has it."""
+def _write(
+    file: store.Store, chunk: _Chunk, offsets: NDArray[np.int64], statuses: NDArray[np.uint8],
+    reasons: NDArray[np.uint8],
+) -> None:  # fmt: skip
+    """Place a chunk's rows, and mark what is pending as its shard has it: statuses and reasons of all records, [N]."""
     start, stop = chunk.start, chunk.stop
     rows = np.arange(start, stop)
     for name, values in chunk.values.items():
         kind, _, layer = name.partition("/")
         file.place(kind, layer, np.arange(offsets[start], offsets[stop]) if _has_residues(name) else rows, values)
-    status = _gathered(parts, start, stop, lambda part, own: part.rows.status[own])
-    reason = _gathered(parts, start, stop, lambda part, own: part.rows.reason[own])
+    status, reason = statuses[start:stop], reasons[start:stop]
     pending, recomputed = file.status[rows] == store.PENDING, (file.flags[rows] & store.RECOMPUTED) > 0
 
     def mark(of: NDArray[np.bool_], status: int = store.DONE, flag: int = 0, reason: int = 0) -> None:
@@ -451,17 +454,13 @@ def _write(parts: list[_Part], file: store.Store, chunk: _Chunk, offsets: NDArra
         mark(pending & (status == store.SKIPPED) & (reason == code), store.SKIPPED, reason=code)
 
 
-def _gathered(parts: list[_Part], start: int, stop: int, read: Callable[[_Part, slice], NDArray[Any]]) -> NDArray[Any]:
-    """The results of `read` for the rows of each part whose records are in [start, stop), in the order of the input."""
-    rows: NDArray[Any] | None = None
-    for part in parts:
-        first, last = np.searchsorted(part.records, (start, stop)).tolist()
-        if first < last:
-            values = read(part, slice(first, last))
-            if rows is None:
-                rows = np.empty((stop - start, *values.shape[1:]), values.dtype)
-            rows[part.records[first:last] - start] = values
-    return np.empty(0) if rows is None else rows
+def _gathered(parts: list[_Part], column: Callable[[_Part], NDArray[Any]]) -> NDArray[Any]:
+    """A column of all records, [N, ...], from that of each part."""
+    columns = [column(part) for part in parts]
+    whole = np.empty((sum(map(len, columns)), *columns[0].shape[1:]), columns[0].dtype)
+    for part, own in zip(parts, columns, strict=True):
+        whole[part.records] = own
+    return whole
 
 
 def _by_residue(settings: dict[str, Any]) -> bool:
