@@ -357,3 +357,12 @@ def test_a_map_that_is_not_as_it_was_stored_is_computed_again(model: Path, tmp_p
     embed(fasta, output, model)
     with h5py.File(output) as found, h5py.File(whole) as right:
         assert (found["contacts/values"][:] == right["contacts/values"][:]).all()
+
+
+@pytest.mark.parametrize("start", [-1, -7])
+def test_a_map_that_is_nowhere_is_damage(tmp_path: Path, make_fasta: Make, model: Path, start: int) -> None:
+    embed(make_fasta(LENGTHS), tmp_path / "out.h5", model)
+    with h5py.File(tmp_path / "out.h5", "r+") as file:
+        file["contacts/starts"][3] = start
+    with pytest.raises(UserError, match="contacts/starts"):
+        read_embeddings(tmp_path / "out.h5")

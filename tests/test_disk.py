@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from test_faults import datasets
 from virnucpro_cli import cli, store
+from virnucpro_cli import embed as embed_workflow
+from virnucpro_cli.cli import extract
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.machine import doctor
@@ -288,3 +290,23 @@ def test_without_a_temporary_folder_a_command_says_so_with_exit_2(
     err = capsys.readouterr().err
     assert ended.value.code == 2, err
     assert "nowhere" in err and "TMPDIR" in err and "No temporary folder can be made" in err
+
+
+def test_what_was_removed_is_not_called_safe() -> None:
+    error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    told = disk.disk_error(error, Path("out.h5"), resumable=True)
+    assert "is lost" not in told.what and "was removed meanwhile" in told.remedy
+
+
+def test_a_lock_that_cannot_be_made_is_not_waited_for(tmp_path: Path) -> None:
+    told = pytest.raises(UserError, match="cannot be made: No such file")
+    with told as caught, disk.alone(tmp_path / "no" / "x.lock", lambda _: None, "busy", "Wait for it.", wait=False):
+        pass
+    assert "Wait" not in caught.value.remedy
+
+
+def test_room_is_saved_in_the_words_of_each_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="may need") as imported:
+        disk.check_free_space(tmp_path / "out.h5", 1 << 60)
+    assert "--layers" not in imported.value.remedy
+    assert extract._renamed(embed_workflow.LESS) == "write less (fewer --repr_layers, no per_tok)"

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+from children import program
 from virnucpro_cli import cli, store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
@@ -262,3 +265,33 @@ def test_a_file_that_is_none_of_ours_is_refused(
 def test_the_report_of_verify_is_json(copy: Path, tmp_path: Path) -> None:
     verify.verify_file(str(copy), (), str(tmp_path / "report.json"))
     assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
+
+
+def test_a_name_of_a_million_letters_is_shortened(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.fasta").write_text(f">{'h' * 1_000_000}\nMKV\n")
+    embed_fasta(tmp_path / "in.fasta", tmp_path / "out.h5", model=str(tiny_model), device="cpu", force_protein=True)
+    inspect.inspect_file(str(tmp_path / "out.h5"))
+    assert len(capsys.readouterr().out) < 20_000
+
+
+@pytest.mark.parametrize("words", [("inspect", "--multiqc", "folder"), ("map", "-o", "x.html")])
+def test_a_stop_leaves_no_unfinished_file(made: Path, tmp_path: Path, words: tuple[str, str, str]) -> None:
+    """Before the first file has its name: the stop comes as it is synced."""
+    command, option, place = words
+    (tmp_path / "folder").mkdir()
+    run = program(command, made / "out.h5", option, tmp_path / place, before=stopped)
+    assert run.wait() == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; nothing was written" in run.err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def stopped() -> None:
+    fsync = os.fsync
+
+    def stop(fd: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        fsync(fd)
+
+    os.fsync = stop

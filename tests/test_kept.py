@@ -225,6 +225,27 @@ def test_a_copy_of_an_input_on_another_host_has_the_same_index(
     assert here(*copies).sha256 == expected.sha256
 
 
+@pytest.mark.parametrize("is_copy", [False, True], ids=["the same", "a copy"])
+def test_the_index_of_equal_compressed_inputs_is_used(
+    is_copy: bool, inputs: list[Path], here: Callable[..., RecordTable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = Path(shutil.copy(inputs[1], tmp_path / "copy.fasta.gz")) if is_copy else inputs[1]
+    expected = here(inputs[1], second)
+    monkeypatch.setattr(indexing, "index_span", None)
+    assert_same(here(inputs[1], second), expected)
+
+
+def test_a_damaged_index_is_told_once(
+    inputs: list[Path], here: Callable[..., RecordTable], said: list[str], tmp_path: Path
+) -> None:
+    expected = here(*inputs)
+    with open(tmp_path / "out.h5.index", "r+b") as file:
+        file.seek(-20, os.SEEK_END)
+        file.write(b"damage")
+    assert_same(here(*inputs), expected)
+    assert len([each for each in said if "is damaged, and made again" in each]) == 1
+
+
 def test_letters_read_otherwise_have_an_index_of_their_own(
     inputs: list[Path], here: Callable[..., RecordTable]
 ) -> None:

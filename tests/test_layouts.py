@@ -2,14 +2,18 @@
 
 import csv
 import dataclasses
+import functools
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +22,14 @@ import numpy as np
 import pytest
 import torch
 
-from children import Child
+from children import Child, program
 from virnucpro_cli import store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange import export, importing, layouts
-from virnucpro_cli.exchange.layouts import target as places
 from virnucpro_cli.exchange.layouts.layout import Keys, possible
 from virnucpro_cli.explore import inspect
-from virnucpro_cli.store import reader
+from virnucpro_cli.store import disk, reader
 from virnucpro_cli.validation import verify
 
 LONG = "n" * 300
@@ -448,48 +451,100 @@ def test_a_table_beside_the_target_that_is_not_exports_is_not_replaced(made: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["x.tsv"]
 
 
-def killed_export(source: str, to: str, target: str, moment: str) -> None:
-    """An export that dies after some records, or with the old target renamed and the new one not."""
+def killed_export(source: str, to: str, target: str) -> None:
+    """An export that dies after some records."""
     reader.CHUNK_BYTES = 1
-    names_of, taken = store.EmbeddingFile.names_of, places._take_the_place_of
+    names_of = store.EmbeddingFile.names_of
 
     def killed(self: Any, start: int, stop: int) -> Any:
         if start > 4:
             os._exit(9)
         return names_of(self, start, stop)
 
-    def killed_between(*arguments: Any) -> None:
-        rename = os.rename
-
-        def once(*names: Any) -> None:
-            rename(*names)
-            os._exit(9)
-
-        os.rename = once
-        taken(*arguments)
-
-    if moment == "writing":
-        store.EmbeddingFile.names_of = killed  # type: ignore[method-assign]
-    else:
-        places._take_the_place_of = killed_between
+    store.EmbeddingFile.names_of = killed  # type: ignore[method-assign]
     export.export_file(source, to, target, overwrite=True)
 
 
 @WHOLE
-@pytest.mark.parametrize("moment", ["writing", "between the names"])
 @pytest.mark.parametrize("to", ["fair-esm", "npy", "keyed-h5"])
 def test_nothing_of_a_killed_export_stays_once_it_runs_again(
-    made: Path, tmp_path: Path, to: str, moment: str, monkeypatch: pytest.MonkeyPatch
+    made: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader, "CHUNK_BYTES", 1)
     target = exported(made, tmp_path / f"x{layouts.named(to).suffix}", to)
     before = everything(tmp_path)
     for _ in range(2):
-        child = Child(killed_export, str(made / "out.h5"), to, str(target), moment)
-        assert child.wait() == (9 if moment == "writing" or to == "fair-esm" else 0), child.err
-        assert len(list(tmp_path.glob(".x*.virnucpro-partial"))) <= 1
+        child = Child(killed_export, str(made / "out.h5"), to, str(target))
+        assert child.wait() == 9, child.err
+        assert len(list(tmp_path.glob(".x*.virnucpro-partial"))) == 1
     exported(made, target, to, overwrite=True)
     assert everything(tmp_path).keys() == before.keys()
+
+
+def at_a_name(number: int, do: Callable[[], Any]) -> None:
+    """In this process something is done before call `number` of those that give a file a name or take it."""
+    calls = itertools.count(1)
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        is_one = event == "c_call" and argument.__name__ in ("rename", "replace", "unlink", "rmdir")
+        is_one |= event == "call" and frame.f_code is disk.rename_exclusive.__code__
+        if is_one and next(calls) == number:
+            do()
+
+    sys.setprofile(count)
+
+
+def killed_at_a_name(number: int) -> None:
+    at_a_name(number, lambda: os._exit(9))
+
+
+def stopped_at_a_name(number: int) -> None:
+    at_a_name(number, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+@WHOLE
+@pytest.mark.parametrize(
+    ("to", "overwrite", "ended"),
+    [
+        ("npy", False, killed_at_a_name), ("npy", True, killed_at_a_name), ("fair-esm", True, killed_at_a_name),
+        ("npy", False, stopped_at_a_name), ("npy", True, stopped_at_a_name), ("keyed-h5", False, stopped_at_a_name),
+    ],
+)  # fmt: skip
+def test_an_export_that_ends_anywhere_leaves_all_of_one_or_no_target(
+    made: Path, tmp_path: Path, to: str, overwrite: bool, ended: Callable[[int], None]
+) -> None:
+    name = f"x{layouts.named(to).suffix}"
+    for kind in ("mean", "bos"):
+        (tmp_path / kind).mkdir()
+        exported(made, tmp_path / kind / name, to, kinds=(kind,))
+    old, new = (whole(tmp_path / kind, name) for kind in ("mean", "bos"))
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if overwrite:
+            exported(made, folder / name, to, kinds=("mean",))
+        command = ["export", made / "out.h5", "--to", to, "-o", folder / name, "--kind", "bos"]
+        command += ["--overwrite"] if overwrite else []
+        run = program(*command, before=functools.partial(ended, number))
+        code, there = run.wait(), whole(folder, name)
+        assert there in (old, new) if there and overwrite else there in (new, {}), run.err
+        if ended is stopped_at_a_name and code:
+            assert code == 128 + signal.SIGTERM and ("nothing was written" in run.err) == (there != new), run.err
+            assert there == (old if overwrite else {}) or there == new
+            assert there or not [*folder.iterdir()]
+        with pytest.raises(UserError, match="exists") if there == new and not overwrite else nullcontext():
+            exported(made, folder / name, to, kinds=("bos",), overwrite=overwrite)
+        assert whole(folder, name) == new
+        assert not [*folder.glob(".x*")] or (ended is killed_at_a_name and there == new and not overwrite)
+        if code == 0:
+            break
+    assert number > 2, "nothing was ended: this tests nothing"
+
+
+def whole(folder: Path, name: str) -> dict[str, bytes | str]:
+    """All that is shown in a folder, by names in it; nothing without the target."""
+    shown = {path.removeprefix(f"{folder}/"): each for path, each in everything(folder).items()}
+    return {path: each for path, each in shown.items() if not path.startswith(".x")} if name in shown else {}
 
 
 @WHOLE

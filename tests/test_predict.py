@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from virnucpro_cli.fasta import tokenised
 from virnucpro_cli.fasta.token_file import TokenFile
 from virnucpro_cli.predict import compare, contigs, frames, predict_contigs, tables
 from virnucpro_cli.predict import head as heads
+from virnucpro_cli.store import disk
 
 GOLDENS = ROOT / "tests" / "data" / "virnucpro_goldens.npz"
 Predict = Callable[..., Path]
@@ -333,6 +335,44 @@ def test_tables_of_another_head_or_format_are_not_replaced_unasked(
     (out / "predict.json").unlink()
     with pytest.raises(UserError, match="nothing says what it is of"):
         run(format="original")
+
+
+def test_two_runs_into_one_folder_are_one_and_a_refusal(run: Predict, tmp_path: Path) -> None:
+    out = run()
+    with (
+        disk.alone(disk.lock_of(out / "predict.json"), lambda _: None, ""),
+        pytest.raises(UserError, match="Another run is writing the tables"),
+    ):
+        run(format="original", overwrite=True)
+    assert rows_of(out / MADE[1])[0] != ["Modified_ID", "Is_Virus"]
+    run(format="original", overwrite=True)
+    assert not [*out.glob("*.lock")]
+
+
+@pytest.mark.parametrize("name", ["predict.json", "compare.tsv"])
+def test_files_of_others_are_not_replaced_unasked(run: Predict, tmp_path: Path, name: str) -> None:
+    other = run(output="other")
+    shutil.copytree(other, out := tmp_path / "out", ignore=shutil.ignore_patterns(*MADE, "predict.json"))
+    told = {"compare": str(other / MADE[0])}
+    (out / name).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=f"{name} is there, and was not written by predict"):
+        run(**told)
+    assert (out / name).read_text() == '{"mine": 1}' and not (out / MADE[0]).exists()
+    run(**told, overwrite=True)
+    assert (out / name).read_text() != '{"mine": 1}'
+    run(**told)
+
+
+def test_links_stay_links_to_what_is_written(run: Predict, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    out = run()
+    assert out.is_symlink() and (tmp_path / "elsewhere" / MADE[0]).is_file()
+    before = (out / MADE[0]).read_bytes()
+    (out / MADE[0]).rename(tmp_path / "there.txt")
+    (out / MADE[0]).symlink_to(tmp_path / "there.txt")
+    (tmp_path / "there.txt").unlink()
+    run()
+    assert (out / MADE[0]).is_symlink() and (tmp_path / "there.txt").read_bytes() == before
 
 
 def test_embeddings_of_other_contigs_are_never_replaced(run: Predict, tmp_path: Path) -> None:

@@ -242,6 +242,12 @@ def test_a_shard_is_resumed_and_a_complete_one_is_left_alone(small: Case, tmp_pa
     assert verify.verify_file(str(path)).passed
 
 
+def test_a_merge_that_finds_all_done_writes_the_report_that_is_asked_for(three: Path, tmp_path: Path) -> None:
+    merge.merge_shards(str(three))
+    assert merge.merge_shards(str(three), report_path=str(tmp_path / "report.json")).already_complete
+    assert json.loads((tmp_path / "report.json").read_text())["already_complete"]
+
+
 def test_a_shard_is_checked_against_its_part_of_the_fasta(three: Path) -> None:
     path = shards.path(three, Shard(2, 3))
     with h5py.File(path, "r+") as file:

@@ -360,3 +360,13 @@ def test_an_interrupt_while_the_program_is_imported_is_no_traceback() -> None:
     program += "builtins.__import__ = stopping; m.main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 130 and done.stderr == "stopped by SIGINT; nothing was written.\n"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(12, "Cannot allocate memory"), ImportError("x.so: failed to map segment from x")]
+)
+def test_a_system_that_gives_no_more_memory_is_told_as_such(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli._failed(error) == 2
+    assert "no more memory" in capsys.readouterr().err

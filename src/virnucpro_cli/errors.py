@@ -101,6 +101,7 @@ DAMAGE = (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, A
 """Kinds of errors that HDF5 and other libraries raise when they open damaged files, or something else."""
 AGAIN = "Copy it again from where it was whole, or embed again."
 MORE_FILES = "Let this process open more files: ulimit -n 1024"
+MORE_MEMORY = "Give it more (ulimit -v, the memory of the job), or take fewer --workers and a small --token-budget."
 MORE_PROCESSES = "End other programs, ask for fewer with --workers and OMP_NUM_THREADS=1, or raise ulimit -u."
 
 

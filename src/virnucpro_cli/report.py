@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.segment import Segment
 from rich.table import Table
 
-from virnucpro_cli.errors import UserError, printable, shell_word
+from virnucpro_cli.errors import UserError, printable, shell_word, shortened
 
 LOG_EVERY_SECONDS = 30.0
 LENGTHS = (0, 50, 100, 200, 400, 800, 1023, 2000, 5000)
@@ -234,9 +234,16 @@ def stdout() -> Console:
     return _Console(**PLAIN)
 
 
+class _Table(Table):
+    """A table whose long words, say names of proteins, are shortened: it takes hours to wrap some."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(shortened(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def facts_table(title: str) -> Table:
     """Names to the left, and what is said of each to the right."""
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = _Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")
     return table
@@ -244,7 +251,7 @@ def facts_table(title: str) -> Table:
 
 def columns_table(title: str, names: Iterable[str], left: Collection[str] = ("",)) -> Table:
     """A table with columns of these names. Those to the left hold words, the others numbers."""
-    table = Table(title=title, title_justify="left")
+    table = _Table(title=title, title_justify="left")
     for name in names:
         table.add_column(name, justify="left" if name in left else "right", overflow="fold")
     return table

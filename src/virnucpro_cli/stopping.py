@@ -39,6 +39,7 @@ class Stopper:
     def __init__(self) -> None:
         self.signum: int | None = None  # of the first signal
         self.holding = 0
+        self.wrote = False
         self.over = False
         self._raised: weakref.ref[Stopped] | None = None
         self._told, self._telling = os.pipe()
@@ -126,6 +127,12 @@ def check() -> None:
     """A safe point in a block that is held: raise what a signal asked for."""
     if _stopper is not None and threading.current_thread() is threading.main_thread():
         _stopper.check()
+
+
+def wrote() -> None:
+    """Note that a file that the user asked for has its name: a stop that comes later cannot say that nothing has."""
+    if _stopper is not None:
+        _stopper.wrote = True
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from virnucpro_cli.errors import (
     EXIT_SIGNAL_BASE,
     EXIT_USER_ERROR,
     MORE_FILES,
+    MORE_MEMORY,
     MORE_PROCESSES,
     UserError,
     printable,
@@ -42,6 +43,10 @@ COMMANDS = {
     "fetch": "machine",
 }  # fmt: skip
 """Each command and the module of this package that has its function, in the order of --help."""
+
+
+NO_MEMORY = (os.strerror(errno.ENOMEM), "failed to map segment")
+"""What errors of the system and of the loader of libraries say."""
 
 
 def program(*names: str) -> typer.Typer:
@@ -94,7 +99,7 @@ def main(arguments: list[str] | None = None) -> Any:
         stopper.end()
         raised = error
     if stopper.signum is not None:  # whatever else was raised came of it
-        code = _stopped(stopper.signum, stopping.stop_in(raised))
+        code = _stopped(stopper.signum, stopping.stop_in(raised), stopper.wrote)
     elif raised is not None:
         code = _failed(raised)
     with suppress(UserError):
@@ -123,10 +128,11 @@ def _called(arguments: list[str]) -> int:
         raise
 
 
-def _stopped(signum: int, stop: BaseException | None) -> int:
+def _stopped(signum: int, stop: BaseException | None, wrote: bool) -> int:
     """Say what became of a command that a signal stopped, and return its exit code."""
-    kept = "what was computed is kept, and the same command resumes."
-    left = kept if getattr(stop, "resumable", False) else "nothing was written."
+    left = "what was written by then is there, and whole." if wrote else "nothing was written."
+    if getattr(stop, "resumable", False):
+        left = "what was computed is kept, and the same command resumes."
     if stop is None:  # it was seen when all was done
         left = "it came too late to stop anything; the same command says what is there."
     say(f"stopped by {signal.Signals(signum).name}; {left}")
@@ -159,6 +165,8 @@ def _of_the_system(error: BaseException) -> UserError | None:
             return UserError(f"Too many files are open{f' for {name}' if name else ''}.", MORE_FILES)
         case errno.EAGAIN:  # of a fork
             return UserError("The system lets no more processes begin.", MORE_PROCESSES)
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return UserError("The system gives this process no more memory.", MORE_MEMORY)
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return UserError("The system lets no more threads begin.", MORE_PROCESSES)
     return None

@@ -10,11 +10,12 @@ from virnucpro_cli.errors import EXIT_SOME_SKIPPED, UserError, shortened
 
 EXTRACT_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": list[str]()}
 OF_EMBED = {
+    r"store less \(.*\)": "write less (fewer --layers, no per_tok)",
     "--layers": "--repr_layers",
     "--token-budget": "--toks_per_batch",
     "--max-residues": "--truncation_seq_length",
 }
-"""Options of embed that have another name here."""
+"""Options of embed that have another name here, as patterns."""
 INCLUDE = ("mean", "per_tok", "bos", "contacts")
 
 
@@ -69,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _renamed(text: str) -> str:
-    return re.sub("|".join(OF_EMBED), lambda option: OF_EMBED[option[0]], text)
+    for of_embed, own in OF_EMBED.items():
+        text = re.sub(of_embed, own, text)
+    return text
 
 
 def extract(

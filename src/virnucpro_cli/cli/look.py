@@ -39,7 +39,8 @@ def inspect(
     for flag, folder in (("--multiqc", multiqc), ("--ro-crate", ro_crate)):
         if folder == "":
             raise UserError(f"{flag} is empty.", "Name a folder: . is this one.")
-    end_at_once()
+    if not (qc or multiqc or ro_crate):
+        end_at_once()
     inspect_file(file, qc, multiqc, ro_crate, agent, overwrite)
 
 
@@ -51,7 +52,6 @@ def map(settings: MapConfig) -> None:
     """
     from virnucpro_cli.explore.mapping import write_map
 
-    end_at_once()
     write_map(settings)
 
 

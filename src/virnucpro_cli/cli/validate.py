@@ -46,7 +46,8 @@ def verify(
     """
     from virnucpro_cli.validation.verify import verify_file
 
-    end_at_once()
+    if not report:
+        end_at_once()
     verdict = verify_file(file, tuple(fasta or ()), report)
     _end([check.what for check in verdict.checks if check.passed is False])
 

@@ -105,6 +105,8 @@ def merge_shards(
                 raise UserError(f"{target} exists and is not of these shards.", "Move it away, or --overwrite it.")
             out.print(f"{target} is already complete: same input, model and settings.")
             summary.already_complete = True
+            if report_path:
+                report.save(report_path, summary.to_json())
             return summary
         lock, waiting = target.with_name(f"{target.name}.merging"), f"Another merge is writing {target} now."
         opened.enter_context(alone(lock, lambda _: None, waiting, "Wait for it to end.", wait=False))

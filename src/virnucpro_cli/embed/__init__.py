@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["embed_fasta", "resolved_layers", "run"]
 
+LESS = "store less (--store-dtype fp16, fewer --layers, no residue pool, contacts of fewer with --contacts-for)"
 ANOTHER = "Choose another -o, or --overwrite it."
 LOOKS = 5
 """How often a run looks at what is there, if each time another one changes it."""
@@ -295,7 +296,7 @@ def _open_store(run: EmbedRun, finished: os.stat_result | None) -> store.Store:
     else:
         if partial_file.exists():
             store.discard_partial(output)
-        store.check_free_space(output, layout.file_bytes)
+        store.check_free_space(output, layout.file_bytes, LESS)
         layout.attributes.update(attributes(run))
         file = store.Store.create(output, layout, run.config.preallocate)
         if finished is None and output.exists() and not run.config.overwrite:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from virnucpro_cli import report, store
-from virnucpro_cli.errors import counted, printable, shortened
+from virnucpro_cli.errors import counted, printable
 from virnucpro_cli.explore import crate, multiqc
 from virnucpro_cli.features import qc, stored_in
 from virnucpro_cli.kinds import POOLED, PROTEIN, unmasked
@@ -111,7 +111,7 @@ def _origins(file: store.EmbeddingFile, settings: dict[str, Any]) -> Iterator[tu
         yield "groups", f"{len(file.tables['groups/ids']):,}  ({settings['groups']})"
     if file.attributes.get("approximate", False):
         yield "approximate", "yes: computed in fp8"
-    yield "command", shortened(" ".join(json.loads(file.attributes["argv"])))
+    yield "command", " ".join(json.loads(file.attributes["argv"]))
 
 
 def _statuses(file: store.EmbeddingFile) -> Table:

@@ -53,6 +53,14 @@ def forget(path: Path) -> None:
             pass
 
 
+def _file_of(path: Path) -> tuple[int, int] | None:
+    """Inode and time of change of a file; None if there is none."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
 def is_there(path: Path) -> bool:
     """Whether a file is an index, or empty, as one may be after the power went."""
     try:
@@ -159,6 +167,7 @@ class Kept(Inputs):
     def __init__(self, path: Path, say: Callable[[str], None], needed_by: Path | None = None):
         self.path, self.say, self.needed_by = path, say, needed_by
         self._there: IndexFile | None = None
+        self._damaged: tuple[int, int] | None = None  # inode and time of a file that is no whole index
         self._lock = ExitStack()
         self._is_locked = self._is_made = False
 
@@ -206,10 +215,8 @@ class Kept(Inputs):
         if there is None or there.key != _key(how) or len(there.entries) != len(sources):
             return False
         return all(
-            source.start == (there.text(number) or source).start
-            if source.spool is there.file
-            else source.spool is None and entry.is_of(source.file, source.state)
-            for number, (entry, source) in enumerate(zip(there.entries, sources, strict=True))
+            source.spool in (None, there.file) and entry.is_of(source.file, source.state)
+            for entry, source in zip(there.entries, sources, strict=True)
             if source.state is not None
         )
 
@@ -231,11 +238,12 @@ class Kept(Inputs):
         if self._there is not None and disk.is_the_file(self.path, os.fstat(self._there.file.fileno())):
             return self._there
         self._there = None
-        try:
-            if is_there(self.path):
+        if is_there(self.path) and self._damaged != (found := _file_of(self.path)):
+            try:
                 self._there = IndexFile(self.path)
-        except (OSError, ValueError) as error:
-            self.say(f"{self.path} is damaged, and made again: {error}")
+            except (OSError, ValueError) as error:
+                self._damaged = found
+                self.say(f"{self.path} is damaged, and made again: {error}")
         return self._there
 
     def _wait_for_lock(self) -> None:

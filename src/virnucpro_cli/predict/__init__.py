@@ -162,7 +162,7 @@ def _width(model: str) -> int:
 def _check_folder(folder: Path) -> None:
     """Have the folder of the tables. Raises UserError if nothing can be written there."""
     try:
-        folder.mkdir(exist_ok=True)
+        folder.resolve().mkdir(exist_ok=True)  # a link may name a folder that is not there yet
     except OSError as error:
         if not folder.parent.exists():
             raise UserError(f"The folder of {folder} does not exist.", f"mkdir -p {shell_word(folder)}") from None
@@ -206,7 +206,17 @@ def _embed(run: PredictRun) -> None:
 
 
 def _predict(run: PredictRun) -> None:
-    """Have the tables that are asked for. Those that are there, of the same head and file, stay."""
+    """Have the tables that are asked for. Those that are there, of the same head and file, stay.
+
+    Raises UserError if another run writes them now.
+    """
+    lock = disk.lock_of(run.folder / MADE_OF)
+    busy, remedy = f"Another run is writing the tables of {run.folder} now.", "Wait for it, or choose another -o."
+    with disk.alone(lock, lambda text: run.out.print(text, style="yellow"), busy, remedy, wait=False):
+        _have_tables(run)
+
+
+def _have_tables(run: PredictRun) -> None:
     if run.without is None:
         opened = frames.opened(run.embedded)
     else:
@@ -230,7 +240,7 @@ def _predict(run: PredictRun) -> None:
         with run.clock.stage("write"):
             for name, write in missing.items():
                 _save(run, made_of, there)
-                with disk.written_whole(run.folder / name) as file:
+                with disk.new_file(run.folder / name, overwrite=True) as file:
                     write(file, scored, run)
                 there[name] = disk.sha256(run.folder / name)
             _save(run, made_of, there)
@@ -267,13 +277,19 @@ def _settings(run: PredictRun, opened: Frames) -> dict[str, Any]:
 def _there(run: PredictRun, made_of: dict[str, Any]) -> dict[str, str]:
     """The tables that are there and whole, of the same settings, with their checksums.
 
-    Raises UserError for those of other settings.
+    Raises UserError for those of other settings, and for other files with these names.
     """
     known: Any = None
     with suppress(OSError, ValueError):
         known = json.loads((run.folder / MADE_OF).read_bytes())
     there = {name for name in _writers(run.config) if (run.folder / name).exists()}
-    if isinstance(known, dict) and known.get("made_of") == made_of:
+    is_ours = isinstance(known, dict) and "made_of" in known
+    compared = run.other is None or compare.is_free(run.folder / compare.COMPARED)
+    for name, is_free in ((MADE_OF, is_ours or not (run.folder / MADE_OF).exists()), (compare.COMPARED, compared)):
+        if not (is_free or run.config.overwrite):
+            refusal = f"{run.folder / name} is there, and was not written by predict."
+            raise UserError(refusal, "Choose another -o, or --overwrite it.")
+    if is_ours and known["made_of"] == made_of:
         sums = {name: disk.sha256(run.folder / name) for name in there}
         return {name: each for name, each in sums.items() if known.get("sha256", {}).get(name) == each}
     if there and not run.config.overwrite:
@@ -286,7 +302,7 @@ def _there(run: PredictRun, made_of: dict[str, Any]) -> dict[str, str]:
 
 def _save(run: PredictRun, made_of: dict[str, Any], sums: dict[str, str]) -> None:
     """Note what the tables are of, and the checksums of those that are whole; others are made again."""
-    with disk.written_whole(run.folder / MADE_OF) as file:
+    with disk.written_whole(disk.behind(run.folder / MADE_OF)) as file:
         file.write(json.dumps({"made_of": made_of, "sha256": sums, "place": run.head.place}, indent=1).encode())
 
 
@@ -309,7 +325,7 @@ def _tell(run: PredictRun, scored: Scored) -> None:
 def _compare(run: PredictRun, scored: Scored, other: compare.Other) -> None:
     """Write compare.tsv, and show its first lines."""
     path = run.folder / compare.COMPARED
-    with disk.written_whole(path) as file:
+    with disk.new_file(path, overwrite=True) as file:
         found = compare.compared(scored, other, file)
     run.summary.counts |= found.as_numbers()
     run.summary.tables["Compared"] = [level._asdict() for level in found.levels]

@@ -8,6 +8,7 @@ contigs have the calls of their own table.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -91,6 +92,15 @@ class Comparison:
             "frames missing here": self.missing_here, "frames missing there": self.missing_there,
             "chunks near a tie": self.near,
         }  # fmt: skip
+
+
+def is_free(path: Path) -> bool:
+    """Whether a comparison may be written there: nothing is there, or an earlier one."""
+    if not path.exists():
+        return True
+    first = "\t".join(COLUMNS).encode()
+    with open(path, "rb") as file:
+        return file.read(len(first)) == first
 
 
 def keys_of(names: list[str]) -> NDArray[np.uint64]:

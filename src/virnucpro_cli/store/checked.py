@@ -286,6 +286,7 @@ def _possible_contacts(path: Path, data: dict[str, Dataset]) -> dict[str, NDArra
     sides, room = sizes.astype(np.int64), len(data["contacts/values"])
     return {
         "contacts/sizes": (sides >= 0) & (sides < 1 << 31),
-        "contacts/starts": (starts < 0) | ((starts <= room) & (sides**2 <= room - starts)),
+        "contacts/starts": ((starts == -1) & (status != schema.DONE))
+        | ((starts >= 0) & (starts <= room) & (sides**2 <= room - starts)),
         "contacts/status": status < len(schema.STATUS_NAMES),
     }

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import IO, Any
 
 from virnucpro_cli.errors import UserError, shell_word
-from virnucpro_cli.stopping import cores, threads
+from virnucpro_cli.stopping import cores, held, threads, wrote
 from virnucpro_cli.store.schema import CHECKSUM_BYTES
 
 OTHER_FILES = 256
@@ -134,14 +134,13 @@ def has_room(output: Path, needed: int) -> bool:
     return free is None or free >= needed
 
 
-def check_free_space(output: Path, needed: int) -> None:
-    """Raise UserError if fewer bytes than needed are free where `output` will be."""
+def check_free_space(output: Path, needed: int, less: str = "") -> None:
+    """Raise UserError if fewer bytes than needed are free where `output` will be. less: how to need less, as words."""
     free = free_space(output)
     if free is not None and free < needed:
         raise UserError(
-            f"{output} will need {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free in {output.parent}.",
-            "Free some space, choose another disk with -o, or store less "
-            "(--store-dtype fp16, fewer --layers, no residue pool).",
+            f"{output} may need {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free in {output.parent}.",
+            f"Free some space, {'or ' * (not less)}choose another disk for it{less and f', or {less}'}.",
         )
 
 
@@ -222,20 +221,21 @@ def alone(path: Path, say: Callable[[str], None], waiting: str, remedy: str = ""
     """Be the only process that holds the lock file `path`, which is gone at the end; `say` tells why this takes time.
 
     Gives whether the file system has locks. Raises UserError if the file cannot be made or locked; and with the words
-    of `waiting`, if another process has it and this one shall not wait.
+    of `waiting`, if another process has it and this one shall not wait. remedy: of the one that this one may meet.
     """
     try:
-        while (held := _lock_file(path, say, waiting, remedy, wait)) is None:
+        while (had := _lock_file(path, say, waiting, remedy, wait)) is None:
             pass
     except OSError as error:
-        remedy = remedy or f"See to {path.parent}, or choose another place."
+        remedy = (wait and remedy) or f"See to {path.parent}, or choose another place."
         raise UserError(f"The lock {path} cannot be made: {error.strerror}.", remedy) from None
-    fd, locked = held
+    fd, locked = had
     try:
         yield locked
     finally:
-        path.unlink(missing_ok=True)
-        os.close(fd)
+        with held():
+            path.unlink(missing_ok=True)
+            os.close(fd)
 
 
 def _lock_file(
@@ -338,8 +338,13 @@ def written_whole(path: Path, replace: bool = True, durable: bool = True) -> Ite
     replace: even if another file has the name. durable: False for what its readers check, so that nobody need wait for
     the disk. Raises UserError if the disk fails, or another file is not replaced.
     """
+    with _written_whole(path, os.replace if replace else partial(rename_new, kept=False), durable) as file:
+        yield file
+
+
+@contextmanager
+def _written_whole(path: Path, rename: Callable[[Path, Path], None], durable: bool = True) -> Iterator[IO[bytes]]:
     try:
-        rename = os.replace if replace else partial(rename_new, kept=False)
         with making(path, rename, durable) as (fd, _), os.fdopen(fd, "wb", closefd=False) as file:
             yield file
         os.close(fd)
@@ -349,7 +354,17 @@ def written_whole(path: Path, replace: bool = True, durable: bool = True) -> Ite
 
 def new_file(output: Path, overwrite: bool) -> AbstractContextManager[IO[bytes]]:
     """A file to write, as `written_whole` gives it, where `check_new` saw that it can be made. A link stays one."""
-    return written_whole(behind(output), overwrite)
+    return _written_whole(behind(output), partial(rename_asked_for, replace=overwrite, kept=False))
+
+
+def rename_asked_for(source: Path, target: Path, replace: bool, kept: bool = True) -> None:
+    """Give a file that the user asked for its name. A stop comes before, or knows that it is there. kept: as below."""
+    with held():
+        if replace:
+            os.replace(source, target)
+        else:
+            rename_new(source, target, kept)
+        wrote()
 
 
 def copy_back(output: Path) -> None:
@@ -433,6 +448,8 @@ def disk_error(error: OSError, output: Path, resumable: bool) -> UserError:
     full = {errno.ENOSPC: "No space is left", errno.EDQUOT: "The disk quota is used up"}.get(error.errno or 0)
     message = f"{full} for {output}." if full else f"{output} cannot be written: {error.strerror}."
     remedy = "Make room" if full else "See to the file system"
+    if error.errno == errno.ENOENT:
+        return UserError(message, "Its folder, or what this run had written, was removed meanwhile: run again.")
     if not resumable:
         return UserError(message, f"{remedy} or choose another disk with -o, and run again.")
     kept = f"{message} Nothing that was computed and committed is lost."

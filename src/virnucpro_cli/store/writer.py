@@ -486,7 +486,7 @@ class Store:
         self._sync()
         ours = self.replaces is not None and disk.is_the_file(self.output, self.replaces, unchanged=True)
         try:
-            (os.replace if overwrite or ours else disk.rename_new)(self.path, self.output)
+            disk.rename_asked_for(self.path, self.output, overwrite or ours)
         except OSError as error:
             raise disk.disk_error(error, self.output, resumable=True) from None
         self.path = self.output

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from virnucpro_cli import report
+from virnucpro_cli import report, stopping
 from virnucpro_cli.errors import UserError, in_a_line, shell_word
 from virnucpro_cli.exchange.layouts.layout import Format, possible
 from virnucpro_cli.store.disk import alone, disk_error, lock_of, rename_new, sha256, sync_folder
 
 LIST = ".virnucpro-export.json"
-MARK = ".virnucpro-partial"
+MARK, LANDING = ".virnucpro-partial", ".virnucpro-landing"
+"""Suffix of a hidden place, and name of a file in it; and of one that is there while files get their names."""
 LONGEST_NAME = 200
 ELSEWHERE = "Choose another target with -o."
 UNTOUCHED = "The folder is not touched: choose another target with -o, or remove it yourself."
@@ -34,7 +35,7 @@ def check(target: Path, layout: Format, read: list[str], overwrite: bool) -> Non
     else:
         report.check_places({f"target {path.suffix}": str(path) for path in _files(target, layout)}, read)
     for path in filter(Path.exists, _files(target, layout)):
-        if not overwrite:
+        if not overwrite and not _is_left(path, target, layout):
             raise UserError(f"{path} exists.", "Choose another target with -o, or --overwrite it.")
         if path != target and not layout.is_beside(path):
             raise UserError(f"{path} was not written by export.", f"It is not touched. {ELSEWHERE}")
@@ -96,7 +97,7 @@ def _stamps(folder: Path) -> dict[str, Stamp]:
 
 def _remove(folder: Path, names: Iterable[str]) -> None:
     """Remove these files, and the folder if nothing else is in it."""
-    for name in names:
+    for name in sorted(names, key=LIST.__eq__):  # the list last, which says whose the others are
         (folder / name).unlink(missing_ok=True)
     try:
         folder.rmdir()
@@ -114,7 +115,7 @@ def placed(target: Path, layout: Format, overwrite: bool) -> Iterator[Path]:
     Raises UserError if another export to the same target is alive, and of every error of the disk.
     """
     target = target.resolve()  # a link stays one
-    place = target.with_name(possible(f".{target.name}", LONGEST_NAME) + MARK)
+    place = _hidden(target)
     lock, busy = lock_of(place), f"Another run is writing {target} now."
     try:
         with alone(lock, lambda _: None, busy, "Wait for it, or choose another target with -o.", wait=False) as locked:
@@ -125,9 +126,15 @@ def placed(target: Path, layout: Format, overwrite: bool) -> Iterator[Path]:
                 place.mkdir()
                 (place / MARK).touch()
                 yield place / target.name
-                _land(place, target, layout, overwrite)
+                _sync(place, target, layout)
+                ours = written(target) if layout.folder and overwrite and target.exists() else {}
+                with stopping.held():
+                    _land(place, target, layout, overwrite, ours)
+                if ours:
+                    _remove(_old(target, place), ours)
             finally:
-                _clear(place, target, layout)
+                with stopping.held():
+                    _clear(place, target, layout)
     except OSError as error:
         if error.errno is None:  # NumPy's, of a short write
             raise _unwritable(target, error) from None
@@ -136,12 +143,23 @@ def placed(target: Path, layout: Format, overwrite: bool) -> Iterator[Path]:
         raise _unwritable(target, error) from None
 
 
+def _hidden(target: Path) -> Path:
+    """Where a target, which is no link, is written."""
+    return target.with_name(possible(f".{target.name}", LONGEST_NAME) + MARK)
+
+
+def _old(path: Path, place: Path) -> Path:
+    """Where an old file or folder waits for the new one to have its name."""
+    return place / f"{path.name}.old"
+
+
 def _unwritable(target: Path, error: Exception) -> UserError:
     remedy = "Is there room? Or choose another disk with -o."
     return UserError(f"{target} cannot be written: {in_a_line(error)}.", remedy)
 
 
-def _land(place: Path, target: Path, layout: Format, overwrite: bool) -> None:
+def _sync(place: Path, target: Path, layout: Format) -> None:
+    """Make all that was written durable, with the list of a folder."""
     new = place / target.name
     if layout.folder:
         sums = {name: sha256(new / name) for name in sorted(os.listdir(new))}
@@ -151,51 +169,63 @@ def _land(place: Path, target: Path, layout: Format, overwrite: bool) -> None:
             with open(Path(folder) / name, "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(folder))
-    for path in _files(target, layout):
-        if layout.folder:
-            _take_the_place_of(path, place, overwrite)
-        elif overwrite:
-            os.replace(place / path.name, path)
-        else:
-            rename_new(place / path.name, path, kept=False)
+
+
+def _land(place: Path, target: Path, layout: Format, overwrite: bool, ours: dict[str, Stamp]) -> None:
+    """Give what is new its names, the target's last, once what is old is put away: no file of an export is beside one
+    of another. Where this is left in the middle, `_clear` undoes it. ours: what is in an old folder.
+    """
+    files = _files(target, layout)
+    if overwrite and target.is_file() and len(files) == 1:
+        os.replace(place / target.name, target)
+    else:
+        (place / LANDING).touch()
+        for path in filter(Path.exists, reversed(files)):
+            if not overwrite:
+                raise UserError(f"{path} appeared while this export ran; it was not touched.", ELSEWHERE)
+            os.rename(path, _old(path, place))
+        if ours and _stamps(_old(target, place)) != ours:
+            raise UserError(f"{target} was changed while this export ran.", "It is not touched: run the export again.")
+        for path in files:
+            if layout.folder:
+                os.rename(place / path.name, path)
+            else:
+                rename_new(place / path.name, path, kept=False)
     sync_folder(target.parent)
+    stopping.wrote()
 
 
-def _take_the_place_of(path: Path, place: Path, overwrite: bool) -> None:
-    """Rename the new folder to `path`. An older one goes if export wrote every file in it, and else is put back."""
-    new, old = place / path.name, place / f"{path.name}.old"
-    if not path.exists():
-        os.rename(new, path)
-        return
-    if not overwrite:
-        raise UserError(f"{path} appeared while this export ran; it was not touched.", ELSEWHERE)
-    ours = written(path)
-    os.rename(path, old)
-    try:
-        if _stamps(old) != ours:
-            raise UserError(f"{path} was changed while this export ran.", "It is not touched: run the export again.")
-        os.rename(new, path)
-    except BaseException:
-        os.rename(old, path)
-        raise
-    _remove(old, ours)
+def _is_left(path: Path, target: Path, layout: Format) -> bool:
+    """Whether a killed export left this file without its target: the next one takes it away as it begins."""
+    place = _hidden(target.resolve())
+    begun = (place / LANDING).exists() and (place / target.name).exists() and not target.exists()
+    return path != target and begun and not (place / path.name).exists() and layout.is_beside(path)
 
 
 def _clear(place: Path, target: Path, layout: Format) -> None:
-    """Remove an export's hidden place. An old folder that was moved there goes back, or goes if it is export's."""
+    """Remove an export's hidden place. Unless the target is new, what had its name before has it again."""
     if not os.path.lexists(place):
         return
-    old, new = place / f"{target.name}.old", [place / path.name for path in _files(target, layout)]
+    files = _files(target, layout)
+    new, old = [place / path.name for path in files], [_old(path, place) for path in files]
     is_folder = place.is_dir() and not place.is_symlink()
     there = set(place.iterdir()) if is_folder else set()
-    if not is_folder or not there <= {place / MARK, old, *new} or (there and place / MARK not in there):
+    if (
+        not is_folder
+        or not there <= {place / MARK, place / LANDING, *old, *new}
+        or (there and place / MARK not in there)
+    ):
         raise UserError(f"{place} is in the way, and not of an export.", "Move it away, or choose another -o.")
-    if old.is_dir():
-        if target.exists():
-            _remove(old, written(old))
-        else:
-            os.rename(old, target)
-    for left in new:
+    if new[-1] in there and not target.exists():
+        for path, its_new, its_old in zip(files, new, old, strict=True):
+            if _is_left(path, target, layout):
+                os.rename(path, its_new)
+            if its_old in there:
+                os.rename(its_old, path)
+    for left in old:
+        if left.is_dir():
+            _remove(left, written(left))
+        left.unlink(missing_ok=True)
+    for left in (place / LANDING, *new, place / MARK):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    (place / MARK).unlink(missing_ok=True)
     place.rmdir()
