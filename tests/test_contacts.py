@@ -357,6 +357,8 @@ def test_a_map_that_is_not_as_it_was_stored_is_computed_again(model: Path, tmp_p
     embed(fasta, output, model)
     with h5py.File(output) as found, h5py.File(whole) as right:
         assert (found["contacts/values"][:] == right["contacts/values"][:]).all()
+    with read_embeddings(output) as file:
+        assert [note for note in file.report["notes"] if "contact maps of 2 proteins not in" in note]
 
 
 @pytest.mark.parametrize("start", [-1, -7])

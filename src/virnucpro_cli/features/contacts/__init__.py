@@ -189,8 +189,11 @@ def fill(run: Run) -> int:
     """
     file = run.file
     file.commit()
-    starts, sizes = _columns(file, STARTS, SIZES)
+    starts, sizes, before = _columns(file, STARTS, SIZES, STATUS)
     pending = np.flatnonzero(status_of(file) == store.PENDING)
+    if lost := int((before[pending] != store.PENDING).sum()):
+        lost_maps = f"contact maps of {counted(lost, 'protein')} not in {file.path} as they were committed"
+        run.tell(f"{lost_maps}, and computed again: see to the disk")
     skipped = file.status[pending] == store.SKIPPED
     given_up = skipped & (file.reason[pending] != store.NO_MEMORY)
     for record in sharers(starts, pending[skipped])[0]:
