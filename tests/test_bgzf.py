@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from xopen import xopen
 
 from virnucpro_cli import fasta
+from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.fasta import compressed
 from virnucpro_cli.fasta.compressed import BGZF_END, decoder_errors
@@ -355,3 +356,16 @@ def test_a_stop_does_not_wait_for_a_pipe_that_gives_nothing(tmp_path: Path, comp
 def _spooled(pid: int) -> bool:
     """Whether a process has written to a nameless file."""
     return any("(deleted)" in os.readlink(link) and os.stat(link).st_size for link in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def test_a_file_without_the_block_at_its_end_is_told(tmp_path: Path, tiny_model: Path) -> None:
+    for data, is_told in (
+        (bgzf(TEXT, 1000), False), (bgzf(TEXT, 1000, end=b""), True), (gzip.compress(TEXT), False), (TEXT, False),
+        (BGZF_END, False), (b"", False), (b"\x1f\x8b", False),
+    ):  # fmt: skip
+        (tmp_path / "in.gz").write_bytes(data)
+        assert fasta.lacks_end(str(tmp_path / "in.gz")) == is_told
+    assert not fasta.lacks_end("-") and not fasta.lacks_end(str(tmp_path))
+    (tmp_path / "in.gz").write_bytes(bgzf(TEXT, 1000, end=b""))
+    report = embed_fasta(tmp_path / "in.gz", tmp_path / "out.h5", model=str(tiny_model), device="cpu", dry_run=True)
+    assert [note for note in report.notes if "in.gz lacks the block that ends a BGZF file" in note]

@@ -46,7 +46,7 @@ COMMANDS = {
 
 
 NO_MEMORY = (os.strerror(errno.ENOMEM), "failed to map segment")
-"""What errors of the system and of the loader of libraries say."""
+"""Words of errors of the system, and of the loader of libraries, that mean it."""
 
 
 def program(*names: str) -> typer.Typer:

@@ -105,9 +105,7 @@ def merge_shards(
                 raise UserError(f"{target} exists and is not of these shards.", "Move it away, or --overwrite it.")
             out.print(f"{target} is already complete: same input, model and settings.")
             summary.already_complete = True
-            if report_path:
-                report.save(report_path, summary.to_json())
-            return summary
+            return _saved(summary, report_path)
         lock, waiting = target.with_name(f"{target.name}.merging"), f"Another merge is writing {target} now."
         opened.enter_context(alone(lock, lambda _: None, waiting, "Wait for it to end.", wait=False))
         with clock.stage("lay out"):
@@ -136,8 +134,13 @@ def merge_shards(
         f"{target}: {counted(summary.counts['proteins'], word)} of {counted(len(parts), 'shard')}, "
         f"{report.size(target.stat().st_size)}"
     )
-    if report_path:
-        report.save(report_path, summary.to_json())
+    return _saved(summary, report_path)
+
+
+def _saved(summary: report.RunReport, path: str | None) -> report.RunReport:
+    """The report, saved if there is a path."""
+    if path:
+        report.save(path, summary.to_json())
     return summary
 
 

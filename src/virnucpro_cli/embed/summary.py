@@ -103,6 +103,8 @@ def _warnings(run: EmbedRun) -> list[str]:
     warn(table.gaps > 0, f"with gaps, {letters} - or ., {_of_gaps(table.reading).get(config.gaps)} (column /gaps)")
     for code in (store.EMPTY, store.INVALID, store.TOO_LONG):
         warn(decisions.reason == code, f"skipped, their rows are NaN: {store.REASONS[code]}", name_them=True)
+    for name in filter(fasta.lacks_end, config.inputs):
+        notes.append(f"{name} lacks the block that ends a BGZF file: if it was cut short, records are missing")
     if config.pool == ("residue",):
         remedy = f"add mean, say, to --pool for one row a {word}"
         notes.append(f"only per-residue rows are stored, so the file has no /embeddings; {remedy}")

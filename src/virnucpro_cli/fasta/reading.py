@@ -205,6 +205,22 @@ def open_sources(inputs: Sequence[str], spool_dir: Path, kept: Kept | None = Non
     return sources
 
 
+def lacks_end(name: str) -> bool:
+    """Whether a file is BGZF, and lacks the empty block that its writers put at the end: it may be cut short."""
+    if not os.path.isfile(name):
+        return False
+    with open(name, "rb") as file:
+        first = file.read(LONGEST_MAGIC)
+        if kind_of(first) != "gz":
+            return False
+        from virnucpro_cli.fasta.compressed import BGZF_END, BGZF_HEAD, BGZF_HEAD_BYTES
+
+        first += file.read(BGZF_HEAD_BYTES - len(first))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(-min(size, len(BGZF_END)), os.SEEK_END)
+        return bool(BGZF_HEAD.match(first)) and file.read() != BGZF_END
+
+
 def kind_of(first: bytes) -> str | None:
     """gz, bz2, xz or zst by the first bytes of a file; None of plain text."""
     return next((kind for magic, kind in MAGIC.items() if first.startswith(magic)), None)
