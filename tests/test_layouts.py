@@ -548,6 +548,26 @@ def whole(folder: Path, name: str) -> dict[str, bytes | str]:
 
 
 @WHOLE
+@pytest.mark.parametrize("has_locks", [True, False], ids=["locks", "no locks"])
+def test_a_target_that_appears_meanwhile_keeps_no_table_of_the_export(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_locks: bool
+) -> None:
+    rename = disk.rename_exclusive
+
+    def meanwhile(source: Path, to: Path) -> None:
+        rename(source, to)
+        (tmp_path / "x.npy").write_text("mine")
+
+    monkeypatch.setattr(disk, "rename_exclusive", meanwhile)
+    if not has_locks:
+        monkeypatch.setattr(disk, "_flock", lambda *_, **__: False)
+    with pytest.raises(UserError, match="appeared while"):
+        exported(made, tmp_path / "x.npy", "npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+    assert (tmp_path / "x.npy").read_text() == "mine"
+
+
+@WHOLE
 def test_two_exports_to_one_target_at_once_are_one_and_a_refusal(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,7 @@ def check(target: Path, layout: Format, read: list[str], overwrite: bool) -> Non
     else:
         report.check_places({f"target {path.suffix}": str(path) for path in _files(target, layout)}, read)
     for path in filter(Path.exists, _files(target, layout)):
-        if not overwrite and not _is_left(path, target, layout):
+        if not overwrite and not _is_left(path, target, _hidden(target.resolve()), layout):
             raise UserError(f"{path} exists.", "Choose another target with -o, or --overwrite it.")
         if path != target and not layout.is_beside(path):
             raise UserError(f"{path} was not written by export.", f"It is not touched. {ELSEWHERE}")
@@ -195,10 +195,9 @@ def _land(place: Path, target: Path, layout: Format, overwrite: bool, ours: dict
     stopping.wrote()
 
 
-def _is_left(path: Path, target: Path, layout: Format) -> bool:
+def _is_left(path: Path, target: Path, place: Path, layout: Format) -> bool:
     """Whether a killed export left this file without its target: the next one takes it away as it begins."""
-    place = _hidden(target.resolve())
-    begun = (place / LANDING).exists() and (place / target.name).exists() and not target.exists()
+    begun = (place / LANDING).exists() and (place / target.name).exists()
     return path != target and begun and not (place / path.name).exists() and layout.is_beside(path)
 
 
@@ -216,11 +215,11 @@ def _clear(place: Path, target: Path, layout: Format) -> None:
         or (there and place / MARK not in there)
     ):
         raise UserError(f"{place} is in the way, and not of an export.", "Move it away, or choose another -o.")
-    if new[-1] in there and not target.exists():
+    if new[-1] in there:
         for path, its_new, its_old in zip(files, new, old, strict=True):
-            if _is_left(path, target, layout):
+            if _is_left(path, target, place, layout):
                 os.rename(path, its_new)
-            if its_old in there:
+            if its_old in there and not target.exists():
                 os.rename(its_old, path)
     for left in old:
         if left.is_dir():
