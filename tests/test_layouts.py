@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import functools
 import gzip
 import hashlib
@@ -27,6 +28,7 @@ from virnucpro_cli import store
 from virnucpro_cli.embed import embed_fasta
 from virnucpro_cli.errors import UserError
 from virnucpro_cli.exchange import export, importing, layouts
+from virnucpro_cli.exchange.layouts import target as target_of
 from virnucpro_cli.exchange.layouts.layout import Keys, possible
 from virnucpro_cli.explore import inspect
 from virnucpro_cli.store import disk, reader
@@ -565,6 +567,87 @@ def test_a_target_that_appears_meanwhile_keeps_no_table_of_the_export(
         exported(made, tmp_path / "x.npy", "npy")
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
     assert (tmp_path / "x.npy").read_text() == "mine"
+
+
+@WHOLE
+@pytest.mark.parametrize(
+    ("name", "beside", "message"),
+    [
+        ("real.npy", "real.tsv", r"real\.tsv was not written by export"),
+        ("read.npy", "read.tsv", "which this run reads"),
+        ("real.tsv", "", r"does not end in \.npy"),
+    ],
+)
+def test_what_a_link_leads_to_is_what_is_checked(
+    made: Path, tmp_path: Path, name: str, beside: str, message: str
+) -> None:
+    (tmp_path / "x.npy").symlink_to(tmp_path / name)
+    if beside:
+        shutil.copy(made / "out.h5", tmp_path / beside) if "read" in name else (tmp_path / beside).write_text("mine")
+    before = everything(tmp_path)
+    source = tmp_path / beside if "read" in name else made / "out.h5"
+    with pytest.raises(UserError, match=message):
+        export.export_file(str(source), "npy", str(tmp_path / "x.npy"), overwrite=True)
+    assert everything(tmp_path) == before
+
+
+@WHOLE
+@pytest.mark.parametrize(("to", "name", "mine"), [("npy", "x.npy", "x.tsv"), ("fair-esm", "x", "x/mine.txt")])
+def test_a_file_that_appears_before_the_target_is_taken_stays(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, name: str, mine: str
+) -> None:
+    if to == "fair-esm":
+        (tmp_path / "x").mkdir()
+    touch = Path.touch
+
+    def meanwhile(path: Path, *rest: Any) -> None:
+        touch(path, *rest)
+        if path.name == target_of.LANDING:
+            (tmp_path / mine).write_text("mine")
+
+    monkeypatch.setattr(Path, "touch", meanwhile)
+    with pytest.raises(UserError, match=r"appeared while|was changed while"):
+        exported(made, tmp_path / name, to, overwrite=True)
+    assert everything(tmp_path).items() >= {str(tmp_path / mine): b"mine"}.items()
+    assert not [*tmp_path.glob(".x*")]
+
+
+def killed_in_a_way(source: str, target: str, kind: str, after_touch: bool) -> None:
+    """An overwriting export that dies as the target's name is given, on a file system with fewer calls."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def die(*_: Any) -> None:
+        os._exit(9)
+
+    disk.rename_exclusive = refuse
+    unlink, rename = os.unlink, os.rename
+    if after_touch:  # without links: an empty file takes the name first
+        os.link = refuse  # type: ignore[assignment]
+        os.rename = lambda a, b: die() if str(b) == target else rename(a, b)  # type: ignore[assignment]
+    else:  # with links: the file has both names
+        os.unlink = lambda path, **more: die() if Path(path).name == Path(target).name else unlink(path, **more)
+    export.export_file(source, None, target, (kind,), overwrite=True)
+
+
+@WHOLE
+@pytest.mark.parametrize("after_touch", [True, False], ids=["placeholder", "link"])
+def test_a_kill_on_a_file_system_with_fewer_calls_brings_the_old_pair_back(
+    made: Path, tmp_path: Path, after_touch: bool
+) -> None:
+    for name in ("x.npy", "old.npy"):
+        exported(made, tmp_path / name, "npy", kinds=("mean",))
+    child = Child(killed_in_a_way, str(made / "out.h5"), str(tmp_path / "x.npy"), "bos", after_touch)
+    assert child.wait() == 9, child.err
+    with pytest.raises(UserError, match=r"x\.npy exists|x\.tsv exists"):
+        exported(made, tmp_path / "x.npy", "npy")
+    place = tmp_path / ".x.npy.virnucpro-partial"
+    target_of._clear(place, tmp_path / "x.npy", layouts.named("npy"))
+    assert not place.exists()
+    for suffix in (".npy", ".tsv"):
+        found = (tmp_path / "x").with_suffix(suffix).read_bytes()
+        assert found == (tmp_path / "old").with_suffix(suffix).read_bytes()
 
 
 @WHOLE

@@ -6,6 +6,7 @@ A pipeline written anew from VirNucPro's description stands beside it, with the 
 import csv
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -361,6 +362,26 @@ def test_files_of_others_are_not_replaced_unasked(run: Predict, tmp_path: Path, 
     run(**told, overwrite=True)
     assert (out / name).read_text() != '{"mine": 1}'
     run(**told)
+
+
+def test_odd_things_in_place_of_files_are_told(run: Predict, tmp_path: Path) -> None:
+    told = {"compare": str(run(output="other") / MADE[0])}
+    out = run()
+    (out / "compare.tsv").mkdir()
+    with pytest.raises(UserError, match=r"compare\.tsv is there, and was not written by predict"):
+        run(**told)
+    (out / "compare.tsv").rmdir()
+    (out / "predict.json").write_text('{"made_of": {}, "sha256": null}')
+    with pytest.raises(UserError, match=r"predict\.json is there, and was not written by predict"):
+        run()
+    (out / "predict.json").unlink()
+    os.mkfifo(out / "predict.json")
+    with pytest.raises(UserError, match=r"predict\.json is there, and was not written by predict"):
+        run()
+    (tmp_path / "link").symlink_to(tmp_path / "no" / "where")
+    with pytest.raises(UserError, match=r"The folder of .* does not exist") as caught:
+        run(output="link")
+    assert caught.value.remedy == f"mkdir -p {tmp_path / 'no' / 'where'}"
 
 
 def test_links_stay_links_to_what_is_written(run: Predict, tmp_path: Path) -> None:

@@ -122,3 +122,15 @@ def test_packed_texts_are_the_same_texts() -> None:
     whole = Texts.joined([packed(ODD[:4]), packed([]), packed(ODD[4:])])
     assert whole.strings() == ODD and whole.lengths.tolist() == [len(text.encode()) for text in ODD]
     assert whole.take(np.array([5, 0, 2, 2])).strings() == [ODD[5], ODD[0], ODD[2], ODD[2]]
+
+
+def test_a_text_that_is_damaged_by_a_nul_byte_is_the_one_that_hdf5_reads(tmp_path: Path) -> None:
+    file = Store.create(
+        tmp_path / "out.h5", layout(names=lambda start, stop: [f"name_{i}" for i in range(start, stop)])
+    )
+    file.close()
+    data = file.path.read_bytes()
+    assert data.count(b"name_3") == 1
+    file.path.write_bytes(data.replace(b"name_3", b"na\0e_3"))
+    with read_embeddings(file.path) as there:
+        assert there.names_of(2, 5) == ["name_2", "na", "name_4"] and there.names_at([3]) == ["na"]

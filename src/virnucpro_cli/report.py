@@ -22,6 +22,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from virnucpro_cli.errors import UserError, printable, shell_word, shortened
+from virnucpro_cli.stopping import wrote
 
 LOG_EVERY_SECONDS = 30.0
 LENGTHS = (0, 50, 100, 200, 400, 800, 1023, 2000, 5000)
@@ -135,6 +136,7 @@ def text_to(path: str) -> Iterator[IO[str]]:
             sys.stdout.flush()
         else:
             with open(path, "w", encoding="utf-8", newline="") as file:
+                wrote()
                 yield file
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.", "Choose another place.") from None

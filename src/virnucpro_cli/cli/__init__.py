@@ -130,7 +130,7 @@ def _called(arguments: list[str]) -> int:
 
 def _stopped(signum: int, stop: BaseException | None, wrote: bool) -> int:
     """Say what became of a command that a signal stopped, and return its exit code."""
-    left = "what was written by then is there, and whole." if wrote else "nothing was written."
+    left = "what was written by then is there." if wrote else "nothing was written."
     if getattr(stop, "resumable", False):
         left = "what was computed is kept, and the same command resumes."
     if stop is None:  # it was seen when all was done

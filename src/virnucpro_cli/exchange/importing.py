@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from virnucpro_cli import fasta, report, store
-from virnucpro_cli.errors import UserError, absent, counted
+from virnucpro_cli.errors import Stopped, UserError, absent, counted
 from virnucpro_cli.exchange import layouts
 from virnucpro_cli.exchange.imports.plan import ImportPlan, plan
 from virnucpro_cli.exchange.imports.source import Int64, Source, look, reading_of
@@ -58,6 +58,10 @@ def import_file(
             summary.notes.append(f"{counted(count, 'protein')} without an embedding: {store.REASONS[code]}")
         summary.seconds = dict(clock.seconds)
         summary.checksum = file.finish(summary.to_json_within(store.REPORT_BYTES), overwrite)
+    except Stopped:
+        with suppress(OSError):  # it has its name
+            store.partial_path(target).unlink()
+        raise
     finally:
         file.close()
     what = ", ".join(f"{kind}/{number}" for kind, number in contents.take.values())

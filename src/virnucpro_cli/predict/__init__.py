@@ -164,8 +164,9 @@ def _check_folder(folder: Path) -> None:
     try:
         folder.resolve().mkdir(exist_ok=True)  # a link may name a folder that is not there yet
     except OSError as error:
-        if not folder.parent.exists():
-            raise UserError(f"The folder of {folder} does not exist.", f"mkdir -p {shell_word(folder)}") from None
+        if not folder.resolve().parent.exists():
+            remedy = f"mkdir -p {shell_word(folder.resolve())}"
+            raise UserError(f"The folder of {folder} does not exist.", remedy) from None
         raise UserError(f"The folder {folder} cannot be made: {error.strerror}.", "Choose another -o.") from None
     disk.check_destination(folder / tables.FRAMES)
 
@@ -279,19 +280,20 @@ def _there(run: PredictRun, made_of: dict[str, Any]) -> dict[str, str]:
 
     Raises UserError for those of other settings, and for other files with these names.
     """
+    told = run.folder / MADE_OF
     known: Any = None
     with suppress(OSError, ValueError):
-        known = json.loads((run.folder / MADE_OF).read_bytes())
+        known = json.loads(told.read_bytes()) if told.is_file() else None
     there = {name for name in _writers(run.config) if (run.folder / name).exists()}
-    is_ours = isinstance(known, dict) and "made_of" in known
+    is_ours = isinstance(known, dict) and "made_of" in known and isinstance(known.get("sha256"), dict)
     compared = run.other is None or compare.is_free(run.folder / compare.COMPARED)
-    for name, is_free in ((MADE_OF, is_ours or not (run.folder / MADE_OF).exists()), (compare.COMPARED, compared)):
+    for name, is_free in ((MADE_OF, is_ours or not told.exists()), (compare.COMPARED, compared)):
         if not (is_free or run.config.overwrite):
             refusal = f"{run.folder / name} is there, and was not written by predict."
             raise UserError(refusal, "Choose another -o, or --overwrite it.")
     if is_ours and known["made_of"] == made_of:
         sums = {name: disk.sha256(run.folder / name) for name in there}
-        return {name: each for name, each in sums.items() if known.get("sha256", {}).get(name) == each}
+        return {name: each for name, each in sums.items() if known["sha256"].get(name) == each}
     if there and not run.config.overwrite:
         refusal = f"{run.folder / min(there)} exists, and is of another head, format or embeddings file"
         if known is None:

@@ -96,8 +96,8 @@ class Comparison:
 
 def is_free(path: Path) -> bool:
     """Whether a comparison may be written there: nothing is there, or an earlier one."""
-    if not path.exists():
-        return True
+    if not path.is_file():
+        return not path.exists()
     first = "\t".join(COLUMNS).encode()
     with open(path, "rb") as file:
         return file.read(len(first)) == first

@@ -415,7 +415,9 @@ def texts_as_written(fd: int, references_at: int, start: int, stop: int) -> Text
     if not (alike and ((words[at] & np.uint64(0xFFFF)) == numbers).all() and (words[at[firsts] - 2] == _GCOL).all()):
         return None
     own = slice(start - begin, None)
-    return Texts(words[ranges(at[own] + HEADER // WORD, texts.counts[own])], lengths[own]).padded()
+    texts = Texts(words[ranges(at[own] + HEADER // WORD, texts.counts[own])], lengths[own]).padded()
+    has_nul = np.count_nonzero(texts.words.view(np.uint8)) != texts.lengths.sum()  # at which HDF5 ends a text
+    return None if has_nul else texts
 
 
 def _move_end(fd: int, before: int, end: int) -> None:

@@ -271,8 +271,9 @@ class EmbeddingFile:
             return None
         return texts_as_written(fd, at, start, stop)
 
-    def names_at(self, rows: NDArray[np.int64]) -> list[str]:
+    def names_at(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """The names of records (int64 [n]), in that order; the file's names are read in blocks, not held."""
+        rows = np.asarray(rows, np.int64)
         names: dict[int, str] = {}
         block_of = rows // NAME_BLOCK
         for block in np.unique(block_of).tolist():

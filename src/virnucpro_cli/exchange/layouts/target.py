@@ -28,16 +28,21 @@ Stamp = tuple[int, int, int]
 
 def check(target: Path, layout: Format, read: list[str], overwrite: bool) -> None:
     """Raise UserError unless an export can land at the target. read: every file that the export reads."""
+    target = target if layout.folder else target.resolve()  # a link stays one
     if layout.beside and target.suffix != layout.suffix:
         raise UserError(f"The target {target} does not end in {layout.suffix}.", f"-o {target.name}{layout.suffix}")
     if layout.folder:
         _check_folder(target, read)
     else:
         report.check_places({f"target {path.suffix}": str(path) for path in _files(target, layout)}, read)
-    for path in filter(Path.exists, _files(target, layout)):
-        if not overwrite and not _is_left(path, target, _hidden(target.resolve()), layout):
+    place = _hidden(target.resolve())
+    for path in _files(target, layout):
+        is_put_away = (place / target.name).exists() and _old(path, place).exists()  # and will be put back
+        if not (path.exists() or is_put_away):
+            continue
+        if not overwrite and (is_put_away or not _is_left(path, target, place, layout)):
             raise UserError(f"{path} exists.", "Choose another target with -o, or --overwrite it.")
-        if path != target and not layout.is_beside(path):
+        if path.exists() and path != target and not layout.is_beside(path):
             raise UserError(f"{path} was not written by export.", f"It is not touched. {ELSEWHERE}")
     if layout.folder and target.exists():
         written(target)
@@ -181,10 +186,10 @@ def _land(place: Path, target: Path, layout: Format, overwrite: bool, ours: dict
     else:
         (place / LANDING).touch()
         for path in filter(Path.exists, reversed(files)):
-            if not overwrite:
+            if not overwrite or (path != target and not layout.is_beside(path)):
                 raise UserError(f"{path} appeared while this export ran; it was not touched.", ELSEWHERE)
             os.rename(path, _old(path, place))
-        if ours and _stamps(_old(target, place)) != ours:
+        if (old := _old(target, place)).is_dir() and _stamps(old) != ours:
             raise UserError(f"{target} was changed while this export ran.", "It is not touched: run the export again.")
         for path in files:
             if layout.folder:
@@ -196,9 +201,16 @@ def _land(place: Path, target: Path, layout: Format, overwrite: bool, ours: dict
 
 
 def _is_left(path: Path, target: Path, place: Path, layout: Format) -> bool:
-    """Whether a killed export left this file without its target: the next one takes it away as it begins."""
-    begun = (place / LANDING).exists() and (place / target.name).exists()
-    return path != target and begun and not (place / path.name).exists() and layout.is_beside(path)
+    """Whether a killed export left this file without its target: the next one takes it away as it begins.
+
+    It is the file beside, or one of the ways of `rename_new` was in the middle: a placeholder, or a second link.
+    """
+    new = place / path.name
+    if layout.folder or not ((place / LANDING).exists() and (place / target.name).exists() and path.is_file()):
+        return False
+    if new.exists():
+        return path.stat().st_size == 0 or path.samefile(new)
+    return layout.is_beside(path)
 
 
 def _clear(place: Path, target: Path, layout: Format) -> None:
@@ -216,10 +228,11 @@ def _clear(place: Path, target: Path, layout: Format) -> None:
     ):
         raise UserError(f"{place} is in the way, and not of an export.", "Move it away, or choose another -o.")
     if new[-1] in there:
-        for path, its_new, its_old in zip(files, new, old, strict=True):
+        for path, its_new in zip(files, new, strict=True):
             if _is_left(path, target, place, layout):
-                os.rename(path, its_new)
-            if its_old in there and not target.exists():
+                path.unlink() if its_new in there else os.rename(path, its_new)
+        for path, its_old in zip(files, old, strict=True) if not target.exists() else ():
+            if its_old in there:
                 os.rename(its_old, path)
     for left in old:
         if left.is_dir():
