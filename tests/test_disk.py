@@ -309,4 +309,4 @@ def test_room_is_saved_in_the_words_of_each_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="may need") as imported:
         disk.check_free_space(tmp_path / "out.h5", 1 << 60)
     assert "--layers" not in imported.value.remedy
-    assert extract._renamed(embed_workflow.LESS) == "write less (fewer --repr_layers, no per_tok)"
+    assert extract._renamed(embed_workflow.LESS) == "or write less (fewer --repr_layers, no per_tok)"

@@ -10,7 +10,7 @@ from virnucpro_cli.errors import EXIT_SOME_SKIPPED, UserError, shortened
 
 EXTRACT_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": list[str]()}
 OF_EMBED = {
-    r"store less \(.*\)": "write less (fewer --layers, no per_tok)",
+    r"choose another disk with -o, or store less \(.*\)": "or write less (fewer --layers, no per_tok)",
     "--layers": "--repr_layers",
     "--token-budget": "--toks_per_batch",
     "--max-residues": "--truncation_seq_length",

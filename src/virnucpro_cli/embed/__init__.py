@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 
 __all__ = ["embed_fasta", "resolved_layers", "run"]
 
-LESS = "store less (--store-dtype fp16, fewer --layers, no residue pool, contacts of fewer with --contacts-for)"
+LESS = (
+    "choose another disk with -o, or store less (--store-dtype fp16, fewer --layers, no residue pool, contacts of "
+    "fewer with --contacts-for)"
+)
 ANOTHER = "Choose another -o, or --overwrite it."
 LOOKS = 5
 """How often a run looks at what is there, if each time another one changes it."""

@@ -140,7 +140,7 @@ def check_free_space(output: Path, needed: int, less: str = "") -> None:
     if free is not None and free < needed:
         raise UserError(
             f"{output} may need {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free in {output.parent}.",
-            f"Free some space, {'or ' * (not less)}choose another disk for it{less and f', or {less}'}.",
+            f"Free some space, {less or 'or choose another disk for it'}.",
         )
 
 

@@ -29,12 +29,12 @@ Stamp = tuple[int, int, int]
 def check(target: Path, layout: Format, read: list[str], overwrite: bool) -> None:
     """Raise UserError unless an export can land at the target. read: every file that the export reads."""
     target = target if layout.folder else target.resolve()  # a link stays one
-    if layout.beside and target.suffix != layout.suffix:
-        raise UserError(f"The target {target} does not end in {layout.suffix}.", f"-o {target.name}{layout.suffix}")
     if layout.folder:
         _check_folder(target, read)
     else:
         report.check_places({f"target {path.suffix}": str(path) for path in _files(target, layout)}, read)
+    if layout.beside and target.suffix != layout.suffix:
+        raise UserError(f"The target {target} does not end in {layout.suffix}.", f"-o {target.name}{layout.suffix}")
     place = _hidden(target.resolve())
     for path in _files(target, layout):
         is_put_away = (place / target.name).exists() and _old(path, place).exists()  # and will be put back
