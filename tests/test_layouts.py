@@ -651,6 +651,24 @@ def test_a_kill_on_a_file_system_with_fewer_calls_brings_the_old_pair_back(
 
 
 @WHOLE
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_file_that_a_killed_export_left_is_no_table_of_others(
+    made: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    (place := tmp_path / ".x.npy.virnucpro-partial").mkdir()
+    for left in (
+        place / target_of.MARK,
+        place / target_of.LANDING,
+        place / "x.npy",
+        place / "x.tsv",
+        tmp_path / "x.tsv",
+    ):
+        left.touch()
+    exported(made, tmp_path / "x.npy", "npy", overwrite=overwrite)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npy", "x.tsv"]
+
+
+@WHOLE
 def test_two_exports_to_one_target_at_once_are_one_and_a_refusal(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -370,3 +370,5 @@ def test_a_system_that_gives_no_more_memory_is_told_as_such(
 ) -> None:
     assert cli._failed(error) == 2
     assert "no more memory" in capsys.readouterr().err
+    assert cli._failed(UserError(f"x.fa cannot be read: {error} Cannot allocate memory.")) == 2
+    assert "x.fa cannot be read" in capsys.readouterr().err

@@ -43,10 +43,8 @@ COMMANDS = {
     "fetch": "machine",
 }  # fmt: skip
 """Each command and the module of this package that has its function, in the order of --help."""
-
-
 NO_MEMORY = (os.strerror(errno.ENOMEM), "failed to map segment")
-"""Words of errors of the system, and of the loader of libraries, that mean it."""
+"""Words of the system, and of the loader of libraries, for a lack of memory."""
 
 
 def program(*names: str) -> typer.Typer:
@@ -141,7 +139,8 @@ def _stopped(signum: int, stop: BaseException | None, wrote: bool) -> int:
 
 def _failed(error: BaseException) -> int:
     """Say what went wrong, and return the exit code."""
-    error = _of_the_system(error) or error
+    if not isinstance(error, UserError):
+        error = _of_the_system(error) or error
     if isinstance(error, UserError):
         say(f"error: {error.what}", *([error.remedy] if error.remedy else []))
         return EXIT_USER_ERROR

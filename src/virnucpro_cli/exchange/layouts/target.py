@@ -38,11 +38,10 @@ def check(target: Path, layout: Format, read: list[str], overwrite: bool) -> Non
     place = _hidden(target.resolve())
     for path in _files(target, layout):
         is_put_away = (place / target.name).exists() and _old(path, place).exists()  # and will be put back
-        if not (path.exists() or is_put_away):
-            continue
-        if not overwrite and (is_put_away or not _is_left(path, target, place, layout)):
+        is_there = path.exists() and not _is_left(path, target, place, layout)
+        if (is_there or is_put_away) and not overwrite:
             raise UserError(f"{path} exists.", "Choose another target with -o, or --overwrite it.")
-        if path.exists() and path != target and not layout.is_beside(path):
+        if is_there and path != target and not layout.is_beside(path):
             raise UserError(f"{path} was not written by export.", f"It is not touched. {ELSEWHERE}")
     if layout.folder and target.exists():
         written(target)
