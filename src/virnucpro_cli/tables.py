@@ -6,10 +6,11 @@ UTF-8 with or without a byte order mark, any line ends, plain or compressed, tab
 import csv
 import io
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import IO, Any
 
 from virnucpro_cli import fasta
@@ -97,6 +98,15 @@ def by_name(lines: Lines, found: Iterator[tuple[str, str]], what: str) -> dict[s
                 f"Give each name one {what}.",
             )
     return values
+
+
+def is_of(path: Path, columns: Sequence[str]) -> bool:
+    """Whether a file is a table with these columns, as `writer` writes it."""
+    header = ("\t".join(columns) + "\n").encode()
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(header)) == header
 
 
 def writer(file: IO[str]) -> Any:

@@ -53,14 +53,6 @@ def forget(path: Path) -> None:
             pass
 
 
-def _file_of(path: Path) -> tuple[int, int] | None:
-    """Inode and time of change of a file; None if there is none."""
-    with suppress(OSError):
-        status = os.stat(path)
-        return status.st_ino, status.st_mtime_ns
-    return None
-
-
 def is_there(path: Path) -> bool:
     """Whether a file is an index, or empty, as one may be after the power went."""
     try:
@@ -167,7 +159,7 @@ class Kept(Inputs):
     def __init__(self, path: Path, say: Callable[[str], None], needed_by: Path | None = None):
         self.path, self.say, self.needed_by = path, say, needed_by
         self._there: IndexFile | None = None
-        self._damaged: tuple[int, int] | None = None  # inode and time of a file that is no whole index
+        self._damaged: tuple[int, ...] = ()  # the state of a file that is no whole index
         self._lock = ExitStack()
         self._is_locked = self._is_made = False
 
@@ -238,7 +230,7 @@ class Kept(Inputs):
         if self._there is not None and disk.is_the_file(self.path, os.fstat(self._there.file.fileno())):
             return self._there
         self._there = None
-        if is_there(self.path) and self._damaged != (found := _file_of(self.path)):
+        if is_there(self.path) and self._damaged != (found := disk.state_of(self.path)):
             try:
                 self._there = IndexFile(self.path)
             except (OSError, ValueError) as error:

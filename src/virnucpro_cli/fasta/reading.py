@@ -206,19 +206,21 @@ def open_sources(inputs: Sequence[str], spool_dir: Path, kept: Kept | None = Non
 
 
 def lacks_end(name: str) -> bool:
-    """Whether a file is BGZF, and lacks the empty block that its writers put at the end: it may be cut short."""
+    """Whether a file is BGZF, and lacks the empty block that its writers put at the end: it may be cut short.
+
+    Raises UserError if it cannot be read.
+    """
     if not os.path.isfile(name):
         return False
-    with open(name, "rb") as file:
-        first = file.read(LONGEST_MAGIC)
-        if kind_of(first) != "gz":
+    with _opened(name) as file, _readable(name):
+        if kind_of(file.peek(LONGEST_MAGIC)) != "gz":
             return False
         from virnucpro_cli.fasta.compressed import BGZF_END, BGZF_HEAD, BGZF_HEAD_BYTES
 
-        first += file.read(BGZF_HEAD_BYTES - len(first))
+        is_bgzf = bool(BGZF_HEAD.match(file.read(BGZF_HEAD_BYTES)))
         size = file.seek(0, os.SEEK_END)
         file.seek(-min(size, len(BGZF_END)), os.SEEK_END)
-        return bool(BGZF_HEAD.match(first)) and file.read() != BGZF_END
+        return is_bgzf and file.read() != BGZF_END
 
 
 def kind_of(first: bytes) -> str | None:

@@ -161,12 +161,12 @@ def _width(model: str) -> int:
 
 def _check_folder(folder: Path) -> None:
     """Have the folder of the tables. Raises UserError if nothing can be written there."""
+    place = folder.resolve()  # a link may name a folder that is not there yet
     try:
-        folder.resolve().mkdir(exist_ok=True)  # a link may name a folder that is not there yet
+        place.mkdir(exist_ok=True)
     except OSError as error:
-        if not folder.resolve().parent.exists():
-            remedy = f"mkdir -p {shell_word(folder.resolve())}"
-            raise UserError(f"The folder of {folder} does not exist.", remedy) from None
+        if not place.parent.exists():
+            raise UserError(f"The folder of {folder} does not exist.", f"mkdir -p {shell_word(place)}") from None
         raise UserError(f"The folder {folder} cannot be made: {error.strerror}.", "Choose another -o.") from None
     disk.check_destination(folder / tables.FRAMES)
 

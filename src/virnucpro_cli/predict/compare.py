@@ -96,11 +96,7 @@ class Comparison:
 
 def is_free(path: Path) -> bool:
     """Whether a comparison may be written there: nothing is there, or an earlier one."""
-    if not path.is_file():
-        return not path.exists()
-    first = "\t".join(COLUMNS).encode()
-    with open(path, "rb") as file:
-        return file.read(len(first)) == first
+    return not path.exists() or tables.is_of(path, COLUMNS)
 
 
 def keys_of(names: list[str]) -> NDArray[np.uint64]:

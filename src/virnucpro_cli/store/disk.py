@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -160,6 +160,15 @@ def allow_open_files(count: int) -> None:
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """A file and all that changes with its content; nothing of one that is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def is_the_file(path: Path, there: os.stat_result, unchanged: bool = False) -> bool:
@@ -384,9 +393,14 @@ def discard_partial(output: Path) -> None:
 
 def rename_exclusive(source: Path, target: Path) -> None:
     """Linux' rename that never replaces. Raises OSError; FileExistsError if the target exists."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, no_replace = -100, 1
-    if call is None or call(here, os.fsencode(source), here, os.fsencode(target), no_replace):
+    _call("renameat2", here, os.fsencode(source), here, os.fsencode(target), no_replace)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """A call of the system that Python does not know. Raises OSError; ENOSYS if the C library does not have it."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    if call is None or call(*arguments):
         number = ctypes.get_errno() if call else errno.ENOSYS
         raise OSError(number, os.strerror(number))
 
@@ -468,11 +482,9 @@ def fallocate(fd: int, size: int) -> None:
     Where a file system lacks it, the C library's `posix_fallocate` writes a byte into every block instead: on a network
     file system that takes as long as to write the file.
     """
-    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    while call is None or call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
-        number = ctypes.get_errno() if call else errno.ENOSYS
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
+    while True:
+        with suppress(InterruptedError):
+            return _call("fallocate", fd, 0, ctypes.c_int64(0), ctypes.c_int64(size))
 
 
 def begin_to_write(fd: int, offset: int, size: int) -> None:

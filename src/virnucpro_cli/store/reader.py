@@ -48,7 +48,7 @@ CRASHES: tuple[int, ...] = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signa
 LOST = {int(signal.SIGALRM): "does not come back", **dict.fromkeys(CRASHES, "crashes")}
 NOT_JSON = (ValueError, RecursionError)
 _TRIED = set[tuple[int, ...]]()
-"""Files that HDF5 has come back from in this process, by `_state_of`."""
+"""Files that HDF5 has come back from in this process, by `disk.state_of`."""
 
 
 def accession(name: str) -> str:
@@ -633,7 +633,7 @@ def _try_in_children(paths: list[Path], children: int, remedy: str = AGAIN) -> N
 
     A file that has not changed since it was tried is not tried again.
     """
-    states = {path: _state_of(path) for path in paths}
+    states = {path: disk.state_of(path) for path in paths}
     untried = [path for path in paths if states[path] not in _TRIED]
     shares = [share for first in range(children) if (share := untried[first::children])]
     pids = [_child_that_opens(share) for share in shares]
@@ -646,15 +646,6 @@ def _try_in_children(paths: list[Path], children: int, remedy: str = AGAIN) -> N
                 _try_in_children([path], 1, remedy)
         elif status == 0:
             _TRIED.update(states[path] for path in share if states[path])
-
-
-def _state_of(path: Path) -> tuple[int, ...]:
-    """A file and all that changes with its content; nothing of one that is not there."""
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _child_that_opens(paths: list[Path]) -> int:

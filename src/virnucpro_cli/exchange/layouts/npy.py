@@ -1,6 +1,7 @@
 """A NumPy array in one file, and beside it a table that says which rows are whose."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,5 +58,5 @@ def read(path: Path) -> Iterator[Entry]:
 
 LAYOUT = Format(
     "npy", "a NumPy array, and a table of its rows beside it", ".npy", write, read, begins(b"\x93NUMPY"), KINDS,
-    holds_skipped=True, beside=BESIDE, is_beside=begins(("\t".join(COLUMNS) + "\n").encode()),
+    holds_skipped=True, beside=BESIDE, is_beside=partial(tables.is_of, columns=COLUMNS),
 )  # fmt: skip
